@@ -1,0 +1,122 @@
+"""Weights from one project's file to another's, without building a model where none is needed."""
+
+import os
+import pathlib
+import uuid
+
+import keras
+
+from keras_convnext import keras_files, models, state_dicts, torch_files
+from keras_convnext.variants import VARIANTS, Variant
+
+KERAS_SUFFIXES = (".weights.h5", ".keras")
+TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def save_weights(model: keras.Model, path, layout: str = "official") -> pathlib.Path:
+    """Writes the weights of a model so that a PyTorch project loads them with `strict=True`.
+
+    Args:
+        model: made by this package.
+        path: ".safetensors", or ".pth", ".pt", ".bin" for a PyTorch file. Official files nest their weights
+            under the key "model", and so does this for the layout "official" as a PyTorch file.
+        layout: "official", "timm", "torchvision" or "huggingface".
+
+    Returns:
+        The path. It appears whole or not at all.
+
+    Raises:
+        ValueError: for a layout that cannot express the architecture, or another ending.
+
+    Example:
+        >>> save_weights(model, "tiny.safetensors", layout="timm")
+    """
+    canonical = models.state_dict(model)
+    return _write_torch(canonical, state_dicts.find_variant(canonical), path, layout)
+
+
+def convert(source, target, layout: str = "official", architecture: str | None = None) -> pathlib.Path:
+    """Converts a weight file to the layout and format of another project, or to Keras.
+
+    The layout of the source is detected from its names: official V1, V2 and isotropic, timm, torchvision,
+    Hugging Face (V1, V2, DINOv3), DINOv3, FCMAE (dense and sparse), open_clip's image tower, mmdetection and
+    mmsegmentation backbones, mmpretrain, and `keras.applications`.
+
+    Args:
+        source: path of a ".safetensors", ".pth", ".pt", ".bin", ".h5", ".weights.h5" or ".keras" file.
+        target: path to write. ".safetensors", ".pth", ".pt", ".bin": in `layout`. ".keras": a whole model,
+            that `keras.saving.load_model` opens; ".weights.h5": its weights.
+        layout: "official", "timm", "torchvision" or "huggingface"; has no meaning for Keras targets.
+        architecture: name of the architecture, checked against the file; None to take it from the file.
+
+    Returns:
+        The target's path. It appears whole or not at all.
+
+    Raises:
+        ValueError: when the file is no ConvNeXt, or not one that the target can express.
+        FileNotFoundError: when there is no source.
+    """
+    source = models.existing_file(source)
+    target = pathlib.Path(target)
+    if not target.name.endswith((*KERAS_SUFFIXES, *TORCH_SUFFIXES)):
+        raise ValueError(
+            f"The target must end in {', '.join((*TORCH_SUFFIXES, *KERAS_SUFFIXES))}. Received: {target}"
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"No such folder for the target: {target.parent}")
+    state = read_state_dict(source)
+    variant = state_dicts.find_variant(state)
+    if architecture is not None and architecture != variant.name:
+        if architecture not in VARIANTS:
+            raise ValueError(models.unknown("architecture", architecture, VARIANTS))
+        raise ValueError(f"{source} holds a {variant.name!r}. Received: architecture={architecture!r}")
+    canonical = models.read_canonical(state, variant, source)
+    if target.name.endswith(TORCH_SUFFIXES):
+        return _write_torch(canonical, variant, target, layout)
+    return _write_keras(canonical, variant, target)
+
+
+def read_state_dict(path) -> state_dicts.StateDict:
+    """{name: array} of any weight file, in the file's own layout; Keras models come in the canonical one.
+
+    Raises:
+        ValueError: for a `.weights.h5` of this package, which does not say what model it belongs to.
+    """
+    path = models.existing_file(path)
+    if path.suffix not in (".h5", ".keras"):
+        return torch_files.read_state_dict(path)
+    if keras_files.is_keras_applications(path):
+        return keras_files.read_keras_applications(path)
+    if path.suffix == ".keras":
+        return models.state_dict(keras.saving.load_model(path, compile=False))
+    raise ValueError(
+        f"{path} does not say which model its weights belong to. Load it with "
+        "keras_convnext.load(architecture, weights=path), or convert the .keras file instead."
+    )
+
+
+def _write_torch(canonical, variant: Variant, path, layout) -> pathlib.Path:
+    path = pathlib.Path(path)
+    arrays = state_dicts.write(canonical, variant, layout)
+    if path.suffix == ".safetensors":
+        torch_files.write_safetensors(path, arrays, {"format": "pt"})
+    elif path.suffix in TORCH_SUFFIXES:
+        torch_files.write_torch(path, arrays, key="model" if layout == "official" else None)
+    else:
+        raise ValueError(f"The file must end in {', '.join(TORCH_SUFFIXES)}. Received: {path}")
+    return path
+
+
+def _write_keras(canonical, variant, path) -> pathlib.Path:
+    model = models.model_of(variant, canonical)
+    ending = next(ending for ending in KERAS_SUFFIXES if path.name.endswith(ending))
+    part = path.with_name(f".{uuid.uuid4().hex}{ending}")
+    try:
+        if ending == ".keras":
+            model.save(part)
+        else:
+            model.save_weights(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

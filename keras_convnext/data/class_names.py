@@ -1,0 +1,74 @@
+"""Names of the ImageNet classes, in the order of the classifier outputs.
+
+Facts: the class lists and names that timm 1.0.31 carries (timm/data/_info, Apache-2.0,
+copyright Ross Wightman). The names are the words of WordNet synsets: WordNet 3.0 Copyright 2006
+by Princeton University. All rights reserved. NOTICE.txt beside this file has the full notice.
+
+imagenet_names.txt.gz holds one line a synset, sorted by synset id:
+"<synset id>\t<membership>\t<name>", where membership is the sum of 1 (ImageNet-1k), 2 (the 12k
+subset of timm) and 4 (ImageNet-22k, fall 2011 release). All three class orders are the order of
+the ids, so membership is enough to rebuild them.
+"""
+
+import functools
+import gzip
+from importlib import resources
+
+_MEMBERSHIP = {1000: 1, 11821: 2, 21841: 4}
+
+
+def class_names(classes: int) -> list[str]:
+    """Names the classes of an ImageNet classifier.
+
+    Args:
+        classes: width of the classifier: 1000 (ImageNet-1k), 11821 (ImageNet-12k) or 21841
+            (ImageNet-22k).
+
+    Returns:
+        `classes` names, index i for logit i. A name is all words of the synset, separated by
+        ", ". Names are not unique ("crane" is a bird and a machine); `synset_ids` are.
+
+    Raises:
+        ValueError: there is no name list for this number of classes; tells the known ones.
+
+    Example:
+        class_names(1000)[281]     # "tabby, tabby cat"
+        class_names(21841)[0]      # "organism, being"
+    """
+    return [name for _, name in _synsets(classes)]
+
+
+def synset_ids(classes: int) -> list[str]:
+    """Lists the WordNet ids of the classes of an ImageNet classifier.
+
+    Args:
+        classes: width of the classifier: 1000 (ImageNet-1k), 11821 (ImageNet-12k) or 21841
+            (ImageNet-22k).
+
+    Returns:
+        `classes` unique ids, index i for logit i, e.g. "n01440764". ImageNet's class folders
+        have these names, so the list also orders the folders.
+
+    Raises:
+        ValueError: there is no list for this number of classes; tells the known ones.
+
+    Example:
+        synset_ids(1000)[0]        # "n01440764"
+        synset_ids(1000).index("n02123045")   # 281
+    """
+    return [synset_id for synset_id, _ in _synsets(classes)]
+
+
+@functools.cache
+def _synsets(classes: int) -> tuple[tuple[str, str], ...]:
+    if classes not in _MEMBERSHIP:
+        raise ValueError(
+            f"No class names for {classes!r} classes. Known: 1000 (ImageNet-1k), "
+            "11821 (ImageNet-12k), 21841 (ImageNet-22k). Classes of other data have no list here."
+        )
+    file = resources.files(__package__) / "imagenet_names.txt.gz"
+    text = gzip.decompress(file.read_bytes()).decode("utf-8")
+    rows = (line.split("\t") for line in text.splitlines())
+    return tuple(
+        (synset_id, name) for synset_id, membership, name in rows if int(membership) & _MEMBERSHIP[classes]
+    )

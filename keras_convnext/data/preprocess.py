@@ -1,0 +1,294 @@
+"""From an image file to the uint8 array a ConvNeXt is fed, as timm and torchvision evaluate.
+
+Nothing here normalises: the models take uint8 RGB and do that in their first layer.
+Only NumPy and Pillow are imported, so reading images needs no Keras backend.
+"""
+
+import io
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+RESIZE_MODES = ("shorter_side", "squash")
+INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+
+# What Pillow's decoders raise on damaged data; which one depends on the format and the damage.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+class ImageError(ValueError):
+    """A file or folder that should hold images could not be used: which, why and what to do."""
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read an image file as RGB.
+
+    Decodes with Pillow and calls `convert("RGB")`, as timm's dataset does, so the pixels are the
+    ones the published scores were measured on. What that means for files that are not plain RGB:
+    grayscale is repeated in the three channels; a palette is looked up; CMYK is converted without
+    its colour profile; an alpha channel is dropped, not blended; 16-bit grayscale is clipped at
+    255, not rescaled, so such a file should be scaled to 8 bits first; of an animation the first
+    frame is taken. The EXIF orientation is not applied, as timm does not apply it: a photograph
+    stored sideways stays sideways.
+
+    Args:
+        path: an image file in any format that Pillow reads.
+
+    Returns:
+        uint8 (H, W, 3), RGB, 0 to 255.
+
+    Raises:
+        ImageError: the file is missing, a folder, not readable by this user, empty, not an image
+            (the message shows its first bytes), truncated or corrupt, or has so many pixels that
+            Pillow takes it for a decompression bomb. The message names the file.
+    """
+    path = Path(path)
+    try:
+        # Windows reports a folder as a permission error, so the folder is looked for first.
+        if path.is_dir():
+            raise ImageError(
+                f"Expected an image file, received the folder '{path}'. "
+                "List the images in it with find_images."
+            )
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError(
+            f"Expected an image file at '{path}', but nothing is there. Check the path."
+        ) from error
+    except PermissionError as error:
+        raise ImageError(
+            f"Expected a readable image file, but this user may not read '{path}'. "
+            "Change its permissions or those of its folder."
+        ) from error
+    except OSError as error:
+        raise ImageError(
+            f"Expected a readable image file, but reading '{path}' failed: {error.strerror}. "
+            "Check the path and the disk."
+        ) from error
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"Expected an image, but '{path}' is not one or its header is damaged: "
+            f"{_describe_start(content[:40])}. Pass a JPEG, a PNG or another file that Pillow "
+            "reads."
+        ) from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ImageError(
+            f"Expected an image of at most {limit} pixels, but '{path}' declares more and may be a "
+            "decompression bomb. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted. "
+            f"Pillow says: {error}"
+        ) from error
+    except _DECODER_ERRORS as error:
+        raise ImageError(
+            f"Expected a complete image, but '{path}' is truncated or corrupt: {error}. "
+            "Download or export it again."
+        ) from error
+
+
+def preprocess_image(
+    image: np.ndarray,
+    *,
+    image_size: int | tuple[int, int],
+    crop: float = 0.875,
+    resize_mode: str = "shorter_side",
+    resize_size: int | None = None,
+    interpolation: str = "bicubic",
+) -> np.ndarray:
+    """Resize an image and crop its centre, as the evaluation that a weight file was scored with.
+
+    The image is first resized to the scale size, `floor(image_size / crop)`, by Pillow's filter,
+    which widens with the reduction (antialias), and then the central `image_size` is cut out. The
+    result equals, in every bit, what `timm.data.create_transform(is_training=False)` (timm
+    1.0.31) and torchvision's `ImageClassification` preset (0.28.0) hold before they convert to a
+    tensor. Where the resized image is smaller than the crop it is padded with zeros (black).
+
+    Args:
+        image: uint8 (H, W, 3), RGB, 0 to 255, as `read_image` returns it.
+        image_size: size of the result in pixels, one side of a square or (height, width).
+        crop: fraction of the scale size that the crop keeps along each side, in (0, 1]. The
+            default is timm's `DEFAULT_CROP_PCT`.
+        resize_mode: "shorter_side" keeps the aspect ratio and lets the image cover the scale
+            size (timm's crop mode "center"); "squash" stretches the image to the scale size.
+        resize_size: the scale size in pixels, for both sides, in place of
+            `floor(image_size / crop)`; `crop` then has no effect. torchvision's ConvNeXt weights
+            give it, such as 236 for 224. The default, None, uses `crop`.
+        interpolation: "bicubic" or "bilinear", Pillow's filter of that name.
+
+    Returns:
+        uint8 (height, width, 3), RGB, 0 to 255.
+
+    Raises:
+        ValueError: `image` is not a non-empty uint8 (H, W, 3) array, a size is not a positive
+            integer, `crop` is outside (0, 1], or a name is unknown. The message gives the value
+            received and the ones allowed.
+    """
+    _check_image(image)
+    crop_size = _check_image_size(image_size)
+    scale_size = _scale_size(crop_size, crop, resize_size)
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"Unknown interpolation {interpolation!r}. Known: {', '.join(INTERPOLATIONS)}.")
+    height, width = _resized_size((image.shape[0], image.shape[1]), scale_size, resize_mode)
+    resized = Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation])
+    return _crop_center(np.asarray(resized), crop_size)
+
+
+def find_images(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Path]:
+    """List the image files that some paths stand for.
+
+    A file stands for itself, whatever its name. A folder stands for the files in it and in its
+    subfolders whose suffix, in any case, is in `IMAGE_SUFFIXES`, sorted by path; links to folders
+    inside it are not followed. The order of `paths` is kept, and a file reached twice is listed
+    twice. Files are not opened, which is left to `read_image`.
+
+    Args:
+        paths: one file or folder, or several.
+
+    Returns:
+        list of `Path`, each beginning with the path it was found under.
+
+    Raises:
+        ImageError: a path is missing, a folder holds no image, or a folder may not be listed by
+            this user. The message names the path.
+    """
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
+    images: list[Path] = []
+    for path in map(Path, paths):
+        try:
+            path.stat()
+            images += _images_in_folder(path) if path.is_dir() else [path]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ImageError(
+                f"Expected an image file or a folder at '{path}', but nothing is there. Check the path."
+            ) from error
+        except PermissionError as error:
+            raise ImageError(
+                f"Expected a readable file or folder, but this user may not look into "
+                f"'{error.filename}'. Change its permissions or leave it out."
+            ) from error
+    return images
+
+
+def _images_in_folder(folder: Path) -> list[Path]:
+    def stop(error: OSError) -> None:
+        # os.walk skips a folder it cannot list; a score over part of the images would be wrong.
+        raise error
+
+    files = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=stop) for name in names]
+    images = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise ImageError(
+            f"Expected images in the folder '{folder}', found none among its {len(files)} files. "
+            f"Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
+        )
+    return images
+
+
+def _describe_start(start: bytes) -> str:
+    """Say in words what the first bytes of a file look like."""
+    if not start:
+        return "the file is empty"
+    # At most the last character may be cut; ignored bytes beyond that mean it was not text.
+    text = start.decode("utf-8", errors="ignore")
+    is_text = all(character.isprintable() or character.isspace() for character in text)
+    if is_text and len(start) - len(text.encode()) < 4 and text:
+        return f"it begins with the text {text!r}"
+    return f"it begins with the bytes {start[:12].hex(' ')}"
+
+
+def _check_image(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray):
+        received = f"an object of type {type(image).__name__}"
+    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        received = f"{image.dtype} {image.shape}"
+    else:
+        return
+    raise ValueError(
+        f"Expected an image as a uint8 array of shape (H, W, 3), RGB, 0 to 255, received "
+        f"{received}. Read files with read_image; convert other images to 8-bit RGB first."
+    )
+
+
+def _check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width)."""
+    sizes = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    if len(sizes) != 2 or not all(_is_positive_integer(size) for size in sizes):
+        raise ValueError(
+            f"Expected image_size to be a positive integer or (height, width), received "
+            f"{image_size!r}. Pass a number of pixels, such as 224 or (224, 320)."
+        )
+    return int(sizes[0]), int(sizes[1])
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
+
+
+def _scale_size(crop_size: tuple[int, int], crop: float, resize_size: int | None) -> tuple[int, int]:
+    """Return the (height, width) that the image is scaled to before the crop."""
+    is_number = isinstance(crop, int | float | np.number) and not isinstance(crop, bool)
+    if not is_number or not 0 < crop <= 1:
+        raise ValueError(
+            f"Expected crop in (0, 1], received {crop!r}. Pass the fraction of the resized image "
+            "that is kept, such as 0.875."
+        )
+    if resize_size is None:
+        return math.floor(crop_size[0] / crop), math.floor(crop_size[1] / crop)
+    if not _is_positive_integer(resize_size):
+        raise ValueError(
+            f"Expected resize_size to be a positive integer or None, received {resize_size!r}. "
+            "Pass a number of pixels, such as 236."
+        )
+    return int(resize_size), int(resize_size)
+
+
+def _resized_size(size: tuple[int, int], scale_size: tuple[int, int], resize_mode: str) -> tuple[int, int]:
+    """Return the (height, width) of the resized image, rounded as timm and torchvision do."""
+    if resize_mode not in RESIZE_MODES:
+        raise ValueError(f"Unknown resize_mode {resize_mode!r}. Known: {', '.join(RESIZE_MODES)}.")
+    if resize_mode == "squash":
+        return scale_size
+    height, width = size
+    if scale_size[0] != scale_size[1]:
+        # timm leaves torchvision's resize here: it divides by the ratio and rounds.
+        ratio = min(height / scale_size[0], width / scale_size[1])
+        return round(height / ratio), round(width / ratio)
+    short = scale_size[0]
+    if width <= height:
+        return int(short * height / width), short
+    return short, int(short * width / height)
+
+
+def _crop_center(image: np.ndarray, crop_size: tuple[int, int]) -> np.ndarray:
+    """Cut the central (height, width) out of an image, padded with zeros where it is smaller."""
+    missing = [max(crop_size[axis] - image.shape[axis], 0) for axis in (0, 1)]
+    padded = np.pad(image, [(total // 2, total - total // 2) for total in missing] + [(0, 0)])
+    # Python rounds a half to the even neighbour, and so do torchvision's offsets.
+    top, left = (round((padded.shape[axis] - crop_size[axis]) / 2) for axis in (0, 1))
+    return padded[top : top + crop_size[0], left : left + crop_size[1]].copy()

@@ -1,0 +1,291 @@
+"""The small layers of ConvNeXt that Keras lacks, each safe in 16-bit precision.
+
+All of them work on the last axis of channels-last maps (N, H, W, C), or (N, C) after pooling. Weights stay
+in float32 arithmetic under mixed policies (`autocast=False`), statistics are taken in float32, and the result
+has the layer's compute dtype.
+"""
+
+import keras
+from keras import ops
+
+_register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+
+def _float32(x):
+    """`x` in float32, or wider if it already is."""
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+
+
+@_register
+class LayerNormalization(keras.layers.Layer):
+    """Layer normalisation over the channels of each position.
+
+    `y = gamma * (x - mean(x)) / sqrt(var(x) + epsilon) + beta`, mean and biased variance over the last axis.
+    Differs from `keras.layers.LayerNormalization` in two points: epsilon has the value of the official code
+    (Keras: 1e-3), and the mean is subtracted before scaling, which keeps the digits of inputs whose mean is
+    much larger than their spread.
+    Reference: Ba et al. 2016 (arXiv:1607.06450), equation 3; facebookresearch/ConvNeXt models/convnext.py,
+    class LayerNorm.
+
+    Args:
+        epsilon: float, added to the variance. Default 1e-6, the official code's.
+
+    Call arguments:
+        x: (..., C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> float(np.std(LayerNormalization()(np.array([[1.0, 3.0]]))))
+        1.0
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        shape = (input_shape[-1],)
+        self.gamma = self.add_weight(shape=shape, initializer="ones", autocast=False, name="gamma")
+        self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+
+    def call(self, x):
+        x = _float32(x)
+        gamma, beta = _float32(self.gamma), _float32(self.beta)
+        if keras.backend.backend() == "torch":  # one fused kernel, which subtracts first
+            y = ops.layer_normalization(x, gamma, beta, axis=-1, epsilon=self.epsilon)
+        else:
+            x = x - ops.mean(x, axis=-1, keepdims=True)
+            variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+            y = x * ops.rsqrt(variance + self.epsilon) * gamma + beta
+        return ops.cast(y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+
+@_register
+class RMSNormalization(keras.layers.Layer):
+    """Root-mean-square normalisation over the channels of each position, without a bias.
+
+    `y = gamma * x / sqrt(mean(x^2) + epsilon)`.
+    Reference: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4; used by timm's `convnext_atto_rms`.
+
+    Args:
+        epsilon: float, added to the mean square. Default 1e-6, timm's.
+
+    Call arguments:
+        x: (..., C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        self.gamma = self.add_weight(
+            shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
+        )
+
+    def call(self, x):
+        x = _float32(x)
+        mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        y = x * ops.rsqrt(mean_square + self.epsilon) * _float32(self.gamma)
+        return ops.cast(y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+
+@_register
+class SimpleNormalization(keras.layers.Layer):
+    """Scaling by the spread of the channels of each position, without centring and without a bias.
+
+    `y = gamma * x / sqrt(var(x) + epsilon)` with the unbiased variance (divisor C - 1); the mean is not
+    subtracted from `x` itself.
+    Reference: timm 1.0.31 layers/norm.py, class SimpleNorm; used by `convnext_zepto_rms` and its `_ols` twin.
+
+    Args:
+        epsilon: float, added to the variance. Default 1e-6, timm's.
+
+    Call arguments:
+        x: (..., C) with C > 1, any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        self.gamma = self.add_weight(
+            shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
+        )
+
+    def call(self, x):
+        x = _float32(x)
+        centred = x - ops.mean(x, axis=-1, keepdims=True)
+        variance = ops.sum(ops.square(centred), axis=-1, keepdims=True) / (x.shape[-1] - 1)
+        y = x * ops.rsqrt(variance + self.epsilon) * _float32(self.gamma)
+        return ops.cast(y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+
+@_register
+class GlobalResponseNormalization(keras.layers.Layer):
+    """Global response normalisation (GRN), the layer that ConvNeXt V2 adds.
+
+    `g_c = ||x_c||_2` over height and width, `n_c = g_c / (mean_c(g) + 1e-6)`,
+    `y = gamma * (x * n) + beta + x`, each sample by itself. At the start gamma and beta are 0 and the
+    layer is the identity. The norm is summed in float32 (in float16 it overflows at a root mean square of 4.6 on a 56x56 map), and its gradient
+    is 0, not NaN, for a channel that is 0 everywhere.
+    Reference: Woo et al. 2023 (arXiv:2301.00808), section 3.1, equations 1-3 and algorithm 1;
+    facebookresearch/ConvNeXt-V2 models/utils.py, class GRN (no epsilon under the root).
+
+    Args:
+        epsilon: float, added to the mean norm. Default 1e-6, the official code's.
+
+    Call arguments:
+        x: (N, H, W, C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.ones((1, 2, 2, 3), "float32")
+        >>> bool(np.all(keras.ops.convert_to_numpy(GlobalResponseNormalization()(x)) == x))
+        True
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        shape = (input_shape[-1],)
+        self.gamma = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="gamma")
+        self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+
+    def call(self, x):
+        square_sum = ops.sum(ops.square(_float32(x)), axis=(1, 2), keepdims=True)  # (N, 1, 1, C)
+        # sqrt has an infinite slope at 0: both the value and the gradient of that branch are replaced.
+        positive = square_sum > 0
+        norm = ops.where(positive, ops.sqrt(ops.where(positive, square_sum, 1.0)), 0.0)
+        response = norm / (ops.mean(norm, axis=-1, keepdims=True) + self.epsilon)
+        y = _float32(x) * (1.0 + _float32(self.gamma) * response) + _float32(self.beta)
+        return ops.cast(y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+
+@_register
+class LayerScale(keras.layers.Layer):
+    """Multiplies each channel of a residual branch by a learned number.
+
+    `y = gamma * x`. The product is taken in float32: the usual start of 1e-6 has four bits left in float16.
+    Reference: Touvron et al. 2021 (arXiv:2103.17239), equation 4; Liu et al. 2022, appendix A.1.
+
+    Args:
+        init_value: float, start of gamma. Default 1e-6, as in the ConvNeXt paper.
+
+    Call arguments:
+        x: (..., C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+
+    def __init__(self, init_value=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.init_value = init_value
+
+    def build(self, input_shape):
+        self.gamma = self.add_weight(
+            shape=(input_shape[-1],),
+            initializer=keras.initializers.Constant(self.init_value),
+            autocast=False,
+            name="gamma",
+        )
+
+    def call(self, x):
+        return ops.cast(_float32(x) * _float32(self.gamma), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "init_value": self.init_value}
+
+
+@_register
+class StochasticDepth(keras.layers.Layer):
+    """Drops a residual branch for a random part of the samples while training ("drop path").
+
+    Each sample is kept with probability `1 - rate`, independently, and then divided by it, so that the
+    expected value stays the same. Outside training the layer is the identity.
+    Reference: Huang et al. 2016 (arXiv:1603.09382), section 3; timm layers/drop.py, `drop_path`.
+
+    Args:
+        rate: float in [0, 1), probability of dropping a sample's branch.
+        seed: int or None, for the layer's own `keras.random.SeedGenerator`; None draws from the seed that
+            `keras.utils.set_random_seed` sets.
+
+    Call arguments:
+        x: (N, ...), any float dtype.
+        training: bool.
+
+    Returns:
+        Same shape and dtype.
+
+    Raises:
+        ValueError: when `rate` is outside [0, 1).
+    """
+
+    def __init__(self, rate, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= rate < 1:
+            raise ValueError(
+                f"StochasticDepth needs a rate in [0, 1): the share of samples to drop. Received: rate={rate}"
+            )
+        self.rate = rate
+        self.seed = seed
+        if rate > 0:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, x, training=False):
+        if not training or self.rate == 0:
+            return x
+        keep = 1.0 - self.rate
+        shape = (ops.shape(x)[0],) + (1,) * (len(x.shape) - 1)  # one draw a sample
+        draw = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
+        scale = ops.where(draw < keep, 1.0 / keep, 0.0)
+        return x * ops.cast(scale, x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate, "seed": self.seed}

@@ -1,0 +1,550 @@
+"""Weights under other projects' names: detect a layout, rename, reshape, cover every key exactly once.
+
+A state dict is a dict {name: array}. The hub of all conversions is the *canonical* one: the names of the
+official PyTorch code, dense, in PyTorch's shapes (convolutions O, I, H, W; linear layers out, in; vectors
+1-D). A layout is one list of substitutions, canonical name -> its own name (`RULES`), and is both read and
+written with it.
+What the official code lacks has canonical names of the same style: `downsample_layers.0.2` (norm behind an
+overlapping stem), `norm_pre`, `pre_logits`, `norm0` .. `norm3` (per-level norms of a pyramid).
+
+Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895, timm 1.0.31, torchvision
+0.28, transformers 5.23, facebookresearch/dinov3 6876159, open_clip as timm reads it, mmpretrain ee7f2e8.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+
+import numpy as np
+
+from keras_convnext.variants import VARIANTS, Variant
+
+StateDict = dict[str, np.ndarray]
+
+
+class StateDictError(ValueError):
+    """A state dict that does not fit: what is missing, left over or of another shape is listed."""
+
+
+def _double(offset):
+    return lambda match: f"features.{2 * int(match[1]) + offset}.{match[2]}"
+
+
+_BLOCK = r"^stages\.(\d)\.(\d+)\."
+_DOWN = r"^downsample_layers\.([1-9])\.(\d)\."
+
+# canonical name -> name in the layout: substitutions, applied in order
+RULES: dict[str, list] = {
+    "official": [],
+    "timm": [
+        (r"^downsample_layers\.0\.", "stem."),
+        (_DOWN, r"stages.\1.downsample.\2."),
+        (_BLOCK, r"stages.\1.blocks.\2."),
+        (r"dwconv", "conv_dw"),
+        (r"pwconv", "mlp.fc"),
+        (r"grn\.gamma$", "mlp.grn.weight"),
+        (r"grn\.beta$", "mlp.grn.bias"),
+        (r"^head\.", "head.fc."),
+        (r"^pre_logits\.", "head.pre_logits.fc."),
+        (r"^norm\.", "head.norm."),
+    ],
+    "torchvision": [
+        (r"^downsample_layers\.(\d)\.(\d)", _double(0)),
+        (r"^stages\.(\d)\.(\d+)", _double(1)),
+        (r"\.dwconv\.", ".block.0."),
+        (r"\.norm\.", ".block.2."),
+        (r"\.pwconv1\.", ".block.3."),
+        (r"\.pwconv2\.", ".block.5."),
+        (r"\.gamma$", ".layer_scale"),
+        (r"^norm\.", "classifier.0."),
+        (r"^head\.", "classifier.2."),
+    ],
+    "huggingface": [
+        (r"^downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
+        (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."),
+        (_DOWN, r"encoder.stages.\1.downsampling_layer.\2."),
+        (_BLOCK, r"encoder.stages.\1.layers.\2."),
+        (r"grn\.gamma$", "grn.weight"),
+        (r"grn\.beta$", "grn.bias"),
+        (r"\.gamma$", ".layer_scale_parameter"),
+        (r"\.norm\.", ".layernorm."),
+        (r"^norm\.", "layernorm."),
+        (r"^head\.", "classifier."),
+    ],
+    "dinov3_hf": [
+        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample_layers."),
+        (_BLOCK, r"stages.\1.layers.\2."),
+        (r"dwconv", "depthwise_conv"),
+        (r"pwconv", "pointwise_conv"),
+        (r"\.norm\.", ".layer_norm."),
+        (r"^norm\.", "layer_norm."),
+    ],
+    "mmpretrain": [
+        (r"dwconv", "depthwise_conv"),
+        (r"pwconv", "pointwise_conv"),
+        (r"^norm\.", "norm3."),
+        (r"^head\.", "head.fc."),
+    ],
+    "fcmae": [
+        (r"^(downsample_layers\.[1-9]\.0)\.", r"\1.ln."),
+        (r"^(downsample_layers\.[1-9]\.1|stages\.\d\.\d+\.dwconv)\.weight$", r"\1.kernel"),
+        (r"^(stages\.\d\.\d+\.norm)\.", r"\1.ln."),
+        (r"(pwconv[12])\.", r"\1.linear."),
+    ],
+}
+# open_clip wraps a timm trunk; its projection is the classifier, without a bias.
+RULES["open_clip"] = [
+    *RULES["timm"][:-3],
+    (r"^norm\.", "head.norm."),
+]
+
+# A name that only this layout has, looked for in this order; what stands in front of it is the prefix.
+MARKERS = (
+    ("open_clip", "visual.trunk.stem.0.weight"),
+    ("torchvision", "features.0.0.weight"),
+    ("huggingface", "embeddings.patch_embeddings.weight"),
+    ("dinov3_hf", "stages.0.downsample_layers.0.weight"),
+    ("fcmae", "downsample_layers.1.1.kernel"),
+    ("mmpretrain", "stages.0.0.depthwise_conv.weight"),
+    ("timm", "stem.0.weight"),
+    ("official", "downsample_layers.0.0.weight"),
+    ("official", "stem.weight"),
+)
+
+# What published files hold beside the network, by what it is. Names without the layout's prefix.
+UNUSED = {
+    "copies of the final norm (DINOv3, EUPE)": r"norms\.",
+    "distillation projectors (EUPE)": r"projectors\.",
+    "FCMAE mask token and decoder": r"(mask_token$|proj\.|decoder\.|pred\.)",
+    "detection and segmentation heads": r"(neck|rpn_head|roi_head|decode_head|auxiliary_head)\.",
+    "per-level norms of a pyramid": r"(norm[0-3]|hidden_states_norms\..*)\.",
+    "text tower of CLIP": r"(transformer|token_embedding|ln_final|text)\.|"
+    r"(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
+}
+
+STEMS = ("stem.weight", "downsample_layers.0.0.weight")
+WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface")
+
+
+def weight_shapes(
+    variant: Variant,
+    classes: int = 1000,
+    channels: int = 3,
+    pyramid_norms: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Canonical name and PyTorch shape of every weight of an architecture, in the order of the forward pass.
+
+    Args:
+        variant: a row of `variants.VARIANTS`.
+        classes: outputs of the classifier; 0 for none (then without a hidden layer too).
+        channels: of the input image.
+        pyramid_norms: whether the per-level norms `norm0` .. `norm3` replace the final norm.
+
+    Returns:
+        Dict {canonical name: shape}.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def convolution(name, outputs, inputs, side):
+        shapes[f"{name}.weight"] = (outputs, inputs, side, side)
+        shapes[f"{name}.bias"] = (outputs,)
+
+    def linear(name, outputs, inputs):
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        shapes[f"{name}.bias"] = (outputs,)
+
+    def norm(name, size, kind=variant.norm):
+        shapes[f"{name}.weight"] = (size,)
+        if kind == "layer_norm":
+            shapes[f"{name}.bias"] = (size,)
+
+    dims = variant.dims
+    if variant.isotropic:
+        convolution("stem", dims[0], channels, 16)
+    elif variant.stem == "patch":
+        convolution("downsample_layers.0.0", dims[0], channels, 4)
+        norm("downsample_layers.0.1", dims[0])
+    else:
+        middle = variant.stem_dim
+        last = 2 if variant.stem == "overlap_act" else 1
+        convolution("downsample_layers.0.0", middle, channels, 3)
+        convolution(f"downsample_layers.0.{last}", dims[0], middle, 3)
+        norm(f"downsample_layers.0.{last + 1}", dims[0])
+    for stage, (depth, dim) in enumerate(zip(variant.depths, dims, strict=True)):
+        if stage > 0:
+            norm(f"downsample_layers.{stage}.0", dims[stage - 1])
+            convolution(f"downsample_layers.{stage}.1", dim, dims[stage - 1], 2)
+        for index in range(depth):
+            block = f"blocks.{index}" if variant.isotropic else f"stages.{stage}.{index}"
+            convolution(f"{block}.dwconv", dim, 1, variant.kernel_sizes[stage])
+            norm(f"{block}.norm", dim)
+            linear(f"{block}.pwconv1", 4 * dim, dim)
+            if variant.version == 2:
+                shapes[f"{block}.grn.gamma"] = shapes[f"{block}.grn.beta"] = (4 * dim,)
+            linear(f"{block}.pwconv2", dim, 4 * dim)
+            if variant.layer_scale_init_value is not None:
+                shapes[f"{block}.gamma"] = (dim,)
+    if pyramid_norms:
+        for stage, dim in enumerate(dims):
+            norm(f"norm{stage}", dim, "layer_norm")
+    else:
+        norm("norm_pre" if variant.head == "norm_first" else "norm", dims[-1])
+    if classes:
+        if variant.head == "mlp":
+            linear("pre_logits", dims[-1], dims[-1])
+        linear("head", classes, dims[-1])
+    return shapes
+
+
+def rename(name: str, layout: str) -> str:
+    """A canonical name in `layout`, without the layout's prefix.
+
+    Example: `rename("stages.0.1.dwconv.weight", "timm")` is "stages.0.blocks.1.conv_dw.weight".
+    """
+    for pattern, replacement in RULES[layout]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def detect_layout(names) -> tuple[str, str]:
+    """The layout of a state dict, and the prefix in front of its names.
+
+    Args:
+        names: the keys of the state dict.
+
+    Returns:
+        (layout, prefix), for example ("timm", "") or ("official", "backbone.").
+
+    Raises:
+        StateDictError: when no layout fits; the first names are shown.
+    """
+    names = list(names)
+    for layout, marker in MARKERS:
+        for name in names:
+            if name == marker or name.endswith("." + marker):
+                prefix = name[: -len(marker)]
+                if layout == "open_clip":
+                    prefix += "visual.trunk."
+                return layout, prefix
+    shown = ", ".join(names[:8]) or "(no names at all)"
+    raise StateDictError(
+        "Expected the weights of a ConvNeXt in one of the layouts "
+        f"{', '.join(RULES)}. Received {len(names)} names that fit none of them: {shown}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a state dict holds, before it is known which architecture it is.
+
+    Attributes:
+        layout: one of `RULES`.
+        prefix: what stands in front of its names.
+        classes: outputs of its classifier, 0 when it has none.
+        channels: of the images its stem takes.
+        final_norm: whether the norm in front of the classifier is there; FCMAE and detection files lack it.
+        pyramid_norms: whether the per-level norms `norm0` .. `norm3` are there.
+    """
+
+    layout: str
+    prefix: str
+    classes: int
+    channels: int
+    final_norm: bool
+    pyramid_norms: bool
+
+
+def inspect(state: StateDict) -> Contents:
+    """Reads off a state dict what is not fixed by its architecture.
+
+    Raises:
+        StateDictError: when no layout fits.
+    """
+    layout, prefix = detect_layout(state)
+    present = _strip(state, layout, prefix)
+    head = present.get(rename("head.weight", layout))
+    stems = (present.get(rename(name, layout)) for name in STEMS)
+    stem = next((array for array in stems if array is not None and array.ndim == 4), None)
+    return Contents(
+        layout=layout,
+        prefix=prefix,
+        classes=0 if head is None else head.shape[0],
+        channels=3 if stem is None else stem.shape[1],
+        final_norm=any(rename(name, layout) in present for name in ("norm.weight", "norm_pre.weight")),
+        pyramid_norms=all(f"norm{level}.weight" in present for level in range(4)),
+    )
+
+
+def find_variant(state: StateDict) -> Variant:
+    """The architecture whose names and shapes a state dict has.
+
+    Args:
+        state: {name: array} in any known layout.
+
+    Returns:
+        The row of `variants.VARIANTS` that fits; head and input channels may differ from its own.
+
+    Raises:
+        StateDictError: when none fits; the nearest is named with what it lacks.
+    """
+    layout, prefix = detect_layout(state)
+    present = _strip(state, layout, prefix)
+    nearest: tuple[float, str, list[str]] = (-1.0, "", [])
+    for variant in VARIANTS.values():
+        shapes = _body_shapes(variant)
+        wrong = [
+            name
+            for name, shape in shapes.items()
+            if not _fits(present.get(rename(name, layout)), name, shape, layout)
+        ]
+        surplus = _count_blocks(present, layout) - sum(variant.depths)
+        if not wrong and surplus == 0:
+            return variant
+        share = 1 - (len(wrong) + abs(surplus)) / len(shapes)
+        if share > nearest[0]:
+            nearest = (share, variant.name, wrong)
+    share, name, wrong = nearest
+    raise StateDictError(
+        f"No architecture fits this state dict (layout {layout}, {len(state)} names). The nearest is "
+        f"{name!r}, in which {len(wrong)} weights are missing or of another shape, among them: "
+        f"{', '.join(wrong[:5])}"
+    )
+
+
+def read(
+    state: StateDict,
+    shapes: dict[str, tuple[int, ...]],
+    may_lack: tuple[str, ...] = (),
+    may_hold: tuple[str, ...] = (),
+) -> StateDict:
+    """The canonical state dict of a file: every expected weight once, every name of the file accounted for.
+
+    A stem for another number of channels than expected is adapted (`adapt_stem`).
+
+    Args:
+        state: {name: array} as read from the file.
+        shapes: what is expected, from `weight_shapes`.
+        may_lack: prefixes of canonical names that the file need not have.
+        may_hold: prefixes of canonical names that the file may have although they are not expected
+            (the head, when only the body is wanted).
+
+    Returns:
+        {canonical name: array of the expected shape}, views of the file's arrays where possible, in the
+        order of `shapes`, without those that the file was allowed to lack.
+
+    Raises:
+        StateDictError: lists what is missing, what is left over and what has another shape.
+    """
+    layout, prefix = detect_layout(state)
+    present = _strip(state, layout, prefix)
+    result: StateDict = {}
+    missing, mis_shaped = [], []
+    for name, shape in shapes.items():
+        key = rename(name, layout)
+        array = present.pop(key, None)
+        if array is None:
+            if not name.startswith(may_lack):
+                missing.append(f"{prefix}{key} {shape}")
+            continue
+        if name in STEMS and array.ndim == 4 and array.shape[1] != shape[1]:
+            array = adapt_stem(array, shape[1])
+        canonical = _to_canonical(array, name, shape, layout)
+        if canonical is None:
+            mis_shaped.append(f"{prefix}{key}: expected {shape}, received {array.shape}")
+        else:
+            result[name] = canonical
+    allowed = tuple(rename(name + ".", layout) for name in may_hold)
+    left_over = [
+        name
+        for name in present
+        if not (allowed and name.startswith(allowed))
+        and not any(re.match(pattern, name) for pattern in UNUSED.values())
+    ]
+    if missing or left_over or mis_shaped:
+        parts = [f"The state dict (layout {layout}) does not fit the model."]
+        for title, rows in (
+            ("Missing", missing),
+            ("Left over", left_over),
+            ("Of another shape", mis_shaped),
+        ):
+            if rows:
+                more = f", and {len(rows) - 10} more" if len(rows) > 10 else ""
+                parts.append(f"{title} ({len(rows)}): {', '.join(rows[:10])}{more}.")
+        parts.append(_hint(state))
+        raise StateDictError(" ".join(part for part in parts if part))
+    return result
+
+
+def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
+    """A canonical state dict under the names and in the shapes of another project.
+
+    Args:
+        canonical: {canonical name: array}, as `read` or `models.state_dict` return it.
+        variant: the architecture, a row of `variants.VARIANTS`.
+        layout: "official", "timm", "torchvision" or "huggingface".
+
+    Returns:
+        {name: array}, which that project loads with `strict=True`. Hugging Face computes its last norm with
+        `config.layer_norm_eps`, which must be set to 1e-6 there (its default is 1e-12).
+
+    Raises:
+        ValueError: when that project cannot express the architecture; the message says why.
+    """
+    _check_writable(variant, layout)
+    family = "convnextv2." if variant.version == 2 else "convnext."
+    result = {}
+    for name, array in canonical.items():
+        key = rename(name, layout)
+        if layout == "huggingface" and not name.startswith("head."):
+            key = family + key
+        if layout == "timm" and variant.pointwise_as_conv and re.search(r"pwconv\d\.weight$", name):
+            array = array[:, :, None, None]
+        elif layout == "torchvision" and name.endswith(".gamma"):
+            array = array[:, None, None]
+        elif layout in ("official", "huggingface") and ".grn." in name:
+            array = array[None, None, None]
+        result[key] = array
+    return result
+
+
+def adapt_stem(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """A stem kernel for images with another number of channels.
+
+    One channel: the sum over R, G and B. Others: R, G, B repeated in turn, scaled by 3 / channels, so that
+    the response to an image whose channels are all alike stays the same.
+    Reference: timm 1.0.31 models/_manipulate.py, `adapt_input_conv`.
+
+    Args:
+        kernel: (O, 3, H, W).
+        channels: int, at least 1.
+
+    Returns:
+        (O, channels, H, W), same dtype.
+
+    Raises:
+        ValueError: when the kernel is not for 3 channels.
+    """
+    if kernel.shape[1] == channels:
+        return kernel
+    if kernel.shape[1] != 3:
+        raise ValueError(
+            f"Can adapt a stem for 3 channels to {channels}. Received one for {kernel.shape[1]} channels, "
+            f"of shape {kernel.shape}: build the model with input_shape=(H, W, {kernel.shape[1]})."
+        )
+    values = kernel.astype("float32")
+    if channels == 1:
+        return values.sum(axis=1, keepdims=True).astype(kernel.dtype)
+    repeated = np.tile(values, (1, math.ceil(channels / 3), 1, 1))[:, :channels]
+    return (repeated * (3 / channels)).astype(kernel.dtype)
+
+
+def _strip(state: StateDict, layout: str, prefix: str) -> StateDict:
+    """The state dict without the layout's prefix; heads of CLIP get the names of timm's."""
+    present = {name.removeprefix(prefix): array for name, array in state.items()}
+    if layout == "open_clip":
+        for source, target in (
+            ("visual.head.proj.weight", "head.weight"),
+            ("visual.head.mlp.fc1.weight", "pre_logits.weight"),
+            ("visual.head.mlp.fc1.bias", "pre_logits.bias"),
+            ("visual.head.mlp.fc2.weight", "head.weight"),
+        ):
+            if source in present:
+                present[target] = present.pop(source)
+        if "head.weight" in present:
+            weight = present["head.weight"]
+            present["head.bias"] = np.zeros(weight.shape[0], weight.dtype)
+    return present
+
+
+def _body_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that tell architectures apart: all but heads, norms at the end and input channels."""
+    shapes = weight_shapes(variant, classes=0)
+    if variant.head != "norm_first":
+        shapes.pop("norm.weight")
+        shapes.pop("norm.bias", None)
+    if variant.head == "mlp":
+        shapes["pre_logits.weight"] = (variant.dims[-1], variant.dims[-1])
+    first = next(name for name in STEMS if name in shapes)
+    shapes[first] = (shapes[first][0], -1, *shapes[first][2:])
+    return shapes
+
+
+def _count_blocks(present: StateDict, layout: str) -> int:
+    marks = {"torchvision": r"\.block\.0\.bias$", "timm": r"\.conv_dw\.bias$"}
+    pattern = marks.get(layout, r"(dwconv|depthwise_conv|conv_dw)\.bias$")
+    return sum(bool(re.search(pattern, name)) for name in present)
+
+
+def _fits(array, name, shape, layout) -> bool:
+    if array is None:
+        return False
+    if -1 in shape:
+        shape = tuple(
+            actual if wanted == -1 else wanted for actual, wanted in zip(array.shape, shape, strict=False)
+        )
+    return _to_canonical(array, name, shape, layout) is not None
+
+
+def _to_canonical(array, name, shape, layout):
+    """`array` in the canonical shape, or None when it does not fit."""
+    if layout == "fcmae" and rename(name, layout).endswith(".kernel"):
+        return _dense_kernel(array, shape)
+    if array.shape == shape:
+        return array
+    if [size for size in array.shape if size != 1] == [size for size in shape if size != 1]:
+        return array.reshape(shape)
+    return None
+
+
+def _dense_kernel(array, shape):
+    """A kernel of the sparse code, [taps, in, out] or [taps, C], as a dense one of `shape` (O, I, H, W).
+
+    The sparse engine counts its taps column by column, hence the swap of height and width.
+    Reference: ConvNeXt-V2 utils.py, `remap_checkpoint_keys`.
+    """
+    outputs, inputs, height, width = shape
+    if array.shape == (height * width, outputs) and inputs == 1:
+        return array.reshape(width, height, outputs).transpose(2, 1, 0)[:, None]
+    if array.shape == (height * width, inputs, outputs):
+        return array.reshape(width, height, inputs, outputs).transpose(3, 2, 1, 0)
+    return None
+
+
+def _hint(state: StateDict) -> str:
+    try:
+        variant = find_variant(state)
+    except StateDictError:
+        return ""
+    return f"The names and shapes are those of {variant.name!r}."
+
+
+def _check_writable(variant: Variant, layout: str):
+    if layout not in WRITABLE_LAYOUTS:
+        near = difflib.get_close_matches(str(layout), WRITABLE_LAYOUTS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown layout to write: {layout!r}.{hint} Known: {', '.join(WRITABLE_LAYOUTS)}")
+    reason = None
+    if layout == "timm":
+        if variant.isotropic:
+            reason = "timm has no isotropic ConvNeXt"
+    elif variant.isotropic and layout != "official":
+        reason = f"{layout} has no isotropic ConvNeXt"
+    elif variant.stem not in ("patch", "isotropic"):
+        reason = f"it has the stem {variant.stem!r}"
+    elif variant.norm != "layer_norm":
+        reason = f"it has the norm {variant.norm!r}"
+    elif variant.head != "norm_last":
+        reason = f"it has the head {variant.head!r}"
+    elif variant.epsilon != 1e-6 or variant.activation != "gelu" or set(variant.kernel_sizes) != {7}:
+        reason = (
+            f"it has epsilon {variant.epsilon:g}, activation {variant.activation!r} and kernels "
+            f"{variant.kernel_sizes}, and that code has 1e-6, 'gelu' and 7 built in"
+        )
+    elif layout == "torchvision" and variant.version == 2:
+        reason = "torchvision has no ConvNeXt V2"
+    if reason:
+        raise ValueError(
+            f"{variant.name!r} cannot be written in the layout {layout!r}: {reason}. "
+            f"Layouts: {', '.join(WRITABLE_LAYOUTS)}"
+        )

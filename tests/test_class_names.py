@@ -1,0 +1,110 @@
+"""The class names, compared with timm's own lists."""
+
+import contextlib
+import gzip
+import inspect
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+
+from keras_convnext.data.class_names import class_names, synset_ids
+
+pytestmark = pytest.mark.once
+
+SUBSETS = {1000: "imagenet-1k", 11821: "imagenet-12k", 21841: "imagenet-22k"}
+
+
+_libraries = []  # an operator lives as long as the library that defined it
+
+
+@pytest.fixture(scope="module")
+def timm_data():
+    """timm.data. torchvision's Python part needs the names of two operators of its binary part."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    _libraries.append(library)
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # already there
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm.data
+
+    return timm.data
+
+
+@pytest.mark.parametrize("classes", SUBSETS)
+def test_names_and_ids_equal_those_of_timm(classes, timm_data):
+    info = timm_data.ImageNetInfo(SUBSETS[classes])
+    assert synset_ids(classes) == info.label_names()
+    assert class_names(classes) == info.label_descriptions()
+    assert len(class_names(classes)) == len(set(synset_ids(classes))) == classes
+
+
+def test_well_known_classes_have_their_well_known_index():
+    names = class_names(1000)
+    assert names[0] == "tench, Tinca tinca"
+    assert names[281] == "tabby, tabby cat"
+    assert names[999] == "toilet tissue, toilet paper, bathroom tissue"
+    assert synset_ids(1000)[0] == "n01440764"
+    assert synset_ids(1000)[281] == "n02123045"
+    assert synset_ids(1000)[999] == "n15075141"
+    assert class_names(21841)[0] == "organism, being"
+    assert synset_ids(21841)[0] == "n00004475"
+
+
+def test_every_class_order_is_the_order_of_the_ids():
+    for classes in SUBSETS:
+        assert synset_ids(classes) == sorted(synset_ids(classes))
+
+
+def test_22k_holds_all_of_12k_and_all_of_1k_but_one():
+    known = set(synset_ids(21841))
+    assert set(synset_ids(11821)) <= known
+    assert set(synset_ids(1000)) - known == {"n04399382"}  # teddy bear, not in the 2011 release
+
+
+@pytest.mark.parametrize("function", [class_names, synset_ids])
+def test_unknown_number_of_classes_is_refused_with_the_known_ones(function):
+    message = (
+        r"No class names for 1001 classes\. Known: 1000 \(ImageNet-1k\), "
+        r"11821 \(ImageNet-12k\), 21841 \(ImageNet-22k\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        function(1001)
+
+
+def test_returned_list_belongs_to_the_caller():
+    class_names(1000).clear()
+    assert len(class_names(1000)) == 1000
+
+
+def test_file_is_small_and_its_header_has_no_time_or_name():
+    data = (resources.files("keras_convnext.data") / "imagenet_names.txt.gz").read_bytes()
+    assert len(data) < 400_000
+    assert data[3:8] == bytes(5)  # no flags (so no file name), modification time 0
+    assert len(gzip.decompress(data).decode("utf-8").splitlines()) == 21842
+
+
+def test_notice_names_wordnet_and_timm():
+    notice = (resources.files("keras_convnext.data") / "NOTICE.txt").read_text(encoding="utf-8")
+    assert "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved." in notice
+    assert "timm 1.0.31" in notice and "Apache-2.0" in notice
+
+
+def test_module_needs_the_standard_library_only():
+    source = inspect.getsource(sys.modules["keras_convnext.data.class_names"])
+    imports = [
+        line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))
+    ]
+    assert set(imports) <= sys.stdlib_module_names
+
+
+def test_importing_the_module_reads_no_file():
+    code = (
+        "import keras_convnext.data.class_names as c; "
+        "assert c._synsets.cache_info().currsize == 0; print('lazy')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "lazy" in result.stdout
