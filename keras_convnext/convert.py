@@ -65,7 +65,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     if not target.parent.is_dir():
         raise FileNotFoundError(f"No such folder for the target: {target.parent}")
     state = read_state_dict(source)
-    variant = state_dicts.find_variant(state)
+    with models.naming(source):
+        variant = state_dicts.find_variant(state)
     if architecture is not None and architecture != variant.name:
         if architecture not in VARIANTS:
             raise ValueError(models.unknown("architecture", architecture, VARIANTS))

@@ -155,8 +155,8 @@ class GlobalResponseNormalization(keras.layers.Layer):
 
     `g_c = ||x_c||_2` over height and width, `n_c = g_c / (mean_c(g) + 1e-6)`,
     `y = gamma * (x * n) + beta + x`, each sample by itself. At the start gamma and beta are 0 and the
-    layer is the identity. The norm is summed in float32 (in float16 it overflows at a root mean square of 4.6 on a 56x56 map), and its gradient
-    is 0, not NaN, for a channel that is 0 everywhere.
+    layer is the identity. The norm is summed in float32 (in float16 it overflows at a root mean square of 4.6
+    on a 56x56 map), and its gradient is 0, not NaN, for a channel that is 0 everywhere.
     Reference: Woo et al. 2023 (arXiv:2301.00808), section 3.1, equations 1-3 and algorithm 1;
     facebookresearch/ConvNeXt-V2 models/utils.py, class GRN (no epsilon under the root).
 

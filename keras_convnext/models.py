@@ -4,6 +4,7 @@ From a call to a model: check the arguments, find the weight file, lay out the l
 anything, read the file, give every weight its value.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -203,7 +204,7 @@ def _build(
         keras_files.load_weights(model, path)
         return model
 
-    if path.suffix == ".h5":
+    if path.suffix in (".h5", ".keras"):
         state = keras_files.read_keras_applications(path)
     else:
         state = torch_files.read_state_dict(path)
@@ -519,7 +520,7 @@ def model_of(variant, canonical):
 
 def _read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):
     """The canonical weights of a file that a model wants, without the others."""
-    contents = state_dicts.inspect(state)
+    contents = _inspect(state, path)
     if include_top and not new_head and contents.classes != classes:
         if contents.classes == 0:
             raise ValueError(
@@ -544,11 +545,23 @@ def _read_for_model(state, variant, path, include_top, classes, channels, pyrami
     return _read(state, shapes, path, may_lack, may_hold)
 
 
-def _read(state, shapes, path, may_lack, may_hold):
+@contextlib.contextmanager
+def naming(path):
+    """Puts the file in front of what is said about its contents."""
     try:
-        values = state_dicts.read(state, shapes, may_lack, may_hold)
+        yield
     except ValueError as error:
         raise type(error)(f"{path}: {error}") from None
+
+
+def _inspect(state, path):
+    with naming(path):
+        return state_dicts.inspect(state)
+
+
+def _read(state, shapes, path, may_lack, may_hold):
+    with naming(path):
+        values = state_dicts.read(state, shapes, may_lack, may_hold)
     lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
     if lacking:
         _logger.info("%s has no %s; it starts fresh.", path, ", ".join(lacking))

@@ -299,6 +299,7 @@ def find_variant(state: StateDict) -> Variant:
             if not _fits(present.get(rename(name, layout)), name, shape, layout)
         ]
         surplus = _count_blocks(present, layout) - sum(variant.depths)
+        surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
             return variant
         share = 1 - (len(wrong) + abs(surplus)) / len(shapes)

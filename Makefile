@@ -1,0 +1,50 @@
+# make demo    set everything up, train on handwritten digits (or DATA=folder), look at out/demo
+# make test    set everything up, check style and types, run the tests on TensorFlow, JAX and PyTorch
+# make help    the others
+
+.DEFAULT_GOAL := help
+PYTEST := .venv/bin/python -m pytest
+
+.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-slow bench clean
+
+help:
+	@echo "make demo [DATA=folder]  train a small ConvNeXt, save, reload, classify, draw (KERAS_BACKEND=... chooses)"
+	@echo "make test                style, types, tests on TensorFlow, JAX and PyTorch"
+	@echo "make test-torch          the tests on one backend (also test-tensorflow, test-jax)"
+	@echo "make test-slow           full-size and wide models on all backends (half an hour)"
+	@echo "make lint                style and types only; what pre-commit runs"
+	@echo "make bench               loading a weight file, against timm"
+	@echo "make clean               remove .venv and what the commands wrote"
+
+setup:
+	@.ci/setup
+
+demo: setup
+	@.venv/bin/python demo/train_and_look.py $(if $(DATA),--data "$(DATA)")
+
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+# "once" tests need no backend and run beside PyTorch, whose process is the lightest.
+test-tensorflow: setup
+	KERAS_BACKEND=tensorflow $(PYTEST) -m "not slow and not once"
+
+test-jax: setup
+	KERAS_BACKEND=jax $(PYTEST) -m "not slow and not once"
+
+test-torch: setup
+	KERAS_BACKEND=torch $(PYTEST) -m "not slow"
+
+test: lint
+	@.ci/test-backends
+
+test-slow: setup
+	for backend in torch tensorflow jax; do KERAS_BACKEND=$$backend $(PYTEST) -m slow -s || exit 1; done
+
+bench: setup
+	.venv/bin/python benchmarks/loading.py
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,82 @@
+"""`import keras_convnext` is light, and imports inside the package point one way."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "keras_convnext"
+
+# module -> modules of this package that it may import (docs: CONTRIBUTING.md, "Where things are")
+ALLOWED = {
+    "variants": set(),
+    "layers": set(),
+    "depthwise": set(),
+    "torch_files": set(),
+    "downloads": set(),
+    "checkpoints": set(),
+    "convnext": {"layers", "depthwise"},
+    "state_dicts": {"variants"},
+    "keras_files": {"torch_files"},
+    "models": {
+        "checkpoints", "convnext", "downloads", "keras_files", "state_dicts", "torch_files", "variants",
+    },
+    "convert": {"keras_files", "models", "state_dicts", "torch_files", "variants"},
+    "data.preprocess": set(),
+    "data.class_names": set(),
+}  # fmt: skip
+KERAS_FREE = {"variants", "torch_files", "downloads", "checkpoints", "state_dicts", "data.preprocess",
+              "data.class_names"}  # fmt: skip
+
+
+def imported(module):
+    """(modules of this package, top-level packages) that a module imports when it is imported."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    ours, others = set(), set()
+    for node in tree.body:  # not inside functions
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if source == "keras_convnext":
+                ours |= {alias.name for alias in node.names}
+            elif source.startswith("keras_convnext."):
+                ours.add(source.removeprefix("keras_convnext."))
+            else:
+                others.add(source.split(".")[0])
+    return ours, others
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_point_one_way(module):
+    ours, others = imported(module)
+    assert ours <= ALLOWED[module]
+    assert not others & {"tensorflow", "jax", "torch", "huggingface_hub", "timm", "transformers"}
+    if module in KERAS_FREE:
+        assert "keras" not in others
+
+
+@pytest.mark.once
+def test_every_module_is_in_the_table_and_nothing_imports_the_command_line():
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    modules -= {"__init__", "__main__", "data.__init__", "cli"}
+    assert modules == set(ALLOWED)
+    for module in modules:
+        assert "cli" not in imported(module)[0]
+
+
+def test_import_loads_no_second_framework():
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    others = {"tensorflow", "jax", "torch", "huggingface_hub", "tensorflow_datasets", "timm"} - {backend}
+    code = f"import keras_convnext, sys; print(sorted({others!r} & set(sys.modules)))"
+    command = [sys.executable, "-c", f"import keras; {code}"]
+    added = (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    )
+    code = f"import keras, sys; print(sorted({others!r} & set(sys.modules)))"
+    keras_alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert added == keras_alone.stdout.strip().splitlines()[-1]
