@@ -598,7 +598,10 @@ def _set_initial_values(model, values):
 def _cast(array, shape, dtype):
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"Expected an array of shape {shape}. Received {array.shape}.")
-    return np.ascontiguousarray(array, dtype=_numpy_dtype(dtype))
+    # Always a copy: a backend may keep the array itself, which must not hang on the file.
+    value = np.array(array, dtype=_numpy_dtype(dtype), order="C", copy=True)
+    torch_files.release_pages(array)
+    return value
 
 
 def _numpy_dtype(dtype):

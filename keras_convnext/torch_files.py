@@ -312,6 +312,21 @@ def write_torch(
         _write_member(file, archive, "archive/version", b"3\n")
 
 
+def release_pages(array: np.ndarray) -> None:
+    """Lets the system drop the memory of the file that an array is a view of, once its values are copied.
+
+    Pages that are needed again are read again. Keeps the memory of loading a model near that of the model
+    itself. Does nothing for arrays that are not memory-mapped, or where the system cannot do it.
+    """
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
 def _damaged(path: Path, fact: str, remedy: str = _AGAIN) -> FileFormatError:
     return FileFormatError(f"Cannot read '{path}': {fact}. {remedy}")
 

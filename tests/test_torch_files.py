@@ -8,11 +8,13 @@ import mmap
 import os
 import pickle
 import pickletools
+import resource
 import struct
 import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -1041,3 +1043,21 @@ def test_reserved_name_and_wrong_metadata_are_refused(tmp_path):
     with pytest.raises(ValueError, match="complex128"):
         write_safetensors(tmp_path / "a", {"a": np.ones(1, "complex128")})
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system cannot release pages")
+def test_released_pages_leave_memory_and_are_read_again(tmp_path):
+    def resident_megabytes():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    path = tmp_path / "large.safetensors"
+    values = np.arange(16 * 2**20, dtype="float32")  # 64 MB
+    torch_files.write_safetensors(path, {"x": values})
+    array = torch_files.read_state_dict(path)["x"]
+    total = float(array.sum(dtype="float64"))
+    before = resident_megabytes()
+    torch_files.release_pages(array.reshape(2, -1).T)
+    assert resident_megabytes() < before - 32
+    assert float(array.sum(dtype="float64")) == total
+    torch_files.release_pages(values)  # not memory-mapped: nothing happens

@@ -1,0 +1,8 @@
+"""`python -m keras_convnext`, the same as the command `keras-convnext`."""
+
+import sys
+
+from keras_convnext.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

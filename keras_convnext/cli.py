@@ -1,0 +1,727 @@
+"""The command `keras-convnext`: parses its arguments, calls one function, prints what that returns.
+
+Exit codes: 0; 1 when some images could not be read; 2 when nothing could be done, with a line that says why;
+70 for a bug in here; 130 after Ctrl-C; 141 when the reader of a pipe has gone.
+
+Keras and its backend are imported by the commands that need a model, so that the others answer at once.
+"""
+
+import argparse
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_convnext import __version__, checkpoints, downloads, state_dicts, torch_files
+from keras_convnext.checkpoints import Checkpoint
+from keras_convnext.data import class_names, preprocess
+from keras_convnext.variants import VARIANTS, Variant
+
+DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".keras")
+IMAGENET_CLASSES = (1000, 11821, 21841)  # the numbers of classes whose names are known
+PROGRESS_FROM_IMAGES = 20
+LICENCE_WIDTH = 15  # of the table; one identifier is longer than all others and is cut
+
+_EPILOG = {
+    "list": """examples:
+  keras-convnext list
+  keras-convnext list "convnextv2_*" --classes 1000 --image-size 384
+  keras-convnext list convnext_tiny --commercial --downloadable
+  keras-convnext list --architectures""",
+    "info": """examples:
+  keras-convnext info convnext_tiny
+  keras-convnext info convnext_tiny.fb_in22k_ft_in1k_384
+  keras-convnext info my_weights.safetensors --json""",
+    "predict": """examples:
+  keras-convnext predict cat.jpg
+  keras-convnext predict photographs/ --model convnext_tiny.fb_in22k_ft_in1k_384 --top 3 --json
+  keras-convnext predict cat.jpg --weights convnext_tiny_in1k.safetensors
+  keras-convnext predict leaf.jpg --weights my_leaves.keras --labels leaves.txt
+
+Without --model, a file given by --weights says itself which architecture it is, and the images are resized as
+for that architecture's ImageNet weights. A .keras file brings its own image size; it must take pixels in
+0..255. The names of the classes are looked for in FILE.labels.txt when there is no --labels.""",
+    "convert": """examples:
+  keras-convnext convert convnext_tiny_1k_224_ema.pth tiny.safetensors --layout timm
+  keras-convnext convert convnext_tiny.fb_in1k tiny.pth
+  keras-convnext convert tiny.safetensors tiny.keras""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: words of the command line without the program; default those of this process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: by argparse, after --help, --version (0) and wrong usage (2).
+
+    Example:
+        >>> main(["list", "test_convnext2"])
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by TensorFlow when it is imported
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+    try:
+        options = _parser().parse_args(words or ["--help"])
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        _complain(f"error: {_message(error)}")
+        return 2
+    except Exception as error:
+        _complain(
+            f"internal error: {type(error).__name__}: {error} (set KERAS_CONVNEXT_DEBUG=1 for the traceback)"
+        )
+        return 70
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """Prints the table of weight files, or of architectures, that meet the given conditions."""
+    tags = checkpoints.list_weights(
+        options.architecture,
+        classes=options.classes,
+        image_size=options.image_size,
+        licence=options.licence,
+        commercial_use=True if options.commercial else None,
+        downloadable=True if options.downloadable else None,
+    )
+    rows = [checkpoints.CHECKPOINTS[tag] for tag in tags]
+    if options.architectures:
+        present = {row.architecture for row in rows}
+        variants = [variant for variant in VARIANTS.values() if variant.name in present]
+        if options.json:
+            _print_json([_variant_facts(variant) for variant in variants])
+            return 0
+        _print_table(
+            ("architecture", "paper", "depths", "dims", "parameters", "files"),
+            "<<<<>>",
+            [
+                (
+                    variant.name,
+                    _paper(variant),
+                    _joined(variant.depths),
+                    _joined(variant.dims),
+                    f"{variant.parameters:,}",
+                    sum(row.architecture == variant.name for row in rows),
+                )
+                for variant in variants
+            ],
+        )
+        _print_footer(f"{len(variants)} of {len(VARIANTS)} architectures", "NAME")
+        return 0
+    if options.json:
+        _print_json([_checkpoint_facts(row) for row in rows])
+        return 0
+    _print_table(
+        ("tag", "classes", "size @ crop", "top-1", "licence", "layout"),
+        "<><><<",
+        [
+            (
+                row.tag,
+                row.classes or "-",
+                f"{row.image_size} @ {row.crop:.3g}",
+                "-" if row.top1 is None else f"{row.top1:.2f}",
+                _shortened(row.licence, LICENCE_WIDTH),
+                row.layout,
+            )
+            for row in rows
+        ],
+    )
+    _print_footer(f"{len(rows)} of {len(checkpoints.CHECKPOINTS)} weight files", "TAG")
+    return 0
+
+
+def info_command(options: argparse.Namespace) -> int:
+    """Prints all that the tables say of an architecture or a tag, or what a weight file holds."""
+    name = options.name
+    if name in VARIANTS:
+        variant = VARIANTS[name]
+        facts, lines = _variant_facts(variant), _variant_lines(variant)
+    elif _names_file(name):
+        facts = _file_facts(pathlib.Path(name))
+        lines = _file_lines(facts)
+    else:
+        row = _find_row(name)
+        local = _local_file(row)
+        facts = {**_checkpoint_facts(row), "local_file": None if local is None else str(local)}
+        lines = _checkpoint_lines(row, local)
+        name = row.tag
+    if options.json:
+        _print_json(facts)
+        return 0
+    print(name)
+    width = max(len(title) for title, _ in lines)
+    for title, text in lines:
+        print(f"  {title:<{width}}  {text}")
+    return 0
+
+
+def predict_command(options: argparse.Namespace) -> int:
+    """Classifies images; those that cannot be read are reported and left out."""
+    errors: list[str] = []
+    paths = _image_paths(options.images, errors)
+    classifier = None
+    results: list[dict] = []
+    shows_progress = (
+        len(paths) > PROGRESS_FROM_IMAGES
+        and sys.stderr.isatty()
+        and (options.json or not sys.stdout.isatty())  # else the results themselves are the progress
+    )
+    for files, images in _read_batches(paths, options.batch_size, errors):
+        if classifier is None:  # not before one image could be read: it may be a large download
+            classifier = _load_classifier(options)
+        probabilities = classifier(images)
+        for file, values in zip(files, probabilities, strict=True):
+            predictions = classifier.best(values, options.top)
+            results.append({"file": str(file), "predictions": predictions})
+            if not options.json:
+                _print_predictions(file, predictions)
+        sys.stdout.flush()
+        if shows_progress:
+            print(f"{len(results)} of {len(paths)} images", end="\r", file=sys.stderr, flush=True)
+    if shows_progress:
+        print(file=sys.stderr)
+    if options.json and results:
+        _print_json(results)
+    if not errors:
+        return 0
+    return 1 if results else 2
+
+
+def convert_command(options: argparse.Namespace) -> int:
+    """Writes a weight file in the layout and format of another project."""
+    target = pathlib.Path(options.target)
+    if target.exists() and not options.force:
+        raise FileExistsError(f"{target} is there already. Pass --force to replace it.")
+    from keras_convnext import models
+    from keras_convnext.convert import KERAS_SUFFIXES, convert
+
+    row = None if _names_file(options.source) else _find_row(options.source)
+    source = pathlib.Path(options.source) if row is None else models._find_file(row)
+    architecture = options.architecture or (None if row is None else row.architecture)
+    if row is not None and row.classes and target.suffix == ".keras" and architecture == row.architecture:
+        models.load(row.tag).save(target)  # the tag knows the normaliser, which the file does not
+    else:
+        convert(source, target, options.layout, architecture)
+    found = _file_facts(source)
+    written = "Keras" if target.name.endswith(KERAS_SUFFIXES) else options.layout
+    print(
+        f"{source}: {found['architecture']}, layout {found['layout']}, {_classes_text(found['classes'])}, "
+        f"{found['parameters']:,} parameters -> {target}: {written}, {_size_text(target)}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keras-convnext",
+        description="ConvNeXt V1, V2 and isotropic in Keras: which weights there are, what they see in an\n"
+        "image, and how they get to other projects.",
+        epilog="examples:\n  keras-convnext list convnext_tiny\n  keras-convnext predict cat.jpg\n\n"
+        "KERAS_BACKEND chooses tensorflow, jax or torch; KERAS_CONVNEXT_WEIGHTS_DIR names folders with\n"
+        "files placed by hand; KERAS_CONVNEXT_OFFLINE=1 forbids downloads.\n"
+        "`keras-convnext COMMAND --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"keras-convnext {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, run, summary):
+        added = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=_EPILOG[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    listing = command("list", list_command, "list the published weight files, or the architectures")
+    listing.add_argument(
+        "architecture", nargs="?", metavar="ARCHITECTURE", help='name, or a pattern such as "convnextv2_*"'
+    )
+    listing.add_argument("--classes", type=int, metavar="N", help="width of the classifier, 0 for none")
+    listing.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
+    listing.add_argument("--licence", metavar="ID", help="licence identifier, such as apache-2.0")
+    listing.add_argument("--commercial", action="store_true", help="only licences that allow commercial use")
+    listing.add_argument("--downloadable", action="store_true", help="only files with a known address")
+    listing.add_argument(
+        "--architectures", action="store_true", help="the architectures of these files instead"
+    )
+
+    info = command("info", info_command, "describe an architecture, a published tag or a weight file")
+    info.add_argument("name", metavar="NAME|FILE", help="architecture, tag, or path of a weight file")
+
+    predict = command("predict", predict_command, "classify images")
+    predict.add_argument(
+        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched for images"
+    )
+    predict.add_argument(
+        "--model",
+        metavar="TAG",
+        help=f"tag or architecture, default {checkpoints.IMAGENET['convnext_tiny']} or what --weights holds",
+    )
+    predict.add_argument("--weights", metavar="FILE", help="weight file, or a .keras model, to use instead")
+    predict.add_argument("--top", type=_positive, default=5, metavar="N", help="classes an image, default 5")
+    predict.add_argument("--image-size", type=_positive, metavar="N", help="pixels, default the weights' own")
+    predict.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images, default 8")
+    predict.add_argument("--labels", metavar="FILE", help="text file with the name of a class in each line")
+
+    conversion = command("convert", convert_command, "convert a weight file for another project")
+    conversion.add_argument("source", metavar="SOURCE", help="weight file, or a tag to download")
+    conversion.add_argument(
+        "target", metavar="TARGET", help=".safetensors, .pth, .pt, .bin, .keras or .weights.h5"
+    )
+    conversion.add_argument(
+        "--layout",
+        default="official",
+        metavar="NAME",
+        help=f"names and shapes to write: {', '.join(state_dicts.WRITABLE_LAYOUTS)}; default official",
+    )
+    conversion.add_argument("--architecture", metavar="NAME", help="refuse a source of another architecture")
+    conversion.add_argument("--force", action="store_true", help="replace an existing TARGET")
+
+    for printing in (listing, info, predict):
+        printing.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
+    return int(text)
+
+
+def _names_file(name: str) -> bool:
+    return name.endswith(FILE_SUFFIXES) or os.sep in name or pathlib.Path(name).exists()
+
+
+def _find_row(name: str) -> Checkpoint:
+    if "." not in name and name not in checkpoints.ALIASES:
+        checkpoints.list_weights(name)  # an unknown architecture is an error that lists near ones
+    return checkpoints.find_checkpoint(name)
+
+
+# Facts, for --json, and lines, for a person.
+
+
+def _variant_facts(variant: Variant) -> dict:
+    return {
+        **dataclasses.asdict(variant),
+        "imagenet": checkpoints.IMAGENET[variant.name],
+        "weights": checkpoints.list_weights(variant.name),
+    }
+
+
+def _variant_lines(variant: Variant) -> list[tuple[str, object]]:
+    tags = checkpoints.list_weights(variant.name)
+    lines: list[tuple[str, object]] = [
+        ("paper", _reference(variant)),
+        ("parameters", f"{variant.parameters:,} at 1000 classes"),
+        ("depths", _joined(variant.depths)),
+        ("dims", _joined(variant.dims)),
+        ("kernel sizes", _joined(variant.kernel_sizes)),
+        ("stem", variant.stem),
+        ("norm", f"{variant.norm}, epsilon {variant.epsilon:g}"),
+        ("activation", variant.activation),
+        ("head", variant.head),
+        ('"imagenet" is', checkpoints.IMAGENET[variant.name] or "nothing: no ImageNet file was published"),
+    ]
+    lines += [("weight files" if number == 0 else "", tag) for number, tag in enumerate(tags)]
+    return lines
+
+
+def _checkpoint_facts(row: Checkpoint) -> dict:
+    return {
+        **dataclasses.asdict(row),
+        "parameters": _parameters(row),
+        "commercial_use": row.commercial_use,
+        "downloadable": row.downloadable,
+    }
+
+
+def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple[str, object]]:
+    variant = VARIANTS[row.architecture]
+    lines: list[tuple[str, object]] = [
+        ("architecture", f"{row.architecture}, {_reference(variant)}"),
+        ("parameters", f"{_parameters(row):,}"),
+        ("depths", _joined(variant.depths)),
+        ("dims", _joined(variant.dims)),
+        ("classes", _outputs_text(row)),
+        ("trained on", row.dataset),
+        ("licence", row.licence if row.commercial_use else f"{row.licence}: NOT for commercial use"),
+        ("image size", f"{row.image_size}, crop {row.crop:.4g}"),
+        ("resize", _resize_text(row)),
+        ("mean", f"{_joined(row.mean)} of pixels in 0..1"),
+        ("std", _joined(row.std)),
+    ]
+    if row.test_image_size is not None:
+        lines.append(("larger test size", f"{row.test_image_size}, crop {row.test_crop:.4g}"))
+    for title, score, size in (
+        ("top-1", row.top1, row.image_size),
+        ("top-5", row.top5, row.image_size),
+        ("top-1, larger", row.test_top1, row.test_image_size),
+    ):
+        if score is not None:
+            lines.append((title, f"{score} % at {size}, as published: {row.score_source}"))
+    lines.append(
+        ("layout", row.layout if row.state_key is None else f"{row.layout}, under {row.state_key!r}")
+    )
+    if row.hub_id is not None:
+        lines.append(("hub", f"{row.hub_id}, {row.hub_filename}{', after an agreement' * row.gated}"))
+    if row.url is not None:
+        lines.append(("address", row.url + " when the hub is out of reach" * (row.hub_id is not None)))
+    if row.sha256 or row.sha256_prefix:
+        lines.append(("SHA-256", row.sha256 or f"{row.sha256_prefix}..."))
+    if not row.downloadable:
+        lines.append(("address", "none"))
+    lines.append(("on this machine", local or "no"))
+    if row.note:
+        lines.append(("note", row.note))
+    return lines
+
+
+def _file_facts(path: pathlib.Path) -> dict:
+    from keras_convnext import keras_files
+    from keras_convnext.convert import read_state_dict
+
+    state = read_state_dict(path)
+    contents = state_dicts.inspect(state)
+    variant = state_dicts.find_variant(state)
+    layout, metadata = contents.layout, {}
+    if path.suffix in (".h5", ".keras"):
+        layout = "keras_applications" if keras_files.is_keras_applications(path) else "keras_convnext"
+    elif path.suffix == ".safetensors":
+        metadata = torch_files.read_safetensors_metadata(path)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "layout": layout,
+        "prefix": contents.prefix,
+        "architecture": variant.name,
+        "arrays": len(state),
+        "parameters": sum(array.size for array in state.values()),
+        "dtypes": sorted({str(array.dtype) for array in state.values()}),
+        "classes": contents.classes,
+        "channels": contents.channels,
+        "final_norm": contents.final_norm,
+        "pyramid_norms": contents.pyramid_norms,
+        "metadata": metadata,
+    }
+
+
+def _file_lines(facts: dict) -> list[tuple[str, object]]:
+    variant = VARIANTS[facts["architecture"]]
+    prefix = f", behind {facts['prefix']!r}" if facts["prefix"] else ""
+    lines: list[tuple[str, object]] = [
+        ("architecture", f"{variant.name}, {_reference(variant)}"),
+        ("layout", f"{facts['layout']}{prefix}"),
+        ("arrays", facts["arrays"]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("dtype", ", ".join(facts["dtypes"])),
+        ("classes", facts["classes"] or "none"),
+        ("channels", facts["channels"]),
+        ("final norm", "yes" if facts["final_norm"] else "no"),
+        ("size", _size_text(pathlib.Path(facts["file"]))),
+    ]
+    if facts["pyramid_norms"]:
+        lines.append(("pyramid norms", "yes"))
+    return lines + [(f"metadata {key!r}", value) for key, value in facts["metadata"].items()]
+
+
+def _parameters(row: Checkpoint) -> int:
+    shapes = state_dicts.weight_shapes(VARIANTS[row.architecture], row.classes)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _local_file(row: Checkpoint) -> pathlib.Path | None:
+    """Where the file of a row lies on this machine already; nothing is downloaded."""
+    url_filename = None if row.url is None else downloads._url_filename(row.url)
+    found = downloads._file_in_weights_folders(row.tag, row.hub_id, row.hub_filename, url_filename)
+    if found is not None:
+        return found
+    if url_filename is not None and (downloads.cache_folder() / url_filename).is_file():
+        return downloads.cache_folder() / url_filename
+    if row.hub_id is not None and row.hub_filename is not None:
+        return downloads._file_in_hub_cache(row.hub_id, row.hub_filename)
+    return None
+
+
+def _paper(variant: Variant) -> str:
+    return "V1, isotropic" if variant.isotropic else f"V{variant.version}"
+
+
+def _reference(variant: Variant) -> str:
+    reference = "Woo et al. 2023" if variant.version == 2 else "Liu et al. 2022"
+    return f"ConvNeXt {_paper(variant)} ({reference})"
+
+
+def _resize_text(row: Checkpoint) -> str:
+    size = row.resize_size or math.floor(row.image_size / row.crop)
+    how = "both sides" if row.resize_mode == "squash" else "shorter side"
+    return f"{how} to {size}, {row.interpolation}, then the central {row.image_size} x {row.image_size}"
+
+
+def _outputs_text(row: Checkpoint) -> str:
+    if row.classes in IMAGENET_CLASSES or not row.classes:
+        return str(row.classes or "none")
+    return f"none, but {row.classes} features of the CLIP projection"
+
+
+def _classes_text(classes: int) -> str:
+    return f"{classes} classes" if classes else "no classifier"
+
+
+def _size_text(path: pathlib.Path) -> str:
+    return f"{path.stat().st_size / 1e6:,.1f} MB"
+
+
+def _joined(values) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+# Images to predictions.
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A model, how its images are prepared and what its classes are called.
+
+    Attributes:
+        model: `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes).
+        preparation: arguments of `preprocess.preprocess_image`.
+        names: a name for each class.
+        synsets: a WordNet id for each class; empty when it is not an ImageNet classifier.
+        gives_logits: whether a softmax is still to be taken.
+    """
+
+    model: Any
+    preparation: dict
+    names: list[str]
+    synsets: list[str]
+    gives_logits: bool
+
+    def __call__(self, images: list[np.ndarray]) -> np.ndarray:
+        """uint8 images (H, W, 3) of any size to probabilities (N, classes)."""
+        batch = np.stack([preprocess.preprocess_image(image, **self.preparation) for image in images])
+        outputs = np.asarray(self.model.predict_on_batch(batch), dtype="float32")
+        if self.gives_logits:
+            outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+            outputs /= outputs.sum(axis=-1, keepdims=True)
+        return outputs
+
+    def best(self, probabilities: np.ndarray, count: int) -> list[dict]:
+        """The `count` most probable classes, the best first."""
+        predictions = []
+        for index in np.argsort(-probabilities, kind="stable")[:count].tolist():
+            synset = {"synset": self.synsets[index]} if self.synsets else {}
+            predictions.append(
+                {
+                    "class_index": index,
+                    **synset,
+                    "name": self.names[index],
+                    "probability": float(probabilities[index]),
+                }
+            )
+        return predictions
+
+
+def _load_classifier(options: argparse.Namespace) -> Classifier:
+    if options.weights is not None and options.weights.endswith(".keras"):
+        return _open_keras_model(options)
+    from keras_convnext import keras_files, models
+    from keras_convnext.convert import read_state_dict
+
+    name: str = options.model or DEFAULT_MODEL
+    labels = _read_labels(options)
+    path = classes = None
+    if options.weights is not None:
+        path = models.existing_file(options.weights)
+        if path.suffix == ".h5" and not keras_files.is_keras_applications(path):
+            classes = len(labels) or None  # the file does not say; Keras checks it
+        else:
+            state = read_state_dict(path)
+            classes = state_dicts.inspect(state).classes
+            if classes == 0:
+                raise ValueError(f"{path} has no classifier. Pass weights that have one.")
+            name = options.model or state_dicts.find_variant(state).name
+    row = _row_for(name, needs_classes=path is None)
+    size = options.image_size or row.image_size
+    model = models.load(name, weights=path or "default", classes=classes, input_shape=(size, size, 3))
+    return _classifier(model, _preparation(row, size), labels)
+
+
+def _open_keras_model(options: argparse.Namespace) -> Classifier:
+    """A whole model from a `.keras` file, with the input size and the classes it was saved with."""
+    import keras
+
+    from keras_convnext import models
+
+    path = models.existing_file(options.weights)
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except Exception as error:  # damaged archives and unknown layers raise of many classes
+        raise ValueError(f"{path} could not be opened as a Keras model: {_message(error)}") from error
+    shape = getattr(model, "output_shape", None)
+    if not (isinstance(shape, tuple) and len(shape) == 2):
+        raise ValueError(
+            f"Expected a model that ends in (N, classes). Received {path}, with outputs {shape}."
+        )
+    height, width = (side or options.image_size or 224 for side in model.input_shape[1:3])
+    if options.image_size not in (None, height) or options.image_size not in (None, width):
+        raise ValueError(
+            f"{path} takes images of {height} x {width}. Received: --image-size {options.image_size}. "
+            "Leave it out."
+        )
+    if options.model is None:
+        preparation: dict = {"image_size": (height, width)}
+    else:
+        preparation = _preparation(_row_for(options.model, needs_classes=False), (height, width))
+    return _classifier(model, preparation, _read_labels(options))
+
+
+def _row_for(name: str, needs_classes: bool) -> Checkpoint:
+    """The row that says how images are prepared for a tag or an architecture."""
+    if name in VARIANTS:
+        tag = checkpoints.IMAGENET[name] or checkpoints.list_weights(name)[0]
+        return checkpoints.find_checkpoint(tag)
+    row = _find_row(name)
+    if needs_classes and row.classes not in IMAGENET_CLASSES:
+        instead = checkpoints.IMAGENET[row.architecture] or DEFAULT_MODEL
+        what = f"gives {row.classes} features of CLIP, not classes" if row.classes else "has no classifier"
+        raise ValueError(f"{row.tag!r} {what}. Use one that has, for example --model {instead}.")
+    return row
+
+
+def _preparation(row: Checkpoint, size: int | tuple[int, int]) -> dict:
+    is_published_size = size in (row.image_size, (row.image_size, row.image_size))
+    is_test_size = size in (row.test_image_size, (row.test_image_size, row.test_image_size))
+    return {
+        "image_size": size,
+        "crop": row.test_crop if is_test_size and not is_published_size else row.crop,
+        "resize_mode": row.resize_mode,
+        "resize_size": row.resize_size if is_published_size else None,
+        "interpolation": row.interpolation,
+    }
+
+
+def _classifier(model, preparation: dict, labels: list[str]) -> Classifier:
+    import keras
+
+    classes = model.output_shape[-1]
+    names, synsets = labels, []
+    if labels and len(labels) != classes:
+        raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(labels)} names.")
+    if not labels and classes in IMAGENET_CLASSES:
+        names, synsets = class_names.class_names(classes), class_names.synset_ids(classes)
+    elif not labels:
+        names = [f"class {index}" for index in range(classes)]
+    activation = getattr(model.layers[-1], "activation", None)
+    return Classifier(model, preparation, names, synsets, activation is keras.activations.linear)
+
+
+def _read_labels(options: argparse.Namespace) -> list[str]:
+    path = options.labels
+    if path is None and options.weights is not None and os.path.exists(f"{options.weights}.labels.txt"):
+        path = f"{options.weights}.labels.txt"
+    if path is None:
+        return []
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _image_paths(images: list[str], errors: list[str]) -> list[pathlib.Path]:
+    paths: list[pathlib.Path] = []
+    for image in images:
+        try:
+            paths += preprocess.find_images(image)
+        except preprocess.ImageError as error:
+            _note(errors, error)
+    return paths
+
+
+def _read_batches(
+    paths: list[pathlib.Path], batch_size: int, errors: list[str]
+) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray]]]:
+    """Files and their pixels, `batch_size` at a time; those that cannot be read are noted and left out."""
+
+    def readable():
+        for path in paths:
+            try:
+                yield path, preprocess.read_image(path)
+            except preprocess.ImageError as error:
+                _note(errors, error)
+
+    images = readable()
+    while batch := list(itertools.islice(images, batch_size)):
+        yield [path for path, _ in batch], [image for _, image in batch]
+
+
+def _note(errors: list[str], error: Exception) -> None:
+    errors.append(str(error))
+    _complain(f"error: {error}")
+
+
+# What is printed.
+
+
+def _print_predictions(file: pathlib.Path, predictions: list[dict]) -> None:
+    print(file)
+    for prediction in predictions:
+        print(f"  {100 * prediction['probability']:6.2f} %  {prediction['name']}")
+
+
+def _print_table(titles: Sequence[str], alignments: str, rows: list[tuple]) -> None:
+    texts = [tuple(titles), *(tuple(str(value) for value in row) for row in rows)]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(titles))]
+    for row in texts:
+        cells = zip(row, alignments, widths, strict=True)
+        print("  ".join(f"{text:{alignment}{width}}" for text, alignment, width in cells).rstrip())
+
+
+def _print_footer(count: str, name: str) -> None:
+    print(f"\n{count}. `keras-convnext info {name}` says more.")
+
+
+def _print_json(value) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _complain(text: str) -> None:
+    if os.environ.get("KERAS_CONVNEXT_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"keras-convnext: {text}", file=sys.stderr)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
