@@ -5,59 +5,64 @@
 >>> probabilities = model.predict(images)  # (N, 224, 224, 3) pixels in 0..255 -> (N, 1000)
 """
 
-from keras_convnext.checkpoints import list_weights
-from keras_convnext.convert import convert, save_weights
-from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
-from keras_convnext.depthwise import DepthwiseConv2D
-from keras_convnext.layers import (
-    GlobalResponseNormalization,
-    LayerNormalization,
-    LayerScale,
-    RMSNormalization,
-    SimpleNormalization,
-    StochasticDepth,
-)
-from keras_convnext.models import (
-    ConvNeXt,
-    ConvNeXtAtto,
-    ConvNeXtAttoOls,
-    ConvNeXtAttoRms,
-    ConvNeXtBase,
-    ConvNeXtFemto,
-    ConvNeXtFemtoOls,
-    ConvNeXtIsotropicBase,
-    ConvNeXtIsotropicLarge,
-    ConvNeXtIsotropicSmall,
-    ConvNeXtLarge,
-    ConvNeXtLargeMlp,
-    ConvNeXtNano,
-    ConvNeXtNanoOls,
-    ConvNeXtPico,
-    ConvNeXtPicoOls,
-    ConvNeXtSmall,
-    ConvNeXtTiny,
-    ConvNeXtTinyHnf,
-    ConvNeXtV2Atto,
-    ConvNeXtV2Base,
-    ConvNeXtV2Femto,
-    ConvNeXtV2Huge,
-    ConvNeXtV2Large,
-    ConvNeXtV2Nano,
-    ConvNeXtV2Pico,
-    ConvNeXtV2Small,
-    ConvNeXtV2Tiny,
-    ConvNeXtXLarge,
-    ConvNeXtXXLarge,
-    ConvNeXtZeptoRms,
-    ConvNeXtZeptoRmsOls,
-    TestConvNeXt,
-    TestConvNeXt2,
-    TestConvNeXt3,
-    load,
-    state_dict,
-)
+import pathlib
+import sys
 
 __version__ = "0.1.0"
+
+# The command line imports what its commands need, so that `list` and `--help` answer without Keras.
+if pathlib.PurePath((sys.argv or [""])[0]).stem != "keras-convnext":
+    from keras_convnext.checkpoints import list_weights
+    from keras_convnext.convert import convert, save_weights
+    from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
+    from keras_convnext.depthwise import DepthwiseConv2D
+    from keras_convnext.layers import (
+        GlobalResponseNormalization,
+        LayerNormalization,
+        LayerScale,
+        RMSNormalization,
+        SimpleNormalization,
+        StochasticDepth,
+    )
+    from keras_convnext.models import (
+        ConvNeXt,
+        ConvNeXtAtto,
+        ConvNeXtAttoOls,
+        ConvNeXtAttoRms,
+        ConvNeXtBase,
+        ConvNeXtFemto,
+        ConvNeXtFemtoOls,
+        ConvNeXtIsotropicBase,
+        ConvNeXtIsotropicLarge,
+        ConvNeXtIsotropicSmall,
+        ConvNeXtLarge,
+        ConvNeXtLargeMlp,
+        ConvNeXtNano,
+        ConvNeXtNanoOls,
+        ConvNeXtPico,
+        ConvNeXtPicoOls,
+        ConvNeXtSmall,
+        ConvNeXtTiny,
+        ConvNeXtTinyHnf,
+        ConvNeXtV2Atto,
+        ConvNeXtV2Base,
+        ConvNeXtV2Femto,
+        ConvNeXtV2Huge,
+        ConvNeXtV2Large,
+        ConvNeXtV2Nano,
+        ConvNeXtV2Pico,
+        ConvNeXtV2Small,
+        ConvNeXtV2Tiny,
+        ConvNeXtXLarge,
+        ConvNeXtXXLarge,
+        ConvNeXtZeptoRms,
+        ConvNeXtZeptoRmsOls,
+        TestConvNeXt,
+        TestConvNeXt2,
+        TestConvNeXt3,
+        load,
+        state_dict,
+    )
 
 __all__ = [
     "ConvNeXt",

@@ -133,6 +133,11 @@ class Checkpoint:
         return self.licence not in NON_COMMERCIAL_LICENCES
 
     @property
+    def is_projection(self) -> bool:
+        """Whether the last layer is the image projection of a CLIP tower, not a classifier."""
+        return self.classes > 0 and self.dataset in ("laion2b", "laion_aesthetic")
+
+    @property
     def downloadable(self) -> bool:
         """Whether the table knows a place to get the file from.
 

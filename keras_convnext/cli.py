@@ -165,7 +165,9 @@ def info_command(options: argparse.Namespace) -> int:
         lines = _file_lines(facts)
     else:
         row = _find_row(name)
-        local = _local_file(row)
+        local = downloads.find_local(
+            tag=row.tag, hub_id=row.hub_id, hub_filename=row.hub_filename, url=row.url
+        )
         facts = {**_checkpoint_facts(row), "local_file": None if local is None else str(local)}
         lines = _checkpoint_lines(row, local)
         name = row.tag
@@ -216,16 +218,14 @@ def convert_command(options: argparse.Namespace) -> int:
     target = pathlib.Path(options.target)
     if target.exists() and not options.force:
         raise FileExistsError(f"{target} is there already. Pass --force to replace it.")
+    _import_keras_quietly()
     from keras_convnext import models
     from keras_convnext.convert import KERAS_SUFFIXES, convert
 
     row = None if _names_file(options.source) else _find_row(options.source)
-    source = pathlib.Path(options.source) if row is None else models._find_file(row)
-    architecture = options.architecture or (None if row is None else row.architecture)
-    if row is not None and row.classes and target.suffix == ".keras" and architecture == row.architecture:
-        models.load(row.tag).save(target)  # the tag knows the normaliser, which the file does not
-    else:
-        convert(source, target, options.layout, architecture)
+    source = pathlib.Path(options.source) if row is None else models.find_file(row)
+    described_by = options.architecture or (None if row is None else row.tag)
+    convert(source, target, options.layout, described_by)
     found = _file_facts(source)
     written = "Keras" if target.name.endswith(KERAS_SUFFIXES) else options.layout
     print(
@@ -233,6 +233,19 @@ def convert_command(options: argparse.Namespace) -> int:
         f"{found['parameters']:,} parameters -> {target}: {written}, {_size_text(target)}"
     )
     return 0
+
+
+def _import_keras_quietly() -> None:
+    """Imports Keras without the start-up lines of TensorFlow, which none of its settings silences."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        import keras_convnext.models  # noqa: F401
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -302,7 +315,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"names and shapes to write: {', '.join(state_dicts.WRITABLE_LAYOUTS)}; default official",
     )
-    conversion.add_argument("--architecture", metavar="NAME", help="refuse a source of another architecture")
+    conversion.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="refuse a source of another architecture; a tag also sets the normaliser of a .keras target",
+    )
     conversion.add_argument("--force", action="store_true", help="replace an existing TARGET")
 
     for printing in (listing, info, predict):
@@ -406,6 +423,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple
 
 
 def _file_facts(path: pathlib.Path) -> dict:
+    _import_keras_quietly()
     from keras_convnext import keras_files
     from keras_convnext.convert import read_state_dict
 
@@ -456,19 +474,6 @@ def _file_lines(facts: dict) -> list[tuple[str, object]]:
 def _parameters(row: Checkpoint) -> int:
     shapes = state_dicts.weight_shapes(VARIANTS[row.architecture], row.classes)
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _local_file(row: Checkpoint) -> pathlib.Path | None:
-    """Where the file of a row lies on this machine already; nothing is downloaded."""
-    url_filename = None if row.url is None else downloads._url_filename(row.url)
-    found = downloads._file_in_weights_folders(row.tag, row.hub_id, row.hub_filename, url_filename)
-    if found is not None:
-        return found
-    if url_filename is not None and (downloads.cache_folder() / url_filename).is_file():
-        return downloads.cache_folder() / url_filename
-    if row.hub_id is not None and row.hub_filename is not None:
-        return downloads._file_in_hub_cache(row.hub_id, row.hub_filename)
-    return None
 
 
 def _paper(variant: Variant) -> str:
@@ -557,6 +562,7 @@ class Classifier:
 def _load_classifier(options: argparse.Namespace) -> Classifier:
     if options.weights is not None and options.weights.endswith(".keras"):
         return _open_keras_model(options)
+    _import_keras_quietly()
     from keras_convnext import keras_files, models
     from keras_convnext.convert import read_state_dict
 
@@ -581,6 +587,7 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
 
 def _open_keras_model(options: argparse.Namespace) -> Classifier:
     """A whole model from a `.keras` file, with the input size and the classes it was saved with."""
+    _import_keras_quietly()
     import keras
 
     from keras_convnext import models

@@ -6,7 +6,7 @@ import uuid
 
 import keras
 
-from keras_convnext import keras_files, models, state_dicts, torch_files
+from keras_convnext import checkpoints, keras_files, models, state_dicts, torch_files
 from keras_convnext.variants import VARIANTS, Variant
 
 KERAS_SUFFIXES = (".weights.h5", ".keras")
@@ -47,7 +47,9 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         target: path to write. ".safetensors", ".pth", ".pt", ".bin": in `layout`. ".keras": a whole model,
             that `keras.saving.load_model` opens; ".weights.h5": its weights.
         layout: "official", "timm", "torchvision" or "huggingface"; has no meaning for Keras targets.
-        architecture: name of the architecture, checked against the file; None to take it from the file.
+        architecture: name of an architecture, or a tag of one, checked against the file; None to take the
+            architecture from the file. A tag also gives a ".keras" target its image size and normaliser;
+            without one they are those of the architecture's ImageNet weights.
 
     Returns:
         The target's path. It appears whole or not at all.
@@ -67,14 +69,18 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     state = read_state_dict(source)
     with models.naming(source):
         variant = state_dicts.find_variant(state)
-    if architecture is not None and architecture != variant.name:
-        if architecture not in VARIANTS:
-            raise ValueError(models.unknown("architecture", architecture, VARIANTS))
+    described_by = None
+    if architecture is not None and "." in architecture:
+        described_by = checkpoints.find_checkpoint(architecture)
+    elif architecture is not None and architecture not in VARIANTS:
+        raise ValueError(models.unknown("architecture", architecture, VARIANTS))
+    expected = architecture if described_by is None else described_by.architecture
+    if expected not in (None, variant.name):
         raise ValueError(f"{source} holds a {variant.name!r}. Received: architecture={architecture!r}")
     canonical = models.read_canonical(state, variant, source)
     if target.name.endswith(TORCH_SUFFIXES):
         return _write_torch(canonical, variant, target, layout)
-    return _write_keras(canonical, variant, target)
+    return _write_keras(models.model_of(variant, canonical, described_by), target)
 
 
 def read_state_dict(path) -> state_dicts.StateDict:
@@ -108,8 +114,7 @@ def _write_torch(canonical, variant: Variant, path, layout) -> pathlib.Path:
     return path
 
 
-def _write_keras(canonical, variant, path) -> pathlib.Path:
-    model = models.model_of(variant, canonical)
+def _write_keras(model, path) -> pathlib.Path:
     ending = next(ending for ending in KERAS_SUFFIXES if path.name.endswith(ending))
     part = path.with_name(f".{uuid.uuid4().hex}{ending}")
     try:

@@ -117,13 +117,10 @@ def find_file(
     if local is not None:
         _check_published(local, *published_hashes(local))
         return local
+    present = find_local(tag=tag, hub_id=hub_id, hub_filename=hub_filename, url=url)
+    if present is not None:
+        return verify(present, *published_hashes(present))
     cached = None if url_filename is None else cache_folder() / url_filename
-    if cached is not None and cached.is_file():
-        return verify(cached, *published_hashes(cached))
-    if hub_id is not None and hub_filename is not None:
-        from_hub = _file_in_hub_cache(hub_id, hub_filename)
-        if from_hub is not None:
-            return verify(from_hub, *published_hashes(from_hub))
 
     by_hand = _by_hand(tag, hub_id, hub_filename, url, gated)
     offline = _offline_variable(hub_id is not None)
@@ -148,6 +145,25 @@ def find_file(
             raise
         return download(url, cached, sha256=sha256, sha256_prefix=sha256_prefix)
     return verify(from_hub, *published_hashes(from_hub))
+
+
+def find_local(
+    *, tag: str, hub_id: str | None, hub_filename: str | None, url: str | None
+) -> pathlib.Path | None:
+    """Returns where a weight file lies on this machine, or None; asks no network and verifies nothing.
+
+    Looks in the folders of `KERAS_CONVNEXT_WEIGHTS_DIR`, the cache folder and the Hugging Face cache, in this
+    order. Arguments as in `find_file`.
+    """
+    url_filename = None if url is None else _url_filename(url)
+    found = _file_in_weights_folders(tag, hub_id, hub_filename, url_filename)
+    if found is not None:
+        return found
+    if url_filename is not None and (cache_folder() / url_filename).is_file():
+        return cache_folder() / url_filename
+    if hub_id is not None and hub_filename is not None:
+        return _file_in_hub_cache(hub_id, hub_filename)
+    return None
 
 
 def download(

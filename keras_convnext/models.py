@@ -69,7 +69,7 @@ def load(
     input_shape: tuple | None = None,
     pooling: str | None = None,
     classes: int | None = None,
-    classifier_activation="softmax",
+    classifier_activation="default",
     model_name: str | None = None,
     drop_path_rate: float = 0.0,
     layer_scale_init_value: float | None = None,
@@ -88,6 +88,8 @@ def load(
             weights; another tag; or a path, then `name` says what the file is.
         include_top: None for True, unless the tag has no classifier.
         classes: None for as many as the tag has, else 1000.
+        classifier_activation: "default" for "softmax", and for None where the last layer is the image
+            projection of a CLIP tower.
         model_name: name of the Keras model, default the architecture's.
 
     All other arguments are those of the constructors, for example `keras_convnext.ConvNeXtTiny`.
@@ -116,6 +118,9 @@ def load(
         checkpoint = _find_checkpoint(variant, weights, include_top is not False)
     if include_top is None:
         include_top = checkpoint is None or checkpoint.classes > 0 or classes is not None
+    if classifier_activation == "default":
+        projects = checkpoint is not None and checkpoint.is_projection and classes is None
+        classifier_activation = None if projects else "softmax"
     if classes is None:
         classes = (checkpoint.classes if checkpoint else 0) or 1000
     return _build(
@@ -175,7 +180,7 @@ def _build(
             checkpoint = _find_checkpoint(variant, weights, include_top)
         new_head = _starts_new_head(checkpoint, weights, include_top, classes, new_head)
     if checkpoint is not None:
-        path = _find_file(checkpoint)
+        path = find_file(checkpoint)
     row = checkpoint or described_by or _default_checkpoint(variant)
     shape = _checked_input_shape(input_shape, input_tensor, include_top, row)
 
@@ -492,10 +497,13 @@ def read_canonical(state, variant, path):
     return _read(state, shapes, path, may_lack, may_hold=())
 
 
-def model_of(variant, canonical):
-    """A model with the weights of a canonical state dict, as large as they say."""
+def model_of(variant, canonical, described_by=None):
+    """A model with the weights of a canonical state dict, as large as they say.
+
+    `described_by` is the checkpoint whose image size and normaliser it gets; by default the architecture's.
+    """
     contents = state_dicts.inspect(canonical)
-    row = _default_checkpoint(variant)
+    row = described_by or _default_checkpoint(variant)
     side = row.image_size if contents.classes else None
     return _filled(
         canonical,
@@ -507,7 +515,7 @@ def model_of(variant, canonical):
             input_shape=(side, side, contents.channels),
             pooling=None,
             classes=contents.classes,
-            classifier_activation="softmax",
+            classifier_activation=None if row.is_projection else "softmax",
             name=variant.name,
             drop_path_rate=0.0,
             output_stride=32,
@@ -737,7 +745,7 @@ def _default_checkpoint(variant):
     return checkpoints.find_checkpoint(tag)
 
 
-def _find_file(checkpoint):
+def find_file(checkpoint):
     if not checkpoint.commercial_use and checkpoint.licence not in _announced_licences:
         _announced_licences.add(checkpoint.licence)
         _logger.warning(
