@@ -56,19 +56,19 @@ def _jax_shifted_products():
     import jax
     import jax.numpy as jnp
 
-    def shifts(x, kernel_size, dilation):
+    def padded(x, kernel_size, dilation):
         margin = (kernel_size - 1) * dilation // 2
-        height, width = x.shape[1:3]
-        x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
-        for row in range(0, kernel_size * dilation, dilation):
-            for column in range(0, kernel_size * dilation, dilation):
-                yield x[:, row : row + height, column : column + width, :]
+        return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
 
     def correlate(x, kernel, dilation):
-        taps = kernel.reshape(-1, kernel.shape[-1])  # (K * K, C)
+        size, (height, width) = kernel.shape[0], x.shape[1:3]
+        source = padded(x, size, dilation)
         total = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
-        for shifted, tap in zip(shifts(x, kernel.shape[0], dilation), taps, strict=True):
-            total = total + shifted * tap
+        for row in range(size):  # unrolled: one fused pass over the map
+            for column in range(size):
+                top, left = row * dilation, column * dilation
+                shifted = source[:, top : top + height, left : left + width]
+                total = total + shifted * kernel[row, column]
         return total.astype(x.dtype)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -80,13 +80,21 @@ def _jax_shifted_products():
 
     def backward(dilation, residuals, gradient):
         x, kernel = residuals
-        x_gradient = correlate(gradient, kernel[::-1, ::-1], dilation)
+        size, (height, width) = kernel.shape[0], x.shape[1:3]
+        source = padded(x, size, dilation)
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        products = [
-            jnp.sum(shifted.astype(dtype) * gradient, axis=(0, 1, 2))
-            for shifted in shifts(x, kernel.shape[0], dilation)
-        ]
-        return x_gradient, jnp.stack(products).reshape(kernel.shape).astype(kernel.dtype)
+
+        def kernel_row(row):  # looped over: unrolled it takes four times as long to compile, and to run
+            rows = jax.lax.dynamic_slice_in_dim(source, row * dilation, height, axis=1)
+            products = [
+                jnp.sum(rows[:, :, left : left + width].astype(dtype) * gradient, axis=(0, 1, 2))
+                for left in range(0, size * dilation, dilation)
+            ]
+            return jnp.stack(products)
+
+        kernel_gradient = jax.lax.map(kernel_row, jnp.arange(size))
+        x_gradient = correlate(gradient, kernel[::-1, ::-1], dilation)
+        return x_gradient, kernel_gradient.astype(kernel.dtype)
 
     convolve.defvjp(forward, backward)
     return convolve
