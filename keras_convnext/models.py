@@ -60,7 +60,8 @@ class ConvNeXt(keras.Model):
 
 
 def load(
-    name: str,
+    architecture_or_tag: str,
+    /,
     weights: str | os.PathLike | None = "default",
     *,
     include_top: bool | None = None,
@@ -70,7 +71,7 @@ def load(
     pooling: str | None = None,
     classes: int | None = None,
     classifier_activation="default",
-    model_name: str | None = None,
+    name: str | None = None,
     drop_path_rate: float = 0.0,
     layer_scale_init_value: float | None = None,
     output_stride: int = 32,
@@ -82,15 +83,15 @@ def load(
     """Builds a model by the name of its architecture or of a published weight file.
 
     Args:
-        name: an architecture ("convnext_tiny") or a tag ("convnext_tiny.in12k_ft_in1k_384"); see
-            `list_weights`. A tag also sets the image size, the number of classes and the pixel normaliser.
+        architecture_or_tag: "convnext_tiny" or "convnext_tiny.in12k_ft_in1k_384"; see `list_weights`. A tag
+            also sets the image size, the number of classes and the pixel normaliser.
         weights: "default" for the file of the tag (for an architecture: "imagenet"); None for random
-            weights; another tag; or a path, then `name` says what the file is.
-        include_top: None for True, unless the tag has no classifier.
-        classes: None for as many as the tag has, else 1000.
+            weights; another tag; or a path, then the first argument says what the file is.
+        include_top: None for True, unless the weights have no classifier.
+        classes: None for as many as the weights have, else 1000.
         classifier_activation: "default" for "softmax", and for None where the last layer is the image
             projection of a CLIP tower.
-        model_name: name of the Keras model, default the architecture's.
+        name: of the Keras model, default the architecture's.
 
     All other arguments are those of the constructors, for example `keras_convnext.ConvNeXtTiny`.
 
@@ -105,24 +106,27 @@ def load(
         >>> model.output_shape
         (None, 10)
     """
-    if name in VARIANTS:
-        variant, checkpoint = VARIANTS[name], None
-    elif "." in str(name) or name in checkpoints.ALIASES:
-        checkpoint = checkpoints.find_checkpoint(name)
+    if architecture_or_tag in VARIANTS:
+        variant, checkpoint = VARIANTS[architecture_or_tag], None
+    elif "." in str(architecture_or_tag) or architecture_or_tag in checkpoints.ALIASES:
+        checkpoint = checkpoints.find_checkpoint(architecture_or_tag)
         variant = VARIANTS[checkpoint.architecture]
     else:
-        raise ValueError(unknown("architecture", name, VARIANTS))
+        raise ValueError(unknown("architecture", architecture_or_tag, VARIANTS))
     if weights == "default":
         weights = "imagenet" if checkpoint is None else checkpoint.tag
     if checkpoint is None and weights is not None and not _is_path(weights):
         checkpoint = _find_checkpoint(variant, weights, include_top is not False)
-    if include_top is None:
-        include_top = checkpoint is None or checkpoint.classes > 0 or classes is not None
     if classifier_activation == "default":
         projects = checkpoint is not None and checkpoint.is_projection and classes is None
         classifier_activation = None if projects else "softmax"
-    if classes is None:
-        classes = (checkpoint.classes if checkpoint else 0) or 1000
+    if classes is None or include_top is None:
+        available = checkpoint.classes if checkpoint else 1000
+        if _is_path(weights):
+            available = _classes_in(weights, available)
+        if include_top is None:
+            include_top = available > 0 or classes is not None
+        classes = classes or available or 1000
     return _build(
         variant,
         include_top,
@@ -133,7 +137,7 @@ def load(
         pooling,
         classes,
         classifier_activation,
-        model_name or variant.name,
+        name or variant.name,
         drop_path_rate=drop_path_rate,
         layer_scale_init_value=layer_scale_init_value,
         output_stride=output_stride,
@@ -524,6 +528,16 @@ def model_of(variant, canonical, described_by=None):
             seed=None,
         ),
     )
+
+
+def _classes_in(weights, default):
+    """Outputs of the classifier in a file, 0 for none; `default` where the file does not say."""
+    path = existing_file(weights)
+    if path.suffix not in (".h5", ".keras"):
+        return _inspect(torch_files.read_state_dict(path), path).classes
+    if keras_files.is_keras_applications(path):
+        return _inspect(keras_files.read_keras_applications(path), path).classes
+    return default
 
 
 def _read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):

@@ -344,3 +344,27 @@ def test_ema_weights_are_preferred_in_training_checkpoints(good_state, tmp_path)
     torch.save({"state_dict": raw, "state_dict_ema": good_state, "epoch": 3}, tmp_path / "last.pth.tar.pth")
     state = torch_files.read_state_dict(tmp_path / "last.pth.tar.pth")
     assert np.array_equal(state["head.fc.weight"], good_state["head.fc.weight"].numpy())
+
+
+def test_load_takes_the_number_of_classes_from_the_file(good_state, tmp_path):
+    path = peers.save(good_state, tmp_path / "in.safetensors")
+    assert keras_convnext.load("test_convnext2", weights=path).output_shape == (None, CLASSES)
+    body = {key: value for key, value in good_state.items() if not key.startswith("head.")}
+    path = peers.save(body, tmp_path / "body.safetensors")
+    assert keras_convnext.load("test_convnext2", weights=path, name="x").output_shape == (
+        None,
+        None,
+        None,
+        128,
+    )
+
+
+def test_converting_with_a_tag_gives_the_keras_model_its_normaliser(good_state, tmp_path):
+    """The architecture's own normaliser has mean and spread 0.5; a tag may say otherwise."""
+    source = peers.save(timm_model("convnext_nano").state_dict(), tmp_path / "in.safetensors")
+    tag = "convnext_nano.r384_in12k_ft_in1k"
+    keras_convnext.convert(source, tmp_path / "nano.keras", architecture=tag)
+    model = keras.saving.load_model(tmp_path / "nano.keras")
+    assert model.input_shape == (None, 384, 384, 3)
+    with pytest.raises(ValueError, match="holds a 'convnext_nano'"):
+        keras_convnext.convert(source, tmp_path / "x.keras", architecture="convnext_tiny.fb_in1k")
