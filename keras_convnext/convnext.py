@@ -20,6 +20,7 @@ from keras_convnext.layers import (
     GlobalResponseNormalization,
     LayerNormalization,
     LayerScale,
+    RandomNormal,
     RMSNormalization,
     SimpleNormalization,
     StochasticDepth,
@@ -27,9 +28,7 @@ from keras_convnext.layers import (
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
-# The official code truncates its normal at +-2, which is 100 standard deviations: a plain normal.
-# keras.initializers.TruncatedNormal(0.02) would cut at 2 standard deviations and shrink the spread to 0.0176.
-INITIALIZER = keras.initializers.RandomNormal(stddev=0.02)
+INITIALIZER = RandomNormal(stddev=0.02)  # `_init_weights` of models/convnext.py; biases start at 0
 
 NORMS: dict[str, type[layers.Layer]] = {
     "layer_norm": LayerNormalization,
@@ -49,6 +48,12 @@ ACTIVATIONS: dict[str, Callable] = {
     "gelu_tanh": gelu_tanh,
     "silu": keras.activations.silu,
 }
+
+
+def _choose(what, name, table):
+    if name not in table:
+        raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(table)}")
+    return table[name]
 
 
 @_register
@@ -77,6 +82,9 @@ class ConvNeXtBlock(layers.Layer):
 
     Returns:
         Same shape, in the compute dtype.
+
+    Raises:
+        ValueError: for an unknown norm or activation, an even kernel, or a rate outside [0, 1).
     """
 
     def __init__(
@@ -110,9 +118,9 @@ class ConvNeXtBlock(layers.Layer):
             "seed": seed,
         }
         self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, dtype=dtype, name="dwconv")
-        self.norm = NORMS[norm](epsilon, dtype=dtype, name="norm")
+        self.norm = _choose("norm", norm, NORMS)(epsilon, dtype=dtype, name="norm")
         self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv1")
-        self.activation = ACTIVATIONS[activation]
+        self.activation = _choose("activation", activation, ACTIVATIONS)
         self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv2")
         self.layer_scale = None
         if layer_scale_init_value is not None:
@@ -126,6 +134,7 @@ class ConvNeXtBlock(layers.Layer):
         self.pwconv2.build((*input_shape[:-1], 4 * self.dim))
         if self.layer_scale is not None:
             self.layer_scale.build(input_shape)
+        self.drop_path.build(input_shape)
 
     def branch(self, x):
         x = self.dwconv(x)
@@ -173,6 +182,9 @@ class ConvNeXtV2Block(layers.Layer):
 
     Returns:
         Same shape, in the compute dtype.
+
+    Raises:
+        ValueError: for an unknown norm or activation, an even kernel, or a rate outside [0, 1).
     """
 
     def __init__(
@@ -204,9 +216,9 @@ class ConvNeXtV2Block(layers.Layer):
             "seed": seed,
         }
         self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, dtype=dtype, name="dwconv")
-        self.norm = NORMS[norm](epsilon, dtype=dtype, name="norm")
+        self.norm = _choose("norm", norm, NORMS)(epsilon, dtype=dtype, name="norm")
         self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv1")
-        self.activation = ACTIVATIONS[activation]
+        self.activation = _choose("activation", activation, ACTIVATIONS)
         self.grn = GlobalResponseNormalization(dtype=dtype, name="grn")
         self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv2")
         self.drop_path = StochasticDepth(drop_path_rate, seed, dtype=dtype, name="drop_path")
@@ -217,6 +229,7 @@ class ConvNeXtV2Block(layers.Layer):
         self.pwconv1.build(input_shape)
         self.grn.build((*input_shape[:-1], 4 * self.dim))
         self.pwconv2.build((*input_shape[:-1], 4 * self.dim))
+        self.drop_path.build(input_shape)
 
     def branch(self, x):
         x = self.dwconv(x)

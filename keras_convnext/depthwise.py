@@ -1,18 +1,15 @@
 """The depthwise convolution of the blocks: one layer, one weight layout, a fast path for each backend.
 
-Why it is not plain `keras.layers.DepthwiseConv2D`: XLA on a CPU runs depthwise convolutions some fifty times
-slower than the hardware allows, and Keras compiles with XLA by default. On TensorFlow the layer asks Keras to
-leave XLA out when there is no accelerator; on JAX, where there is only XLA, it is written as a sum of shifted
-products, which XLA fuses.
+Why it is not plain `keras.layers.DepthwiseConv2D`: XLA on a CPU runs a depthwise convolution tens of times
+slower than the hardware allows. On JAX, where everything goes through XLA, it is written as a sum of shifted
+products there, which XLA fuses into one pass. (On TensorFlow without an accelerator Keras leaves XLA out.)
 """
 
 import functools
 
 import keras
 
-
-def _accelerator_present():
-    return bool(keras.distribution.list_devices("gpu") or keras.distribution.list_devices("tpu"))
+from keras_convnext.layers import RandomNormal
 
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
@@ -31,23 +28,39 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
     Returns:
         Same shape, in the compute dtype.
+
+    Raises:
+        ValueError: for an even kernel, which has no centre.
     """
 
-    def __init__(self, kernel_size, dilation_rate=1, **kwargs):
-        kwargs.setdefault("depthwise_initializer", keras.initializers.RandomNormal(stddev=0.02))
-        kwargs.update(padding="same", data_format="channels_last")
-        super().__init__(kernel_size, dilation_rate=dilation_rate, **kwargs)
-        if keras.backend.backend() == "tensorflow" and not _accelerator_present():
-            self.supports_jit = False  # a wish to Keras's trainer: compile without XLA
+    def __init__(self, kernel_size, dilation_rate=1, *, name=None, dtype=None, trainable=True):
+        if not isinstance(kernel_size, int) or kernel_size % 2 == 0:
+            raise ValueError(
+                "DepthwiseConv2D needs one odd number, the side of its square kernel. Received: "
+                f"kernel_size={kernel_size}"
+            )
+        super().__init__(
+            kernel_size,
+            dilation_rate=dilation_rate,
+            padding="same",
+            data_format="channels_last",
+            depthwise_initializer=RandomNormal(stddev=0.02),
+            name=name,
+            dtype=dtype,
+            trainable=trainable,
+        )
 
     def call(self, x):
         if keras.backend.backend() == "jax":
             import jax
 
             if jax.default_backend() == "cpu":
-                y = _shifted_products(x, self.kernel[..., 0], self.dilation_rate[0])
-                return y + self.bias
+                return _shifted_products(x, self.kernel[..., 0], self.dilation_rate[0]) + self.bias
         return super().call(x)
+
+    def get_config(self):
+        config = keras.layers.Layer.get_config(self)
+        return {**config, "kernel_size": self.kernel_size[0], "dilation_rate": self.dilation_rate[0]}
 
 
 @functools.cache
@@ -97,7 +110,7 @@ def _jax_shifted_products():
         return x_gradient, kernel_gradient.astype(kernel.dtype)
 
     convolve.defvjp(forward, backward)
-    return convolve
+    return jax.jit(convolve, static_argnums=2)
 
 
 def _shifted_products(x, kernel, dilation):

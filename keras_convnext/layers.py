@@ -5,10 +5,41 @@ in float32 arithmetic under mixed policies (`autocast=False`), statistics are ta
 has the layer's compute dtype.
 """
 
+import random
+
 import keras
+import numpy as np
 from keras import ops
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+
+@_register
+class RandomNormal(keras.initializers.Initializer):
+    """Draws weights from a normal distribution, on the host.
+
+    The same distribution as `keras.initializers.RandomNormal`, without its price on JAX, where that compiles
+    one program for each shape: some ten seconds for a ConvNeXt.
+
+    Args:
+        stddev: float. Default 0.02, as the official code initialises all its kernels. (It truncates at +-2,
+            100 standard deviations, which is no truncation; `TruncatedNormal(0.02)` of Keras cuts at 2
+            standard deviations and shrinks the spread to 0.0176.)
+        seed: int for the same values at every call, None for new ones, which follow
+            `keras.utils.set_random_seed`.
+    """
+
+    def __init__(self, stddev=0.02, seed=None):
+        self.stddev = stddev
+        self.seed = seed
+
+    def __call__(self, shape, dtype=None):
+        seed = random.getrandbits(64) if self.seed is None else self.seed
+        values = np.random.default_rng(seed).standard_normal(shape, dtype="float32") * np.float32(self.stddev)
+        return ops.convert_to_tensor(values, dtype=dtype or keras.config.floatx())
+
+    def get_config(self):
+        return {"stddev": self.stddev, "seed": self.seed}
 
 
 def _float32(x):
@@ -124,6 +155,9 @@ class SimpleNormalization(keras.layers.Layer):
 
     Returns:
         Same shape, in the compute dtype.
+
+    Raises:
+        ValueError: for one channel, which has no unbiased variance.
     """
 
     def __init__(self, epsilon=1e-6, **kwargs):
@@ -131,6 +165,10 @@ class SimpleNormalization(keras.layers.Layer):
         self.epsilon = epsilon
 
     def build(self, input_shape):
+        if input_shape[-1] == 1:
+            raise ValueError(
+                f"SimpleNormalization needs at least 2 channels. Received: input shape {tuple(input_shape)}"
+            )
         self.gamma = self.add_weight(
             shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
         )

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -242,7 +243,8 @@ def _assemble(
     if input_tensor is None:
         inputs = x = keras.Input(shape=input_shape, name="image")
     else:
-        inputs, x = keras.utils.get_source_inputs(input_tensor), input_tensor
+        sources, x = keras.utils.get_source_inputs(input_tensor), input_tensor
+        inputs = sources[0] if len(sources) == 1 else sources
     if normaliser is not None:
         mean, std = (_for_channels(values, input_shape[-1]) for values in normaliser)
         x = keras.layers.Normalization(
@@ -642,15 +644,20 @@ def _with_layer_scale(variant, value):
             f"{variant.name!r} is a ConvNeXt V2, whose blocks have no LayerScale (GRN replaced it). "
             f"Received: layer_scale_init_value={value}. Leave it out."
         )
+    if value < 0:
+        raise ValueError(
+            "layer_scale_init_value must be above 0, or 0 for no LayerScale. Received: "
+            f"layer_scale_init_value={value}"
+        )
     return dataclasses.replace(variant, layer_scale_init_value=value if value > 0 else None)
 
 
 def _check_arguments(variant, include_top, pooling, classes, drop_path_rate, output_stride, pyramid_norms):
     if pooling not in (None, "avg", "max"):
         raise ValueError(f"pooling must be None, 'avg' or 'max'. Received: pooling={pooling!r}")
-    if include_top and not (isinstance(classes, int) and classes >= 1):
+    if include_top and not _is_count(classes):
         raise ValueError(f"classes must be a whole number from 1 up. Received: classes={classes!r}")
-    if not 0 <= drop_path_rate < 1:
+    if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
         raise ValueError(
             "drop_path_rate must be in [0, 1), the share of samples whose last block is dropped. Received: "
             f"drop_path_rate={drop_path_rate}"
@@ -682,10 +689,10 @@ def _checked_input_shape(input_shape, input_tensor, include_top, row):
         side = row.image_size if include_top else None
         input_shape = (side, side, 3)
     wanted = "(height, width, channels), each side None or 32 and more, at least one channel"
-    if len(input_shape) != 3:
+    if not isinstance(input_shape, Sequence) or len(input_shape) != 3:
         raise ValueError(f"input_shape must be {wanted}. Received: input_shape={input_shape}")
     height, width, channels = input_shape
-    if not isinstance(channels, int) or channels < 1:
+    if not _is_count(channels):
         raise ValueError(
             f"The number of channels must be a whole number from 1 up, in input_shape {wanted}. Received: "
             f"input_shape={input_shape}"
@@ -696,6 +703,11 @@ def _checked_input_shape(input_shape, input_tensor, include_top, row):
             f"input_shape={input_shape}"
         )
     return tuple(input_shape)
+
+
+def _is_count(value):
+    """Whether a value is a whole number from 1 up, of Python or NumPy; True and False are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
 
 
 def _for_channels(values, channels):

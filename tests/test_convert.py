@@ -307,7 +307,7 @@ def test_loading_draws_no_random_numbers(good_state, tmp_path, monkeypatch):
     def forbidden(*arguments, **keywords):
         raise AssertionError("a random number was drawn")
 
-    monkeypatch.setattr(keras.initializers.RandomNormal, "__call__", forbidden)
+    monkeypatch.setattr(keras_convnext.layers.RandomNormal, "__call__", forbidden)
     keras_model("test_convnext2", path)
     with pytest.raises(AssertionError, match="random number"):
         keras_model("test_convnext2", None)

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_convnext"
 ALLOWED = {
     "variants": set(),
     "layers": set(),
-    "depthwise": set(),
+    "depthwise": {"layers"},
     "torch_files": set(),
     "downloads": set(),
     "checkpoints": set(),
