@@ -55,7 +55,8 @@ def reduced_table():
         yield
 
 
-@functools.cache
+# PyTorch compiles nothing, so there is nothing to keep there but gigabytes of weights.
+@functools.lru_cache(maxsize=1 if keras.backend.backend() == "torch" else None)
 def compiled(name, with_head=True):
     """A function (weights, images) -> dict of arrays; compiled once an architecture."""
     model = keras_convnext.load(
@@ -101,13 +102,13 @@ def torch_images():
     return torch.from_numpy(peers.images(SIZE)).permute(0, 3, 1, 2)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def timm_model(name, classes=CLASSES):
     depths = VARIANTS[name].depths
     return peers.randomise(timm.create_model(name, num_classes=classes, depths=depths))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def official_model(name):
     return peers.randomise(peers.OfficialConvNeXt(VARIANTS[name], classes=CLASSES))
 
@@ -334,7 +335,7 @@ def test_keras_applications(kind, tmp_path):
     assert peers.relative_error(actual, expected) <= TOLERANCE
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def keras_applications_model(size, include_top=True):
     from keras.src.applications import convnext as applications
 
@@ -365,7 +366,6 @@ def keras_applications_model(size, include_top=True):
 def test_keras_applications_wide(size, tmp_path):
     peer, _ = keras_applications_model(size)
     peer.save(tmp_path / "x.h5")
-    keras_applications_model.cache_clear()
     name = f"convnext_{size}"
     model = keras_convnext.load(name, weights=tmp_path / "x.h5", input_shape=(*SIZE, 3))
     pixels = 255 * np.random.default_rng(0).random((1, *SIZE, 3)).astype("float32")
