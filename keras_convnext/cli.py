@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from keras_convnext import __version__, checkpoints, downloads, state_dicts, torch_files
 from keras_convnext.checkpoints import Checkpoint
@@ -50,7 +51,7 @@ _EPILOG = {
 
 Without --model, a file given by --weights says itself which architecture it is, and the images are resized as
 for that architecture's ImageNet weights. A .keras file brings its own image size; it must take pixels in
-0..255. The names of the classes are looked for in FILE.labels.txt when there is no --labels.""",
+0..255. Without --labels the names of the classes are looked for beside the file: my_leaves.labels.txt.""",
     "convert": """examples:
   keras-convnext convert convnext_tiny_1k_224_ema.pth tiny.safetensors --layout timm
   keras-convnext convert convnext_tiny.fb_in1k tiny.pth
@@ -537,6 +538,9 @@ class Classifier:
     def __call__(self, images: list[np.ndarray]) -> np.ndarray:
         """uint8 images (H, W, 3) of any size to probabilities (N, classes)."""
         batch = np.stack([preprocess.preprocess_image(image, **self.preparation) for image in images])
+        if self.model.input_shape[-1] == 1:
+            gray = [np.asarray(PIL.Image.fromarray(image).convert("L")) for image in batch]
+            batch = np.stack(gray)[..., None]
         outputs = np.asarray(self.model.predict_on_batch(batch), dtype="float32")
         if self.gives_logits:
             outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
@@ -657,8 +661,10 @@ def _classifier(model, preparation: dict, labels: list[str]) -> Classifier:
 
 def _read_labels(options: argparse.Namespace) -> list[str]:
     path = options.labels
-    if path is None and options.weights is not None and os.path.exists(f"{options.weights}.labels.txt"):
-        path = f"{options.weights}.labels.txt"
+    if path is None and options.weights is not None:
+        weights = pathlib.Path(options.weights)
+        beside = (weights.with_suffix(".labels.txt"), weights.with_name(f"{weights.name}.labels.txt"))
+        path = next((candidate for candidate in beside if candidate.exists()), None)
     if path is None:
         return []
     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()

@@ -5,6 +5,7 @@ import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_CONVNEXT_QUIET", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch spins while other processes need the core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a network
 # TensorFlow before PyTorch: the order that was tested.
 if os.environ.get("KERAS_BACKEND") == "tensorflow":
