@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 # The command line imports what its commands need, so that `list` and `--help` answer without Keras.
 if pathlib.PurePath((sys.argv or [""])[0]).stem != "keras-convnext":
-    from keras_convnext.checkpoints import list_weights
+    from keras_convnext.checkpoints import find_checkpoint, list_weights
     from keras_convnext.convert import convert, save_weights
     from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
     from keras_convnext.depthwise import DepthwiseConv2D
@@ -110,6 +110,7 @@ __all__ = [
     "TestConvNeXt2",
     "TestConvNeXt3",
     "convert",
+    "find_checkpoint",
     "list_weights",
     "load",
     "save_weights",

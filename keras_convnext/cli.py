@@ -335,7 +335,7 @@ def _positive(text: str) -> int:
 
 
 def _names_file(name: str) -> bool:
-    return name.endswith(FILE_SUFFIXES) or os.sep in name or pathlib.Path(name).exists()
+    return name.endswith(FILE_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()
 
 
 def _find_row(name: str) -> Checkpoint:

@@ -6,7 +6,7 @@ import uuid
 
 import keras
 
-from keras_convnext import checkpoints, keras_files, models, state_dicts, torch_files
+from keras_convnext import checkpoints, models, state_dicts, torch_files
 from keras_convnext.variants import VARIANTS, Variant
 
 KERAS_SUFFIXES = (".weights.h5", ".keras")
@@ -80,7 +80,9 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     canonical = models.read_canonical(state, variant, source)
     if target.name.endswith(TORCH_SUFFIXES):
         return _write_torch(canonical, variant, target, layout)
-    return _write_keras(models.model_of(variant, canonical, described_by), target)
+    projects = state_dicts.inspect(state).layout == "open_clip"
+    activation = None if projects else "softmax"
+    return _write_keras(models.model_of(variant, canonical, described_by, activation), target)
 
 
 def read_state_dict(path) -> state_dicts.StateDict:
@@ -89,17 +91,7 @@ def read_state_dict(path) -> state_dicts.StateDict:
     Raises:
         ValueError: for a `.weights.h5` of this package, which does not say what model it belongs to.
     """
-    path = models.existing_file(path)
-    if path.suffix not in (".h5", ".keras"):
-        return torch_files.read_state_dict(path)
-    if keras_files.is_keras_applications(path):
-        return keras_files.read_keras_applications(path)
-    if path.suffix == ".keras":
-        return models.state_dict(keras.saving.load_model(path, compile=False))
-    raise ValueError(
-        f"{path} does not say which model its weights belong to. Load it with "
-        "keras_convnext.load(architecture, weights=path), or convert the .keras file instead."
-    )
+    return models.read_file(models.existing_file(path))
 
 
 def _write_torch(canonical, variant: Variant, path, layout) -> pathlib.Path:

@@ -75,6 +75,8 @@ class ConvNeXtBlock(layers.Layer):
         drop_path_rate: float in [0, 1), probability of dropping the branch of a sample in training.
         rematerialize: bool, recompute the branch in the backward pass instead of keeping its activations.
         seed: int or None, of the drop path.
+        pointwise_dtype: dtype policy of the two pointwise layers; None for the block's own. Set by Keras when
+            it loads a quantised model.
 
     Call arguments:
         x: (N, H, W, C), float.
@@ -99,10 +101,12 @@ class ConvNeXtBlock(layers.Layer):
         drop_path_rate=0.0,
         rematerialize=False,
         seed=None,
+        pointwise_dtype=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         dtype = self.dtype_policy
+        pointwise = dtype if pointwise_dtype is None else keras.dtype_policies.get(pointwise_dtype)
         self.dim = dim
         self.rematerialize = rematerialize
         self.config = {
@@ -119,9 +123,9 @@ class ConvNeXtBlock(layers.Layer):
         }
         self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, dtype=dtype, name="dwconv")
         self.norm = _choose("norm", norm, NORMS)(epsilon, dtype=dtype, name="norm")
-        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv1")
+        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv1")
         self.activation = _choose("activation", activation, ACTIVATIONS)
-        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv2")
+        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv2")
         self.layer_scale = None
         if layer_scale_init_value is not None:
             self.layer_scale = LayerScale(layer_scale_init_value, dtype=dtype, name="layer_scale")
@@ -154,7 +158,11 @@ class ConvNeXtBlock(layers.Layer):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), **self.config}
+        config = {**super().get_config(), **self.config}
+        policy = self.pwconv1.dtype_policy
+        if policy != self.dtype_policy:  # quantize() gives these layers one of their own
+            config["pointwise_dtype"] = keras.dtype_policies.serialize(policy)
+        return config
 
 
 @_register
@@ -175,6 +183,8 @@ class ConvNeXtV2Block(layers.Layer):
         drop_path_rate: float in [0, 1), probability of dropping the branch of a sample in training.
         rematerialize: bool, recompute the branch in the backward pass instead of keeping its activations.
         seed: int or None, of the drop path.
+        pointwise_dtype: dtype policy of the two pointwise layers; None for the block's own. Set by Keras when
+            it loads a quantised model.
 
     Call arguments:
         x: (N, H, W, C), float.
@@ -198,10 +208,12 @@ class ConvNeXtV2Block(layers.Layer):
         drop_path_rate=0.0,
         rematerialize=False,
         seed=None,
+        pointwise_dtype=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         dtype = self.dtype_policy
+        pointwise = dtype if pointwise_dtype is None else keras.dtype_policies.get(pointwise_dtype)
         self.dim = dim
         self.rematerialize = rematerialize
         self.config = {
@@ -217,10 +229,10 @@ class ConvNeXtV2Block(layers.Layer):
         }
         self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, dtype=dtype, name="dwconv")
         self.norm = _choose("norm", norm, NORMS)(epsilon, dtype=dtype, name="norm")
-        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv1")
+        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv1")
         self.activation = _choose("activation", activation, ACTIVATIONS)
         self.grn = GlobalResponseNormalization(dtype=dtype, name="grn")
-        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=dtype, name="pwconv2")
+        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv2")
         self.drop_path = StochasticDepth(drop_path_rate, seed, dtype=dtype, name="drop_path")
 
     def build(self, input_shape):
@@ -247,7 +259,11 @@ class ConvNeXtV2Block(layers.Layer):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), **self.config}
+        config = {**super().get_config(), **self.config}
+        policy = self.pwconv1.dtype_policy
+        if policy != self.dtype_policy:  # quantize() gives these layers one of their own
+            config["pointwise_dtype"] = keras.dtype_policies.serialize(policy)
+        return config
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 
@@ -63,14 +64,20 @@ def read_keras_applications(path) -> dict[str, np.ndarray]:
     """
     path = pathlib.Path(path)
     state: dict[str, np.ndarray] = {}
-    with _open(path) as file:
-        group = _legacy_group(file)
-        layers = _legacy_layers(group) if _legacy_layer_names(group) else _current_layers(file)
-        for name, arrays in layers:
-            for key, array in _canonical(name, arrays):
-                if key in state:
-                    raise FileFormatError(f"{path} has two layers for {key}; the second is {name!r}.")
-                state[key] = array
+    try:
+        with _open(path) as file:
+            group = _legacy_group(file)
+            layers = _legacy_layers(group) if _legacy_layer_names(group) else _current_layers(file)
+            for name, arrays in layers:
+                for key, array in _canonical(name, arrays):
+                    if key in state:
+                        raise FileFormatError(f"{path} has two layers for {key}; the second is {name!r}.")
+                    state[key] = array
+    except (KeyError, IndexError) as error:
+        raise FileFormatError(
+            f"{path} is not a plain ConvNeXt of keras.applications ({error}). If it is part of a larger "
+            "model, save it by itself."
+        ) from None
     return state
 
 
@@ -81,7 +88,9 @@ def load_weights(model, path) -> None:
         ValueError: when they are of another model.
     """
     try:
-        model.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Keras warns of, it then raises
+            model.load_weights(path)
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(
             f"{path} does not fit {model.name!r}: {str(error).strip().splitlines()[0]} "

@@ -44,8 +44,8 @@ class ConvNeXt(keras.Model):
         Example:
             >>> model = ConvNeXtAtto(include_top=False, weights=None, input_shape=(64, 64, 3))
             >>> features = keras.Model(model.input, model.pyramid_outputs)
-            >>> features(np.zeros((1, 64, 64, 3)))["P5"].shape[1:]
-            (2, 2, 320)
+            >>> tuple(features(np.zeros((1, 64, 64, 3)))["P5"].shape)
+            (1, 2, 2, 320)
         """
         names = [layer.name for layer in self.layers]
         if "norm0" in names:
@@ -118,16 +118,21 @@ def load(
         weights = "imagenet" if checkpoint is None else checkpoint.tag
     if checkpoint is None and weights is not None and not _is_path(weights):
         checkpoint = _find_checkpoint(variant, weights, include_top is not False)
+    available, projects = 1000, False  # outputs of the classifier; whether they are CLIP's projection
+    if checkpoint is not None:
+        available, projects = checkpoint.classes, checkpoint.is_projection
+    if _is_path(weights):
+        contents = _contents_of(weights)
+        if contents is not None:
+            available, projects = contents.classes, projects or contents.layout == "open_clip"
+    elif weights is not None:
+        row = _find_checkpoint(variant, weights, include_top is not False)
+        available, projects = row.classes, row.is_projection
     if classifier_activation == "default":
-        projects = checkpoint is not None and checkpoint.is_projection and classes is None
-        classifier_activation = None if projects else "softmax"
-    if classes is None or include_top is None:
-        available = checkpoint.classes if checkpoint else 1000
-        if _is_path(weights):
-            available = _classes_in(weights, available)
-        if include_top is None:
-            include_top = available > 0 or classes is not None
-        classes = classes or available or 1000
+        classifier_activation = None if projects and classes in (None, available) else "softmax"
+    if include_top is None:
+        include_top = available > 0 or classes is not None
+    classes = classes or available or 1000
     return _build(
         variant,
         include_top,
@@ -209,15 +214,17 @@ def _build(
 
     if path is None:
         return assemble()
-    if path.suffix in (".h5", ".keras") and not keras_files.is_keras_applications(path):
+    if path.suffix == ".h5" and not keras_files.is_keras_applications(path):
+        if new_head:
+            raise ValueError(
+                f"{path} does not say what its weights belong to, so a new classifier cannot take the "
+                "place of its own. Use the .keras file of the model, or save_weights(model, 'x.safetensors')."
+            )
         model = assemble()
         keras_files.load_weights(model, path)
         return model
 
-    if path.suffix in (".h5", ".keras"):
-        state = keras_files.read_keras_applications(path)
-    else:
-        state = torch_files.read_state_dict(path)
+    state = read_file(path)
     values = _read_for_model(state, variant, path, include_top, classes, shape[-1], pyramid_norms, new_head)
     return _filled(values, assemble)
 
@@ -299,7 +306,8 @@ Args:
     weights: None for random weights; "imagenet" for {imagenet}; a tag (`list_weights("{name}")`), long
         or short; or the path of a file: .safetensors, .pth, .pt, .bin, .h5, .weights.h5 or .keras, of this
         or any project whose layout `convert` knows.
-    input_tensor: Keras tensor to use as the image, default a new `keras.Input`.
+    input_tensor: Keras tensor to use as the image, default a new `keras.Input`. To join two models on one
+        image, call them on it instead: layer names are the official ones in each.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
         with the top, (None, None, 3) without. For other than 3 channels the stem is adapted: summed for one,
         else R, G, B repeated.
@@ -442,13 +450,24 @@ def state_dict(model: keras.Model) -> state_dicts.StateDict:
         of this package are taken.
 
     Raises:
-        ValueError: when the model is none of ours.
+        ValueError: when the model is none of ours, or quantised. LoRA is merged.
     """
     state = {}
+    adapted = {}  # path of a kernel -> layer whose LoRA is merged into it
+    for layer in model._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            adapted[layer._kernel.path] = layer
     for variable in model.weights:
         name = _canonical_name(variable.path)
-        if name is not None:
-            state[name] = _to_torch(keras.ops.convert_to_numpy(variable), variable.path)
+        if name is None or "/lora_" in variable.path:
+            continue
+        if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
+            raise ValueError(
+                f"{model.name!r} is quantised: {variable.path} has no counterpart in PyTorch's layouts. Take "
+                "its weights before quantize()."
+            )
+        value = adapted[variable.path].kernel if variable.path in adapted else variable
+        state[name] = _to_torch(keras.ops.convert_to_numpy(value), variable.path)
     if not state:
         raise ValueError(
             f"Expected a model made by keras_convnext. Received {model.name!r}, with layers "
@@ -499,11 +518,12 @@ def read_canonical(state, variant, path):
     """All that a file holds of an architecture, under canonical names; its own head and channels are kept."""
     contents = state_dicts.inspect(state)
     shapes = state_dicts.weight_shapes(variant, contents.classes, contents.channels, contents.pyramid_norms)
-    may_lack = ("norm.", "norm_pre.") if contents.classes == 0 and not contents.final_norm else ()
-    return _read(state, shapes, path, may_lack, may_hold=())
+    headless = contents.classes == 0
+    may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
+    return _read(state, shapes, path, may_lack, may_hold=("pre_logits",) if headless else ())
 
 
-def model_of(variant, canonical, described_by=None):
+def model_of(variant, canonical, described_by=None, classifier_activation="softmax"):
     """A model with the weights of a canonical state dict, as large as they say.
 
     `described_by` is the checkpoint whose image size and normaliser it gets; by default the architecture's.
@@ -521,7 +541,7 @@ def model_of(variant, canonical, described_by=None):
             input_shape=(side, side, contents.channels),
             pooling=None,
             classes=contents.classes,
-            classifier_activation=None if row.is_projection else "softmax",
+            classifier_activation=None if row.is_projection else classifier_activation,
             name=variant.name,
             drop_path_rate=0.0,
             output_stride=32,
@@ -532,14 +552,30 @@ def model_of(variant, canonical, described_by=None):
     )
 
 
-def _classes_in(weights, default):
-    """Outputs of the classifier in a file, 0 for none; `default` where the file does not say."""
-    path = existing_file(weights)
+def read_file(path):
+    """{name: array} of any weight file, in its own layout; models of this package in the canonical one.
+
+    Raises:
+        ValueError: for an `.h5` file of this package, which does not say what model it belongs to.
+    """
     if path.suffix not in (".h5", ".keras"):
-        return _inspect(torch_files.read_state_dict(path), path).classes
+        return torch_files.read_state_dict(path)
     if keras_files.is_keras_applications(path):
-        return _inspect(keras_files.read_keras_applications(path), path).classes
-    return default
+        return keras_files.read_keras_applications(path)
+    if path.suffix == ".keras":
+        return state_dict(keras.saving.load_model(path, compile=False))
+    raise ValueError(
+        f"{path} does not say which model its weights belong to. Load it with "
+        "keras_convnext.load(architecture, weights=path), or convert the .keras file instead."
+    )
+
+
+def _contents_of(path):
+    """What a weight file holds, or None where it does not say."""
+    path = existing_file(path)
+    if path.suffix == ".h5" and not keras_files.is_keras_applications(path):
+        return None
+    return _inspect(read_file(path), path)
 
 
 def _read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):
@@ -562,10 +598,13 @@ def _read_for_model(state, variant, path, include_top, classes, channels, pyrami
     if not include_top:
         may_hold = ("head", "pre_logits")
     if contents.classes == 0:
-        may_lack = ("norm.", "norm_pre.", "pre_logits.")
+        may_lack = ("pre_logits.",)
+        if not contents.final_norm:
+            may_lack += ("norm.", "norm_pre.")
     if pyramid_norms:
-        may_lack += ("norm0.", "norm1.", "norm2.", "norm3.")
         may_hold += ("norm", "norm_pre")
+        if not contents.any_pyramid_norm:
+            may_lack += ("norm0.", "norm1.", "norm2.", "norm3.")
     return _read(state, shapes, path, may_lack, may_hold)
 
 
@@ -644,10 +683,10 @@ def _with_layer_scale(variant, value):
             f"{variant.name!r} is a ConvNeXt V2, whose blocks have no LayerScale (GRN replaced it). "
             f"Received: layer_scale_init_value={value}. Leave it out."
         )
-    if value < 0:
+    if not isinstance(value, (int, float, np.floating)) or value < 0:
         raise ValueError(
             "layer_scale_init_value must be above 0, or 0 for no LayerScale. Received: "
-            f"layer_scale_init_value={value}"
+            f"layer_scale_init_value={value!r}"
         )
     return dataclasses.replace(variant, layer_scale_init_value=value if value > 0 else None)
 
@@ -657,7 +696,7 @@ def _check_arguments(variant, include_top, pooling, classes, drop_path_rate, out
         raise ValueError(f"pooling must be None, 'avg' or 'max'. Received: pooling={pooling!r}")
     if include_top and not _is_count(classes):
         raise ValueError(f"classes must be a whole number from 1 up. Received: classes={classes!r}")
-    if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
+    if not isinstance(drop_path_rate, (int, float, np.floating)) or not 0 <= drop_path_rate < 1:
         raise ValueError(
             "drop_path_rate must be in [0, 1), the share of samples whose last block is dropped. Received: "
             f"drop_path_rate={drop_path_rate}"
@@ -697,6 +736,8 @@ def _checked_input_shape(input_shape, input_tensor, include_top, row):
             f"The number of channels must be a whole number from 1 up, in input_shape {wanted}. Received: "
             f"input_shape={input_shape}"
         )
+    if any(side is not None and not _is_count(side) for side in (height, width)):
+        raise ValueError(f"input_shape must be {wanted}. Received: input_shape={input_shape}")
     if any(side is not None and side < 32 for side in (height, width)):
         raise ValueError(
             "Images must be at least 32x32: five halvings leave nothing of smaller ones. Received: "
@@ -753,7 +794,9 @@ def _find_checkpoint(variant, weights, include_top):
             f"{type(weights).__name__} {weights!r}"
         )
     if weights == "imagenet" and not include_top and variant.name in checkpoints.IMAGENET_NOTOP:
-        weights = checkpoints.IMAGENET_NOTOP[variant.name]
+        # The file without the top is smaller; one with it serves as well when it is here already.
+        without, full = checkpoints.IMAGENET_NOTOP[variant.name], checkpoints.IMAGENET[variant.name]
+        weights = full if _is_here(full) and not _is_here(without) else without
     checkpoint = checkpoints.find_checkpoint(weights, architecture=variant.name)
     if checkpoint.architecture != variant.name:
         raise ValueError(
@@ -761,6 +804,12 @@ def _find_checkpoint(variant, weights, include_top):
             f"{variant.name!r}: use keras_convnext.load({checkpoint.tag!r})."
         )
     return checkpoint
+
+
+def _is_here(tag):
+    row = checkpoints.CHECKPOINTS[tag]
+    address = {"tag": tag, "hub_id": row.hub_id, "hub_filename": row.hub_filename, "url": row.url}
+    return downloads.find_local(**address) is not None
 
 
 def _default_checkpoint(variant):
@@ -798,12 +847,15 @@ def _starts_new_head(checkpoint, weights, include_top, classes, new_head):
         if new_head is False and checkpoint is not None and checkpoint.classes != classes:
             raise ValueError(_wrong_classes(checkpoint.tag, checkpoint.classes, classes))
         return bool(new_head)
-    if checkpoint.classes == 0:
-        return True
     if checkpoint.classes == classes:
         return False
-    if weights == "imagenet" or classes == 1000:
+    if checkpoint.classes != 0 and (weights == "imagenet" or classes == 1000):
         raise ValueError(_wrong_classes(checkpoint.tag, checkpoint.classes, classes))
+    _logger.warning(
+        "%s: a new classifier for %d classes, with random weights, on the body of these weights.",
+        checkpoint.tag,
+        classes,
+    )
     return True
 
 

@@ -69,6 +69,7 @@ RULES: dict[str, list] = {
         (r"grn\.beta$", "grn.bias"),
         (r"\.gamma$", ".layer_scale_parameter"),
         (r"\.norm\.", ".layernorm."),
+        (r"^norm([0-3])\.", lambda match: f"hidden_states_norms.stage{int(match[1]) + 1}."),
         (r"^norm\.", "layernorm."),
         (r"^head\.", "classifier."),
     ],
@@ -116,6 +117,7 @@ MARKERS = (
 UNUSED = {
     "copies of the final norm (DINOv3, EUPE)": r"norms\.",
     "distillation projectors (EUPE)": r"projectors\.",
+    "number of averaged checkpoints (torch.optim.swa_utils)": r"n_averaged$",
     "FCMAE mask token and decoder": r"(mask_token$|proj\.|decoder\.|pred\.)",
     "detection and segmentation heads": r"(neck|rpn_head|roi_head|decode_head|auxiliary_head)\.",
     "per-level norms of a pyramid": r"(norm[0-3]|hidden_states_norms\..*)\.",
@@ -244,7 +246,8 @@ class Contents:
         classes: outputs of its classifier, 0 when it has none.
         channels: of the images its stem takes.
         final_norm: whether the norm in front of the classifier is there; FCMAE and detection files lack it.
-        pyramid_norms: whether the per-level norms `norm0` .. `norm3` are there.
+        pyramid_norms: whether all per-level norms `norm0` .. `norm3` are there.
+        any_pyramid_norm: whether one of them is.
     """
 
     layout: str
@@ -253,6 +256,7 @@ class Contents:
     channels: int
     final_norm: bool
     pyramid_norms: bool
+    any_pyramid_norm: bool
 
 
 def inspect(state: StateDict) -> Contents:
@@ -265,14 +269,23 @@ def inspect(state: StateDict) -> Contents:
     present = _strip(state, layout, prefix)
     head = present.get(rename("head.weight", layout))
     stems = (present.get(rename(name, layout)) for name in STEMS)
+    levels = [
+        any(rename(f"norm{level}.{leaf}", layout) in present for leaf in ("weight", "bias"))
+        for level in range(4)
+    ]
     stem = next((array for array in stems if array is not None and array.ndim == 4), None)
     return Contents(
         layout=layout,
         prefix=prefix,
-        classes=0 if head is None else head.shape[0],
+        classes=0 if head is None or head.ndim == 0 else head.shape[0],
         channels=3 if stem is None else stem.shape[1],
-        final_norm=any(rename(name, layout) in present for name in ("norm.weight", "norm_pre.weight")),
-        pyramid_norms=all(f"norm{level}.weight" in present for level in range(4)),
+        final_norm=any(
+            rename(f"{norm}.{leaf}", layout) in present
+            for norm in ("norm", "norm_pre")
+            for leaf in ("weight", "bias")
+        ),
+        pyramid_norms=all(levels),
+        any_pyramid_norm=any(levels),
     )
 
 
@@ -348,6 +361,9 @@ def read(
             if not name.startswith(may_lack):
                 missing.append(f"{prefix}{key} {shape}")
             continue
+        if not _is_floating(array.dtype):
+            mis_shaped.append(f"{prefix}{key}: expected floating point numbers, received {array.dtype}")
+            continue
         if name in STEMS and array.ndim == 4 and array.shape[1] != shape[1]:
             array = adapt_stem(array, shape[1])
         canonical = _to_canonical(array, name, shape, layout)
@@ -367,7 +383,7 @@ def read(
         for title, rows in (
             ("Missing", missing),
             ("Left over", left_over),
-            ("Of another shape", mis_shaped),
+            ("Of another kind", mis_shaped),
         ):
             if rows:
                 more = f", and {len(rows) - 10} more" if len(rows) > 10 else ""
@@ -393,6 +409,11 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
         ValueError: when that project cannot express the architecture; the message says why.
     """
     _check_writable(variant, layout)
+    if "norm0.weight" in canonical and layout in ("timm", "torchvision"):
+        raise ValueError(
+            f"The model has a norm at each level of its pyramid, which {layout} has no place for. "
+            "Write it in the layout 'official' or 'huggingface'."
+        )
     family = "convnextv2." if variant.version == 2 else "convnext."
     result = {}
     for name, array in canonical.items():
@@ -455,6 +476,12 @@ def _strip(state: StateDict, layout: str, prefix: str) -> StateDict:
         if "head.weight" in present:
             weight = present["head.weight"]
             present["head.bias"] = np.zeros(weight.shape[0], weight.dtype)
+    elif len(present) != len(state):
+        twice = [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) in state]
+        raise StateDictError(
+            f"Some weights are there twice, with and without the prefix {prefix!r}, among them "
+            f"{', '.join(twice[:3])}: leave one of the two in the file."
+        )
     return present
 
 
@@ -510,6 +537,10 @@ def _dense_kernel(array, shape):
     if array.shape == (height * width, inputs, outputs):
         return array.reshape(width, height, inputs, outputs).transpose(3, 2, 1, 0)
     return None
+
+
+def _is_floating(dtype) -> bool:
+    return dtype.kind == "f" or "float" in dtype.name  # bfloat16 and its kin are of kind "V" to NumPy
 
 
 def _hint(state: StateDict) -> str:

@@ -88,7 +88,7 @@ _SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "BOOL": _TORCH_DTYPES["bool"],
 }
 
-_EMA_KEYS = ("state_dict_ema", "model_ema", "ema")
+_EMA_KEYS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
 _RAW_KEYS = ("state_dict", "model", "module")
 
 # The names a state dict is made of, each handled by `_PickleReader`.

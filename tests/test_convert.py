@@ -368,3 +368,150 @@ def test_converting_with_a_tag_gives_the_keras_model_its_normaliser(good_state, 
     assert model.input_shape == (None, 384, 384, 3)
     with pytest.raises(ValueError, match="holds a 'convnext_nano'"):
         keras_convnext.convert(source, tmp_path / "x.keras", architecture="convnext_tiny.fb_in1k")
+
+
+# Files that are nearly right: each must be read in full or refused, never in part.
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_huggingface_backbone_brings_its_per_level_norms(version, tmp_path):
+    levels = [f"stage{level}" for level in range(1, 5)]
+    settings = {"hidden_sizes": [40, 80, 160, 320], "depths": [2, 2, 6, 2], "out_features": levels}
+    if version == 2:
+        name, peer = (
+            "convnextv2_atto",
+            transformers.ConvNextV2Backbone(transformers.ConvNextV2Config(**settings)),
+        )
+    else:
+        name, peer = "convnext_atto", transformers.ConvNextBackbone(transformers.ConvNextConfig(**settings))
+    peers.randomise(peer)
+    path = peers.save(peer.state_dict(), tmp_path / "backbone.safetensors")
+    model = keras_convnext.load(
+        name, weights=path, pyramid_norms=True, include_preprocessing=False, input_shape=(64, 64, 3)
+    )
+    x = peers.images()
+    expected = peer(torch.from_numpy(x).permute(0, 3, 1, 2)).feature_maps
+    for level, maps in zip(("P2", "P3", "P4", "P5"), expected, strict=True):
+        actual = keras.ops.convert_to_numpy(model(x)[level])
+        assert peers.relative_error(actual, maps.permute(0, 2, 3, 1)) <= 2e-5
+    with pytest.raises(ValueError, match="timm has no place for"):
+        keras_convnext.save_weights(model, tmp_path / "x.safetensors", layout="timm")
+
+
+def test_half_a_final_norm_is_refused(good_state, tmp_path):
+    state = {key: value for key, value in good_state.items() if not key.startswith("head.fc")}
+    del state["head.norm.weight"]
+    assert "Missing (1): head.norm.weight" in refused(state, tmp_path, include_top=False, classes=None)
+
+
+def test_some_per_level_norms_are_refused(good_state, tmp_path):
+    state = {key: value for key, value in good_state.items() if not key.startswith("head.")}
+    for level, dim in enumerate((32, 64, 96)):
+        state |= {f"norm{level}.weight": torch.ones(dim), f"norm{level}.bias": torch.ones(dim)}
+    message = refused(state, tmp_path, include_top=False, classes=None, pyramid_norms=True)
+    assert "Missing (2): norm3.weight" in message
+
+
+def test_weights_under_two_names_are_refused(good_state, tmp_path):
+    state = {f"model.{key}": value for key, value in good_state.items()}
+    state["head.fc.weight"] = good_state["head.fc.weight"] + 1
+    assert "twice, with and without the prefix 'model.'" in refused(state, tmp_path)
+
+
+def test_integers_are_refused(good_state, tmp_path):
+    good_state["stages.0.blocks.0.gamma"] = torch.ones(32, dtype=torch.int32)
+    assert "gamma: expected floating point numbers, received int32" in refused(good_state, tmp_path)
+
+
+def test_scalar_head_is_refused(good_state, tmp_path):
+    good_state["head.fc.weight"] = torch.tensor(1.0)
+    assert "has no classifier" in refused(good_state, tmp_path)
+
+
+def test_keras_model_file_takes_a_new_head_and_other_channels(good_state, tmp_path):
+    source = peers.save(good_state, tmp_path / "in.safetensors")
+    keras_convnext.convert(source, tmp_path / "in.keras")
+    keras_convnext.load("test_convnext2", weights=source).save_weights(tmp_path / "in.weights.h5")
+    assert keras_convnext.load("test_convnext2", weights=tmp_path / "in.keras").output_shape == (
+        None,
+        CLASSES,
+    )
+    model = keras_convnext.load(
+        "test_convnext2", weights=tmp_path / "in.keras", classes=3, new_head=True, input_shape=(64, 64, 1)
+    )
+    expected = good_state["stages.3.blocks.0.mlp.fc1.weight"].numpy()
+    assert np.array_equal(keras_convnext.state_dict(model)["stages.3.0.pwconv1.weight"], expected)
+    with pytest.raises(ValueError, match="a new classifier cannot take the place"):
+        keras_convnext.load("test_convnext2", weights=tmp_path / "in.weights.h5", classes=3, new_head=True)
+
+
+def test_wrapped_keras_applications_model_is_refused(tmp_path):
+    from keras.src.applications import convnext as applications
+
+    inner = applications.ConvNeXt(
+        [1, 1, 1, 1], [8, 16, 24, 32], input_shape=(32, 32, 3), name="convnext_tiny"
+    )
+    keras.Sequential([inner, keras.layers.Dense(2)]).save(tmp_path / "wrapped.keras")
+    with pytest.raises(ValueError, match="not a plain ConvNeXt of keras"):
+        keras_convnext.load("convnext_tiny", weights=tmp_path / "wrapped.keras", include_top=False)
+
+
+def test_lora_is_merged_and_quantised_weights_are_refused(good_state, tmp_path):
+    path = peers.save(good_state, tmp_path / "in.safetensors")
+    model = keras_model("test_convnext2", path)
+    dense = model.get_layer("stages_0_0").pwconv1
+    dense.enable_lora(2)
+    dense.lora_kernel_b.assign(keras.ops.ones_like(dense.lora_kernel_b))
+    expected = keras.ops.convert_to_numpy(dense.kernel)
+    keras_convnext.save_weights(model, tmp_path / "merged.safetensors", layout="timm")
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged.keys() == good_state.keys()
+    np.testing.assert_allclose(merged["stages.0.blocks.0.mlp.fc1.weight"].numpy().T, expected, rtol=1e-6)
+    assert not np.allclose(expected.T, good_state["stages.0.blocks.0.mlp.fc1.weight"].numpy())
+    model = keras_model("test_convnext2", path)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"is quantised: .* before quantize\(\)"):
+        keras_convnext.save_weights(model, tmp_path / "x.safetensors", layout="timm")
+
+
+def test_quantised_model_saves_and_loads(good_state, tmp_path):
+    model = keras_model("test_convnext2", peers.save(good_state, tmp_path / "in.safetensors"))
+    x = peers.images()
+    before = keras.ops.convert_to_numpy(model(x))
+    model.quantize("int8")
+    quantised = keras.ops.convert_to_numpy(model(x))
+    model.save(tmp_path / "int8.keras")
+    again = keras.ops.convert_to_numpy(keras.saving.load_model(tmp_path / "int8.keras")(x))
+    np.testing.assert_allclose(again, quantised, rtol=1e-4, atol=1e-5)
+    assert 1e-4 < peers.relative_error(quantised, before) < 0.2
+
+
+def test_tag_with_another_tags_weights_takes_that_tags_classes(good_state, tmp_path, monkeypatch, caplog):
+    """Files of two tags in the weights folder; no network."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    state = timm.create_model("convnext_atto").state_dict()
+    peers.save(state, folder / "convnext_atto.d2_in1k.safetensors")
+    peers.save(
+        {
+            key: value
+            for key, value in timm.create_model("convnextv2_atto").state_dict().items()
+            if "head." not in key
+        },
+        folder / "convnextv2_atto.fcmae.safetensors",
+    )
+    monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(folder))
+    model = keras_convnext.load("convnext_atto.d2_in1k", weights="imagenet")
+    assert model.output_shape == (None, 1000)
+    assert keras_convnext.ConvNeXtV2Atto(weights="fcmae", classes=10).output_shape == (None, 10)
+    assert "a new classifier for 10 classes" in caplog.text and "not for commercial use" in caplog.text
+    assert keras_convnext.load("convnextv2_atto.fcmae", input_shape=(64, 64, 3)).output_shape == (
+        None,
+        2,
+        2,
+        320,
+    )
+    assert keras_convnext.ConvNeXtAtto(weights="d2_in1k", classes=10).output_shape == (None, 10)
+    with pytest.raises(ValueError, match="classifier for 1000 classes"):
+        keras_convnext.ConvNeXtAtto(weights="imagenet", classes=10)

@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {
         "checkpoints", "convnext", "downloads", "keras_files", "state_dicts", "torch_files", "variants",
     },
-    "convert": {"checkpoints", "keras_files", "models", "state_dicts", "torch_files", "variants"},
+    "convert": {"checkpoints", "models", "state_dicts", "torch_files", "variants"},
     "data.preprocess": set(),
     "data.class_names": set(),
 }  # fmt: skip
