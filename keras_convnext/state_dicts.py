@@ -383,7 +383,7 @@ def read(
         for title, rows in (
             ("Missing", missing),
             ("Left over", left_over),
-            ("Of another kind", mis_shaped),
+            ("Of another shape or type", mis_shaped),
         ):
             if rows:
                 more = f", and {len(rows) - 10} more" if len(rows) > 10 else ""
