@@ -462,7 +462,7 @@ def test_lora_is_merged_and_quantised_weights_are_refused(good_state, tmp_path):
     model = keras_model("test_convnext2", path)
     dense = model.get_layer("stages_0_0").pwconv1
     dense.enable_lora(2)
-    dense.lora_kernel_b.assign(keras.ops.ones_like(dense.lora_kernel_b))
+    dense.lora_kernel_b.assign(keras.ops.ones(dense.lora_kernel_b.shape))
     expected = keras.ops.convert_to_numpy(dense.kernel)
     keras_convnext.save_weights(model, tmp_path / "merged.safetensors", layout="timm")
     merged = load_file(tmp_path / "merged.safetensors")
