@@ -121,9 +121,12 @@ def load(
     available, projects = 1000, False  # outputs of the classifier; whether they are CLIP's projection
     if checkpoint is not None:
         available, projects = checkpoint.classes, checkpoint.is_projection
+    state = None
     if _is_path(weights):
-        contents = _contents_of(weights)
-        if contents is not None:
+        path = existing_file(weights)
+        if path.suffix != ".h5" or keras_files.is_keras_applications(path):
+            state = read_file(path)
+            contents = _inspect(state, path)
             available, projects = contents.classes, projects or contents.layout == "open_clip"
     elif weights is not None:
         row = _find_checkpoint(variant, weights, include_top is not False)
@@ -152,6 +155,7 @@ def load(
         seed=seed,
         new_head=new_head,
         described_by=checkpoint,
+        state=state,
     )
 
 
@@ -175,10 +179,12 @@ def _build(
     seed,
     new_head,
     described_by=None,
+    state=None,
 ):
     """The body of every constructor; arguments as there.
 
-    `described_by` is the checkpoint whose image size and normaliser hold when `weights` is a path or None.
+    `described_by` is the checkpoint whose image size and normaliser hold when `weights` is a path or None;
+    `state` what is in the file at that path, when it was read already.
     """
     variant = _with_layer_scale(variant, layer_scale_init_value)
     _check_arguments(variant, include_top, pooling, classes, drop_path_rate, output_stride, pyramid_norms)
@@ -224,7 +230,8 @@ def _build(
         keras_files.load_weights(model, path)
         return model
 
-    state = read_file(path)
+    if state is None:
+        state = read_file(path)
     values = _read_for_model(state, variant, path, include_top, classes, shape[-1], pyramid_norms, new_head)
     return _filled(values, assemble)
 
@@ -570,14 +577,6 @@ def read_file(path):
     )
 
 
-def _contents_of(path):
-    """What a weight file holds, or None where it does not say."""
-    path = existing_file(path)
-    if path.suffix == ".h5" and not keras_files.is_keras_applications(path):
-        return None
-    return _inspect(read_file(path), path)
-
-
 def _read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):
     """The canonical weights of a file that a model wants, without the others."""
     contents = _inspect(state, path)
@@ -664,6 +663,10 @@ def _cast(array, shape, dtype):
     # Always a copy: a backend may keep the array itself, which must not hang on the file.
     value = np.array(array, dtype=_numpy_dtype(dtype), order="C", copy=True)
     torch_files.release_pages(array)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.device_put(value)  # jnp.asarray, Keras's way, compiles a program for each shape
     return value
 
 
