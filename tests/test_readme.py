@@ -51,6 +51,10 @@ def test_count_of_weight_files_is_right():
     assert f"All {len(checkpoints.CHECKPOINTS)} files" in README.read_text()
 
 
+def test_no_placeholder_is_left():
+    assert "_TABLE" not in README.read_text()
+
+
 if __name__ == "__main__":
     text = README.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
