@@ -1,7 +1,6 @@
 """The table of weight files, compared with timm, torchvision, Keras and the collected facts."""
 
 import collections
-import contextlib
 import importlib.util
 import inspect
 import json
@@ -33,19 +32,10 @@ ROWS = list(CHECKPOINTS.values())
 TIMM_TAGS = [row.tag for row in ROWS if row.layout == "timm"]
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "facts"
 
-_libraries = []  # an operator lives as long as the library that defined it
-
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm. torchvision's Python part needs the names of two operators of its binary part."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    _libraries.append(library)
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # already there
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """timm, imported when it is needed."""
     import timm
 
     return timm

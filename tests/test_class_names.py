@@ -1,6 +1,5 @@
 """The class names, compared with timm's own lists."""
 
-import contextlib
 import gzip
 import inspect
 import subprocess
@@ -16,19 +15,9 @@ pytestmark = pytest.mark.once
 SUBSETS = {1000: "imagenet-1k", 11821: "imagenet-12k", 21841: "imagenet-22k"}
 
 
-_libraries = []  # an operator lives as long as the library that defined it
-
-
 @pytest.fixture(scope="module")
 def timm_data():
-    """timm.data. torchvision's Python part needs the names of two operators of its binary part."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    _libraries.append(library)
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # already there
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """timm.data, imported when it is needed."""
     import timm.data
 
     return timm.data

@@ -61,20 +61,6 @@ SIZES = [
 ]
 
 
-def register_torchvision_operators():
-    """Define the operators that torchvision looks up on import, where its binary lacks them."""
-    try:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        return None  # they are there: from torchvision itself, or from conftest.py
-    return library
-
-
-TORCHVISION_LIBRARY = register_torchvision_operators()  # the operators live as long as this
-
-
 def timm_preprocess(image, image_size, crop, resize_mode, interpolation):
     """Run timm's evaluation transform up to its conversion to a tensor."""
     from timm.data import create_transform
