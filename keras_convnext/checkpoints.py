@@ -28,12 +28,17 @@ import difflib
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+
+# Endings of the weight files that the package reads; those of PyTorch it writes too.
+TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
 
 NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license")
 
@@ -131,6 +136,16 @@ class Checkpoint:
             find_checkpoint("convnextv2_tiny.fcmae_ft_in1k").commercial_use  # False
         """
         return self.licence not in NON_COMMERCIAL_LICENCES
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """Where the file is: the arguments that the functions of `downloads` share."""
+        return {
+            "tag": self.tag,
+            "hub_id": self.hub_id,
+            "hub_filename": self.hub_filename,
+            "url": self.url,
+        }
 
     @property
     def is_projection(self) -> bool:
@@ -1002,10 +1017,7 @@ def find_checkpoint(name: str, architecture: str | None = None) -> Checkpoint:
         find_checkpoint("imagenet", architecture="convnextv2_atto").tag              # "convnextv2_atto.fcmae_ft_in1k"
     """
     if architecture is not None and architecture not in IMAGENET:
-        raise ValueError(
-            f"Unknown architecture {architecture!r}.{_near(architecture, IMAGENET)} "
-            f"Known: {', '.join(IMAGENET)}"
-        )
+        raise ValueError(unknown("architecture", architecture, IMAGENET))
     if name == "imagenet":
         return _imagenet(architecture)
     full = ALIASES.get(name, name)
@@ -1052,15 +1064,10 @@ def list_weights(
         list_weights("convnextv2_*", commercial_use=True, downloadable=True)   # []
     """
     if architecture is not None and not any(fnmatch.fnmatchcase(known, architecture) for known in IMAGENET):
-        raise ValueError(
-            f"Unknown architecture {architecture!r}.{_near(architecture, IMAGENET)} "
-            f"Known: {', '.join(IMAGENET)}"
-        )
+        raise ValueError(unknown("architecture", architecture, IMAGENET))
     licences = sorted({row.licence for row in CHECKPOINTS.values()})
     if licence is not None and licence not in licences:
-        raise ValueError(
-            f"Unknown licence {licence!r}.{_near(licence, licences)} Known: {', '.join(licences)}"
-        )
+        raise ValueError(unknown("licence", licence, licences))
     return [
         row.tag
         for row in CHECKPOINTS.values()
@@ -1071,6 +1078,14 @@ def list_weights(
         and (commercial_use is None or row.commercial_use == commercial_use)
         and (downloadable is None or row.downloadable == downloadable)
     ]
+
+
+def default_checkpoint(architecture: str) -> Checkpoint:
+    """The row whose image size and preparation of images hold for an architecture with any weights.
+
+    That of its ImageNet file, or the first where none was published.
+    """
+    return CHECKPOINTS[IMAGENET[architecture] or list_weights(architecture)[0]]
 
 
 def _imagenet(architecture: str | None) -> Checkpoint:
@@ -1123,6 +1138,11 @@ def _unknown_weights(name: str, architecture: str | None) -> str:
     candidates += [tag.removeprefix(prefix) for tag in CHECKPOINTS if tag.startswith(prefix)]
     near = _near(name, candidates)
     return f"Unknown weights {name!r} for architecture {architecture!r}.{near} {known}"
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not among the known ones: near names first, then all."""
+    return f"Unknown {kind} {name!r}.{_near(str(name), known)} Known: {', '.join(known)}"
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -23,12 +23,11 @@ import numpy as np
 import PIL.Image
 
 from keras_convnext import __version__, checkpoints, downloads, state_dicts, torch_files
-from keras_convnext.checkpoints import Checkpoint
+from keras_convnext.checkpoints import WEIGHT_SUFFIXES, Checkpoint
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.variants import VARIANTS, Variant
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".keras")
 IMAGENET_CLASSES = (1000, 11821, 21841)  # the numbers of classes whose names are known
 PROGRESS_FROM_IMAGES = 20
 LICENCE_WIDTH = 15  # of the table; one identifier is longer than all others and is cut
@@ -166,9 +165,7 @@ def info_command(options: argparse.Namespace) -> int:
         lines = _file_lines(facts)
     else:
         row = _find_row(name)
-        local = downloads.find_local(
-            tag=row.tag, hub_id=row.hub_id, hub_filename=row.hub_filename, url=row.url
-        )
+        local = downloads.find_local(**row.address)
         facts = {**_checkpoint_facts(row), "local_file": None if local is None else str(local)}
         lines = _checkpoint_lines(row, local)
         name = row.tag
@@ -335,7 +332,7 @@ def _positive(text: str) -> int:
 
 
 def _names_file(name: str) -> bool:
-    return name.endswith(FILE_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()
+    return name.endswith(WEIGHT_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()
 
 
 def _find_row(name: str) -> Checkpoint:
@@ -575,7 +572,7 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
     path = classes = None
     if options.weights is not None:
         path = models.existing_file(options.weights)
-        if path.suffix == ".h5" and not keras_files.is_keras_applications(path):
+        if keras_files.is_bare(path):
             classes = len(labels) or None  # the file does not say; Keras checks it
         else:
             state = read_state_dict(path)
@@ -622,8 +619,7 @@ def _open_keras_model(options: argparse.Namespace) -> Classifier:
 def _row_for(name: str, needs_classes: bool) -> Checkpoint:
     """The row that says how images are prepared for a tag or an architecture."""
     if name in VARIANTS:
-        tag = checkpoints.IMAGENET[name] or checkpoints.list_weights(name)[0]
-        return checkpoints.find_checkpoint(tag)
+        return checkpoints.default_checkpoint(name)
     row = _find_row(name)
     if needs_classes and row.classes not in IMAGENET_CLASSES:
         instead = checkpoints.IMAGENET[row.architecture] or DEFAULT_MODEL

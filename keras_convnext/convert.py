@@ -7,10 +7,10 @@ import uuid
 import keras
 
 from keras_convnext import checkpoints, models, state_dicts, torch_files
+from keras_convnext.checkpoints import TORCH_SUFFIXES
 from keras_convnext.variants import VARIANTS, Variant
 
 KERAS_SUFFIXES = (".weights.h5", ".keras")
-TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def save_weights(model: keras.Model, path, layout: str = "official") -> pathlib.Path:
@@ -73,7 +73,7 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     if architecture is not None and "." in architecture:
         described_by = checkpoints.find_checkpoint(architecture)
     elif architecture is not None and architecture not in VARIANTS:
-        raise ValueError(models.unknown("architecture", architecture, VARIANTS))
+        raise ValueError(checkpoints.unknown("architecture", architecture, VARIANTS))
     expected = architecture if described_by is None else described_by.architecture
     if expected not in (None, variant.name):
         raise ValueError(f"{source} holds a {variant.name!r}. Received: architecture={architecture!r}")

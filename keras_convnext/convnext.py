@@ -50,6 +50,14 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+def _pointwise_dtype(block):
+    """What a block's configuration adds when quantize() has given its pointwise layers another policy."""
+    policy = block.pwconv1.dtype_policy
+    if policy == block.dtype_policy:
+        return {}
+    return {"pointwise_dtype": keras.dtype_policies.serialize(policy)}
+
+
 def _choose(what, name, table):
     if name not in table:
         raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(table)}")
@@ -158,11 +166,7 @@ class ConvNeXtBlock(layers.Layer):
         return input_shape
 
     def get_config(self):
-        config = {**super().get_config(), **self.config}
-        policy = self.pwconv1.dtype_policy
-        if policy != self.dtype_policy:  # quantize() gives these layers one of their own
-            config["pointwise_dtype"] = keras.dtype_policies.serialize(policy)
-        return config
+        return {**super().get_config(), **self.config, **_pointwise_dtype(self)}
 
 
 @_register
@@ -259,11 +263,7 @@ class ConvNeXtV2Block(layers.Layer):
         return input_shape
 
     def get_config(self):
-        config = {**super().get_config(), **self.config}
-        policy = self.pwconv1.dtype_policy
-        if policy != self.dtype_policy:  # quantize() gives these layers one of their own
-            config["pointwise_dtype"] = keras.dtype_policies.serialize(policy)
-        return config
+        return {**super().get_config(), **self.config, **_pointwise_dtype(self)}
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:

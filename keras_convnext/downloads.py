@@ -117,7 +117,7 @@ def find_file(
     if local is not None:
         _check_published(local, *published_hashes(local))
         return local
-    present = find_local(tag=tag, hub_id=hub_id, hub_filename=hub_filename, url=url)
+    present = _file_in_caches(hub_id, hub_filename, url_filename)
     if present is not None:
         return verify(present, *published_hashes(present))
     cached = None if url_filename is None else cache_folder() / url_filename
@@ -157,13 +157,7 @@ def find_local(
     """
     url_filename = None if url is None else _url_filename(url)
     found = _file_in_weights_folders(tag, hub_id, hub_filename, url_filename)
-    if found is not None:
-        return found
-    if url_filename is not None and (cache_folder() / url_filename).is_file():
-        return cache_folder() / url_filename
-    if hub_id is not None and hub_filename is not None:
-        return _file_in_hub_cache(hub_id, hub_filename)
-    return None
+    return found or _file_in_caches(hub_id, hub_filename, url_filename)
 
 
 def download(
@@ -352,6 +346,17 @@ def _check_published(path: pathlib.Path, sha256: str | None, sha256_prefix: str 
             f"{_expected_text(sha256, sha256_prefix)}, received {digest}. Delete "
             f"{path.resolve()} and call again to download it anew."
         )
+
+
+def _file_in_caches(
+    hub_id: str | None, hub_filename: str | None, url_filename: str | None
+) -> pathlib.Path | None:
+    """Returns the file that an earlier download left in our cache or in that of Hugging Face."""
+    if url_filename is not None and (cache_folder() / url_filename).is_file():
+        return cache_folder() / url_filename
+    if hub_id is not None and hub_filename is not None:
+        return _file_in_hub_cache(hub_id, hub_filename)
+    return None
 
 
 def _file_in_hub_cache(hub_id: str, hub_filename: str) -> pathlib.Path | None:

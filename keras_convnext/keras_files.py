@@ -52,6 +52,12 @@ def is_keras_applications(path) -> bool:
         return "layers/sequential/layers/conv2d/vars/0" in file and "layers/layer_scale" in file
 
 
+def is_bare(path) -> bool:
+    """Whether a file is an `.h5` of this package: weights that do not say which model they belong to."""
+    path = pathlib.Path(path)
+    return path.suffix == ".h5" and not is_keras_applications(path)
+
+
 def read_keras_applications(path) -> dict[str, np.ndarray]:
     """The weights of a `keras.applications` ConvNeXt under the official code's names, in PyTorch's shapes.
 
@@ -188,7 +194,7 @@ def _canonical(layer, arrays):
         if len(arrays) == 1:
             yield f"{names[0]}.gamma", arrays[0]
             return
-        for name, (weight, bias) in zip(names, _pairs(arrays), strict=True):
+        for name, weight, bias in zip(names, arrays[::2], arrays[1::2], strict=True):
             if weight.ndim == 4:
                 # (H, W, I, O) -> (O, I, H, W); the grouped (7, 7, 1, C) becomes (C, 1, 7, 7) by the same.
                 weight = weight.transpose(3, 2, 0, 1)
@@ -201,7 +207,3 @@ def _canonical(layer, arrays):
         f"The layer {layer!r}, with weights of shape {[array.shape for array in arrays]}, is none of a "
         "ConvNeXt of keras.applications."
     )
-
-
-def _pairs(arrays):
-    return list(zip(arrays[::2], arrays[1::2], strict=True))

@@ -17,9 +17,8 @@ import keras
 import numpy as np
 
 from keras_convnext import checkpoints, convnext, downloads, keras_files, state_dicts, torch_files
+from keras_convnext.checkpoints import WEIGHT_SUFFIXES
 from keras_convnext.variants import VARIANTS, Variant
-
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".keras")
 
 _logger = logging.getLogger("keras_convnext")
 _announced_licences: set[str] = set()
@@ -113,24 +112,19 @@ def load(
         checkpoint = checkpoints.find_checkpoint(architecture_or_tag)
         variant = VARIANTS[checkpoint.architecture]
     else:
-        raise ValueError(unknown("architecture", architecture_or_tag, VARIANTS))
+        raise ValueError(checkpoints.unknown("architecture", architecture_or_tag, VARIANTS))
     if weights == "default":
         weights = "imagenet" if checkpoint is None else checkpoint.tag
-    if checkpoint is None and weights is not None and not _is_path(weights):
-        checkpoint = _find_checkpoint(variant, weights, include_top is not False)
-    available, projects = 1000, False  # outputs of the classifier; whether they are CLIP's projection
-    if checkpoint is not None:
-        available, projects = checkpoint.classes, checkpoint.is_projection
-    state = None
-    if _is_path(weights):
-        path = existing_file(weights)
-        if path.suffix != ".h5" or keras_files.is_keras_applications(path):
-            state = read_file(path)
-            contents = _inspect(state, path)
-            available, projects = contents.classes, projects or contents.layout == "open_clip"
-    elif weights is not None:
+    row, state = checkpoint, None  # what the weights are, by the table; what is in their file
+    if weights is not None and not _is_path(weights):
         row = _find_checkpoint(variant, weights, include_top is not False)
-        available, projects = row.classes, row.is_projection
+        checkpoint = checkpoint or row
+    # outputs of the classifier; whether they are CLIP's projection
+    available, projects = (row.classes, row.is_projection) if row else (1000, False)
+    if _is_path(weights) and not keras_files.is_bare(path := existing_file(weights)):
+        state = read_file(path)
+        contents = _inspect(state, path)
+        available, projects = contents.classes, projects or contents.layout == "open_clip"
     if classifier_activation == "default":
         classifier_activation = None if projects and classes in (None, available) else "softmax"
     if include_top is None:
@@ -197,7 +191,7 @@ def _build(
         new_head = _starts_new_head(checkpoint, weights, include_top, classes, new_head)
     if checkpoint is not None:
         path = find_file(checkpoint)
-    row = checkpoint or described_by or _default_checkpoint(variant)
+    row = checkpoint or described_by or checkpoints.default_checkpoint(variant.name)
     shape = _checked_input_shape(input_shape, input_tensor, include_top, row)
 
     def assemble():
@@ -220,7 +214,7 @@ def _build(
 
     if path is None:
         return assemble()
-    if path.suffix == ".h5" and not keras_files.is_keras_applications(path):
+    if keras_files.is_bare(path):
         if new_head:
             raise ValueError(
                 f"{path} does not say what its weights belong to, so a new classifier cannot take the "
@@ -536,7 +530,7 @@ def model_of(variant, canonical, described_by=None, classifier_activation="softm
     `described_by` is the checkpoint whose image size and normaliser it gets; by default the architecture's.
     """
     contents = state_dicts.inspect(canonical)
-    row = described_by or _default_checkpoint(variant)
+    row = described_by or checkpoints.default_checkpoint(variant.name)
     side = row.image_size if contents.classes else None
     return _filled(
         canonical,
@@ -565,16 +559,16 @@ def read_file(path):
     Raises:
         ValueError: for an `.h5` file of this package, which does not say what model it belongs to.
     """
+    if keras_files.is_bare(path):
+        raise ValueError(
+            f"{path} does not say which model its weights belong to. Load it with "
+            "keras_convnext.load(architecture, weights=path), or convert the .keras file instead."
+        )
     if path.suffix not in (".h5", ".keras"):
         return torch_files.read_state_dict(path)
     if keras_files.is_keras_applications(path):
         return keras_files.read_keras_applications(path)
-    if path.suffix == ".keras":
-        return state_dict(keras.saving.load_model(path, compile=False))
-    raise ValueError(
-        f"{path} does not say which model its weights belong to. Load it with "
-        "keras_convnext.load(architecture, weights=path), or convert the .keras file instead."
-    )
+    return state_dict(keras.saving.load_model(path, compile=False))
 
 
 def _read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):
@@ -603,7 +597,7 @@ def _read_for_model(state, variant, path, include_top, classes, channels, pyrami
     if pyramid_norms:
         may_hold += ("norm", "norm_pre")
         if not contents.any_pyramid_norm:
-            may_lack += ("norm0.", "norm1.", "norm2.", "norm3.")
+            may_lack += tuple(f"{norm}." for norm in _PYRAMID_NORMS)
     return _read(state, shapes, path, may_lack, may_hold)
 
 
@@ -660,22 +654,15 @@ def _set_initial_values(model, values):
 def _cast(array, shape, dtype):
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"Expected an array of shape {shape}. Received {array.shape}.")
-    # Always a copy: a backend may keep the array itself, which must not hang on the file.
-    value = np.array(array, dtype=_numpy_dtype(dtype), order="C", copy=True)
+    # Always a copy: a backend may keep the array itself, which must not hang on the file. (NumPy knows
+    # "bfloat16" from ml_dtypes, which torch_files imports.)
+    value = np.array(array, dtype=dtype, order="C", copy=True)
     torch_files.release_pages(array)
     if keras.backend.backend() == "jax":
         import jax
 
         return jax.device_put(value)  # jnp.asarray, Keras's way, compiles a program for each shape
     return value
-
-
-def _numpy_dtype(dtype):
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return ml_dtypes.bfloat16
-    return dtype
 
 
 def _with_layer_scale(variant, value):
@@ -800,27 +787,11 @@ def _find_checkpoint(variant, weights, include_top):
         # The file without the top is smaller; one with it serves as well when it is here already.
         without, full = checkpoints.IMAGENET_NOTOP[variant.name], checkpoints.IMAGENET[variant.name]
         weights = full if _is_here(full) and not _is_here(without) else without
-    checkpoint = checkpoints.find_checkpoint(weights, architecture=variant.name)
-    if checkpoint.architecture != variant.name:
-        raise ValueError(
-            f"The weights {checkpoint.tag!r} are for {checkpoint.architecture!r}. Received them for "
-            f"{variant.name!r}: use keras_convnext.load({checkpoint.tag!r})."
-        )
-    return checkpoint
+    return checkpoints.find_checkpoint(weights, architecture=variant.name)
 
 
 def _is_here(tag):
-    row = checkpoints.CHECKPOINTS[tag]
-    address = {"tag": tag, "hub_id": row.hub_id, "hub_filename": row.hub_filename, "url": row.url}
-    return downloads.find_local(**address) is not None
-
-
-def _default_checkpoint(variant):
-    """The row whose image size and normaliser hold for an architecture with random weights."""
-    tag = checkpoints.IMAGENET[variant.name]
-    if tag is None:
-        tag = checkpoints.list_weights(architecture=variant.name)[0]
-    return checkpoints.find_checkpoint(tag)
+    return downloads.find_local(**checkpoints.CHECKPOINTS[tag].address) is not None
 
 
 def find_file(checkpoint):
@@ -832,10 +803,7 @@ def find_file(checkpoint):
             checkpoint.licence,
         )
     return downloads.find_file(
-        tag=checkpoint.tag,
-        hub_id=checkpoint.hub_id,
-        hub_filename=checkpoint.hub_filename,
-        url=checkpoint.url,
+        **checkpoint.address,
         sha256=checkpoint.sha256,
         sha256_prefix=checkpoint.sha256_prefix,
         gated=checkpoint.gated,
@@ -868,9 +836,3 @@ def _wrong_classes(weights, available, classes):
         f"Received: classes={classes}. Pass classes={available} to use it, new_head=True to keep the "
         "body and start a new classifier, or include_top=False for the features alone."
     )
-
-
-def unknown(kind, name, known):
-    near = difflib.get_close_matches(str(name), known, 3)
-    hint = f" Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
-    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}"

@@ -311,7 +311,7 @@ def find_variant(state: StateDict) -> Variant:
             for name, shape in shapes.items()
             if not _fits(present.get(rename(name, layout)), name, shape, layout)
         ]
-        surplus = _count_blocks(present, layout) - sum(variant.depths)
+        surplus = _count_blocks(present) - sum(variant.depths)
         surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
             return variant
@@ -498,9 +498,9 @@ def _body_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _count_blocks(present: StateDict, layout: str) -> int:
-    marks = {"torchvision": r"\.block\.0\.bias$", "timm": r"\.conv_dw\.bias$"}
-    pattern = marks.get(layout, r"(dwconv|depthwise_conv|conv_dw)\.bias$")
+def _count_blocks(present: StateDict) -> int:
+    """How many depthwise convolutions there are, by the name of their bias in any layout."""
+    pattern = r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$"
     return sum(bool(re.search(pattern, name)) for name in present)
 
 
