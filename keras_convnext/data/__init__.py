@@ -1,0 +1,50 @@
+"""Images on disk, prepared for a ConvNeXt: sources, evaluation and training batches.
+
+TensorFlow is imported by what needs it, not with this package.
+"""
+
+import os
+
+
+def eval_image(
+    path_or_bytes: str | os.PathLike[str] | bytes,
+    image_size: int | tuple[int, int],
+    crop_fraction: float = 0.875,
+    interpolation: str = "bicubic",
+    crop_mode: str = "center",
+    resize_size: int | None = None,
+):  # type: ignore[no-untyped-def]
+    """Prepares one image as the evaluation pipeline does: the same graph as `batches.eval_batches`.
+
+    The pixels equal those of Pillow with timm's evaluation transform before it converts to a tensor.
+
+    Args:
+        path_or_bytes: an image file, or the bytes of one.
+        image_size: size of the result in pixels, one side of a square or (height, width).
+        crop_fraction: part of the resized image that the crop keeps along each side, in (0, 1].
+        interpolation: "bicubic" or "bilinear".
+        crop_mode: "center" resizes the shorter side and crops; "squash" resizes both sides and crops (at
+            384 px the published weights are evaluated so, with crop_fraction 1).
+        resize_size: size in pixels that is resized to, in place of floor(image_size / crop_fraction).
+
+    Returns:
+        NumPy uint8 (height, width, 3), RGB, 0 to 255.
+
+    Raises:
+        ImageError: the image is missing or cannot be decoded; the message names it.
+        ValueError: an argument is outside its range or a name is unknown.
+
+    Example:
+        >>> eval_image("tests/images/coffee.jpg", 224).shape
+        (224, 224, 3)
+    """
+    from keras_convnext.data import batches
+
+    return batches.eval_image(
+        path_or_bytes,
+        image_size=image_size,
+        crop=crop_fraction,
+        resize_mode={"center": "shorter_side"}.get(crop_mode, crop_mode),
+        resize_size=resize_size,
+        interpolation=interpolation,
+    )

@@ -63,6 +63,15 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             (the message shows its first bytes), truncated or corrupt, or has so many pixels that
             Pillow takes it for a decompression bomb. The message names the file.
     """
+    return decode_image(read_file(path), str(path))
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Read the bytes of an image file.
+
+    Raises:
+        ImageError: the file is missing, a folder, or not readable by this user. The message names it.
+    """
     path = Path(path)
     try:
         # Windows reports a folder as a permission error, so the folder is looked for first.
@@ -71,7 +80,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
                 f"Expected an image file, received the folder '{path}'. "
                 "List the images in it with find_images."
             )
-        content = path.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError(
             f"Expected an image file at '{path}', but nothing is there. Check the path."
@@ -86,25 +95,40 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             f"Expected a readable image file, but reading '{path}' failed: {error.strerror}. "
             "Check the path and the disk."
         ) from error
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray:
+    """Decode the bytes of an image file as RGB, as `read_image` does.
+
+    Args:
+        content: the encoded image, in any format that Pillow reads.
+        name: what errors call it.
+
+    Returns:
+        uint8 (H, W, 3), RGB, 0 to 255.
+
+    Raises:
+        ImageError: the bytes are not an image, truncated or corrupt, or have too many pixels.
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"Expected an image, but '{path}' is not one or its header is damaged: "
+            f"Expected an image, but '{name}' is not one or its header is damaged: "
             f"{_describe_start(content[:40])}. Pass a JPEG, a PNG or another file that Pillow "
             "reads."
         ) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(
-            f"Expected an image of at most {limit} pixels, but '{path}' declares more and may be a "
+            f"Expected an image of at most {limit} pixels, but '{name}' declares more and may be a "
             "decompression bomb. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted. "
             f"Pillow says: {error}"
         ) from error
     except _DECODER_ERRORS as error:
         raise ImageError(
-            f"Expected a complete image, but '{path}' is truncated or corrupt: {error}. "
+            f"Expected a complete image, but '{name}' is truncated or corrupt: {error}. "
             "Download or export it again."
         ) from error
 
