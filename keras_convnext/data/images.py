@@ -11,8 +11,6 @@ import numpy as np
 import PIL
 import tensorflow as tf
 
-from keras_convnext.data import preprocess
-
 # Pillow's bound against decompression bombs, which a damaged header can exceed too.
 MAX_PIXELS = 2 * 89_478_485
 
@@ -21,7 +19,7 @@ _ONE = float(1 << 22)  # Pillow's coefficients are integers of 22 bits after the
 _TILE = 8  # outputs that share a window of inputs; 8 and 16 were fastest, one window for all 5 times slower
 _MARGIN = 2  # columns; chroma is interpolated across the edge of what is decoded, which reaches 1 column
 
-# Pillow 13.0.0 began to resize rows first where that is less work (see `_rows_first`).
+# Pillow 13.0.0 began to resize rows first where that is less work (see `_Axes`).
 _PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 
 
@@ -76,10 +74,9 @@ def center_crop(
         tf.cast(tf.round(tf.cast(resized - size, tf.float64) / 2), tf.int32)
         for resized, size in ((resized_height, image_size[0]), (resized_width, image_size[1]))
     )
-    support = _SUPPORTS[interpolation]
-    rows = _Axis(height, resized_height, top, image_size[0], support)
-    columns = _Axis(width, resized_width, left, image_size[1], support)
-    return _decode_and_resize(content, (0, 0), (height, width), rows, columns)
+    resized = (resized_height, resized_width)
+    axes = _Axes((height, width), resized, (top, left), image_size, _SUPPORTS[interpolation])
+    return _decode_and_resize(content, (0, 0), (height, width), axes)
 
 
 def random_resized_crop(
@@ -103,10 +100,8 @@ def random_resized_crop(
     """
     size = plain_jpeg_size(content)
     top, left, height, width = crop_box(size, crop)
-    support = _SUPPORTS[interpolation]
-    rows = _Axis(height, image_size[0], 0, image_size[0], support)
-    columns = _Axis(width, image_size[1], 0, image_size[1], support, flip)
-    return _decode_and_resize(content, (top, left), size, rows, columns)
+    axes = _Axes((height, width), image_size, (0, 0), image_size, _SUPPORTS[interpolation], flip)
+    return _decode_and_resize(content, (top, left), size, axes)
 
 
 def plan_crop(
@@ -175,47 +170,66 @@ def resize(image: Any, flip: Any, *, image_size: tuple[int, int], interpolation:
     Returns:
         uint8 (height, width, 3) tensor.
     """
-    support = _SUPPORTS[interpolation]
-    rows = _Axis(tf.shape(image)[0], image_size[0], 0, image_size[0], support)
-    columns = _Axis(tf.shape(image)[1], image_size[1], 0, image_size[1], support, flip)
-    return _resize(image, rows, columns, 0, 0)
+    in_size = tf.unstack(tf.shape(image)[:2])
+    axes = _Axes(in_size, image_size, (0, 0), image_size, _SUPPORTS[interpolation], flip)
+    return _resize(image, axes, 0, 0)
 
 
-class _Axis:
-    """How `count` outputs from `first` on, of an axis resized from `in_size` to `out_size`, are made.
+class _Axes:
+    """How the outputs of a resized image are made: on both axes, `count` of them from `first` on.
 
-    `flip` makes them in the reverse order, which costs nothing here.
     The outputs are taken in tiles of neighbours; all of a tile are products with one window of inputs.
+    `flip` makes the columns in the reverse order, which costs nothing here. Both axes are worked out
+    together, since so small operations cost the same for two as for one.
     Reference: Pillow 13, src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
+
+    Attributes:
+        begin, end: int32 (2,), the inputs that are needed, on the vertical and on the horizontal axis.
+        inputs: int32 (2, tiles, window), the windows.
+        weights: float64 (2, tiles, _TILE, window).
+        rows_first: scalar bool, the order of the passes.
     """
 
     def __init__(
-        self, in_size: Any, out_size: Any, first: Any, count: int, support: float, flip: Any = False
+        self,
+        in_size: tuple[Any, Any],
+        out_size: tuple[Any, Any],
+        first: tuple[Any, Any],
+        count: tuple[int, int],
+        support: float,
+        flip: Any = False,
     ) -> None:
-        self.in_size, self.out_size, self.count = in_size, out_size, count
-        tiles = -(-count // _TILE)
-        scale = _float(in_size) / _float(out_size)
-        filter_scale = tf.maximum(scale, 1.0)
+        self.count = count
+        last_input = tf.stack(in_size)[:, None, None]
+        scale = _float(tf.stack(in_size)) / _float(tf.stack(out_size))
+        filter_scale = tf.maximum(scale, 1.0)[:, None, None]
+        # The last tiles may be filled up with repetitions of the last output.
+        tiles = -(-max(count) // _TILE)
+        rows, columns = (np.minimum(np.arange(tiles * _TILE, dtype="float64"), size - 1) for size in count)
+        outputs = tf.stack([rows, tf.where(flip, count[1] - 1 - columns, columns)])
+        centers = (_float(tf.stack(first))[:, None] + outputs + 0.5) * scale[:, None]
+        centers = tf.reshape(centers, (2, tiles, _TILE))
         reach = filter_scale * support
-        # The last tile may be filled up with repetitions of the last output.
-        outputs = np.minimum(np.arange(tiles * _TILE, dtype="float64"), count - 1)
-        outputs = tf.where(flip, count - 1 - outputs, outputs)
-        center = tf.reshape((_float(first) + outputs + 0.5) * scale, (tiles, _TILE))
-        begin = tf.maximum(tf.cast(center - reach + 0.5, tf.int32), 0)
-        end = tf.minimum(tf.cast(center + reach + 0.5, tf.int32), in_size)
-        tile_begin = tf.reduce_min(begin, axis=1)
-        window = tf.reduce_max(tf.reduce_max(end, axis=1) - tile_begin)
-        inputs = tile_begin[:, None] + tf.range(window)  # (tiles, window)
-        self.begin, self.end = tf.reduce_min(begin), tf.reduce_max(end)
-        self.inputs = tf.minimum(inputs, self.end - 1)  # beyond the end the weights are 0
+        begin = tf.maximum(tf.cast(centers - reach + 0.5, tf.int32), 0)
+        end = tf.minimum(tf.cast(centers + reach + 0.5, tf.int32), last_input)
+        tile_begin = tf.reduce_min(begin, axis=2)
+        window = tf.reduce_max(tf.reduce_max(end, axis=2) - tile_begin)
+        inputs = tile_begin[:, :, None] + tf.range(window)
+        self.begin, self.end = tf.reduce_min(tile_begin, axis=1), tf.reduce_max(end, axis=(1, 2))
+        self.inputs = tf.minimum(inputs, self.end[:, None, None] - 1)  # beyond the end the weights are 0
 
-        begin, end = begin[:, :, None], end[:, :, None]
-        inputs = inputs[:, None, :]
-        weights = _filter((_float(inputs) - center[:, :, None] + 0.5) * (1.0 / filter_scale), support)
-        weights = tf.where((inputs >= begin) & (inputs < end), weights, 0.0)  # (tiles, _TILE, window)
+        inputs = inputs[:, :, None, :]
+        begin, end, centers = begin[..., None], end[..., None], centers[..., None]
+        weights = _filter((_float(inputs) - centers + 0.5) * (1.0 / filter_scale)[..., None], support)
+        weights = tf.where((inputs >= begin) & (inputs < end), weights, 0.0)
         weights = weights / tf.reduce_sum(weights, axis=-1, keepdims=True) * _ONE
         # A half away from zero and truncation, to an integer; the division is exact.
         self.weights = _float(tf.cast(weights + tf.sign(weights) * 0.5, tf.int32)) / _ONE
+
+        # Pillow 13 resizes rows before columns where this holds, as seen on 1,494 random pairs of sizes; up
+        # to Pillow 12 columns were always first. It matters because the first pass rounds to uint8.
+        fewer = tf.stack(in_size) - tf.stack(out_size)
+        self.rows_first = (fewer[0] > 0) & (fewer[0] > 2 * fewer[1]) & _PILLOW_CHOOSES_ORDER
 
 
 def _float(x: Any) -> Any:
@@ -245,53 +259,37 @@ def _resized_size(height: Any, width: Any, scale_size: tuple[int, int], resize_m
 
 
 def _decode_and_resize(
-    content: Any, origin: tuple[Any, Any], image_size: tuple[Any, Any], rows: _Axis, columns: _Axis
+    content: Any, origin: tuple[Any, Any], image_size: tuple[Any, Any], axes: _Axes
 ) -> Any:
     """Decode what the outputs are made of, and make them; `origin` is where the axes begin in the image."""
-    top, left = origin[0] + rows.begin, origin[1] + columns.begin
-    right = origin[1] + columns.end
-    decoded_left = tf.maximum(left - _MARGIN, 0)
-    decoded_right = tf.minimum(right + _MARGIN, image_size[1])
-    window = tf.stack([top, decoded_left, rows.end - rows.begin, decoded_right - decoded_left])
+    top, left = (origin[axis] + axes.begin[axis] for axis in (0, 1))
+    bottom, right = (origin[axis] + axes.end[axis] for axis in (0, 1))
+    left, right = tf.maximum(left - _MARGIN, 0), tf.minimum(right + _MARGIN, image_size[1])
+    window = tf.stack([top, left, bottom - top, right - left])
     # INTEGER_ACCURATE is the transform that Pillow uses; TensorFlow's default is off by up to 18 levels.
     pixels = tf.io.decode_and_crop_jpeg(content, window, channels=3, dct_method="INTEGER_ACCURATE")
-    return _resize(pixels, rows, columns, rows.begin, decoded_left - origin[1])
+    return _resize(pixels, axes, axes.begin[0], left - origin[1])
 
 
-def _resize(pixels: Any, rows: _Axis, columns: _Axis, first_row: Any, first_column: Any) -> Any:
+def _resize(pixels: Any, axes: _Axes, first_row: Any, first_column: Any) -> Any:
     """Resize pixels whose first row and column have the given places on the axes."""
 
-    def resize_rows(x: Any, axis: _Axis, first: Any) -> Any:  # (h, w, 3) -> (axis.count, w, 3)
+    def resize_rows(x: Any, axis: int, first: Any) -> Any:  # (h, w, 3) -> (count, w, 3)
         width = tf.shape(x)[1]
-        x = tf.reshape(x, (-1, width * 3))
-        x = tf.matmul(axis.weights, _float(tf.gather(x, axis.inputs - first)))  # (tiles, _TILE, w * 3)
+        x = tf.gather(tf.reshape(x, (-1, width * 3)), axes.inputs[axis] - first)
+        x = tf.matmul(axes.weights[axis], _float(x))  # (tiles, _TILE, w * 3)
         x = tf.raw_ops.ClipByValue(t=x + 0.5, clip_value_min=_float(0), clip_value_max=_float(255))
-        x = tf.reshape(tf.cast(x, tf.uint8), (-1, width, 3))
-        return x[: axis.count]
+        return tf.reshape(tf.cast(x, tf.uint8), (-1, width, 3))[: axes.count[axis]]
 
     def transpose(x: Any) -> Any:
         return tf.transpose(x, (1, 0, 2))
 
     def columns_first() -> Any:
-        x = transpose(resize_rows(transpose(pixels), columns, first_column))
-        return resize_rows(x, rows, first_row)
+        x = transpose(resize_rows(transpose(pixels), 1, first_column))
+        return resize_rows(x, 0, first_row)
 
     def rows_first() -> Any:
-        x = resize_rows(pixels, rows, first_row)
-        return transpose(resize_rows(transpose(x), columns, first_column))
+        x = resize_rows(pixels, 0, first_row)
+        return transpose(resize_rows(transpose(x), 1, first_column))
 
-    if _PILLOW_CHOOSES_ORDER:
-        x = tf.cond(_rows_first(rows, columns), rows_first, columns_first)
-    else:
-        x = columns_first()
-    return tf.ensure_shape(x, (rows.count, columns.count, 3))
-
-
-def _rows_first(rows: _Axis, columns: _Axis) -> Any:
-    """Whether Pillow 13 resizes rows before columns; seen to hold on 1,494 random pairs of sizes.
-
-    The order matters because the first pass rounds to uint8. Up to Pillow 12 columns were always first.
-    """
-    fewer_rows = tf.cast(rows.in_size - rows.out_size, tf.int32)
-    fewer_columns = tf.cast(columns.in_size - columns.out_size, tf.int32)
-    return (fewer_rows > 0) & (fewer_rows > 2 * fewer_columns)
+    return tf.ensure_shape(tf.cond(axes.rows_first, rows_first, columns_first), (*axes.count, 3))

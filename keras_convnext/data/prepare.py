@@ -1,0 +1,482 @@
+"""Copies a data set into shuffled TFRecord shards that this package, and others, read fast.
+
+The encoded images are copied byte for byte. TensorFlow is imported when the first shard is written.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from keras_convnext.data import sources
+from keras_convnext.data.sources import MANIFEST, Progress, Source, SourceError
+from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
+from keras_convnext.downloads import _sync_folder, _try_lock
+
+SHARD_BYTES = 150_000_000  # of the default number of shards
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class PrepareError(SourceError):
+    """A data set could not be written: where, why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `prepare` did.
+
+    Attributes:
+        output: the folder.
+        images: number of images of each split.
+        shards: number of shards of each split.
+        num_bytes: bytes of all shards.
+        num_kept: shards that an earlier run had finished.
+        seconds: time this run took.
+    """
+
+    output: str
+    images: dict[str, int]
+    shards: dict[str, int]
+    num_bytes: int
+    num_kept: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that follows from the source and the arguments before an image is read.
+
+    The order of the examples is that of the shards. The place of every image follows from the sizes, so
+    the index of shards of an earlier run needs no reading.
+    """
+
+    split: str
+    folder: str
+    source: Source
+    settings: dict[str, object]  # what a later run must agree with
+    lengths: np.ndarray  # int64 (N,), bytes of each image of the source
+    order: np.ndarray  # int64 (N,), numbers of the examples in the order they are written
+    ends: np.ndarray  # int64 (num_shards,), where each shard ends in `order`
+    offsets: np.ndarray  # int64 (N,), first byte of each image in its shard, in the written order
+    sizes: np.ndarray  # int64 (num_shards,), bytes of each shard
+
+    def name(self, shard: int) -> str:
+        return f"{self.split}-{shard:05d}-of-{len(self.ends):05d}.tfrecord"
+
+    def examples(self, shard: int) -> list[int]:
+        return self.order[self.ends[shard - 1] if shard else 0 : self.ends[shard]].tolist()
+
+
+def prepare(
+    source_path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    split: str | None = None,
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    shards: int | None = None,
+    workers: int | None = None,
+    shuffle_seed: int = 0,
+) -> Summary:
+    """Writes a data set as TFRecord shards with an index.
+
+    Each split becomes files such as "train-00012-of-00960.tfrecord" of tf.train.Example with
+
+    - image/encoded: bytes, the encoded image as it was;
+    - image/class/label: int64, class number from 0;
+    - image/class/synset: bytes, name of the class;
+    - image/filename: bytes, name of the example in the source,
+
+    in an order shuffled over all shards, so that reading shard after shard gives a good mix. Beside them are
+    "<split>-index.npz", the byte ranges that `open_source` uses, and manifest.json, with size and
+    SHA-256 of each file. The same source, seed and number of shards give the same bytes.
+
+    A run that was killed is continued by the same call: complete shards (their SHA-256 is in the journal)
+    are kept. A finished folder is checked in the same way, and damaged shards are written again.
+    Images are read in random order, so the source should lie on a disk without seek time.
+
+    Args:
+        source_path: what `open_source` reads.
+        output: folder, made when it is not there. It may hold other splits that `prepare` wrote.
+        split: the split, as for `open_source`. Default: all of them.
+        labels: label file, as for `open_source`.
+        shards: number of files a split. Default: as many as make files of about 150 MB.
+        workers: threads that read and write. Default: number of processors, at most 16.
+        shuffle_seed: 0 to 2**32 - 1, seed of the order. Default 0.
+
+    Returns:
+        `Summary`.
+
+    Raises:
+        ValueError: a number is out of range.
+        SourceError: as for `open_source`.
+        PrepareError: the folder was prepared with other settings or is in use, or the disk is full. The
+            message tells which, and the bytes needed and free.
+        ImportError: TensorFlow is not installed.
+    """
+    for name, value, low, high in (
+        ("shards", shards, 1, 99_999),
+        ("workers", workers, 1, 1024),
+        ("shuffle_seed", shuffle_seed, 0, 2**32 - 1),
+    ):
+        is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        is_default = value is None and name != "shuffle_seed"
+        if not is_default and not (is_integer and low <= int(value or 0) <= high):
+            raise ValueError(f"Expected {name} to be an integer from {low} to {high}, received {value!r}.")
+    begin = time.monotonic()
+    output = os.fspath(output)
+    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+    if os.path.exists(output) and os.path.exists(source_path) and os.path.samefile(source_path, output):
+        raise ValueError(
+            f"Expected output to be another folder than the source, received '{output}' for both."
+        )
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            "Expected TensorFlow, which writes the shards, but it is not installed. Run pip install "
+            "'keras-convnext[tensorflow]'."
+        )
+    names = sources.list_splits(source_path) if split is None else [split]
+    # All are opened before one is written, so that trouble with the last one shows at once.
+    opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
+    os.makedirs(output, exist_ok=True)
+    images, num_shards, num_bytes, num_kept = {}, {}, 0, 0
+    with open(os.path.join(output, "prepare.lock"), "ab") as lock:
+        if not _try_lock(lock):
+            raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
+        for asked, source in opened.items():
+            folder_name = os.path.basename(os.path.abspath(source_path))
+            name = sources.canonical_split(asked or folder_name) or asked or "train"
+            plan = _plan(name, output, source, shards, int(shuffle_seed))
+            num_kept += _write_split(plan, workers)
+            images[name], num_shards[name] = len(source), len(plan.ends)
+            num_bytes += int(plan.sizes.sum())
+    return Summary(output, images, num_shards, num_bytes, num_kept, time.monotonic() - begin)
+
+
+def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[str]:
+    """Compares every file of a prepared folder with the SHA-256 in its manifest.
+
+    Returns:
+        names of the files that are missing or differ; empty when all is well.
+
+    Raises:
+        SourceError: the folder has no manifest, or a damaged one.
+    """
+    output = os.fspath(output)
+    if not os.path.exists(os.path.join(output, MANIFEST)):
+        raise SourceError(f"Expected {MANIFEST} in '{output}', found none. Run prepare to its end.")
+    entries = sources.read_manifest(output)["splits"].values()
+    records = [record for entry in entries for record in (*entry["shards"], entry["index"])]
+    progress = Progress(f"Verifying {output}", sum(record["size"] for record in records))
+    with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        results = pool.map(lambda record: _is_intact(output, record), records)
+        damaged, done = [], 0
+        for record, is_intact in zip(records, results, strict=True):
+            damaged += [] if is_intact else [record["name"]]
+            done += record["size"]
+            progress.show(done, 0)
+    progress.close()
+    return damaged
+
+
+def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed: int) -> _Plan:
+    lengths = source.lengths
+    if source.kind == "folder":
+        lengths = np.array([os.path.getsize(file) for file in source.files], np.int64)
+    count = len(source)
+    fingerprint = hashlib.sha256(json.dumps(source.classes).encode("utf-8"))
+    fingerprint.update(np.stack([lengths, source.labels]).astype("<i8").tobytes())
+    head_sizes = np.empty(count, np.int64)
+    progress = Progress(f"Planning {split}", int(lengths.sum()))
+    done = 0
+    for number, length in enumerate(lengths.tolist()):
+        fingerprint.update(source.name(number).encode("utf-8", "surrogateescape") + b"\n")
+        head_sizes[number] = len(_head(source, number, length))
+        done += length
+        progress.show(done, number)
+    progress.close()
+    if num_shards is None:
+        num_shards = max(1, round(int(lengths.sum()) / SHARD_BYTES))
+    if num_shards > count:
+        raise ValueError(
+            f"Expected at most one shard for each of the {count} images, received shards={num_shards}."
+        )
+    # RandomState, because its stream is the same in every version of NumPy.
+    order = np.random.RandomState(seed).permutation(count)
+    ends = np.cumsum([len(part) for part in np.array_split(order, num_shards)])
+    record_ends = np.cumsum((HEADER_BYTES + head_sizes + lengths + FOOTER_BYTES)[order])
+    shard_starts = np.concatenate([[0], record_ends[ends[:-1] - 1]])
+    of_shard = np.repeat(np.arange(num_shards), np.diff(ends, prepend=0))
+    return _Plan(
+        split=split,
+        folder=folder,
+        source=source,
+        settings={
+            "source": fingerprint.hexdigest(),
+            "num_examples": count,
+            "num_shards": num_shards,
+            "shuffle_seed": seed,
+        },
+        lengths=lengths,
+        order=order,
+        ends=ends,
+        offsets=record_ends - FOOTER_BYTES - lengths[order] - shard_starts[of_shard],
+        sizes=record_ends[ends - 1] - shard_starts,
+    )
+
+
+def _write_split(plan: _Plan, workers: int) -> int:
+    """Writes what is missing of a split; returns the number of shards that were there."""
+    journal = os.path.join(plan.folder, f"{plan.split}-journal.jsonl")
+    manifest = _manifest_or_new(plan.folder)
+    kept = _finished_shards(plan, journal, manifest["splits"].get(plan.split), workers)
+    _remove_leftovers(plan)
+    missing = [shard for shard in range(len(plan.ends)) if shard not in kept]
+    _check_space(plan, missing)
+    lines = [plan.settings, *kept.values()]
+    _write_text(journal, "".join(json.dumps(line) + "\n" for line in lines))
+    records = kept | _write_shards(plan, missing, journal, workers)
+    index = f"{plan.split}-index.npz"
+    with _writing(plan.folder):
+        sources.write_index(os.path.join(plan.folder, index), _written_source(plan))
+    manifest["splits"][plan.split] = {
+        "settings": plan.settings,
+        "classes": plan.source.classes,
+        "shards": [records[shard] for shard in range(len(plan.ends))],
+        "index": _describe(plan.folder, index),
+    }
+    _write_text(os.path.join(plan.folder, MANIFEST), json.dumps(manifest, indent=1) + "\n")
+    os.remove(journal)
+    return len(kept)
+
+
+def _head(source: Source, number: int, length: int) -> bytes:
+    """Returns the Example of an image of `length` bytes up to the image."""
+    label = int(source.labels[number])
+    return example_head(
+        length,
+        {
+            "image/class/label": label,
+            "image/class/synset": source.classes[label].encode("utf-8", "surrogateescape"),
+            "image/filename": source.name(number).encode("utf-8", "surrogateescape"),
+        },
+    )
+
+
+def _manifest_or_new(folder: str) -> dict:
+    if os.path.exists(os.path.join(folder, MANIFEST)):
+        return sources.read_manifest(folder)
+    return {"format": "keras_convnext", "version": sources.INDEX_VERSION, "splits": {}}
+
+
+def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
+    """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
+    settings, records = None, []
+    if os.path.exists(journal):
+        with open(journal, encoding="utf-8") as file:
+            # A line that a killed run began has no end.
+            lines = [json.loads(line) for line in file if line.endswith("\n")]
+        settings, records = (lines[0], lines[1:]) if lines else (None, [])
+    elif entry is not None:
+        settings, records = entry["settings"], entry["shards"]
+    if settings is None:
+        return {}
+    received = [f"{name}={plan.settings[name]}" for name in settings if settings[name] != plan.settings[name]]
+    if received:
+        expected = [f"{name}={settings[name]}" for name in settings if settings[name] != plan.settings[name]]
+        raise PrepareError(
+            f"'{plan.folder}' holds the split {plan.split} with {', '.join(expected)}: expected the same, "
+            f"received {', '.join(received)} (source is a hash of names, sizes, labels and classes). Pass "
+            "what was passed then, or another folder."
+        )
+    numbers = {plan.name(shard): shard for shard in range(len(plan.ends))}
+    progress = Progress(f"Checking {plan.split}", sum(record["size"] for record in records))
+    kept, done = {}, 0
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda record: _is_intact(plan.folder, record), records)
+        for record, is_intact in zip(records, results, strict=True):
+            if is_intact:
+                kept[numbers[record["name"]]] = record
+            done += record["size"]
+            progress.show(done, 0)
+    progress.close()
+    return kept
+
+
+def _remove_leftovers(plan: _Plan) -> None:
+    """Removes what a killed run was writing."""
+    for name in os.listdir(plan.folder):
+        if re.fullmatch(rf"({re.escape(plan.split)}-.*|{MANIFEST})\.[0-9a-f]{{32}}\.tmp", name):
+            os.remove(os.path.join(plan.folder, name))
+
+
+def _check_space(plan: _Plan, missing: list[int]) -> None:
+    needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(plan.folder).free
+    if needed > free:
+        raise PrepareError(
+            f"Expected {needed} bytes free in '{plan.folder}' for the split {plan.split}, received {free}. "
+            "Free some, or pass a folder on another disk."
+        )
+
+
+def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:
+    """Writes shards in threads, and a line of the journal for each; returns their records."""
+    if not shards:
+        return {}
+    stop, lock = threading.Event(), threading.Lock()
+    progress = Progress(
+        f"Writing {plan.split}", int(plan.lengths[np.concatenate([plan.examples(s) for s in shards])].sum())
+    )
+    done = [0, 0]  # bytes, images
+
+    def count(num_bytes: int) -> None:
+        if stop.is_set():
+            raise _StoppedError
+        with lock:
+            done[0] += num_bytes
+            done[1] += 1
+            progress.show(*done)
+
+    def write(shard: int) -> dict:
+        record = _write_shard(plan, shard, count)
+        with lock, _writing(plan.folder), open(journal, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return record
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(write, shard): shard for shard in shards}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    progress.close()
+    return {shard: future.result() for future, shard in futures.items()}
+
+
+class _StoppedError(Exception):
+    """Another thread failed."""
+
+
+def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
+    """Writes one shard in one step; returns its record for journal and manifest."""
+    import tensorflow as tf  # for its checksums, which take too long in Python
+
+    path = os.path.join(plan.folder, plan.name(shard))
+    temporary = _temporary_name(path)
+    try:
+        with tf.io.TFRecordWriter(temporary) as writer:
+            for number in plan.examples(shard):
+                image, length = plan.source.read(number), int(plan.lengths[number])
+                if len(image) != length:
+                    raise SourceError(
+                        f"Expected {length} bytes in '{plan.source.name(number)}' of '{plan.source.path}', "
+                        f"received {len(image)}: it changed while it was read. Run prepare again."
+                    )
+                writer.write(_head(plan.source, number, length) + image)
+                count(length)
+        with _writing(plan.folder):
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            record = _describe(plan.folder, os.path.basename(temporary))
+            if record["size"] != plan.sizes[shard]:
+                raise OSError(errno.EIO, f"{record['size']} of {plan.sizes[shard]} bytes arrived")
+            os.replace(temporary, path)
+            _sync_folder(pathlib.Path(plan.folder))
+    except tf.errors.ResourceExhaustedError as error:
+        raise _write_error(OSError(errno.ENOSPC, error.message), plan.folder) from error
+    except tf.errors.OpError as error:
+        raise _write_error(OSError(errno.EIO, error.message), plan.folder) from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return record | {"name": plan.name(shard), "num_examples": len(plan.examples(shard))}
+
+
+def _temporary_name(path: str) -> str:
+    return f"{path}.{uuid.uuid4().hex}.tmp"
+
+
+def _written_source(plan: _Plan) -> Source:
+    """Returns where the images of a written split lie."""
+    names = [plan.source.name(number).encode("utf-8", "surrogateescape") for number in plan.order.tolist()]
+    return Source(
+        path=plan.folder,
+        kind="prepared",
+        files=[os.path.join(plan.folder, plan.name(shard)) for shard in range(len(plan.ends))],
+        file_numbers=np.repeat(np.arange(len(plan.ends), dtype=np.int32), np.diff(plan.ends, prepend=0)),
+        offsets=plan.offsets,
+        lengths=plan.lengths[plan.order],
+        labels=plan.source.labels[plan.order],
+        classes=plan.source.classes,
+        name_text=np.frombuffer(b"".join(names), np.uint8),
+        name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+    )
+
+
+def _describe(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
+    with open(path, "rb") as file:
+        return {
+            "name": name,
+            "size": os.path.getsize(path),
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _is_intact(folder: str, record: dict) -> bool:
+    path = os.path.join(folder, record["name"])
+    if not os.path.isfile(path) or os.path.getsize(path) != record["size"]:
+        return False
+    return _describe(folder, record["name"])["sha256"] == record["sha256"]
+
+
+def _write_text(path: str, text: str) -> None:
+    temporary = _temporary_name(path)
+    try:
+        with _writing(os.path.dirname(path)):
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Says in our words that a folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(error, folder) from error
+
+
+def _write_error(error: OSError, folder: str) -> PrepareError:
+    if error.errno in _NO_SPACE:
+        return PrepareError(
+            f"No space left in '{folder}': {shutil.disk_usage(folder).free} bytes are free. Free some and "
+            "run prepare again: what is finished is kept."
+        )
+    return PrepareError(
+        f"'{folder}' cannot be written: {error.strerror}. Check the disk and the permissions, then run "
+        "prepare again: what is finished is kept."
+    )
