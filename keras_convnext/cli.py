@@ -7,7 +7,9 @@ Keras and its backend are imported by the commands that need a model, so that th
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import json
@@ -20,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from keras_convnext import __version__, checkpoints, downloads, state_dicts, torch_files
 from keras_convnext.checkpoints import WEIGHT_SUFFIXES, Checkpoint
@@ -30,6 +31,7 @@ from keras_convnext.variants import VARIANTS, Variant
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
 IMAGENET_CLASSES = (1000, 11821, 21841)  # the numbers of classes whose names are known
 PROGRESS_FROM_IMAGES = 20
+MAX_FAULTS_SHOWN = 20
 LICENCE_WIDTH = 15  # of the table; one identifier is longer than all others and is cut
 
 _EPILOG = {
@@ -55,6 +57,24 @@ for that architecture's ImageNet weights. A .keras file brings its own image siz
   keras-convnext convert convnext_tiny_1k_224_ema.pth tiny.safetensors --layout timm
   keras-convnext convert convnext_tiny.fb_in1k tiny.pth
   keras-convnext convert tiny.safetensors tiny.keras""",
+    "evaluate": """examples:
+  keras-convnext evaluate convnext_tiny.fb_in1k --data imagenet/ILSVRC2012_img_val.tar
+  keras-convnext evaluate convnext_tiny.fb_in22k_ft_in1k_384 --data imagenet/val --output report/
+  keras-convnext evaluate convnext_tiny.fb_in1k --weights my_weights.safetensors --data imagenet/val
+  keras-convnext evaluate my_leaves.keras --data leaves/ --split test --no-results
+
+The tag decides how images are resized and cropped. --data is a folder of class folders, ImageNet's tars, a
+set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. Data with some of the
+classes of ImageNet, such as ImageNet-A and -R, is classified among these alone. A row with all that a score
+depends on is added to results.csv. --output gets predictions, confusions and accuracies by class as CSV
+files, and a picture of the worst classes.""",
+    "prepare": """examples:
+  keras-convnext prepare imagenet/ prepared/
+  keras-convnext prepare imagenet/ prepared/ --split validation --shards 64 --verify
+  keras-convnext prepare flowers/ prepared/
+
+Writes shuffled TFRecord files of about 150 MB, with the encoded images as they are, and an index. The same
+command goes on after an interruption, and repairs damaged files.""",
 }
 
 
@@ -172,10 +192,7 @@ def info_command(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(facts)
         return 0
-    print(name)
-    width = max(len(title) for title, _ in lines)
-    for title, text in lines:
-        print(f"  {title:<{width}}  {text}")
+    _print_lines(name, lines)
     return 0
 
 
@@ -216,7 +233,7 @@ def convert_command(options: argparse.Namespace) -> int:
     target = pathlib.Path(options.target)
     if target.exists() and not options.force:
         raise FileExistsError(f"{target} is there already. Pass --force to replace it.")
-    _import_keras_quietly()
+    _import_quietly("keras_convnext.models")
     from keras_convnext import models
     from keras_convnext.convert import KERAS_SUFFIXES, convert
 
@@ -233,13 +250,128 @@ def convert_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _import_keras_quietly() -> None:
-    """Imports Keras without the start-up lines of TensorFlow, which none of its settings silences."""
+def evaluate_command(options: argparse.Namespace) -> int:
+    """Prints the accuracy of a classifier; images that cannot be decoded are reported and left out."""
+    _import_quietly("keras_convnext.evaluate", "tensorflow")
+    from keras_convnext.evaluate import evaluate
+    from keras_convnext.results import result_row
+
+    result = evaluate(
+        options.model,
+        options.data,
+        weights=options.weights,
+        split=options.split,
+        labels=options.labels,
+        real_labels=options.real,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        results=None if options.no_results else options.results,
+        output=options.output,
+        max_faults=options.max_faults,
+    )
+    reasons = list(result.faults.values())
+    for reason in reasons[:MAX_FAULTS_SHOWN]:
+        _complain(f"error: {reason}")
+    if len(reasons) > MAX_FAULTS_SHOWN:
+        _complain(f"error: {len(reasons) - MAX_FAULTS_SHOWN} more images; --output or --json names them all")
+    row = result_row(result)
+    if options.json:
+        numbers = {
+            "n": len(result.numbers),
+            "skipped": result.num_skipped,
+            "top1": result.top1,
+            "top5": result.top5,
+            "real": result.real_accuracy,
+            "seconds": result.seconds,
+            "images_per_second": result.images_per_second,
+        }
+        _print_json(row | numbers | {"faults": result.faults})
+    else:
+        _print_lines(f"{row['model']} on {row['data']}", _score_lines(row, options))
+    return 1 if result.num_skipped else 0
+
+
+def prepare_command(options: argparse.Namespace) -> int:
+    """Copies a data set into shards, and says how many."""
+    _import_quietly("tensorflow")
+    from keras_convnext.data import prepare
+
+    summary = prepare.prepare(
+        options.source,
+        options.output,
+        options.split,
+        labels=options.labels,
+        shards=options.shards,
+        workers=options.workers,
+        shuffle_seed=options.seed,
+    )
+    damaged = prepare.verify(options.output, options.workers) if options.verify else []
+    if damaged:
+        raise OSError(f"Damaged in {options.output}: {', '.join(damaged)}. Run the same command again.")
+    if options.json:
+        _print_json(dataclasses.asdict(summary) | {"verified": options.verify})
+        return 0
+    lines: list[tuple[str, object]] = [
+        (split, f"{images:,} images, shards: {summary.shards[split]:,}")
+        for split, images in summary.images.items()
+    ]
+    lines.append(("size", f"{summary.num_bytes / 1e6:,.1f} MB, in {summary.seconds:,.1f} s"))
+    if summary.num_kept:
+        lines.append(("kept", f"shards: {summary.num_kept:,}"))
+    if options.verify:
+        lines.append(("verified", "every file has the SHA-256 of the manifest"))
+    _print_lines(summary.output, lines)
+    return 0
+
+
+def _score_lines(row: dict[str, str], options: argparse.Namespace) -> list[tuple[str, object]]:
+    lines: list[tuple[str, object]] = [
+        ("top-1", f"{float(row['top1']):.2f} %{_published_text(row)}"),
+        ("top-5", f"{float(row['top5']):.2f} %"),
+    ]
+    if row["real"]:
+        lines.append(("ReaL", f"{float(row['real']):.2f} %"))
+    resize = row["resize_size"] or f"crop {row['crop']}"
+    lines += [
+        ("images", f"{row['n']} ({row['skipped']} skipped), split {row['split'] or 'none'}"),
+        ("outputs", row["outputs"]),
+        ("prepared", f"{row['resize_mode']}, {row['interpolation']}, {resize}, {row['image_size']} pixels"),
+        ("speed", f"{float(row['images_per_second']):,.1f} images/s, {float(row['seconds']):,.1f} s in all"),
+        ("licence", _licence_text(row["licence"])),
+    ]
+    if not options.no_results:
+        lines.append(("row added to", options.results))
+    if options.output is not None:
+        lines.append(("files in", options.output))
+    return lines
+
+
+def _published_text(row: dict[str, str]) -> str:
+    """What the publisher measured, where the model, the images and their size are the same."""
+    from keras_convnext.results import IMAGENET_VALIDATION
+
+    published = checkpoints.CHECKPOINTS.get(row["model"])
+    if published is None or published.top1 is None or row["data_sha256"] != IMAGENET_VALIDATION:
+        return ""
+    return f", published {published.top1} %" if row["image_size"] == str(published.image_size) else ""
+
+
+def _licence_text(licence: str) -> str:
+    if licence in checkpoints.NON_COMMERCIAL_LICENCES:
+        return f"{licence}: NOT for commercial use"
+    return licence or "not known: weights of your own"
+
+
+def _import_quietly(*modules: str) -> None:
+    """Imports modules without the start-up lines of TensorFlow, which none of its settings silences."""
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
-        import keras_convnext.models  # noqa: F401
+        for module in modules:
+            with contextlib.suppress(ImportError):  # said by what needs it
+                importlib.import_module(module)
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -320,7 +452,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     conversion.add_argument("--force", action="store_true", help="replace an existing TARGET")
 
-    for printing in (listing, info, predict):
+    evaluation = command("evaluate", evaluate_command, "measure top-1 and top-5 accuracy on a data set")
+    evaluation.add_argument("model", metavar="MODEL", help="tag, architecture, weight file or .keras file")
+    evaluation.add_argument("--data", required=True, metavar="PATH", help="folder or file with the images")
+    evaluation.add_argument("--weights", metavar="FILE", help="weight file in place of the tag's own")
+    evaluation.add_argument("--split", metavar="NAME", help="default validation, where there are splits")
+    evaluation.add_argument(
+        "--labels", metavar="FILE", help="'file,label' lines for a folder without classes"
+    )
+    evaluation.add_argument(
+        "--real",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="measure ReaL accuracy too; real.json, unless the data has these labels",
+    )
+    evaluation.add_argument("--image-size", type=_positive, metavar="N", help="pixels, default the tag's own")
+    evaluation.add_argument("--batch-size", type=_positive, metavar="N", help="images, default 64")
+    evaluation.add_argument(
+        "--limit", type=_positive, metavar="N", help="that many images only, spread evenly over the data"
+    )
+    evaluation.add_argument(
+        "--max-faults", type=float, default=0.01, metavar="SHARE", help="damaged images allowed, default 0.01"
+    )
+    evaluation.add_argument("--output", metavar="DIR", help="folder for CSV files and a picture")
+    evaluation.add_argument(
+        "--results", default="results.csv", metavar="FILE", help="file to add a row to, default results.csv"
+    )
+    evaluation.add_argument("--no-results", action="store_true", help="add no row")
+
+    preparation = command("prepare", prepare_command, "copy a data set into shuffled TFRecord shards")
+    preparation.add_argument("source", metavar="SOURCE", help="what evaluate takes as --data")
+    preparation.add_argument("output", metavar="OUTPUT", help="folder to write to")
+    preparation.add_argument("--split", metavar="NAME", help="default all")
+    preparation.add_argument(
+        "--labels", metavar="FILE", help="'file,label' lines for a folder without classes"
+    )
+    preparation.add_argument(
+        "--shards", type=_positive, metavar="N", help="files of a split, default by size"
+    )
+    preparation.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads, default one a processor"
+    )
+    preparation.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
+    preparation.add_argument("--verify", action="store_true", help="read all back and compare")
+
+    for printing in (listing, info, predict, evaluation, preparation):
         printing.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -388,7 +565,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple
         ("dims", _joined(variant.dims)),
         ("classes", _outputs_text(row)),
         ("trained on", row.dataset),
-        ("licence", row.licence if row.commercial_use else f"{row.licence}: NOT for commercial use"),
+        ("licence", _licence_text(row.licence)),
         ("image size", f"{row.image_size}, crop {row.crop:.4g}"),
         ("resize", _resize_text(row)),
         ("mean", f"{_joined(row.mean)} of pixels in 0..1"),
@@ -421,7 +598,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple
 
 
 def _file_facts(path: pathlib.Path) -> dict:
-    _import_keras_quietly()
+    _import_quietly("keras_convnext.models")
     from keras_convnext import keras_files
     from keras_convnext.convert import read_state_dict
 
@@ -535,10 +712,9 @@ class Classifier:
     def __call__(self, images: list[np.ndarray]) -> np.ndarray:
         """uint8 images (H, W, 3) of any size to probabilities (N, classes)."""
         batch = np.stack([preprocess.preprocess_image(image, **self.preparation) for image in images])
-        if self.model.input_shape[-1] == 1:
-            gray = [np.asarray(PIL.Image.fromarray(image).convert("L")) for image in batch]
-            batch = np.stack(gray)[..., None]
-        outputs = np.asarray(self.model.predict_on_batch(batch), dtype="float32")
+        from keras_convnext.classifiers import for_channels
+
+        outputs = np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), dtype="float32")
         if self.gives_logits:
             outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
             outputs /= outputs.sum(axis=-1, keepdims=True)
@@ -561,83 +737,18 @@ class Classifier:
 
 
 def _load_classifier(options: argparse.Namespace) -> Classifier:
-    if options.weights is not None and options.weights.endswith(".keras"):
-        return _open_keras_model(options)
-    _import_keras_quietly()
-    from keras_convnext import keras_files, models
-    from keras_convnext.convert import read_state_dict
-
-    name: str = options.model or DEFAULT_MODEL
     labels = _read_labels(options)
-    path = classes = None
-    if options.weights is not None:
-        path = models.existing_file(options.weights)
-        if keras_files.is_bare(path):
-            classes = len(labels) or None  # the file does not say; Keras checks it
-        else:
-            state = read_state_dict(path)
-            classes = state_dicts.inspect(state).classes
-            if classes == 0:
-                raise ValueError(f"{path} has no classifier. Pass weights that have one.")
-            name = options.model or state_dicts.find_variant(state).name
-    row = _row_for(name, needs_classes=path is None)
-    size = options.image_size or row.image_size
-    model = models.load(name, weights=path or "default", classes=classes, input_shape=(size, size, 3))
-    return _classifier(model, _preparation(row, size), labels)
+    _import_quietly("keras_convnext.models")
+    from keras_convnext import classifiers, keras_files, models
 
-
-def _open_keras_model(options: argparse.Namespace) -> Classifier:
-    """A whole model from a `.keras` file, with the input size and the classes it was saved with."""
-    _import_keras_quietly()
-    import keras
-
-    from keras_convnext import models
-
-    path = models.existing_file(options.weights)
-    try:
-        model = keras.saving.load_model(path, compile=False)
-    except Exception as error:  # damaged archives and unknown layers raise of many classes
-        raise ValueError(f"{path} could not be opened as a Keras model: {_message(error)}") from error
-    shape = getattr(model, "output_shape", None)
-    if not (isinstance(shape, tuple) and len(shape) == 2):
-        raise ValueError(
-            f"Expected a model that ends in (N, classes). Received {path}, with outputs {shape}."
-        )
-    height, width = (side or options.image_size or 224 for side in model.input_shape[1:3])
-    if options.image_size not in (None, height) or options.image_size not in (None, width):
-        raise ValueError(
-            f"{path} takes images of {height} x {width}. Received: --image-size {options.image_size}. "
-            "Leave it out."
-        )
-    if options.model is None:
-        preparation: dict = {"image_size": (height, width)}
-    else:
-        preparation = _preparation(_row_for(options.model, needs_classes=False), (height, width))
-    return _classifier(model, preparation, _read_labels(options))
-
-
-def _row_for(name: str, needs_classes: bool) -> Checkpoint:
-    """The row that says how images are prepared for a tag or an architecture."""
-    if name in VARIANTS:
-        return checkpoints.default_checkpoint(name)
-    row = _find_row(name)
-    if needs_classes and row.classes not in IMAGENET_CLASSES:
-        instead = checkpoints.IMAGENET[row.architecture] or DEFAULT_MODEL
-        what = f"gives {row.classes} features of CLIP, not classes" if row.classes else "has no classifier"
-        raise ValueError(f"{row.tag!r} {what}. Use one that has, for example --model {instead}.")
-    return row
-
-
-def _preparation(row: Checkpoint, size: int | tuple[int, int]) -> dict:
-    is_published_size = size in (row.image_size, (row.image_size, row.image_size))
-    is_test_size = size in (row.test_image_size, (row.test_image_size, row.test_image_size))
-    return {
-        "image_size": size,
-        "crop": row.test_crop if is_test_size and not is_published_size else row.crop,
-        "resize_mode": row.resize_mode,
-        "resize_size": row.resize_size if is_published_size else None,
-        "interpolation": row.interpolation,
-    }
+    name = options.model
+    path = None if options.weights is None else models.existing_file(options.weights)
+    if path is None or keras_files.is_bare(path):
+        name = name or DEFAULT_MODEL
+    opened = classifiers.open_classifier(
+        name, path, image_size=options.image_size, classes=len(labels) or None
+    )
+    return _classifier(opened.model, opened.preparation, labels)
 
 
 def _classifier(model, preparation: dict, labels: list[str]) -> Classifier:
@@ -714,6 +825,13 @@ def _print_table(titles: Sequence[str], alignments: str, rows: list[tuple]) -> N
     for row in texts:
         cells = zip(row, alignments, widths, strict=True)
         print("  ".join(f"{text:{alignment}{width}}" for text, alignment, width in cells).rstrip())
+
+
+def _print_lines(heading: str, lines: Sequence[tuple[str, object]]) -> None:
+    print(heading)
+    width = max(len(title) for title, _ in lines)
+    for title, text in lines:
+        print(f"  {title:<{width}}  {text}")
 
 
 def _print_footer(count: str, name: str) -> None:

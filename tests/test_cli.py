@@ -313,9 +313,9 @@ def _truncated(path, folder):
 @pytest.mark.once
 def test_predict_refuses_weights_without_classes(refused, weights_folder, tmp_path):
     message = refused("predict", PHOTOGRAPHS[0], "--model", "convnext_tiny.dinov3_lvd1689m")
-    assert "has no classifier" in message and "--model convnext_tiny.keras_applications" in message
+    assert "has no classifier" in message and "example convnext_tiny.keras_applications" in message
     message = refused("predict", PHOTOGRAPHS[0], "--model", "convnext_base.clip_laion2b")
-    assert "640 features of CLIP" in message and "--model convnext_base.keras_applications" in message
+    assert "640 features of CLIP" in message and "example convnext_base.keras_applications" in message
 
     def drop_head(state):
         del state["head.fc.weight"], state["head.fc.bias"]
@@ -385,7 +385,7 @@ def test_predict_opens_a_fine_tuned_keras_model(run, refused, tmp_path):
     )
 
     message = refused("predict", PHOTOGRAPHS[0], "--weights", path, "--image-size", 96)
-    assert "takes images of 64 x 64. Received: --image-size 96" in message
+    assert "takes images of 64 x 64. Received: image size 96" in message
     facts = json.loads(run("info", path, "--json")[1])
     assert (facts["architecture"], facts["layout"], facts["classes"]) == (
         "test_convnext2",

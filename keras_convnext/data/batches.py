@@ -145,15 +145,14 @@ def eval_batches(
         return {"images": tf.ensure_shape(pixels, (*size, 3))[None], "mask": is_decoded[None]}
 
     def named(batch: Rows) -> Rows:
-        numbers = batch["number"]
-        passed = _check_faults(faults, tf.reduce_any(~batch["mask"] & (numbers >= 0)))
-        with tf.control_dependencies([passed]):
-            return {
-                "images": tf.identity(batch["images"]),
-                "labels": tf.gather(labels, tf.maximum(numbers, 0)),
-                "numbers": numbers,
-                "mask": batch["mask"],
-            }
+        is_faulty = ~batch["mask"] & (batch["number"] >= 0)
+        numbers = _checked(batch["number"], tf.reduce_any(is_faulty), faults)
+        return {
+            "images": batch["images"],
+            "labels": tf.gather(labels, tf.maximum(numbers, 0)),
+            "numbers": numbers,
+            "mask": batch["mask"],
+        }
 
     fast = with_tensorflow if transform.is_covered else with_pillow
     batches = _make(-(-share // batch_size), batch_size, 1, plan, fast, with_pillow, workers)
@@ -449,9 +448,7 @@ def train_batches(
         return pixels, number
 
     def checked(batch: Rows) -> tuple[Any, Any]:
-        passed = _check_faults(faults, tf.reduce_any(batch["is_repaired"]))
-        with tf.control_dependencies([passed]):
-            return tf.identity(batch["images"]), batch["targets"]
+        return batch["images"], _checked(batch["targets"], tf.reduce_any(batch["is_repaired"]), faults)
 
     batches = _make(
         None,
@@ -570,15 +567,21 @@ def _read_with_pillow(
     )
 
 
-def _check_faults(faults: Faults, has_new: Any) -> Any:
-    """Raise, when run, if there are too many faults; this calls Python only where `has_new` is True."""
+def _checked(tensor: Any, has_new: Any, faults: Faults) -> Any:
+    """Return a tensor unless there are too many faults; this calls Python only where `has_new` is True."""
 
-    def check() -> np.bool_:
+    def check(tensor: np.ndarray) -> np.ndarray:
         faults.check()
-        return np.True_
+        return tensor
 
+    # Through the data, since a stateful function keeps iterators from being saved and the control edges of a
+    # stateless one are optimised away.
     return tf.cond(
-        has_new, lambda: tf.numpy_function(check, [], tf.bool, stateful=True), lambda: tf.constant(True)
+        has_new,
+        lambda: tf.ensure_shape(
+            tf.numpy_function(check, [tensor], tensor.dtype, stateful=False), tensor.shape
+        ),
+        lambda: tf.identity(tensor),
     )
 
 

@@ -274,22 +274,23 @@ def _decode_and_resize(
 def _resize(pixels: Any, axes: _Axes, first_row: Any, first_column: Any) -> Any:
     """Resize pixels whose first row and column have the given places on the axes."""
 
-    def resize_rows(x: Any, axis: int, first: Any) -> Any:  # (h, w, 3) -> (count, w, 3)
-        width = tf.shape(x)[1]
-        x = tf.gather(tf.reshape(x, (-1, width * 3)), axes.inputs[axis] - first)
-        x = tf.matmul(axes.weights[axis], _float(x))  # (tiles, _TILE, w * 3)
+    def resize_rows(x: Any, axis: int, first: Any) -> Any:  # (h, n) -> (count, n)
+        x = _float(tf.gather(x, axes.inputs[axis] - first))
+        x = tf.matmul(axes.weights[axis], x)  # (tiles, _TILE, n)
         x = tf.raw_ops.ClipByValue(t=x + 0.5, clip_value_min=_float(0), clip_value_max=_float(255))
-        return tf.reshape(tf.cast(x, tf.uint8), (-1, width, 3))[: axes.count[axis]]
+        return tf.reshape(tf.cast(x, tf.uint8), (-1, tf.shape(x)[2]))[: axes.count[axis]]
 
-    def transpose(x: Any) -> Any:
-        return tf.transpose(x, (1, 0, 2))
+    # Columns become rows by transposing (h, w * 3), which is faster than moving colours as wholes:
+    # (w * 3, h) is (w, 3 * h) in memory, and its resized rows turn back into (h, count * 3).
+    def resize_columns(x: Any) -> Any:  # (h, w * 3) -> (h, count * 3)
+        height = tf.shape(x)[0]
+        x = resize_rows(tf.reshape(tf.transpose(x), (-1, 3 * height)), 1, first_column)
+        return tf.transpose(tf.reshape(x, (-1, height)))
 
-    def columns_first() -> Any:
-        x = transpose(resize_rows(transpose(pixels), 1, first_column))
-        return resize_rows(x, 0, first_row)
-
-    def rows_first() -> Any:
-        x = resize_rows(pixels, 0, first_row)
-        return transpose(resize_rows(transpose(x), 1, first_column))
-
-    return tf.ensure_shape(tf.cond(axes.rows_first, rows_first, columns_first), (*axes.count, 3))
+    x = tf.reshape(pixels, (-1, 3 * tf.shape(pixels)[1]))
+    x = tf.cond(
+        axes.rows_first,
+        lambda: resize_columns(resize_rows(x, 0, first_row)),
+        lambda: resize_rows(resize_columns(x), 0, first_row),
+    )
+    return tf.reshape(x, (*axes.count, 3))
