@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-slow bench clean
+.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-slow bench bench-data clean
 
 help:
 	@echo "make demo [DATA=folder]  train a small ConvNeXt, save, reload, classify, draw (KERAS_BACKEND=... chooses)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow           full-size and wide models on all backends (half an hour)"
 	@echo "make lint                style and types only; what pre-commit runs"
 	@echo "make bench               loading a weight file, against timm"
+	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
 	@echo "make clean               remove .venv and what the commands wrote"
 
 setup:
@@ -42,6 +43,9 @@ test: lint
 
 test-slow: setup
 	for backend in torch tensorflow jax; do KERAS_BACKEND=$$backend $(PYTEST) -m slow -s || exit 1; done
+
+bench-data: setup
+	.venv/bin/python benchmarks/pipeline.py "$(DATA)"
 
 bench: setup
 	.venv/bin/python benchmarks/loading.py

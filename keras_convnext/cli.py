@@ -68,6 +68,9 @@ set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrot
 classes of ImageNet, such as ImageNet-A and -R, is classified among these alone. A row with all that a score
 depends on is added to results.csv. --output gets predictions, confusions and accuracies by class as CSV
 files, and a picture of the worst classes.""",
+    "look": """examples:
+  keras-convnext look flowers/ sheet.png
+  keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3""",
     "prepare": """examples:
   keras-convnext prepare imagenet/ prepared/
   keras-convnext prepare imagenet/ prepared/ --split validation --shards 64 --verify
@@ -325,6 +328,17 @@ def prepare_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def look_command(options: argparse.Namespace) -> int:
+    """Draws what the training pipeline does to images of a data set."""
+    _import_quietly("tensorflow")
+    from keras_convnext.data import contact_sheet, sources
+
+    source = sources.open_source(options.data, options.split)
+    contact_sheet.draw(source, options.output, seed=options.seed, policy=options.policy)
+    print(f"{options.output}: operations and a training batch of {options.data}, {len(source):,} images")
+    return 0
+
+
 def _score_lines(row: dict[str, str], options: argparse.Namespace) -> list[tuple[str, object]]:
     lines: list[tuple[str, object]] = [
         ("top-1", f"{float(row['top1']):.2f} %{_published_text(row)}"),
@@ -496,6 +510,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     preparation.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
     preparation.add_argument("--verify", action="store_true", help="read all back and compare")
+
+    look = command("look", look_command, "draw a contact sheet of augmentations and a training batch")
+    look.add_argument("data", metavar="DATA", help="what evaluate takes as --data")
+    look.add_argument("output", metavar="OUTPUT", help="the PNG to write")
+    look.add_argument("--split", metavar="NAME", help="train, validation; needed where there are several")
+    look.add_argument(
+        "--policy",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="NAME",
+        help="RandAugment, AutoAugment or TrivialAugment, default rand-m9-mstd0.5-inc1",
+    )
+    look.add_argument("--seed", type=int, default=0, metavar="N", help="of the batch, default 0")
 
     for printing in (listing, info, predict, evaluation, preparation):
         printing.add_argument("--json", action="store_true", help="print JSON")

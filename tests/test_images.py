@@ -150,7 +150,7 @@ def test_resize_equals_pillow_on_noise_of_any_size(interpolation, resized):
         height, width = (int(size) for size in generator.integers(1, 420, 2))
         image = noise(height, width, seed=height)
         expected = Image.fromarray(image).resize((112, 96), RESAMPLING[interpolation])
-        received = resized(image, False, image_size=(96, 112), interpolation=interpolation)
+        received = resized(image, False, image_size=(96, 112), interpolation=interpolation, dtype=tf.float64)
         np.testing.assert_array_equal(received, expected, f"{height} x {width}")
 
 
@@ -167,7 +167,7 @@ def test_the_order_of_the_passes_is_seen(monkeypatch):
     image = noise(400, 230)
     expected = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
     monkeypatch.setattr(images, "_PILLOW_CHOOSES_ORDER", not images._PILLOW_CHOOSES_ORDER)
-    received = images.resize(image, False, image_size=(224, 224), interpolation="bicubic")
+    received = images.resize(image, False, image_size=(224, 224), interpolation="bicubic", dtype=tf.float64)
     assert difference(received.numpy(), np.asarray(expected)).max() > 0
 
 
@@ -194,7 +194,7 @@ def test_tensorflows_default_decoding_differs():
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_random_resized_crop_equals_pillow(flip, interpolation):
+def test_random_resized_crop_equals_pillow_but_for_roundings(flip, interpolation):
     content = (IMAGES / "rocket.jpg").read_bytes()
     image = Image.open(io.BytesIO(content)).convert("RGB")
     crops = images.plan_crop(np.random.default_rng(3).random((8, 22)))
@@ -207,7 +207,10 @@ def test_random_resized_crop_equals_pillow(flip, interpolation):
         received = images.random_resized_crop(
             content, crop, flip, image_size=(224, 224), interpolation=interpolation
         )
-        np.testing.assert_array_equal(received, expected)
+        levels = difference(received.numpy(), expected)
+        assert levels.max() <= 1 and (levels > 0).mean() < 2e-3
+        shifted = difference(np.roll(expected, 1, axis=1), expected)  # control: one pixel to the side
+        assert shifted.max() > 1
 
 
 @pytest.mark.parametrize(

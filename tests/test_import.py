@@ -38,13 +38,19 @@ ALLOWED = {
     "data.tfrecords": set(),
     "data.sources": {"data.class_names", "data.preprocess", "data.tfrecords"},
     "data.prepare": {"data.sources", "data.tfrecords", "downloads"},
-    "data.images": {"data.preprocess"},
+    "data.images": set(),
     "data.augment": set(),
     "data.batches": {"data.augment", "data.images", "data.preprocess", "data.sources"},
+    "data.contact_sheet": {"data.augment", "data.batches", "data.preprocess", "data.sources"},
 }  # fmt: skip
 KERAS_FREE = {"variants", "torch_files", "downloads", "checkpoints", "state_dicts", "results", "reports",
               *(module for module in ALLOWED if module.startswith("data."))}  # fmt: skip
-WITH_TENSORFLOW = {"data.images", "data.augment", "data.batches"}  # its graphs are what they are made of
+WITH_TENSORFLOW = {
+    "data.images",
+    "data.augment",
+    "data.batches",
+    "data.contact_sheet",
+}  # its graphs are what they are made of
 
 
 def imported(module):

@@ -82,7 +82,10 @@ def center_crop(
 def random_resized_crop(
     content: Any, crop: Any, flip: Any, *, image_size: tuple[int, int], interpolation: str
 ) -> Any:
-    """Decode a random box of a JPEG, resize and flip it, as Pillow's methods in this order, bit for bit.
+    """Decode a random box of a JPEG, resize and flip it, as Pillow's methods in this order.
+
+    Training takes float32 for the sums, which is faster. On 100 ImageNet samples 5 values in 100,000 differ
+    from Pillow's, all by one level; where the scale is a simple fraction, ties make it a few in 10,000.
 
     Args:
         content: scalar string tensor, the encoded image.
@@ -100,7 +103,8 @@ def random_resized_crop(
     """
     size = plain_jpeg_size(content)
     top, left, height, width = crop_box(size, crop)
-    axes = _Axes((height, width), image_size, (0, 0), image_size, _SUPPORTS[interpolation], flip)
+    support = _SUPPORTS[interpolation]
+    axes = _Axes((height, width), image_size, (0, 0), image_size, support, flip, tf.float32)
     return _decode_and_resize(content, (top, left), size, axes)
 
 
@@ -155,23 +159,27 @@ def crop_box(
     return top, left, height, width
 
 
-def resize(image: Any, flip: Any, *, image_size: tuple[int, int], interpolation: str) -> Any:
-    """Resize and flip an image as Pillow's methods in this order, bit for bit.
+def resize(
+    image: Any, flip: Any, *, image_size: tuple[int, int], interpolation: str, dtype: Any = tf.float32
+) -> Any:
+    """Resize and flip an image as Pillow's methods in this order, up to roundings (see the crop above).
 
-    A pass along each axis; every pass sums the products with coefficients of 22 binary digits exactly (in
-    float64), adds a half and truncates to uint8, as Pillow's integer arithmetic does.
+    A pass along each axis; every pass sums products, adds a half and truncates to uint8. With `dtype` float64
+    the coefficients have Pillow's 22 binary digits, the sums are exact, and so is the result.
 
     Args:
         image: uint8 (H, W, 3) tensor.
         flip: scalar bool, whether left and right are exchanged.
         image_size: (height, width) of the result.
         interpolation: "bicubic" or "bilinear", with antialiasing as in Pillow.
+        dtype: of the sums, tf.float32 or tf.float64.
 
     Returns:
         uint8 (height, width, 3) tensor.
     """
     in_size = tf.unstack(tf.shape(image)[:2])
-    axes = _Axes(in_size, image_size, (0, 0), image_size, _SUPPORTS[interpolation], flip)
+    support = _SUPPORTS[interpolation]
+    axes = _Axes(in_size, image_size, (0, 0), image_size, support, flip, dtype)
     return _resize(image, axes, 0, 0)
 
 
@@ -186,7 +194,7 @@ class _Axes:
     Attributes:
         begin, end: int32 (2,), the inputs that are needed, on the vertical and on the horizontal axis.
         inputs: int32 (2, tiles, window), the windows.
-        weights: float64 (2, tiles, _TILE, window).
+        weights: `dtype` (2, tiles, _TILE, window); in float64 rounded to Pillow's 22 digits.
         rows_first: scalar bool, the order of the passes.
     """
 
@@ -198,6 +206,7 @@ class _Axes:
         count: tuple[int, int],
         support: float,
         flip: Any = False,
+        dtype: Any = tf.float64,
     ) -> None:
         self.count = count
         last_input = tf.stack(in_size)[:, None, None]
@@ -220,11 +229,14 @@ class _Axes:
 
         inputs = inputs[:, :, None, :]
         begin, end, centers = begin[..., None], end[..., None], centers[..., None]
-        weights = _filter((_float(inputs) - centers + 0.5) * (1.0 / filter_scale)[..., None], support)
-        weights = tf.where((inputs >= begin) & (inputs < end), weights, 0.0)
-        weights = weights / tf.reduce_sum(weights, axis=-1, keepdims=True) * _ONE
-        # A half away from zero and truncation, to an integer; the division is exact.
-        self.weights = _float(tf.cast(weights + tf.sign(weights) * 0.5, tf.int32)) / _ONE
+        distances = (_float(inputs) - centers + 0.5) * (1.0 / filter_scale)[..., None]
+        weights = _filter(tf.cast(distances, dtype), support)
+        weights *= tf.cast((inputs >= begin) & (inputs < end), dtype)
+        weights /= tf.reduce_sum(weights, axis=-1, keepdims=True)
+        if dtype == tf.float64:
+            # To 22 digits, a half away from zero, as a cast truncates; the division is exact.
+            weights = _float(tf.cast(weights * _ONE + tf.sign(weights) * 0.5, tf.int32)) / _ONE
+        self.weights = weights
 
         # Pillow 13 resizes rows before columns where this holds, as seen on 1,494 random pairs of sizes; up
         # to Pillow 12 columns were always first. It matters because the first pass rounds to uint8.
@@ -275,9 +287,10 @@ def _resize(pixels: Any, axes: _Axes, first_row: Any, first_column: Any) -> Any:
     """Resize pixels whose first row and column have the given places on the axes."""
 
     def resize_rows(x: Any, axis: int, first: Any) -> Any:  # (h, n) -> (count, n)
-        x = _float(tf.gather(x, axes.inputs[axis] - first))
+        x = tf.cast(tf.gather(x, axes.inputs[axis] - first), axes.weights.dtype)
         x = tf.matmul(axes.weights[axis], x)  # (tiles, _TILE, n)
-        x = tf.raw_ops.ClipByValue(t=x + 0.5, clip_value_min=_float(0), clip_value_max=_float(255))
+        bounds = {"clip_value_min": tf.constant(0, x.dtype), "clip_value_max": tf.constant(255, x.dtype)}
+        x = tf.raw_ops.ClipByValue(t=x + 0.5, **bounds)
         return tf.reshape(tf.cast(x, tf.uint8), (-1, tf.shape(x)[2]))[: axes.count[axis]]
 
     # Columns become rows by transposing (h, w * 3), which is faster than moving colours as wholes:

@@ -1,0 +1,109 @@
+"""A picture of what the training pipeline does: every operation at rising strength, and one batch."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from keras_convnext.data import augment, batches, preprocess
+from keras_convnext.data.sources import Source
+
+MAGNITUDES = (0, 2, 4, 6, 8, 10)
+_TILE, _GAP, _LINE = 112, 6, 14  # pixels
+_COLUMNS = 8
+
+
+def draw(source: Source, output: str | os.PathLike[str], *, seed: int = 0, **options: Any) -> None:
+    """Write a contact sheet as PNG.
+
+    Above stands one image under each operation of the policy, from magnitude 0 to 10, then erased; below the
+    first 32 images of a training batch, each with its largest targets.
+
+    Args:
+        source: what `sources.open_source` returns.
+        output: path of the PNG; it appears whole or not at all.
+        seed: of the batch, and of the choice of the image above.
+        **options: of `batches.train_batches`, such as policy or mixup.
+
+    Raises:
+        ValueError: an option is wrong, or the source has fewer than two images.
+        OSError: the picture cannot be written.
+    """
+    policy = augment.parse_policy(options.get("policy", "rand-m9-mstd0.5-inc1"))
+    levels = policy.levels if isinstance(policy, augment.RandAugment) else augment.RandAugment().levels
+    count = min(4 * _COLUMNS, len(source) // 2 * 2)
+    if not count:
+        raise ValueError(f"Expected at least two images to draw, received {len(source)} in '{source.path}'.")
+    # Pairs, so that as many mixtures as possible are seen.
+    options = {"batch_size": count, "seed": seed, "dtype": "uint8", "mix_group": 2, **options}
+    images, targets = next(iter(batches.train_batches(source, **options)))
+    plain = {"policy": "none", "erase": 0, "mixup": 0, "cutmix": 0, "color_jitter": 0}
+    sample = next(iter(batches.train_batches(source, **{**options, **plain})))[0][0].numpy()
+    sheets = [_operations(sample, levels), _batch(images.numpy(), targets.numpy(), source.classes)]
+    sheet = Image.new(
+        "RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), "white"
+    )
+    top = 0
+    for each in sheets:
+        sheet.paste(each, (0, top))
+        top += each.height
+    temporary = f"{os.fspath(output)}.{os.getpid()}.tmp"
+    try:
+        sheet.save(temporary, "PNG")
+        os.replace(temporary, output)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:
+    """One row for each operation, one column for each magnitude."""
+    rows = [("original", [image])]
+    for level in dict.fromkeys(levels):
+        made = []
+        for magnitude in MAGNITUDES:
+            policy = augment.RandAugment((level,), num_operations=1, magnitude=magnitude, probability=1.0)
+            plan = augment.plan_augment(policy, np.zeros((1, 4)), image.shape[:2])
+            row = {name: values[0] for name, values in plan.items()}
+            made.append(augment.apply_augment(image, row).numpy())
+        rows.append((level.replace("_", " "), made))
+    boxes = augment.plan_erase(np.random.default_rng(0).random((len(MAGNITUDES), 41)), 1.0, image.shape[:2])
+    mean, std = batches.IMAGENET_MEAN, batches.IMAGENET_STD
+    erased = [augment.apply_erase(image, box, (0, n), mean, std).numpy() for n, box in enumerate(boxes)]
+    rows.append(("erasing", erased))
+
+    label_width = 150
+    width = label_width + len(MAGNITUDES) * (_TILE + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, len(rows) * (_TILE + _GAP) + 2 * _LINE), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, magnitude in enumerate(MAGNITUDES):
+        pen.text((label_width + column * (_TILE + _GAP), 1), f"magnitude {magnitude}", "black")
+    for number, (name, made) in enumerate(rows):
+        top = _LINE + number * (_TILE + _GAP)
+        pen.text((_GAP, top + _TILE // 2), name, "black")
+        for column, each in enumerate(made):
+            sheet.paste(_thumbnail(each), (label_width + column * (_TILE + _GAP), top))
+    return sheet
+
+
+def _batch(images: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """The images of a batch in rows, with the two largest of each one's targets."""
+    num_rows = -(-len(images) // _COLUMNS)
+    height = _TILE + 2 * _LINE + _GAP
+    sheet = Image.new("RGB", (_COLUMNS * (_TILE + _GAP) + _GAP, _LINE + num_rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, 0), "a training batch", "black")
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        left, top = _GAP + number % _COLUMNS * (_TILE + _GAP), _LINE + number // _COLUMNS * height
+        sheet.paste(_thumbnail(image), (left, top))
+        for line, place in enumerate(np.argsort(-target, kind="stable")[:2]):
+            if target[place] > 0.5 / len(target) + 1e-3 and place < len(classes):
+                text = f"{target[place]:.0%} {classes[place]}"[: _TILE // 6]
+                pen.text((left, top + _TILE + line * _LINE), text, "black")
+    return sheet
+
+
+def _thumbnail(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image).resize((_TILE, _TILE), preprocess.INTERPOLATIONS["bilinear"])
