@@ -208,7 +208,7 @@ def test_random_resized_crop_equals_pillow_but_for_roundings(flip, interpolation
             content, crop, flip, image_size=(224, 224), interpolation=interpolation
         )
         levels = difference(received.numpy(), expected)
-        assert levels.max() <= 1 and (levels > 0).mean() < 2e-3
+        assert levels.max() <= 1 and (levels > 0).mean() < 5e-3
         shifted = difference(np.roll(expected, 1, axis=1), expected)  # control: one pixel to the side
         assert shifted.max() > 1
 

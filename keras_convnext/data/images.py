@@ -85,7 +85,7 @@ def random_resized_crop(
     """Decode a random box of a JPEG, resize and flip it, as Pillow's methods in this order.
 
     Training takes float32 for the sums, which is faster. On 100 ImageNet samples 5 values in 100,000 differ
-    from Pillow's, all by one level; where the scale is a simple fraction, ties make it a few in 10,000.
+    from Pillow's, all by one level; where the scale is a simple fraction, ties make it a few in 1,000.
 
     Args:
         content: scalar string tensor, the encoded image.
