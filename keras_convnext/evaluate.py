@@ -255,18 +255,12 @@ def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
 
 def _import_batches() -> Any:
     try:
-        import tensorflow as tf
+        from keras_convnext.data import batches
     except ImportError as error:
         raise ImportError(
             "evaluate reads images with TensorFlow, whatever the Keras backend, and it is not installed. Run "
             "pip install tensorflow-cpu."
         ) from error
-    if keras.backend.backend() != "tensorflow":
-        # Else TensorFlow reserves the GPU memory that the model needs.
-        with contextlib.suppress(RuntimeError):  # TensorFlow is running: it has what it takes
-            tf.config.set_visible_devices([], "GPU")
-    from keras_convnext.data import batches
-
     return batches
 
 

@@ -5,7 +5,9 @@ of the order is a function of the seed and of that place alone, whatever the num
 wherever the stream was entered.
 """
 
+import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,10 +24,8 @@ _MAX_BLOCK = 64  # examples
 _NEIGHBOURS = 8  # tried in place of an image that cannot be decoded
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
 
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 Rows = dict[str, Any]  # of a plan or a batch: tensors with a common first axis
 
@@ -125,9 +125,9 @@ def eval_batches(
     size = transform.image_size
     _check_count("batch_size", batch_size)
     _check_host(host, num_hosts)
+    _leave_accelerators()
     faults = Faults(source) if faults is None else faults
-    read = _reader(source)
-    labels = tf.constant(source.labels)
+    read, labels = _reader(source), _on_host(source.labels)
     share = -(-len(source) // num_hosts)
     begin, end = (min(number * share, len(source)) for number in (host, host + 1))
 
@@ -268,13 +268,15 @@ def train_batches(
 
     The defaults are those of ConvNeXt's ImageNet-1k training (Liu et al. 2022, table 5, and the official
     main.py). The order of the steps is timm's. An epoch is `steps_per_epoch` batches; each has its own
-    permutation of the examples, and what is left over is dropped.
+    permutation of the examples, and what is left over is dropped. The stream has no end, so that no epoch
+    repeats another: `fit` needs `steps_per_epoch=steps_per_epoch(source, batch_size)`, or it goes on forever.
 
     Place p of the order decides alone, with the seed, which example stands there and how it is changed. So
     the stream is the same whatever the number of `workers`, is entered anywhere by `start_batch`, and
-    `num_hosts` hosts together make the batches of one host: host h has the h-th run of rows of each. Mixing
-    alone sees neighbours: give `mix_group`, a divisor of batch_size / num_hosts, to keep that independent of
-    the number of hosts too.
+    `num_hosts` hosts together make the batches of one host: host h has the h-th run of rows of each. Only
+    the draws of mixing are shared by neighbours: give `mix_group`, a divisor of batch_size / num_hosts, to
+    keep them independent of the number of hosts too. Rows 2k and 2k + 1 are mixed with each other, where timm
+    takes a batch and its reverse; the shuffle makes that the same.
 
     An image that cannot be decoded is noted in `faults`, and the next example of the source that can be
     stands in for it.
@@ -369,9 +371,9 @@ def train_batches(
         )
     classes = len(source.classes) if num_classes is None else num_classes
     chosen_policy = augment.parse_policy(policy)
+    _leave_accelerators()
     faults = Faults(source) if faults is None else faults
-    read = _reader(source)
-    labels = tf.constant(source.labels)
+    read, labels = _reader(source), _on_host(source.labels)
     # timm fills with the mean, torchvision with black.
     is_torchvisions = chosen_policy is not None and policy.startswith(("ta_wide", "imagenet"))
     fill = (0, 0, 0) if is_torchvisions else tuple(min(255, round(255 * value)) for value in mean)
@@ -436,7 +438,12 @@ def train_batches(
 
     def with_tensorflow(row: Rows) -> tuple[Any, Any]:
         pixels = images.random_resized_crop(
-            read(row["number"]), row["crop"], row["flip"], image_size=size, interpolation=interpolation
+            read(row["number"]),
+            row["crop"],
+            row["flip"],
+            image_size=size,
+            interpolation=interpolation,
+            ratio=ratio,
         )
         return pixels, row["number"]
 
@@ -522,10 +529,23 @@ def _mix64(z: Any) -> Any:
     return z
 
 
+def _leave_accelerators() -> None:
+    """Keep TensorFlow off the GPU where another framework computes; it would reserve all of its memory."""
+    keras = sys.modules.get("keras")
+    if keras is not None and keras.config.backend() != "tensorflow":
+        with contextlib.suppress(RuntimeError):  # TensorFlow is running and has what it takes
+            tf.config.set_visible_devices([], "GPU")
+
+
+def _on_host(values: Any) -> Any:
+    with tf.device("CPU:0"):
+        return tf.constant(values)
+
+
 def _reader(source: Source) -> Callable[[Any], Any]:
     """Return a function from an example's number to its encoded bytes, for use in a graph."""
     if np.all(source.lengths < 0):
-        paths = tf.constant([source.files[number] for number in source.file_numbers])
+        paths = _on_host([source.files[number] for number in source.file_numbers])
         return lambda number: tf.io.read_file(paths[number])
     # TensorFlow has no operation that reads part of a file.
     return lambda number: tf.ensure_shape(

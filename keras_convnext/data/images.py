@@ -80,7 +80,13 @@ def center_crop(
 
 
 def random_resized_crop(
-    content: Any, crop: Any, flip: Any, *, image_size: tuple[int, int], interpolation: str
+    content: Any,
+    crop: Any,
+    flip: Any,
+    *,
+    image_size: tuple[int, int],
+    interpolation: str,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Any:
     """Decode a random box of a JPEG, resize and flip it, as Pillow's methods in this order.
 
@@ -93,6 +99,7 @@ def random_resized_crop(
         flip: scalar bool, whether left and right are exchanged.
         image_size: (height, width) of the result.
         interpolation: "bicubic" or "bilinear".
+        ratio: as in `crop_box`.
 
     Returns:
         uint8 (height, width, 3), RGB, 0 to 255.
@@ -102,7 +109,7 @@ def random_resized_crop(
             at most `MAX_PIXELS`, or cannot be decoded.
     """
     size = plain_jpeg_size(content)
-    top, left, height, width = crop_box(size, crop)
+    top, left, height, width = crop_box(size, crop, ratio)
     support = _SUPPORTS[interpolation]
     axes = _Axes((height, width), image_size, (0, 0), image_size, support, flip, tf.float32)
     return _decode_and_resize(content, (top, left), size, axes)
