@@ -255,6 +255,8 @@ def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
 
 def _import_batches() -> Any:
     try:
+        import tensorflow  # noqa: F401
+
         from keras_convnext.data import batches
     except ImportError as error:
         raise ImportError(
