@@ -37,6 +37,7 @@ from keras_convnext.results import (
     check_complete,
     check_results_file,
     fingerprint,
+    percentage,
 )
 
 DEFAULT_BATCH_SIZE = 64
@@ -134,7 +135,7 @@ def evaluate(
         check_results_file(results)
     if output is not None:
         reports.check_output(output)
-    batches = _import_batches()
+    batches = import_batches()
     if isinstance(data, Source):
         if labels is not None:
             raise ValueError(f"Expected labels=None beside an open source, received {labels!r}.")
@@ -149,7 +150,7 @@ def evaluate(
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
     if limit is not None and limit < len(source):
         chosen = np.arange(limit) * len(source) // limit
-        source = _take(source, chosen)
+        source = sources.take(source, chosen)
         real = real if real is None else [real[number] for number in chosen]
     batch_size = batch_size or DEFAULT_BATCH_SIZE
     faults = batches.Faults(source, max_faults)
@@ -163,7 +164,7 @@ def evaluate(
     )
     settings = {
         **_model_settings(classifier),
-        **_environment(),
+        **environment(),
         **_data_settings(source, split),
         **_preparation_settings(classifier),
         "outputs": outputs_text,
@@ -253,14 +254,19 @@ def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
         )
 
 
-def _import_batches() -> Any:
+def import_batches() -> Any:
+    """Returns the module `data.batches`, or says what it needs.
+
+    Raises:
+        ImportError: TensorFlow is not installed.
+    """
     try:
         import tensorflow  # noqa: F401
 
         from keras_convnext.data import batches
     except ImportError as error:
         raise ImportError(
-            "evaluate reads images with TensorFlow, whatever the Keras backend, and it is not installed. Run "
+            "Images are read with TensorFlow, whatever the Keras backend, and it is not installed. Run "
             "pip install tensorflow-cpu."
         ) from error
     return batches
@@ -303,18 +309,6 @@ def _without_unused_classes(source: Source) -> Source:
         return source
     labels = np.searchsorted(used, source.labels).astype(np.int32)
     return dataclasses.replace(source, labels=labels, classes=names)
-
-
-def _take(source: Source, numbers: np.ndarray) -> Source:
-    """Returns a source with some of the examples."""
-    names = [source.name(int(number)).encode("utf-8", "surrogateescape") for number in numbers]
-    fields = ("file_numbers", "offsets", "lengths", "labels")
-    return dataclasses.replace(
-        source,
-        name_text=np.frombuffer(b"".join(names), np.uint8),
-        name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
-        **{field: getattr(source, field)[numbers] for field in fields},
-    )
 
 
 def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:
@@ -366,6 +360,29 @@ def _run(model, dataset, source: Source, columns, progress: "_Progress") -> dict
         "seconds": end - begin,
         "images_per_second": images_timed / max(end - begin_timed, 1e-9),
     }
+
+
+def validate(model: Any, dataset: Any) -> dict[str, float]:
+    """Scores a classifier on batches that are made anew at each call, as training does after each epoch.
+
+    Args:
+        model: from (N, H, W, 3) pixels in 0..255 to logits (N, K), class i of the data being output i.
+        dataset: what `batches.eval_batches` returns.
+
+    Returns:
+        {"loss": mean cross-entropy of the labels without smoothing, "top1": percent, "top5": percent, "n":
+        number of images}. NaN where the model gives NaN or the data has no image.
+    """
+    losses, ranks = [np.zeros(0)], [np.zeros(0, np.int32)]
+    for batch, outputs in _with_outputs(model, dataset.as_numpy_iterator()):
+        logits, labels = outputs[batch["mask"]].astype(np.float64), batch["labels"][batch["mask"]]
+        largest = logits.max(axis=1, keepdims=True)
+        own = np.take_along_axis(logits, labels[:, None], axis=1)
+        losses.append((np.log(np.exp(logits - largest).sum(axis=1, keepdims=True)) + largest - own)[:, 0])
+        ranks.append(np.where(np.isnan(logits).any(axis=1), logits.shape[1], label_ranks(logits, labels)))
+    loss, rank = np.concatenate(losses), np.concatenate(ranks)
+    mean = float(loss.mean()) if len(loss) else float("nan")
+    return {"loss": mean, "top1": percentage(rank < 1), "top5": percentage(rank < 5), "n": len(rank)}
 
 
 def _with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
@@ -512,7 +529,8 @@ def _arrays_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Returns versions, commit and hardware, as in the columns of `results.COLUMNS`."""
     import tensorflow as tf
 
     backend = importlib.import_module(keras.backend.backend())

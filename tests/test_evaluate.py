@@ -370,7 +370,7 @@ def test_the_fingerprint_knows_images_and_labels_but_not_the_container(tree, sou
     fingerprint = results.fingerprint(source)
     assert results.fingerprint(open_source(tmp_path / "prepared")) == fingerprint
     assert results.fingerprint(with_labels(source, np.roll(source.labels, 1))) != fingerprint
-    assert results.fingerprint(evaluating._take(source, np.arange(8))) != fingerprint
+    assert results.fingerprint(sources.take(source, np.arange(8))) != fingerprint
 
 
 @pytest.mark.once

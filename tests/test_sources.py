@@ -21,10 +21,12 @@ from keras_convnext.data import sources
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.sources import (
     SourceError,
+    hold_out,
     imagenet_class_numbers,
     list_splits,
     open_source,
     read_real_labels,
+    take,
 )
 from keras_convnext.data.tfrecords import RecordError
 
@@ -943,6 +945,113 @@ def test_imagenet_classes_are_found_by_name(num_classes):
 )
 def test_other_classes_are_not_taken_for_imagenet(classes, num_classes):
     assert imagenet_class_numbers(classes, num_classes) is None
+
+
+# A part of the examples
+
+
+def numbered_source(counts, rng=None):
+    """A source without files: class "a" has counts[0] images, and so on; in random order with an rng."""
+    columns = sources._Columns()
+    examples = [(label, number) for label, count in enumerate(counts) for number in range(count)]
+    order = range(len(examples)) if rng is None else rng.permutation(len(examples))
+    for place in order:
+        label, number = examples[place]
+        columns.add(0, 0, 1, label, f"{'abcdefgh'[label]}/{number}.jpg")
+    return columns.source("data", "tar", ["data"], list("abcdefgh"[: len(counts)]))
+
+
+def names_of(source):
+    return [source.name(number) for number in range(len(source))]
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar"])
+def test_taken_examples_keep_their_bytes_names_and_labels(tmp_path, layout):
+    if layout == "folder":
+        source = open_source(class_folders(tmp_path, ["cat", "dog", "eel"]))
+    else:
+        write_train_tar(tmp_path / "tar")
+        source = open_source(tmp_path / "tar")
+    chosen = [4, 0, 3]
+    taken = take(source, chosen)
+    assert names_of(taken) == [source.name(number) for number in chosen]
+    assert [taken.read(n) for n in range(3)] == [source.read(number) for number in chosen]
+    assert taken.labels.tolist() == source.labels[chosen].tolist()
+    assert (taken.classes, taken.path, taken.kind) == (source.classes, source.path, source.kind)
+    assert names_of(take(taken, [2, 1])) == [source.name(3), source.name(0)]
+    assert len(take(source, [])) == 0
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([0, 4], r"from 0 to 3, the places of the 4 examples, received 4\."),
+        ([-1], r"from 0 to 3, the places of the 4 examples, received -1\."),
+        ([True, False, True, True], r"integer dtype, received \(4,\) and bool\. .* np\.flatnonzero"),
+        ([0.0], r"received \(1,\) and float64"),
+        ([[0, 1]], r"received \(1, 2\) and int64"),
+    ],
+)
+def test_numbers_that_are_no_places_are_refused(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        take(numbered_source([2, 2]), numbers)
+
+
+def test_hold_out_takes_the_share_of_every_class():
+    source = numbered_source([100, 30, 5, 3, 2, 1])
+    train, held_out = hold_out(source, 0.1, seed=0)
+    assert np.bincount(held_out.labels, minlength=6).tolist() == [10, 3, 1, 1, 1, 0]
+    assert np.bincount(train.labels, minlength=6).tolist() == [90, 27, 4, 2, 1, 1]
+    assert sorted(names_of(train) + names_of(held_out)) == sorted(names_of(source))
+    assert train.classes == held_out.classes == source.classes
+    train, held_out = hold_out(source, 0.9, seed=0)
+    assert np.bincount(train.labels, minlength=6).tolist() == [10, 3, 1, 1, 1, 1]
+
+
+def test_hold_out_goes_by_seed_class_and_name_alone():
+    source = numbered_source([50, 50])
+    held_out = set(names_of(hold_out(source, 0.2, seed=3)[1]))
+    shuffled = numbered_source([50, 50], np.random.default_rng(0))
+    assert names_of(shuffled) != names_of(source)  # else the next line would show nothing
+    assert set(names_of(hold_out(shuffled, 0.2, seed=3)[1])) == held_out
+    # Another class beside them changes nothing.
+    assert held_out <= set(names_of(hold_out(numbered_source([50, 50, 9]), 0.2, seed=3)[1]))
+    # What must matter does.
+    assert set(names_of(hold_out(source, 0.2, seed=4)[1])) != held_out
+    numbers = [{name[2:] for name in held_out if name[0] == label} for label in "ab"]
+    assert numbers[0] != numbers[1]
+
+
+def test_hold_out_keeps_the_order_and_draws_from_all_of_it():
+    source = numbered_source([1000])
+    train, held_out = hold_out(source, 0.3, seed=0)
+    numbers = [[int(name[2:-4]) for name in names_of(part)] for part in (train, held_out)]
+    assert all(part == sorted(part) for part in numbers)
+    # The mean of 300 of 0 to 999 is 499.5 with a standard error of 14; the first 300 have 149.5.
+    assert abs(np.mean(numbers[1]) - 499.5) < 56
+
+
+def test_a_larger_share_holds_out_the_same_images_and_more():
+    source = numbered_source([40, 20])
+    small, large = (set(names_of(hold_out(source, share, seed=1)[1])) for share in (0.1, 0.5))
+    assert small < large
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan"), "0.1", None, True])
+def test_share_outside_0_and_1_is_refused(fraction):
+    with pytest.raises(ValueError, match=rf"between 0 and 1, both excluded, received {fraction!r}\."):
+        hold_out(numbered_source([4]), fraction, seed=0)
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, True, "0"])
+def test_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"seed to be a whole number, received {seed!r}\."):
+        hold_out(numbered_source([4]), 0.5, seed)
+
+
+def test_data_without_two_images_of_a_class_cannot_be_divided():
+    with pytest.raises(SourceError, match=r"with two images or more in 'data', .* received 3 images of 3"):
+        hold_out(numbered_source([1, 1, 1]), 0.5, seed=0)
 
 
 # The kept index

@@ -242,6 +242,7 @@ def train_batches(
     num_classes: int | None = None,
     seed: int = 0,
     start_batch: int = 0,
+    batches_per_epoch: int | None = None,
     host: int = 0,
     num_hosts: int = 1,
     scale: tuple[float, float] = (0.08, 1.0),
@@ -267,7 +268,7 @@ def train_batches(
     """Make batches for training, without end: random resized crop, flip, policy, erasing, mixup or cutmix.
 
     The defaults are those of ConvNeXt's ImageNet-1k training (Liu et al. 2022, table 5, and the official
-    main.py). The order of the steps is timm's. An epoch is `steps_per_epoch` batches; each has its own
+    main.py). The order of the steps is timm's. An epoch is `batches_per_epoch` batches; each has its own
     permutation of the examples, and what is left over is dropped. The stream has no end, so that no epoch
     repeats another: `fit` needs `steps_per_epoch=steps_per_epoch(source, batch_size)`, or it goes on forever.
 
@@ -289,6 +290,8 @@ def train_batches(
         seed: of order and augmentation, an integer from 0 up.
         start_batch: batches of the stream that are left out at its beginning: all batches made so far, to go
             on after an interruption.
+        batches_per_epoch: after how many batches the next permutation begins; default `steps_per_epoch`, the
+            most that an epoch has. Gradient accumulation makes some fewer: whole multiples of its steps.
         host: number of this host, from 0 on.
         num_hosts: hosts that share each batch.
         scale: smallest and largest area of the crop, as fractions of the image.
@@ -328,7 +331,14 @@ def train_batches(
     _check_count("batch_size", batch_size)
     _check_count("repeats", repeats)
     _check_host(host, num_hosts)
-    steps_per_epoch(source, batch_size)
+    most = steps_per_epoch(source, batch_size)
+    batches_per_epoch = most if batches_per_epoch is None else batches_per_epoch
+    _check_count("batches_per_epoch", batches_per_epoch)
+    if batches_per_epoch > most:
+        raise ValueError(
+            f"Expected batches_per_epoch of at most {most}, which '{source.path}' has at batch_size="
+            f"{batch_size}, received {batches_per_epoch}."
+        )
     if batch_size % num_hosts:
         raise ValueError(
             f"Expected batch_size to be a multiple of num_hosts, received {batch_size} and {num_hosts}. "
@@ -377,7 +387,7 @@ def train_batches(
     # timm fills with the mean, torchvision with black.
     is_torchvisions = chosen_policy is not None and policy.startswith(("ta_wide", "imagenet"))
     fill = (0, 0, 0) if is_torchvisions else tuple(min(255, round(255 * value)) for value in mean)
-    order = _Order(source, batch_size, seed, repeats)
+    order = _Order(len(source), batches_per_epoch * batch_size, seed, repeats)
     first_place = start_batch * batch_size + host * rows_a_batch
 
     def plan(local: Any) -> Rows:
@@ -488,9 +498,9 @@ def steps_per_epoch(source: Source, batch_size: int) -> int:
 class _Order:
     """Which example stands at each place of the endless stream."""
 
-    def __init__(self, source: Source, batch_size: int, seed: int, repeats: int) -> None:
-        self._last = len(source) - 1
-        self._epoch_length = steps_per_epoch(source, batch_size) * batch_size
+    def __init__(self, num_examples: int, epoch_length: int, seed: int, repeats: int) -> None:
+        self._last = num_examples - 1
+        self._epoch_length = epoch_length
         self._seed, self._repeats = seed, repeats
 
     def numbers(self, places: Any) -> Any:

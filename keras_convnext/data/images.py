@@ -36,6 +36,10 @@ def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
         tf.errors.InvalidArgumentError: when run, if the image is not a JPEG in grayscale or three colours of
             at most `MAX_PIXELS`, or its header is damaged.
     """
+    is_jpeg = tf.strings.substr(content, 0, 2) == b"\xff\xd8"
+    # Asked first, because libjpeg complains on stderr about each file that is of another format.
+    with tf.control_dependencies([tf.debugging.Assert(is_jpeg, ["not a JPEG"])]):
+        content = tf.identity(content)
     shape = tf.io.extract_jpeg_shape(content)
     pixels = tf.cast(shape[0], tf.int64) * tf.cast(shape[1], tf.int64)
     is_plain = (shape[2] != 4) & (pixels <= MAX_PIXELS)

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import math
 import mmap
 import os
 import re
@@ -210,6 +211,101 @@ def list_splits(path: str | os.PathLike[str]) -> list[str]:
         SourceError: nothing usable is at the path.
     """
     return [name for name in _locate(os.fspath(path))[1] if name is not None]
+
+
+def take(source: Source, numbers: Sequence[int] | np.ndarray) -> Source:
+    """Returns a source with some of the examples, under the same names and classes.
+
+    Args:
+        source: what `open_source` returns.
+        numbers: int (n,), places in `source`, 0 to len(source) - 1, in the order that is wanted.
+
+    Returns:
+        `Source` of n examples. Its `classes` are those of `source`, whether or not they have images left.
+
+    Raises:
+        ValueError: `numbers` is not a list of whole numbers, or one of them is out of range.
+
+    Example:
+        take(source, np.flatnonzero(source.labels == 0))     # the images of the first class
+    """
+    chosen = np.asarray(numbers)
+    if chosen.size == 0:
+        chosen = chosen.astype(np.int64)
+    if chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer):
+        raise ValueError(
+            f"Expected numbers of shape (n,) and an integer dtype, received {chosen.shape} and "
+            f"{chosen.dtype}. Pass the places of the examples, for a mask np.flatnonzero(mask)."
+        )
+    outside = chosen[(chosen < 0) | (chosen >= len(source))]
+    if len(outside):
+        raise ValueError(
+            f"Expected numbers from 0 to {len(source) - 1}, the places of the {len(source)} examples, "
+            f"received {outside[0]}."
+        )
+    fields = {
+        name: getattr(source, name)[chosen] for name in ("file_numbers", "offsets", "lengths", "labels")
+    }
+    if len(source.name_ends):  # else the names are those of the files
+        names = [source.name(int(number)).encode("utf-8", "surrogateescape") for number in chosen]
+        fields["name_text"] = np.frombuffer(b"".join(names), np.uint8)
+        fields["name_ends"] = np.cumsum([len(name) for name in names], dtype=np.int64)
+    return dataclasses.replace(source, **fields)
+
+
+def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+    """Divides a source into one to train on and one to choose settings by, class by class.
+
+    Of a class with n images, round(fraction * n) are held out, but at least one and at most n - 1; a class
+    with a single image stays in training. Which ones depends on the seed, the name of the class and the names
+    of its images alone: neither on the order of the examples nor on other classes.
+
+    Args:
+        source: what `open_source` returns.
+        fraction: share that is held out, in (0, 1).
+        seed: int, another seed holds out other images.
+
+    Returns:
+        (train source, held out source), each in the order of `source`. Both have all its `classes`.
+
+    Raises:
+        ValueError: `fraction` is not in (0, 1), or `seed` is not a whole number.
+        SourceError: no class has two images.
+
+    Example:
+        train, validation = hold_out(open_source("flowers"), 0.1, seed=0)
+    """
+    is_held_out = held_out_mask(source, fraction, seed)
+    return take(source, np.flatnonzero(~is_held_out)), take(source, np.flatnonzero(is_held_out))
+
+
+def held_out_mask(source: Source, fraction: float, seed: int) -> np.ndarray:
+    """Tells which examples `hold_out` holds out: bool (N,), in the order of `source`."""
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise ValueError(
+            f"Expected fraction between 0 and 1, both excluded, received {fraction!r}. Pass the share of the "
+            "images that is held out, such as 0.1."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise ValueError(f"Expected seed to be a whole number, received {seed!r}. Pass one, such as 0.")
+    is_held_out = np.zeros(len(source), bool)
+    for label in np.unique(source.labels).tolist():
+        members = np.flatnonzero(source.labels == label).tolist()
+        count = min(max(math.floor(fraction * len(members) + 0.5), 1), len(members) - 1)
+        prefix = f"{int(seed)}\0{source.classes[label]}\0"
+        keys = {number: _name_digest(prefix, source.name(number)) for number in members}
+        is_held_out[sorted(members, key=keys.__getitem__)[:count]] = True
+    if not is_held_out.any():
+        raise SourceError(
+            f"Expected a class with two images or more in '{source.path}', to hold one out, received "
+            f"{len(source)} images of {len(np.unique(source.labels))} classes. Add images, or pass a "
+            "validation split."
+        )
+    return is_held_out
+
+
+def _name_digest(prefix: str, name: str) -> bytes:
+    return hashlib.sha256((prefix + name).encode("utf-8", "surrogateescape")).digest()
 
 
 def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
