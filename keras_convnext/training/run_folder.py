@@ -1,0 +1,664 @@
+"""Keeps a training run on the disk so that a kill, a full disk or a damaged file loses as little as possible.
+
+A run folder holds
+
+- run.json: what makes this run this run (its recipe and data), so that no other one continues it;
+- checkpoints/step-00001234.safetensors: all arrays and the state of a step, with a checksum of both;
+- best.json: which of the checkpoints is the best one;
+- .lock: held by the process that trains;
+- and what the caller writes (logs, curves, final weights).
+
+Every file appears under its name when it is complete. Nothing here needs Keras.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import BinaryIO
+
+import numpy as np
+
+from keras_convnext.downloads import _LOCKS_UNSUPPORTED, _NO_SPACE, _sync_folder, _try_lock
+from keras_convnext.torch_files import (
+    FileFormatError,
+    _little_endian_bytes,
+    _replacing_file,
+    read_safetensors_metadata,
+    read_state_dict,
+    write_safetensors,
+)
+
+RUN_FILE = "run.json"
+BEST_FILE = "best.json"
+CHECKPOINT_FOLDER = "checkpoints"
+
+_FORMAT = "keras_convnext run 1"
+_LOCK_FILE = ".lock"
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})\.safetensors")
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp-[0-9a-f]{16}-.+")
+_MAX_LISTED = 20  # names or keys in one message
+
+_logger = logging.getLogger("keras_convnext")
+
+Arrays = dict[str, np.ndarray]
+Differences = Mapping[str, tuple[object, object]]
+
+
+class RunFolderError(OSError):
+    """A run folder cannot be used, or a file in it cannot be written: where, why and what to do."""
+
+
+def open_run(
+    path: str | os.PathLike[str],
+    identity: Mapping[str, object],
+    *,
+    checkpoint_bytes: int,
+    keep: int = 2,
+    difference: Callable[[dict, dict], Differences] | None = None,
+) -> "RunFolder":
+    """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
+
+    Everything that would stop the run later is refused here: another run's folder, a folder of something
+    else, another process in it, no permission, not enough space. The space is that of `keep` + 2
+    checkpoints: the newest ones, the best one and the one that is being written; checkpoints that are
+    there count. What a killed process was writing is removed.
+
+    The lock ends with the process, however it ends. On a file system without locks a lock file in the
+    machine's temporary folder stands in, which other machines do not see.
+
+    Args:
+        path: str or path, the folder; made with its parents when it is not there. An empty one, or one
+            with hidden files only, is taken as a new one.
+        identity: dict of JSON values, what a later call must agree with: the recipe, the data.
+        checkpoint_bytes: int, expected size of one checkpoint in bytes.
+        keep: int >= 1, number of newest checkpoints to keep besides the best one. Default 2: if the newest
+            is damaged there is another.
+        difference: function of the stored and the given identity, both as JSON gives them, to a dict of
+            key to (stored, given) of what must not differ. Default: `changed_keys`, every key.
+
+    Returns:
+        `RunFolder`, also a context manager that closes it.
+
+    Raises:
+        TypeError: the identity has values that JSON does not have.
+        ValueError: a number is out of range.
+        RunFolderError: the folder cannot be used; the message tells why and what to do.
+
+    Example:
+        >>> with open_run("out/flowers", {"learning_rate": 4e-3}, checkpoint_bytes=450_000_000) as run:
+        ...     run.save({"step": np.uint32([100])}, {"step": 100, "epoch": 3}).name
+        'step-00000100.safetensors'
+    """
+    for name, value, low in (("checkpoint_bytes", checkpoint_bytes, 0), ("keep", keep, 1)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+            raise ValueError(f"Expected {name} to be an integer >= {low}, received {value!r}.")
+    given = json.loads(_json_text(identity, "the identity of a run"))
+    folder = pathlib.Path(path).absolute()
+    _make_folder(folder)
+    _refuse_foreign_files(folder)
+    with contextlib.ExitStack() as stack:
+        _lock(folder, stack)
+        stored = _read_identity(folder)
+        if stored is not None:
+            _refuse_other_run(folder, (difference or changed_keys)(stored, given))
+        _remove_leftovers(folder)
+        _refuse_small_disk(folder, checkpoint_bytes, keep)
+        begun = given if stored is None else stored
+        with _writing(folder):
+            # In any case: a disk that is there and takes no more files shows here.
+            _write_bytes(folder / RUN_FILE, _json_bytes({"format": _FORMAT, "identity": begun}))
+            (folder / CHECKPOINT_FOLDER).mkdir(exist_ok=True)
+            _sync_folder(folder)
+        return RunFolder(folder, begun, keep, stack.pop_all())
+
+
+class RunFolder:
+    """The folder of one training run, made by `open_run`.
+
+    Attributes:
+        path: absolute path of the folder.
+        identity: dict, what the run was begun with.
+        keep: int, number of newest checkpoints that are kept.
+    """
+
+    def __init__(self, path: pathlib.Path, identity: dict, keep: int, locks: contextlib.ExitStack):
+        self.path = path
+        self.identity = identity
+        self.keep = keep
+        self._locks = locks
+        self._damaged: set[int] = set()  # steps whose checkpoint `latest` could not read
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes have the folder; closing twice does nothing."""
+        self._locks.close()
+
+    def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, object]) -> pathlib.Path:
+        """Writes the checkpoint of a step, then removes old ones.
+
+        The arrays are written one after another, without a second copy of all, and a CRC-32 of the state,
+        names, shapes, dtypes and bytes goes with them. The file appears when it is complete and on the
+        disk, so whatever ends the process in between leaves the earlier checkpoints. Then all but the
+        newest `keep`, the best and this one are removed, and with them those that `latest` found damaged.
+        A checkpoint of the same step is replaced.
+
+        Args:
+            arrays: dict of name to array, of any shape and of a dtype that .safetensors has, bfloat16 of
+                `ml_dtypes` among them.
+            state: dict of JSON values, with "step", int >= 0, the number of finished steps.
+
+        Returns:
+            Path of the checkpoint.
+
+        Raises:
+            TypeError: the state has values that JSON does not have, or a value is not an array.
+            ValueError: the state has no valid step, or an array has another dtype.
+            RunFolderError: the disk is full (tells how much is missing) or cannot be written, or the folder
+                has a later checkpoint, which `latest` did not find damaged. Earlier checkpoints stand.
+        """
+        step = _checked_step(state)
+        text = _json_text(state, "the state of a checkpoint")
+        _refuse_other_values(arrays)
+        later = [number for number in self.steps() if number > step and number not in self._damaged]
+        if later:
+            raise RunFolderError(
+                f"Expected a step of at least {later[-1]}, of which '{self.path}' has a checkpoint, received "
+                f"step {step}. Continue from what latest() returns, or begin again in another folder."
+            )
+        path = self._checkpoint_path(step)
+        metadata = {"format": _FORMAT, "state": text, "crc32": _checksum(arrays, text)}
+        with _writing(path.parent, sum(array.nbytes for array in arrays.values())):
+            write_safetensors(path, arrays, metadata)
+            _sync_folder(path.parent)
+        self._damaged.discard(step)
+        for number in sorted(self._damaged):
+            self._remove(number)
+        self._prune()
+        return path
+
+    def mark_best(self, step: int, value: float) -> None:
+        """Keeps the checkpoint of a step as the best one, instead of the one before.
+
+        To repeat it changes nothing, so a run that was killed between `save` and this can make up for it.
+
+        Args:
+            step: int, a step that was saved and is still kept.
+            value: float, what made it the best, such as the accuracy; for `best`.
+
+        Raises:
+            ValueError: there is no checkpoint of this step.
+            RunFolderError: the disk is full or cannot be written.
+        """
+        self._existing_path(step)
+        self._write(BEST_FILE, _json_bytes({"step": int(step), "value": float(value)}))
+        self._prune()
+
+    def best(self) -> tuple[int, float] | None:
+        """Returns the step and the value of the last `mark_best`, None if there was none.
+
+        Raises:
+            RunFolderError: the file with it is damaged.
+        """
+        path = self.path / BEST_FILE
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            return int(entry["step"]), float(entry["value"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"'{path}' is damaged ({_one_line(error)}). Remove it: the next best one is kept again."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a checkpoint file, whole or damaged, in rising order."""
+        names = os.listdir(self.path / CHECKPOINT_FOLDER)
+        matches = [match for match in map(_CHECKPOINT_NAME.fullmatch, names) if match]
+        return sorted(int(match[1]) for match in matches)
+
+    def read(self, step: int) -> tuple[Arrays, dict]:
+        """Reads the checkpoint of a step, all of it, and compares its checksum.
+
+        Returns:
+            (arrays, state). The arrays are copies, not views of the file. The state is as JSON gives it: a
+            tuple has become a list.
+
+        Raises:
+            ValueError: there is no checkpoint of this step.
+            FileFormatError: the checkpoint is truncated or damaged; the message tells how.
+            OSError: the disk does not give the file.
+        """
+        path = self._existing_path(step)
+        metadata = read_safetensors_metadata(path)
+        if metadata.get("format") != _FORMAT or not {"state", "crc32"} <= metadata.keys():
+            raise FileFormatError(
+                f"Expected a state, a CRC-32 and the format {_FORMAT!r} in the header of '{path}', received "
+                f"the format {metadata.get('format')!r} and {_listed(metadata) or 'nothing'}."
+            )
+        # Copies, because JAX would take aligned views for its own memory, and a later change of the file
+        # for weights. What is checked is what is returned.
+        arrays = {name: view.copy() for name, view in read_state_dict(path).items()}
+        expected, received = metadata["crc32"], _checksum(arrays, metadata["state"])
+        if expected != received:
+            raise FileFormatError(f"Expected the CRC-32 {expected} of '{path}', received {received}.")
+        return arrays, json.loads(metadata["state"])
+
+    def latest(self) -> tuple[Arrays, dict] | None:
+        """Reads the newest checkpoint that is whole.
+
+        A damaged one is named in a warning of the logger "keras_convnext" and left where it is; the next
+        `save` removes it, because then there is a newer one.
+
+        Returns:
+            (arrays, state) as from `read`, or None when the run has no checkpoint yet.
+
+        Raises:
+            RunFolderError: there are checkpoints, and all of them are damaged.
+            OSError: the disk does not give a file; it may at another time, so no other one is taken.
+        """
+        steps = self.steps()
+        reasons = []
+        for step in reversed(steps):
+            try:
+                found = self.read(step)
+            except FileFormatError as error:
+                reasons.append(f"step {step} ({error})")
+                self._damaged.add(step)
+                _logger.warning("Skipping the damaged checkpoint of %s", reasons[-1])
+            else:
+                self._damaged.discard(step)
+                return found
+        if not steps:
+            return None
+        raise RunFolderError(
+            f"Expected a whole checkpoint in '{self.path / CHECKPOINT_FOLDER}', but all {len(steps)} are "
+            f"damaged: {_listed(reasons)}. Bring one back from a copy, or remove them to begin again."
+        )
+
+    def write_text(self, name: str, text: str) -> pathlib.Path:
+        """Writes a text file (UTF-8, line ends as given) under a name in the folder; returns its path.
+
+        Raises:
+            ValueError: the name leads out of the folder, or the run itself uses it.
+            RunFolderError: the disk is full or cannot be written; an earlier file of this name stands.
+        """
+        return self._write(self._own_name(name), text.encode("utf-8"))
+
+    def write_bytes(self, name: str, content: bytes) -> pathlib.Path:
+        """Writes a file under a name in the folder; returns its path. Raises as `write_text`."""
+        return self._write(self._own_name(name), content)
+
+    def write_with(self, name: str, function: Callable[[pathlib.Path], object]) -> pathlib.Path:
+        """Has a function write a file, and gives it the name when the function returns.
+
+        Args:
+            name: str, path in the folder, such as "final.weights.h5".
+            function: called with a path beside the final one, which ends in `name`, so that a library
+                that tells the format from it writes the right one.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: the name leads out of the folder, or the run itself uses it.
+            RunFolderError: the function raised an OSError, wrote nothing, or the disk cannot be written; an
+                earlier file of this name stands. Other errors of the function pass.
+        """
+        path = self.path / self._own_name(name)
+        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+        try:
+            with _writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                function(temporary)
+                with open(temporary, "r+b") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def _write(self, name: str, content: bytes) -> pathlib.Path:
+        path = self.path / name
+        with _writing(path.parent, len(content)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_bytes(path, content)
+        return path
+
+    def _own_name(self, name: str) -> str:
+        """Returns a name in the folder that is the caller's to use."""
+        parts = pathlib.PurePath(name).parts
+        is_inside = bool(parts) and not pathlib.PurePath(name).is_absolute() and ".." not in parts
+        if not is_inside or parts[0] in (RUN_FILE, BEST_FILE, CHECKPOINT_FOLDER, _LOCK_FILE):
+            raise ValueError(
+                f"Expected the name of a file in '{self.path}' other than {RUN_FILE}, {BEST_FILE}, "
+                f"{_LOCK_FILE} and what is in {CHECKPOINT_FOLDER}, received {name!r}."
+            )
+        return name
+
+    def _checkpoint_path(self, step: int) -> pathlib.Path:
+        return self.path / CHECKPOINT_FOLDER / f"step-{step:08d}.safetensors"
+
+    def _existing_path(self, step: int) -> pathlib.Path:
+        steps = self.steps()
+        if step not in steps:
+            raise ValueError(
+                f"Expected a step that has a checkpoint in '{self.path}', received {step!r}. There are: "
+                f"{_listed(map(str, steps)) or 'none'}."
+            )
+        return self._checkpoint_path(step)
+
+    def _prune(self) -> None:
+        """Removes the whole checkpoints that are neither the best nor among the newest."""
+        try:
+            best = self.best()
+        except RunFolderError as error:
+            _logger.warning("All checkpoints stay, as it is not known which is the best: %s", error)
+            return
+        whole = [step for step in self.steps() if step not in self._damaged]
+        for step in whole[: -self.keep]:
+            if best is None or step != best[0]:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        try:
+            self._checkpoint_path(step).unlink(missing_ok=True)
+            self._damaged.discard(step)
+        except OSError as error:  # such as a file that another program reads on Windows
+            _logger.warning("The old checkpoint of step %d stays: %s", step, error)
+
+
+def changed_keys(stored: Mapping[str, object], given: Mapping[str, object]) -> dict[str, tuple]:
+    """Returns what differs between two identities.
+
+    Args:
+        stored: dict of JSON values.
+        given: dict of JSON values.
+
+    Returns:
+        dict of key to (stored, given), in the order of the keys of both; the key in a dict in a dict is
+        "outer.inner", and a value that one of them lacks is None.
+
+    Example:
+        >>> changed_keys({"model": {"depth": 3}, "seed": 0}, {"model": {"depth": 4}, "seed": 0})
+        {'model.depth': (3, 4)}
+    """
+    old, new = _flat(stored), _flat(given)
+    pairs = {key: (old.get(key), new.get(key)) for key in {**old, **new}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_arrays(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[tuple[int, ...], str]], source: str
+) -> None:
+    """Refuses arrays that are not those of the model and optimizer at hand.
+
+    Args:
+        arrays: dict of name to array, from `RunFolder.latest`.
+        expected: dict of name to (shape, dtype name), such as ((96,), "float32").
+        source: where the arrays come from, for the message.
+
+    Raises:
+        ValueError: names are missing or not expected, or shapes or dtypes differ; the message lists them.
+    """
+    near = {
+        name: difflib.get_close_matches(name, list(expected), 1) for name in arrays if name not in expected
+    }
+    missing = [name for name in expected if name not in arrays]
+    unexpected = [f"{name} (near: {found[0]})" if found else name for name, found in near.items()]
+    different = [
+        f"{name} expected {_array_text(*expected[name])}, received {_array_text(array.shape, array.dtype)}"
+        for name, array in arrays.items()
+        if name in expected and _array_text(*expected[name]) != _array_text(array.shape, array.dtype)
+    ]
+    facts = [
+        f"{len(names)} {label}: {_listed(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("different", different))
+        if names
+    ]
+    if facts:
+        raise ValueError(
+            f"{source} is a checkpoint of another architecture, optimizer or precision. Expected "
+            f"{len(expected)} arrays, received {len(arrays)}. {'. '.join(facts)}. Continue with the recipe "
+            "it was made with, or begin again in another folder."
+        )
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunFolderError(
+            f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another path."
+        ) from error
+    except OSError as error:
+        raise _disk_error(error, folder, None) from error
+
+
+def _refuse_foreign_files(folder: pathlib.Path) -> None:
+    with _writing(folder):
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    if names and RUN_FILE not in names:
+        raise RunFolderError(
+            f"Expected an empty folder or one of a training run (with {RUN_FILE}) at '{folder}', received "
+            f"one with {_listed(names)}. Pass another folder."
+        )
+
+
+def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
+    """Holds the lock of a folder until the stack is closed or the process ends."""
+    with _writing(folder):
+        # The file stays: removing it would let a process lock a file that others no longer see. Without a
+        # buffer, or else closing it would fail on a full disk.
+        file = stack.enter_context((folder / _LOCK_FILE).open("a+b", buffering=0))
+        try:
+            is_free = _try_lock(file)
+        except OSError as error:
+            if error.errno not in _LOCKS_UNSUPPORTED:
+                raise
+            file = stack.enter_context(_local_lock(folder).open("a+b", buffering=0))
+            is_free = _try_lock(file)
+    if not is_free:
+        raise RunFolderError(
+            f"Another process trains in '{folder}' ({_holder(file)}). Wait for it, end it, or pass another "
+            "folder."
+        )
+    with _writing(folder):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def _local_lock(folder: pathlib.Path) -> pathlib.Path:
+    """Returns a file of this user on a disk of this machine that stands for a folder."""
+    name = hashlib.sha256(f"{pathlib.Path.home()}\n{folder.resolve()}".encode()).hexdigest()
+    return pathlib.Path(tempfile.gettempdir()) / f"keras_convnext-{name[:32]}.lock"
+
+
+def _holder(file: BinaryIO) -> str:
+    try:
+        file.seek(0)
+        return file.read(300).decode("utf-8", "replace") or "unknown"
+    except OSError:  # Windows locks the bytes too
+        return "unknown"
+
+
+def _read_identity(folder: pathlib.Path) -> dict | None:
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"expected the format {_FORMAT!r}, received {content['format']!r}")
+        return dict(content["identity"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"'{path}' cannot be read as the description of a run ({_one_line(error)}), so it is not known "
+            "which run the folder holds. Bring the file back from a copy, or pass another folder."
+        ) from error
+
+
+def _refuse_other_run(folder: pathlib.Path, changes: Differences) -> None:
+    if changes:
+        lines = [f"{key}: {_value_text(old)} -> {_value_text(new)}" for key, (old, new) in changes.items()]
+        raise RunFolderError(
+            f"'{folder}' holds another run. Expected the settings it was begun with, received "
+            f"{len(lines)} changed: {_listed(lines)}. Pass what was passed then, or another folder."
+        )
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what a killed process was writing."""
+    with _writing(folder):
+        for path in folder.rglob(".*"):
+            if _TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
+                path.unlink()
+
+
+def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int) -> None:
+    present = sum(path.stat().st_size for path in (folder / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
+    needed, free = (keep + 2) * checkpoint_bytes - present, shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunFolderError(
+            f"Expected {_size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
+            f"{_size_text(checkpoint_bytes)}, received {_size_text(free)}: {_size_text(needed - free)} are "
+            "missing. Free some, or pass a folder on another disk."
+        )
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path, needed: int | None = None) -> Iterator[None]:
+    """Says in our words that something could not be written to a folder."""
+    try:
+        yield
+    except RunFolderError:
+        raise
+    except OSError as error:
+        raise _disk_error(error, folder, needed) from error
+
+
+def _disk_error(error: OSError, folder: pathlib.Path, needed: int | None) -> RunFolderError:
+    reason = error.strerror or str(error)
+    if error.errno in _NO_SPACE:
+        return RunFolderError(
+            f"No space at '{folder}' ({reason}){_missing_text(folder, needed)}. What was there before is "
+            "kept. Free some, and start the same run again: it continues from the last checkpoint."
+        )
+    return RunFolderError(
+        f"'{folder}' cannot be written ({reason}). What was there before is kept. Make it writable, or pass "
+        "another folder."
+    )
+
+
+def _missing_text(folder: pathlib.Path, needed: int | None) -> str:
+    """Says how much space is missing, as far as it is known: a quota does not show in the free space."""
+    if needed is None:
+        return ""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        missing = f", {_size_text(needed - free)} are missing" if needed > free else ""
+        return f": expected {_size_text(needed)} free, received {_size_text(free)}{missing}"
+    return f": expected {_size_text(needed)} free"
+
+
+def _write_bytes(path: pathlib.Path, content: bytes) -> None:
+    with _replacing_file(path) as file:
+        file.write(content)
+    _sync_folder(path.parent)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], state: str) -> str:
+    """Returns the CRC-32 of a state and of all that is in arrays; it finds every single flipped bit."""
+    crc = zlib.crc32(state.encode("utf-8"))
+    for name in sorted(arrays):
+        array = arrays[name]
+        crc = zlib.crc32(f"\n{name} {_array_text(array.shape, array.dtype)}\n".encode(), crc)
+        crc = zlib.crc32(_little_endian_bytes(array), crc)
+    return f"{crc:08x}"
+
+
+def _array_text(shape: tuple[int, ...], dtype: object) -> str:
+    return f"{np.dtype(dtype).name}{list(shape)}"  # type: ignore[call-overload]
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _checked_step(state: Mapping[str, object]) -> int:
+    step = state.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(
+            "Expected state['step'] to be an int >= 0, the number of finished steps, received "
+            f"{step!r}. Convert it with int()."
+        )
+    return step
+
+
+def _refuse_other_values(arrays: Mapping[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"Expected a NumPy array for {name!r}, received {type(array).__name__}. Convert it with "
+                "np.asarray."
+            )
+
+
+def _json_text(values: Mapping[str, object], what: str) -> str:
+    for key, value in values.items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"Expected JSON values in {what}, received {value!r} for {key!r} ({error}). Convert it with "
+                "int(), float(), str() or .tolist()."
+            ) from error
+    return json.dumps(dict(values))
+
+
+def _json_bytes(values: Mapping[str, object]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode("utf-8")
+
+
+def _value_text(value: object) -> str:
+    text = "absent" if value is None else repr(value)
+    return f"{text[:80]}..." if len(text) > 83 else text
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _size_text(size: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
