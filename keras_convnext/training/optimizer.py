@@ -1,0 +1,576 @@
+"""The optimizer of the ConvNeXt papers as one Keras optimizer, and its learning-rate schedule.
+
+`AdamW` joins what the papers' training code takes from six places: torch.optim.AdamW, weight decay on kernels
+only, layer-wise learning-rate decay, clipping, gradient accumulation and a moving average of the weights. It
+goes through `model.compile` and `fit` on every backend.
+
+V1: facebookresearch/ConvNeXt at 4eddc6b, optim_factory.py, utils.py, and the optimizer constructor of
+    object_detection/mmcv_custom and semantic_segmentation/mmcv_custom.
+V2: facebookresearch/ConvNeXt-V2 at 2553895, optim_factory.py, utils.py.
+"""
+
+import contextlib
+import math
+import numbers
+import re
+from collections.abc import Iterator, Sequence
+
+import keras
+from keras import ops
+
+from keras_convnext.checkpoints import unknown
+
+_register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+LAYER_DECAY_GROUPS = ("group", "single", "layer_wise", "stage_wise", "timm")
+
+_STAGES = 4
+_PLACE = re.compile(r"(?:^|/)(stages|downsample_layers)_(\d+)_(\d+)(?:/|$)")
+_NORM_PRE = re.compile(r"(?:^|/)norm_pre(?:/|$)")
+_NO_DECAY = ("bias", "gamma", "beta")
+
+
+@_register
+class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises in a straight line and falls along half a cosine, step by step.
+
+    Behind the warmup the rate is `end + (peak - end) * (1 + cos(pi * i / n)) / 2`, where i counts the steps
+    behind the warmup and n is their number; from `total_steps` on it stays at `end`. The right digits survive
+    float32 up to 2^24 steps, because i and n are integers and `1 + cos` is taken as a squared sine.
+    Reference: Liu et al. 2022, table 5; `cosine_scheduler` of V1's utils.py (warmup that includes the peak),
+    `adjust_learning_rate` of V2's (warmup that does not).
+
+    Args:
+        peak: float, the highest rate. 4e-3 at a batch of 4096 in the paper.
+        total_steps: int, optimizer steps of the whole training, warmup included.
+        warmup_steps: int, steps of the warmup. Default 0.
+        start: float, rate of step 0 when there is a warmup. Default 0.
+        end: float, rate at `total_steps`. Default 1e-6, as in the official code.
+        warmup_includes_peak: bool. True: the last step of the warmup has the peak, as in V1. False: the first
+            step behind it, as in V2.
+        hold_steps: int, steps for which one rate holds: 1, or the steps of an epoch, as torchvision trains.
+
+    Call arguments:
+        step: int or integer tensor, number of optimizer steps taken so far.
+
+    Returns:
+        float32 scalar, the rate.
+
+    Raises:
+        TypeError: a number of steps is no integer, or a rate no number.
+        ValueError: a rate is negative, or the warmup longer than the training.
+
+    Example:
+        >>> schedule = WarmupCosine(4e-3, total_steps=300, warmup_steps=20)
+        >>> [f"{float(schedule(step)):.2e}" for step in (0, 19, 160, 300)]
+        ['0.00e+00', '4.00e-03', '2.00e-03', '1.00e-06']
+    """
+
+    def __init__(
+        self,
+        peak,
+        total_steps,
+        warmup_steps=0,
+        *,
+        start=0.0,
+        end=1e-6,
+        warmup_includes_peak=True,
+        hold_steps=1,
+    ):
+        super().__init__()
+        for name, rate in (("peak", peak), ("start", start), ("end", end)):
+            _check_number(name, rate, "WarmupCosine", low=0.0)
+        for name, steps, least in (
+            ("total_steps", total_steps, 1),
+            ("warmup_steps", warmup_steps, 0),
+            ("hold_steps", hold_steps, 1),
+        ):
+            _check_steps(name, steps, least)
+        if warmup_steps > total_steps:
+            raise ValueError(
+                "WarmupCosine needs warmup_steps <= total_steps, for the warmup is part of the training. "
+                f"Received: warmup_steps={warmup_steps}, total_steps={total_steps}"
+            )
+        self.peak = float(peak)
+        self.total_steps = int(total_steps)
+        self.warmup_steps = int(warmup_steps)
+        self.start = float(start)
+        self.end = float(end)
+        self.warmup_includes_peak = bool(warmup_includes_peak)
+        self.hold_steps = int(hold_steps)
+
+    def __call__(self, step):
+        step = ops.cast(step, "int32")
+        step = step - step % self.hold_steps
+        cosine_steps = max(1, self.total_steps - self.warmup_steps)
+        remaining = ops.cast(ops.clip(self.total_steps - step, 0, cosine_steps), "float32")
+        # (1 + cos(pi * i / n)) / 2 = sin^2(pi / 2 * (n - i) / n), without the cancellation near the end
+        height = ops.square(ops.sin(remaining / cosine_steps * (math.pi / 2)))
+        rate = self.end + (self.peak - self.end) * height
+        if self.warmup_steps == 0:
+            return rate
+        rises = max(1, self.warmup_steps - 1 if self.warmup_includes_peak else self.warmup_steps)
+        done = ops.cast(ops.minimum(step, self.warmup_steps), "float32") / rises
+        return ops.where(step < self.warmup_steps, self.start + (self.peak - self.start) * done, rate)
+
+    def get_config(self):
+        return {
+            "peak": self.peak,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "start": self.start,
+            "end": self.end,
+            "warmup_includes_peak": self.warmup_includes_peak,
+            "hold_steps": self.hold_steps,
+        }
+
+
+def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
+    """The layer number of each weight, as the official code counts layers for the learning-rate decay.
+
+    - "group": V1 classification and V2; 12 groups of about three blocks. Stem 0, stage 0: 1, stage 1 and the
+      downsampling before it 2, downsampling before stage 2: 3, its block j 3 + j // 3, stage 3 and the
+      downsampling before it 12, the rest 13.
+    - "single": V2; a number for each block, from 1. A downsampling, the stem too, has the number of the block
+      behind it; the rest has the next number after the last block.
+    - "layer_wise": V1 on COCO; "group" with 6 in place of 12 when stage 2 has at most nine blocks.
+    - "stage_wise": V1 on ADE20K; stem and downsamplings 0, stage i: i + 1, the rest 7 or 13 as before.
+    - "timm": timm's `param_groups_layer_decay`; "single" with 0 for the stem.
+
+    "The rest" is what the official functions fall through to: final norm, norms of a pyramid, all heads. The
+    official configurations give 6 (T) and 12 (S to XL) by hand; the border at nine blocks is mmpretrain's
+    (ee7f2e8, models/backbones/convnext.py, `get_layer_depth`).
+
+    Args:
+        paths: paths of the trainable weights, such as "stages_2_7/pwconv1/kernel", maybe with a model's name
+            in front. The depths are taken from them. Stages that do not train may be missing if they come
+            first; "single" and "timm" then count from the first block that is there.
+        groups: "group", "single", "layer_wise", "stage_wise" or "timm".
+
+    Returns:
+        List of int, one for each path.
+
+    Raises:
+        ValueError: groups is unknown, no path is of a ConvNeXt stage (the official code knows no such decay
+            for isotropic models), or the depth of a stage that matters cannot be told.
+
+    Example:
+        >>> layer_ids(["downsample_layers_0_0/kernel", "stages_2_8/norm/beta", "head/kernel"], "group")
+        [0, 5, 13]
+    """
+    places = [_PLACE.search(path) for path in paths]
+    depths = _depths(paths, places, groups)
+    return [_layer_id(path, place, groups, depths) for path, place in zip(paths, places, strict=True)]
+
+
+def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
+    """The factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
+
+    Reference: `LayerDecayValueAssigner` of optim_factory.py, with the values that main.py gives it.
+
+    Args:
+        paths: paths of the trainable weights, as for `layer_ids`.
+        groups: how layers are counted, as for `layer_ids`.
+        decay: float in (0, 1], the factor from one layer to the one before.
+
+    Returns:
+        List of float, one for each path.
+
+    Raises:
+        ValueError: as `layer_ids`.
+
+    Example:
+        >>> learning_rate_scales(["stages_3_2/dwconv/kernel", "head/kernel"], "group", 0.8)
+        [0.8, 1.0]
+    """
+    depths = _depths(paths, [_PLACE.search(path) for path in paths], groups)
+    last = _last_id(groups, depths)
+    return [float(decay) ** (last - number) for number in layer_ids(paths, groups)]
+
+
+def _depths(paths, places, groups):
+    """Blocks of each stage, 0 where none is seen; refuses what `groups` cannot be counted with."""
+    if groups not in LAYER_DECAY_GROUPS:
+        raise ValueError(unknown("layer_decay_groups", groups, LAYER_DECAY_GROUPS))
+    stages = [int(place[2]) for place in places if place]
+    if not stages or max(stages) >= _STAGES:
+        raise ValueError(
+            "Layer-wise learning-rate decay needs weights of the four stages of a ConvNeXt, with paths such "
+            "as 'stages_0_0/dwconv/kernel'; for isotropic models and others it is not defined, and a head by "
+            "itself has one rate. Set layer_decay=1.0. Received paths: "
+            f"{', '.join(map(repr, paths[:3]))}{', ...' if len(paths) > 3 else ''}"
+        )
+    depths = [0] * _STAGES
+    for place in places:
+        if place and place[1] == "stages":
+            depths[int(place[2])] = max(depths[int(place[2])], int(place[3]) + 1)
+    needed = {"group": [], "layer_wise": [2], "stage_wise": [2]}.get(groups, range(min(stages), _STAGES))
+    missing = [f"stages_{stage}_*" for stage in needed if depths[stage] == 0]
+    if missing:
+        raise ValueError(
+            f"layer_decay_groups={groups!r} counts blocks that are not among the trainable weights: "
+            f"{', '.join(missing)}. Train them too, or take layer_decay_groups='group', which counts none."
+        )
+    return depths
+
+
+def _last_id(groups, depths):
+    if groups in ("single", "timm"):
+        return sum(depths) + 1
+    return _last_group(groups, depths) + 1
+
+
+def _last_group(groups, depths):
+    return 12 if groups == "group" or depths[2] > 9 else 6
+
+
+def _layer_id(path, place, groups, depths):
+    if place is None:
+        return _last_id(groups, depths) - (1 if groups == "timm" and _NORM_PRE.search(path) else 0)
+    downsampling, stage, block = place[1] == "downsample_layers", int(place[2]), int(place[3])
+    if groups in ("single", "timm"):
+        if downsampling:
+            return 0 if groups == "timm" and stage == 0 else sum(depths[:stage]) + 1
+        return sum(depths[:stage]) + block + 1
+    if groups == "stage_wise":
+        return 0 if downsampling else stage + 1
+    if downsampling:
+        return (0, 2, 3, _last_group(groups, depths))[stage]
+    return (1, 2, 3 + block // 3, _last_group(groups, depths))[stage]
+
+
+@_register
+class AdamW(keras.optimizers.AdamW):
+    """AdamW as the ConvNeXt papers train: torch.optim.AdamW with layer-wise rates and a moving average.
+
+    With rate `r = learning_rate * scale` and step number t from 1: `w *= 1 - r * weight_decay`, then
+    `m += (1 - beta_1) * (g - m)`, `v = beta_2 * v + (1 - beta_2) * g^2` and
+    `w -= r / (1 - beta_1^t) * m / (sqrt(v / (1 - beta_2^t)) + epsilon)`. `keras.optimizers.AdamW` has epsilon
+    in another place, where it weighs up to 30 times more in the first steps. Beyond that:
+
+    - weights of one dimension, and all named bias, gamma or beta, do not decay (nor does what
+      `exclude_from_weight_decay` names);
+    - `scale` falls from the head to the stem by `layer_decay`, see `layer_ids`; it multiplies the decay too;
+    - the moving average (`use_ema=True`) starts as a copy of the weights and follows once an optimizer step:
+      `average += (1 - ema_momentum) * (w - average)`. Keras starts at the weights after the first step, and
+      under accumulation follows at each micro-batch. `ema_weights` puts it in the model for an evaluation;
+    - the gradients of `gradient_accumulation_steps` micro-batches are averaged, then clipped, then used once;
+      schedules and bias corrections count optimizer steps, where Keras gives a schedule the micro-batches;
+    - `global_clipnorm` is torch.nn.utils.clip_grad_norm_: factor `min(1, norm / (total + 1e-6))`.
+
+    Reference: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; Liu et al. 2022, table 5; Woo et
+    al. 2023, appendix A; optim_factory.py of both.
+
+    Args:
+        learning_rate: float or schedule, such as `WarmupCosine`. Default 4e-3, the paper's at batch 4096.
+        weight_decay: float >= 0. Default 0.05.
+        beta_1: float in [0, 1). Default 0.9.
+        beta_2: float in [0, 1). Default 0.999.
+        epsilon: float >= 0. Default 1e-8, as in the official code.
+        layer_decay: float in (0, 1], factor on the rate from a layer to the one before. Default 1: none.
+        layer_decay_groups: "group", "single", "layer_wise", "stage_wise" or "timm"; see `layer_ids`.
+        overwrite_after_fit: bool. True, as in Keras: `fit` ends by setting the model to the averages. False:
+            the model keeps its own weights, and `ema_weights` gives the averages.
+        clipnorm, clipvalue, global_clipnorm: float or None, clipping of the gradients; at most one.
+        use_ema: bool, keep a moving average of the weights.
+        ema_momentum: float in [0, 1]. Default 0.9999, the papers' (Keras: 0.99).
+        ema_overwrite_frequency: int or None, as in Keras.
+        loss_scale_factor: float or None, as in Keras.
+        gradient_accumulation_steps: int or None, micro-batches of an optimizer step. None or 1 for none.
+        name: str.
+
+    Raises:
+        TypeError: a number is no number.
+        ValueError: a number is out of its range, layer_decay_groups unknown; when the first batch comes, a
+            model without the stages that layer_decay needs.
+
+    Example:
+        >>> optimizer = AdamW(WarmupCosine(5e-5, 3000), 1e-8, layer_decay=0.8, use_ema=True)
+        >>> model.compile(optimizer, keras.losses.CategoricalCrossentropy(label_smoothing=0.1))
+    """
+
+    def __init__(
+        self,
+        learning_rate=4e-3,
+        weight_decay=0.05,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-8,
+        *,
+        layer_decay=1.0,
+        layer_decay_groups="group",
+        overwrite_after_fit=True,
+        clipnorm=None,
+        clipvalue=None,
+        global_clipnorm=None,
+        use_ema=False,
+        ema_momentum=0.9999,
+        ema_overwrite_frequency=None,
+        loss_scale_factor=None,
+        gradient_accumulation_steps=None,
+        name="adamw",
+    ):
+        _check_number("weight_decay", weight_decay, "AdamW", low=0.0)
+        _check_number("epsilon", epsilon, "AdamW", low=0.0)
+        for beta_name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+            _check_number(beta_name, beta, "AdamW", low=0.0)
+            if beta >= 1:
+                raise ValueError(f"AdamW needs {beta_name} in [0, 1). Received: {beta_name}={beta}")
+        _check_number("layer_decay", layer_decay, "AdamW", low=0.0)
+        if not 0 < layer_decay <= 1:
+            raise ValueError(
+                "AdamW needs layer_decay in (0, 1], where 1 is no layer-wise decay. "
+                f"Received: layer_decay={layer_decay}"
+            )
+        if layer_decay_groups not in LAYER_DECAY_GROUPS:
+            raise ValueError(unknown("layer_decay_groups", layer_decay_groups, LAYER_DECAY_GROUPS))
+        super().__init__(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=None
+            if gradient_accumulation_steps == 1
+            else gradient_accumulation_steps,
+            name=name,
+        )
+        self.layer_decay = float(layer_decay)
+        self.layer_decay_groups = layer_decay_groups
+        self.overwrite_after_fit = bool(overwrite_after_fit)
+
+    def build(self, variables):
+        if self.built:
+            return
+        # By index: TensorFlow hands update_step variables without a path, and copies of them across devices.
+        paths = [getattr(variable, "path", variable.name) for variable in variables]
+        self._scales = (1.0,) * len(paths)
+        if self.layer_decay != 1:
+            self._scales = tuple(learning_rate_scales(paths, self.layer_decay_groups, self.layer_decay))
+        self._decays = tuple(
+            len(variable.shape) > 1 and path.rsplit("/", 1)[-1] not in _NO_DECAY
+            for variable, path in zip(variables, paths, strict=True)
+        )
+        super().build(variables)
+
+    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
+        if name == "average":
+            initializer = _copy_of(reference_variable)
+        return super().add_variable_from_reference(reference_variable, name=name, initializer=initializer)
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        momentum, velocity = self._momentums[index], self._velocities[index]
+        dtype = keras.backend.result_type(keras.backend.standardize_dtype(variable.dtype), "float32")
+        rate = ops.cast(learning_rate, dtype) * self._scales[index]
+        correction_1, correction_2 = self._bias_corrections(dtype)
+
+        g = ops.cast(ops.convert_to_tensor(gradient), dtype)
+        m, v, w = ops.cast(momentum, dtype), ops.cast(velocity, dtype), ops.cast(variable, dtype)
+        m = m + (1 - self.beta_1) * (g - m)
+        v = v * self.beta_2 + (1 - self.beta_2) * g * g
+        if self._use_weight_decay(variable):
+            w = w * (1 - rate * self.weight_decay)
+        self.assign(momentum, m)
+        self.assign(velocity, v)
+        self.assign(variable, w - rate / correction_1 * m / (ops.sqrt(v) / correction_2 + self.epsilon))
+
+    def _bias_corrections(self, dtype):
+        """`1 - beta_1^t` and `sqrt(1 - beta_2^t)`, without the cancellation of the first steps."""
+        step = ops.cast(self.iterations + 1, dtype)
+        correction_1, correction_2 = (
+            -ops.expm1(step * (math.log(beta) if beta else -math.inf)) for beta in (self.beta_1, self.beta_2)
+        )
+        return correction_1, ops.sqrt(correction_2)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if keras.backend.backend() == "torch":
+            self._torch_update(grads, trainable_variables, learning_rate)
+        else:
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+
+    def _torch_update(self, grads, trainable_variables, learning_rate):
+        """`update_step` for all variables at once: PyTorch runs op by op, and pays for each call."""
+        import torch
+
+        indices = [self._get_variable_index(variable) for variable in trainable_variables]
+        weights = [variable.value for variable in trainable_variables]
+        m = [self._momentums[index].value for index in indices]
+        v = [self._velocities[index].value for index in indices]
+        learning_rate = ops.cast(learning_rate, "float32")
+        correction_1, correction_2 = self._bias_corrections("float32")
+        with torch.no_grad():
+            torch._foreach_lerp_(m, grads, 1 - self.beta_1)
+            torch._foreach_mul_(v, self.beta_2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - self.beta_2)
+            denominators = torch._foreach_sqrt(v)
+            torch._foreach_div_(denominators, correction_2)
+            torch._foreach_add_(denominators, self.epsilon)
+            for (scale, decays), members in self._groups(indices, trainable_variables).items():
+                rate = learning_rate * scale
+                group = [weights[member] for member in members]
+                if decays:
+                    torch._foreach_mul_(group, 1 - rate * self.weight_decay)
+                updates = torch._foreach_mul([m[member] for member in members], rate / correction_1)
+                torch._foreach_div_(updates, [denominators[member] for member in members])
+                torch._foreach_sub_(group, updates)
+
+    def _groups(self, indices, variables):
+        """Positions of the variables that are alike: {(scale, whether they decay): positions}."""
+        groups: dict[tuple[float, bool], list[int]] = {}
+        for position, (index, variable) in enumerate(zip(indices, variables, strict=True)):
+            key = self._scales[index], self._use_weight_decay(variable)
+            groups.setdefault(key, []).append(position)
+        return groups
+
+    def _use_weight_decay(self, variable):
+        return self._decays[self._get_variable_index(variable)] and super()._use_weight_decay(variable)
+
+    def _apply_weight_decay(self, variables):
+        """Nothing: the decay is part of the update, where the scale of the variable is known."""
+
+    def _clip_gradients(self, grads):
+        if not self.global_clipnorm:
+            return super()._clip_gradients(grads)
+        grads = [ops.convert_to_tensor(gradient) for gradient in grads]
+        squares = [ops.sum(ops.square(ops.cast(gradient, "float32"))) for gradient in grads]
+        total = ops.sqrt(ops.sum(ops.stack(squares)))
+        factor = ops.minimum(1.0, self.global_clipnorm / (total + 1e-6))
+        return [gradient * ops.cast(factor, gradient.dtype) for gradient in grads]
+
+    def _get_current_learning_rate(self):
+        if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            return self._learning_rate(self.iterations)
+        return super()._get_current_learning_rate()
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        rate = 1 - self.ema_momentum
+        if self.gradient_accumulation_steps:
+            is_update_step = (self._iterations + 1) % self.gradient_accumulation_steps == 0
+            rate = ops.where(is_update_step, rate, 0.0)
+        pairs = _pairs(trainable_variables, self._model_variables_moving_average)
+        if keras.backend.backend() == "torch":
+            _torch_follow(pairs, rate)
+            return
+        for variable, average in pairs:
+            difference = ops.subtract(variable, average)
+            average.assign(average + ops.cast(rate, average.dtype) * difference)
+
+    def finalize_variable_values(self, var_list):
+        if self.overwrite_after_fit:
+            super().finalize_variable_values(var_list)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["amsgrad"]
+        return {
+            **config,
+            "layer_decay": self.layer_decay,
+            "layer_decay_groups": self.layer_decay_groups,
+            "overwrite_after_fit": self.overwrite_after_fit,
+        }
+
+
+@contextlib.contextmanager
+def ema_weights(model: keras.Model) -> Iterator[None]:
+    """Puts the moving averages into a model for the time of a `with` block.
+
+    Behind the block the model has its own weights again, bit for bit, also when the block raises. The
+    averages do not change. Weights that do not train have no average and stay. No training inside the block.
+
+    Args:
+        model: compiled with an optimizer that has `use_ema=True`, and trained or built.
+
+    Raises:
+        ValueError: the optimizer keeps no averages, or has none yet.
+
+    Example:
+        >>> with ema_weights(model):
+        ...     scores = model.evaluate(batches, return_dict=True)
+    """
+    if not has_ema(model):
+        raise ValueError(
+            "ema_weights needs a model whose optimizer keeps a moving average of the weights: compile it with"
+            f" AdamW(..., use_ema=True). Received: optimizer={getattr(model, 'optimizer', None)}"
+        )
+    optimizer = _inner(model.optimizer)
+    if not optimizer.built:
+        raise ValueError(
+            "The optimizer has no moving averages yet. Train first, or call "
+            f"model.optimizer.build(model.trainable_variables). Received: {model.name!r}, not trained"
+        )
+    if hasattr(model, "jax_state_sync"):  # in the midst of fit, JAX keeps the weights outside the model
+        model.jax_state_sync()
+    pairs = _pairs(optimizer._trainable_variables, optimizer._model_variables_moving_average)
+    # Copies, all: assignment works in place on PyTorch and TensorFlow, and JAX donates the model's buffers.
+    own = [ops.copy(variable.value) for variable, _ in pairs]
+    try:
+        for variable, average in pairs:
+            variable.assign(ops.copy(average.value))
+        yield
+    finally:
+        for (variable, _), value in zip(pairs, own, strict=True):
+            variable.assign(value)
+
+
+def has_ema(model: keras.Model) -> bool:
+    """Whether the optimizer of a model keeps a moving average of the weights."""
+    optimizer = getattr(model, "optimizer", None)
+    return optimizer is not None and bool(getattr(_inner(optimizer), "use_ema", False))
+
+
+def _inner(optimizer):
+    """The optimizer itself, without the loss scaling that Keras puts around it for float16."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _pairs(variables, averages):
+    """Each variable and its average; variables that Keras overwrites with their gradient have none."""
+    pairs = zip(variables, averages, strict=True)
+    return [(variable, average) for variable, average in pairs if average is not None]
+
+
+def _torch_follow(pairs, rate):
+    """Moves the averages towards the variables, in a few calls."""
+    import torch
+
+    if not rate:  # between two optimizer steps
+        return
+    with torch.no_grad():
+        averages = [average.value for _, average in pairs]
+        torch._foreach_lerp_(averages, [variable.value for variable, _ in pairs], float(rate))
+
+
+def _copy_of(variable):
+    """An initializer that gives the present value of a variable, in memory of its own."""
+
+    def initializer(shape, dtype=None):
+        if keras.backend.backend() != "tensorflow":
+            return ops.copy(variable.value)
+        import tensorflow as tf
+
+        with tf.init_scope():  # `fit` builds the optimizer while it traces
+            return tf.identity(variable)
+
+    return initializer
+
+
+def _check_number(name, value, owner, low):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{owner} needs a number for {name}. Received: {name}={value!r}")
+    if not (value >= low and math.isfinite(value)):
+        raise ValueError(f"{owner} needs {name} >= {low:g}, and finite. Received: {name}={value}")
+
+
+def _check_steps(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"WarmupCosine needs an integer for {name}. Received: {name}={value!r}")
+    if value < least:
+        raise ValueError(f"WarmupCosine needs {name} >= {least}. Received: {name}={value}")
