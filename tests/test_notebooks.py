@@ -1,0 +1,103 @@
+"""The notebooks run from top to bottom, as a newcomer runs them; on one backend, which is enough."""
+
+import pathlib
+import re
+
+import keras
+import nbclient
+import nbformat
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "fine_tune.ipynb"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FLOWERS = ROOT.parent / "shared" / "data" / "flowers5_thumbs" / "flowers"
+SMALL = {"WEIGHTS": "", "EPOCHS": "1", "IMAGE_SIZE": "32"}  # random weights: there is no network
+
+BY_NAME = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+RUNS = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="notebooks run on PyTorch, which starts fastest"
+)
+
+
+def execute(notebook, folder, monkeypatch, **environment):
+    """The executed notebook; raises nbclient.exceptions.CellExecutionError when a cell fails."""
+    for name, value in {**SMALL, **environment, "IPYTHONDIR": str(folder / "ipython")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own puts pictures in the notebook
+    executed = nbformat.read(notebook, as_version=4)
+    nbclient.NotebookClient(
+        executed, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return executed
+
+
+def outputs_of(notebook):
+    """The printed text and the number of pictures."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    return text, len(pictures)
+
+
+def check_fine_tune(executed, folder, photos, classes, size=32):
+    text, num_pictures = outputs_of(executed)
+    held_out = photos // 5
+    assert (
+        f"{photos - held_out} photos to train, {held_out} held out; pixels uint8, ({size}, {size}, 3)" in text
+    )
+    assert f"classes: {', '.join(classes)}" in text
+    accuracy = re.search(rf"accuracy on {held_out} photos that it has never seen: ([0-9.]+)%\n", text)
+    assert accuracy and 0 <= float(accuracy[1]) <= 100
+    assert num_pictures == 4  # photos, curves, confusions, Grad-CAM
+    assert (folder / "flowers.keras").stat().st_size > 1e6  # the last cell has loaded it and compared
+    assert (folder / "flowers.txt").read_text().splitlines() == classes
+    return float(accuracy[1])
+
+
+@RUNS
+def test_fine_tune_learns_crops_of_free_photos(tmp_path, monkeypatch):
+    names = ["chelsea", "coffee", "rocket"]
+    for name in names:
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        with Image.open(next((ROOT / "tests" / "images").glob(f"{name}.*"))) as photo:
+            width, height = photo.size
+            for number in range(20):
+                left, top = number % 5 * (width - 200) // 4, number // 5 * (height - 200) // 3
+                photo.convert("RGB").crop((left, top, left + 200, top + 200)).save(folder / f"{number}.jpg")
+    executed = execute(NOTEBOOK, tmp_path, monkeypatch, FLOWERS=str(tmp_path / "photos"), EPOCHS="8")
+    assert check_fine_tune(executed, tmp_path, 60, names) > 60  # of 12; one in three by chance
+
+
+@RUNS
+@pytest.mark.slow
+@pytest.mark.skipif(not FLOWERS.is_dir(), reason="the photos of flowers are not here")
+def test_fine_tune_learns_flowers_as_it_stands_but_from_random_weights(tmp_path, monkeypatch):
+    names = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
+    executed = execute(NOTEBOOK, tmp_path, monkeypatch, FLOWERS=str(FLOWERS), EPOCHS="5", IMAGE_SIZE="128")
+    assert check_fine_tune(executed, tmp_path, 600, names, size=128) > 28  # of 120; 20 by chance
+
+
+@RUNS
+def test_a_failing_cell_fails_the_test(tmp_path, monkeypatch):
+    broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise ValueError('on purpose')")])
+    nbformat.write(broken, tmp_path / "broken.ipynb")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="on purpose"):
+        execute(tmp_path / "broken.ipynb", tmp_path, monkeypatch)
+
+
+@pytest.mark.once
+def test_every_notebook_is_run_by_a_test():
+    assert [NOTEBOOK] == NOTEBOOKS
+
+
+@pytest.mark.once
+@BY_NAME
+def test_notebooks_are_kept_without_outputs(notebook):
+    """Photos in outputs have licences of their own, and differences of outputs hide those of code."""
+    kept = nbformat.read(notebook, as_version=4)
+    nbformat.validate(kept)
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
