@@ -63,8 +63,10 @@ if pathlib.PurePath((sys.argv or [""])[0]).stem != "keras-convnext":
         load,
         state_dict,
     )
+    from keras_convnext.training.optimizer import AdamW, WarmupCosine, ema_weights
 
 __all__ = [
+    "AdamW",
     "ConvNeXt",
     "ConvNeXtAtto",
     "ConvNeXtAttoOls",
@@ -109,7 +111,9 @@ __all__ = [
     "TestConvNeXt",
     "TestConvNeXt2",
     "TestConvNeXt3",
+    "WarmupCosine",
     "convert",
+    "ema_weights",
     "find_checkpoint",
     "list_weights",
     "load",

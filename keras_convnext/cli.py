@@ -1,7 +1,8 @@
 """The command `keras-convnext`: parses its arguments, calls one function, prints what that returns.
 
 Exit codes: 0; 1 when some images could not be read; 2 when nothing could be done, with a line that says why;
-70 for a bug in here; 130 after Ctrl-C; 141 when the reader of a pipe has gone.
+3 when training stopped at a loss that is not finite; 70 for a bug in here; 130 after Ctrl-C and 143 after
+SIGTERM (training has then written a checkpoint); 141 when the reader of a pipe has gone.
 
 Keras and its backend are imported by the commands that need a model, so that the others answer at once.
 """
@@ -68,6 +69,29 @@ set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrot
 classes of ImageNet, such as ImageNet-A and -R, is classified among these alone. A row with all that a score
 depends on is added to results.csv. --output gets predictions, confusions and accuracies by class as CSV
 files, and a picture of the worst classes.""",
+    "train": """examples:
+  keras-convnext train recipes/smoke.toml --out runs/smoke
+  keras-convnext train fine_tune --data flowers/ --out runs/flowers --set epochs=10
+  keras-convnext train fine_tune --data flowers/ --out runs/head --set trainable=head
+  keras-convnext train --list
+
+RECIPE is a TOML file or the name of a published recipe. --data is a folder of class folders, ImageNet's tars,
+a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. The same command goes on
+where it was stopped, by Ctrl-C, by SIGTERM, by a kill or a reboot. DIR holds log.csv, curves.png,
+tensorboard/, recipe.toml, checkpoints/, the best and the final weights: `keras-convnext predict --weights
+DIR/final.safetensors photo.jpg` uses them. KERAS_BACKEND chooses tensorflow, jax or torch.""",
+    "knn": """examples:
+  keras-convnext knn --model convnext_tiny.dinov3_lvd1689m --data flowers/
+  keras-convnext knn --model convnextv2_tiny.fcmae --data imagenet/ --cache features/ --set neighbours=20
+
+Cosine similarity, votes weighted by exp(similarity / 0.07), as DINO evaluates. Data without a split of its
+own is divided by class.""",
+    "probe": """examples:
+  keras-convnext probe --model convnext_tiny.dinov3_lvd1689m --data flowers/
+  keras-convnext probe --model convnextv2_tiny.fcmae --data imagenet/ --cache features/ --set epochs=20
+
+SGD on features that are computed once, without augmentation. The learning rate is chosen on a part of the
+training images, never on those that the score is of.""",
     "look": """examples:
   keras-convnext look flowers/ sheet.png
   keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3""",
@@ -328,6 +352,105 @@ def prepare_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def train_command(options: argparse.Namespace) -> int:
+    """Trains a model by a recipe, or goes on with an interrupted run."""
+    from keras_convnext.training import recipe
+
+    if options.list:
+        print("\n".join(recipe.known_recipes()))
+        return 0
+    if options.recipe is None or options.out is None:
+        raise ValueError("Expected RECIPE and --out DIR; keras-convnext train --list names the recipes.")
+    # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _import_quietly("keras_convnext.training.trainer", "tensorflow")
+    from keras_convnext.training import trainer
+
+    try:
+        result = trainer.train(
+            options.recipe,
+            options.out,
+            data=options.data,
+            overrides=_overrides(options.set),
+            workers=options.workers,
+            progress=not options.quiet,
+        )
+    except trainer.Interrupted as stopped:
+        _complain(str(stopped))
+        return 128 + stopped.signal_number
+    except trainer.NonFiniteError as error:
+        _complain(f"error: {error}")
+        return 3
+    lines: list[tuple[str, object]] = [("steps", f"{result.steps:,}, {result.seconds:,.0f} s in this run")]
+    for name, title in (("loss", "training loss"), ("val_loss", "validation loss")):
+        if name in result.scores:
+            lines.append((title, f"{result.scores[name]:.4f}"))
+    for name, title in (("val_top1", "top-1"), ("ema_val_top1", "top-1 of the EMA")):
+        if name in result.scores:
+            lines.append((title, f"{result.scores[name]:.2f} %"))
+    lines.append(("weights", result.weights))
+    lines.append(("curves", result.folder / trainer.CURVES_FILE))
+    _print_lines(f"{options.recipe}: {result.folder}", lines)
+    return 0
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, str]:
+    """`--set key=value` words to a dict."""
+    for setting in settings:
+        if "=" not in setting:
+            raise ValueError(f"Expected --set key=value, received {setting!r}.")
+    return {key.strip(): value for key, _, value in (setting.partition("=") for setting in settings)}
+
+
+def knn_command(options: argparse.Namespace) -> int:
+    """Prints how well the nearest neighbours in a model's features classify images."""
+    _import_quietly("keras_convnext.features", "tensorflow")
+    from keras_convnext import features
+
+    return _evaluate_features(options, features.NearestNeighbours, features.nearest_neighbours)
+
+
+def probe_command(options: argparse.Namespace) -> int:
+    """Prints how well a linear classifier on a model's features classifies images."""
+    _import_quietly("keras_convnext.features", "tensorflow")
+    from keras_convnext import features
+
+    return _evaluate_features(options, features.LinearProbe, features.linear_probe)
+
+
+def _evaluate_features(options: argparse.Namespace, settings_class, function) -> int:
+    from keras_convnext.training.recipe import read_fields, recipe_path
+
+    overrides = _overrides(options.set)
+    for key in ("model", "data"):
+        if getattr(options, key) is not None:
+            overrides[key] = getattr(options, key)
+    settings = read_fields(recipe_path(options.recipe), settings_class, overrides)
+    if not settings.data:
+        raise ValueError("Expected images: pass --data PATH, a folder of class folders for example.")
+    result = function(settings, cache=options.cache, progress=not options.quiet)
+    if options.json:
+        _print_json(result.report())
+        return 1 if result.faults else 0
+    for reason in list(result.faults.values())[:MAX_FAULTS_SHOWN]:
+        _complain(f"error: {reason}")
+    lines: list[tuple[str, object]] = [
+        ("top-1", f"{result.top1:.2f} %"),
+        ("top-5", f"{result.top5:.2f} %"),
+        ("chosen", f"{result.chosen:g}"),
+        ("images", f"{result.n:,}, by the features of {result.num_train:,}"),
+        ("time", f"{result.seconds:,.1f} s"),
+    ]
+    lines += [
+        (f"  {score.setting:g}", f"{score.top1:6.2f} % top-1, {score.top5:6.2f} % top-5")
+        for score in result.scores
+    ]
+    if result.advice:
+        lines.append(("advice", result.advice))
+    _print_lines(f"{settings.model} on {settings.data}", lines)
+    return 1 if result.faults else 0
+
+
 def look_command(options: argparse.Namespace) -> int:
     """Draws what the training pipeline does to images of a data set."""
     _import_quietly("tensorflow")
@@ -510,6 +633,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     preparation.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
     preparation.add_argument("--verify", action="store_true", help="read all back and compare")
+
+    training = command("train", train_command, "train a model by a recipe; the same command resumes")
+    training.add_argument("recipe", nargs="?", metavar="RECIPE", help="TOML file, or a published name")
+    training.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
+    training.add_argument("--out", metavar="DIR", help="folder of the run")
+    training.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value of the recipe; repeatable",
+    )
+    training.add_argument("--workers", type=_positive, metavar="N", help="threads that make the batches")
+    training.add_argument("--quiet", action="store_true", help="show no progress")
+    training.add_argument("--list", action="store_true", help="list the published recipes")
+
+    for name, run, recipe, summary in (
+        ("knn", knn_command, "knn", "classify by the nearest neighbours in a frozen model's features"),
+        ("probe", probe_command, "linear_probe", "train a linear classifier on a frozen model's features"),
+    ):
+        features = command(name, run, summary)
+        features.add_argument(
+            "recipe",
+            nargs="?",
+            default=recipe,
+            metavar="RECIPE",
+            help=f"TOML file, default the published {recipe}",
+        )
+        features.add_argument("--model", metavar="MODEL", help="tag or weight file, in place of the recipe's")
+        features.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
+        features.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the recipe"
+        )
+        features.add_argument("--cache", metavar="DIR", help="folder that keeps the features for next time")
+        features.add_argument("--quiet", action="store_true", help="show no progress")
+        features.add_argument("--json", action="store_true", help="print JSON")
 
     look = command("look", look_command, "draw a contact sheet of augmentations and a training batch")
     look.add_argument("data", metavar="DATA", help="what evaluate takes as --data")

@@ -1,0 +1,29 @@
+"""Training: recipes as data, an optimizer that does what the papers do, runs that survive a kill.
+
+>>> from keras_convnext.training import train
+>>> result = train("smoke", "runs/smoke")  # doctest: +SKIP
+"""
+
+import importlib
+
+_PLACES = {
+    "AdamW": "optimizer",
+    "WarmupCosine": "optimizer",
+    "ema_weights": "optimizer",
+    "Recipe": "recipe",
+    "known_recipes": "recipe",
+    "load_recipe": "recipe",
+    "Interrupted": "trainer",
+    "NonFiniteError": "trainer",
+    "TrainingResult": "trainer",
+    "train": "trainer",
+}
+
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name):
+    """Imports what is asked for: the optimizer needs Keras alone, training the input pipeline too."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -1,0 +1,788 @@
+"""One training run, from a recipe to weights, that can be killed at any time and goes on by the same call.
+
+recipe --> data, model, optimizer --> compile --> fit, with one callback between the steps:
+after each step: is the loss finite, is a checkpoint due, was a signal received
+after each epoch: validation with the weights and with their average (EMA), log, curves, best weights
+
+What happens in step n is a function of the recipe, of n and of the arrays of a checkpoint alone. So a run
+that was interrupted ends with the weights of one that was not, bit for bit on one backend and machine.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import math
+import os
+import pathlib
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import PIL.Image
+
+from keras_convnext import checkpoints, classifiers, evaluate, keras_files, models, state_dicts
+from keras_convnext.convert import save_weights
+from keras_convnext.data import sources
+from keras_convnext.data.sources import Source
+from keras_convnext.results import fingerprint
+from keras_convnext.training import adapt, logs, losses, optimizer, run_folder
+from keras_convnext.training.recipe import Recipe, identity, load_recipe, to_toml, warnings_for
+from keras_convnext.variants import VARIANTS
+
+_logger = logging.getLogger("keras_convnext")
+
+LOG_FILE = "log.csv"
+CURVES_FILE = "curves.png"
+RECIPE_FILE = "recipe.toml"
+ENVIRONMENT_FILE = "environment.json"
+RESULT_FILE = "result.json"
+_SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
+_MAX_DUMPED = 64  # images of a batch that gave NaN
+_SCORES = ("loss", "top1", "top5")
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run can go on
+    """A signal asked the run to stop; a checkpoint of the last step is written.
+
+    Attributes:
+        signal_number: of SIGTERM or SIGINT.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class NonFiniteError(ValueError):
+    """The loss or a weight is NaN or infinite: in which step, and where to look."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What a run that has ended left behind.
+
+    Attributes:
+        folder: of the run.
+        weights: file of the final weights, those of the average (EMA) where the recipe has one.
+        steps: optimizer steps of the whole run.
+        scores: the last row of the log: "loss", "val_top1", "ema_val_top1" in percent, ...
+        seconds: time of this call.
+    """
+
+    folder: pathlib.Path
+    weights: pathlib.Path
+    steps: int
+    scores: dict[str, Any]
+    seconds: float
+
+
+def train(
+    recipe: Recipe | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> TrainingResult:
+    """Trains a model as a recipe says, or goes on where an earlier call with the same recipe was stopped.
+
+    Into the folder go recipe.toml (all values, after `overrides`), environment.json, log.csv (one row an
+    epoch), curves.png, tensorboard/, checkpoints/, and weights: best.weights.h5 (of the epoch with the best
+    top-1), final.weights.h5, and final_ema.weights.h5 where the recipe has an average; final.safetensors
+    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open.
+
+    SIGTERM and Ctrl-C end the run after the step that is being made, with a checkpoint. Where an image
+    cannot be decoded another takes its place; more than 1 % of such images are an error.
+
+    Args:
+        recipe: a `Recipe`, the path of a TOML file or the name of a published one.
+        output: folder of the run; made when it is not there.
+        data: in place of the recipe's, see `sources.open_source`.
+        overrides: values in place of the recipe's, by key.
+        workers: threads of the input pipeline, the default is the number of CPU cores. Does not change what
+            they make.
+        progress: whether to show progress on stderr.
+
+    Returns:
+        `TrainingResult`.
+
+    Raises:
+        ValueError: a value of the recipe is out of range or does not fit the data or the weights.
+        SourceError: the data cannot be used.
+        RunFolderError: the folder is another run's, cannot be written, or the disk is too small.
+        NonFiniteError: the loss is NaN or infinite. The step, its images and a list of the weights that are
+            not finite are in a folder `nonfinite-step-...`; the last checkpoint is from before.
+        Interrupted: by a signal; the same call goes on.
+
+    Example:
+        result = train("smoke", "out/smoke")
+        result.scores["ema_val_top1"]
+    """
+    begin = time.monotonic()
+    batches = evaluate.import_batches()
+    chosen = _chosen_recipe(recipe, data, overrides)
+    training, validation = open_data(chosen)
+    plan = Plan.of(chosen, training)
+    with _settings_of(chosen):
+        student, new_head = build_model(chosen, len(training.classes))
+        model = _compiled(chosen, student, plan)
+        folder = run_folder.open_run(
+            output,
+            {**_identity(chosen), "data": fingerprint(training), "validation": _fingerprint(validation)},
+            checkpoint_bytes=sum(variable_bytes(v) for v in _state_variables(model, student).values()),
+            keep=chosen.keep_checkpoints,
+        )
+        with folder:
+            if (folder.path / RESULT_FILE).exists():
+                result = json.loads((folder.path / RESULT_FILE).read_text())
+                _logger.warning("The run in %s has ended; nothing is left to do.", folder.path)
+                return _result(folder, plan, result, begin)
+            run = _Run(chosen, plan, folder, model, student, batches, training, validation, workers, progress)
+            for note in _notes(chosen, plan, new_head):
+                _logger.warning("%s", note)
+            with _signals_noted(run):
+                run.resume()
+                run.fit()
+                scores = run.finish()
+            return _result(folder, plan, scores, begin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers that follow from a recipe and its data.
+
+    Attributes:
+        micro_batch_size: images that go through the model at once.
+        accumulation_steps: micro-batches of an optimizer step.
+        steps_per_epoch: optimizer steps of an epoch; what is left over is dropped.
+        total_steps: optimizer steps of the run.
+        warmup_steps: optimizer steps of the warmup.
+    """
+
+    micro_batch_size: int
+    accumulation_steps: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        return self.steps_per_epoch * self.accumulation_steps
+
+    @classmethod
+    def of(cls, recipe: Recipe, training: Source) -> "Plan":
+        """Counts the steps.
+
+        Raises:
+            ValueError: the data has fewer images than a batch.
+        """
+        steps = len(training) // recipe.batch_size
+        if steps == 0:
+            raise ValueError(
+                f"Expected at least one batch of {recipe.batch_size} images to train on, but "
+                f"'{training.path}' has {len(training)}. Choose a smaller batch_size."
+            )
+        return cls(
+            micro_batch_size=recipe.batch_size // recipe.accumulation_steps,
+            accumulation_steps=recipe.accumulation_steps,
+            steps_per_epoch=steps,
+            total_steps=recipe.epochs * steps,
+            warmup_steps=round(recipe.warmup_epochs * steps),
+        )
+
+
+# Recipe and data.
+
+
+def _chosen_recipe(given, data, overrides) -> Recipe:
+    changes = dict(overrides or {})
+    if data is not None:
+        changes["data"] = os.path.abspath(os.path.expanduser(data))
+    if isinstance(given, Recipe):
+        chosen = dataclasses.replace(given, **changes) if changes else given
+    else:
+        chosen = load_recipe(given, changes)
+    if not chosen.data:
+        raise ValueError(
+            "Expected data to train on: the recipe names none. Pass data=..., or --data on the command line."
+        )
+    return chosen
+
+
+def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
+    """Opens the images to train on and those to evaluate on; None where there are none.
+
+    Raises:
+        SourceError: the data or one of its splits cannot be used.
+        ValueError: the validation images have classes that are not trained.
+    """
+    splits = sources.list_splits(recipe.data)
+    training = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
+    name = recipe.val_split or next((split for split in ("validation", "test") if split in splits), "")
+    if name:
+        validation = sources.open_source(recipe.data, name)
+        return training, _with_classes_of(training, validation)
+    if recipe.validation_fraction:
+        return sources.hold_out(training, recipe.validation_fraction, recipe.seed)
+    return training, None
+
+
+def _with_classes_of(training: Source, validation: Source) -> Source:
+    if validation.classes == training.classes:
+        return validation
+    unknown = [name for name in validation.classes if name not in training.classes]
+    if unknown:
+        raise ValueError(
+            f"Expected validation images of the {len(training.classes)} classes of the training images, "
+            f"received {len(unknown)} others, such as {unknown[0]!r}. Choose another val_split."
+        )
+    numbers = np.array([training.classes.index(name) for name in validation.classes], np.int32)
+    return dataclasses.replace(validation, labels=numbers[validation.labels], classes=list(training.classes))
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the result, without the place of the data, which may be moved between two starts."""
+    return {key: value for key, value in identity(recipe).items() if key != "data"}
+
+
+def _fingerprint(source: Source | None) -> str:
+    return "" if source is None else fingerprint(source)
+
+
+@contextlib.contextmanager
+def _settings_of(recipe: Recipe) -> Iterator[None]:
+    """Sets precision and the seed of initial weights for the time of a run."""
+    policy, state = keras.config.dtype_policy(), random.getstate()
+    keras.config.set_dtype_policy(recipe.precision)
+    random.seed(recipe.seed)  # `layers.RandomNormal` draws from it
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(policy)
+        random.setstate(state)
+
+
+# Model and optimizer.
+
+
+def build_model(recipe: Recipe, num_classes: int) -> tuple[Any, bool]:
+    """Builds the model of a recipe.
+
+    Args:
+        recipe: the recipe.
+        num_classes: outputs of the classifier.
+
+    Returns:
+        The model, pixels in 0..255 to logits; whether its classifier begins at random.
+
+    Raises:
+        ValueError: the weights do not fit the architecture.
+    """
+    has_new_head = not recipe.weights or _describe(recipe)[1] != num_classes
+    variant = VARIANTS[recipe.architecture]
+    side = recipe.image_size if recipe.image_size == recipe.eval_image_size else None
+    model = models.load(
+        recipe.architecture,
+        recipe.weights or None,
+        classes=num_classes,
+        classifier_activation=None,
+        input_shape=(side, side, 3),
+        drop_path_rate=0.0 if recipe.trainable == "head" else recipe.drop_path_rate,
+        layer_scale_init_value=None if variant.version == 2 else recipe.layer_scale_init_value,
+        rematerialize=recipe.rematerialize,
+        seed=recipe.seed,
+        new_head=True if recipe.weights and has_new_head else None,
+    )
+    if has_new_head and recipe.head_init_scale != 1:
+        adapt.scale_head(model, recipe.head_init_scale)
+    adapt.choose_trainable(model, recipe.trainable)
+    return model, has_new_head
+
+
+def _notes(recipe: Recipe, plan: "Plan", has_new_head: bool) -> list[str]:
+    """What in a recipe does not fit its weights."""
+    row, available = _describe(recipe)
+    return warnings_for(
+        recipe,
+        has_weights=bool(recipe.weights),
+        is_self_supervised=bool(recipe.weights) and available == 0,
+        trained_size=None if row is None else row.image_size,
+        has_new_head=has_new_head,
+        num_steps=plan.total_steps,
+    )
+
+
+def _describe(recipe: Recipe) -> tuple[checkpoints.Checkpoint | None, int]:
+    """Returns the table's row of the recipe's weights, and how many classes they have."""
+    if not recipe.weights:
+        return None, 0
+    if not classifiers.names_file(recipe.weights):
+        row = checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+        return row, row.classes
+    path = models.existing_file(recipe.weights)
+    if keras_files.is_bare(path):
+        raise ValueError(
+            f"Expected weights that say what they are of, received '{path}'. Start from the .safetensors "
+            "file beside it, or from a .keras file."
+        )
+    return None, state_dicts.inspect(models.read_file(path)).classes
+
+
+def _compiled(recipe: Recipe, student: Any, plan: Plan) -> Any:
+    """Returns the model to fit: the student, or the student with its teacher."""
+    model, share = student, 1.0
+    if recipe.teacher:
+        side = recipe.image_size
+        teacher = models.load(
+            *_teacher_words(recipe),
+            input_shape=(side, side, 3),
+            classifier_activation=None,
+            name="teacher",
+        )
+        model = losses.with_teacher(
+            student, teacher, recipe.distillation_weight, recipe.distillation_temperature
+        )
+        share = 1 - recipe.distillation_weight
+    hold = plan.steps_per_epoch if recipe.schedule_unit == "epoch" else 1
+    model.compile(
+        optimizer.AdamW(
+            optimizer.WarmupCosine(
+                recipe.learning_rate,
+                plan.total_steps,
+                plan.warmup_steps,
+                start=recipe.warmup_learning_rate,
+                end=recipe.min_learning_rate,
+                warmup_includes_peak=recipe.warmup_includes_peak,
+                hold_steps=hold,
+            ),
+            weight_decay=recipe.weight_decay,
+            beta_1=recipe.beta_1,
+            beta_2=recipe.beta_2,
+            epsilon=recipe.epsilon,
+            # A head by itself has one rate.
+            layer_decay=1.0 if recipe.trainable == "head" else recipe.layer_decay,
+            layer_decay_groups=recipe.layer_decay_groups,
+            global_clipnorm=recipe.clip_norm or None,
+            gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,
+            use_ema=recipe.ema_decay > 0,
+            ema_momentum=recipe.ema_decay or 0.9999,
+            overwrite_after_fit=False,
+        ),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True),
+        loss_weights=None if share == 1 else [share],
+        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+    )
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
+    """What `load` takes for a teacher: a tag, or the architecture that a file says it is of, and the file."""
+    if not classifiers.names_file(recipe.teacher):
+        return (recipe.teacher,)
+    path = models.existing_file(recipe.teacher)
+    return state_dicts.find_variant(models.read_file(path)).name, os.fspath(path)
+
+
+def _state_variables(model: Any, student: Any) -> dict[str, Any]:
+    """All variables that a step reads and writes, by names that are the same in each process."""
+    weights = {id(v): v for v in student.weights}
+    others = [v for v in student.variables if id(v) not in weights]  # of the random generators
+    named = {f"model/{v.path}": v for v in weights.values()}
+    named |= {f"random/{number:04d}": v for number, v in enumerate(others)}
+    # The optimizer's names repeat some; its order is that of the model.
+    named |= {f"optimizer/{number:05d}/{v.name}": v for number, v in enumerate(model.optimizer.variables)}
+    return named
+
+
+def variable_bytes(variable: Any) -> int:
+    return math.prod(variable.shape) * np.dtype(keras.backend.standardize_dtype(variable.dtype)).itemsize
+
+
+# The run.
+
+
+class _Run:
+    """A run that is being made: what is done, and what is due between two steps."""
+
+    def __init__(
+        self, recipe, plan, folder, model, student, batches, training, validation, workers, progress
+    ):
+        self.recipe = recipe
+        self.plan = plan
+        self.folder = folder
+        self.model = model
+        self.student = student
+        # The same layers without an optimizer, which Keras would save along.
+        self.bare = type(student)(student.inputs, student.outputs, name=student.name)
+        self.batches = batches
+        self.training = training
+        self.workers = workers
+        self.faults = batches.Faults(training)
+        self.progress = logs.Progress(
+            recipe.epochs, plan.steps_per_epoch, recipe.batch_size, quiet=not progress
+        )
+        self.log = logs.CsvLog(folder.path / LOG_FILE)
+        self.validation = None if validation is None else self._eval_batches(validation)
+        self.done = 0  # micro-batches
+        self.carried: dict[str, float] = {}  # sums over the part of the epoch before an interruption
+        self.sums: dict[str, float] = {}  # over all of the epoch so far
+        self.best: dict[str, float] = {}
+        self.seconds = 0.0  # of this epoch's steps
+        self.received_signal = 0
+        self.saved_at = time.monotonic()
+        self.saved = -1  # micro-batches that the last checkpoint is of
+        # Within an epoch JAX keeps the weights out of the variables, and Callback.model brings them back.
+        self.bring_weights: Callable[[], Any] = lambda: None
+
+    def _eval_batches(self, source: Source):
+        recipe = self.recipe
+        return self.batches.eval_batches(
+            source,
+            batch_size=min(self.plan.micro_batch_size, len(source)),
+            image_size=recipe.eval_image_size,
+            crop=recipe.eval_crop,
+            resize_mode=recipe.eval_resize_mode,
+            resize_size=recipe.eval_resize_size or None,
+            interpolation=recipe.eval_interpolation,
+            workers=self.workers,
+        )
+
+    def _train_batches(self, start_batch: int):
+        recipe, row = self.recipe, checkpoints.default_checkpoint(self.recipe.architecture)
+        if recipe.weights and not classifiers.names_file(recipe.weights):
+            row = checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+        return self.batches.train_batches(
+            self.training,
+            batch_size=self.plan.micro_batch_size,
+            image_size=recipe.image_size,
+            seed=recipe.seed,
+            start_batch=start_batch,
+            batches_per_epoch=self.plan.micro_batches_per_epoch,
+            scale=recipe.crop_scale,
+            ratio=recipe.crop_ratio,
+            interpolation=recipe.interpolation,
+            flip=recipe.flip,
+            policy=recipe.policy,
+            color_jitter=recipe.color_jitter,
+            erase=recipe.erase,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+            mix_probability=recipe.mix_probability,
+            switch_probability=recipe.switch_probability,
+            label_smoothing=recipe.label_smoothing,
+            repeats=recipe.repeats,
+            mean=row.mean,
+            std=row.std,
+            faults=self.faults,
+            workers=self.workers,
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.done // self.plan.accumulation_steps
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done, with all of their micro-batches."""
+        return self.done // self.plan.micro_batches_per_epoch
+
+    def resume(self) -> None:
+        """Takes up the newest checkpoint, or writes what a new run begins with."""
+        self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
+        self.folder.write_text(ENVIRONMENT_FILE, json.dumps(self._environment(), indent=1) + "\n")
+        latest = self.folder.latest()
+        if latest is None:
+            self.log.resume(before_epoch=1)
+            return
+        arrays, state = latest
+        variables = _state_variables(self.model, self.student)
+        expected = {
+            name: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for name, v in variables.items()
+        }
+        run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
+        for name, variable in variables.items():
+            variable.assign(arrays[name])
+        if state["is_best"]:  # a kill may have come before this was noted
+            self.folder.mark_best(state["step"], state["best"]["top1"])
+        self.done, self.saved = state["micro_batches"], state["micro_batches"]
+        self.carried, self.best = state["sums"], state["best"]
+        self.sums = dict(self.carried)
+        self.log.resume(before_epoch=state["epochs_logged"] + 1)
+        self.progress.say(f"goes on after step {self.step} of {self.plan.total_steps}")
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            **evaluate.environment(),
+            "command": sys.argv,
+            "data": str(self.training.path),
+            "training_images": len(self.training),
+            "classes": len(self.training.classes),
+        }
+
+    def fit(self) -> None:
+        """Makes the steps that are left. An epoch that was interrupted is a `fit` of its own."""
+        self.tensorboard = logs.TensorBoardLog(
+            self.folder.path / "tensorboard", purge_step=self.step + 1 if self.done else None
+        )
+        if self.epoch > len(self.log.rows):
+            self.end_epoch()  # the run was stopped behind the last step of an epoch
+        while self.epoch < self.recipe.epochs:
+            per_epoch = self.plan.micro_batches_per_epoch
+            left = per_epoch - self.done % per_epoch
+            self.model.fit(
+                self._train_batches(self.done),
+                steps_per_epoch=left,
+                shuffle=False,  # the pipeline does
+                initial_epoch=self.epoch,
+                epochs=self.epoch + 1 if left < per_epoch else self.recipe.epochs,
+                verbose=0,
+                callbacks=[_BetweenSteps(self)],
+            )
+
+    def end_batch(self, in_fit: int, means: Mapping[str, float]) -> None:
+        """What is due after a micro-batch.
+
+        Args:
+            in_fit: micro-batches of the epoch that this `fit` has made.
+            means: of loss and metrics over these.
+        """
+        self.done += 1
+        self.sums = {name: self.carried.get(name, 0.0) + in_fit * value for name, value in means.items()}
+        if not math.isfinite(means["loss"]):
+            raise self._non_finite(f"a loss of {means['loss']}")
+        in_epoch = (self.done - 1) % self.plan.micro_batches_per_epoch + 1
+        if self.done % self.plan.accumulation_steps == 0:
+            epoch = (self.done - 1) // self.plan.micro_batches_per_epoch + 1
+            loss = self.sums["loss"] / in_epoch
+            self.progress.show(epoch, in_epoch // self.plan.accumulation_steps, loss)
+        if self.received_signal:
+            self._stop()
+        minutes = self.recipe.checkpoint_minutes
+        is_last = in_epoch == self.plan.micro_batches_per_epoch
+        if minutes and not is_last and time.monotonic() - self.saved_at >= 60 * minutes:
+            self.save()
+
+    def _stop(self) -> None:
+        self.save()
+        self.progress.close()
+        name = signal.Signals(self.received_signal).name
+        raise Interrupted(
+            self.received_signal,
+            f"{name} received: stopped after step {self.step} of {self.plan.total_steps}, with a checkpoint. "
+            "The same command goes on from there.",
+        )
+
+    def end_epoch(self) -> None:
+        """Validation, log, curves, best weights and a checkpoint."""
+        epoch, count = self.epoch, self.plan.micro_batches_per_epoch
+        schedule = _inner(self.model.optimizer)._learning_rate
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.step,
+            **{name: total / count for name, total in self.sums.items()},
+            "learning_rate": float(schedule(self.step - 1)),
+        }
+        if self.validation is not None:
+            self.progress.status("validation")
+            row |= self._scores("val", self.student)
+            if self.recipe.ema_decay:
+                with optimizer.ema_weights(self.model):
+                    row |= self._scores("ema_val", self.student)
+        if self.received_signal:  # while it was validated, which is done again
+            self._stop()
+        if self.progress.images_per_second is not None:
+            row["images_per_second"] = self.progress.images_per_second
+        self.log.write(row)
+        scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+        self.tensorboard.write(self.step, scalars)
+        logs.draw_curves(self.log.rows, self.folder.path / CURVES_FILE, self.recipe.title)
+        shown = ("loss", "val_loss", "val_top1", "ema_val_top1")
+        self.progress.end_epoch(epoch, {name: row[name] for name in shown if name in row})
+        self.carried, self.sums = {}, {}
+        is_best = self._note_best(row)
+        is_due = time.monotonic() - self.saved_at >= _SECONDS_BETWEEN_EPOCH_CHECKPOINTS
+        if is_best or is_due or epoch == self.recipe.epochs:
+            self.save(is_best)
+
+    def _scores(self, prefix: str, model: Any) -> dict[str, float]:
+        scores = evaluate.validate(model, self.validation)
+        return {f"{prefix}_{name}": scores[name] for name in _SCORES}
+
+    def _note_best(self, row: Mapping[str, Any]) -> bool:
+        """Writes the weights of the best epoch so far, of the average or not, whichever is better."""
+        tops = {name: row[name] for name in ("val_top1", "ema_val_top1") if name in row}
+        if not tops:
+            return False
+        name = max(tops, key=lambda key: tops[key])
+        if not tops[name] > self.best.get("top1", -1.0):
+            return False
+        self.best = {"top1": tops[name], "epoch": row["epoch"]}
+        is_average = name == "ema_val_top1"
+        with optimizer.ema_weights(self.model) if is_average else contextlib.nullcontext():
+            self.folder.write_with("best.weights.h5", self.bare.save_weights)
+        return True
+
+    def save(self, is_best: bool = False) -> None:
+        """Writes a checkpoint, unless a weight is not finite."""
+        arrays = self._arrays()
+        broken = _non_finite_names(arrays)
+        if broken:
+            raise self._non_finite(f"{len(broken)} arrays that are not finite, such as {broken[0]}")
+        state = {
+            "micro_batches": self.done,
+            "step": self.step,
+            "epochs_logged": len(self.log.rows),
+            "sums": self.sums,
+            "best": self.best,
+            "is_best": is_best,
+        }
+        self.folder.save(arrays, state)
+        if is_best:
+            self.folder.mark_best(self.step, self.best["top1"])
+        self.saved, self.saved_at = self.done, time.monotonic()
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        self.bring_weights()
+        variables = _state_variables(self.model, self.student)
+        return {name: keras.ops.convert_to_numpy(v) for name, v in variables.items()}
+
+    def _non_finite(self, what: str) -> NonFiniteError:
+        """Writes what a person needs to find the cause, and returns the error to raise."""
+        step = (self.done - 1) // self.plan.accumulation_steps + 1
+        name = f"nonfinite-step-{step:08d}"
+        self.progress.close()
+        images, targets = next(iter(self._train_batches(self.done - 1).as_numpy_iterator()))
+        arrays = self._arrays()
+        content = io.BytesIO()
+        np.savez(content, images=images[:_MAX_DUMPED], targets=targets[:_MAX_DUMPED])
+        report = {
+            "step": step,
+            "micro_batch": self.done - 1,
+            "what": what,
+            "learning_rate": float(_inner(self.model.optimizer)._learning_rate(step - 1)),
+            "last_checkpoint_step": max(self.saved, 0) // self.plan.accumulation_steps,
+            "images_finite": bool(np.isfinite(images).all()),
+            "targets_finite": bool(np.isfinite(targets).all()),
+            "arrays_not_finite": _non_finite_names(arrays),
+        }
+        self.folder.write_bytes(f"{name}/batch.npz", content.getvalue())
+        self.folder.write_bytes(f"{name}/images.png", _picture(images[:_MAX_DUMPED]))
+        self.folder.write_text(f"{name}/report.json", json.dumps(report, indent=1) + "\n")
+        stands = f"step {report['last_checkpoint_step']}" if self.saved > 0 else "none was written yet"
+        return NonFiniteError(
+            f"Expected finite numbers, received {what} in step {step} of {self.plan.total_steps}. Its images "
+            f"and a report are in {self.folder.path / name}; the last checkpoint stands: {stands}. Lower "
+            "learning_rate, set clip_norm = 1.0, or with float16 use mixed_bfloat16."
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the final weights and what is needed to use them."""
+        self.folder.write_with("final.weights.h5", self.bare.save_weights)
+        with optimizer.ema_weights(self.model) if self.recipe.ema_decay else contextlib.nullcontext():
+            if self.recipe.ema_decay:
+                self.folder.write_with("final_ema.weights.h5", self.bare.save_weights)
+            merged = _without_lora(self.recipe, self.student, len(self.training.classes))
+            # timm's layout has all architectures but the isotropic ones.
+            layout = "official" if VARIANTS[self.recipe.architecture].isotropic else "timm"
+            self.folder.write_with("final.safetensors", lambda path: save_weights(merged, path, layout))
+        self.folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in self.training.classes))
+        if len(self.faults):
+            self.folder.write_text("faults.json", json.dumps(self.faults.report(), indent=1) + "\n")
+        scores = dict(self.log.rows[-1]) | {f"best_{name}": value for name, value in self.best.items()}
+        self.folder.write_text(RESULT_FILE, json.dumps(scores, indent=1) + "\n")
+        self.tensorboard.close()
+        self.progress.close()
+        return scores
+
+
+class _BetweenSteps(keras.callbacks.Callback):
+    """Tells a run what `fit` has done."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def on_train_batch_end(self, batch, logs=None):
+        run = self.run
+        run.bring_weights = lambda: self.model
+        run.end_batch(batch + 1, logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.run.end_epoch()
+
+
+def _inner(optimizer_: Any) -> Any:
+    """The optimizer inside a `LossScaleOptimizer`."""
+    return getattr(optimizer_, "inner_optimizer", optimizer_)
+
+
+def _non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    return [
+        name
+        for name, array in arrays.items()
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
+    ]
+
+
+def _without_lora(recipe: Recipe, student: Any, num_classes: int) -> Any:
+    """The model with the low-rank updates added to its kernels; the same one where there are none."""
+    if not recipe.trainable.startswith("lora"):
+        return student
+    plain, _ = build_model(dataclasses.replace(recipe, trainable="all", weights=""), num_classes)
+    values = {v.path: v for v in student.weights}
+    for layer in student.layers:
+        for dense in (layer.pwconv1, layer.pwconv2) if hasattr(layer, "pwconv1") else ():
+            values[f"{dense.path}/kernel"] = dense.kernel  # with its update
+    for variable in plain.weights:
+        variable.assign(keras.ops.convert_to_numpy(values[variable.path]))
+    return plain
+
+
+def _picture(images: np.ndarray) -> bytes:
+    """A PNG of images (N, H, W, 3) in 0..255, side by side; what is not finite is black."""
+    columns = math.ceil(math.sqrt(len(images)))
+    height, width = images.shape[1:3]
+    sheet = np.zeros((math.ceil(len(images) / columns) * height, columns * width, 3), np.uint8)
+    for number, image in enumerate(np.nan_to_num(images, nan=0, posinf=0, neginf=0)):
+        top, left = number // columns * height, number % columns * width
+        sheet[top : top + height, left : left + width] = np.clip(image, 0, 255)
+    content = io.BytesIO()
+    PIL.Image.fromarray(sheet).save(content, "png")
+    return content.getvalue()
+
+
+@contextlib.contextmanager
+def _signals_noted(run: _Run) -> Iterator[None]:
+    """Notes SIGTERM and Ctrl-C for the run to act on after its step; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number, frame):
+        if run.received_signal == signal.SIGINT == number:  # Ctrl-C for the second time
+            raise KeyboardInterrupt
+        run.received_signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _result(folder, plan: Plan, scores: dict[str, Any], begin: float) -> TrainingResult:
+    names = ("final_ema.weights.h5", "final.weights.h5")
+    weights = next(folder.path / name for name in names if (folder.path / name).exists())
+    return TrainingResult(folder.path, weights, plan.total_steps, scores, time.monotonic() - begin)
