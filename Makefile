@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-slow bench bench-data clean
+.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-slow bench bench-data bench-train clean
 
 help:
 	@echo "make demo [DATA=folder]  train a small ConvNeXt, save, reload, classify, draw (KERAS_BACKEND=... chooses)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint                style and types only; what pre-commit runs"
 	@echo "make bench               loading a weight file, against timm"
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
+	@echo "make bench-train         a step of the trainer, against the bare step (KERAS_BACKEND=... chooses)"
 	@echo "make clean               remove .venv and what the commands wrote"
 
 setup:
@@ -28,7 +29,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-# "once" tests need no backend and run beside PyTorch, whose process is the lightest.
+# "once" tests need no backend; PyTorch's process starts fastest.
 test-tensorflow: setup
 	KERAS_BACKEND=tensorflow $(PYTEST) -m "not slow and not once"
 
@@ -46,6 +47,9 @@ test-slow: setup
 
 bench-data: setup
 	.venv/bin/python benchmarks/pipeline.py "$(DATA)"
+
+bench-train: setup
+	.venv/bin/python benchmarks/trainer_overhead.py
 
 bench: setup
 	.venv/bin/python benchmarks/loading.py

@@ -1,8 +1,8 @@
 """Time of a training step by the trainer, against the bare step of Keras, in one process on the same batch.
 
-The trainer adds what goes on between two steps: progress, the check of the loss, the callbacks of `fit`,
-the checkpoint by time. Both are timed in turns on the same compiled model; the medians are compared. The batch is in
-memory, so that the input pipeline is not what is measured.
+The trainer adds what goes on between two steps: progress, the check of the loss, the callbacks of `fit`, the
+checkpoint by time. Both are timed in turns on the same compiled model; the medians are compared. The batch is
+in memory, so that the input pipeline is not what is measured.
 
     KERAS_BACKEND=torch python benchmarks/trainer_overhead.py --rounds 7 --steps 10
 """

@@ -1,7 +1,7 @@
 """Prepares Tiny ImageNet (200 classes, 100,000 + 10,000 photos of 64x64) for recipes/tiny_imagenet.toml.
 
-SOURCE is the unpacked archive of CS231n at Stanford (train/<class>/images, val/images, val_annotations.txt), or
-a folder of packs: train_*.npz and val.npz with the JPEG bytes end to end (`data`), their ends (`offsets`),
+SOURCE is the unpacked archive of CS231n at Stanford (train/<class>/images, val/images, val_annotations.txt),
+or a folder of packs: train_*.npz and val.npz with the JPEG bytes end to end (`data`), their ends (`offsets`),
 `labels` and `names`, and classes.csv with the columns label and wnid. The photos are ImageNet's: for
 non-commercial research and education.
 

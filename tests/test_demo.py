@@ -18,6 +18,11 @@ DEMO = pathlib.Path(__file__).parents[1] / "demo" / "train_and_look.py"
 SMALL = ("--architecture", "test_convnext2", "--epochs", "1")
 
 
+def trains(test):
+    """Marks a test slow except on PyTorch: test_trainer.py shows that training works on each backend."""
+    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
+
+
 @pytest.fixture(scope="module")
 def demo():
     spec = importlib.util.spec_from_file_location("train_and_look", DEMO)
@@ -68,6 +73,7 @@ def digits_run(tmp_path_factory):
     return run("--out", folder, "--limit", 200, *SMALL), folder
 
 
+@trains
 def test_digits_are_trained_saved_and_classified_in_a_new_process(digits_run):
     result, folder = digits_run
     assert "200 images of 10 classes: 132 to train, 18 to watch the training, 50 held out" in result.stdout
@@ -83,6 +89,7 @@ def test_digits_are_trained_saved_and_classified_in_a_new_process(digits_run):
         np.testing.assert_allclose(probabilities, file["probabilities"], atol=1e-5)
 
 
+@trains
 def test_digits_below_the_target_end_with_status_1(digits_run):
     result, _ = digits_run
     assert result.returncode == 1, result.stderr
@@ -90,6 +97,7 @@ def test_digits_below_the_target_end_with_status_1(digits_run):
     assert "Traceback" not in result.stderr
 
 
+@trains
 def test_own_photos_are_learned_without_a_target(demo, tmp_path, capfd):
     photos = tmp_path / "photos"
     write_photos(photos, {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}, 8)

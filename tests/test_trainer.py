@@ -358,12 +358,17 @@ def test_validation_classes_are_matched_by_name():
 
 
 def test_smoke_recipe_reaches_its_accuracy(tmp_path, capsys):
-    """`recipes/smoke.toml` by the command line: 97 % of 450 digits, on each backend."""
+    """`recipes/smoke.toml` by the command line: 97 % of 450 digits, on each backend, along the same curve."""
     folder = tmp_path / "run"
     assert cli.main(["train", str(RECIPES / "smoke.toml"), "--out", str(folder), "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert "top-1 of the EMA" in printed
-    assert float(rows_of(folder)[-1]["ema_val_top1"]) >= 97.0
+    rows = rows_of(folder)
+    assert float(rows[-1]["ema_val_top1"]) >= 97.0
+    with open(RECIPES.parent / "benchmarks" / "runs" / "smoke_jax.csv", newline="") as file:
+        published = [float(row["loss"]) for row in csv.DictReader(file)]
+    # 1e-6 where this was written; other processors round otherwise, and differences grow.
+    np.testing.assert_allclose([float(row["loss"]) for row in rows], published, rtol=0.02)
     assert (folder / "final.weights.h5").exists()
 
 
