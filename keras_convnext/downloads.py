@@ -37,8 +37,8 @@ LOCK_POLL_SECONDS = 0.1
 CHUNK_BYTES = 1 << 18
 
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class WeightsNotFoundError(OSError):
@@ -219,7 +219,7 @@ def download(
                 _write_record(_record_path(destination), digest, destination.name)
             os.replace(part, destination)
             _discard(part)
-            _sync_folder(destination.parent)
+            sync_folder(destination.parent)
             return destination
     except WeightsNotFoundError:
         raise
@@ -533,7 +533,7 @@ def _append(
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             _discard(part)  # what was written is what fills the disk
         raise _disk_error(error, part.parent, total, "KERAS_CONVNEXT_CACHE") from error
 
@@ -552,19 +552,19 @@ def _locked(destination: pathlib.Path) -> Iterator[bool]:
         is_alone = True
         is_waiting = False
         try:
-            while not _try_lock(file):
+            while not try_lock(file):
                 if not is_waiting:
                     _say(f"Waiting for another process that downloads {destination.name}")
                 is_waiting = True
                 time.sleep(LOCK_POLL_SECONDS)
         except OSError as error:
-            if error.errno not in _LOCKS_UNSUPPORTED:
+            if error.errno not in LOCKS_UNSUPPORTED:
                 raise
             is_alone = False
         yield is_alone
 
 
-def _try_lock(file: BinaryIO) -> bool:
+def try_lock(file: BinaryIO) -> bool:
     """Takes the lock if it is free; closing the file, or the end of the process, releases it."""
     if sys.platform == "win32":
         import msvcrt
@@ -688,7 +688,7 @@ def _write_text(path: pathlib.Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
+def sync_folder(folder: pathlib.Path) -> None:
     """Makes a rename survive a power cut, where the system can."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -698,15 +698,15 @@ def _sync_folder(folder: pathlib.Path) -> None:
             os.close(descriptor)
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def _offline_variable(needs_hub: bool) -> str | None:
     """Returns the environment variable that forbids the download, if any."""
-    if _is_set("KERAS_CONVNEXT_OFFLINE"):
+    if is_set("KERAS_CONVNEXT_OFFLINE"):
         return "KERAS_CONVNEXT_OFFLINE"
-    return "HF_HUB_OFFLINE" if needs_hub and _is_set("HF_HUB_OFFLINE") else None
+    return "HF_HUB_OFFLINE" if needs_hub and is_set("HF_HUB_OFFLINE") else None
 
 
 def _hub_endpoint() -> str:
@@ -747,7 +747,7 @@ def _disk_error(
 ) -> WeightsNotFoundError:
     """Says in our words that a file could not be written, and how to write it elsewhere."""
     reason = error.strerror or str(error)
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         size = "The file" if needed is None else f"{_size_text(needed)} more"
         message = (
             f"No space in {folder} ({reason}): {size} must fit there. Free some, or set {variable} "
@@ -777,14 +777,14 @@ def _size_text(size: int | None) -> str:
 
 
 def _say(line: str) -> None:
-    if not _is_set("KERAS_CONVNEXT_QUIET"):
+    if not is_set("KERAS_CONVNEXT_QUIET"):
         print(line, file=sys.stderr, flush=True)
 
 
 def _progress(total: int | None) -> Callable[[int], None]:
     """Returns what shows the bytes received: the Keras bar where somebody watches, else nothing."""
     is_watched = sys.stdout.isatty() or "ipykernel" in sys.modules
-    if _is_set("KERAS_CONVNEXT_QUIET") or not is_watched:
+    if is_set("KERAS_CONVNEXT_QUIET") or not is_watched:
         return lambda received: None
     import keras
 

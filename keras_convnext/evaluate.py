@@ -30,7 +30,7 @@ from keras_convnext import classifiers, reports
 from keras_convnext.classifiers import TrainedClassifier
 from keras_convnext.data import class_names, sources
 from keras_convnext.data.sources import Source
-from keras_convnext.downloads import _is_set
+from keras_convnext.downloads import is_set
 from keras_convnext.results import (
     Result,
     append_result,
@@ -616,7 +616,7 @@ class _Progress:
     def __init__(self, total: int, is_wanted: bool) -> None:
         self.total = total
         self.begin = self.shown = time.monotonic()
-        self.is_watched = is_wanted and sys.stderr.isatty() and not _is_set("KERAS_CONVNEXT_QUIET")
+        self.is_watched = is_wanted and sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
 
     def show(self, count: int) -> None:
         now = time.monotonic()

@@ -21,7 +21,6 @@ import os
 import pathlib
 import sys
 import time
-import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,6 +34,7 @@ from keras_convnext import evaluate as evaluating
 from keras_convnext.classifiers import TrainedClassifier
 from keras_convnext.data import preprocess, sources
 from keras_convnext.data.sources import Source
+from keras_convnext.files import replacing_file
 from keras_convnext.results import percentage
 
 _CACHE_VERSION = 1
@@ -747,10 +747,9 @@ def _read_cache(path: pathlib.Path) -> Features | None:
 
 def _write_cache(path: pathlib.Path, features: Features) -> None:
     """Keeps features in one step; without space for them a line on stderr says so."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     faults = json.dumps(features.faults).encode("utf-8", "surrogateescape")
     try:
-        with open(temporary, "wb") as file:
+        with replacing_file(path) as file:
             np.savez(
                 file,
                 features=features.features,
@@ -758,15 +757,12 @@ def _write_cache(path: pathlib.Path, features: Features) -> None:
                 numbers=features.numbers,
                 faults=np.frombuffer(faults, np.uint8),
             )
-        os.replace(temporary, path)
     except OSError as error:
         print(
             f"The features of {len(features.labels)} images are not kept, and will be computed again: "
             f"'{path.parent}' cannot be written ({error.strerror}).",
             file=sys.stderr,
         )
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Nearest neighbours.
@@ -1068,13 +1064,8 @@ def draw_rates(result: FeatureResult, path: str | os.PathLike[str]) -> None:
     axes.legend(fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(path) as file:
+        file.write(content.getvalue())
 
 
 # Checks.

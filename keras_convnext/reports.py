@@ -6,7 +6,6 @@ import importlib.util
 import io
 import os
 import pathlib
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.sources import Source
+from keras_convnext.files import replacing_file
 from keras_convnext.results import Result, percentage
 
 WORST_CLASSES = 10
@@ -190,11 +190,5 @@ def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]])
 
 
 def _write(folder, name: str, content: bytes) -> None:
-    """Writes a file in one step."""
-    path = pathlib.Path(folder) / name
-    temporary = path.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(pathlib.Path(folder) / name) as file:
+        file.write(content)

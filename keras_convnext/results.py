@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from keras_convnext.data.sources import Source
-from keras_convnext.downloads import _LOCKS_UNSUPPORTED, _try_lock
+from keras_convnext.downloads import LOCKS_UNSUPPORTED, try_lock
 
 COLUMNS = (
     "time", "model", "architecture", "weights", "weights_sha256", "licence",
@@ -229,10 +229,10 @@ def result_row(result: Result) -> dict[str, str]:
 
 def _wait_for_lock(file: BinaryIO) -> None:
     try:
-        while not _try_lock(file):
+        while not try_lock(file):
             time.sleep(_LOCK_POLL_SECONDS)
     except OSError as error:
-        if error.errno not in _LOCKS_UNSUPPORTED:
+        if error.errno not in LOCKS_UNSUPPORTED:
             raise
 
 

@@ -9,22 +9,22 @@ Arrays that are read are views of the memory-mapped file: nothing is copied, and
 are read from the disk when they are first used.
 """
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import pickletools
-import secrets
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from keras_convnext.files import replacing_file
 
 # PyTorch's name of each dtype that NumPy or ml_dtypes has. "<": both formats are little-endian.
 _TORCH_DTYPES: dict[str, np.dtype] = {
@@ -265,11 +265,11 @@ def write_safetensors(
         offset = end
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
-    with _replacing_file(Path(path)) as file:
+    with replacing_file(path) as file:
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
         for name in order:
-            file.write(_little_endian_bytes(arrays[name]))
+            file.write(little_endian_bytes(arrays[name]))
 
 
 def write_torch(
@@ -301,13 +301,13 @@ def write_torch(
         raise TypeError(f"Expected `key` to be a str or None, received {key!r}.")
     names = _dtype_names(arrays, _TORCH_DTYPES, ".pth")
     with (
-        _replacing_file(Path(path)) as file,
+        replacing_file(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
         _write_member(file, archive, "archive/data.pkl", _state_dict_pickle(arrays, names, key))
         _write_member(file, archive, "archive/byteorder", b"little")
         for number, array in enumerate(arrays.values()):
-            content = _little_endian_bytes(array)
+            content = little_endian_bytes(array)
             _write_member(file, archive, f"archive/data/{number}", content)
         _write_member(file, archive, "archive/version", b"3\n")
 
@@ -909,31 +909,10 @@ def _dtype_names(
     return names
 
 
-def _little_endian_bytes(array: np.ndarray) -> memoryview:
+def little_endian_bytes(array: np.ndarray) -> memoryview:
     """The bytes of an array in C order; a copy only if it is not stored so already."""
     array = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
     return array.reshape(-1).view(np.uint8).data
-
-
-@contextlib.contextmanager
-def _replacing_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the path's place when the block ends without an error."""
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"Expected the path of a file to write, received the directory '{path}'. Add a file name."
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write_member(file: BinaryIO, archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:

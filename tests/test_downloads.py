@@ -374,7 +374,7 @@ def test_file_system_without_locks_uses_a_part_of_its_own(server, tmp_path, monk
     def no_locks(file):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(downloads, "_try_lock", no_locks)
+    monkeypatch.setattr(downloads, "try_lock", no_locks)
     server.behaviour.always_cut = 1000
     with pytest.raises(downloads.WeightsNotFoundError):
         downloads.find_file(**arguments(server))

@@ -382,7 +382,7 @@ def test_image_that_changes_meanwhile_is_named(tmp_path, folder, monkeypatch):
 def test_second_process_in_the_same_folder_is_refused(tmp_path, folder):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / "prepare.lock", "ab") as lock:
-        assert prepare_module._try_lock(lock)
+        assert prepare_module.try_lock(lock)
         with pytest.raises(PrepareError, match=r"Another process prepares '.*out'"):
             prepare(folder, tmp_path / "out")
     prepare(folder, tmp_path / "out")

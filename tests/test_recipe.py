@@ -463,7 +463,7 @@ def test_a_recipe_cannot_be_changed(smoke):
         ({"batch_size": "9", "mixup": "0.8"}, ["batch_size: expected an even number of images"]),
         ({"min_learning_rate": "1.0"}, ["min_learning_rate: expected at most learning_rate 0.002, r"]),
         ({"warmup_learning_rate": "1.0"}, ["warmup_learning_rate: expected at most learning_rate"]),
-        ({"warmup_epochs": "99"}, ["warmup_epochs: expected at most epochs 12, received 99.0"]),
+        ({"warmup_epochs": "99"}, ["warmup_epochs: expected at most epochs 8, received 99.0"]),
         ({"val_split": '"test"', "validation_fraction": "0.1"}, ["validation_fraction: expected 0 beside"]),
         ({"architecture": '"convnextv2_atto"'}, ["layer_scale_init_value: expected 0 for convnextv2_atto"]),
         (
@@ -589,7 +589,7 @@ def test_difference_names_the_keys_that_changed(smoke):
     before, now = identity(smoke), identity(dataclasses.replace(smoke, epochs=3, crop_scale=(0.5, 1.0)))
     assert difference(before, before) == []
     assert difference(before, now) == [
-        "epochs: 12 before, 3 now",
+        "epochs: 8 before, 3 now",
         "crop_scale: [0.7, 1.0] before, [0.5, 1.0] now",
     ]
     assert difference({"a": 1}, {"b": 2}) == ["a: 1 before, missing now", "b: missing before, 2 now"]

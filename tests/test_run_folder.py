@@ -50,7 +50,7 @@ if how == "in place":
             time.sleep(0.003)
             super().write(content)
 
-    run_folder.write_safetensors.__globals__["_replacing_file"] = lambda path: SlowFile(path, "wb")
+    run_folder.write_safetensors.__globals__["replacing_file"] = lambda path: SlowFile(path, "wb")
 
 def stop(number, frame):
     raise SystemExit(143)
@@ -620,7 +620,7 @@ def test_a_folder_that_was_refused_is_not_locked(tmp_path):
 
 
 def test_disk_without_locks_has_a_lock_on_this_machine(tmp_path, monkeypatch):
-    real = run_folder._try_lock
+    real = run_folder.try_lock
 
     def only_elsewhere(file):
         if pathlib.Path(file.name).name == ".lock":
@@ -629,7 +629,7 @@ def test_disk_without_locks_has_a_lock_on_this_machine(tmp_path, monkeypatch):
 
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(run_folder, "_try_lock", only_elsewhere)
+    monkeypatch.setattr(run_folder, "try_lock", only_elsewhere)
     with open_here(tmp_path / "run"):
         with pytest.raises(RunFolderError, match=f"Another process trains in .*process {os.getpid()} on"):
             open_here(tmp_path / "run")
@@ -641,7 +641,7 @@ def test_other_trouble_with_the_lock_is_told(tmp_path, monkeypatch):
     def fail(file):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(run_folder, "_try_lock", fail)
+    monkeypatch.setattr(run_folder, "try_lock", fail)
     with pytest.raises(RunFolderError, match=r"cannot be written \(Input/output error\)"):
         open_here(tmp_path / "run")
 

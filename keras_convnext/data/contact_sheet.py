@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from keras_convnext.data import augment, batches, preprocess
 from keras_convnext.data.sources import Source
+from keras_convnext.files import replacing_file
 
 MAGNITUDES = (0, 2, 4, 6, 8, 10)
 _TILE, _GAP, _LINE = 112, 6, 14  # pixels
@@ -49,13 +50,8 @@ def draw(source: Source, output: str | os.PathLike[str], *, seed: int = 0, **opt
     for each in sheets:
         sheet.paste(each, (0, top))
         top += each.height
-    temporary = f"{os.fspath(output)}.{os.getpid()}.tmp"
-    try:
-        sheet.save(temporary, "PNG")
-        os.replace(temporary, output)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing_file(output) as file:
+        sheet.save(file, "PNG")
 
 
 def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:

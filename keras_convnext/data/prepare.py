@@ -24,7 +24,7 @@ import numpy as np
 from keras_convnext.data import sources
 from keras_convnext.data.sources import MANIFEST, Progress, Source, SourceError
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
-from keras_convnext.downloads import _sync_folder, _try_lock
+from keras_convnext.downloads import sync_folder, try_lock
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -153,7 +153,7 @@ def prepare(
     os.makedirs(output, exist_ok=True)
     images, num_shards, num_bytes, num_kept = {}, {}, 0, 0
     with open(os.path.join(output, "prepare.lock"), "ab") as lock:
-        if not _try_lock(lock):
+        if not try_lock(lock):
             raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
         for asked, source in opened.items():
             folder_name = os.path.basename(os.path.abspath(source_path))
@@ -398,7 +398,7 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
             if record["size"] != plan.sizes[shard]:
                 raise OSError(errno.EIO, f"{record['size']} of {plan.sizes[shard]} bytes arrived")
             os.replace(temporary, path)
-            _sync_folder(pathlib.Path(plan.folder))
+            sync_folder(pathlib.Path(plan.folder))
     except tf.errors.ResourceExhaustedError as error:
         raise _write_error(OSError(errno.ENOSPC, error.message), plan.folder) from error
     except tf.errors.OpError as error:

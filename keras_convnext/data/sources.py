@@ -20,7 +20,6 @@ import re
 import sys
 import tarfile
 import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ import numpy as np
 from keras_convnext.data import class_names
 from keras_convnext.data.preprocess import IMAGE_SUFFIXES
 from keras_convnext.data.tfrecords import Range, find_records, parse_example
+from keras_convnext.files import replacing_file
 
 INDEX_VERSION = 1
 MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
@@ -1114,16 +1114,8 @@ def write_index(path: str, source: Source, stamp: str = "") -> None:
     texts = {"stamp": stamp, "classes": json.dumps(source.classes)}
     arrays = {name: np.frombuffer(text.encode("utf-8"), np.uint8) for name, text in texts.items()}
     arrays |= {name: getattr(source, name) for name in _ARRAYS}
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing_file(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def read_index(path: str, source_path: str, kind: str, files: list[str], stamp: str = "") -> Source:

@@ -25,9 +25,10 @@ import shutil
 import socket
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
+
+from keras_convnext.files import replacing_file
 
 Value = float | int | str
 
@@ -550,17 +551,9 @@ def _finish(axes: Any) -> None:
 def _save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
-    _replace(pathlib.Path(path), file.getvalue())
+    _replace(path, file.getvalue())
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file in one step, so that neither a kill nor a full disk leaves half of it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _replace(path: str | os.PathLike[str], content: bytes) -> None:
+    with replacing_file(path) as file:
+        file.write(content)

@@ -29,11 +29,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from keras_convnext.downloads import _LOCKS_UNSUPPORTED, _NO_SPACE, _sync_folder, _try_lock
+from keras_convnext.downloads import LOCKS_UNSUPPORTED, NO_SPACE, sync_folder, try_lock
+from keras_convnext.files import replacing_file
 from keras_convnext.torch_files import (
     FileFormatError,
-    _little_endian_bytes,
-    _replacing_file,
+    little_endian_bytes,
     read_safetensors_metadata,
     read_state_dict,
     write_safetensors,
@@ -119,7 +119,7 @@ def open_run(
             # In any case: a disk that is there and takes no more files shows here.
             _write_bytes(folder / RUN_FILE, _json_bytes({"format": _FORMAT, "identity": begun}))
             (folder / CHECKPOINT_FOLDER).mkdir(exist_ok=True)
-            _sync_folder(folder)
+            sync_folder(folder)
         return RunFolder(folder, begun, keep, stack.pop_all())
 
 
@@ -185,7 +185,7 @@ class RunFolder:
         metadata = {"format": _FORMAT, "state": text, "crc32": _checksum(arrays, text)}
         with _writing(path.parent, sum(array.nbytes for array in arrays.values())):
             write_safetensors(path, arrays, metadata)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         self._damaged.discard(step)
         for number in sorted(self._damaged):
             self._remove(number)
@@ -329,7 +329,7 @@ class RunFolder:
                 with open(temporary, "r+b") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
         return path
@@ -468,12 +468,12 @@ def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
         # buffer, or else closing it would fail on a full disk.
         file = stack.enter_context((folder / _LOCK_FILE).open("a+b", buffering=0))
         try:
-            is_free = _try_lock(file)
+            is_free = try_lock(file)
         except OSError as error:
-            if error.errno not in _LOCKS_UNSUPPORTED:
+            if error.errno not in LOCKS_UNSUPPORTED:
                 raise
             file = stack.enter_context(_local_lock(folder).open("a+b", buffering=0))
-            is_free = _try_lock(file)
+            is_free = try_lock(file)
     if not is_free:
         raise RunFolderError(
             f"Another process trains in '{folder}' ({_holder(file)}). Wait for it, end it, or pass another "
@@ -555,7 +555,7 @@ def _writing(folder: pathlib.Path, needed: int | None = None) -> Iterator[None]:
 
 def _disk_error(error: OSError, folder: pathlib.Path, needed: int | None) -> RunFolderError:
     reason = error.strerror or str(error)
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return RunFolderError(
             f"No space at '{folder}' ({reason}){_missing_text(folder, needed)}. What was there before is "
             "kept. Free some, and start the same run again: it continues from the last checkpoint."
@@ -578,9 +578,9 @@ def _missing_text(folder: pathlib.Path, needed: int | None) -> str:
 
 
 def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    with _replacing_file(path) as file:
+    with replacing_file(path) as file:
         file.write(content)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], state: str) -> str:
@@ -589,7 +589,7 @@ def _checksum(arrays: Mapping[str, np.ndarray], state: str) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         crc = zlib.crc32(f"\n{name} {_array_text(array.shape, array.dtype)}\n".encode(), crc)
-        crc = zlib.crc32(_little_endian_bytes(array), crc)
+        crc = zlib.crc32(little_endian_bytes(array), crc)
     return f"{crc:08x}"
 
 
