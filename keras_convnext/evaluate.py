@@ -362,12 +362,13 @@ def _run(model, dataset, source: Source, columns, progress: "_Progress") -> dict
     }
 
 
-def validate(model: Any, dataset: Any) -> dict[str, float]:
+def validate(model: Any, dataset: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Scores a classifier on batches that are made anew at each call, as training does after each epoch.
 
     Args:
         model: from (N, H, W, 3) pixels in 0..255 to logits (N, K), class i of the data being output i.
         dataset: what `batches.eval_batches` returns.
+        after_batch: called after each batch; may raise to end the evaluation.
 
     Returns:
         {"loss": mean cross-entropy of the labels without smoothing, "top1": percent, "top5": percent, "n":
@@ -375,6 +376,7 @@ def validate(model: Any, dataset: Any) -> dict[str, float]:
     """
     losses, ranks = [np.zeros(0)], [np.zeros(0, np.int32)]
     for batch, outputs in _with_outputs(model, dataset.as_numpy_iterator()):
+        after_batch()
         logits, labels = outputs[batch["mask"]].astype(np.float64), batch["labels"][batch["mask"]]
         largest = logits.max(axis=1, keepdims=True)
         own = np.take_along_axis(logits, labels[:, None], axis=1)

@@ -197,6 +197,26 @@ def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted, tmp_path
         trainer.train(recipe, folder, progress=False)
 
 
+def test_a_run_goes_on_under_another_backend_and_makes_what_was_lost(uninterrupted, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for path in folder.glob("final*"):
+        path.unlink()
+    with run_folder.open_run(
+        folder, json.loads((folder / "run.json").read_text())["identity"], checkpoint_bytes=0
+    ) as run:
+        arrays, state = run.latest()
+        integers = [name for name, array in arrays.items() if np.issubdtype(array.dtype, np.integer)]
+        arrays |= {name: arrays[name].astype(np.int64) for name in integers}
+        run.save(arrays, state | {"backend": "another"})
+    assert len(integers) >= 2
+    trainer.train(small(), folder, progress=False)
+    assert "was begun on another" in caplog.text
+    (arrays, _), (others, _) = weights_of(folder), weights_of(uninterrupted)
+    assert arrays.keys() == others.keys()
+    assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(
     "changes",
@@ -302,6 +322,14 @@ def test_a_full_disk_is_noticed_before_training(tmp_path):
 
 
 @pytest.mark.once
+def test_a_missing_matplotlib_is_noticed_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'keras-convnext\[data\]'"):
+        trainer.train(small(), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.once
 def test_a_folder_that_cannot_be_written_is_noticed_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(run_folder.RunFolderError, match="file"):
@@ -339,6 +367,62 @@ def test_folders_without_splits_are_divided_by_class_and_seed(tmp_path):
     assert [other.name(n) for n in range(4)] != [validation.name(n) for n in range(4)]
     whole, none = trainer.open_data(dataclasses.replace(recipe, validation_fraction=0.0))
     assert (len(whole), none) == (20, None)
+
+
+def write_photos(folder, classes, count, size=8):
+    from PIL import Image
+
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (size, size), (number, 0, 0)).save(folder / name / f"{number}.png")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["validation", "val", "valid", "test"])
+def test_the_validation_split_is_found_under_its_usual_names(name, tmp_path):
+    write_photos(tmp_path / "train", ("a", "b"), 4)
+    write_photos(tmp_path / name, ("a", "b"), 2)
+    recipe = dataclasses.replace(small(), data=str(tmp_path), train_split="", validation_fraction=0.2)
+    training, validation = trainer.open_data(recipe)
+    assert (len(training), len(validation)) == (8, 4)
+
+
+@pytest.mark.once
+def test_validation_comes_before_test(tmp_path):
+    for name, count in (("train", 4), ("test", 3), ("val", 2)):
+        write_photos(tmp_path / name, ("a", "b"), count)
+    assert len(trainer.open_data(dataclasses.replace(small(), data=str(tmp_path)))[1]) == 4
+
+
+@pytest.mark.once
+def test_a_single_class_is_an_error(tmp_path):
+    write_photos(tmp_path, ("cat",), 4)
+    with pytest.raises(ValueError, match=r"two classes or more, received those of 1 .*: cat"):
+        trainer.open_data(dataclasses.replace(small(), data=str(tmp_path)))
+
+
+@pytest.mark.once
+def test_too_many_damaged_images_are_named_in_one_line(tmp_path, capsys):
+    write_photos(tmp_path / "photos", ("a", "b"), 20)
+    for number in range(3):
+        (tmp_path / "photos" / "a" / f"{number}.png").write_bytes(b"not an image")
+    words = ["--set=architecture=test_convnext", "--set=batch_size=16", "--set=train_split=", "--quiet"]
+    folder = tmp_path / "run"
+    command = ["train", "smoke", "--data", str(tmp_path / "photos"), "--out", str(folder), *words]
+    assert cli.main(command) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("keras-convnext: error: Expected at most 0.01 of the 40 images")
+    assert "Traceback" not in message
+    assert json.loads((folder / "faults.json").read_text())["train"]
+
+
+@pytest.mark.once
+def test_folders_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(run_folder.RunFolderError, match=str(tmp_path)):
+        trainer.train(small(), "~/file/run", progress=False)
 
 
 @pytest.mark.once

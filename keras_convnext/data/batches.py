@@ -38,6 +38,7 @@ class Faults:
     """The images that could not be decoded, collected while batches are made.
 
     Attributes:
+        source: what the images are of.
         max_share: the share of all examples that may fail before `check` raises.
     """
 
@@ -48,7 +49,7 @@ class Faults:
                 f"Pass the share of the images that may be damaged, such as {MAX_FAULT_SHARE}."
             )
         self.max_share = max_share
-        self._source = source
+        self.source = source
         self._reasons: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -63,7 +64,7 @@ class Faults:
     def report(self) -> dict[str, str]:
         """Returns the reason by the name of the example, in the order of the source."""
         with self._lock:
-            return {self._source.name(number): self._reasons[number] for number in sorted(self._reasons)}
+            return {self.source.name(number): self._reasons[number] for number in sorted(self._reasons)}
 
     def check(self) -> None:
         """Raises when more than the allowed share of all examples has failed.
@@ -71,11 +72,11 @@ class Faults:
         Raises:
             DataError: it has; tells the count, the bound and the first images.
         """
-        if len(self) > self.max_share * len(self._source):
+        if len(self) > self.max_share * len(self.source):
             first = "; ".join(f"{name}: {reason}" for name, reason in list(self.report().items())[:3])
             raise DataError(
-                f"Expected at most {self.max_share:.3g} of the {len(self._source)} images of "
-                f"'{self._source.path}' to be damaged, but {len(self)} could not be decoded so far. Repair "
+                f"Expected at most {self.max_share:.3g} of the {len(self.source)} images of "
+                f"'{self.source.path}' to be damaged, but {len(self)} could not be decoded so far. Repair "
                 f"them or allow a larger share. First of them: {first}"
             )
 

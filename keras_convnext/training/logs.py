@@ -15,6 +15,7 @@ import collections
 import csv
 import datetime
 import difflib
+import importlib.util
 import io
 import math
 import numbers
@@ -50,6 +51,11 @@ _REDRAW_SECONDS = 0.2
 _PLAIN_LINE_SECONDS = 300
 _SPEED_SECONDS = 10  # images/s is the mean over these
 _SHORTEST_BAR, _LONGEST_BAR = 8, 40  # characters
+
+
+_NO_MATPLOTLIB = (
+    "Curves are drawn with matplotlib, which is not installed. Run pip install 'keras-convnext[data]'."
+)
 
 
 class CsvLog:
@@ -153,6 +159,16 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
             )
         rows.append(row)
     return rows
+
+
+def check_drawing() -> None:
+    """Checks that curves can be drawn, before hours are spent on what they are of.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(_NO_MATPLOTLIB)
 
 
 def draw_curves(rows: Sequence[Mapping[str, Value]], path: str | os.PathLike[str], title: str = "") -> None:
@@ -263,6 +279,7 @@ class TensorBoardLog:
                 "pip install tensorflow, or train without this log."
             ) from error
         self._protos = tf.compat.v1
+        self._error = tf.errors.OpError
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -279,6 +296,9 @@ class TensorBoardLog:
         Args:
             step: optimizer steps since the beginning of the run.
             scalars: value by name; kept as float32.
+
+        Raises:
+            OSError: the file cannot be written, such as on a full disk.
         """
         values = [
             self._protos.Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()
@@ -291,8 +311,11 @@ class TensorBoardLog:
 
     def _append(self, **fields: Any) -> None:
         event = self._protos.Event(wall_time=time.time(), **fields)
-        self._writer.write(event.SerializeToString())
-        self._writer.flush()
+        try:
+            self._writer.write(event.SerializeToString())
+            self._writer.flush()
+        except self._error as error:
+            raise OSError(f"'{self.path}' cannot be written: {error.message}. Free some space.") from None
 
 
 class Progress:
@@ -516,10 +539,7 @@ def _figure(width: float, height: float, title: str) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "Curves are drawn with matplotlib, which is not installed. Run "
-            "pip install 'keras-convnext[data]'."
-        ) from error
+        raise ImportError(_NO_MATPLOTLIB) from error
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, parse_math=False)

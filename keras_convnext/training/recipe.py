@@ -303,7 +303,8 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, An
     if problems:
         raise ValueError(_listed(path, problems))
     for key in ("data", "weights", "teacher"):
-        place = (Path.cwd() if key in overrides else path.resolve().parent) / values[key]
+        folder = Path.cwd() if key in overrides else path.resolve().parent
+        place = folder / os.path.expanduser(values[key])
         if values[key] and (key == "data" or place.exists()):
             values[key] = str(place)
     problems = _out_of_range(values) or _conflicts(values)
@@ -594,7 +595,7 @@ def _warnings_always(recipe: Recipe, num_steps: int | None) -> list[str]:
             f"ema_decay {recipe.ema_decay:g} averages over about {1 / (1 - recipe.ema_decay):.0f} steps, "
             f"but the run has {num_steps}: its first weights would still count for "
             f"{recipe.ema_decay**num_steps:.0%} of what is saved. The papers' 0.9999 is for runs of more "
-            f"than 30000 steps. Set ema_decay to at most {highest:g}, or to 0."
+            f"than 30000 steps. Set ema_decay to {f'at most {highest:g}, or to ' if highest else ''}0."
         )
     if recipe.drop_path_rate > 0.3 and VARIANTS[recipe.architecture].parameters < 30e6:
         messages.append(
@@ -744,6 +745,11 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"layer_scale_init_value: expected 0 for {variant.name}, whose blocks have GRN in place of "
             f"LayerScale, received {values['layer_scale_init_value']!r}"
+        )
+    if variant.isotropic and values["layer_decay"] < 1:
+        problems.append(
+            f"layer_decay: expected 1 for {variant.name}, as none is published for isotropic models, "
+            f"received {values['layer_decay']!r}"
         )
     if values["batch_size"] % values["accumulation_steps"]:
         problems.append(

@@ -44,6 +44,7 @@ CURVES_FILE = "curves.png"
 RECIPE_FILE = "recipe.toml"
 ENVIRONMENT_FILE = "environment.json"
 RESULT_FILE = "result.json"
+FAULTS_FILE = "faults.json"
 _SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
 _MAX_DUMPED = 64  # images of a batch that gave NaN
 _SCORES = ("loss", "top1", "top5")
@@ -59,6 +60,10 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run can go on
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+class _Signalled(Exception):  # noqa: N818 - not an error
+    """A signal was received while the model was validated."""
 
 
 class NonFiniteError(ValueError):
@@ -122,6 +127,8 @@ def train(
         NonFiniteError: the loss is NaN or infinite. The step, its images and a list of the weights that are
             not finite are in a folder `nonfinite-step-...`; the last checkpoint is from before.
         Interrupted: by a signal; the same call goes on.
+        ImportError: TensorFlow, which reads the images, or matplotlib, which draws the curves, is not
+            installed.
 
     Example:
         result = train("smoke", "out/smoke")
@@ -129,6 +136,7 @@ def train(
     """
     begin = time.monotonic()
     batches = evaluate.import_batches()
+    logs.check_drawing()
     chosen = _chosen_recipe(recipe, data, overrides)
     training, validation = open_data(chosen)
     plan = Plan.of(chosen, training)
@@ -136,19 +144,27 @@ def train(
         student, new_head = build_model(chosen, len(training.classes))
         model = _compiled(chosen, student, plan)
         folder = run_folder.open_run(
-            output,
+            os.path.expanduser(output),
             {**_identity(chosen), "data": fingerprint(training), "validation": _fingerprint(validation)},
             checkpoint_bytes=sum(variable_bytes(v) for v in _state_variables(model, student).values()),
             keep=chosen.keep_checkpoints,
         )
         with folder:
-            if (folder.path / RESULT_FILE).exists():
+            if (folder.path / RESULT_FILE).exists() and _final_weights(folder.path):
                 result = json.loads((folder.path / RESULT_FILE).read_text())
                 _logger.warning("The run in %s has ended; nothing is left to do.", folder.path)
                 return _result(folder, plan, result, begin)
             run = _Run(chosen, plan, folder, model, student, batches, training, validation, workers, progress)
             for note in _notes(chosen, plan, new_head):
                 _logger.warning("%s", note)
+            if validation is None:
+                _logger.warning(
+                    "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
+                )
+            if chosen.weights and not new_head:
+                run.progress.say(
+                    f"The classifier of the weights is kept, for {len(training.classes)} classes."
+                )
             with _signals_noted(run):
                 run.resume()
                 run.fit()
@@ -221,13 +237,22 @@ def _chosen_recipe(given, data, overrides) -> Recipe:
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     """Opens the images to train on and those to evaluate on; None where there are none.
 
+    Without `val_split` these are the data's validation split (validation, val or valid), else its test split,
+    else the part that `validation_fraction` holds out.
+
     Raises:
         SourceError: the data or one of its splits cannot be used.
-        ValueError: the validation images have classes that are not trained.
+        ValueError: there is one class only, or the validation images have classes that are not trained.
     """
     splits = sources.list_splits(recipe.data)
     training = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
-    name = recipe.val_split or next((split for split in ("validation", "test") if split in splits), "")
+    if len(training.classes) < 2:
+        raise ValueError(
+            f"Expected images of two classes or more, received those of {len(training.classes)} in "
+            f"'{recipe.data}': {', '.join(training.classes)}. Name the folder that holds the class folders."
+        )
+    kinds = {sources.canonical_split(split): split for split in reversed(splits)}
+    name = recipe.val_split or kinds.get("validation") or kinds.get("test")
     if name:
         validation = sources.open_source(recipe.data, name)
         return training, _with_classes_of(training, validation)
@@ -250,8 +275,13 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result, without the place of the data, which may be moved between two starts."""
-    return {key: value for key, value in identity(recipe).items() if key != "data"}
+    """What decides the result, without places of files, which may be moved between two starts."""
+    values = {key: value for key, value in identity(recipe).items() if key != "data"}
+    for key in ("weights", "teacher"):
+        if values[key] and classifiers.names_file(values[key]):
+            path = models.existing_file(values[key])
+            values[key] = f"{path.name} of {path.stat().st_size} bytes"
+    return values
 
 
 def _fingerprint(source: Source | None) -> str:
@@ -328,13 +358,18 @@ def _describe(recipe: Recipe) -> tuple[checkpoints.Checkpoint | None, int]:
     if not classifiers.names_file(recipe.weights):
         row = checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
         return row, row.classes
-    path = models.existing_file(recipe.weights)
+    return None, state_dicts.inspect(models.read_file(_with_contents(recipe.weights))).classes
+
+
+def _with_contents(weights: str) -> pathlib.Path:
+    """Returns the path of a weight file that says which model it is of."""
+    path = models.existing_file(weights)
     if keras_files.is_bare(path):
         raise ValueError(
-            f"Expected weights that say what they are of, received '{path}'. Start from the .safetensors "
-            "file beside it, or from a .keras file."
+            f"Expected weights that say what they are of, received '{path}'. Take the .safetensors file "
+            "beside it, or a .keras file."
         )
-    return None, state_dicts.inspect(models.read_file(path)).classes
+    return path
 
 
 def _compiled(recipe: Recipe, student: Any, plan: Plan) -> Any:
@@ -389,7 +424,7 @@ def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
     """What `load` takes for a teacher: a tag, or the architecture that a file says it is of, and the file."""
     if not classifiers.names_file(recipe.teacher):
         return (recipe.teacher,)
-    path = models.existing_file(recipe.teacher)
+    path = _with_contents(recipe.teacher)
     return state_dicts.find_variant(models.read_file(path)).name, os.fspath(path)
 
 
@@ -427,7 +462,10 @@ class _Run:
         self.batches = batches
         self.training = training
         self.workers = workers
-        self.faults = batches.Faults(training)
+        # All are allowed to the pipeline, whose own error would come wrapped in TensorFlow's.
+        self.faults = {"train": batches.Faults(training, max_share=1.0)}
+        if validation is not None:
+            self.faults["validation"] = batches.Faults(validation, max_share=1.0)
         self.progress = logs.Progress(
             recipe.epochs, plan.steps_per_epoch, recipe.batch_size, quiet=not progress
         )
@@ -454,6 +492,7 @@ class _Run:
             resize_mode=recipe.eval_resize_mode,
             resize_size=recipe.eval_resize_size or None,
             interpolation=recipe.eval_interpolation,
+            faults=self.faults["validation"],
             workers=self.workers,
         )
 
@@ -483,7 +522,7 @@ class _Run:
             repeats=recipe.repeats,
             mean=row.mean,
             std=row.std,
-            faults=self.faults,
+            faults=self.faults["train"],
             workers=self.workers,
         )
 
@@ -499,10 +538,11 @@ class _Run:
 
     def resume(self) -> None:
         """Takes up the newest checkpoint, or writes what a new run begins with."""
+        environment = json.dumps(self._environment(), indent=1) + "\n"
         self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
-        self.folder.write_text(ENVIRONMENT_FILE, json.dumps(self._environment(), indent=1) + "\n")
         latest = self.folder.latest()
         if latest is None:
+            self.folder.write_text(ENVIRONMENT_FILE, environment)
             self.log.resume(before_epoch=1)
             return
         arrays, state = latest
@@ -510,7 +550,16 @@ class _Run:
         expected = {
             name: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for name, v in variables.items()
         }
+        if state["backend"] != keras.backend.backend():
+            _logger.warning(
+                "The run was begun on %s and goes on on %s: it will not end with the same digits.",
+                state["backend"],
+                keras.backend.backend(),
+            )
+            # Counters and random states have other integer types there.
+            arrays = {name: _as_integers(array, expected.get(name)) for name, array in arrays.items()}
         run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
+        self.folder.write_text(ENVIRONMENT_FILE, environment)
         for name, variable in variables.items():
             variable.assign(arrays[name])
         if state["is_best"]:  # a kill may have come before this was noted
@@ -559,6 +608,7 @@ class _Run:
         """
         self.done += 1
         self.sums = {name: self.carried.get(name, 0.0) + in_fit * value for name, value in means.items()}
+        self._check_faults("train")
         if not math.isfinite(means["loss"]):
             raise self._non_finite(f"a loss of {means['loss']}")
         in_epoch = (self.done - 1) % self.plan.micro_batches_per_epoch + 1
@@ -569,8 +619,7 @@ class _Run:
         if self.received_signal:
             self._stop()
         minutes = self.recipe.checkpoint_minutes
-        is_last = in_epoch == self.plan.micro_batches_per_epoch
-        if minutes and not is_last and time.monotonic() - self.saved_at >= 60 * minutes:
+        if minutes and time.monotonic() - self.saved_at >= 60 * minutes:
             self.save()
 
     def _stop(self) -> None:
@@ -586,19 +635,25 @@ class _Run:
     def end_epoch(self) -> None:
         """Validation, log, curves, best weights and a checkpoint."""
         epoch, count = self.epoch, self.plan.micro_batches_per_epoch
-        schedule = _inner(self.model.optimizer)._learning_rate
+        inner = _inner(self.model.optimizer)
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             **{name: total / count for name, total in self.sums.items()},
-            "learning_rate": float(schedule(self.step - 1)),
+            "learning_rate": float(inner._learning_rate(max(int(inner.iterations) - 1, 0))),
         }
+        if self.recipe.precision == "mixed_float16":
+            row["skipped_batches"] = self.done - int(inner._iterations)
+            if row["skipped_batches"] == self.done:
+                raise self._non_finite("an overflow in float16 in every batch since the beginning")
         if self.validation is not None:
             self.progress.status("validation")
-            row |= self._scores("val", self.student)
-            if self.recipe.ema_decay:
-                with optimizer.ema_weights(self.model):
-                    row |= self._scores("ema_val", self.student)
+            with contextlib.suppress(_Signalled):
+                row |= self._scores("val", self.student)
+                if self.recipe.ema_decay:
+                    with optimizer.ema_weights(self.model):
+                        row |= self._scores("ema_val", self.student)
+            self._check_faults("validation")
         if self.received_signal:  # while it was validated, which is done again
             self._stop()
         if self.progress.images_per_second is not None:
@@ -616,8 +671,25 @@ class _Run:
             self.save(is_best)
 
     def _scores(self, prefix: str, model: Any) -> dict[str, float]:
-        scores = evaluate.validate(model, self.validation)
+        scores = evaluate.validate(model, self.validation, self._raise_if_signalled)
         return {f"{prefix}_{name}": scores[name] for name in _SCORES}
+
+    def _raise_if_signalled(self) -> None:
+        if self.received_signal:
+            raise _Signalled
+
+    def _check_faults(self, split: str) -> None:
+        """Stops when too many images of a split cannot be decoded, with a list of them in the folder."""
+        faults = self.faults[split]
+        if len(faults) > self.batches.MAX_FAULT_SHARE * len(faults.source):
+            self._write_faults()
+            faults.max_share = self.batches.MAX_FAULT_SHARE
+            faults.check()
+
+    def _write_faults(self) -> None:
+        reports = {split: faults.report() for split, faults in self.faults.items() if len(faults)}
+        if reports:
+            self.folder.write_text(FAULTS_FILE, json.dumps(reports, indent=1) + "\n")
 
     def _note_best(self, row: Mapping[str, Any]) -> bool:
         """Writes the weights of the best epoch so far, of the average or not, whichever is better."""
@@ -646,6 +718,7 @@ class _Run:
             "sums": self.sums,
             "best": self.best,
             "is_best": is_best,
+            "backend": keras.backend.backend(),
         }
         self.folder.save(arrays, state)
         if is_best:
@@ -697,8 +770,7 @@ class _Run:
             layout = "official" if VARIANTS[self.recipe.architecture].isotropic else "timm"
             self.folder.write_with("final.safetensors", lambda path: save_weights(merged, path, layout))
         self.folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in self.training.classes))
-        if len(self.faults):
-            self.folder.write_text("faults.json", json.dumps(self.faults.report(), indent=1) + "\n")
+        self._write_faults()
         scores = dict(self.log.rows[-1]) | {f"best_{name}": value for name, value in self.best.items()}
         self.folder.write_text(RESULT_FILE, json.dumps(scores, indent=1) + "\n")
         self.tensorboard.close()
@@ -725,6 +797,13 @@ class _BetweenSteps(keras.callbacks.Callback):
 def _inner(optimizer_: Any) -> Any:
     """The optimizer inside a `LossScaleOptimizer`."""
     return getattr(optimizer_, "inner_optimizer", optimizer_)
+
+
+def _as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
+    """The integers of one backend in the type of another; other arrays as they are."""
+    if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
+        return array
+    return array.astype(expected[1])
 
 
 def _non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
@@ -783,6 +862,11 @@ def _signals_noted(run: _Run) -> Iterator[None]:
 
 
 def _result(folder, plan: Plan, scores: dict[str, Any], begin: float) -> TrainingResult:
-    names = ("final_ema.weights.h5", "final.weights.h5")
-    weights = next(folder.path / name for name in names if (folder.path / name).exists())
+    weights = _final_weights(folder.path)[0]
     return TrainingResult(folder.path, weights, plan.total_steps, scores, time.monotonic() - begin)
+
+
+def _final_weights(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of final weights, the average first."""
+    names = ("final_ema.weights.h5", "final.weights.h5")
+    return [folder / name for name in names if (folder / name).exists()]
