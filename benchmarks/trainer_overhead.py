@@ -54,10 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         np.random.default_rng(0).uniform(0, 255, (options.batch_size, *2 * [options.image_size], 3)),
         np.eye(10)[np.arange(options.batch_size) % 10],
     )
-    dataset = tf.data.Dataset.from_tensors([array.astype("float32") for array in batch]).map(
-        lambda x, y: (x, y)
-    )
-    dataset = dataset.repeat().prefetch(2)
+    images, targets = (array.astype("float32") for array in batch)
+    dataset = tf.data.Dataset.from_tensors((images, targets)).repeat().prefetch(2)
 
     training, _ = trainer.open_data(recipe)
     plan = dataclasses.replace(
@@ -126,12 +124,14 @@ def bare_steps(model, dataset, steps: int) -> None:
         import torch
 
         for _ in range(steps):
-            model.train_function([tuple(torch.as_tensor(array) for array in next(batches))])
+            model.train_function([tuple(torch.tensor(array) for array in next(batches))])
         return
+    import jax
+
     names = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
     state = model._get_jax_state(**dict.fromkeys(names, True), purge_model_variables=True)
     for _ in range(steps):
-        logs, state = model.train_function(state, iter([next(batches)]))
+        logs, state = model.train_function(state, iter([jax.device_put(next(batches))]))
         float(logs["loss"])
     model._jax_state = dict(zip(names, state, strict=True))
     model._jax_state_synced = False
