@@ -475,7 +475,6 @@ class _Run:
         self.carried: dict[str, float] = {}  # sums over the part of the epoch before an interruption
         self.sums: dict[str, float] = {}  # over all of the epoch so far
         self.best: dict[str, float] = {}
-        self.seconds = 0.0  # of this epoch's steps
         self.received_signal = 0
         self.saved_at = time.monotonic()
         self.saved = -1  # micro-batches that the last checkpoint is of
