@@ -1,4 +1,4 @@
-"""What every test process needs before its first import."""
+"""What every test process needs before its first import, and how the tests of the command line run it."""
 
 import os
 import warnings
@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a
 if os.environ.get("KERAS_BACKEND") == "tensorflow":
     import tensorflow  # noqa: F401
 
+import pytest
 import torch
 
 # The published torchvision wheels are CUDA builds. With the CPU build of torch two of its operators are not
@@ -21,3 +22,61 @@ for _name in ("nms", "qnms"):
 
 torch.set_num_threads(2)
 warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy keyword")
+
+COMMAND_TAG = "test_convnext2.r160_in1k"
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """timm's model of `COMMAND_TAG`, random, with logits far enough apart for probabilities that tell."""
+    import timm
+    from peers import randomise
+
+    model = randomise(timm.create_model(COMMAND_TAG, pretrained=False), seed=1)
+    with torch.no_grad():
+        model.head.fc.weight.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights_folder(peer, tmp_path_factory):
+    """The folder of files placed by hand, with one of `peer`; nothing else is found, no network is used."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("weights")
+    save_file(peer.state_dict(), folder / f"{COMMAND_TAG}.safetensors", {"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(folder))
+        patch.setenv("KERAS_CONVNEXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
+        patch.delenv("KERAS_CONVNEXT_DEBUG", raising=False)
+        yield folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs a command in a folder of its own and returns (exit code, stdout, stderr)."""
+    from keras_convnext import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        capsys.readouterr()
+        code = cli.main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Runs a command that must fail with code 2, print nothing but one error, and returns the error."""
+
+    def refused(*words):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("keras-convnext: error: ")
+        assert "Traceback" not in err
+        return err
+
+    return refused

@@ -29,52 +29,7 @@ PHOTOGRAPHS = sorted([*IMAGES.glob("*.jpg"), *IMAGES.glob("*.png")])
 TAG = "test_convnext2.r160_in1k"
 
 
-@pytest.fixture(scope="module")
-def peer():
-    """timm's model of `TAG`, random, with logits far enough apart for probabilities that tell."""
-    model = randomise(timm.create_model(TAG, pretrained=False), seed=1)
-    with torch.no_grad():
-        model.head.fc.weight.mul_(3)
-    return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def weights_folder(peer, tmp_path_factory):
-    """The folder of files placed by hand, with one for `TAG`; nothing else is found, no network is used."""
-    folder = tmp_path_factory.mktemp("weights")
-    save_file(peer.state_dict(), folder / f"{TAG}.safetensors", {"format": "pt"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(folder))
-        patch.setenv("KERAS_CONVNEXT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
-        patch.delenv("KERAS_CONVNEXT_DEBUG", raising=False)
-        yield folder
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command and returns (exit code, stdout, stderr)."""
-
-    def run(*words):
-        capsys.readouterr()
-        code = cli.main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refused(run):
-    """Runs a command that must fail with code 2, print nothing but one error, and returns the error."""
-
-    def refused(*words):
-        code, out, err = run(*words)
-        assert (code, out) == (2, "")
-        assert err.startswith("keras-convnext: error: ")
-        assert "Traceback" not in err
-        return err
-
-    return refused
+pytestmark = pytest.mark.usefixtures("weights_folder")
 
 
 def weights(folder):
@@ -521,7 +476,7 @@ def test_wrong_usage_ends_with_2_and_help_with_0(capsys):
         (["convert", "--help"], 0, "--layout timm"),
         (["list", "--help"], 0, "--architectures"),
         (["info", "--help"], 0, "my_weights.safetensors"),
-        (["train"], 2, "invalid choice: 'train'"),
+        (["trian"], 2, "invalid choice: 'trian'"),
         (["predict"], 2, "IMAGE_OR_FOLDER"),
         (["predict", "x.jpg", "--top", "0"], 2, "expected a whole number from 1 up, received '0'"),
     ):

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from peers import randomise
 from PIL import Image
-from safetensors.torch import save_file
 
 from keras_convnext import cli
 from keras_convnext.data.class_names import synset_ids
@@ -27,53 +25,7 @@ TAG = "test_convnext2.r160_in1k"
 NUM_IMAGES = 5
 
 
-@pytest.fixture(scope="module")
-def peer():
-    """timm's model of `TAG`, random, with logits far enough apart."""
-    model = randomise(timm.create_model(TAG, pretrained=False), seed=1)
-    with torch.no_grad():
-        model.head.fc.weight.mul_(3)
-    return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def weights_folder(peer, tmp_path_factory):
-    """The folder of files placed by hand, with one for `TAG`; nothing else is found, no network is used."""
-    folder = tmp_path_factory.mktemp("weights")
-    save_file(peer.state_dict(), folder / f"{TAG}.safetensors", {"format": "pt"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(folder))
-        patch.setenv("KERAS_CONVNEXT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
-        patch.delenv("KERAS_CONVNEXT_DEBUG", raising=False)
-        yield folder
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Runs a command in a folder of its own and returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        capsys.readouterr()
-        code = cli.main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refused(run):
-    """Runs a command that must fail with code 2, print nothing but one error, and returns the error."""
-
-    def refused(*words):
-        code, out, err = run(*words)
-        assert (code, out) == (2, "")
-        assert err.startswith("keras-convnext: error: ")
-        assert "Traceback" not in err
-        return err
-
-    return refused
+pytestmark = pytest.mark.usefixtures("weights_folder")
 
 
 def jpeg(number):
