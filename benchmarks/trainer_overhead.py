@@ -1,10 +1,11 @@
-"""Time of a training step by the trainer, against the bare step of Keras, in one process on the same batch.
+"""Time of a training step by the trainer, against the bare step of Keras inside it.
 
 The trainer adds what goes on between two steps: progress, the check of the loss, the callbacks of `fit`, the
-checkpoint by time. Both are timed in turns on the same compiled model; the medians are compared. The batch is
-in memory, so that the input pipeline is not what is measured.
+checkpoint by time. Keras's compiled step is timed within `fit`, until its results are there; what `fit` takes
+beyond that is the overhead. So both are of the same steps, and other work on the machine changes neither side
+alone. The batch is in memory: the input pipeline is not what is measured.
 
-    KERAS_BACKEND=torch python benchmarks/trainer_overhead.py --rounds 7 --steps 10
+    KERAS_BACKEND=torch python benchmarks/trainer_overhead.py --rounds 5 --steps 20
 """
 
 import argparse
@@ -33,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each, default 7")
-    parser.add_argument("--steps", type=int, default=10, help="steps in a turn, default 10")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of fit, default 5")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each, default 20")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
     parser.add_argument("--image-size", type=int, default=64, help="pixels, default 64")
     parser.add_argument("--architecture", default="convnext_atto", help="default convnext_atto")
@@ -71,71 +72,73 @@ def main(arguments: list[str] | None = None) -> int:
             recipe, plan, opened, model, student, evaluate.import_batches(), training, None, 1, True
         )
 
-        def by_trainer(steps: int) -> None:
-            model.fit(dataset, steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=[Between(run)])
-
-        ways = {"bare step": lambda steps: bare_steps(model, dataset, steps), "trainer": by_trainer}
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for way in ways.values():
-            way(2)
-        for number in range(options.rounds):
-            for name in list(ways)[:: 1 if number % 2 else -1]:
-                # Iterators and threads are started in both; the difference of two lengths is without that.
-                begin = time.perf_counter()
-                ways[name](2)
-                middle = time.perf_counter()
-                ways[name](2 + options.steps)
-                seconds[name].append((time.perf_counter() - middle - (middle - begin)) / options.steps)
+        overheads, bare = [], []
+        for number in range(options.rounds + 1):
+            watch = Watch(run)
+            model.make_train_function()
+            model.train_function = watch.timed(model.train_function)
+            model.fit(dataset, steps_per_epoch=options.steps + 1, verbose=0, shuffle=False, callbacks=[watch])
+            model.train_function = watch.function
+            if number > 0:  # the first compiles
+                overheads.append((watch.total - watch.inside) / options.steps)
+                bare.append(watch.inside / options.steps)
     backend = importlib.import_module(keras.backend.backend())
     print(
         f"{options.architecture}, batch {options.batch_size}, {options.image_size} pixels; "
         f"{keras.backend.backend()} {backend.__version__}, Keras {keras.__version__}, Python "
         f"{platform.python_version()}, {evaluate.environment()['cpu']}, {os.cpu_count()} cores; "
-        f"{options.rounds} rounds of {options.steps} steps, medians"
+        f"{options.rounds} times {options.steps} steps, medians"
     )
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"  {name:<10} {1000 * median:8.2f} ms a step (lowest {1000 * min(seconds[name]):.2f})")
-    lowest = min(seconds["trainer"]) / min(seconds["bare step"]) - 1
-    ratio = medians["trainer"] / medians["bare step"] - 1
-    print(f"  overhead   {100 * ratio:+8.2f} % by medians, {100 * lowest:+.2f} % by minima")
+    step, added = statistics.median(bare), statistics.median(overheads)
+    print(
+        f"  bare step {1000 * step:.2f} ms, trainer {1000 * added:.3f} ms more: {100 * added / step:+.2f} %"
+    )
+    worst = max(more / time for more, time in zip(overheads, bare, strict=True))
+    print(f"  worst of {options.rounds}: {100 * worst:+.2f} %")
     return 0
 
 
-class Between(trainer._BetweenSteps):
-    """The trainer's callback without the end of the epoch, which is not part of a step."""
+class Watch(trainer._BetweenSteps):
+    """The trainer's callback, without the end of the epoch, beside a clock; the first step does not count.
+
+    Attributes:
+        inside: seconds in the compiled step, until its results were there.
+        total: seconds from the end of the first step to the end of the last.
+    """
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.function = None
+        self.inside = self.total = self.begin = 0.0
+        self.calls = 0
+
+    def timed(self, function):
+        self.function = function
+
+        def call(*arguments):
+            begin = time.perf_counter()
+            result = function(*arguments)
+            if keras.backend.backend() == "jax":
+                import jax
+
+                jax.block_until_ready(result)
+            elif keras.backend.backend() == "tensorflow":
+                float(result["loss"])
+            self.calls += 1
+            if self.calls > 1:
+                self.inside += time.perf_counter() - begin
+            return result
+
+        return call
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, logs)
+        if batch == 0:
+            self.begin = time.perf_counter()
+        self.total = time.perf_counter() - self.begin
 
     def on_epoch_end(self, epoch, logs=None):
         pass
-
-
-def bare_steps(model, dataset, steps: int) -> None:
-    """Calls the compiled train step of Keras, and nothing else."""
-    backend = keras.backend.backend()
-    model.make_train_function()
-    if backend == "tensorflow":
-        iterator = iter(dataset)
-        for _ in range(steps):
-            logs = model.train_function(iterator)
-        float(logs["loss"])
-        return
-    batches = dataset.as_numpy_iterator()
-    if backend == "torch":
-        import torch
-
-        for _ in range(steps):
-            model.train_function([tuple(torch.tensor(array) for array in next(batches))])
-        return
-    import jax
-
-    names = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
-    state = model._get_jax_state(**dict.fromkeys(names, True), purge_model_variables=True)
-    for _ in range(steps):
-        logs, state = model.train_function(state, iter([jax.device_put(next(batches))]))
-        float(logs["loss"])
-    model._jax_state = dict(zip(names, state, strict=True))
-    model._jax_state_synced = False
-    model.jax_state_sync()
 
 
 if __name__ == "__main__":
