@@ -1,13 +1,12 @@
 """Weights from one project's file to another's, without building a model where none is needed."""
 
-import os
 import pathlib
-import uuid
 
 import keras
 
 from keras_convnext import checkpoints, models, state_dicts, torch_files
 from keras_convnext.checkpoints import TORCH_SUFFIXES
+from keras_convnext.files import replacing_path
 from keras_convnext.variants import VARIANTS, Variant
 
 KERAS_SUFFIXES = (".weights.h5", ".keras")
@@ -107,14 +106,9 @@ def _write_torch(canonical, variant: Variant, path, layout) -> pathlib.Path:
 
 
 def _write_keras(model, path) -> pathlib.Path:
-    ending = next(ending for ending in KERAS_SUFFIXES if path.name.endswith(ending))
-    part = path.with_name(f".{uuid.uuid4().hex}{ending}")
-    try:
-        if ending == ".keras":
-            model.save(part)
+    with replacing_path(path) as temporary:
+        if path.suffix == ".keras":
+            model.save(temporary)
         else:
-            model.save_weights(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+            model.save_weights(temporary)
     return path

@@ -163,14 +163,14 @@ def evaluate(
         **classifier.preparation,
     )
     settings = {
-        **_model_settings(classifier),
+        **model_settings(classifier),
         **environment(),
-        **_data_settings(source, split),
-        **_preparation_settings(classifier),
+        **data_settings(source, split),
+        **preparation_settings(classifier),
         "outputs": outputs_text,
         "batch_size": str(batch_size),
     }
-    shown = _Progress(-(-len(source) // num_hosts), progress)
+    shown = ImageProgress(-(-len(source) // num_hosts), progress)
     try:
         scores = _run(classifier.model, dataset, source, columns, shown)
     except batches.tf.errors.OpError:
@@ -327,18 +327,18 @@ def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:
 # Running the model.
 
 
-def _run(model, dataset, source: Source, columns, progress: "_Progress") -> dict[str, Any]:
+def _run(model, dataset, source: Source, columns, progress: "ImageProgress") -> dict[str, Any]:
     """Returns the scores of every example that could be decoded, and the time it took."""
     numbers, labels, ranks, predictions = [], [], [], []
     begin = time.perf_counter()
     first_end, first_images, count = begin, 0, 0
-    for index, (batch, outputs) in enumerate(_with_outputs(model, dataset.as_numpy_iterator())):
+    for index, (batch, outputs) in enumerate(with_outputs(model, dataset.as_numpy_iterator())):
         mask = batch["mask"]
         outputs = outputs[mask]
         if columns is not None:
             outputs = np.where(columns < 0, np.float32("-inf"), outputs[:, columns])
         kept = batch["numbers"][mask]
-        _check_outputs(outputs, index, kept, source)
+        check_outputs(outputs, index, kept, source)
         numbers.append(kept)
         labels.append(batch["labels"][mask])
         ranks.append(label_ranks(outputs, labels[-1]))
@@ -375,7 +375,7 @@ def validate(model: Any, dataset: Any, after_batch: Callable[[], None] = lambda:
         number of images}. NaN where the model gives NaN or the data has no image.
     """
     losses, ranks = [np.zeros(0)], [np.zeros(0, np.int32)]
-    for batch, outputs in _with_outputs(model, dataset.as_numpy_iterator()):
+    for batch, outputs in with_outputs(model, dataset.as_numpy_iterator()):
         after_batch()
         logits, labels = outputs[batch["mask"]].astype(np.float64), batch["labels"][batch["mask"]]
         largest = logits.max(axis=1, keepdims=True)
@@ -387,7 +387,7 @@ def validate(model: Any, dataset: Any, after_batch: Callable[[], None] = lambda:
     return {"loss": mean, "top1": percentage(rank < 1), "top5": percentage(rank < 5), "n": len(rank)}
 
 
-def _with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
+def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
     """Yields each batch with its outputs; the next is on the device already while these are worked on."""
     forward = _forward(model)
 
@@ -476,7 +476,7 @@ def best_classes(outputs: np.ndarray, count: int) -> np.ndarray:
     return best
 
 
-def _check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: Source) -> None:
+def check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: Source) -> None:
     bad = np.isnan(outputs).any(axis=1)
     if bad.any():
         raise ValueError(
@@ -500,7 +500,7 @@ def _real_scores(source, real, numbers, predictions) -> np.ndarray:
 # What a row of results says besides the scores.
 
 
-def _model_settings(classifier: TrainedClassifier) -> dict[str, str]:
+def model_settings(classifier: TrainedClassifier) -> dict[str, str]:
     row, file = classifier.row, classifier.file
     if row is not None:
         name, architecture = row.tag, row.architecture
@@ -589,7 +589,7 @@ def _accelerators(backend: Any) -> str:
     return "; ".join(f"{count} x {name}" for name, count in collections.Counter(names).items())
 
 
-def _data_settings(source: Source, split: str | None) -> dict[str, str]:
+def data_settings(source: Source, split: str | None) -> dict[str, str]:
     parts = pathlib.Path(os.path.abspath(source.path)).parts
     return {
         "data_kind": source.kind,
@@ -600,7 +600,7 @@ def _data_settings(source: Source, split: str | None) -> dict[str, str]:
     }
 
 
-def _preparation_settings(classifier: TrainedClassifier) -> dict[str, str]:
+def preparation_settings(classifier: TrainedClassifier) -> dict[str, str]:
     chosen = {"crop": 0.875, "resize_mode": "shorter_side", "resize_size": None, "interpolation": "bicubic"}
     chosen |= classifier.preparation
     size = chosen.pop("image_size")
@@ -612,7 +612,7 @@ def _preparation_settings(classifier: TrainedClassifier) -> dict[str, str]:
     }
 
 
-class _Progress:
+class ImageProgress:
     """One line on stderr, rewritten as batches are done; nothing when nobody watches."""
 
     def __init__(self, total: int, is_wanted: bool) -> None:

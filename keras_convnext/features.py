@@ -505,14 +505,14 @@ def extract_features(
                 return kept
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(source, batch_size=batch_size, faults=faults, **preparation)
-    shown = evaluating._Progress(len(source), progress)
+    shown = evaluating.ImageProgress(len(source), progress)
     features, labels, numbers, count = [], [], [], 0
     try:
-        outputs = evaluating._with_outputs(model, dataset.as_numpy_iterator())
+        outputs = evaluating.with_outputs(model, dataset.as_numpy_iterator())
         for index, (batch, values) in enumerate(outputs):
             mask = batch["mask"]
             kept_numbers = batch["numbers"][mask]
-            evaluating._check_outputs(values[mask], index, kept_numbers, source)
+            evaluating.check_outputs(values[mask], index, kept_numbers, source)
             features.append(values[mask])
             labels.append(batch["labels"][mask])
             numbers.append(kept_numbers)
@@ -649,10 +649,10 @@ def _both_features(settings, model, data, cache, max_faults, progress):
         for source in (train_source, test_source)
     ]
     environment = {
-        **evaluating._model_settings(backbone),
+        **evaluating.model_settings(backbone),
         **evaluating.environment(),
-        **evaluating._data_settings(test_source, split),
-        **evaluating._preparation_settings(backbone),
+        **evaluating.data_settings(test_source, split),
+        **evaluating.preparation_settings(backbone),
         "batch_size": str(settings.batch_size),
     }
     return *parts, environment

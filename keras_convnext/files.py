@@ -41,3 +41,29 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replacing_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Gives a path for a library to write to, which takes the place of another when the block ends well.
+
+    Args:
+        path: the file. The temporary name ends in its name, as libraries tell the format from that.
+
+    Raises:
+        FileNotFoundError: the block wrote nothing.
+        OSError: the file cannot be written; one that was there stands.
+
+    Example:
+        with replacing_path("model.weights.h5") as temporary:
+            model.save_weights(temporary)
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -556,8 +556,8 @@ def test_a_split_of_the_data_is_classified(folder, tmp_path, name):
 def count_runs(monkeypatch):
     """How often a model was run over a source."""
     runs = []
-    run = evaluating._with_outputs
-    monkeypatch.setattr(evaluating, "_with_outputs", lambda *args: runs.append(args) or run(*args))
+    run = evaluating.with_outputs
+    monkeypatch.setattr(evaluating, "with_outputs", lambda *args: runs.append(args) or run(*args))
     return runs
 
 

@@ -25,7 +25,7 @@ ALLOWED = {
     "models": {
         "checkpoints", "convnext", "downloads", "keras_files", "state_dicts", "torch_files", "variants",
     },
-    "convert": {"checkpoints", "models", "state_dicts", "torch_files", "variants"},
+    "convert": {"checkpoints", "files", "models", "state_dicts", "torch_files", "variants"},
     "classifiers": {
         "checkpoints", "downloads", "keras_files", "models", "state_dicts", "variants",
     },

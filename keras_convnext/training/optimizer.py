@@ -500,7 +500,7 @@ def ema_weights(model: keras.Model) -> Iterator[None]:
             "ema_weights needs a model whose optimizer keeps a moving average of the weights: compile it with"
             f" AdamW(..., use_ema=True). Received: optimizer={getattr(model, 'optimizer', None)}"
         )
-    optimizer = _inner(model.optimizer)
+    optimizer = inner_optimizer(model.optimizer)
     if not optimizer.built:
         raise ValueError(
             "The optimizer has no moving averages yet. Train first, or call "
@@ -523,10 +523,10 @@ def ema_weights(model: keras.Model) -> Iterator[None]:
 def has_ema(model: keras.Model) -> bool:
     """Whether the optimizer of a model keeps a moving average of the weights."""
     optimizer = getattr(model, "optimizer", None)
-    return optimizer is not None and bool(getattr(_inner(optimizer), "use_ema", False))
+    return optimizer is not None and bool(getattr(inner_optimizer(optimizer), "use_ema", False))
 
 
-def _inner(optimizer):
+def inner_optimizer(optimizer):
     """The optimizer itself, without the loss scaling that Keras puts around it for float16."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 

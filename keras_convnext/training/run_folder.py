@@ -19,7 +19,6 @@ import logging
 import os
 import pathlib
 import re
-import secrets
 import shutil
 import socket
 import tempfile
@@ -30,7 +29,7 @@ from typing import BinaryIO
 import numpy as np
 
 from keras_convnext.downloads import LOCKS_UNSUPPORTED, NO_SPACE, sync_folder, try_lock
-from keras_convnext.files import replacing_file
+from keras_convnext.files import replacing_file, replacing_path
 from keras_convnext.torch_files import (
     FileFormatError,
     little_endian_bytes,
@@ -321,17 +320,11 @@ class RunFolder:
                 earlier file of this name stands. Other errors of the function pass.
         """
         path = self.path / self._own_name(name)
-        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
-        try:
-            with _writing(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
+        with _writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing_path(path) as temporary:
                 function(temporary)
-                with open(temporary, "r+b") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-                sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+            sync_folder(path.parent)
         return path
 
     def _write(self, name: str, content: bytes) -> pathlib.Path:

@@ -141,12 +141,13 @@ def train(
     training, validation = open_data(chosen)
     plan = Plan.of(chosen, training)
     with _settings_of(chosen):
-        student, new_head = build_model(chosen, len(training.classes))
+        row, available = _describe(chosen)
+        student, new_head = build_model(chosen, len(training.classes), available)
         model = _compiled(chosen, student, plan)
         folder = run_folder.open_run(
             os.path.expanduser(output),
             {**_identity(chosen), "data": fingerprint(training), "validation": _fingerprint(validation)},
-            checkpoint_bytes=sum(variable_bytes(v) for v in _state_variables(model, student).values()),
+            checkpoint_bytes=sum(_variable_bytes(v) for v in _state_variables(model, student).values()),
             keep=chosen.keep_checkpoints,
         )
         with folder:
@@ -155,7 +156,15 @@ def train(
                 _logger.warning("The run in %s has ended; nothing is left to do.", folder.path)
                 return _result(folder, plan, result, begin)
             run = _Run(chosen, plan, folder, model, student, batches, training, validation, workers, progress)
-            for note in _notes(chosen, plan, new_head):
+            notes = warnings_for(
+                chosen,
+                has_weights=bool(chosen.weights),
+                is_self_supervised=bool(chosen.weights) and available == 0,
+                trained_size=None if row is None else row.image_size,
+                has_new_head=new_head,
+                num_steps=plan.total_steps,
+            )
+            for note in notes:
                 _logger.warning("%s", note)
             if validation is None:
                 _logger.warning(
@@ -304,12 +313,13 @@ def _settings_of(recipe: Recipe) -> Iterator[None]:
 # Model and optimizer.
 
 
-def build_model(recipe: Recipe, num_classes: int) -> tuple[Any, bool]:
+def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
     """Builds the model of a recipe.
 
     Args:
         recipe: the recipe.
         num_classes: outputs of the classifier.
+        available: classes of the recipe's weights; 0 where they have no classifier, or there are none.
 
     Returns:
         The model, pixels in 0..255 to logits; whether its classifier begins at random.
@@ -317,7 +327,7 @@ def build_model(recipe: Recipe, num_classes: int) -> tuple[Any, bool]:
     Raises:
         ValueError: the weights do not fit the architecture.
     """
-    has_new_head = not recipe.weights or _describe(recipe)[1] != num_classes
+    has_new_head = available != num_classes
     variant = VARIANTS[recipe.architecture]
     side = recipe.image_size if recipe.image_size == recipe.eval_image_size else None
     model = models.load(
@@ -338,27 +348,21 @@ def build_model(recipe: Recipe, num_classes: int) -> tuple[Any, bool]:
     return model, has_new_head
 
 
-def _notes(recipe: Recipe, plan: "Plan", has_new_head: bool) -> list[str]:
-    """What in a recipe does not fit its weights."""
-    row, available = _describe(recipe)
-    return warnings_for(
-        recipe,
-        has_weights=bool(recipe.weights),
-        is_self_supervised=bool(recipe.weights) and available == 0,
-        trained_size=None if row is None else row.image_size,
-        has_new_head=has_new_head,
-        num_steps=plan.total_steps,
-    )
-
-
 def _describe(recipe: Recipe) -> tuple[checkpoints.Checkpoint | None, int]:
     """Returns the table's row of the recipe's weights, and how many classes they have."""
     if not recipe.weights:
         return None, 0
-    if not classifiers.names_file(recipe.weights):
-        row = checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+    row = _row(recipe)
+    if row is not None:
         return row, row.classes
     return None, state_dicts.inspect(models.read_file(_with_contents(recipe.weights))).classes
+
+
+def _row(recipe: Recipe) -> checkpoints.Checkpoint | None:
+    """Returns the table's row of the recipe's weights; None for a file and for random weights."""
+    if not recipe.weights or classifiers.names_file(recipe.weights):
+        return None
+    return checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
 
 
 def _with_contents(weights: str) -> pathlib.Path:
@@ -439,7 +443,7 @@ def _state_variables(model: Any, student: Any) -> dict[str, Any]:
     return named
 
 
-def variable_bytes(variable: Any) -> int:
+def _variable_bytes(variable: Any) -> int:
     return math.prod(variable.shape) * np.dtype(keras.backend.standardize_dtype(variable.dtype)).itemsize
 
 
@@ -496,9 +500,8 @@ class _Run:
         )
 
     def _train_batches(self, start_batch: int):
-        recipe, row = self.recipe, checkpoints.default_checkpoint(self.recipe.architecture)
-        if recipe.weights and not classifiers.names_file(recipe.weights):
-            row = checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+        recipe = self.recipe
+        row = _row(recipe) or checkpoints.default_checkpoint(recipe.architecture)
         return self.batches.train_batches(
             self.training,
             batch_size=self.plan.micro_batch_size,
@@ -634,7 +637,7 @@ class _Run:
     def end_epoch(self) -> None:
         """Validation, log, curves, best weights and a checkpoint."""
         epoch, count = self.epoch, self.plan.micro_batches_per_epoch
-        inner = _inner(self.model.optimizer)
+        inner = optimizer.inner_optimizer(self.model.optimizer)
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
@@ -742,7 +745,7 @@ class _Run:
             "step": step,
             "micro_batch": self.done - 1,
             "what": what,
-            "learning_rate": float(_inner(self.model.optimizer)._learning_rate(step - 1)),
+            "learning_rate": float(optimizer.inner_optimizer(self.model.optimizer)._learning_rate(step - 1)),
             "last_checkpoint_step": max(self.saved, 0) // self.plan.accumulation_steps,
             "images_finite": bool(np.isfinite(images).all()),
             "targets_finite": bool(np.isfinite(targets).all()),
@@ -791,11 +794,6 @@ class _BetweenSteps(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.run.end_epoch()
-
-
-def _inner(optimizer_: Any) -> Any:
-    """The optimizer inside a `LossScaleOptimizer`."""
-    return getattr(optimizer_, "inner_optimizer", optimizer_)
 
 
 def _as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
