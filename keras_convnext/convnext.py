@@ -25,6 +25,8 @@ from keras_convnext.layers import (
     SimpleNormalization,
     StochasticDepth,
 )
+from keras_convnext.parts import in_parts
+from keras_convnext.products import PatchConv2D, pointwise
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
@@ -149,18 +151,20 @@ class ConvNeXtBlock(layers.Layer):
         self.drop_path.build(input_shape)
 
     def branch(self, x):
-        x = self.dwconv(x)
-        x = self.norm(x)
-        x = self.pwconv1(x)  # (N, H, W, 4C)
-        x = self.activation(x)
-        x = self.pwconv2(x)  # (N, H, W, C)
+        # `call`: the block has checked what `__call__` checks for each layer, at 0.1 ms in eager mode.
+        x = self.dwconv.call(x)
+        x = self.norm.call(x)
+        x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
+        x = pointwise(self.pwconv2, x)  # (N, H, W, C)
         if self.layer_scale is not None:
-            x = self.layer_scale(x)
+            x = self.layer_scale.call(x)
         return x
 
     def call(self, x, training=None):
+        if not training:
+            return in_parts(lambda x: x + self.branch(x), x, 4 * self.dim)
         branch = keras.remat(self.branch) if self.rematerialize else self.branch
-        return x + self.drop_path(branch(x), training=training)
+        return x + self.drop_path(in_parts(branch, x, 4 * self.dim, training=True), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -248,16 +252,18 @@ class ConvNeXtV2Block(layers.Layer):
         self.drop_path.build(input_shape)
 
     def branch(self, x):
-        x = self.dwconv(x)
-        x = self.norm(x)
-        x = self.pwconv1(x)  # (N, H, W, 4C)
-        x = self.activation(x)
-        x = self.grn(x)
-        return self.pwconv2(x)  # (N, H, W, C)
+        # `call`: the block has checked what `__call__` checks for each layer, at 0.1 ms in eager mode.
+        x = self.dwconv.call(x)
+        x = self.norm.call(x)
+        x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
+        x = self.grn.call(x)
+        return pointwise(self.pwconv2, x)  # (N, H, W, C)
 
     def call(self, x, training=None):
+        if not training:
+            return in_parts(lambda x: x + self.branch(x), x, 4 * self.dim)
         branch = keras.remat(self.branch) if self.rematerialize else self.branch
-        return x + self.drop_path(branch(x), training=training)
+        return x + self.drop_path(in_parts(branch, x, 4 * self.dim, training=True), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -291,7 +297,7 @@ def stem(x, variant):
     index = 0  # counts as the official nn.Sequential does
 
     def convolution(x, filters, kernel_size, strides):
-        return layers.Conv2D(
+        return PatchConv2D(
             filters,
             kernel_size,
             strides,
@@ -343,7 +349,7 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
         if stage > 0:
             x = NORMS[variant.norm](variant.epsilon, name=f"downsample_layers_{stage}_0")(x)
             halve = stride < output_stride
-            x = layers.Conv2D(
+            x = PatchConv2D(
                 dims[stage],
                 2,
                 strides=2 if halve else 1,
@@ -384,9 +390,7 @@ def isotropic_body(x, variant, block, drop_path_rate: float, seed: int | None):
         (N, H / 16, W / 16, dim).
     """
     (depth,), (dim,) = variant.depths, variant.dims
-    x = layers.Conv2D(dim, 16, 16, data_format="channels_last", kernel_initializer=INITIALIZER, name="stem")(
-        x
-    )
+    x = PatchConv2D(dim, 16, 16, data_format="channels_last", kernel_initializer=INITIALIZER, name="stem")(x)
     for index, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
         x = block(
             dim,

@@ -2,7 +2,8 @@
 
 Why it is not plain `keras.layers.DepthwiseConv2D`: XLA on a CPU runs a depthwise convolution tens of times
 slower than the hardware allows. On JAX, where everything goes through XLA, it is written as a sum of shifted
-products there, which XLA fuses into one pass. (On TensorFlow without an accelerator Keras leaves XLA out.)
+products there, which XLA fuses into one pass. (On TensorFlow without an accelerator Keras leaves XLA out, and
+TensorFlow's own kernel is fast.) On PyTorch the map stays channels-last, and no copy is made.
 """
 
 import functools
@@ -51,37 +52,64 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         )
 
     def call(self, x):
-        if keras.backend.backend() == "jax":
-            import jax
-
-            if jax.default_backend() == "cpu":
-                return _shifted_products(x, self.kernel[..., 0], self.dilation_rate[0]) + self.bias
-        return super().call(x)
+        backend = keras.backend.backend()
+        if backend not in PATHS:
+            return super().call(x)
+        path = PATHS[backend][chosen_path(backend, device_kind(x))]
+        kernel, bias = (
+            keras.ops.convert_to_tensor(value, dtype=self.compute_dtype) for value in (self.kernel, self.bias)
+        )
+        return path(x, kernel, bias, self.dilation_rate[0])
 
     def get_config(self):
         config = keras.layers.Layer.get_config(self)
         return {**config, "kernel_size": self.kernel_size[0], "dilation_rate": self.dilation_rate[0]}
 
 
+def device_kind(x) -> str:
+    """The kind of device that computes with `x`: "cpu", "gpu" or "tpu"."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend()
+    if keras.backend.backend() == "torch":
+        return "gpu" if x.device.type == "cuda" else "cpu"
+    return "gpu" if "GPU" in getattr(x, "device", "") else "cpu"
+
+
+def chosen_path(backend: str, device: str) -> str:
+    """The name of the way that `DepthwiseConv2D` computes on a backend and a kind of device.
+
+    The choice is made whenever the layer is traced, so a saved model takes the right one wherever it is
+    loaded. `keras-convnext bench depthwise` prints what each one costs.
+
+    Args:
+        backend: "tensorflow", "jax" or "torch"; others have the library's only.
+        device: "cpu", "gpu" or "tpu".
+    """
+    return "shifted products" if (backend, device) == ("jax", "cpu") else "library"
+
+
 @functools.cache
 def _jax_shifted_products():
-    """The convolution and its gradient as sums of shifted products, for JAX on a CPU."""
+    """The convolution and its gradients as sums of shifted products, for JAX on a CPU."""
     import jax
     import jax.numpy as jnp
 
-    def padded(x, kernel_size, dilation):
-        margin = (kernel_size - 1) * dilation // 2
-        return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    def shifted(x, size, dilation):
+        """The padded map behind each tap of the kernel, row by row."""
+        height, width = x.shape[1:3]
+        margin = (size - 1) * dilation // 2
+        source = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+        starts = range(0, size * dilation, dilation)
+        return [source[:, top : top + height, left : left + width] for top in starts for left in starts]
 
     def correlate(x, kernel, dilation):
-        size, (height, width) = kernel.shape[0], x.shape[1:3]
-        source = padded(x, size, dilation)
+        size, _, channels = kernel.shape
         total = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
-        for row in range(size):  # unrolled: one fused pass over the map
-            for column in range(size):
-                top, left = row * dilation, column * dilation
-                shifted = source[:, top : top + height, left : left + width]
-                total = total + shifted * kernel[row, column]
+        taps = kernel.reshape(size * size, channels)
+        for tap, values in enumerate(shifted(x, size, dilation)):  # unrolled: one fused pass over the map
+            total = total + values * taps[tap]
         return total.astype(x.dtype)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -93,19 +121,18 @@ def _jax_shifted_products():
 
     def backward(dilation, residuals, gradient):
         x, kernel = residuals
-        size, (height, width) = kernel.shape[0], x.shape[1:3]
-        source = padded(x, size, dilation)
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-
-        def kernel_row(row):  # looped over: unrolled it takes four times as long to compile, and to run
-            rows = jax.lax.dynamic_slice_in_dim(source, row * dilation, height, axis=1)
-            products = [
-                jnp.sum(rows[:, :, left : left + width].astype(dtype) * gradient, axis=(0, 1, 2))
-                for left in range(0, size * dilation, dilation)
-            ]
-            return jnp.stack(products)
-
-        kernel_gradient = jax.lax.map(kernel_row, jnp.arange(size))
+        products = tuple(
+            values.astype(dtype) * gradient.astype(dtype) for values in shifted(x, kernel.shape[0], dilation)
+        )
+        # One reduction of all the products reads the maps once; a reduction each takes three times as long.
+        sums = jax.lax.reduce(
+            products,
+            (jnp.zeros((), dtype),) * len(products),
+            lambda left, right: tuple(map(jnp.add, left, right)),
+            dimensions=(0, 1, 2),
+        )
+        kernel_gradient = jnp.stack(sums).reshape(kernel.shape)
         x_gradient = correlate(gradient, kernel[::-1, ::-1], dilation)
         return x_gradient, kernel_gradient.astype(kernel.dtype)
 
@@ -113,5 +140,49 @@ def _jax_shifted_products():
     return jax.jit(convolve, static_argnums=2)
 
 
-def _shifted_products(x, kernel, dilation):
-    return _jax_shifted_products()(x, kernel, dilation)
+def _shifted_products(x, kernel, bias, dilation):
+    return _jax_shifted_products()(x, kernel[..., 0], dilation) + bias
+
+
+def _jax_library(x, kernel, bias, dilation):
+    import jax
+
+    y = jax.lax.conv_general_dilated(
+        x,
+        kernel.transpose(0, 1, 3, 2),  # (K, K, 1, C)
+        window_strides=(1, 1),
+        padding="SAME",
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+    return y + bias
+
+
+def _tensorflow_library(x, kernel, bias, dilation):
+    import tensorflow as tf
+
+    y = tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], "SAME", dilations=(dilation, dilation))
+    return tf.nn.bias_add(y, bias)
+
+
+def _torch_library(x, kernel, bias, dilation):
+    import torch
+
+    y = torch.nn.functional.conv2d(
+        x.permute(0, 3, 1, 2),  # (N, C, H, W) by its shape, channels-last in memory
+        kernel.permute(2, 3, 0, 1),
+        bias,
+        padding=(kernel.shape[0] - 1) * dilation // 2,
+        dilation=dilation,
+        groups=x.shape[-1],
+    )
+    return y.permute(0, 2, 3, 1)
+
+
+# backend -> name -> function (x, kernel (K, K, C, 1), bias (C,), dilation) -> map
+PATHS = {
+    "tensorflow": {"library": _tensorflow_library},
+    "jax": {"library": _jax_library, "shifted products": _shifted_products},
+    "torch": {"library": _torch_library},
+}

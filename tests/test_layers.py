@@ -383,8 +383,10 @@ def test_jax_on_a_cpu_takes_the_shifted_products(monkeypatch):
     from keras_convnext import depthwise as module
 
     calls = []
-    original = module._shifted_products
-    monkeypatch.setattr(module, "_shifted_products", lambda *args: calls.append(1) or original(*args))
+    original = module.PATHS["jax"]["shifted products"]
+    monkeypatch.setitem(
+        module.PATHS["jax"], "shifted products", lambda *args: calls.append(1) or original(*args)
+    )
     forward(DepthwiseConv2D(3), random_input((1, 4, 4, 2)))
     assert calls
 

@@ -1,0 +1,67 @@
+"""Runs a block on a few samples at a time, so that its widest map stays in the processor's caches."""
+
+import keras
+
+# Sizes in bytes of a block's widest map. One above WHOLE is fresh memory at every step (the C library hands
+# large pieces back to the system), and its first touch costs more than the arithmetic on it. PART keeps close
+# to a second-level cache. Measured with `keras-convnext bench stages`: 2 to 5 times on convnext_tiny's first
+# two stages at batch 8, nothing gained below WHOLE.
+WHOLE = 16 * 2**20
+PART = 5 * 2**20
+
+
+def in_parts(function, x, hidden_channels: int, training: bool = False):
+    """`function(x)`, on a CPU a few samples at a time where that is faster.
+
+    In training only JAX does so. It then computes a part once more in the backward pass instead of keeping its
+    maps, which is faster too, and saves memory.
+
+    Args:
+        function: maps (n, H, W, C) to the same shape, each sample by itself.
+        x: (N, H, W, C).
+        hidden_channels: int, channels of the widest map inside `function`.
+        training: bool, whether a gradient will be asked for.
+
+    Returns:
+        (N, H, W, C).
+    """
+    backend = keras.backend.backend()
+    samples = x.shape[0] if backend == "torch" and training else _samples_in_a_part(x, hidden_channels)
+    if samples == x.shape[0]:
+        return function(x)
+    if backend == "torch":
+        import torch
+
+        return torch.cat([function(part) for part in x.split(samples)])
+    import jax
+
+    parts = x.reshape(-1, samples, *x.shape[1:])
+    return jax.lax.map(jax.checkpoint(function) if training else function, parts).reshape(x.shape)
+
+
+def _samples_in_a_part(x, hidden_channels):
+    """How many of the N samples to run at a time: N, or a divisor of it on JAX."""
+    if not _on_a_cpu_that_gains(x):
+        return x.shape[0]
+    samples, height, width, _ = x.shape
+    itemsize = 2 if "16" in keras.backend.standardize_dtype(x.dtype) else 4
+    sample_bytes = height * width * hidden_channels * itemsize
+    if samples * sample_bytes <= WHOLE:
+        return samples
+    wanted = max(1, PART // sample_bytes)
+    if keras.backend.backend() == "jax":  # one program for all parts
+        return max(divisor for divisor in range(1, min(wanted, samples) + 1) if samples % divisor == 0)
+    return min(wanted, samples)
+
+
+def _on_a_cpu_that_gains(x):
+    if keras.backend.backend() == "jax":
+        import jax
+
+        # Sizes of an exported program may be symbols.
+        return jax.default_backend() == "cpu" and all(isinstance(size, int) for size in x.shape)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return False
