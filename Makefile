@@ -13,7 +13,7 @@ help:
 	@echo "make test-torch          the tests on one backend (also test-tensorflow, test-jax)"
 	@echo "make test-slow           full-size and wide models on all backends (half an hour)"
 	@echo "make lint                style and types only; what pre-commit runs"
-	@echo "make bench               loading a weight file, against timm"
+	@echo "make bench               speed on every backend, against timm and others; about an hour"
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
 	@echo "make bench-train         a step of the trainer, against the bare step (KERAS_BACKEND=... chooses)"
 	@echo "make clean               remove .venv and what the commands wrote"
@@ -52,7 +52,7 @@ bench-train: setup
 	.venv/bin/python benchmarks/trainer_overhead.py
 
 bench: setup
-	.venv/bin/python benchmarks/loading.py
+	.venv/bin/keras-convnext bench all --output benchmarks/speed
 
 clean:
 	rm -rf .venv out

@@ -102,6 +102,22 @@ training images, never on those that the score is of.""",
 
 Writes shuffled TFRecord files of about 150 MB, with the encoded images as they are, and an index. The same
 command goes on after an interruption, and repairs damaged files.""",
+    "bench": """examples:
+  keras-convnext bench convnext_tiny --against timm,keras.applications --output speed/
+  keras-convnext bench convnextv2_atto --mode training --batch 32 --backends jax
+  keras-convnext bench convnext_tiny --dtype float32,bfloat16 --against timm-compile,openvino
+  keras-convnext bench all --output speed/
+
+Times this package on each backend and the peers that --against names: timm, timm-compile, torchvision,
+keras.applications, onnxruntime, openvino, litert. Each has a process of its own, and they work in turns, so
+that ratios hold on a machine whose speed changes. Lists are separated by commas.
+
+WHAT is architectures, default convnext_tiny, or one of these words, and architectures: all (the standard run
+and its bars), depthwise (candidates for the 7x7 convolution), growth (speed against batch, resolution and
+variant), stages (fractions of what the machine can do), startup (from nothing to the first image).
+
+A training step is forward, backward and AdamW. int8 quantises the pointwise layers. --output gets bench.csv,
+table.md and bench.png.""",
 }
 
 
@@ -462,6 +478,13 @@ def look_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def bench_command(options: argparse.Namespace) -> int:
+    """Measures speed, of this package and of peers in the same run."""
+    from keras_convnext.bench import compare
+
+    return compare.dispatch(options)
+
+
 def _score_lines(row: dict[str, str], options: argparse.Namespace) -> list[tuple[str, object]]:
     lines: list[tuple[str, object]] = [
         ("top-1", f"{float(row['top1']):.2f} %{_published_text(row)}"),
@@ -682,7 +705,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--seed", type=int, default=0, metavar="N", help="of the batch, default 0")
 
-    for printing in (listing, info, predict, evaluation, preparation):
+    bench = command("bench", bench_command, "measure speed, against named peers in the same run")
+    bench.add_argument("what", nargs="*", metavar="WHAT", help="architectures, or a word; see below")
+    for name, listed, summary in (
+        (
+            "--backends",
+            "NAMES",
+            "tensorflow, jax, torch, openvino; default those installed, without openvino",
+        ),
+        ("--mode", "NAMES", "inference, training; default inference"),
+        ("--batch", "NUMBERS", "images in a step, default 1,8"),
+        ("--image-size", "NUMBERS", "pixels, default 224"),
+        ("--dtype", "NAMES", "float32, bfloat16, float16, int8; default float32"),
+        ("--against", "NAMES", "peers, default timm where it is installed"),
+    ):
+        bench.add_argument(name, metavar=listed, help=summary)
+    bench.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of each, default 5")
+    bench.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of a turn, default 1")
+    bench.add_argument("--threads", type=_positive, metavar="N", help="cores of each, default all")
+    bench.add_argument("--rematerialize", action="store_true", help="train ours with less memory")
+    bench.add_argument("--output", metavar="DIR", help="folder for the tables and the plot")
+
+    for printing in (listing, info, predict, evaluation, preparation, bench):
         printing.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

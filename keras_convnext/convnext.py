@@ -26,7 +26,7 @@ from keras_convnext.layers import (
     StochasticDepth,
 )
 from keras_convnext.parts import in_parts
-from keras_convnext.products import PatchConv2D, pointwise
+from keras_convnext.products import PatchConv2D, pointwise, pointwise_after_grn
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
@@ -256,8 +256,7 @@ class ConvNeXtV2Block(layers.Layer):
         x = self.dwconv.call(x)
         x = self.norm.call(x)
         x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
-        x = self.grn.call(x)
-        return pointwise(self.pwconv2, x)  # (N, H, W, C)
+        return pointwise_after_grn(self.pwconv2, x, self.grn)  # (N, H, W, C)
 
     def call(self, x, training=None):
         if not training:

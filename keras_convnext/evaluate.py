@@ -5,7 +5,6 @@ rank of the label, first five classes --> Result --> a row of results.csv, files
 """
 
 import collections
-import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -14,7 +13,6 @@ import itertools
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 import time
 import weakref
@@ -26,7 +24,7 @@ import numpy as np
 import PIL
 
 import keras_convnext
-from keras_convnext import classifiers, reports
+from keras_convnext import classifiers, machine, reports
 from keras_convnext.classifiers import TrainedClassifier
 from keras_convnext.data import class_names, sources
 from keras_convnext.data.sources import Source
@@ -539,7 +537,7 @@ def environment() -> dict[str, str]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "keras_convnext": keras_convnext.__version__,
-        "commit": _commit(),
+        "commit": machine.commit(),
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
         "backend_version": str(backend.__version__),
@@ -547,30 +545,10 @@ def environment() -> dict[str, str]:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cpu": machine.cpu_name(),
+        "cores": str(machine.available_cores()),
         "accelerators": _accelerators(backend),
     }
-
-
-def _commit() -> str:
-    """Returns the commit of a checkout, with "-dirty" when files were changed; "" when installed."""
-    folder = pathlib.Path(__file__).parents[1]
-    if not (folder / ".git").exists():
-        return ""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _accelerators(backend: Any) -> str:

@@ -234,11 +234,15 @@ class GlobalResponseNormalization(keras.layers.Layer):
         self.gamma = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="gamma")
         self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
 
-    def call(self, x):
-        square_sum = ops.sum(ops.square(_float32(x)), axis=(1, 2), keepdims=True)  # (N, 1, 1, C)
+    def scale(self, x):
+        """`1 + gamma * n` in float32, (N, 1, 1, C): what each channel of each sample is multiplied by."""
+        square_sum = ops.sum(ops.square(_float32(x)), axis=(1, 2), keepdims=True)
         norm = ops.sqrt(ops.maximum(square_sum, 1e-36))  # not of 0, where the slope is infinite
         response = norm / (ops.mean(norm, axis=-1, keepdims=True) + self.epsilon)
-        scale, beta = 1.0 + _float32(self.gamma) * response, _float32(self.beta)
+        return 1.0 + _float32(self.gamma) * response
+
+    def call(self, x):
+        scale, beta = self.scale(x), _float32(self.beta)
         x = _float32(x)
         if keras.backend.backend() == "torch":
             import torch

@@ -13,8 +13,8 @@ PART = 5 * 2**20
 def in_parts(function, x, hidden_channels: int, training: bool = False):
     """`function(x)`, on a CPU a few samples at a time where that is faster.
 
-    In training only JAX does so. It then computes a part once more in the backward pass instead of keeping its
-    maps, which is faster too, and saves memory.
+    In training only JAX does so. It then computes a part once more in the backward pass instead of keeping
+    its maps, which is faster too, and saves memory.
 
     Args:
         function: maps (n, H, W, C) to the same shape, each sample by itself.

@@ -1,7 +1,7 @@
 """The matrix products of the network, computed the fast way of each backend.
 
-`pointwise` is for the two `keras.layers.Dense` of a block, which keep what Keras gives them (their weights,
-LoRA, quantisation); `PatchConv2D` is the stem and the layers between the stages.
+`pointwise` and `pointwise_after_grn` are for the two `keras.layers.Dense` of a block, which keep what Keras
+gives them (weights, LoRA, quantisation); `PatchConv2D` is the stem and the layers between the stages.
 """
 
 import functools
@@ -29,6 +29,36 @@ def pointwise(layer, x, activation=None):
         return _product(x, kernel, bias, activation)
     y = layer(x)
     return y if activation is None else _activate(activation, y)
+
+
+def pointwise_after_grn(layer, x, grn):
+    """`layer(grn(x))`.
+
+    On TensorFlow, which would pass over the map three times, the kernel is scaled for each sample instead
+    where it is smaller than the map: (x * scale + beta) @ kernel + bias is
+    x @ (scale * kernel) + (beta @ kernel + bias).
+
+    Args:
+        layer: a built `keras.layers.Dense`.
+        x: (N, H, W, C), in the layer's compute dtype.
+        grn: a built `GlobalResponseNormalization`.
+
+    Returns:
+        (N, H, W, units), in the compute dtype.
+    """
+    known = all(isinstance(length, int) for length in x.shape[1:])
+    smaller = known and layer.units < x.shape[1] * x.shape[2]
+    plain = layer.quantization_mode is None and keras.backend.standardize_dtype(x.dtype) == "float32"
+    if not (keras.backend.backend() == "tensorflow" and smaller and plain):
+        return pointwise(layer, grn.call(x))
+    import tensorflow as tf
+
+    kernel, bias, beta = (tf.convert_to_tensor(value) for value in (layer.kernel, layer.bias, grn.beta))
+    scale = tf.reshape(grn.scale(x), (-1, x.shape[3], 1))
+    rows = tf.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
+    shift = tf.squeeze(tf.matmul(beta[None], kernel), axis=0) + bias
+    y = tf.nn.bias_add(tf.matmul(rows, scale * kernel), shift)
+    return tf.reshape(y, (-1, *x.shape[1:3], layer.units))
 
 
 @_register

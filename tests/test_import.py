@@ -19,7 +19,9 @@ ALLOWED = {
     "torch_files": {"files"},
     "downloads": set(),
     "checkpoints": set(),
-    "convnext": {"layers", "depthwise"},
+    "parts": set(),
+    "products": set(),
+    "convnext": {"layers", "depthwise", "parts", "products"},
     "state_dicts": {"variants"},
     "keras_files": {"torch_files"},
     "models": {
@@ -32,7 +34,7 @@ ALLOWED = {
     "results": {"data.sources", "downloads"},
     "reports": {"data.class_names", "data.preprocess", "data.sources", "files", "results"},
     "evaluate": {
-        "classifiers", "data.class_names", "data.sources", "downloads", "reports", "results",
+        "classifiers", "machine", "data.class_names", "data.sources", "downloads", "reports", "results",
     },
     "gradcam": set(),
     "features": {
@@ -50,6 +52,34 @@ ALLOWED = {
         "results", "state_dicts", "training.adapt", "training.logs", "training.losses", "training.optimizer",
         "training.recipe", "training.run_folder", "variants",
     },
+    "machine": set(),
+    "bench.contestants": {"machine", "checkpoints", "variants"},
+    "bench.worker": {"bench.contestants"},
+    "bench.turns": {"bench.contestants", "bench.worker"},
+    "bench.report": {"bench.contestants", "bench.turns", "files"},
+    "bench.present": {"bench.contestants", "machine", "bench.report", "files"},
+    "bench.compare": {
+        "bench.contestants", "machine", "bench.present", "bench.report", "bench.turns", "checkpoints",
+        "variants",
+    },
+    "bench.work": {"bench.contestants", "machine", "bench.turns", "variants"},
+    "bench.stages": {
+        "bench.compare", "bench.contestants", "bench.present", "bench.report", "bench.turns", "bench.work",
+        "variants",
+    },
+    "bench.growth": {
+        "bench.compare", "bench.contestants", "bench.present", "bench.report", "bench.turns", "bench.work",
+        "variants",
+    },
+    "bench.startup": {
+        "bench.compare", "bench.contestants", "bench.present", "bench.report", "bench.turns", "bench.work",
+        "variants",
+    },
+    "bench.depthwise": {"bench.contestants", "bench.report", "bench.turns", "files", "variants"},
+    "bench.standard": {
+        "bench.compare", "bench.contestants", "bench.present", "bench.report", "bench.stages",
+        "bench.startup", "bench.turns", "bench.work",
+    },
     "data.preprocess": set(),
     "data.class_names": set(),
     "data.tfrecords": set(),
@@ -65,7 +95,7 @@ ALLOWED = {
 KERAS_FREE = {"variants", "files", "torch_files", "downloads", "checkpoints", "state_dicts", "results",
               "reports",
               "training.recipe", "training.run_folder", "training.logs",
-              *(module for module in ALLOWED if module.startswith("data."))}  # fmt: skip
+              *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
 WITH_TENSORFLOW = {
     "data.images",
     "data.augment",
@@ -85,7 +115,7 @@ def imported(module):
             source = node.module or ""
             if source == "keras_convnext":
                 ours |= {alias.name for alias in node.names}
-            elif source in ("keras_convnext.data", "keras_convnext.training"):
+            elif source in ("keras_convnext.bench", "keras_convnext.data", "keras_convnext.training"):
                 package = source.removeprefix("keras_convnext.")
                 ours |= {f"{package}.{alias.name}" for alias in node.names}
             elif source.startswith("keras_convnext."):
@@ -109,7 +139,7 @@ def test_imports_point_one_way(module):
 @pytest.mark.once
 def test_every_module_is_in_the_table_and_nothing_imports_the_command_line():
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
-    modules -= {"__init__", "__main__", "data.__init__", "training.__init__", "cli"}
+    modules -= {"__init__", "__main__", "bench.__init__", "data.__init__", "training.__init__", "cli"}
     assert modules == set(ALLOWED)
     for module in modules:
         assert "cli" not in imported(module)[0]
