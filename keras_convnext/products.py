@@ -82,8 +82,9 @@ class PatchConv2D(keras.layers.Conv2D):
         """(N, H / K, W / K, K * K * C); None where the plain convolution is to be taken."""
         size = self.kernel_size[0]
         beside = self.padding == "valid" and self.kernel_size == self.strides == (size, size)
-        known = all(isinstance(length, int) for length in x.shape[1:])
-        if not (beside and known and _gains_from_patches(x)):
+        plain = self.use_bias and self.groups == 1 and self.activation is keras.activations.linear
+        known = self.data_format == "channels_last" and all(isinstance(side, int) for side in x.shape[1:])
+        if not (beside and plain and known and _gains_from_patches(x)):
             return None
         height, width, channels = x.shape[1] // size, x.shape[2] // size, x.shape[3]
         x = x[:, : height * size, : width * size]

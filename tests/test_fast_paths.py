@@ -418,7 +418,6 @@ OTHER_ARGUMENTS = {
 }
 
 
-@pytest.mark.xfail(BACKEND != "tensorflow", strict=True, reason="PatchConv2D does not look at them")
 @pytest.mark.parametrize("name", OTHER_ARGUMENTS)
 def test_patches_know_every_argument_of_keras(name):
     shape = (2, 4, 6, 4)
