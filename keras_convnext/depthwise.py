@@ -104,27 +104,26 @@ def _jax_shifted_products():
         starts = range(0, size * dilation, dilation)
         return [source[:, top : top + height, left : left + width] for top in starts for left in starts]
 
-    def correlate(x, kernel, dilation):
+    def correlate(x, kernel, bias, dilation):
         size, _, channels = kernel.shape
-        total = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
+        total = bias.astype(jnp.promote_types(x.dtype, jnp.float32))
         taps = kernel.reshape(size * size, channels)
         for tap, values in enumerate(shifted(x, size, dilation)):  # unrolled: one fused pass over the map
             total = total + values * taps[tap]
         return total.astype(x.dtype)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-    def convolve(x, kernel, dilation):
-        return correlate(x, kernel, dilation)
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def convolve(x, kernel, bias, dilation):
+        return correlate(x, kernel, bias, dilation)
 
-    def forward(x, kernel, dilation):
-        return correlate(x, kernel, dilation), (x, kernel)
+    def forward(x, kernel, bias, dilation):
+        return correlate(x, kernel, bias, dilation), (x, kernel)
 
     def backward(dilation, residuals, gradient):
         x, kernel = residuals
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        products = tuple(
-            values.astype(dtype) * gradient.astype(dtype) for values in shifted(x, kernel.shape[0], dilation)
-        )
+        wide = gradient.astype(dtype)
+        products = tuple(values.astype(dtype) * wide for values in shifted(x, kernel.shape[0], dilation))
         # One reduction of all the products reads the maps once; a reduction each takes three times as long.
         sums = jax.lax.reduce(
             products,
@@ -133,15 +132,16 @@ def _jax_shifted_products():
             dimensions=(0, 1, 2),
         )
         kernel_gradient = jnp.stack(sums).reshape(kernel.shape)
-        x_gradient = correlate(gradient, kernel[::-1, ::-1], dilation)
-        return x_gradient, kernel_gradient.astype(kernel.dtype)
+        bias_gradient = jnp.sum(wide, axis=(0, 1, 2))
+        x_gradient = correlate(gradient, kernel[::-1, ::-1], jnp.zeros_like(bias_gradient), dilation)
+        return x_gradient, kernel_gradient.astype(kernel.dtype), bias_gradient.astype(kernel.dtype)
 
     convolve.defvjp(forward, backward)
-    return jax.jit(convolve, static_argnums=2)
+    return jax.jit(convolve, static_argnums=3)
 
 
 def _shifted_products(x, kernel, bias, dilation):
-    return _jax_shifted_products()(x, kernel[..., 0], dilation) + bias
+    return _jax_shifted_products()(x, kernel[..., 0], bias, dilation)
 
 
 def _jax_library(x, kernel, bias, dilation):

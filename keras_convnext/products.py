@@ -22,7 +22,7 @@ def pointwise(layer, x, activation=None):
     Returns:
         (..., units), in the compute dtype.
     """
-    if layer.quantization_mode is None and _has_own_product(x):
+    if layer.quantization_mode is None and layer.use_bias and _has_own_product(x):
         kernel, bias = (
             keras.ops.convert_to_tensor(value, dtype=x.dtype) for value in (layer.kernel, layer.bias)
         )
@@ -48,7 +48,11 @@ def pointwise_after_grn(layer, x, grn):
     """
     known = all(isinstance(length, int) for length in x.shape[1:])
     smaller = known and layer.units < x.shape[1] * x.shape[2]
-    plain = layer.quantization_mode is None and keras.backend.standardize_dtype(x.dtype) == "float32"
+    plain = (
+        layer.quantization_mode is None
+        and layer.use_bias
+        and keras.backend.standardize_dtype(x.dtype) == "float32"
+    )
     if not (keras.backend.backend() == "tensorflow" and smaller and plain):
         return pointwise(layer, grn.call(x))
     import tensorflow as tf
@@ -120,7 +124,8 @@ def _product(x, kernel, bias, activation=None):
 def _activate(activation, x):
     if activation is keras.activations.gelu and keras.backend.backend() == "jax":
         # By erf; JAX's own, by erfc, takes twice as long on a CPU and differs in the last digit.
-        return 0.5 * x * (1.0 + keras.ops.erf(x * 0.5**0.5))
+        wide = keras.ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+        return keras.ops.cast(0.5 * wide * (1.0 + keras.ops.erf(wide * 0.5**0.5)), x.dtype)
     return x if activation is None else activation(x)
 
 

@@ -405,6 +405,10 @@ class AdamW(keras.optimizers.AdamW):
         m = [self._momentums[index].value for index in indices]
         v = [self._velocities[index].value for index in indices]
         learning_rate = ops.cast(learning_rate, "float32")
+        groups = self._groups(indices, trainable_variables)
+        if all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (*weights, *m, *v)):
+            self._torch_fused_update(groups, weights, grads, m, v, learning_rate)
+            return
         correction_1, correction_2 = self._bias_corrections("float32")
         with torch.no_grad():
             torch._foreach_lerp_(m, grads, 1 - self.beta_1)
@@ -413,7 +417,7 @@ class AdamW(keras.optimizers.AdamW):
             denominators = torch._foreach_sqrt(v)
             torch._foreach_div_(denominators, correction_2)
             torch._foreach_add_(denominators, self.epsilon)
-            for (scale, decays), members in self._groups(indices, trainable_variables).items():
+            for (scale, decays), members in groups.items():
                 rate = learning_rate * scale
                 group = [weights[member] for member in members]
                 if decays:
@@ -421,6 +425,29 @@ class AdamW(keras.optimizers.AdamW):
                 updates = torch._foreach_mul([m[member] for member in members], rate / correction_1)
                 torch._foreach_div_(updates, [denominators[member] for member in members])
                 torch._foreach_sub_(group, updates)
+
+    def _torch_fused_update(self, groups, weights, grads, m, v, learning_rate):
+        """The same by PyTorch's own kernel, which reads and writes each number once."""
+        import torch
+
+        step = ops.cast(self.iterations + 1, "float32")
+        with torch.no_grad():
+            for (scale, decays), members in groups.items():
+                torch._fused_adamw_(
+                    [weights[member] for member in members],
+                    [grads[member].contiguous() for member in members],
+                    [m[member] for member in members],
+                    [v[member] for member in members],
+                    [],
+                    [step] * len(members),
+                    lr=learning_rate * scale,
+                    beta1=self.beta_1,
+                    beta2=self.beta_2,
+                    weight_decay=self.weight_decay if decays else 0.0,
+                    eps=self.epsilon,
+                    amsgrad=False,
+                    maximize=False,
+                )
 
     def _groups(self, indices, variables):
         """Positions of the variables that are alike: {(scale, whether they decay): positions}."""
