@@ -368,6 +368,7 @@ def test_start_up_programs_are_python(name, threads):
     assert ("sched_setaffinity" in code) == (threads is not None and hasattr(os, "sched_setaffinity"))
 
 
+@pytest.mark.once
 def test_start_up_is_measured_from_outside(options, capsys, tmp_path):
     assert startup.run(options) == 0
     assert "seconds from a new process to the first image" in capsys.readouterr().out
