@@ -138,6 +138,8 @@ def _tensorflow_product(x, kernel, bias, activation):
         y = tf.nn.gelu(y, approximate=False)
     elif activation is not None:
         y = activation(y)
+    if all(isinstance(length, int) for length in x.shape[1:]):
+        return tf.reshape(y, (-1, *x.shape[1:-1], kernel.shape[-1]))
     return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [kernel.shape[-1]]], axis=0))
 
 
