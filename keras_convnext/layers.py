@@ -244,7 +244,13 @@ class GlobalResponseNormalization(keras.layers.Layer):
             return torch.addcmul(
                 torch.ones_like(gamma), gamma, norm / (norm.mean(-1, keepdim=True) + self.epsilon)
             )
-        square_sum = ops.sum(ops.square(x), axis=(1, 2), keepdims=True)
+        height, width, channels = x.shape[1:]
+        if keras.backend.backend() == "tensorflow" and isinstance(height, int) and isinstance(width, int):
+            # As a product, which takes two thirds of the time of TensorFlow's reduction over two axes.
+            squares = ops.reshape(ops.square(x), (-1, height * width, channels))
+            square_sum = ops.expand_dims(ops.matmul(ops.ones((1, height * width), x.dtype), squares), 1)
+        else:
+            square_sum = ops.sum(ops.square(x), axis=(1, 2), keepdims=True)
         norm = ops.sqrt(ops.maximum(square_sum, 1e-36))  # not of 0, where the slope is infinite
         response = norm / (ops.mean(norm, axis=-1, keepdims=True) + self.epsilon)
         return 1.0 + gamma * response

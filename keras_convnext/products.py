@@ -34,9 +34,9 @@ def pointwise(layer, x, activation=None):
 def pointwise_after_grn(layer, x, grn):
     """`layer(grn(x))`.
 
-    On TensorFlow, which would pass over the map three times, the kernel is scaled for each sample instead
-    where it is smaller than the map: (x * scale + beta) @ kernel + bias is
-    x @ (scale * kernel) + (beta @ kernel + bias).
+    TensorFlow would pass over the map twice more to scale it. Where the kernel is smaller than the map of a
+    sample, it scales the kernel for each sample instead: (x * scale + beta) @ kernel + bias is
+    x @ (scale * kernel) + (beta @ kernel + bias). (On PyTorch this gains nothing, in parts.)
 
     Args:
         layer: a built `keras.layers.Dense`.
@@ -48,20 +48,17 @@ def pointwise_after_grn(layer, x, grn):
     """
     known = all(isinstance(length, int) for length in x.shape[1:])
     smaller = known and layer.units < x.shape[1] * x.shape[2]
-    plain = (
-        layer.quantization_mode is None
-        and layer.use_bias
-        and keras.backend.standardize_dtype(x.dtype) == "float32"
-    )
-    if not (keras.backend.backend() == "tensorflow" and smaller and plain):
+    plain = layer.quantization_mode is None and layer.use_bias
+    float32 = keras.backend.standardize_dtype(x.dtype) == "float32"
+    if not (keras.backend.backend() == "tensorflow" and smaller and plain and float32):
         return pointwise(layer, grn.call(x))
     import tensorflow as tf
 
-    kernel, bias, beta = (tf.convert_to_tensor(value) for value in (layer.kernel, layer.bias, grn.beta))
-    scale = tf.reshape(grn.scale(x), (-1, x.shape[3], 1))
+    kernel, bias, beta = map(keras.ops.convert_to_tensor, (layer.kernel, layer.bias, grn.beta))
+    kernels = keras.ops.reshape(grn.scale(x), (-1, x.shape[3], 1)) * kernel  # (N, C, units)
+    shift = keras.ops.matmul(beta, kernel) + bias
     rows = tf.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
-    shift = tf.squeeze(tf.matmul(beta[None], kernel), axis=0) + bias
-    y = tf.nn.bias_add(tf.matmul(rows, scale * kernel), shift)
+    y = tf.nn.bias_add(tf.matmul(rows, kernels), shift)
     return tf.reshape(y, (-1, *x.shape[1:3], layer.units))
 
 

@@ -495,7 +495,7 @@ PARTS = {  # N: samples in each part
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "WHOLE", SAMPLE_BYTES)
+    monkeypatch.setattr(parts, "WHOLE", {"jax": SAMPLE_BYTES, "torch": SAMPLE_BYTES})
     monkeypatch.setattr(parts, "PART", 2 * SAMPLE_BYTES + 100)
 
 
@@ -542,10 +542,10 @@ def test_what_is_small_stays_whole(monkeypatch):
     forward(parted(recorder, False), x)
     assert set(recorder.sizes) == {5}
     monkeypatch.setattr(parts, "PART", SAMPLE_BYTES)
-    monkeypatch.setattr(parts, "WHOLE", 5 * SAMPLE_BYTES)
+    monkeypatch.setattr(parts, "WHOLE", dict.fromkeys(("jax", "torch"), 5 * SAMPLE_BYTES))
     forward(parted(recorder, False), x)
     assert set(recorder.sizes) == {5}
-    monkeypatch.setattr(parts, "WHOLE", 5 * SAMPLE_BYTES - 1)
+    monkeypatch.setattr(parts, "WHOLE", dict.fromkeys(("jax", "torch"), 5 * SAMPLE_BYTES - 1))
     forward(parted(recorder, False), x)
     assert set(recorder.sizes) == ({5} if BACKEND == "tensorflow" else {1, 5})
 
@@ -574,7 +574,7 @@ def block_in_one(version):
 def test_block_in_parts_equals_the_block_in_one_in_inference_and_training(monkeypatch, version, training):
     expected = block_in_one(version)
     sizes = samples_of_branches(monkeypatch)
-    monkeypatch.setattr(parts, "WHOLE", 0)
+    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
     monkeypatch.setattr(parts, "PART", 2 * SAMPLE_BYTES)
     actual = block_called(version, training)
     splits = BACKEND == "jax" or (BACKEND == "torch" and not training)
@@ -598,7 +598,7 @@ def samples_of_branches(monkeypatch):
 
 def test_rematerialised_block_in_parts_has_the_same_gradients(monkeypatch):
     expected = block_in_one("v1")
-    monkeypatch.setattr(parts, "WHOLE", 0)
+    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
     monkeypatch.setattr(parts, "PART", 2 * SAMPLE_BYTES)
     assert max(errors(block_called("v1", True, rematerialize=True), expected)) < 2 * TOLERANCE
 
@@ -613,7 +613,7 @@ def test_small_model_in_parts_equals_training_without_drop_path(monkeypatch):
     trained = forward(model, pixels, training=True)
     assert set(sizes) == {3}
     sizes.clear()
-    monkeypatch.setattr(parts, "WHOLE", 0)
+    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
     monkeypatch.setattr(parts, "PART", 1)
     in_parts = forward(model, pixels, training=False)
     assert set(sizes) == {3 if BACKEND == "tensorflow" else 1}
@@ -651,7 +651,7 @@ def test_program_of_unknown_sizes_takes_the_whole_on_jax(monkeypatch):
     import jax
     from jax import export
 
-    monkeypatch.setattr(parts, "WHOLE", 0)
+    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
     monkeypatch.setattr(parts, "PART", 1)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
@@ -753,7 +753,7 @@ def test_other_dtypes_are_left_to_keras_on_torch(products_taken, dtype):
 
 @on_torch
 def test_traced_and_compiled_programs_hold_plain_operators_on_torch(monkeypatch):
-    monkeypatch.setattr(parts, "WHOLE", 0)
+    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
     monkeypatch.setattr(parts, "PART", 1)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
