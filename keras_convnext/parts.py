@@ -3,9 +3,9 @@
 import keras
 
 # Sizes in bytes of a block's widest map. One above WHOLE is fresh memory at every step (the C library hands
-# large pieces back to the system), and its first touch costs more than the arithmetic on it; JAX allocates all
-# maps at once and minds less. PART keeps close to a second-level cache. Measured on convnext_tiny at batch 8: 2
-# to 5 times on the first two stages on JAX; the 8 MiB give convnextv2_tiny a tenth on PyTorch.
+# large pieces back to the system), and its first touch costs more than the arithmetic on it; JAX allocates
+# all maps at once and minds less. PART keeps close to a second-level cache. Measured on convnext_tiny at
+# batch 8: 2 to 5 times on the first two stages on JAX; 8 MiB give convnextv2_tiny a tenth on PyTorch.
 WHOLE = {"jax": 16 * 2**20, "torch": 8 * 2**20}
 PART = 5 * 2**20
 
