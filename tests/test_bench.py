@@ -11,7 +11,8 @@ import keras
 import psutil
 import pytest
 
-from keras_convnext.bench import compare, contestants, machine, report, standard, turns, worker
+from keras_convnext import machine
+from keras_convnext.bench import compare, contestants, report, standard, turns, worker
 from keras_convnext.bench.contestants import Case
 from keras_convnext.bench.turns import Measurement, measure, measure_entries, ratio
 
@@ -153,6 +154,7 @@ def test_a_ratio_is_the_median_over_the_rounds_of_pairs():
 # Contestants.
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_every_peer_runs():
     case = Case("convnext_tiny", batch=1, image_size=64)

@@ -99,6 +99,7 @@ def script(tmp_path_factory):
     return script
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_script_runs_through_on_a_cpu_and_goes_on_where_it_stopped(script):
     words = ("--device", "cpu", "--quick", "--backends", "jax", "--against", "timm", "--modes", "inference")
