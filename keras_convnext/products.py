@@ -168,16 +168,25 @@ def _onednn():
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+@functools.cache
+def _onednn_dtypes():
+    """The types that oneDNN multiplies on this processor."""
+    import torch
+
+    takes_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if takes_bfloat16 else (torch.float32,)
+
+
 def _onednn_takes(x):
     import torch
 
     return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()  # graphs keep the plain operators
+        not torch.compiler.is_compiling()  # graphs keep the plain operators
         and not torch.jit.is_tracing()
+        and x.device.type == "cpu"
+        and x.numel() > 0
         and _onednn() is not None
+        and x.dtype in _onednn_dtypes()
     )
 
 

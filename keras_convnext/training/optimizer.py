@@ -406,7 +406,10 @@ class AdamW(keras.optimizers.AdamW):
         v = [self._velocities[index].value for index in indices]
         learning_rate = ops.cast(learning_rate, "float32")
         groups = self._groups(indices, trainable_variables)
-        if all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (*weights, *m, *v)):
+        if all(
+            tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
+            for tensor in (*weights, *m, *v)
+        ):
             self._torch_fused_update(groups, weights, grads, m, v, learning_rate)
             return
         correction_1, correction_2 = self._bias_corrections("float32")
