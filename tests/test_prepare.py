@@ -338,7 +338,8 @@ def test_disk_that_fills_up_is_told_and_the_run_can_be_continued(tmp_path, folde
     assert not any(name.endswith(".tmp") for name in names) and MANIFEST not in names
     assert {f"train-{shard:05d}-of-00007.tfrecord" for shard in range(3)} < names
     monkeypatch.undo()
-    assert prepare(folder, tmp_path / "out", shards=7).num_kept == 3
+    # The worker may have begun the next shard before the first error was heard.
+    assert prepare(folder, tmp_path / "out", shards=7).num_kept in (3, 4)
     assert all_files(tmp_path / "out") == all_files(prepared)
 
 
