@@ -2,12 +2,15 @@
 
 import keras
 
-# Sizes in bytes of a block's widest map. One above WHOLE is fresh memory at every step (the C library hands
-# large pieces back to the system), and its first touch costs more than the arithmetic on it; JAX allocates
-# all maps at once and minds less. PART keeps close to a second-level cache. Measured on convnext_tiny at
-# batch 8: 2 to 5 times on the first two stages on JAX; 8 MiB give convnextv2_tiny a tenth on PyTorch.
-WHOLE = {"jax": 16 * 2**20, "torch": 8 * 2**20}
+# On PyTorch, by the bytes of a block's widest map. One above WHOLE is fresh memory at every step (the C library
+# hands large pieces back to the system), and its first touch costs more than the arithmetic on it; PART keeps
+# close to a second-level cache. Measured at batch 8: 8 MiB give convnextv2_tiny a tenth.
+WHOLE = 8 * 2**20
 PART = 5 * 2**20
+# On JAX, by the positions N * H * W of the map, whatever its width: above some 3,000 XLA's program for
+# depthwise convolution and norm becomes up to three times slower than its parts together. Measured on
+# convnext_atto, nano, tiny and base at batch 2 to 32 (56 x 56 a sample, 28 x 28 two, 14 x 14 eight).
+POSITIONS = 2048
 
 
 def in_parts(function, x, hidden_channels: int, training: bool = False):
@@ -44,14 +47,14 @@ def _samples_in_a_part(x, hidden_channels):
     if not _on_a_cpu_that_gains(x):
         return x.shape[0]
     samples, height, width, _ = x.shape
+    if keras.backend.backend() == "jax":  # one program for all parts
+        wanted = max(1, POSITIONS // (height * width))
+        return max(divisor for divisor in range(1, min(wanted, samples) + 1) if samples % divisor == 0)
     itemsize = 2 if "16" in keras.backend.standardize_dtype(x.dtype) else 4
     sample_bytes = height * width * hidden_channels * itemsize
-    if samples * sample_bytes <= WHOLE[keras.backend.backend()]:
+    if samples * sample_bytes <= WHOLE:
         return samples
-    wanted = max(1, PART // sample_bytes)
-    if keras.backend.backend() == "jax":  # one program for all parts
-        return max(divisor for divisor in range(1, min(wanted, samples) + 1) if samples % divisor == 0)
-    return min(wanted, samples)
+    return min(max(1, PART // sample_bytes), samples)
 
 
 def _on_a_cpu_that_gains(x):

@@ -495,8 +495,14 @@ PARTS = {  # N: samples in each part
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "WHOLE", {"jax": SAMPLE_BYTES, "torch": SAMPLE_BYTES})
-    monkeypatch.setattr(parts, "PART", 2 * SAMPLE_BYTES + 100)
+    take_parts_of(2, monkeypatch)
+
+
+def take_parts_of(samples, monkeypatch):
+    """Sets the limits so that maps of (7, 10, 16) in float32 are run that many samples at a time."""
+    monkeypatch.setattr(parts, "WHOLE", 0)
+    monkeypatch.setattr(parts, "PART", samples * SAMPLE_BYTES + 100)
+    monkeypatch.setattr(parts, "POSITIONS", samples * 70 + 10)
 
 
 class Recorder:
@@ -530,10 +536,10 @@ def test_parts_give_the_result_and_gradient_of_the_whole(small_parts, samples, t
         assert min(errors(actual, swapped)) > 10 * TOLERANCE
 
 
-def test_a_map_of_bfloat16_is_half_as_large(small_parts):
+def test_a_map_of_bfloat16_is_half_as_large_on_torch_and_has_as_many_positions_on_jax(small_parts):
     recorder = Recorder()
     forward(parted(recorder, False, "bfloat16"), sample((8, 7, 10, 4), "bfloat16"))
-    assert set(recorder.sizes) == {8 if BACKEND == "tensorflow" else 4}
+    assert set(recorder.sizes) == {{"tensorflow": 8, "jax": 2, "torch": 4}[BACKEND]}
 
 
 def test_what_is_small_stays_whole(monkeypatch):
@@ -541,13 +547,14 @@ def test_what_is_small_stays_whole(monkeypatch):
     x = sample((5, 7, 10, 4))
     forward(parted(recorder, False), x)
     assert set(recorder.sizes) == {5}
-    monkeypatch.setattr(parts, "PART", SAMPLE_BYTES)
-    monkeypatch.setattr(parts, "WHOLE", dict.fromkeys(("jax", "torch"), 5 * SAMPLE_BYTES))
-    forward(parted(recorder, False), x)
-    assert set(recorder.sizes) == {5}
-    monkeypatch.setattr(parts, "WHOLE", dict.fromkeys(("jax", "torch"), 5 * SAMPLE_BYTES - 1))
-    forward(parted(recorder, False), x)
-    assert set(recorder.sizes) == ({5} if BACKEND == "tensorflow" else {1, 5})
+    take_parts_of(1, monkeypatch)
+    for whole, positions in ((5 * SAMPLE_BYTES, 5 * 70), (5 * SAMPLE_BYTES - 1, 5 * 70 - 1)):
+        recorder.sizes.clear()
+        monkeypatch.setattr(parts, "WHOLE", whole)
+        monkeypatch.setattr(parts, "POSITIONS", positions)
+        forward(parted(recorder, False), x)
+        splits = whole % SAMPLE_BYTES and BACKEND != "tensorflow"
+        assert set(recorder.sizes) == ({1} if splits else {5})
 
 
 BLOCKS = {
@@ -574,8 +581,7 @@ def block_in_one(version):
 def test_block_in_parts_equals_the_block_in_one_in_inference_and_training(monkeypatch, version, training):
     expected = block_in_one(version)
     sizes = samples_of_branches(monkeypatch)
-    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
-    monkeypatch.setattr(parts, "PART", 2 * SAMPLE_BYTES)
+    take_parts_of(2, monkeypatch)
     actual = block_called(version, training)
     splits = BACKEND == "jax" or (BACKEND == "torch" and not training)
     assert set(sizes) == {2 if splits else 6}
@@ -598,8 +604,7 @@ def samples_of_branches(monkeypatch):
 
 def test_rematerialised_block_in_parts_has_the_same_gradients(monkeypatch):
     expected = block_in_one("v1")
-    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
-    monkeypatch.setattr(parts, "PART", 2 * SAMPLE_BYTES)
+    take_parts_of(2, monkeypatch)
     assert max(errors(block_called("v1", True, rematerialize=True), expected)) < 2 * TOLERANCE
 
 
@@ -613,8 +618,7 @@ def test_small_model_in_parts_equals_training_without_drop_path(monkeypatch):
     trained = forward(model, pixels, training=True)
     assert set(sizes) == {3}
     sizes.clear()
-    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
-    monkeypatch.setattr(parts, "PART", 1)
+    take_parts_of(0, monkeypatch)
     in_parts = forward(model, pixels, training=False)
     assert set(sizes) == {3 if BACKEND == "tensorflow" else 1}
     assert relative_error(in_parts, trained) < 10 * TOLERANCE  # some twenty layers
@@ -651,8 +655,7 @@ def test_program_of_unknown_sizes_takes_the_whole_on_jax(monkeypatch):
     import jax
     from jax import export
 
-    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
-    monkeypatch.setattr(parts, "PART", 1)
+    take_parts_of(0, monkeypatch)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
     block = with_random_weights(BLOCKS["v1"](), (3, 4, 6, 4))
@@ -753,8 +756,7 @@ def test_other_dtypes_are_left_to_keras_on_torch(products_taken, dtype):
 
 @on_torch
 def test_traced_and_compiled_programs_hold_plain_operators_on_torch(monkeypatch):
-    monkeypatch.setattr(parts, "WHOLE", {"jax": 0, "torch": 0})
-    monkeypatch.setattr(parts, "PART", 1)
+    take_parts_of(0, monkeypatch)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
     block = with_random_weights(BLOCKS["v1"](), (3, 4, 6, 4))
