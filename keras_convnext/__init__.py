@@ -15,7 +15,9 @@ if pathlib.PurePath((sys.argv or [""])[0]).stem != "keras-convnext":
     from keras_convnext.checkpoints import find_checkpoint, list_weights
     from keras_convnext.convert import convert, save_weights
     from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
+    from keras_convnext.deployment import deploy
     from keras_convnext.depthwise import DepthwiseConv2D
+    from keras_convnext.export import export
     from keras_convnext.layers import (
         GlobalResponseNormalization,
         LayerNormalization,
@@ -113,7 +115,9 @@ __all__ = [
     "TestConvNeXt3",
     "WarmupCosine",
     "convert",
+    "deploy",
     "ema_weights",
+    "export",
     "find_checkpoint",
     "list_weights",
     "load",

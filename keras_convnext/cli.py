@@ -102,6 +102,16 @@ training images, never on those that the score is of.""",
 
 Writes shuffled TFRecord files of about 150 MB, with the encoded images as they are, and an index. The same
 command goes on after an interruption, and repairs damaged files.""",
+    "export": """examples:
+  keras-convnext export convnext_tiny.fb_in1k tiny.tflite --precision dynamic_int8
+  keras-convnext export my_leaves.keras leaves.onnx
+  keras-convnext export my_leaves.safetensors leaves.tflite --precision int8 --calibration leaves/
+  keras-convnext export convnext_tiny.fb_in1k exported/ --format litert,onnx --precision all --report report/
+
+MODEL is a tag, an architecture or a file. The file's suffix tells the format: .tflite (LiteRT), .onnx, .xml
+(OpenVINO), .pt2 (PyTorch), none for a SavedModel. Several formats or precisions, or "all", go to a folder.
+Every file takes pixels in 0..255 in the order N, H, W, C, and is run and compared with the model before it is
+kept. --calibration is a folder of images or a data set; by default, crops of three photographs.""",
     "bench": """examples:
   keras-convnext bench convnext_tiny --against timm,keras.applications --output speed/
   keras-convnext bench convnextv2_atto --mode training --batch 32 --backends jax
@@ -478,6 +488,83 @@ def look_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def export_command(options: argparse.Namespace) -> int:
+    """Writes files for other runtimes, each checked against the model."""
+    options.weights = options.model if _names_file(options.model) else None
+    labels = _read_labels(options)
+    _import_quietly("keras_convnext.export")
+    from keras_convnext import classifiers, export_report, machine
+    from keras_convnext.export import FORMATS, export
+
+    targets = _export_targets(options, FORMATS)
+    opened = classifiers.open_classifier(
+        None if options.weights else options.model,
+        options.weights,
+        image_size=options.image_size,
+        classes=len(labels) or None,
+        classifier_activation=None if options.logits else "softmax",
+    )
+    classes = opened.model.output_shape[-1]
+    if not labels and classes in IMAGENET_CLASSES:
+        labels = class_names.class_names(classes)
+    results = []
+    for format, precision, path in targets:
+        if sys.stderr.isatty():
+            print(f"writing and checking {path} ...", file=sys.stderr, flush=True)
+        result = export(
+            opened.model,
+            path,
+            format,
+            precision=precision,
+            batch_size=options.batch_size,
+            image_size=options.image_size,
+            calibration=options.calibration,
+            labels=labels or None,
+            licence=None if opened.row is None else opened.row.licence,
+            preparation=opened.preparation,
+            tolerance=options.tolerance,
+            check=not options.no_check,
+            replace=options.force,
+        )
+        results.append(result)
+    if options.json:
+        _print_json([dataclasses.asdict(result) | {"path": str(result.path)} for result in results])
+    elif options.no_check:
+        for result in results:
+            print(f"{result.path}: {result.num_bytes / 1e6:.2f} MB, not checked")
+    else:
+        _print_table(export_report.COLUMNS, "<<<>>>>>", export_report.rows(results))
+    if options.report is not None:
+        heading = f"{opened.model.name}, {machine.cpu_name()}, {machine.available_cores()} cores"
+        paths = export_report.write_report(results, options.report, heading)
+        _complain(f"Written: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str, pathlib.Path]]:
+    """(format, precision, path) of each file that --format and --precision ask for."""
+    from keras_convnext import runtimes
+
+    output = pathlib.Path(options.output)
+    if not any("," in words or words == "all" for words in (options.format or "", options.precision)):
+        return [(options.format or runtimes.format_of(output), options.precision, output)]
+    if options.format is None:
+        raise ValueError("Expected --format NAMES beside several precisions; OUTPUT is then a folder.")
+    wanted = list(formats) if options.format == "all" else options.format.split(",")
+    targets = []
+    for format in wanted:
+        if format not in formats:
+            raise ValueError(f"Unknown format {format!r}. Known: {', '.join(formats)}.")
+        known = formats[format].precisions
+        precisions = known if options.precision == "all" else options.precision.split(",")
+        for precision in precisions:
+            stem = f"{pathlib.Path(options.model).stem if _names_file(options.model) else options.model}"
+            suffix = formats[format].suffix or "_saved_model"
+            targets.append((format, precision, output / f"{stem}_{precision}{suffix}"))
+    output.mkdir(parents=True, exist_ok=True)
+    return targets
+
+
 def bench_command(options: argparse.Namespace) -> int:
     """Measures speed, of this package and of peers in the same run."""
     from keras_convnext.bench import compare
@@ -705,6 +792,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--seed", type=int, default=0, metavar="N", help="of the batch, default 0")
 
+    exporting = command(
+        "export", export_command, "write a model for LiteRT, ONNX, OpenVINO, TensorFlow or PyTorch"
+    )
+    exporting.add_argument("model", metavar="MODEL", help="tag, architecture, weight file or .keras file")
+    exporting.add_argument("output", metavar="OUTPUT", help="the file, or a folder for several")
+    exporting.add_argument(
+        "--format",
+        metavar="NAMES",
+        help="saved_model, litert, onnx, openvino, torch, or all; default by suffix",
+    )
+    exporting.add_argument(
+        "--precision",
+        default="float32",
+        metavar="NAMES",
+        help="float32, float16, dynamic_int8, int8, or all; default float32",
+    )
+    exporting.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        default="default",
+        metavar="N",
+        help="images in a call, or any; default 1 for LiteRT, any for the others",
+    )
+    exporting.add_argument(
+        "--image-size", type=_positive, metavar="N", help="pixels, default the weights' own"
+    )
+    exporting.add_argument(
+        "--calibration", metavar="PATH", help="images for the check and for int8, default three photographs"
+    )
+    exporting.add_argument("--labels", metavar="FILE", help="text file with the name of a class in each line")
+    exporting.add_argument("--logits", action="store_true", help="leave out the softmax")
+    exporting.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="difference allowed, in times of the largest output; default by precision",
+    )
+    exporting.add_argument("--no-check", action="store_true", help="do not run what was written")
+    exporting.add_argument("--report", metavar="DIR", help="folder for a table and a picture")
+    exporting.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
+
     bench = command("bench", bench_command, "measure speed, against named peers in the same run")
     bench.add_argument("what", nargs="*", metavar="WHAT", help="architectures, or a word; see below")
     for name, listed, summary in (
@@ -726,7 +854,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rematerialize", action="store_true", help="train ours with less memory")
     bench.add_argument("--output", metavar="DIR", help="folder for the tables and the plot")
 
-    for printing in (listing, info, predict, evaluation, preparation, bench):
+    for printing in (listing, info, predict, evaluation, preparation, exporting, bench):
         printing.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -735,6 +863,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
     return int(text)
+
+
+def _batch_size(text: str) -> int | str | None:
+    return {"any": None, "default": text}[text] if text in ("any", "default") else _positive(text)
 
 
 def _names_file(name: str) -> bool:

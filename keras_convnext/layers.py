@@ -62,6 +62,7 @@ class LayerNormalization(keras.layers.Layer):
 
     Args:
         epsilon: float, added to the variance. Default 1e-6, the official code's.
+        affine: bool, whether to have gamma and beta. Default True; `deploy` folds them into what follows.
 
     Call arguments:
         x: (..., C), any float dtype.
@@ -76,39 +77,44 @@ class LayerNormalization(keras.layers.Layer):
         [-1.0, 1.0]
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
         super().__init__(**kwargs)
         self.epsilon = epsilon
+        self.affine = affine
+        self.gamma = self.beta = None
 
     def build(self, input_shape):
-        shape = (input_shape[-1],)
-        self.gamma = self.add_weight(shape=shape, initializer="ones", autocast=False, name="gamma")
-        self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+        if self.affine:
+            shape = (input_shape[-1],)
+            self.gamma = self.add_weight(shape=shape, initializer="ones", autocast=False, name="gamma")
+            self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
 
     def call(self, x):
         x = _float32(x)
-        gamma, beta = _float32(self.gamma), _float32(self.beta)
+        gamma, beta = (_float32(self.gamma), _float32(self.beta)) if self.affine else (None, None)
         if keras.backend.backend() == "torch":  # one fused kernel, which subtracts first
             import torch
 
             y = torch.nn.functional.layer_norm(x, x.shape[-1:], gamma, beta, self.epsilon)
-        elif keras.backend.backend() == "openvino":
+            return ops.cast(y, self.compute_dtype)
+        if keras.backend.backend() == "openvino":
             from openvino import opset13
 
             # Its own operator; what OpenVINO makes of the formula below costs a tenth of the whole model.
             normalised = opset13.mvn(x.output, [-1], True, self.epsilon, "INSIDE_SQRT")
-            y = type(x)(normalised.output(0)) * gamma + beta
+            y = type(x)(normalised.output(0))
+            y = y * gamma if self.affine else y
         else:
             x = x - ops.mean(x, axis=(-1,), keepdims=True)
-            variance = ops.mean(ops.square(x), axis=(-1,), keepdims=True)
-            y = x * (ops.rsqrt(variance + self.epsilon) * gamma) + beta
-        return ops.cast(y, self.compute_dtype)
+            factor = ops.rsqrt(ops.mean(ops.square(x), axis=(-1,), keepdims=True) + self.epsilon)
+            y = x * (factor * gamma if self.affine else factor)
+        return ops.cast(y + beta if self.affine else y, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon}
+        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
 
 
 @_register
@@ -120,6 +126,7 @@ class RMSNormalization(keras.layers.Layer):
 
     Args:
         epsilon: float, added to the mean square. Default 1e-6, timm's.
+        affine: bool, whether to have gamma. Default True; `deploy` folds it into what follows.
 
     Call arguments:
         x: (..., C), any float dtype.
@@ -128,26 +135,29 @@ class RMSNormalization(keras.layers.Layer):
         Same shape, in the compute dtype.
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
         super().__init__(**kwargs)
         self.epsilon = epsilon
+        self.affine = affine
+        self.gamma = None
 
     def build(self, input_shape):
-        self.gamma = self.add_weight(
-            shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
-        )
+        if self.affine:
+            self.gamma = self.add_weight(
+                shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
+            )
 
     def call(self, x):
         x = _float32(x)
         mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
-        y = x * ops.rsqrt(mean_square + self.epsilon) * _float32(self.gamma)
-        return ops.cast(y, self.compute_dtype)
+        y = x * ops.rsqrt(mean_square + self.epsilon)
+        return ops.cast(y * _float32(self.gamma) if self.affine else y, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon}
+        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
 
 
 @_register
@@ -160,6 +170,7 @@ class SimpleNormalization(keras.layers.Layer):
 
     Args:
         epsilon: float, added to the variance. Default 1e-6, timm's.
+        affine: bool, whether to have gamma. Default True; `deploy` folds it into what follows.
 
     Call arguments:
         x: (..., C) with C > 1, any float dtype.
@@ -171,31 +182,34 @@ class SimpleNormalization(keras.layers.Layer):
         ValueError: for one channel, which has no unbiased variance.
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
         super().__init__(**kwargs)
         self.epsilon = epsilon
+        self.affine = affine
+        self.gamma = None
 
     def build(self, input_shape):
         if input_shape[-1] == 1:
             raise ValueError(
                 f"SimpleNormalization needs at least 2 channels. Received: input shape {tuple(input_shape)}"
             )
-        self.gamma = self.add_weight(
-            shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
-        )
+        if self.affine:
+            self.gamma = self.add_weight(
+                shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
+            )
 
     def call(self, x):
         x = _float32(x)
         centred = x - ops.mean(x, axis=-1, keepdims=True)
         variance = ops.sum(ops.square(centred), axis=-1, keepdims=True) / (x.shape[-1] - 1)
-        y = x * ops.rsqrt(variance + self.epsilon) * _float32(self.gamma)
-        return ops.cast(y, self.compute_dtype)
+        y = x * ops.rsqrt(variance + self.epsilon)
+        return ops.cast(y * _float32(self.gamma) if self.affine else y, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon}
+        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
 
 
 @_register
@@ -211,6 +225,7 @@ class GlobalResponseNormalization(keras.layers.Layer):
 
     Args:
         epsilon: float, added to the mean norm. Default 1e-6, the official code's.
+        center: bool, whether to have beta. Default True; `deploy` folds it into what follows.
 
     Call arguments:
         x: (N, H, W, C), any float dtype.
@@ -225,14 +240,18 @@ class GlobalResponseNormalization(keras.layers.Layer):
         True
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon=1e-6, center=True, **kwargs):
         super().__init__(**kwargs)
         self.epsilon = epsilon
+        self.center = center
+        self.sums_by_product = True  # on TensorFlow; LiteRT's converter wants plain sums
+        self.beta = None
 
     def build(self, input_shape):
         shape = (input_shape[-1],)
         self.gamma = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="gamma")
-        self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+        if self.center:
+            self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
 
     def scale(self, x):
         """`1 + gamma * n` in float32, (N, 1, 1, C): what each channel of each sample is multiplied by."""
@@ -245,7 +264,8 @@ class GlobalResponseNormalization(keras.layers.Layer):
                 torch.ones_like(gamma), gamma, norm / (norm.mean(-1, keepdim=True) + self.epsilon)
             )
         height, width, channels = x.shape[1:]
-        if keras.backend.backend() == "tensorflow" and isinstance(height, int) and isinstance(width, int):
+        known = isinstance(height, int) and isinstance(width, int)
+        if keras.backend.backend() == "tensorflow" and known and self.sums_by_product:
             # As a product, which takes two thirds of the time of TensorFlow's reduction over two axes.
             squares = ops.reshape(ops.square(x), (-1, height * width, channels))
             square_sum = ops.expand_dims(ops.matmul(ops.ones((1, height * width), x.dtype), squares), 1)
@@ -256,8 +276,11 @@ class GlobalResponseNormalization(keras.layers.Layer):
         return 1.0 + gamma * response
 
     def call(self, x):
-        scale, beta = self.scale(x), _float32(self.beta)
+        scale = self.scale(x)
         x = _float32(x)
+        if not self.center:
+            return ops.cast(x * scale, self.compute_dtype)
+        beta = _float32(self.beta)
         if keras.backend.backend() == "torch":
             import torch
 
@@ -270,7 +293,7 @@ class GlobalResponseNormalization(keras.layers.Layer):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon}
+        return {**super().get_config(), "epsilon": self.epsilon, "center": self.center}
 
 
 @_register

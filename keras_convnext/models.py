@@ -227,7 +227,7 @@ def _build(
     if state is None:
         state = read_file(path)
     values = _read_for_model(state, variant, path, include_top, classes, shape[-1], pyramid_norms, new_head)
-    return _filled(values, assemble)
+    return filled(assemble, lambda model: _places(model, values))
 
 
 def _assemble(
@@ -532,9 +532,9 @@ def model_of(variant, canonical, described_by=None, classifier_activation="softm
     contents = state_dicts.inspect(canonical)
     row = described_by or checkpoints.default_checkpoint(variant.name)
     side = row.image_size if contents.classes else None
-    return _filled(
-        canonical,
-        lambda: _assemble(
+
+    def assemble():
+        return _assemble(
             variant,
             include_top=contents.classes > 0,
             normaliser=(row.mean, row.std),
@@ -549,8 +549,9 @@ def model_of(variant, canonical, described_by=None, classifier_activation="softm
             pyramid_norms=contents.pyramid_norms,
             rematerialize=False,
             seed=None,
-        ),
-    )
+        )
+
+    return filled(assemble, lambda model: _places(model, canonical))
 
 
 def read_file(path):
@@ -624,29 +625,33 @@ def _read(state, shapes, path, may_lack, may_hold):
     return values
 
 
-def _filled(values, assemble):
-    """The model that `assemble` lays out, with every weight made from its value in the file.
+def filled(assemble, values_of):
+    """The model that `assemble` lays out, with every weight made from its value.
 
     Inside the scope variables are declared but not made: no random numbers are drawn and nothing is compiled.
     When it closes, each is made from its initializer, which by then returns the value.
+
+    Args:
+        assemble: function () -> model.
+        values_of: function (model) -> pairs of a variable and its array.
     """
     with keras.StatelessScope():
         model = assemble()
-        _set_initial_values(model, values)
+        for variable, array in values_of(model):
+            # Keras has no public setter for the initializer of a declared variable; a test guards this line.
+            variable._initializer = functools.partial(_cast, array)
     if keras.backend.backend() == "torch":
         list(model.parameters())  # registers with torch what the scope could not
     return model
 
 
-def _set_initial_values(model, values):
-    """Makes each declared variable start from its value in the file."""
+def _places(model, values):
+    """Yields each variable of a model that has a value in the file, and the value."""
     remaining = dict(values)
     for variable in model.weights:
         name = _canonical_name(variable.path)
         if name in remaining:
-            array = _to_keras(remaining.pop(name), variable.path)
-            # Keras has no public setter for the initializer of a declared variable; a test guards this line.
-            variable._initializer = functools.partial(_cast, array)
+            yield variable, _to_keras(remaining.pop(name), variable.path)
     if remaining:
         raise ValueError(f"Weights without a place in the model: {', '.join(remaining)}")
 

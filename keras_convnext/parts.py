@@ -2,9 +2,9 @@
 
 import keras
 
-# On PyTorch, by the bytes of a block's widest map. One above WHOLE is fresh memory at every step (the C library
-# hands large pieces back to the system), and its first touch costs more than the arithmetic on it; PART keeps
-# close to a second-level cache. Measured at batch 8: 8 MiB give convnextv2_tiny a tenth.
+# On PyTorch, by the bytes of a block's widest map. One above WHOLE is fresh memory at every step (the C
+# library hands large pieces back to the system), and its first touch costs more than the arithmetic on it;
+# PART keeps close to a second-level cache. Measured at batch 8: 8 MiB give convnextv2_tiny a tenth.
 WHOLE = 8 * 2**20
 PART = 5 * 2**20
 # On JAX, by the positions N * H * W of the map, whatever its width: above some 3,000 XLA's program for

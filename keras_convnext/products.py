@@ -1,7 +1,8 @@
 """The matrix products of the network, computed the fast way of each backend.
 
 `pointwise` and `pointwise_after_grn` are for the two `keras.layers.Dense` of a block, which keep what Keras
-gives them (weights, LoRA, quantisation); `PatchConv2D` is the stem and the layers between the stages.
+gives them (weights, LoRA, quantisation); `PointwiseConv2D` takes their place in a model for inference only.
+`PatchConv2D` is the stem and the layers between the stages.
 """
 
 import functools
@@ -15,20 +16,30 @@ def pointwise(layer, x, activation=None):
     """`activation(layer(x))`.
 
     Args:
-        layer: a built `keras.layers.Dense` without an activation of its own.
+        layer: a built `keras.layers.Dense` without an activation of its own, or a `PointwiseConv2D`.
         x: (..., C), in the layer's compute dtype.
         activation: a function, default none.
 
     Returns:
         (..., units), in the compute dtype.
     """
-    if layer.quantization_mode is None and layer.use_bias and _has_own_product(x):
-        kernel, bias = (
-            keras.ops.convert_to_tensor(value, dtype=x.dtype) for value in (layer.kernel, layer.bias)
-        )
+    if _is_plain(layer) and _has_own_product(x):
+        kernel, bias = _matrix_and_bias(layer, x.dtype)
         return _product(x, kernel, bias, activation)
     y = layer(x)
     return y if activation is None else _activate(activation, y)
+
+
+def _is_plain(layer):
+    if isinstance(layer, PointwiseConv2D):
+        return not layer.for_litert
+    return layer.quantization_mode is None and layer.use_bias
+
+
+def _matrix_and_bias(layer, dtype):
+    """(C, D) and (D,), from a Dense layer or a 1x1 convolution."""
+    kernel, bias = (keras.ops.convert_to_tensor(value, dtype=dtype) for value in (layer.kernel, layer.bias))
+    return (keras.ops.reshape(kernel, kernel.shape[-2:]) if len(kernel.shape) == 4 else kernel), bias
 
 
 def pointwise_after_grn(layer, x, grn):
@@ -39,7 +50,7 @@ def pointwise_after_grn(layer, x, grn):
     x @ (scale * kernel) + (beta @ kernel + bias). (On PyTorch this gains nothing, in parts.)
 
     Args:
-        layer: a built `keras.layers.Dense`.
+        layer: a built `keras.layers.Dense` or `PointwiseConv2D`.
         x: (N, H, W, C), in the layer's compute dtype.
         grn: a built `GlobalResponseNormalization`.
 
@@ -47,19 +58,52 @@ def pointwise_after_grn(layer, x, grn):
         (N, H, W, units), in the compute dtype.
     """
     known = all(isinstance(length, int) for length in x.shape[1:])
-    smaller = known and layer.units < x.shape[1] * x.shape[2]
-    plain = layer.quantization_mode is None and layer.use_bias
+    smaller = known and layer.kernel.shape[-1] < x.shape[1] * x.shape[2]
     float32 = keras.backend.standardize_dtype(x.dtype) == "float32"
-    if not (keras.backend.backend() == "tensorflow" and smaller and plain and float32):
+    if not (keras.backend.backend() == "tensorflow" and smaller and _is_plain(layer) and float32):
         return pointwise(layer, grn.call(x))
     import tensorflow as tf
 
-    kernel, bias, beta = map(keras.ops.convert_to_tensor, (layer.kernel, layer.bias, grn.beta))
+    kernel, bias = _matrix_and_bias(layer, "float32")
     kernels = keras.ops.reshape(grn.scale(x), (-1, x.shape[3], 1)) * kernel  # (N, C, units)
-    shift = keras.ops.matmul(beta, kernel) + bias
+    if grn.center:
+        bias = keras.ops.matmul(keras.ops.convert_to_tensor(grn.beta), kernel) + bias
     rows = tf.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
-    y = tf.nn.bias_add(tf.matmul(rows, kernels), shift)
-    return tf.reshape(y, (-1, *x.shape[1:3], layer.units))
+    y = tf.nn.bias_add(tf.matmul(rows, kernels), bias)
+    return tf.reshape(y, (-1, *x.shape[1:3], kernel.shape[-1]))
+
+
+@_register
+class PointwiseConv2D(keras.layers.Conv2D):
+    """A 1x1 convolution with bias: a Dense layer of a block, as `deploy` writes it.
+
+    Args:
+        filters: int, channels D of the result.
+        for_litert: bool. False computes it the fast way of each backend; True leaves it a convolution on
+            TensorFlow, which the LiteRT converter maps to one operator without arithmetic on shapes.
+
+    Call arguments:
+        x: (N, H, W, C), float.
+
+    Returns:
+        (N, H, W, D), in the compute dtype.
+    """
+
+    def __init__(self, filters, for_litert=False, *, name=None, dtype=None, trainable=True):
+        super().__init__(filters, 1, data_format="channels_last", name=name, dtype=dtype, trainable=trainable)
+        self.for_litert = for_litert
+
+    def call(self, x):
+        if self.for_litert:
+            return super().call(x)
+        kernel, bias = _matrix_and_bias(self, self.compute_dtype)
+        if _has_own_product(x):
+            return _product(x, kernel, bias)
+        return keras.ops.add(keras.ops.matmul(x, kernel), bias)
+
+    def get_config(self):
+        config = keras.layers.Layer.get_config(self)
+        return {**config, "filters": self.filters, "for_litert": self.for_litert}
 
 
 @_register

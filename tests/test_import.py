@@ -28,6 +28,11 @@ ALLOWED = {
         "checkpoints", "convnext", "downloads", "keras_files", "state_dicts", "torch_files", "variants",
     },
     "convert": {"checkpoints", "files", "models", "state_dicts", "torch_files", "variants"},
+    "deployment": {"convnext", "depthwise", "layers", "models", "parts", "products"},
+    "exporters": set(),
+    "runtimes": {"machine"},
+    "export": {"exporters", "runtimes", "data.calibration"},
+    "export_report": {"files"},
     "classifiers": {
         "checkpoints", "downloads", "keras_files", "models", "state_dicts", "variants",
     },
@@ -88,12 +93,13 @@ ALLOWED = {
     "data.images": set(),
     "data.augment": set(),
     "data.batches": {"data.augment", "data.images", "data.preprocess", "data.sources"},
+    "data.calibration": {"data.preprocess", "data.sources"},
     "data.contact_sheet": {
         "data.augment", "data.batches", "data.preprocess", "data.sources", "files",
     },
 }  # fmt: skip
 KERAS_FREE = {"variants", "files", "torch_files", "downloads", "checkpoints", "state_dicts", "results",
-              "reports",
+              "reports", "exporters", "runtimes", "export_report",
               "training.recipe", "training.run_folder", "training.logs",
               *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
 WITH_TENSORFLOW = {

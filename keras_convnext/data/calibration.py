@@ -1,0 +1,107 @@
+"""Images that a quantised file is calibrated with and every exported file is checked on."""
+
+import importlib.resources
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from keras_convnext.data import preprocess, sources
+
+PHOTOS = ("cat.jpg", "coffee.jpg", "rocket.jpg")  # free to use, see photos/README.md
+DEFAULT_COUNT = 32
+
+
+def calibration_images(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    image_size: tuple[int, int],
+    count: int = DEFAULT_COUNT,
+    channels: int = 3,
+    split: str | None = None,
+) -> np.ndarray:
+    """Loads a representative set of images.
+
+    Args:
+        source: a folder of images, at any depth; one image; or a data set as `evaluate` takes it. Images are
+            taken evenly spread over it and prepared as for evaluation. None for random crops of three
+            photographs that come with the package, the same at each call: enough to check a file and to
+            calibrate it roughly; images of your own kind calibrate better.
+        image_size: (height, width) in pixels.
+        count: number of images; fewer where the source has fewer.
+        channels: 3 for RGB, 1 for gray.
+        split: of a data set that has several.
+
+    Returns:
+        uint8 (n, height, width, channels).
+
+    Raises:
+        ValueError: an image cannot be read; the message names it. Also for a source that is not there or a
+            count below 1.
+
+    Example:
+        >>> calibration_images(image_size=(64, 64), count=2).shape
+        (2, 64, 64, 3)
+    """
+    if count < 1:
+        raise ValueError(f"Expected a count of calibration images from 1 up, received {count}.")
+    images = _crops(image_size, count) if source is None else _prepared(source, image_size, count, split)
+    if channels == 1:
+        return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
+    return np.stack(images)
+
+
+def _crops(image_size: tuple[int, int], count: int) -> list[np.ndarray]:
+    """Crops of a fifth of the photographs' area or more, every other one mirrored."""
+    folder = importlib.resources.files("keras_convnext.data") / "photos"
+    photos = []
+    for name in PHOTOS:
+        with importlib.resources.as_file(folder / name) as path:
+            photos.append(Image.fromarray(preprocess.read_image(path)))
+    generator = np.random.default_rng(0)
+    height, width = image_size
+    images = []
+    for number in range(count):
+        photo = photos[number % len(photos)]
+        share = generator.uniform(0.45, 1.0)  # of the largest box with the wanted ratio of sides
+        zoom = share * min(photo.width / width, photo.height / height)
+        box_width, box_height = zoom * width, zoom * height
+        left = generator.uniform(0, photo.width - box_width)
+        top = generator.uniform(0, photo.height - box_height)
+        box = (left, top, left + box_width, top + box_height)
+        image = photo.resize((width, height), Image.Resampling.BICUBIC, box)
+        images.append(np.asarray(image)[:, :: -1 if number % 2 else 1])
+    return images
+
+
+def _prepared(
+    source: str | os.PathLike[str], image_size: tuple[int, int], count: int, split: str | None
+) -> list[np.ndarray]:
+    path = pathlib.Path(source)
+    if path.suffix.lower() in preprocess.IMAGE_SUFFIXES or (path.is_dir() and _holds_images(path)):
+        files: Sequence[pathlib.Path] = preprocess.find_images(path)
+        decoded = (preprocess.read_image(file) for file in _spread(files, count))
+    else:
+        data = sources.open_source(source, split)
+        decoded = (
+            preprocess.decode_image(data.read(number), data.name(number))
+            for number in _spread(range(len(data)), count)
+        )
+    return [preprocess.preprocess_image(image, image_size=image_size) for image in decoded]
+
+
+def _holds_images(folder: pathlib.Path) -> bool:
+    return any(
+        name.lower().endswith(tuple(preprocess.IMAGE_SUFFIXES))
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items, or all, at even distances."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places]

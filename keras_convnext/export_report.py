@@ -1,0 +1,105 @@
+"""A table and a picture of exported files: size, agreement with the model, time."""
+
+import csv
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from keras_convnext.files import replacing_file, replacing_path
+
+COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/image", "x Keras model")
+
+
+def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
+    """Formats `export.ExportResult`s, in the order of `COLUMNS`.
+
+    "difference" is the largest of an output, in times of the model's largest output; "x Keras model" how many
+    times as fast the file is as the model, measured in turns.
+    """
+    return [
+        (
+            result.path.name,
+            result.format,
+            result.precision,
+            f"{result.num_bytes / 1e6:.2f}",
+            f"{result.relative_difference:.1e}",
+            f"{result.agreement:.1%}",
+            f"{result.milliseconds:.2f}",
+            f"{result.model_milliseconds / result.milliseconds:.2f}",
+        )
+        for result in results
+    ]
+
+
+def write_report(results: Sequence[Any], folder: str | os.PathLike[str], heading: str) -> list[pathlib.Path]:
+    """Writes exports.csv, table.md and exports.png.
+
+    Args:
+        results: `export.ExportResult`s.
+        folder: made where it is not there.
+        heading: a line above the table and the picture, such as the model and the machine.
+
+    Returns:
+        The paths.
+
+    Raises:
+        OSError: a file cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("exports.csv", "table.md", "exports.png")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in dataclasses.fields(results[0])])
+    writer.writerows(dataclasses.astuple(result) for result in results)
+    lines = [
+        heading,
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3),
+    ]
+    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    for path, content in zip(paths[:2], (text.getvalue(), "\n".join(lines) + "\n"), strict=True):
+        with replacing_file(path) as file:
+            file.write(content.encode())
+    _draw(results, paths[2], heading)
+    return paths
+
+
+def _draw(results, path, heading):
+    try:
+        from matplotlib import figure
+    except ImportError as error:
+        raise ImportError("The picture needs matplotlib: pip install matplotlib") from error
+
+    picture = figure.Figure(figsize=(8, 5), dpi=130, layout="constrained")
+    axes = picture.add_subplot()
+    slowest = max(result.milliseconds for result in results)
+    for format in dict.fromkeys(result.format for result in results):
+        chosen = [result for result in results if result.format == format]
+        axes.scatter(
+            [result.num_bytes / 1e6 for result in chosen],
+            [100 * result.agreement for result in chosen],
+            s=[30 + 600 * result.milliseconds / slowest for result in chosen],
+            alpha=0.6,
+            label=format,
+        )
+    for result in results:
+        axes.annotate(
+            f"{result.precision}, {result.milliseconds:.1f} ms",
+            (result.num_bytes / 1e6, 100 * result.agreement),
+            textcoords="offset points",
+            xytext=(8, 4),
+            fontsize=7,
+        )
+    axes.set(xlabel="size, MB", ylabel="images with the model's top-1, %", xscale="log")
+    axes.set_title(f"{heading}\nlarger circles are slower", fontsize=9)
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(markerscale=0.5, fontsize=8)
+    with replacing_path(path) as temporary:
+        picture.savefig(temporary)
