@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext import __version__, checkpoints, downloads, state_dicts, torch_files
+from keras_convnext import __version__, checkpoints, downloads, quiet, state_dicts, torch_files
 from keras_convnext.checkpoints import WEIGHT_SUFFIXES, Checkpoint
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.variants import VARIANTS, Variant
@@ -490,6 +490,10 @@ def look_command(options: argparse.Namespace) -> int:
 
 def export_command(options: argparse.Namespace) -> int:
     """Writes files for other runtimes, each checked against the model."""
+    if options.report is not None and options.no_check:
+        raise ValueError(
+            "Expected one of --report and --no-check: a report is made of what the check measures."
+        )
     options.weights = options.model if _names_file(options.model) else None
     labels = _read_labels(options)
     _import_quietly("keras_convnext.export")
@@ -612,17 +616,10 @@ def _licence_text(licence: str) -> str:
 
 def _import_quietly(*modules: str) -> None:
     """Imports modules without the start-up lines of TensorFlow, which none of its settings silences."""
-    sys.stderr.flush()
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
+    with quiet.silenced():
         for module in modules:
             with contextlib.suppress(ImportError):  # said by what needs it
                 importlib.import_module(module)
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -181,6 +181,21 @@ def deploy_for_litert(
     return _deploy(model, batch_size, image_size, for_litert=True)
 
 
+def in_float32(model: keras.Model) -> keras.Model:
+    """The model, or where layers of it compute in 16 bits, a copy of it in which all compute in float32."""
+    if all(layer.compute_dtype in ("float32", "float64") for layer in model.layers):
+        return model
+
+    def copied(layer):
+        if not isinstance(layer, keras.layers.Layer):
+            return layer
+        return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+    copy = keras.models.clone_model(_functional(model), clone_function=copied, recursive=True)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
 def _deploy(model, batch_size, image_size, for_litert):
     model = _functional(model)
     inputs = _new_inputs(model, batch_size, image_size)

@@ -4,7 +4,6 @@ Runs in the process of the caller where that has the right backend, else in a ch
 from a JSON file, loads the model that the caller saved, and writes.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -153,9 +152,7 @@ def _write_litert(model, request):
         images = np.load(request.calibration)
         converter.representative_dataset = lambda: ([image[None].astype("float32")] for image in images)
         converter.inference_input_type = tf.uint8
-    with contextlib.redirect_stdout(sys.stderr):
-        content = converter.convert()
-    pathlib.Path(request.path).write_bytes(content)
+    pathlib.Path(request.path).write_bytes(converter.convert())
 
 
 def _torch_program(model, request):
@@ -190,7 +187,7 @@ def _write_onnx(model, request):
     import torch
 
     program, images, dynamic_shapes = _torch_program(model, request)
-    with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+    with torch.no_grad():
         exported = torch.onnx.export(
             program,
             (images,),
@@ -200,7 +197,8 @@ def _write_onnx(model, request):
             output_names=["outputs"],
             verbose=False,
         )
-    exported.save(request.path)
+    # A file of protobuf holds 2 GB; weights beyond that go to a second file.
+    exported.save(request.path, external_data=4 * model.count_params() > 1.9e9)
 
 
 def _write_torch(model, request):

@@ -78,9 +78,9 @@ def test_file_equals_the_model(format, model, images, tmp_path):
     with pytest.raises(ValueError, match=r"Expected images of 64 x 64 x 3 .* \(1, 32, 32, 3\)"):
         exported(np.zeros((1, 32, 32, 3), "uint8"))
     extra = {
-        "onnx": ["m.metadata.json"],
-        "openvino": ["m.bin", "m.metadata.json"],
-        "torch": ["m.metadata.json"],
+        "onnx": ["m.onnx.metadata.json"],
+        "openvino": ["m.bin", "m.xml.metadata.json"],
+        "torch": ["m.pt2.metadata.json"],
     }
     assert left_in(tmp_path) == sorted([path.name, *extra.get(format, [])])
     with pytest.raises(FileExistsError, match="is there already"):
@@ -109,6 +109,22 @@ def test_sizes_can_be_chosen(model, tmp_path):
     free = small("test_convnext", input_shape=(None, None, 3))
     free.set_weights(model.get_weights())
     assert relative_error(exported(few), predicted(free, few)) < 1e-4
+
+
+@on_tensorflow
+def test_a_model_in_16_bits_is_written_in_float32(model, images, tmp_path):
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        mixed = small("test_convnext")
+    finally:
+        keras.config.set_dtype_policy(previous)
+    mixed.set_weights(model.get_weights())
+    result = export(mixed, tmp_path / "m.tflite", calibration=images)
+    assert result.relative_difference < 1e-4
+    exported = runtimes.open_exported(tmp_path / "m.tflite")
+    assert relative_error(exported(images), predicted(model, images)) < 1e-4
+    assert relative_error(predicted(mixed, images), predicted(model, images)) > 1e-4
 
 
 # SavedModel
@@ -313,6 +329,8 @@ def test_missing_converter_is_named(model, tmp_path, monkeypatch):
 def test_a_file_that_differs_is_not_kept(model, images, tmp_path):
     format = {"tensorflow": "m.tflite", "torch": "m.onnx"}[BACKEND]
     (tmp_path / format).write_text("old")
+    with pytest.raises(FileExistsError, match="is there already"):
+        export(model, tmp_path / format, calibration=images)
     with pytest.raises(ExportError, match=r"differs from the model by .* is allowed. It was not kept"):
         export(model, tmp_path / format, calibration=images, tolerance=0.0, replace=True)
     assert left_in(tmp_path) == [format]
@@ -372,4 +390,5 @@ def test_command_refuses_with_a_line(weights_folder, refused, tmp_path):
     assert "There is no folder" in refused("export", weights, "none/m.tflite")
     assert "nowhere" in refused("export", weights, "m.tflite", "--calibration", "nowhere")
     assert "Expected --format" in refused("export", weights, "exported", "--precision", "all")
+    assert "--report and --no-check" in refused("export", weights, "m.onnx", "--no-check", "--report", "r")
     assert left_in(tmp_path) == []

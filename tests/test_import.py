@@ -31,7 +31,8 @@ ALLOWED = {
     "deployment": {"convnext", "depthwise", "layers", "models", "parts", "products"},
     "exporters": set(),
     "runtimes": {"machine"},
-    "export": {"exporters", "runtimes", "data.calibration"},
+    "export": {"deployment", "exporters", "runtimes", "data.calibration", "quiet"},
+    "quiet": set(),
     "export_report": {"files"},
     "classifiers": {
         "checkpoints", "downloads", "keras_files", "models", "state_dicts", "variants",
@@ -99,7 +100,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 KERAS_FREE = {"variants", "files", "torch_files", "downloads", "checkpoints", "state_dicts", "results",
-              "reports", "exporters", "runtimes", "export_report",
+              "reports", "exporters", "runtimes", "export_report", "quiet",
               "training.recipe", "training.run_folder", "training.logs",
               *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
 WITH_TENSORFLOW = {

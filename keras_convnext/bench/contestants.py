@@ -8,7 +8,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 
@@ -218,7 +217,9 @@ def export(name: str, case: Case, folder: str) -> None:
     """Writes the file that a contestant of `is_exported` runs."""
     path = os.path.join(folder, name)
     if name == "openvino":
-        our_model(case).export(f"{path}.xml", format="openvino", verbose=False)
+        from keras_convnext.deployment import deploy
+
+        deploy(our_model(case)).export(f"{path}.xml", format="openvino", verbose=False)
     elif name == "litert":
         _export_litert(case, f"{path}.tflite")
     elif name == "onnxruntime":
@@ -529,13 +530,10 @@ def _litert_step(case: Case, threads: int | None, folder: str) -> Step:
 
 
 def _export_litert(case: Case, path: str) -> None:
-    """Our model with the batch fixed, as the converter's graph optimisations need it."""
-    import tensorflow as tf
+    """Our model with the batch fixed; int8 is of weights, and of activations as they come."""
+    from keras_convnext import exporters
 
+    precision = "dynamic_int8" if case.dtype == "int8" else "float32"
     model = our_model(dataclasses.replace(case, dtype="float32"))
-    signature = tf.TensorSpec((case.batch, case.image_size, case.image_size, 3), tf.float32)
-    function = tf.function(lambda images: model(images, training=False), input_signature=[signature])
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], model)
-    if case.dtype == "int8":
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]  # weights in int8, activations as they come
-    pathlib.Path(path).write_bytes(converter.convert())
+    size = (case.image_size, case.image_size)
+    exporters.write(model, exporters.Request("litert", precision, path, case.batch, size, None, {}))
