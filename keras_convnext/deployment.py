@@ -166,7 +166,7 @@ def deploy(
         >>> import keras_convnext
         >>> model = keras_convnext.ConvNeXtAtto(weights=None, input_shape=(64, 64, 3))
         >>> model.count_params() - deploy(model).count_params()
-        15200
+        6720
     """
     return _deploy(model, batch_size, image_size, for_litert=False)
 
@@ -209,9 +209,7 @@ def _deploy(model, batch_size, image_size, for_litert):
             return layer  # which is not called
         if isinstance(layer, keras.Model):
             return _deploy(layer, None, _inner_size(layer, model, image_size), for_litert)
-        if not isinstance(
-            layer, keras.layers.Layer
-        ):  # an operation without a state, such as a sum of tensors
+        if not isinstance(layer, keras.layers.Layer):  # an operation, such as a sum of tensors
             return layer
         if isinstance(layer, _BLOCKS):
             twin, values[layer.name] = _inference_block(layer, for_litert)
