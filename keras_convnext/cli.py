@@ -497,7 +497,7 @@ def export_command(options: argparse.Namespace) -> int:
     options.weights = options.model if _names_file(options.model) else None
     labels = _read_labels(options)
     _import_quietly("keras_convnext.export")
-    from keras_convnext import classifiers, export_report, machine
+    from keras_convnext import classifiers, deployment, export_report, machine
     from keras_convnext.export import FORMATS, export
 
     targets = _export_targets(options, FORMATS)
@@ -540,7 +540,8 @@ def export_command(options: argparse.Namespace) -> int:
         _print_table(export_report.COLUMNS, "<<<>>>>>", export_report.rows(results))
     if options.report is not None:
         heading = f"{opened.model.name}, {machine.cpu_name()}, {machine.available_cores()} cores"
-        paths = export_report.write_report(results, options.report, heading)
+        folded = str(deployment.savings(opened.model, deployment.deploy(opened.model)))
+        paths = export_report.write_report(results, options.report, heading, folded)
         _complain(f"Written: {', '.join(map(str, paths))}")
     return 0
 

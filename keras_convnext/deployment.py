@@ -171,6 +171,107 @@ def deploy(
     return _deploy(model, batch_size, image_size, for_litert=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Savings:
+    """What a twin is made of, beside its model.
+
+    Attributes:
+        parameters: numbers of weights, (model, twin).
+        operations: {kind: (in the model, in the twin)} of the graphs that this backend makes of them:
+            TensorFlow's operations, JAX's primitives or PyTorch's exported operators, without those that
+            compute nothing (constants, reads of weights, reshapes, casts to the same type).
+    """
+
+    parameters: tuple[int, int]
+    operations: dict[str, tuple[int, int]]
+
+    def __str__(self):
+        before, after = (sum(counts[place] for counts in self.operations.values()) for place in (0, 1))
+        lines = [
+            f"parameters: {self.parameters[0]:,} -> {self.parameters[1]:,}",
+            f"operations: {before:,} -> {after:,}",
+        ]
+        changed = {kind: counts for kind, counts in self.operations.items() if counts[0] != counts[1]}
+        lines += [f"  {kind}: {old} -> {new}" for kind, (old, new) in sorted(changed.items())]
+        return "\n".join(lines)
+
+
+def savings(model: keras.Model, twin: keras.Model) -> Savings:
+    """Counts weights and operations of a model and of its twin, on the backend in use.
+
+    Args:
+        model: what `deploy` was given, with one input of images.
+        twin: what it returned.
+
+    Raises:
+        ValueError: on a backend without graphs (NumPy, OpenVINO).
+
+    Example:
+        print(savings(model, deploy(model)))
+    """
+    counts = [_operations(one) for one in (model, twin)]
+    kinds = sorted({*counts[0], *counts[1]})
+    return Savings(
+        (model.count_params(), twin.count_params()),
+        {kind: (counts[0][kind], counts[1][kind]) for kind in kinds},
+    )
+
+
+def _operations(model):
+    """{kind of operation: how many of them} in the graph of one image."""
+    count = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
+    backend = keras.backend.backend()
+    if backend not in count:
+        raise ValueError(f"Expected the backend to be one of {', '.join(count)}. Received: {backend!r}.")
+    shape = (1, *(side or 224 for side in model.input.shape[1:3]), model.input.shape[3])
+    return count[backend](model, shape)
+
+
+def _tensorflow_operations(model, shape):
+    import tensorflow as tf
+
+    function = tf.function(lambda images: model(images, training=False))
+    graph = function.get_concrete_function(tf.TensorSpec(shape)).graph
+    silent = {"Const", "Identity", "NoOp", "Placeholder", "ReadVariableOp", "Reshape"}
+    return collections.Counter(op.type for op in graph.get_operations() if op.type not in silent)
+
+
+def _jax_operations(model, shape):
+    import jax
+
+    counts: collections.Counter[str] = collections.Counter()
+
+    def visit(program):
+        for equation in program.eqns:
+            inner = list(jax.core.jaxprs_in_params(equation.params))
+            for part in inner:
+                visit(part)
+            if not inner and equation.primitive.name != "reshape":
+                counts[equation.primitive.name] += 1
+
+    images = jax.ShapeDtypeStruct(shape, "float32")
+    visit(jax.make_jaxpr(lambda images: model(images, training=False))(images).jaxpr)
+    return counts
+
+
+def _torch_operations(model, shape):
+    import torch
+
+    class Program(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model(images, training=False)
+
+    with torch.no_grad():
+        program = torch.export.export(Program().eval(), (torch.zeros(shape),), strict=False)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    silent = ("aten._assert", "aten.lift", "aten.reshape", "aten.to.")
+    return collections.Counter(name for name in names if not name.startswith(silent))
+
+
 def deploy_for_litert(
     model: keras.Model,
     *,

@@ -34,13 +34,16 @@ def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def write_report(results: Sequence[Any], folder: str | os.PathLike[str], heading: str) -> list[pathlib.Path]:
+def write_report(
+    results: Sequence[Any], folder: str | os.PathLike[str], heading: str, savings: str = ""
+) -> list[pathlib.Path]:
     """Writes exports.csv, table.md and exports.png.
 
     Args:
         results: `export.ExportResult`s.
         folder: made where it is not there.
         heading: a line above the table and the picture, such as the model and the machine.
+        savings: what `deployment.savings` says, for the end of table.md.
 
     Returns:
         The paths.
@@ -63,6 +66,8 @@ def write_report(results: Sequence[Any], folder: str | os.PathLike[str], heading
         "| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3),
     ]
     lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    if savings:
+        lines += ["", "What was folded, in the model -> in the files:", "", "```", savings, "```"]
     for path, content in zip(paths[:2], (text.getvalue(), "\n".join(lines) + "\n"), strict=True):
         with replacing_file(path) as file:
             file.write(content.encode())

@@ -215,6 +215,22 @@ def test_lora_is_merged():
     assert not any("lora" in weight.name for weight in twin.weights)
 
 
+def test_report_of_operations_and_parameters():
+    model = built("test_convnext")
+    twin = deploy(model)
+    found = deployment.savings(model, twin)
+    assert found.parameters == (model.count_params(), twin.count_params())
+    totals = [sum(counts[place] for counts in found.operations.values()) for place in (0, 1)]
+    assert totals[1] <= totals[0] - sum(reduced_depths("test_convnext"))  # LayerScale of each block at least
+    lines = str(found).splitlines()
+    assert lines[:2] == [
+        f"parameters: {model.count_params():,} -> {twin.count_params():,}",
+        f"operations: {totals[0]:,} -> {totals[1]:,}",
+    ]
+    unchanged = [kind for kind, (old, new) in found.operations.items() if old == new]
+    assert unchanged and not any(line.split(":")[0].strip() in unchanged for line in lines[2:])
+
+
 def test_the_model_is_not_changed_and_shares_nothing():
     model = built("convnext_atto")
     before = [array.copy() for array in model.get_weights()]

@@ -380,6 +380,7 @@ def test_command_writes_several_files_and_a_report(weights_folder, run, tmp_path
         rows = list(csv.DictReader(file))
     assert [row["precision"] for row in rows] == ["float32", "dynamic_int8"]
     assert Image.open(tmp_path / "report" / "exports.png").width > 800
+    assert "\nparameters: " in (tmp_path / "report" / "table.md").read_text()
     with zipfile.ZipFile(tmp_path / "exported" / files[0]) as archive:
         assert len(archive.read("labels.txt").decode().splitlines()) == 1000
 
