@@ -83,28 +83,39 @@ def _draw(results, path, heading):
 
     picture = figure.Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = picture.add_subplot()
-    slowest = max(result.milliseconds for result in results)
-    for format in dict.fromkeys(result.format for result in results):
+    for marker, format in zip("osD^v", dict.fromkeys(result.format for result in results), strict=False):
         chosen = [result for result in results if result.format == format]
-        axes.scatter(
+        points = axes.scatter(
             [result.num_bytes / 1e6 for result in chosen],
-            [100 * result.agreement for result in chosen],
-            s=[30 + 600 * result.milliseconds / slowest for result in chosen],
-            alpha=0.6,
+            [result.milliseconds for result in chosen],
+            c=[100 * result.agreement for result in chosen],
+            cmap="RdYlGn",
+            vmin=0,
+            vmax=100,
+            s=90,
+            marker=marker,
+            edgecolors="black",
+            linewidths=0.6,
             label=format,
         )
+    largest = max(result.num_bytes for result in results)
     for result in results:
+        is_right = result.num_bytes > largest / 2
         axes.annotate(
-            f"{result.precision}, {result.milliseconds:.1f} ms",
-            (result.num_bytes / 1e6, 100 * result.agreement),
+            f"{result.precision}, {result.agreement:.0%}",
+            (result.num_bytes / 1e6, result.milliseconds),
             textcoords="offset points",
-            xytext=(8, 4),
+            xytext=(-8 if is_right else 8, -3),
+            ha="right" if is_right else "left",
             fontsize=7,
         )
-    axes.set(xlabel="size, MB", ylabel="images with the model's top-1, %", xscale="log")
-    axes.set_title(f"{heading}\nlarger circles are slower", fontsize=9)
+    axes.set(xlabel="size, MB", ylabel="milliseconds an image")
+    axes.set_title(heading, fontsize=10)
     axes.margins(0.15)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(markerscale=0.5, fontsize=8)
+    axes.legend(fontsize=8)
+    picture.colorbar(points, label="images with the model's top-1, %")
     with replacing_path(path) as temporary:
         picture.savefig(temporary)
