@@ -18,6 +18,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 import zlib
 
 MODELS = ("convnext_atto", "convnext_tiny", "convnextv2_atto")
@@ -111,21 +112,20 @@ def main():
     return 1 if failed else 0
 
 
-COLUMNS = ("model", "from", "format", "precision", "MB", "difference", "same top-1", "ms", "x Keras model")
+def columns():
+    from keras_convnext import export_report
+
+    return ("model", "from", *export_report.COLUMNS[1:])
 
 
 def cells(row):
-    first = [row["model"], row["backend"], row["format"], row["precision"]]
+    from keras_convnext import export_report
+
+    first = [row["model"], row["backend"]]
     if row["problem"]:
-        return [*first, row["problem"], "", "", "", ""]
-    return [
-        *first,
-        f"{row['num_bytes'] / 1e6:.2f}",
-        f"{row['relative_difference']:.1e}",
-        f"{row['agreement']:.0%}",
-        f"{row['milliseconds']:.2f}",
-        f"{row['model_milliseconds'] / row['milliseconds']:.2f}",
-    ]
+        return [*first, row["format"], row["precision"], row["problem"], "", "", "", ""]
+    result = types.SimpleNamespace(**row | {"path": pathlib.Path(row["path"])})
+    return [*first, *export_report.rows([result])[0][1:]]
 
 
 def as_line(row):
@@ -142,7 +142,7 @@ def write(rows, folder):
         writer.writeheader()
         writer.writerows(rows)
     facts = ", ".join(f"{name}: {value}" for name, value in machine.machine().items())
-    lines = [f"- {facts}", "", f"| {' | '.join(COLUMNS)} |", "| --- | --- | --- | --- |" + " ---: |" * 5]
+    lines = [f"- {facts}", "", f"| {' | '.join(columns())} |", "| --- | --- | --- | --- |" + " ---: |" * 5]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
 

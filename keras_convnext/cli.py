@@ -556,6 +556,7 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
     if options.format is None:
         raise ValueError("Expected --format NAMES beside several precisions; OUTPUT is then a folder.")
     wanted = list(formats) if options.format == "all" else options.format.split(",")
+    stem = pathlib.Path(options.model).stem if _names_file(options.model) else options.model
     targets = []
     for format in wanted:
         if format not in formats:
@@ -563,7 +564,6 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
         known = formats[format].precisions
         precisions = known if options.precision == "all" else options.precision.split(",")
         for precision in precisions:
-            stem = f"{pathlib.Path(options.model).stem if _names_file(options.model) else options.model}"
             suffix = formats[format].suffix or "_saved_model"
             targets.append((format, precision, output / f"{stem}_{precision}{suffix}"))
     output.mkdir(parents=True, exist_ok=True)

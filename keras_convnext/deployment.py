@@ -257,6 +257,17 @@ def _jax_operations(model, shape):
 def _torch_operations(model, shape):
     import torch
 
+    with torch.no_grad():
+        program = torch.export.export(as_program(model), (torch.zeros(shape),), strict=False)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    silent = ("aten._assert", "aten.lift", "aten.reshape", "aten.to.")
+    return collections.Counter(name for name in names if not name.startswith(silent))
+
+
+def as_program(model):
+    """A model as a PyTorch module of one argument, the images, in evaluation; for `torch.export`."""
+    import torch
+
     class Program(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -265,11 +276,7 @@ def _torch_operations(model, shape):
         def forward(self, images):
             return self.model(images, training=False)
 
-    with torch.no_grad():
-        program = torch.export.export(Program().eval(), (torch.zeros(shape),), strict=False)
-    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    silent = ("aten._assert", "aten.lift", "aten.reshape", "aten.to.")
-    return collections.Counter(name for name in names if not name.startswith(silent))
+    return Program().eval()
 
 
 def deploy_for_litert(
@@ -305,8 +312,11 @@ def _deploy(model, batch_size, image_size, for_litert):
     twins: dict[str, Any] = {}
     values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
 
+    def vanishes(layer):
+        return isinstance(layer, _TRAINING_ONLY) or layer.name in normalisers
+
     def make_twin(layer):
-        if isinstance(layer, _TRAINING_ONLY) or layer.name in normalisers:
+        if vanishes(layer):
             return layer  # which is not called
         if isinstance(layer, keras.Model):
             return _deploy(layer, None, _inner_size(layer, model, image_size), for_litert)
@@ -332,7 +342,7 @@ def _deploy(model, batch_size, image_size, for_litert):
         return twins[layer.name]
 
     def call(layer, *args, **kwargs):
-        if isinstance(layer, _TRAINING_ONLY) or layer.name in normalisers:
+        if vanishes(layer):
             return args[0]
         kwargs.pop("training", None)
         return layer(*args, **kwargs)
@@ -356,14 +366,30 @@ def _deploy(model, batch_size, image_size, for_litert):
         ) from error
 
 
-def _functional(model):
-    """The model as a functional one, without what `compile` gave it."""
+def check_built(model) -> None:
+    """Raises TypeError for something other than a Keras model, ValueError for one that is not built."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a Keras model, received {type(model).__name__}.")
     if not model.built:
         raise ValueError(
             f"Expected a built model. {model.name} is not: call it on images, or give it an input shape."
         )
+
+
+def sides(image_size) -> tuple[int, int]:
+    """(height, width) of a side in pixels or of a pair of them; ValueError for anything else."""
+    size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(
+            "Expected image_size to be a side in pixels or (height, width). Received: "
+            f"image_size={image_size!r}"
+        )
+    return size
+
+
+def _functional(model):
+    """The model as a functional one, without what `compile` gave it."""
+    check_built(model)
     if isinstance(model, models.ConvNeXt):
         return models.ConvNeXt(model.input, model.output, name=model.name)
     if isinstance(model, keras.Sequential):
@@ -390,12 +416,7 @@ def _new_inputs(model, batch_size, image_size):
         )
     own_batch, *size, channels = model.input.shape
     if image_size is not None:
-        size = list(image_size) if isinstance(image_size, (tuple, list)) else [image_size, image_size]
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(
-                "Expected image_size to be a side in pixels or (height, width). Received: "
-                f"image_size={image_size!r}"
-            )
+        size = sides(image_size)
     shape = (batch_size or own_batch, *size, channels)
     return keras.Input(batch_shape=shape, dtype=model.input.dtype, name=model.input.name)
 

@@ -20,7 +20,6 @@ import keras
 import numpy as np
 
 from keras_convnext import deployment, exporters, runtimes
-from keras_convnext.data import calibration as calibration_data
 from keras_convnext.quiet import silenced
 
 
@@ -170,6 +169,8 @@ def export(
     _check_precision(format, row, precision)
     _check_target(path, format, replace)
     _check_model(model)
+    if labels is not None and len(labels) != model.output_shape[-1]:
+        raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
     _check_packages(format, row.packages)
     if check:
         module, package = runtimes.RUNTIMES[format]
@@ -240,12 +241,7 @@ def _check_target(path, format, replace):
 
 
 def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"Expected a Keras model, received {type(model).__name__}.")
-    if not model.built:
-        raise ValueError(
-            f"Expected a built model. {model.name} is not: call it on images, or give it an input shape."
-        )
+    deployment.check_built(model)
     shape = getattr(model, "input_shape", None)
     if not isinstance(shape, tuple) or len(shape) != 4:
         raise ValueError(
@@ -281,13 +277,7 @@ def _image_size(model, image_size, row):
     """(height, width), None for a free size."""
     own = model.input_shape[1:3]
     if image_size is not None:
-        size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(
-                "Expected image_size to be a side in pixels or (height, width). Received: "
-                f"image_size={image_size!r}"
-            )
-        return size
+        return deployment.sides(image_size)
     if None not in own:
         return own
     return None if row.free_size else tuple(side or DEFAULT_SIZE for side in own)
@@ -297,7 +287,9 @@ def _calibration_images(model, calibration, size):
     channels = model.input_shape[3]
     height, width = size or tuple(side or DEFAULT_SIZE for side in model.input_shape[1:3])
     if calibration is None or isinstance(calibration, (str, os.PathLike)):
-        return calibration_data.calibration_images(calibration, image_size=(height, width), channels=channels)
+        from keras_convnext.data.calibration import calibration_images  # not when the package is imported
+
+        return calibration_images(calibration, image_size=(height, width), channels=channels)
     images = np.asarray(calibration)
     if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (height, width, channels):
         raise ValueError(
@@ -416,9 +408,6 @@ def _compare(model, path, format, images, tolerance):
 
 def _store_metadata(path, format, model, request, labels, licence):
     """Stores what an app needs to know: inside a LiteRT file, as a ZIP archive at its end; else beside it."""
-    classes = model.output_shape[-1]
-    if labels is not None and len(labels) != classes:
-        raise ValueError(f"Expected {classes} labels, one a class. Received: {len(labels)}.")
     metadata = {
         "name": model.name,
         "input": {
@@ -430,7 +419,7 @@ def _store_metadata(path, format, model, request, labels, licence):
             "batch_size": request.batch_size,
             "preparation": request.preparation,
         },
-        "output": {"classes": classes, "activation": _activation(model)},
+        "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
         "precision": request.precision,
         "licence": licence,
         "labels": None if labels is None else list(labels),

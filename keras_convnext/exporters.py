@@ -101,7 +101,7 @@ def _jpeg_signature(serve, shape, request):
     """A function of the bytes of JPEG files, prepared as the evaluation prepares them."""
     import tensorflow as tf
 
-    from keras_convnext.data import images, preprocess
+    from keras_convnext.data import batches
 
     size = (shape[1], shape[2])
     settings: dict[str, Any] = {
@@ -111,17 +111,10 @@ def _jpeg_signature(serve, shape, request):
         "interpolation": "bicubic",
     }
     settings |= {name: value for name, value in request.preparation.items() if name in settings}
-    scale_size = preprocess._scale_size(size, settings["crop"], settings["resize_size"])
+    transform = batches.EvalTransform(size, **settings)
 
     def prepare(content):
-        pixels = images.center_crop(
-            content,
-            image_size=size,
-            scale_size=scale_size,
-            resize_mode=settings["resize_mode"],
-            interpolation=settings["interpolation"],
-        )
-        return tf.ensure_shape(pixels, (*size, 3))
+        return tf.ensure_shape(transform.with_tensorflow(content), (*size, 3))
 
     @tf.function
     def serve_jpeg(files):
@@ -159,9 +152,9 @@ def _torch_program(model, request):
     """A module of the twin, images to try it on, and which of their sizes are free."""
     import torch
 
-    from keras_convnext.deployment import deploy
+    from keras_convnext.deployment import as_program, deploy
 
-    twin = deploy(model, batch_size=request.batch_size, image_size=request.image_size).eval()
+    twin = deploy(model, batch_size=request.batch_size, image_size=request.image_size)
     names = ("batch", "height", "width")
     free = {
         axis: torch.export.Dim(name, min=1 if axis == 0 else 32)
@@ -172,15 +165,7 @@ def _torch_program(model, request):
     example = [2, 96, 128]
     shape = [own or other for own, other in zip(twin.input.shape[:3], example, strict=True)]
 
-    class Program(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.twin = twin
-
-        def forward(self, images):
-            return self.twin(images, training=False)
-
-    return Program().eval(), torch.zeros(*shape, twin.input.shape[3]), ({axis: free[axis] for axis in free},)
+    return as_program(twin), torch.zeros(*shape, twin.input.shape[3]), (free,)
 
 
 def _write_onnx(model, request):

@@ -31,7 +31,7 @@ ALLOWED = {
     "deployment": {"convnext", "depthwise", "layers", "models", "parts", "products"},
     "exporters": set(),
     "runtimes": {"machine"},
-    "export": {"deployment", "exporters", "runtimes", "data.calibration", "quiet"},
+    "export": {"deployment", "exporters", "runtimes", "quiet"},
     "quiet": set(),
     "export_report": {"files"},
     "classifiers": {
@@ -59,7 +59,7 @@ ALLOWED = {
         "training.recipe", "training.run_folder", "variants",
     },
     "machine": set(),
-    "bench.contestants": {"machine", "checkpoints", "variants"},
+    "bench.contestants": {"machine", "checkpoints", "runtimes", "variants"},
     "bench.worker": {"bench.contestants"},
     "bench.turns": {"bench.contestants", "bench.worker"},
     "bench.report": {"bench.contestants", "bench.turns", "files"},

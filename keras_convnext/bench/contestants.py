@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from keras_convnext import runtimes
 from keras_convnext.checkpoints import unknown
 from keras_convnext.machine import available_cores
 from keras_convnext.variants import VARIANTS
@@ -486,15 +487,9 @@ def _torch_step(name: str, case: Case) -> Step:
 
 
 def _onnxruntime_step(case: Case, threads: int | None, folder: str) -> Step:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
-    session = onnxruntime.InferenceSession(
-        os.path.join(folder, "onnxruntime.onnx"), options, providers=["CPUExecutionProvider"]
-    )
-    images = {session.get_inputs()[0].name: _normalised(case)}
-    return lambda: session.run(None, images)
+    exported = runtimes.open_exported(os.path.join(folder, "onnxruntime.onnx"), "onnx", threads)
+    images = _normalised(case)
+    return lambda: exported.call(images)
 
 
 def _openvino_step(name: str, case: Case, threads: int | None, folder: str) -> Step:
@@ -513,20 +508,9 @@ def _openvino_step(name: str, case: Case, threads: int | None, folder: str) -> S
 
 
 def _litert_step(case: Case, threads: int | None, folder: str) -> Step:
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(os.path.join(folder, "litert.tflite"), num_threads=threads or available_cores())
-    interpreter.allocate_tensors()
-    place = interpreter.get_input_details()[0]["index"]
-    result = interpreter.get_output_details()[0]["index"]
+    exported = runtimes.open_exported(os.path.join(folder, "litert.tflite"), "litert", threads)
     images = pixels(case)
-
-    def step():
-        interpreter.set_tensor(place, images)
-        interpreter.invoke()
-        return interpreter.get_tensor(result)
-
-    return step
+    return lambda: exported.call(images)
 
 
 def _export_litert(case: Case, path: str) -> None:

@@ -122,7 +122,7 @@ def eval_batches(
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
             received and the ones allowed.
     """
-    transform = _EvalTransform(image_size, crop, resize_mode, resize_size, interpolation)
+    transform = EvalTransform(image_size, crop, resize_mode, resize_size, interpolation)
     size = transform.image_size
     _check_count("batch_size", batch_size)
     _check_host(host, num_hosts)
@@ -182,7 +182,7 @@ def eval_image(
         ImageError: the image is missing or cannot be decoded; the message names it.
         ValueError: an argument is outside its range or a name is unknown.
     """
-    transform = _EvalTransform(image_size, crop, resize_mode, resize_size, interpolation)
+    transform = EvalTransform(image_size, crop, resize_mode, resize_size, interpolation)
     if isinstance(path_or_bytes, bytes):
         content, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
     else:
@@ -195,7 +195,7 @@ def eval_image(
     return transform.with_pillow(preprocess.decode_image(content, name))
 
 
-class _EvalTransform:
+class EvalTransform:
     """The evaluation transform twice: as graph ops from encoded bytes, and with Pillow from pixels."""
 
     def __init__(
