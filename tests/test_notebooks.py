@@ -1,7 +1,11 @@
-"""The notebooks run from top to bottom, as a newcomer runs them; on one backend, which is enough."""
+"""The notebooks run from top to bottom, as a newcomer runs them; each on one backend, which is enough."""
 
+import ast
+import csv
 import pathlib
 import re
+import struct
+import sys
 
 import keras
 import nbclient
@@ -10,7 +14,8 @@ import pytest
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "fine_tune.ipynb"
+FINE_TUNE = ROOT / "notebooks" / "fine_tune.ipynb"
+EXPORT = ROOT / "notebooks" / "export.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOWERS = ROOT.parent / "shared" / "data" / "flowers5_thumbs" / "flowers"
 SMALL = {"WEIGHTS": "", "EPOCHS": "1", "IMAGE_SIZE": "32"}  # random weights: there is no network
@@ -18,6 +23,9 @@ SMALL = {"WEIGHTS": "", "EPOCHS": "1", "IMAGE_SIZE": "32"}  # random weights: th
 BY_NAME = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 RUNS = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="notebooks run on PyTorch, which starts fastest"
+)
+RUNS_EXPORT = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="TensorFlow writes LiteRT files in its own process"
 )
 
 
@@ -67,7 +75,7 @@ def test_fine_tune_learns_crops_of_free_photos(tmp_path, monkeypatch):
             for number in range(20):
                 left, top = number % 5 * (width - 200) // 4, number // 5 * (height - 200) // 3
                 photo.convert("RGB").crop((left, top, left + 200, top + 200)).save(folder / f"{number}.jpg")
-    executed = execute(NOTEBOOK, tmp_path, monkeypatch, FLOWERS=str(tmp_path / "photos"), EPOCHS="8")
+    executed = execute(FINE_TUNE, tmp_path, monkeypatch, FLOWERS=str(tmp_path / "photos"), EPOCHS="8")
     assert check_fine_tune(executed, tmp_path, 60, names) > 60  # of 12; one in three by chance
 
 
@@ -76,8 +84,75 @@ def test_fine_tune_learns_crops_of_free_photos(tmp_path, monkeypatch):
 @pytest.mark.skipif(not FLOWERS.is_dir(), reason="the photos of flowers are not here")
 def test_fine_tune_learns_flowers_as_it_stands_but_from_random_weights(tmp_path, monkeypatch):
     names = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
-    executed = execute(NOTEBOOK, tmp_path, monkeypatch, FLOWERS=str(FLOWERS), EPOCHS="5", IMAGE_SIZE="128")
+    executed = execute(FINE_TUNE, tmp_path, monkeypatch, FLOWERS=str(FLOWERS), EPOCHS="5", IMAGE_SIZE="128")
     assert check_fine_tune(executed, tmp_path, 600, names, size=128) > 28  # of 120; 20 by chance
+
+
+def tables_of(notebook):
+    """The rows of each table, as lists of cells, without the line under the header."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    texts = [output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
+    return [
+        [line.strip("| ").split(" | ") for line in text.splitlines() if not line.startswith("| ---")]
+        for text in texts
+    ]
+
+
+@RUNS_EXPORT
+def test_export_goes_from_a_model_to_an_app(tmp_path, monkeypatch):
+    executed = execute(EXPORT, tmp_path, monkeypatch, IMAGE_SIZE="128", SERVER_FILES="atto.onnx")
+    text, num_pictures = outputs_of(executed)
+    assert "convnextv2_atto: 3,708,400 RANDOM weights; the names below are chance\n" in text
+    assert "parameters: 3,708,400 -> 3,696,160\n" in text
+    assert float(re.search(r"largest difference: (\S+) of the largest logit\n", text)[1]) < 1e-5
+    assert num_pictures == 1  # of the files
+    assert not re.search(r"INFO:|Traceback", text)
+
+    phone, every, top = tables_of(executed)
+    precisions = ["float32", "dynamic_int8", "int8"]
+    files = [f"atto_{precision}.tflite" for precision in precisions]
+    assert [row[:3] for row in every[1:]] == [
+        *([file, "litert", precision] for file, precision in zip(files, precisions, strict=True)),
+        ["atto.onnx", "onnx", "float32"],
+    ]
+    assert every[:4] == phone
+    with open(tmp_path / "report" / "exports.csv", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == [*files, "atto.onnx"]
+
+    assert top[0] == ["Keras model", *files] and len(top) == 6
+    keras_model, float32, dynamic, _ = zip(*top[1:], strict=True)
+    assert keras_model == float32
+    assert len(set(keras_model) & set(dynamic)) >= 2  # of 5 among 1000, by chance none
+    first_of_the_program = re.search(r"^ +([0-9.]+)%  (.+)$", text, re.MULTILINE)
+    assert float32[0].startswith(first_of_the_program[2].split(",")[0])
+
+    content = (tmp_path / files[0]).read_bytes()  # where the README's Kotlin looks for the labels
+    (directory,) = struct.unpack_from("<i", content, len(content) - 6)
+    (begin,) = struct.unpack_from("<i", content, directory + 42)
+    assert content[begin : begin + 4] == b"PK\x03\x04"
+
+    assert "Got 112 but expected 128 for dimension 1" in text
+    assert "Got value of type UINT8 but expected type FLOAT32" in text
+    assert "Expected images of 128 x 128 x 3 (height x width x channels), received" in text
+
+
+@pytest.mark.once
+def test_the_app_of_the_export_notebook_imports_no_keras():
+    (program,) = (
+        cell.source
+        for cell in nbformat.read(EXPORT, as_version=4).cells
+        if cell.source.startswith("%%writefile")
+    )
+    nodes = ast.walk(ast.parse(program.partition("\n")[2]))
+    names = [
+        name.split(".")[0]
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+        )
+    ]
+    assert set(names) - sys.stdlib_module_names == {"PIL", "ai_edge_litert", "numpy"}
 
 
 @RUNS
@@ -90,7 +165,7 @@ def test_a_failing_cell_fails_the_test(tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_every_notebook_is_run_by_a_test():
-    assert [NOTEBOOK] == NOTEBOOKS
+    assert [EXPORT, FINE_TUNE] == NOTEBOOKS
 
 
 @pytest.mark.once
