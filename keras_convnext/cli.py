@@ -112,6 +112,15 @@ MODEL is a tag, an architecture or a file. The file's suffix tells the format: .
 (OpenVINO), .pt2 (PyTorch), none for a SavedModel. Several formats or precisions, or "all", go to a folder.
 Every file takes pixels in 0..255 in the order N, H, W, C, and is run and compared with the model before it is
 kept. --calibration is a folder of images or a data set; by default, crops of three photographs.""",
+    "page": """examples:
+  keras-convnext export convnext_atto.d2_in1k atto.onnx
+  keras-convnext page atto.onnx atto.html
+  keras-convnext page leaves.onnx leaves.html --runtime onnxruntime-web-1.30.0.tgz
+
+MODEL is a .onnx file that `keras-convnext export` wrote, with its .metadata.json beside it. OUTPUT is one
+file with the model and all it needs to run: open it with a double click, offline too, and drop a picture on
+it, or put it on a server of static files. npm fetches ONNX Runtime Web at the first use; without npm, pass
+--runtime what `npm pack` wrote on another machine.""",
     "bench": """examples:
   keras-convnext bench convnext_tiny --against timm,keras.applications --output speed/
   keras-convnext bench convnextv2_atto --mode training --batch 32 --backends jax
@@ -570,6 +579,15 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
     return targets
 
 
+def page_command(options: argparse.Namespace) -> int:
+    """Writes a page that classifies pictures in the browser."""
+    from keras_convnext import browser
+
+    page = browser.write_page(options.model, options.output, options.runtime, replace=options.force)
+    print(f"{page}: {_size_text(page)}; open it in a browser")
+    return 0
+
+
 def bench_command(options: argparse.Namespace) -> int:
     """Measures speed, of this package and of peers in the same run."""
     from keras_convnext.bench import compare
@@ -698,7 +716,9 @@ def _parser() -> argparse.ArgumentParser:
     conversion.add_argument("--force", action="store_true", help="replace an existing TARGET")
 
     evaluation = command("evaluate", evaluate_command, "measure top-1 and top-5 accuracy on a data set")
-    evaluation.add_argument("model", metavar="MODEL", help="tag, architecture, weight file or .keras file")
+    evaluation.add_argument(
+        "model", metavar="MODEL", help="tag, architecture, weight file, .keras file or exported file"
+    )
     evaluation.add_argument("--data", required=True, metavar="PATH", help="folder or file with the images")
     evaluation.add_argument("--weights", metavar="FILE", help="weight file in place of the tag's own")
     evaluation.add_argument("--split", metavar="NAME", help="default validation, where there are splits")
@@ -830,6 +850,14 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--no-check", action="store_true", help="do not run what was written")
     exporting.add_argument("--report", metavar="DIR", help="folder for a table and a picture")
     exporting.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
+
+    page = command("page", page_command, "write a page that classifies pictures in the browser")
+    page.add_argument("model", metavar="MODEL", help=".onnx file that export wrote")
+    page.add_argument("output", metavar="OUTPUT", help="the .html file")
+    page.add_argument(
+        "--runtime", metavar="DIR", help="onnxruntime-web as a folder or a .tgz file; default by npm, once"
+    )
+    page.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
 
     bench = command("bench", bench_command, "measure speed, against named peers in the same run")
     bench.add_argument("what", nargs="*", metavar="WHAT", help="architectures, or a word; see below")

@@ -15,7 +15,7 @@ import numpy as np
 from keras import tree
 
 from keras_convnext import convnext, models
-from keras_convnext.depthwise import DepthwiseConv2D
+from keras_convnext.depthwise import DepthwiseConv2D, depthwise_in_frames
 from keras_convnext.layers import (
     GlobalResponseNormalization,
     LayerNormalization,
@@ -64,7 +64,7 @@ class InferenceBlock(keras.layers.Layer):
         epsilon: float, of the norm.
         activation: "gelu" (exact), "gelu_tanh" or "silu".
         response_norm: bool, whether GRN stands between the pointwise layers, as in V2.
-        for_litert: bool, see `products.PointwiseConv2D`.
+        for_litert: bool, see `products.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
 
     Call arguments:
         x: (N, H, W, C), float.
@@ -118,7 +118,7 @@ class InferenceBlock(keras.layers.Layer):
         self.pwconv2.build(hidden_shape)
 
     def branch(self, x):
-        x = self.dwconv.call(x)
+        x = depthwise_in_frames(self.dwconv, x) if self.config["for_litert"] else self.dwconv.call(x)
         x = self.norm.call(x)
         x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
         if self.grn is None:

@@ -66,6 +66,47 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         return {**config, "kernel_size": self.kernel_size[0], "dilation_rate": self.dilation_rate[0]}
 
 
+def depthwise_in_frames(layer, x):
+    """What a `DepthwiseConv2D` computes, as a sum of convolutions with at most 25 taps, for LiteRT.
+
+    Its kernels for CPUs (XNNPACK) take up to 25 taps in one pass over the map; a kernel of 49 runs 4 to 13
+    times slower than this sum (`benchmarks/litert_plans.py`). So the inner 5x5 of the kernel is one
+    convolution, and around it each frame two: its first and last row as a dilated kernel of two rows, the
+    rest of its first and last column as one of two columns. All are centred, so nothing is cut or padded. A
+    part that would see nothing but padding, on a map smaller than the kernel, is left out.
+
+    Args:
+        layer: a built `DepthwiseConv2D`.
+        x: (N, H, W, C), float.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+    dilation = layer.dilation_rate[0]
+    kernel, bias = (
+        keras.ops.convert_to_tensor(value, dtype=layer.compute_dtype) for value in (layer.kernel, layer.bias)
+    )
+
+    def convolve(part, row_step, column_step):
+        rate = (row_step * dilation, column_step * dilation)
+        return keras.ops.depthwise_conv(x, part, strides=1, padding="same", dilation_rate=rate)
+
+    radius = layer.kernel_size[0] // 2
+    core = min(radius, 2)
+    height, width = x.shape[1:3]
+    inner = slice(radius - core, radius + core + 1)
+    y = convolve(kernel[inner, inner], 1, 1) + bias
+    for frame in range(core + 1, radius + 1):
+        first, side = radius - frame, 2 * frame
+        span = slice(first, first + side + 1)
+        between = slice(first + 1, first + side)
+        if height is None or frame * dilation < height:
+            y = y + convolve(kernel[first : first + side + 1 : side, span], side, 1)
+        if width is None or frame * dilation < width:
+            y = y + convolve(kernel[between, first : first + side + 1 : side], 1, side)
+    return y
+
+
 def device_kind(x) -> str:
     """The kind of device that computes with `x`: "cpu", "gpu" or "tpu"."""
     if keras.backend.backend() == "jax":

@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 
 import keras_convnext
-from keras_convnext import classifiers, machine, reports
+from keras_convnext import classifiers, machine, reports, runtimes
 from keras_convnext.classifiers import TrainedClassifier
 from keras_convnext.data import class_names, sources
 from keras_convnext.data.sources import Source
@@ -92,8 +92,8 @@ def evaluate(
     images with at least one ReaL label of which the predicted class is a label.
 
     Args:
-        model: a tag, an architecture (its ImageNet weights), a weight file, a `.keras` file, or a Keras model
-            of (N, H, W, 3) pixels in 0..255.
+        model: a tag, an architecture (its ImageNet weights), a weight file, a `.keras` file, a file that
+            `export` wrote, which its own runtime runs, or a Keras model of (N, H, W, 3) pixels in 0..255.
         data: a path, see `sources.open_source`, or what that returns.
         weights: a weight file in place of the tag's own.
         split: split of `data`. Default: the validation split where the data has splits, else all.
@@ -273,7 +273,9 @@ def import_batches() -> Any:
 def _open(model, weights, image_size, num_classes, preparation) -> TrainedClassifier:
     row = classifiers.row_for(preparation) if isinstance(preparation, str) else None
     default_size = classifiers.DEFAULT_SIZE if row is None else row.image_size
-    if isinstance(model, str | os.PathLike):
+    if isinstance(model, str | os.PathLike) and weights is None and runtimes.is_exported(model):
+        classifier = _open_exported(pathlib.Path(model), image_size, default_size)
+    elif isinstance(model, str | os.PathLike):
         classifier = classifiers.open_classifier(
             os.fspath(model), weights, image_size=image_size, classes=num_classes, classifier_activation=None
         )
@@ -287,6 +289,14 @@ def _open(model, weights, image_size, num_classes, preparation) -> TrainedClassi
     changed = classifier.preparation | (preparation or {})
     classifiers.check_model(classifier.model, changed["image_size"], "the model")
     return dataclasses.replace(classifier, preparation=changed)
+
+
+def _open_exported(path: pathlib.Path, image_size, default_size) -> TrainedClassifier:
+    """A file that `export` wrote, with the preparation that is stored in it."""
+    exported = runtimes.open_exported(path)
+    prepared = exported.metadata.get("input", {}).get("preparation", {})
+    size = classifiers.check_model(exported, image_size, str(path), default_size)
+    return TrainedClassifier(exported, {**prepared, "image_size": size}, None, path)
 
 
 def _synsets(classes: Sequence[str]) -> list[str]:
@@ -409,6 +419,8 @@ def _to_numpy(outputs: Any) -> np.ndarray:
 
 def _forward(model) -> Callable[[np.ndarray], Any]:
     """Returns the function from images to outputs that does not wait for an accelerator to finish."""
+    if isinstance(model, runtimes.ExportedModel):
+        return model
     backend = keras.backend.backend()
     if backend == "torch":
         import torch
@@ -500,6 +512,16 @@ def _real_scores(source, real, numbers, predictions) -> np.ndarray:
 
 def model_settings(classifier: TrainedClassifier) -> dict[str, str]:
     row, file = classifier.row, classifier.file
+    if isinstance(classifier.model, runtimes.ExportedModel) and file is not None:
+        metadata = classifier.model.metadata
+        return {
+            "model": file.name,
+            "architecture": metadata.get("name", ""),
+            "weights": file.name,
+            "weights_sha256": _file_digest(file),
+            "licence": metadata.get("licence") or "",
+            "dtype_policy": metadata.get("precision", ""),
+        }
     if row is not None:
         name, architecture = row.tag, row.architecture
     else:
@@ -516,6 +538,11 @@ def model_settings(classifier: TrainedClassifier) -> dict[str, str]:
 
 
 def _file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, or of the names and contents of the files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {_file_digest(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -30,10 +30,11 @@ class Format:
     Attributes:
         suffix: of the file; "" for a folder.
         backend: Keras's backend that the converter works with.
-        packages: what must be installed to write it, module -> package.
+        packages: what must be installed to write it, module -> package; see `packages_for`.
         precisions: of weights or arithmetic, the default first.
         batch_size: number of images when none is asked for; None for any.
         free_size: whether the image size can stay free.
+        quantizer: what 8 bits take besides, module -> package.
     """
 
     suffix: str
@@ -42,6 +43,11 @@ class Format:
     precisions: tuple[str, ...]
     batch_size: int | None = None
     free_size: bool = True
+    quantizer: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def packages_for(self, precision: str) -> dict[str, str]:
+        """What must be installed for a precision, module -> package."""
+        return {**self.packages, **(self.quantizer if "int8" in precision else {})}
 
 
 FORMATS = {
@@ -53,6 +59,7 @@ FORMATS = {
         ("float32", "float16", "dynamic_int8", "int8"),
         batch_size=1,
         free_size=False,
+        quantizer={"ai_edge_litert": "ai-edge-litert", "ai_edge_quantizer": "ai-edge-quantizer"},
     ),
     "onnx": Format(
         ".onnx", "torch", {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("float32",)
@@ -171,7 +178,7 @@ def export(
     _check_model(model)
     if labels is not None and len(labels) != model.output_shape[-1]:
         raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
-    _check_packages(format, row.packages)
+    _check_packages(format, row.packages_for(precision))
     if check:
         module, package = runtimes.RUNTIMES[format]
         _check_packages(format, {module: package})
@@ -369,11 +376,16 @@ def _no_comparison():
 
 def _compare(model, path, format, images, tolerance):
     """Runs the file and the model on the same images; the fields of `ExportResult` that come of it."""
-    with silenced():
-        exported = runtimes.open_exported(path, format)
     pixels = images.astype("float32")
+    try:
+        with silenced():
+            exported = runtimes.open_exported(path, format)
+            received = exported(images)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # runtimes raise of many classes
+        raise ExportError(f"The {format} file does not run: {error}. It was not kept.") from error
     expected = np.concatenate([model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)])
-    received = exported(images)
     if received.shape != expected.shape or not np.isfinite(received).all():
         raise ExportError(
             f"The {format} file gives an array of shape {received.shape}, finite: "
@@ -430,11 +442,10 @@ def _store_metadata(path, format, model, request, labels, licence):
             archive.writestr("metadata.json", text)
             if labels is not None:
                 archive.writestr("labels.txt", "\n".join(labels) + "\n")
-    elif format == "saved_model":
-        (path / "assets.extra").mkdir(exist_ok=True)
-        (path / "assets.extra" / "metadata.json").write_text(text, encoding="utf-8")
     else:
-        path.with_name(f"{path.name}.metadata.json").write_text(text, encoding="utf-8")
+        file = runtimes.metadata_file(path)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def _activation(model):

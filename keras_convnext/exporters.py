@@ -130,22 +130,32 @@ def _write_litert(model, request):
     from keras_convnext.deployment import deploy_for_litert
 
     twin = deploy_for_litert(model, batch_size=request.batch_size, image_size=request.image_size)
+    input_dtype = tf.uint8 if request.precision == "int8" else tf.float32
 
-    @tf.function(input_signature=[tf.TensorSpec(twin.input.shape, tf.float32, name="images")])
+    @tf.function(input_signature=[tf.TensorSpec(twin.input.shape, input_dtype, name="images")])
     def serve(images):
-        return twin(images, training=False)
+        return twin(tf.cast(images, tf.float32), training=False)
 
     functions = [serve.get_concrete_function()]
     converter = tf.lite.TFLiteConverter.from_concrete_functions(functions, _tracked(twin))
-    if request.precision != "float32":
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if request.precision == "float16":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.target_spec.supported_types = [tf.float16]
-    if request.precision == "int8":
-        images = np.load(request.calibration)
-        converter.representative_dataset = lambda: ([image[None].astype("float32")] for image in images)
-        converter.inference_input_type = tf.uint8
-    pathlib.Path(request.path).write_bytes(converter.convert())
+    content = converter.convert()
+    if "int8" in request.precision:
+        from keras_convnext.litert_quantization import PLANS, quantized
+
+        images = _calibration_batches(request, twin.input.shape[0]) if request.calibration else ()
+        content = quantized(content, PLANS[request.precision], images)
+    pathlib.Path(request.path).write_bytes(content)
+
+
+def _calibration_batches(request, batch_size):
+    """The calibration images, as many at a time as the file takes; some twice where the last are too few."""
+    images = np.load(request.calibration)
+    step = batch_size or 1
+    order = np.arange(-(-len(images) // step) * step) % len(images)
+    return [images[order[start : start + step]] for start in range(0, len(order), step)]
 
 
 def _torch_program(model, request):

@@ -1,4 +1,4 @@
-"""Silences what writes to a process's output from outside Python."""
+"""Silences what writes to a process's output, from Python and from outside it."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def silenced(*, stdout: bool = False) -> Iterator[None]:
-    """Sends stderr, and stdout where asked, nowhere: also what native libraries write.
+    """Sends stderr, and stdout where asked, nowhere: what Python writes, and what native libraries do.
 
     TensorFlow's start-up lines, for example, obey none of its settings. Exceptions pass.
 
@@ -23,7 +23,12 @@ def silenced(*, stdout: bool = False) -> Iterator[None]:
     try:
         for number in numbers:
             os.dup2(nowhere, number)
-        yield
+        # Python's streams are not those two in a notebook, for example.
+        with open(os.devnull, "w") as sink, contextlib.ExitStack() as redirected:
+            redirected.enter_context(contextlib.redirect_stderr(sink))
+            if stdout:
+                redirected.enter_context(contextlib.redirect_stdout(sink))
+            yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

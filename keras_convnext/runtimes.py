@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import pathlib
 import statistics
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +32,16 @@ class ExportedModel:
     Attributes:
         input_shape: (N, H, W, C), None for a size that is free.
         input_dtype: "uint8" or "float32"; pixels in 0..255 in both.
+        output_shape: (N, ...), None for a size that is free.
         call: uint8 or float32 (n, H, W, C) of the right n to float32 (n, ...).
+        metadata: what `export` stored with the file, see `read_metadata`; {} for a file of other origin.
     """
 
     input_shape: tuple[int | None, ...]
     input_dtype: str
+    output_shape: tuple[int | None, ...]
     call: Callable[[np.ndarray], np.ndarray]
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Runs images, as many at a time as the file takes.
@@ -107,7 +113,44 @@ def open_exported(
         "openvino": _open_openvino,
         "torch": _open_torch,
     }[format]
-    return opener(str(path), threads or machine.available_cores())
+    exported = opener(str(path), threads or machine.available_cores())
+    return dataclasses.replace(exported, metadata=read_metadata(path))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `export` stored with a file: name, input, output, precision, licence, labels; {} where it did not.
+
+    Raises:
+        ValueError: what is stored cannot be read.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.suffix == ".tflite":
+            if not zipfile.is_zipfile(path):
+                return {}
+            with zipfile.ZipFile(path) as archive:
+                return (
+                    json.loads(archive.read("metadata.json")) if "metadata.json" in archive.namelist() else {}
+                )
+        file = metadata_file(path)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"The metadata of '{path}' cannot be read ({error}). Export the model again."
+        ) from error
+
+
+def metadata_file(path: pathlib.Path) -> pathlib.Path:
+    """Where the metadata of an exported file lies that has no room for it: beside it, or in a SavedModel."""
+    if path.is_dir():
+        return path / "assets.extra" / "metadata.json"
+    return path.with_name(f"{path.name}.metadata.json")
+
+
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a file for one of the runtimes, or of the folder of a SavedModel."""
+    path = pathlib.Path(path)
+    return path.suffix in _SUFFIXES or (path / "saved_model.pb").is_file()
 
 
 _SUFFIXES = {".tflite": "litert", ".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
@@ -149,11 +192,13 @@ def _open_saved_model(path, threads):
     loaded = tf.saved_model.load(path)
     (spec,) = loaded.signatures["serving_default"].structured_input_signature[1].values()
 
+    (result_spec,) = loaded.signatures["serving_default"].structured_outputs.values()
+
     def call(images):  # keeps `loaded`: a signature alone does not keep its variables
         (result,) = loaded.signatures["serving_default"](images=tf.constant(images)).values()
         return np.asarray(result, "float32")
 
-    return ExportedModel(tuple(spec.shape), spec.dtype.name, call)
+    return ExportedModel(tuple(spec.shape), spec.dtype.name, tuple(result_spec.shape), call)
 
 
 def _open_litert(path, threads):
@@ -161,7 +206,10 @@ def _open_litert(path, threads):
 
     interpreter = Interpreter(path, num_threads=threads)
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
-    shape = tuple(None if side == -1 else int(side) for side in source["shape_signature"])
+    shape, output_shape = (
+        tuple(None if side == -1 else int(side) for side in tensor["shape_signature"])
+        for tensor in (source, target)
+    )
     if None not in shape:
         interpreter.allocate_tensors()
 
@@ -177,7 +225,7 @@ def _open_litert(path, threads):
             result = (result.astype("float32") - zero_point) * scale
         return result
 
-    return ExportedModel(shape, np.dtype(source["dtype"]).name, call)
+    return ExportedModel(shape, np.dtype(source["dtype"]).name, output_shape, call)
 
 
 def _open_onnx(path, threads):
@@ -186,9 +234,16 @@ def _open_onnx(path, threads):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (source,) = session.get_inputs()
-    shape = tuple(side if isinstance(side, int) else None for side in source.shape)
-    return ExportedModel(shape, "float32", lambda images: session.run(None, {source.name: images})[0])
+    (source,), (target,) = session.get_inputs(), session.get_outputs()
+    shape, output_shape = (_sides(tensor.shape) for tensor in (source, target))
+    return ExportedModel(
+        shape, "float32", output_shape, lambda images: session.run(None, {source.name: images})[0]
+    )
+
+
+def _sides(shape):
+    """A shape with None for the sides that are free."""
+    return tuple(side if isinstance(side, int) else None for side in shape)
 
 
 def _open_openvino(path, threads):
@@ -200,8 +255,11 @@ def _open_openvino(path, threads):
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(model, "CPU", settings | {"INFERENCE_NUM_THREADS": str(threads)})
     request = compiled.create_infer_request()
-    shape = tuple(side.get_length() if side.is_static else None for side in model.input().partial_shape)
-    return ExportedModel(shape, "float32", lambda images: request.infer([images])[0].copy())
+    shape, output_shape = (
+        tuple(side.get_length() if side.is_static else None for side in tensor.partial_shape)
+        for tensor in (model.input(), model.output())
+    )
+    return ExportedModel(shape, "float32", output_shape, lambda images: request.infer([images])[0].copy())
 
 
 def _open_torch(path, threads):
@@ -209,12 +267,12 @@ def _open_torch(path, threads):
 
     program = torch.export.load(path)
     module = program.module()
-    name = program.graph_signature.user_inputs[0]
-    placeholder = next(node for node in program.graph.nodes if node.name == name)
-    shape = tuple(side if isinstance(side, int) else None for side in placeholder.meta["val"].shape)
+    names = program.graph_signature.user_inputs[0], program.graph_signature.user_outputs[0]
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in names}
+    shape, output_shape = (_sides(values[name].shape) for name in names)
 
     def call(images):
         with torch.no_grad():
             return module(torch.from_numpy(images)).numpy()
 
-    return ExportedModel(shape, "float32", call)
+    return ExportedModel(shape, "float32", output_shape, call)

@@ -531,6 +531,19 @@ def test_a_tag_decides_how_images_are_prepared():
     assert of("convnext_tiny.torchvision_in1k", 256)[3] is None
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="a child would write the file there")
+def test_an_exported_file_scores_as_the_model_does(model, source, result, tmp_path):
+    path = tmp_path / "model.onnx" if keras.backend.backend() == "torch" else tmp_path / "model"
+    prepared = {"crop": 0.875, "resize_mode": "shorter_side"}
+    keras_convnext.export(model, path, preparation=prepared, licence="cc0-1.0")
+    exported = evaluate(str(path), source, batch_size=4)
+    assert exported.ranks.tolist() == result.ranks.tolist()
+    assert exported.settings["licence"] == "cc0-1.0" and exported.settings["dtype_policy"] == "float32"
+    assert exported.settings["architecture"] == model.name and len(exported.settings["weights_sha256"]) == 64
+    squashed = evaluate(str(path), source, batch_size=4, preparation={"resize_mode": "squash", "crop": 1.0})
+    assert squashed.ranks.tolist() != result.ranks.tolist()
+
+
 def test_a_keras_file_and_a_weight_file_score_as_the_model_does(model, source, result, tmp_path):
     model.save(tmp_path / "model.keras")
     keras_convnext.save_weights(model, tmp_path / "weights.safetensors", layout="timm")

@@ -1,5 +1,6 @@
 """Files for other runtimes: what is written, that it is what the model is, and what is refused."""
 
+import collections
 import csv
 import json
 import pathlib
@@ -178,7 +179,8 @@ def test_litert_graph_has_no_shape_arithmetic_and_a_depthwise_convolution_a_bloc
     export(model, tmp_path / "m.tflite")
     names = operators(tmp_path / "m.tflite")
     blocks = sum("stages" in layer.name for layer in model.layers)
-    assert names.count("DEPTHWISE_CONV_2D") == blocks
+    # Three for 7x7, each of a size that the fast kernels take; one on the last stage's maps of 2x2.
+    assert names.count("DEPTHWISE_CONV_2D") == 3 * (blocks - 2) + 2
     assert names.count("GELU") == blocks
     assert names.count("CONV_2D") == 2 * blocks + 4
     assert not {"SHAPE", "GATHER", "PACK", "STRIDED_SLICE", "RESHAPE", "TRANSPOSE", "ERF"} & set(names)
@@ -198,9 +200,88 @@ def test_precisions_of_litert(name, tmp_path):
     assert sizes["dynamic_int8"] < 0.3 * sizes["float32"]
     assert sizes["int8"] < 0.3 * sizes["float32"]
     assert differences["float32"] < 1e-4 < differences["float16"] < 1e-2
-    assert differences["float16"] < differences["dynamic_int8"] < 0.2
+    assert differences["float16"] < differences["dynamic_int8"] < 0.1
+    assert differences["float16"] < differences["int8"] < 0.1
     exported = runtimes.open_exported(tmp_path / "int8.tflite")
-    assert exported.input_dtype == "uint8"
+    assert exported.input_dtype == "uint8" and exported.output_shape == (1, 7)
+    for precision in FORMATS["litert"].precisions:
+        assert delegated(tmp_path / f"{precision}.tflite") == {"DELEGATE": 1}
+
+
+def delegated(path):
+    """What is left of the graph when the fast kernels for CPUs have taken theirs."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path))
+    interpreter.allocate_tensors()
+    alone = len(operators(path))
+    return collections.Counter(row["op_name"] for row in interpreter._get_ops_details()[alone:])
+
+
+@on_tensorflow
+@pytest.mark.parametrize("side", [32, 96])
+def test_maps_smaller_than_the_kernel_are_exported_in_every_precision(side, tmp_path):
+    model = small("test_convnext", input_shape=(side, side, 3))
+    for precision in FORMATS["litert"].precisions:
+        result = export(model, tmp_path / f"{precision}.tflite", precision=precision)
+        assert result.relative_difference < 0.15
+
+
+@on_tensorflow
+def test_ranges_are_those_of_all_calibration_images(tmp_path):
+    """One image with values ten times as large among many must not be cut off by an average."""
+    from keras_convnext import litert_quantization
+
+    model = small("test_convnext")
+    export(model, tmp_path / "m.tflite")
+    content = (tmp_path / "m.tflite").read_bytes()
+    random = np.random.default_rng(0)
+    images = [random.uniform(100, 110, (1, 64, 64, 3)).astype("float32") for _ in range(8)]
+    images.insert(3, random.uniform(0, 255, (1, 64, 64, 3)).astype("float32"))
+    expected = runtimes.open_exported(tmp_path / "m.tflite")(images[3])
+
+    def error(calibration):
+        plan = litert_quantization.PLANS["int8"]
+        (tmp_path / "q.tflite").write_bytes(litert_quantization.quantized(content, plan, calibration))
+        return relative_error(runtimes.open_exported(tmp_path / "q.tflite")(images[3]), expected)
+
+    assert error(images) < 0.05 < error(images[:3] + images[4:])
+
+
+@on_tensorflow
+def test_compact_writes_equal_arrays_once_and_changes_no_result(tmp_path):
+    from ai_edge_litert import schema_py_generated as schema
+
+    from keras_convnext import litert_quantization
+
+    model = small("convnext_atto")
+    export(model, tmp_path / "m.tflite", precision="int8")
+    content = (tmp_path / "m.tflite").read_bytes()
+    table = schema.ModelT.InitFromPackedBuf(content, 0)
+    plain = flatbuffers_of(table)
+    again = litert_quantization.compact(plain)
+    assert len(again) < 0.97 * len(plain)
+    (tmp_path / "plain.tflite").write_bytes(plain)
+    (tmp_path / "again.tflite").write_bytes(again)
+    images = calibration.calibration_images(image_size=(64, 64), count=2)
+    results = [runtimes.open_exported(tmp_path / name)(images) for name in ("plain.tflite", "again.tflite")]
+    np.testing.assert_array_equal(*results)
+
+
+def flatbuffers_of(table):
+    import flatbuffers
+
+    builder = flatbuffers.Builder()
+    builder.Finish(table.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+@on_tensorflow
+def test_a_fixed_batch_is_calibrated_with_as_many_images(tmp_path):
+    model = small("test_convnext")
+    result = export(model, tmp_path / "m.tflite", precision="int8", batch_size=3)
+    assert result.relative_difference < 0.15
+    assert runtimes.open_exported(tmp_path / "m.tflite").input_shape == (3, 64, 64, 3)
 
 
 @on_tensorflow
@@ -313,15 +394,32 @@ def test_models_that_cannot_be_exported_are_refused(make, error, message, tmp_pa
     assert left_in(tmp_path) == []
 
 
-def test_missing_converter_is_named(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "module", "package"),
+    [
+        ({"format": "onnx"}, "onnxscript", "onnxscript"),
+        ({"format": "litert", "precision": "int8"}, "ai_edge_quantizer", "ai-edge-quantizer"),
+    ],
+)
+def test_missing_converter_is_named(settings, module, package, model, tmp_path, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name)
-    )
-    with pytest.raises(ImportError, match=r"'onnx' needs what is not installed: onnxscript.*pip install"):
-        export(model, tmp_path / "m.onnx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    said = rf"'{settings['format']}' needs what is not installed: {package}.*pip install {package}"
+    with pytest.raises(ImportError, match=said):
+        export(model, tmp_path / NAMES[settings["format"]], **settings)
+    assert left_in(tmp_path) == []
+
+
+@on_tensorflow
+def test_a_file_that_its_runtime_refuses_is_an_export_error(model, tmp_path, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("failed to create XNNPACK runtime")
+
+    monkeypatch.setattr("ai_edge_litert.interpreter.Interpreter.allocate_tensors", refuse)
+    with pytest.raises(ExportError, match=r"litert file does not run: failed to create XNNPACK.*not kept"):
+        export(model, tmp_path / "m.tflite")
     assert left_in(tmp_path) == []
 
 

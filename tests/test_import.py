@@ -29,9 +29,11 @@ ALLOWED = {
     },
     "convert": {"checkpoints", "files", "models", "state_dicts", "torch_files", "variants"},
     "deployment": {"convnext", "depthwise", "layers", "models", "parts", "products"},
-    "exporters": set(),
+    "exporters": {"litert_quantization"},
+    "litert_quantization": set(),
     "runtimes": {"machine"},
     "export": {"deployment", "exporters", "runtimes", "quiet"},
+    "browser": {"data.preprocess", "downloads", "files", "runtimes"},
     "quiet": set(),
     "export_report": {"files"},
     "classifiers": {
@@ -41,6 +43,7 @@ ALLOWED = {
     "reports": {"data.class_names", "data.preprocess", "data.sources", "files", "results"},
     "evaluate": {
         "classifiers", "machine", "data.class_names", "data.sources", "downloads", "reports", "results",
+        "runtimes",
     },
     "gradcam": set(),
     "features": {
@@ -100,7 +103,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 KERAS_FREE = {"variants", "files", "torch_files", "downloads", "checkpoints", "state_dicts", "results",
-              "reports", "exporters", "runtimes", "export_report", "quiet",
+              "reports", "exporters", "litert_quantization", "runtimes", "export_report", "quiet", "browser",
               "training.recipe", "training.run_folder", "training.logs",
               *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
 WITH_TENSORFLOW = {

@@ -20,6 +20,7 @@ from keras_convnext import (
     SimpleNormalization,
     StochasticDepth,
 )
+from keras_convnext.depthwise import depthwise_in_frames
 from keras_convnext.layers import RandomNormal
 
 TOLERANCE = 2e-6  # measured: see the controls, which must be ten times beyond it
@@ -338,6 +339,24 @@ def test_depthwise_convolution_equals_the_sum_over_windows(kernel_size, dilation
     transposed = depthwise(x, kernel.transpose(1, 0, 2, 3), bias, dilation)
     flipped = depthwise(x, kernel[::-1, ::-1], bias, dilation)
     assert min(relative_error(y, wrong) for wrong in (transposed, flipped)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("size", [(13, 17), (2, 9), (1, 1)])
+def test_depthwise_convolution_in_frames_equals_the_sum_over_windows(kernel_size, dilation, size):
+    layer = DepthwiseConv2D(kernel_size, dilation)
+    x = random_input((2, *size, 3))
+    layer.build(x.shape)
+    randomize(layer)
+    y = keras.ops.convert_to_numpy(depthwise_in_frames(layer, keras.ops.convert_to_tensor(x)))
+    kernel, bias = (weight.astype("float64") for weight in layer.get_weights())
+    assert relative_error(y, depthwise(x, kernel, bias, dilation)) < TOLERANCE
+    if kernel_size > 5 and size == (13, 17):
+        for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            wrong = kernel.copy()
+            wrong[corner] = 0
+            assert relative_error(y, depthwise(x, wrong, bias, dilation)) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation", "size"), CONVOLUTIONS)

@@ -1,0 +1,105 @@
+"""What quantisation costs in accuracy: the models of training runs beside their LiteRT files.
+
+Every image of a run's validation set is classified, from the same pixels; a LiteRT file is calibrated on
+training images.
+
+    python benchmarks/quantized_accuracy.py RUN [RUN ...] --output benchmarks/exports/accuracy.md
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+
+PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=pathlib.Path, help="folders that `keras-convnext train` wrote"
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="file for the table")
+    parser.add_argument("--images", type=int, default=64, help="training images for calibration, default 64")
+    options = parser.parse_args()
+    rows = [row for run in options.runs for row in measured(run, options.images)]
+    columns = ("model", "data", "images", "file", "MB", "top-1", "top-5", "same top-1 as the model", "change")
+    lines = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- |" + " ---: |" * 5]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    text = "\n".join(["", facts(), "", *lines, ""]).lstrip()
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+def facts():
+    from keras_convnext import machine
+
+    return "- " + ", ".join(f"{name}: {value}" for name, value in machine.machine().items())
+
+
+def measured(run, num_images):
+    """A row for the model and one for each precision."""
+    from keras_convnext.classifiers import open_classifier
+    from keras_convnext.evaluate import evaluate
+    from keras_convnext.export import export
+    from keras_convnext.training import recipe, trainer
+
+    settings = recipe.load_recipe(run / "recipe.toml")
+    training, validation = trainer.open_data(settings)
+    opened = open_classifier(
+        settings.architecture,
+        run / "final.safetensors",
+        image_size=settings.eval_image_size,
+        classifier_activation=None,
+    )
+    prepared = {
+        "crop": settings.eval_crop,
+        "resize_mode": settings.eval_resize_mode,
+        "interpolation": settings.eval_interpolation,
+    }
+    pixels = calibration_pixels(
+        training, prepared | {"image_size": opened.preparation["image_size"]}, num_images
+    )
+
+    def score(model):
+        return evaluate(model, validation, preparation=prepared, progress=False)
+
+    name, data = settings.architecture, pathlib.Path(settings.data).name
+    plain = score(opened.model)
+    size = 4 * opened.model.count_params() / 1e6
+    rows = [[name, data, f"{len(plain.numbers):,}", "Keras", f"{size:.2f}", *scores(plain), "", ""]]
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in PRECISIONS:
+            path = pathlib.Path(folder, f"{precision}.tflite")
+            written = export(
+                opened.model, path, precision=precision, calibration=pixels, preparation=opened.preparation
+            )
+            found = score(path)
+            same = np.mean(found.predictions[:, 0] == plain.predictions[:, 0])
+            change = f"{found.top1 - plain.top1:+.2f}"
+            cells = [precision, f"{written.num_bytes / 1e6:.2f}", *scores(found), f"{same:.2%}", change]
+            rows.append([name, data, f"{len(found.numbers):,}", *cells])
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def scores(result):
+    return f"{result.top1:.2f}", f"{result.top5:.2f}"
+
+
+def calibration_pixels(source, preparation, count):
+    """uint8 (count, H, W, 3), spread over the training images."""
+    from keras_convnext.data import batches, sources
+
+    chosen = sources.take(source, np.arange(count) * len(source) // count)
+    batch = next(batches.eval_batches(chosen, batch_size=count, **preparation).as_numpy_iterator())
+    return batch["images"]
+
+
+if __name__ == "__main__":
+    main()
