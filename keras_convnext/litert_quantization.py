@@ -3,8 +3,8 @@
 The products (pointwise, stem and downsampling convolutions, Dense), which hold nearly all weights and work,
 compute in int8, with one scale for each output channel. The weights of depthwise convolutions are stored in
 int8 and computed with in float. Norms, GELU, GRN and sums stay in float: in int8 they have no fast kernel, so
-that a graph all in int8 is twice as slow as the float one. Logits stay in float too: in 256 steps they cost
-most of what quantisation costs.
+that a graph all in int8 is slower than the float one. Logits stay in float too: an image whose logits are
+larger than those of the calibration images must not be cut off.
 """
 
 import functools
@@ -55,8 +55,7 @@ def quantized(content: bytes, plan: Mapping[str, str], images: Iterable[np.ndarr
 def _ranges(converter, content, images):
     """The smallest and the largest value of each tensor over all images.
 
-    The quantiser's own ranges are averages over the images, which cut off what is rare and large: behind GELU
-    that costs ten times the error.
+    The quantiser's own ranges are averages over the images, which cut off what is rare and large.
     """
     from ai_edge_litert.interpreter import Interpreter
 

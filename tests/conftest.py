@@ -1,12 +1,17 @@
 """What every test process needs before its first import, and how the tests of the command line run it."""
 
 import os
-import warnings
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_CONVNEXT_QUIET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch spins while other processes need the core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a network
+if os.environ.get("KERAS_BACKEND") == "jax":
+    # The processes of a test train the same small models: what one has compiled the next ones read.
+    _compiled = tempfile.TemporaryDirectory(prefix="keras_convnext_compiled_", ignore_cleanup_errors=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # TensorFlow before PyTorch: the order that was tested.
 if os.environ.get("KERAS_BACKEND") == "tensorflow":
     import tensorflow  # noqa: F401
@@ -21,7 +26,6 @@ for _name in ("nms", "qnms"):
     _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 torch.set_num_threads(2)
-warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy keyword")
 
 COMMAND_TAG = "test_convnext2.r160_in1k"
 
