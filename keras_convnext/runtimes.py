@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import machine
+from keras_convnext.quiet import silenced
 
 # format -> the module that runs it, and the package that brings it
 RUNTIMES = {
@@ -89,7 +90,7 @@ def open_exported(
         threads: cores to use, None for all. Without effect on a SavedModel and in PyTorch.
 
     Raises:
-        ValueError: the format is not known.
+        ValueError: the format is not known, or the runtime cannot open the file.
         ImportError: the runtime is not installed; the message names its package.
         FileNotFoundError: there is no such file.
     """
@@ -101,7 +102,8 @@ def open_exported(
         raise FileNotFoundError(f"There is no '{path}'.")
     module, package = RUNTIMES[format]
     try:
-        importlib.import_module(module)
+        with silenced():
+            importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
             f"Running a file in the format {format!r} needs {package}: pip install {package}"
@@ -113,7 +115,11 @@ def open_exported(
         "openvino": _open_openvino,
         "torch": _open_torch,
     }[format]
-    exported = opener(str(path), threads or machine.available_cores())
+    try:
+        with silenced():
+            exported = opener(str(path), threads or machine.available_cores())
+    except Exception as error:  # runtimes raise of many classes
+        raise ValueError(f"{package} cannot open '{path}': {error}") from error
     return dataclasses.replace(exported, metadata=read_metadata(path))
 
 
@@ -175,11 +181,15 @@ def format_of(path: str | os.PathLike[str]) -> str:
 
 
 def take_turns(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Median seconds of a call of each, called alternately for about `seconds` altogether."""
-    first(), second()
+    """Median seconds of a call of each, in turns for about `seconds` of timed calls altogether.
+
+    In its turn each is called twice and the second call timed: threads of the other may still spin in the
+    first, and its own may sleep.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     while len(times[0]) < 3 or sum(map(sum, times)) < seconds:
         for function, taken in zip((first, second), times, strict=True):
+            function()
             begin = time.perf_counter()
             function()
             taken.append(time.perf_counter() - begin)

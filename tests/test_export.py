@@ -418,7 +418,7 @@ def test_a_file_that_its_runtime_refuses_is_an_export_error(model, tmp_path, mon
         raise RuntimeError("failed to create XNNPACK runtime")
 
     monkeypatch.setattr("ai_edge_litert.interpreter.Interpreter.allocate_tensors", refuse)
-    with pytest.raises(ExportError, match=r"litert file does not run: failed to create XNNPACK.*not kept"):
+    with pytest.raises(ExportError, match=r"litert file does not run: .*failed to create XNNPACK.*not kept"):
         export(model, tmp_path / "m.tflite")
     assert left_in(tmp_path) == []
 

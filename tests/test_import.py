@@ -31,7 +31,7 @@ ALLOWED = {
     "deployment": {"convnext", "depthwise", "layers", "models", "parts", "products"},
     "exporters": {"litert_quantization"},
     "litert_quantization": set(),
-    "runtimes": {"machine"},
+    "runtimes": {"machine", "quiet"},
     "export": {"deployment", "exporters", "runtimes", "quiet"},
     "browser": {"data.preprocess", "downloads", "files", "runtimes"},
     "quiet": set(),
