@@ -73,6 +73,7 @@ files, and a picture of the worst classes.""",
   keras-convnext train recipes/smoke.toml --out runs/smoke
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --set epochs=10
   keras-convnext train fine_tune --data flowers/ --out runs/head --set trainable=head
+  keras-convnext train fine_tune --data flowers/ --out runs/flowers --distribute data_parallel
   keras-convnext train --list
 
 RECIPE is a TOML file or the name of a published recipe. --data is a folder of class folders, ImageNet's tars,
@@ -401,12 +402,15 @@ def train_command(options: argparse.Namespace) -> int:
     _import_quietly("keras_convnext.training.trainer", "tensorflow")
     from keras_convnext.training import trainer
 
+    overrides = _overrides(options.set)
+    if options.distribute is not None:
+        overrides["distribution.engine"] = options.distribute
     try:
         result = trainer.train(
             options.recipe,
             options.out,
             data=options.data,
-            overrides=_overrides(options.set),
+            overrides=overrides,
             workers=options.workers,
             progress=not options.quiet,
         )
@@ -772,6 +776,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help="another value of the recipe; repeatable",
+    )
+    training.add_argument(
+        "--distribute",
+        metavar="ENGINE",
+        help="how a step is divided among devices; short for --set distribution.engine=ENGINE",
     )
     training.add_argument("--workers", type=_positive, metavar="N", help="threads that make the batches")
     training.add_argument("--quiet", action="store_true", help="show no progress")

@@ -170,9 +170,10 @@ def _jax_shifted_products():
             products,
             (jnp.zeros((), dtype),) * len(products),
             lambda left, right: tuple(map(jnp.add, left, right)),
-            dimensions=(0, 1, 2),
+            dimensions=(1, 2),
         )
-        kernel_gradient = jnp.stack(sums).reshape(kernel.shape)
+        # The samples by themselves: devices that share a batch then exchange one array, not one a tap.
+        kernel_gradient = jnp.sum(jnp.stack(sums), axis=1).reshape(kernel.shape)
         bias_gradient = jnp.sum(wide, axis=(0, 1, 2))
         x_gradient = correlate(gradient, kernel[::-1, ::-1], jnp.zeros_like(bias_gradient), dilation)
         return x_gradient, kernel_gradient.astype(kernel.dtype), bias_gradient.astype(kernel.dtype)

@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 
 import keras_convnext
-from keras_convnext import classifiers, machine, reports, runtimes
+from keras_convnext import classifiers, distribution, machine, reports, runtimes
 from keras_convnext.classifiers import TrainedClassifier
 from keras_convnext.data import class_names, sources
 from keras_convnext.data.sources import Source
@@ -400,7 +400,7 @@ def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np
     forward = _forward(model)
 
     def begin(batch: dict) -> tuple[dict, Any]:
-        return batch, forward(classifiers.for_channels(batch["images"], model))
+        return batch, forward(distribution.divided(classifiers.for_channels(batch["images"], model)))
 
     for batch in itertools.islice(batches, 1):  # waited for, as the model is compiled in it
         yield batch, _to_numpy(begin(batch)[1])

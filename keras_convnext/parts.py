@@ -61,8 +61,10 @@ def _on_a_cpu_that_gains(x):
     if keras.backend.backend() == "jax":
         import jax
 
-        # Sizes of an exported program may be symbols.
-        return jax.default_backend() == "cpu" and all(isinstance(size, int) for size in x.shape)
+        # Sizes of an exported program may be symbols, and a batch that devices share has its parts.
+        is_shared = keras.distribution.distribution() is not None
+        is_known = all(isinstance(size, int) for size in x.shape)
+        return jax.default_backend() == "cpu" and is_known and not is_shared
     if keras.backend.backend() == "torch":
         import torch
 

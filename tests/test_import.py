@@ -42,8 +42,8 @@ ALLOWED = {
     "results": {"data.sources", "downloads"},
     "reports": {"data.class_names", "data.preprocess", "data.sources", "files", "results"},
     "evaluate": {
-        "classifiers", "machine", "data.class_names", "data.sources", "downloads", "reports", "results",
-        "runtimes",
+        "classifiers", "distribution", "machine", "data.class_names", "data.sources", "downloads", "reports",
+        "results", "runtimes",
     },
     "gradcam": set(),
     "features": {
@@ -57,11 +57,12 @@ ALLOWED = {
     "training.losses": set(),
     "training.adapt": {"layers"},
     "training.trainer": {
-        "checkpoints", "classifiers", "convert", "data.sources", "evaluate", "keras_files", "models",
-        "results", "state_dicts", "training.adapt", "training.logs", "training.losses", "training.optimizer",
-        "training.recipe", "training.run_folder", "variants",
+        "checkpoints", "classifiers", "convert", "data.sources", "distribution", "evaluate", "keras_files",
+        "models", "results", "state_dicts", "training.adapt", "training.logs", "training.losses",
+        "training.optimizer", "training.recipe", "training.run_folder", "variants",
     },
     "machine": set(),
+    "distribution": set(),
     "bench.contestants": {"machine", "checkpoints", "runtimes", "variants"},
     "bench.worker": {"bench.contestants"},
     "bench.turns": {"bench.contestants", "bench.worker"},

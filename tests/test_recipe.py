@@ -13,12 +13,14 @@ import pytest
 from keras_convnext.checkpoints import find_checkpoint
 from keras_convnext.training import recipe as recipes
 from keras_convnext.training.recipe import (
+    Distribution,
     Recipe,
     difference,
     identity,
     known_recipes,
     load_recipe,
     read_fields,
+    replaced,
     to_toml,
     warnings_for,
 )
@@ -171,7 +173,8 @@ def write(tmp_path, smoke):
     """Writes smoke.toml with lines replaced, removed (None) or added, and returns the path."""
 
     def write_file(name="mine.toml", **changes):
-        lines = dict(line.split(" = ", 1) for line in to_toml(smoke).splitlines() if " = " in line)
+        flat = to_toml(smoke).partition("\n[")[0]
+        lines = dict(line.split(" = ", 1) for line in flat.splitlines() if " = " in line)
         lines |= changes
         path = tmp_path / name
         path.write_text("".join(f"{key} = {text}\n" for key, text in lines.items() if text is not None))
@@ -484,16 +487,18 @@ def test_problems_of_a_file_are_all_named(write, changes, problems):
 
 def test_every_key_is_missed_when_it_is_missing(write):
     for field in dataclasses.fields(Recipe):
+        if field.name == "distribution":
+            continue  # the one table, which changes no result
         with pytest.raises(ValueError, match=rf"with 1 problem:\n  {field.name}: missing"):
             load_recipe(write(**{field.name: None}))
 
 
 def test_every_number_has_a_range(smoke):
-    numbers = {field.name for field in dataclasses.fields(Recipe) if field.type in (int, float)}
-    assert numbers == set(recipes._INTERVALS)
-    for name in numbers:
+    numbers = {key: kind for key, kind in recipes._types(Recipe).items() if kind in (int, float)}
+    assert numbers.keys() == set(recipes._INTERVALS)
+    for name, kind in numbers.items():
         with pytest.raises(ValueError, match=f"{name}: expected a number"):
-            dataclasses.replace(smoke, **{name: -1 if isinstance(getattr(smoke, name), int) else -1.0})
+            replaced(smoke, {name: kind(-1)})
 
 
 def test_problems_of_an_override_say_that_it_was_one():
@@ -519,6 +524,71 @@ def test_a_table_in_a_recipe_is_refused(tmp_path, smoke):
     path.write_text(to_toml(smoke) + "[optimizer]\nname = 'adamw'\n")
     with pytest.raises(ValueError, match=r"a recipe is flat. Remove the line \[optimizer\]"):
         load_recipe(path)
+
+
+# The table of devices.
+
+
+def test_a_recipe_without_the_table_leaves_the_engine_to_the_devices(smoke):
+    assert smoke.distribution == Distribution("auto", 2)
+
+
+def test_the_table_is_read_written_and_set_from_the_command_line(write, tmp_path):
+    path = write()
+    path.write_text(path.read_text() + '[distribution]\nengine = "model_parallel"\n')
+    assert load_recipe(path).distribution == Distribution("model_parallel", 2)
+    set_ = load_recipe(path, {"distribution.engine": "data_parallel", "distribution.model_devices": "4"})
+    assert set_.distribution == Distribution("data_parallel", 4)
+    written = tmp_path / "written.toml"
+    written.write_text(to_toml(set_))
+    assert written.read_text().endswith('\n[distribution]\nengine = "data_parallel"\nmodel_devices = 4\n')
+    assert load_recipe(written) == set_
+
+
+def test_replaced_changes_keys_of_the_table_one_by_one(smoke):
+    changed = replaced(smoke, {"epochs": 3, "distribution.model_devices": 4})
+    assert changed == dataclasses.replace(smoke, epochs=3, distribution=Distribution("auto", 4))
+    assert replaced(smoke, {"distribution": Distribution("none")}).distribution.engine == "none"
+    with pytest.raises(
+        ValueError, match=r"distribution\.engin: unknown key, did you mean 'distribution\.engine'"
+    ):
+        replaced(smoke, {"distribution.engin": "none"})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "[distribution]\nengine = 'data_paralel'",
+            "(did you mean 'data_parallel' or 'model_parallel'?), received \"data_paralel\"",
+        ),
+        (
+            "[distribution]\nengine = 'horovod'",
+            "expected one of auto (any backend), none (any backend), data_",
+        ),
+        ("[distribution]\ndevices = 8", "distribution.devices: unknown key, did you mean 'distribution."),
+        (
+            "[distribution]\nmodel_devices = 2.0",
+            "distribution.model_devices: expected an integer, received 2.0",
+        ),
+        ("distribution = 'none'", "distribution: unknown key"),
+        ("[optimizer]\nname = 'adamw'", "expected no table but [distribution]: a recipe is flat"),
+    ],
+)
+def test_mistakes_in_the_table_are_named(write, lines, message):
+    path = write()
+    path.write_text(path.read_text() + lines)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_recipe(path)
+
+
+def test_a_recipe_object_with_a_dict_for_a_table_is_refused(smoke):
+    with pytest.raises(ValueError, match=r"Expected distribution=Distribution\(engine=\.\.\.\), received \{"):
+        dataclasses.replace(smoke, distribution={"engine": "none"})
+
+
+def test_identity_does_not_depend_on_the_devices(smoke):
+    assert identity(replaced(smoke, {"distribution.engine": "data_parallel"})) == identity(smoke)
 
 
 def test_a_broken_file_is_named_with_its_line(tmp_path):
@@ -575,7 +645,8 @@ def test_names_of_the_data_pipeline_are_the_pipelines():
 
 def test_identity_is_all_that_decides_the_result(smoke):
     keys = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(identity(smoke)) == keys - {"title", "reference", "checkpoint_minutes", "keep_checkpoints"}
+    free = {"title", "reference", "checkpoint_minutes", "keep_checkpoints", "distribution"}
+    assert set(identity(smoke)) == keys - free
     same = dataclasses.replace(smoke, title="x", reference="y", checkpoint_minutes=1.0, keep_checkpoints=9)
     assert identity(same) == identity(smoke)
     assert identity(dataclasses.replace(smoke, seed=1)) != identity(smoke)

@@ -1,4 +1,4 @@
-"""What a training run is made of: one flat TOML file in which every key is present.
+"""What a training run is made of: one TOML file in which every key is present, and flat but for one table.
 
 A published recipe is a file of the folder `recipes`; the same values as a frozen `Recipe` are what
 `trainer.train` takes. Nothing here needs a Keras backend, so a recipe is read and checked before one starts.
@@ -30,11 +30,19 @@ POLICIES = ("none", "rand", "original", "originalr", "v0", "v0r", "imagenet", "t
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shorter_side", "squash")
 
+# How a step is divided among devices, and the backend that does so; `distribution.py` has the engines.
+ENGINES = {
+    "auto": "any backend",
+    "none": "any backend",
+    "data_parallel": "jax",
+    "model_parallel": "jax",
+}
+
 # Keys of the recipes in the same folder that train nothing, and the commands that take them.
 _OF_FEATURES = {"neighbours": "knn", "selection_fraction": "probe"}
 
-# What may differ between two starts of one run: none of these changes a weight.
-_NOT_IDENTITY = ("title", "reference", "checkpoint_minutes", "keep_checkpoints")
+# What may differ between two starts of one run: none of these changes a weight by more than rounding.
+_NOT_IDENTITY = ("title", "reference", "checkpoint_minutes", "keep_checkpoints", "distribution")
 
 _SECTIONS = {
     "architecture": "model",
@@ -48,12 +56,29 @@ _SECTIONS = {
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """How a step is divided among devices: the table [distribution] of a recipe.
+
+    It changes where things are computed, never what: batch size and learning rate stay the recipe's.
+
+    Args:
+        engine: a key of `ENGINES`. Default "auto": by the devices that are there, "none" for a single one.
+        model_devices: int, devices that share the pointwise kernels in "model_parallel"; the batch is divided
+            among groups of so many: 8 devices by 2 are four parts of the batch. Default 2.
+    """
+
+    engine: str = "auto"
+    model_devices: int = 2
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run, as plain values.
 
     There are no defaults: a file that lacks a key is refused, so that what is not written cannot change
-    between two versions. Values outside their range raise when the object is made, so a `Recipe` that exists
-    can be run, as far as can be told without its data and weights.
+    between two versions. Only the table [distribution] may be missing, as it changes no result. Values
+    outside their range raise when the object is made, so a `Recipe` that exists can be run, as far as can be
+    told without its data, weights and devices.
 
     Reference: the hyperparameters are those of Liu et al. 2022 (arXiv:2201.03545), appendix A, and of Woo et
     al. 2023 (arXiv:2301.00808), appendix A, with the field's names for them.
@@ -118,6 +143,7 @@ class Recipe:
         seed: int from 0 up, of weights, order, augmentation and drop path.
         checkpoint_minutes: float, time between two checkpoints within an epoch; 0 for none within an epoch.
         keep_checkpoints: int, how many of the last checkpoints are kept, at least 1, beside the best.
+        distribution: `Distribution`, the devices; on the command line `--set distribution.engine=...`.
 
     Raises:
         ValueError: a value is outside its range or two don't go together; every one of them is named, with
@@ -184,8 +210,13 @@ class Recipe:
     seed: int
     checkpoint_minutes: float
     keep_checkpoints: int
+    distribution: Distribution = Distribution()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.distribution, Distribution):
+            raise ValueError(
+                f"Expected distribution=Distribution(engine=...), received {self.distribution!r}."
+            )
         values = _values(self)
         problems = _mistyped(values, Recipe) or _out_of_range(values) or _conflicts(values)
         if problems:
@@ -257,6 +288,7 @@ _INTERVALS = {
     "seed": _NOT_NEGATIVE,
     "checkpoint_minutes": _NOT_NEGATIVE,
     "keep_checkpoints": _COUNT,
+    "distribution.model_devices": _COUNT,
 }
 
 _CHOICES = {
@@ -310,17 +342,34 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, An
     problems = _out_of_range(values) or _conflicts(values)
     if problems:
         raise ValueError(_listed(path, problems))
-    return Recipe(**values)
+    return _made(Recipe, values)
+
+
+def replaced(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with other values, by key; those of a table after its name and a dot.
+
+    Raises:
+        ValueError: a key is unknown, or a value outside its range.
+
+    Example:
+        replaced(load_recipe("smoke"), {"epochs": 1, "distribution.engine": "none"})
+    """
+    values = _values(recipe)
+    changes = _flat(changes, Recipe)
+    problems = [_unknown_key(key, value, list(values)) for key, value in changes.items() if key not in values]
+    if problems:
+        raise ValueError(_listed(None, problems))
+    return _made(Recipe, values | changes)
 
 
 def read_fields(path: str | os.PathLike[str], cls: type, overrides: Mapping[str, Any] | None = None) -> Any:
-    """Read a flat TOML file as a dataclass: every field a key, every key a field.
+    """Read a TOML file as a dataclass: every field a key, every key a field.
 
     Args:
         path: the file.
         cls: a dataclass whose fields are of the types str, int, float, bool, tuple[float, float], or a tuple
-            of any length of int, float or str.
-        overrides: values in place of the file's, by key; a str is read by the type of its key.
+            of any length of int, float or str; or a dataclass of these with defaults, which is a table.
+        overrides: values in place of the file's, by key ("table.key"); a str is read by the type of its key.
 
     Returns:
         A `cls`. An integer for a float is converted; a bool is never a number.
@@ -332,7 +381,7 @@ def read_fields(path: str | os.PathLike[str], cls: type, overrides: Mapping[str,
     values, problems = _read(Path(path), cls, overrides or {})
     if not problems:
         try:
-            return cls(**values)
+            return _made(cls, values)
         except ValueError as error:
             problems = [str(error)]
     raise ValueError(_listed(path, problems))
@@ -340,18 +389,69 @@ def read_fields(path: str | os.PathLike[str], cls: type, overrides: Mapping[str,
 
 def _read(path: Path, cls: type, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values of a file and of `overrides` by key, converted, and what is wrong with keys and types."""
-    types = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    given = _parse(path)
-    problems = [_unknown_key(key, value, names) for key, value in given.items() if key not in names]
+    types = _types(cls)
+    given = _flat(_parse(path), cls)
+    problems = [_unknown_key(key, value, list(types)) for key, value in given.items() if key not in types]
     for key, value in overrides.items():
-        if key in names:
+        if key in types:
             given[key] = _from_text(value, types[key]) if isinstance(value, str) else value
         else:
-            problems.append(f"{_unknown_key(key, value, names)} (it was given as an override)")
-    problems += [f"{name}: missing, expected {_words(types[name])}" for name in names if name not in given]
-    values = {name: _converted(given[name], types[name]) for name in names if name in given}
+            problems.append(f"{_unknown_key(key, value, list(types))} (it was given as an override)")
+    given = _defaults(cls) | given
+    problems += [f"{name}: missing, expected {_words(types[name])}" for name in types if name not in given]
+    values = {name: _converted(given[name], types[name]) for name in types if name in given}
     return values, problems + _mistyped(values, cls)
+
+
+def _tables(cls: type) -> dict[str, type]:
+    """The fields of a dataclass that are dataclasses themselves, tables of its file."""
+    types = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}
+
+
+def _types(cls: type) -> dict[str, Any]:
+    """The type of each key; a key of a table stands after the table's name and a dot."""
+    types, tables = typing.get_type_hints(cls), _tables(cls)
+    keys: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.name in tables:
+            keys |= {f"{field.name}.{key}": kind for key, kind in _types(tables[field.name]).items()}
+        else:
+            keys[field.name] = types[field.name]
+    return keys
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The values of the tables that a file leaves out."""
+    return {
+        f"{name}.{key}": value
+        for name, table in _tables(cls).items()
+        for key, value in _values(table()).items()
+    }
+
+
+def _flat(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """Values with those of known tables taken out of them, by "table.key"."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in _tables(cls) and dataclasses.is_dataclass(value):
+            value = _values(value)
+        if key in _tables(cls) and isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _made(cls: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass of flat values."""
+    plain = {key: value for key, value in values.items() if "." not in key}
+    for name, table in _tables(cls).items():
+        prefix = f"{name}."
+        inner = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        plain[name] = table(**inner)
+    return cls(**plain)
 
 
 def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
@@ -405,7 +505,11 @@ def to_toml(recipe: Any) -> str:
         pathlib.Path("recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
     """
     lines: list[str] = []
+    table = ""
     for key, value in _values(recipe).items():
+        before, (table, _, key) = table, key.rpartition(".")
+        if table != before:
+            lines += ["", f"[{table}]"]
         if isinstance(recipe, Recipe) and key in _SECTIONS:
             lines += [""] * bool(lines) + [f"# {_SECTIONS[key]}"]
         lines.append(f"{key} = {_toml_value(value)}")
@@ -413,7 +517,7 @@ def to_toml(recipe: Any) -> str:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Return what decides the result of a run: all keys but titles and the keeping of checkpoints.
+    """Return what decides the result of a run: all keys but titles, the keeping of checkpoints and devices.
 
     Two runs of the same identity may share a folder. The values are str, int, float, bool and list, so that
     they are equal after JSON.
@@ -421,7 +525,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     Returns:
         The values by key.
     """
-    values = {key: value for key, value in _values(recipe).items() if key not in _NOT_IDENTITY}
+    values = {
+        key: value for key, value in _values(recipe).items() if key.partition(".")[0] not in _NOT_IDENTITY
+    }
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -607,7 +713,9 @@ def _warnings_always(recipe: Recipe, num_steps: int | None) -> list[str]:
 
 
 def _values(recipe: Any) -> dict[str, Any]:
-    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    """The values by key, those of a table by "table.key"."""
+    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return _flat(fields, type(recipe))
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -636,7 +744,9 @@ def _listed(path: str | os.PathLike[str] | None, problems: list[str]) -> str:
 
 def _unknown_key(key: str, value: Any, names: list[str]) -> str:
     if isinstance(value, dict):
-        return f"{key}: unknown table, expected no tables: a recipe is flat. Remove the line [{key}]"
+        tables = sorted({name.partition(".")[0] for name in names if "." in name})
+        known = f"no table but [{'], ['.join(tables)}]" if tables else "no tables"
+        return f"{key}: unknown table, expected {known}: a recipe is flat. Remove the line [{key}]"
     near = difflib.get_close_matches(key, names, 1)
     return f"{key}: unknown key" + (f", did you mean {near[0]!r}?" if near else ", remove it")
 
@@ -678,7 +788,7 @@ def _words(kind: Any) -> str:
 
 
 def _mistyped(values: Mapping[str, Any], cls: type) -> list[str]:
-    types = typing.get_type_hints(cls)
+    types = _types(cls)
     return [
         f"{key}: expected {_words(types[key])}, received {_toml_value(value)}"
         for key, value in values.items()
@@ -726,6 +836,11 @@ def _out_of_range(values: Mapping[str, Any]) -> list[str]:
             near = difflib.get_close_matches(value, _CHOICES[key], 3)
             hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
             expected = f"one of {', '.join(_CHOICES[key])}{hint}"
+        elif key == "distribution.engine" and value not in ENGINES:
+            near = difflib.get_close_matches(value, ENGINES, 3)
+            hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+            known = ", ".join(f"{name} ({backend})" for name, backend in ENGINES.items())
+            expected = f"one of {known}{hint}"
         elif key == "policy" and value.split("-")[0] not in POLICIES:
             near = difflib.get_close_matches(value.split("-")[0], POLICIES, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""

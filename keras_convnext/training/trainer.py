@@ -28,13 +28,21 @@ import keras
 import numpy as np
 import PIL.Image
 
-from keras_convnext import checkpoints, classifiers, evaluate, keras_files, models, state_dicts
+from keras_convnext import (
+    checkpoints,
+    classifiers,
+    distribution,
+    evaluate,
+    keras_files,
+    models,
+    state_dicts,
+)
 from keras_convnext.convert import save_weights
 from keras_convnext.data import sources
 from keras_convnext.data.sources import Source
 from keras_convnext.results import fingerprint
 from keras_convnext.training import adapt, logs, losses, optimizer, run_folder
-from keras_convnext.training.recipe import Recipe, identity, load_recipe, to_toml, warnings_for
+from keras_convnext.training.recipe import Recipe, identity, load_recipe, replaced, to_toml, warnings_for
 from keras_convnext.variants import VARIANTS
 
 _logger = logging.getLogger("keras_convnext")
@@ -140,7 +148,9 @@ def train(
     chosen = _chosen_recipe(recipe, data, overrides)
     training, validation = open_data(chosen)
     plan = Plan.of(chosen, training)
-    with _settings_of(chosen):
+    engine = distribution.choose(chosen.distribution.engine, chosen.distribution.model_devices)
+    engine.check_batch(chosen.batch_size, chosen.accumulation_steps)
+    with _settings_of(chosen), engine.scope():
         row, available = _describe(chosen)
         student, new_head = build_model(chosen, len(training.classes), available)
         model = _compiled(chosen, student, plan)
@@ -155,7 +165,10 @@ def train(
                 result = json.loads((folder.path / RESULT_FILE).read_text())
                 _logger.warning("The run in %s has ended; nothing is left to do.", folder.path)
                 return _result(folder, plan, result, begin)
-            run = _Run(chosen, plan, folder, model, student, batches, training, validation, workers, progress)
+            run = _Run(
+                chosen, plan, engine, folder, model, student, batches, training, validation, workers, progress
+            )
+            run.progress.say(engine.describe(plan.micro_batch_size))
             notes = warnings_for(
                 chosen,
                 has_weights=bool(chosen.weights),
@@ -232,10 +245,7 @@ def _chosen_recipe(given, data, overrides) -> Recipe:
     changes = dict(overrides or {})
     if data is not None:
         changes["data"] = os.path.abspath(os.path.expanduser(data))
-    if isinstance(given, Recipe):
-        chosen = dataclasses.replace(given, **changes) if changes else given
-    else:
-        chosen = load_recipe(given, changes)
+    chosen = replaced(given, changes) if isinstance(given, Recipe) else load_recipe(given, changes)
     if not chosen.data:
         raise ValueError(
             "Expected data to train on: the recipe names none. Pass data=..., or --data on the command line."
@@ -454,10 +464,11 @@ class _Run:
     """A run that is being made: what is done, and what is due between two steps."""
 
     def __init__(
-        self, recipe, plan, folder, model, student, batches, training, validation, workers, progress
+        self, recipe, plan, engine, folder, model, student, batches, training, validation, workers, progress
     ):
         self.recipe = recipe
         self.plan = plan
+        self.engine = engine
         self.folder = folder
         self.model = model
         self.student = student
@@ -489,7 +500,7 @@ class _Run:
         recipe = self.recipe
         return self.batches.eval_batches(
             source,
-            batch_size=min(self.plan.micro_batch_size, len(source)),
+            batch_size=self.engine.filled(min(self.plan.micro_batch_size, len(source))),
             image_size=recipe.eval_image_size,
             crop=recipe.eval_crop,
             resize_mode=recipe.eval_resize_mode,
@@ -576,6 +587,7 @@ class _Run:
         return {
             **evaluate.environment(),
             "command": sys.argv,
+            "engine": self.engine.describe(self.plan.micro_batch_size),
             "data": str(self.training.path),
             "training_images": len(self.training),
             "classes": len(self.training.classes),
