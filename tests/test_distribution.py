@@ -53,7 +53,7 @@ def train(folder, **changes):
     end_batch, finish, validate = trainer._Run.end_batch, trainer._Run.finish, evaluate.validate
 
     def noting_end_batch(run, in_fit, means):
-        noted["losses"].append(means["loss"] * in_fit)  # the sum so far
+        noted["losses"].append(means["loss"])
         end_batch(run, in_fit, means)
         if run.done == STOP:
             run.save()
@@ -211,9 +211,10 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("engine", ["data_parallel", "model_parallel"])
 def test_eight_devices_make_the_losses_and_weights_of_one(runs, engine):
     """Drop path, mixing, erasing, accumulation, clipping and EMA are on."""
-    losses, expected = (np.diff(noted(runs, name)["losses"], prepend=0) for name in (engine, "none"))
+    # Means since the epoch began, in float32 as Keras keeps them; differences of these lose digits.
+    losses, expected = (noted(runs, name)["losses"] for name in (engine, "none"))
     assert len(losses) == len(expected) == 2 * STEPS
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
     assert difference(runs / engine, runs / "none") < 1e-5  # 1e-6 where this was written
 
 
