@@ -11,7 +11,7 @@ help:
 	@echo "make demo [DATA=folder]  train a small ConvNeXt, save, reload, classify, draw (KERAS_BACKEND=... chooses)"
 	@echo "make test                style, types, tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-torch          the tests on one backend (also test-tensorflow, test-jax)"
-	@echo "make test-slow           full-size and wide models on all backends (half an hour)"
+	@echo "make test-slow           full-size and wide models, simulated devices, on all backends (half an hour)"
 	@echo "make lint                style and types only; what pre-commit runs"
 	@echo "make bench               speed on every backend, against timm and others; about an hour"
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"

@@ -39,6 +39,8 @@ CHANGES = {
 }
 
 jax_only = pytest.mark.skipif(BACKEND != "jax", reason="an engine of JAX")
+# Eight devices on two cores take two to four minutes, and on a loaded machine stalled once for longer.
+on_simulated_devices = pytest.mark.slow
 
 
 # In the child processes.
@@ -207,6 +209,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@on_simulated_devices
 @jax_only
 @pytest.mark.parametrize("engine", ["data_parallel", "model_parallel"])
 def test_eight_devices_make_the_losses_and_weights_of_one(runs, engine):
@@ -218,6 +221,7 @@ def test_eight_devices_make_the_losses_and_weights_of_one(runs, engine):
     assert difference(runs / engine, runs / "none") < 1e-5  # 1e-6 where this was written
 
 
+@on_simulated_devices
 @jax_only
 @pytest.mark.parametrize("engine", ["data_parallel", "model_parallel"])
 def test_every_image_is_evaluated_once_and_the_scores_are_those_of_one_device(runs, engine):
@@ -228,6 +232,7 @@ def test_every_image_is_evaluated_once_and_the_scores_are_those_of_one_device(ru
     np.testing.assert_allclose(scores["val_loss"], expected["val_loss"], rtol=1e-5)
 
 
+@on_simulated_devices
 @jax_only
 @pytest.mark.parametrize(
     ("resumed", "engine"),
@@ -242,11 +247,13 @@ def test_a_checkpoint_goes_on_with_another_number_of_devices(runs, resumed, engi
     assert difference(runs / resumed, runs / engine) < 1e-5
 
 
+@on_simulated_devices
 @jax_only
 def test_halves_of_a_kernel_in_the_wrong_places_would_be_noticed(runs):
     assert difference(runs / "wrong", runs / "none") > 1e-2
 
 
+@on_simulated_devices
 @jax_only
 def test_kernels_slots_and_averages_are_divided(runs):
     layouts = noted(runs, "model_parallel")["layouts"]
@@ -267,6 +274,7 @@ def test_kernels_slots_and_averages_are_divided(runs):
     }
 
 
+@on_simulated_devices
 @jax_only
 @pytest.mark.parametrize("engine", ["data_parallel", "model_parallel"])
 def test_a_step_of_v2_is_the_same_where_grn_is_divided(runs, engine):
@@ -276,6 +284,7 @@ def test_a_step_of_v2_is_the_same_where_grn_is_divided(runs, engine):
     assert ("'model'" in report[engine]["layouts"]["stages_2_0/grn/gamma"]) == (engine == "model_parallel")
 
 
+@on_simulated_devices
 @jax_only
 def test_data_parallel_exchanges_the_gradients_once(runs):
     (only,) = noted(runs, "v2")["data_parallel"]["collectives"]
@@ -283,6 +292,7 @@ def test_data_parallel_exchanges_the_gradients_once(runs):
     assert 0 <= only["num_bytes"] - noted(runs, "v2")["data_parallel"]["num_bytes"] <= 16  # with the loss
 
 
+@on_simulated_devices
 @jax_only
 def test_model_parallel_exchanges_the_maps_of_each_block_and_its_share_of_the_gradients(runs):
     """In each of two blocks a map, another one on the way back, and the means of GRN."""
@@ -297,6 +307,7 @@ def test_model_parallel_exchanges_the_maps_of_each_block_and_its_share_of_the_gr
     assert report["num_bytes"] / 2 < by_group[4] < 0.6 * report["num_bytes"]
 
 
+@on_simulated_devices
 @jax_only
 def test_the_command_line_goes_on_with_eight_devices_to_the_end(runs):
     folder = halfway(runs / "none", "command")
