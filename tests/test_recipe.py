@@ -470,6 +470,10 @@ def test_a_recipe_cannot_be_changed(smoke):
         ({"val_split": '"test"', "validation_fraction": "0.1"}, ["validation_fraction: expected 0 beside"]),
         ({"architecture": '"convnextv2_atto"'}, ["layer_scale_init_value: expected 0 for convnextv2_atto"]),
         (
+            {"architecture": '"convnext_atto"', "layer_scale_init_value": "0.0"},
+            ["layer_scale_init_value: expected above 0 for convnext_atto", "1e-06), received 0.0"],
+        ),
+        (
             {"epoch": "3", "flip": None, "seed": "true"},
             ["with 3 problems:", "epoch: unknown", "flip: missing", "seed: expected an integer"],
         ),

@@ -861,6 +861,11 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
             f"layer_scale_init_value: expected 0 for {variant.name}, whose blocks have GRN in place of "
             f"LayerScale, received {values['layer_scale_init_value']!r}"
         )
+    if variant.layer_scale_init_value and not values["layer_scale_init_value"]:
+        problems.append(
+            f"layer_scale_init_value: expected above 0 for {variant.name}, whose weight files hold LayerScale "
+            f"(the papers' is {variant.layer_scale_init_value!r}), received 0.0"
+        )
     if variant.isotropic and values["layer_decay"] < 1:
         problems.append(
             f"layer_decay: expected 1 for {variant.name}, as none is published for isotropic models, "
