@@ -863,8 +863,8 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
         )
     if variant.layer_scale_init_value and not values["layer_scale_init_value"]:
         problems.append(
-            f"layer_scale_init_value: expected above 0 for {variant.name}, whose weight files hold LayerScale "
-            f"(the papers' is {variant.layer_scale_init_value!r}), received 0.0"
+            f"layer_scale_init_value: expected above 0 for {variant.name}, whose weight files hold "
+            f"LayerScale (the papers' is {variant.layer_scale_init_value!r}), received 0.0"
         )
     if variant.isotropic and values["layer_decay"] < 1:
         problems.append(
