@@ -204,7 +204,7 @@ def export(
         comparison = _no_comparison()
         if check:
             limit = TOLERANCES[precision] if tolerance is None else tolerance
-            comparison = _compare(model, written, format, images, limit)
+            comparison = _compare(_at_size(model, size), written, format, images, limit)
         _store_metadata(written, format, model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
         _move(written.parent, path)
@@ -373,6 +373,13 @@ def _no_comparison():
         "milliseconds": nothing,
         "model_milliseconds": nothing,
     }
+
+
+def _at_size(model, size):
+    """The model, or its twin for images of that size where the model's own is another."""
+    own = model.input_shape[1:3]
+    fits = size is None or all(side in (None, wanted) for side, wanted in zip(own, size, strict=True))
+    return model if fits else deployment.deploy(model, image_size=size)
 
 
 def _compare(model, path, format, images, tolerance):
