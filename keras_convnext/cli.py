@@ -420,6 +420,8 @@ def train_command(options: argparse.Namespace) -> int:
     except trainer.NonFiniteError as error:
         _complain(f"error: {error}")
         return 3
+    if result.process:
+        return 0
     lines: list[tuple[str, object]] = [("steps", f"{result.steps:,}, {result.seconds:,.0f} s in this run")]
     for name, title in (("loss", "training loss"), ("val_loss", "validation loss")):
         if name in result.scores:

@@ -7,101 +7,38 @@ An engine decides where a step is computed and never what: the batch of a recipe
 together, so its learning rate, its schedule and its random numbers hold for any number of them.
 """
 
-import contextlib
-import dataclasses
 import difflib
+import importlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_convnext.engines import processes
+from keras_convnext.engines.base import Engine
+
 # Backend -> engines beside "auto" and "none"; the first is what "auto" takes for several devices.
 ENGINES = {"jax": ("data_parallel", "model_parallel")}
 
-# The widest weights of a block, over 90 % of all, divided along the hidden axis of 4 C: a device computes its
-# share of the hidden channels, and one sum over the devices ends the block (Megatron-LM, arXiv:1909.08053,
-# figure 3). GRN's statistics need a second sum, of one number a sample.
-POINTWISE_LAYOUT = {
-    r"(.*/)?pwconv1/kernel": (None, "model"),
-    r"(.*/)?pwconv1/bias": ("model",),
-    r"(.*/)?grn/(gamma|beta)": ("model",),
-    r"(.*/)?pwconv2/kernel": ("model", None),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """How a step is divided among devices; made by `choose`.
-
-    Attributes:
-        name: "none", or a name of `ENGINES`.
-        devices: names of the devices, such as "cpu:0".
-        num_parts: parts that a batch is divided into. Devices may share a part, and divide its work.
-        strategy: the backend's own object, None for "none".
-    """
-
-    name: str
-    devices: tuple[str, ...]
-    num_parts: int = 1
-    strategy: Any = None
-
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
-        """Places what is made and computed inside: the model, the optimizer, `fit`."""
-        with contextlib.nullcontext() if self.strategy is None else self.strategy.scope():
-            yield
-
-    def describe(self, batch_size: int) -> str:
-        """One line for people: the devices, the engine, and what each device gets of a batch."""
-        kinds = sorted({device.partition(":")[0] for device in self.devices})
-        count = f"{len(self.devices)} device{'s' * (len(self.devices) > 1)} ({', '.join(kinds)})"
-        if self.num_parts == 1 and self.strategy is None:
-            return f"{count}: engine none"
-        shared = len(self.devices) // self.num_parts
-        owners = "each device" if shared == 1 else f"each {shared} devices, which share the pointwise kernels"
-        return (
-            f"{count}: engine {self.name}, {batch_size // self.num_parts} of {batch_size} images to {owners}"
-        )
-
-    def check_batch(self, batch_size: int, accumulation_steps: int = 1) -> None:
-        """Refuses a batch that cannot be divided into equal parts.
-
-        Args:
-            batch_size: images of an optimizer step, on all devices together.
-            accumulation_steps: micro-batches that it is made of.
-
-        Raises:
-            ValueError: it cannot; names the nearest sizes that can.
-        """
-        unit = self.num_parts * accumulation_steps
-        if batch_size % unit == 0:
-            return
-        lower = batch_size // unit * unit
-        nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
-        steps = f", each in {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
-        raise ValueError(
-            f"Expected a batch_size that divides into {self.num_parts} equal parts{steps}, as engine "
-            f"{self.name!r} needs on {len(self.devices)} devices, received {batch_size}. The nearest are "
-            f'{nearest}. Or set distribution.engine = "none".'
-        )
-
-    def filled(self, batch_size: int) -> int:
-        """The least size from `batch_size` up that can be divided; for batches that are padded."""
-        return -(-batch_size // self.num_parts) * self.num_parts
+_MODULES = {"jax": "on_jax"}
 
 
 def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
-    """Chooses how the devices of this machine share a step.
+    """Joins the processes of a run, if it has several, and chooses how its devices share a step.
 
     - "none": one device, the backend's first.
     - "data_parallel" (JAX): a part of each batch to each device, weights on all, gradients summed.
     - "model_parallel" (JAX): devices in groups of `model_devices`, a part of each batch to each group. In a
       group the pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average
-      of these are divided, see `POINTWISE_LAYOUT`; the others are on all.
+      of these are divided, see `engines.on_jax.POINTWISE_LAYOUT`; the others are on all.
     - "auto": the first of the backend's where there are several devices, else "none".
+
+    The processes are found in the environment, as the backend's own launchers set it. Nothing may have been
+    computed before.
 
     Args:
         engine: one of these.
@@ -111,7 +48,9 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
         `Engine`.
 
     Raises:
-        ValueError: the engine is unknown or another backend's, or the devices cannot be divided so.
+        ValueError: the engine is unknown or another backend's, the devices cannot be divided so, or the
+            environment names some of what describes the processes.
+        ConnectionError: the processes do not find each other.
 
     Example:
         engine = choose("data_parallel")
@@ -122,20 +61,28 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
     own = ENGINES.get(backend, ())
     if engine not in ("auto", "none", *own):
         raise ValueError(_unknown_engine(engine, backend, own))
-    devices = _devices(backend)
+    if not own:
+        return Engine("none", (backend,))
+    module = importlib.import_module(f"keras_convnext.engines.{_MODULES[backend]}")
+    group = module.join()
+    devices = module.devices()
     if engine == "auto":
-        engine = own[0] if own and len(devices) > 1 else "none"
+        engine = own[0] if len(devices) > 1 else "none"
     if engine == "none":
+        if len(group) > 1:
+            group.close()
+            raise ValueError(
+                f"Expected an engine for {len(group)} processes, {' or '.join(own)}, received 'none', with "
+                "which each would train a model of its own."
+            )
         return Engine("none", devices[:1])
-    if engine == "data_parallel":
-        return Engine(engine, devices, len(devices), keras.distribution.DataParallel(devices=list(devices)))
-    if model_devices > len(devices) or len(devices) % model_devices:
-        divisors = [str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-        raise ValueError(
-            f"Expected distribution.model_devices to divide the {len(devices)} devices, received "
-            f"{model_devices}. Choose one of {', '.join(divisors)}."
-        )
-    return Engine(engine, devices, len(devices) // model_devices, _model_parallel(devices, model_devices))
+    try:
+        if engine == "model_parallel":
+            return module.model_parallel(group, model_devices)
+        return getattr(module, engine)(group)
+    except ValueError:
+        group.close()  # all processes raise the same
+        raise
 
 
 def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
@@ -149,38 +96,98 @@ def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
     return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}."
 
 
-def _devices(backend: str) -> tuple[str, ...]:
-    if backend == "jax":
-        return tuple(keras.distribution.list_devices())
-    return (backend,)
-
-
-def _model_parallel(devices: Sequence[str], model_devices: int) -> Any:
-    mesh = keras.distribution.DeviceMesh(
-        (len(devices) // model_devices, model_devices), ["batch", "model"], list(devices)
-    )
-    layout = keras.distribution.LayoutMap(mesh)
-    for path, axes in POINTWISE_LAYOUT.items():
-        layout[path] = axes
-    return keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+# What an evaluation needs of the engine whose scope it is in.
 
 
 def divided(images: np.ndarray) -> Any:
     """A batch on the devices of the engine whose scope this is; as it is where there is none.
 
     Args:
-        images: (N, ...). Where N cannot be divided every device gets all.
+        images: (n, ...), this process's rows.
 
     Returns:
         The same values, for a compiled function of the model.
     """
-    strategy = keras.distribution.distribution()
-    if keras.backend.backend() != "jax" or strategy is None or len(images) % strategy.num_model_replicas:
-        return images
-    import jax
+    return _on_jax().divided(images) if keras.backend.backend() == "jax" else images
 
-    layout = strategy.get_data_layout(images.shape).backend_layout
-    return jax.make_array_from_process_local_data(layout, images)
+
+def rows(outputs: Any) -> np.ndarray:
+    """This process's rows of what a compiled function returned for `divided` images, float32."""
+    if keras.backend.backend() == "jax":
+        return np.asarray(_on_jax().rows(outputs), "float32")
+    return np.asarray(keras.ops.convert_to_numpy(outputs), "float32")
+
+
+def by_rows() -> Any:
+    """The sharding that a compiled function of JAX must give its outputs for `rows`; None for any."""
+    return _on_jax().by_rows()
+
+
+def _on_jax() -> Any:
+    from keras_convnext.engines import on_jax
+
+    return on_jax
+
+
+# What processes must agree in before they begin.
+
+
+def check_agreement(group: processes.Group, facts: Mapping[str, Any]) -> None:
+    """Compares what the processes of a run are about to do.
+
+    Args:
+        group: the processes.
+        facts: JSON value by name: the recipe, the data, the code, ...; a dict is compared key by key.
+
+    Raises:
+        ValueError: they differ, in all processes; tells which process differs from process 0, and in what.
+    """
+    expected, *others = group.gathered(_flat(facts))
+    lines = []
+    for number, received in enumerate(others, start=1):
+        names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
+        if names:
+            texts = [f"{name} {received.get(name)!r}, not {expected.get(name)!r}" for name in names[:8]]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"{group.names[number]} has {'; '.join(texts)}{more}")
+    if lines:
+        group.close()
+        raise ValueError(
+            f"Expected the same run in all {len(group)} processes, but {'. '.join(lines)}. Give all the same "
+            "command, code and data."
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def slow_processes(group: processes.Group, seconds: float) -> str:
+    """A sentence about processes that take more than twice as long as the middle one; "" if none does.
+
+    Args:
+        group: the processes.
+        seconds: that the same work took in this one.
+    """
+    times = group.gathered(seconds)
+    middle = float(np.median(times))
+    slow = [
+        f"{name} took {time:.1f} s"
+        for name, time in zip(group.names, times, strict=True)
+        if time > 2 * middle + 0.5
+    ]
+    if not slow:
+        return ""
+    return (
+        f"{'; '.join(slow)} to read its first images, the middle one of {len(group)} processes {middle:.1f} "
+        "s. All wait for the slowest: see what else its machine does, and where its images are."
+    )
 
 
 # What devices send each other.
@@ -191,7 +198,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\].*?\{(.*?)\})")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Collective:
     """One operation of a compiled program in which devices exchange arrays.
 

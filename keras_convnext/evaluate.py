@@ -370,13 +370,19 @@ def _run(model, dataset, source: Source, columns, progress: "ImageProgress") -> 
     }
 
 
-def validate(model: Any, dataset: Any, after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+def validate(
+    model: Any,
+    dataset: Any,
+    after_batch: Callable[[], None] = lambda: None,
+    gathered: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array],
+) -> dict[str, float]:
     """Scores a classifier on batches that are made anew at each call, as training does after each epoch.
 
     Args:
         model: from (N, H, W, 3) pixels in 0..255 to logits (N, K), class i of the data being output i.
         dataset: what `batches.eval_batches` returns.
         after_batch: called after each batch; may raise to end the evaluation.
+        gathered: from an array of this process's images to those of all processes.
 
     Returns:
         {"loss": mean cross-entropy of the labels without smoothing, "top1": percent, "top5": percent, "n":
@@ -390,7 +396,7 @@ def validate(model: Any, dataset: Any, after_batch: Callable[[], None] = lambda:
         own = np.take_along_axis(logits, labels[:, None], axis=1)
         losses.append((np.log(np.exp(logits - largest).sum(axis=1, keepdims=True)) + largest - own)[:, 0])
         ranks.append(np.where(np.isnan(logits).any(axis=1), logits.shape[1], label_ranks(logits, labels)))
-    loss, rank = np.concatenate(losses), np.concatenate(ranks)
+    loss, rank = (np.concatenate(gathered(np.concatenate(parts))) for parts in (losses, ranks))
     mean = float(loss.mean()) if len(loss) else float("nan")
     return {"loss": mean, "top1": percentage(rank < 1), "top5": percentage(rank < 5), "n": len(rank)}
 
@@ -403,18 +409,14 @@ def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np
         return batch, forward(distribution.divided(classifiers.for_channels(batch["images"], model)))
 
     for batch in itertools.islice(batches, 1):  # waited for, as the model is compiled in it
-        yield batch, _to_numpy(begin(batch)[1])
+        yield batch, distribution.rows(begin(batch)[1])
     begun = None
     for batch in batches:
         ended, begun = begun, begin(batch)
         if ended is not None:
-            yield ended[0], _to_numpy(ended[1])
+            yield ended[0], distribution.rows(ended[1])
     if begun is not None:
-        yield begun[0], _to_numpy(begun[1])
-
-
-def _to_numpy(outputs: Any) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(outputs), dtype="float32")
+        yield begun[0], distribution.rows(begun[1])
 
 
 def _forward(model) -> Callable[[np.ndarray], Any]:
@@ -450,7 +452,7 @@ def _jax_step(model: Any) -> Callable[[Any, np.ndarray], Any]:
         def step(state, images):
             return reference().stateless_call(*state, images, training=False)[0]
 
-        _jax_steps[model] = jax.jit(step)
+        _jax_steps[model] = jax.jit(step, out_shardings=distribution.by_rows())
     return _jax_steps[model]
 
 

@@ -270,7 +270,7 @@ def test_the_stream_has_no_end(sound):
         ({"num_classes": 1}, "Expected num_classes of at least 2, .* received 1"),
         (
             {"mix_group": 3},
-            "Expected mix_group to divide the 8 rows of a batch on this host and to be even, received 3",
+            "Expected mix_group to divide the 8 rows of a batch and to be even, received 3",
         ),
         ({"seed": -1}, "Expected seed to be an integer from 0 up, received -1"),
         ({"erase": 1.5}, r"Expected erase in \[0, 1\], received 1.5"),

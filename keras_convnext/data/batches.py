@@ -275,10 +275,9 @@ def train_batches(
 
     Place p of the order decides alone, with the seed, which example stands there and how it is changed. So
     the stream is the same whatever the number of `workers`, is entered anywhere by `start_batch`, and
-    `num_hosts` hosts together make the batches of one host: host h has the h-th run of rows of each. Only
-    the draws of mixing are shared by neighbours: give `mix_group`, a divisor of batch_size / num_hosts, to
-    keep them independent of the number of hosts too. Rows 2k and 2k + 1 are mixed with each other, where timm
-    takes a batch and its reverse; the shuffle makes that the same.
+    `num_hosts` hosts together make the batches of one host: host h has the h-th run of rows of each. Rows
+    2k and 2k + 1 are mixed with each other, where timm takes a batch and its reverse; the shuffle makes that
+    the same.
 
     An image that cannot be decoded is noted in `faults`, and the next example of the source that can be
     stands in for it.
@@ -306,7 +305,7 @@ def train_batches(
         cutmix: alpha of cutmix's Beta distribution, 0 for none.
         mix_probability: of mixing a group at all.
         switch_probability: of cutmix where both are on.
-        mix_group: images that share one draw and are mixed among themselves; default all of this host's.
+        mix_group: images that share one draw of mixing; default all of a batch, on whatever hosts they are.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
         repeats: times that an example stands in succession, with different augmentation (repeated
             augmentation, Hoffer et al. 2020); the epoch keeps its length and sees fewer examples.
@@ -346,13 +345,18 @@ def train_batches(
             f"The nearest is {round(batch_size / num_hosts) * num_hosts}."
         )
     rows_a_batch = batch_size // num_hosts
-    mix_group = rows_a_batch if mix_group is None else mix_group
+    mix_group = batch_size if mix_group is None else mix_group
     is_mixed = bool(mixup or cutmix)
     unit = 2 if is_mixed else 1  # neighbours that are made together
-    if not preprocess._is_positive_integer(mix_group) or rows_a_batch % mix_group or mix_group % unit:
+    if not preprocess._is_positive_integer(mix_group) or batch_size % mix_group or mix_group % unit:
         raise ValueError(
-            f"Expected mix_group to divide the {rows_a_batch} rows of a batch on this host"
+            f"Expected mix_group to divide the {batch_size} rows of a batch"
             f"{' and to be even' if is_mixed else ''}, received {mix_group!r}."
+        )
+    if rows_a_batch % unit:
+        raise ValueError(
+            f"Expected an even number of images on each host, which are mixed in pairs, received "
+            f"{rows_a_batch} of {batch_size} on each of {num_hosts}. Choose another batch_size."
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"Expected seed to be an integer from 0 up, received {seed!r}.")

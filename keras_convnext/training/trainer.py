@@ -10,6 +10,8 @@ that was interrupted ends with the weights of one that was not, bit for bit on o
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib
 import io
 import json
 import logging
@@ -53,7 +55,10 @@ RECIPE_FILE = "recipe.toml"
 ENVIRONMENT_FILE = "environment.json"
 RESULT_FILE = "result.json"
 FAULTS_FILE = "faults.json"
+FINAL_WEIGHTS = ("final_ema.weights.h5", "final.weights.h5")  # the first where the recipe has an average
 _SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
+_SECONDS_TO_AGREE, _MAX_STEPS_TO_AGREE = 1.0, 1000
+_BATCHES_TO_TIME = 4
 _MAX_DUMPED = 64  # images of a batch that gave NaN
 _SCORES = ("loss", "top1", "top5")
 
@@ -88,6 +93,7 @@ class TrainingResult:
         steps: optimizer steps of the whole run.
         scores: the last row of the log: "loss", "val_top1", "ema_val_top1" in percent, ...
         seconds: time of this call.
+        process: number of this process; of several, process 0 has written the files.
     """
 
     folder: pathlib.Path
@@ -95,6 +101,7 @@ class TrainingResult:
     steps: int
     scores: dict[str, Any]
     seconds: float
+    process: int = 0
 
 
 def train(
@@ -146,28 +153,36 @@ def train(
     batches = evaluate.import_batches()
     logs.check_drawing()
     chosen = _chosen_recipe(recipe, data, overrides)
-    training, validation = open_data(chosen)
-    plan = Plan.of(chosen, training)
     engine = distribution.choose(chosen.distribution.engine, chosen.distribution.model_devices)
-    engine.check_batch(chosen.batch_size, chosen.accumulation_steps)
-    with _settings_of(chosen), engine.scope():
+    with _leaving(engine.group), _settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
+        engine.check_batch(chosen.batch_size, chosen.accumulation_steps)
+        training, validation = open_data(chosen)
+        plan = Plan.of(chosen, training)
         row, available = _describe(chosen)
         student, new_head = build_model(chosen, len(training.classes), available)
         model = _compiled(chosen, student, plan)
-        folder = run_folder.open_run(
-            os.path.expanduser(output),
-            {**_identity(chosen), "data": fingerprint(training), "validation": _fingerprint(validation)},
-            checkpoint_bytes=sum(_variable_bytes(v) for v in _state_variables(model, student).values()),
-            keep=chosen.keep_checkpoints,
+        engine.prepare(model)
+        identity = _identity(chosen) | {
+            "data": fingerprint(training),
+            "validation": _fingerprint(validation),
+        }
+        if len(engine.group) > 1:
+            distribution.check_agreement(engine.group, _facts(identity, engine, model))
+        path, folder, ended = pathlib.Path(os.path.expanduser(output)).absolute(), None, None
+        if engine.group.is_writer:
+            size = sum(_variable_bytes(v) for v in _state_variables(model, student).values())
+            folder = run_folder.open_run(path, identity, checkpoint_bytes=size, keep=chosen.keep_checkpoints)
+            stack.enter_context(folder)
+            ended = _ended_result(path)
+        ended = engine.group.gathered(ended)[0]
+        if ended is not None:
+            if folder:
+                _logger.warning("The run in %s has ended; nothing is left to do.", path)
+            return _result(path, chosen, plan, engine, ended, begin)
+        run = _Run(
+            chosen, plan, engine, folder, model, student, batches, training, validation, workers, progress
         )
-        with folder:
-            if (folder.path / RESULT_FILE).exists() and _final_weights(folder.path):
-                result = json.loads((folder.path / RESULT_FILE).read_text())
-                _logger.warning("The run in %s has ended; nothing is left to do.", folder.path)
-                return _result(folder, plan, result, begin)
-            run = _Run(
-                chosen, plan, engine, folder, model, student, batches, training, validation, workers, progress
-            )
+        if folder:
             run.progress.say(engine.describe(plan.micro_batch_size))
             notes = warnings_for(
                 chosen,
@@ -177,21 +192,24 @@ def train(
                 has_new_head=new_head,
                 num_steps=plan.total_steps,
             )
+            if validation is None:
+                notes = [
+                    *notes,
+                    "Nothing is evaluated: the data has no validation split, and validation_fraction is 0.",
+                ]
             for note in notes:
                 _logger.warning("%s", note)
-            if validation is None:
-                _logger.warning(
-                    "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
-                )
             if chosen.weights and not new_head:
                 run.progress.say(
                     f"The classifier of the weights is kept, for {len(training.classes)} classes."
                 )
-            with _signals_noted(run):
-                run.resume()
-                run.fit()
-                scores = run.finish()
-            return _result(folder, plan, scores, begin)
+        with _signals_noted(run):
+            run.resume()
+            if len(engine.group) > 1:
+                run.look_for_slow_processes()
+            run.fit()
+            scores = run.finish()
+        return _result(path, chosen, plan, engine, scores, begin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +254,40 @@ class Plan:
             total_steps=recipe.epochs * steps,
             warmup_steps=round(recipe.warmup_epochs * steps),
         )
+
+
+# Several processes.
+
+
+@contextlib.contextmanager
+def _leaving(group: Any) -> Iterator[None]:
+    """Leaves the processes of the run at the end, and tells them why where this one fails."""
+    try:
+        yield
+    except BaseException as error:
+        group.wait_for_word()
+        group.close(f"{type(error).__name__}: {error}")
+        raise
+    group.close()
+
+
+def _facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[str, Any]:
+    """What all processes must agree in."""
+    package = pathlib.Path(__file__).parents[1]
+    code, weights = hashlib.sha256(), hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    for variable in model.variables:
+        weights.update(engine.read(variable).tobytes())
+    backend = keras.backend.backend()
+    return {
+        "code of keras_convnext": code.hexdigest()[:16],
+        "keras": keras.__version__,
+        backend: importlib.import_module(backend).__version__,
+        "recipe": dict(identity),
+        "engine": engine.name,
+        "initial weights": weights.hexdigest()[:16],
+    }
 
 
 # Recipe and data.
@@ -482,25 +534,38 @@ class _Run:
         if validation is not None:
             self.faults["validation"] = batches.Faults(validation, max_share=1.0)
         self.progress = logs.Progress(
-            recipe.epochs, plan.steps_per_epoch, recipe.batch_size, quiet=not progress
+            recipe.epochs, plan.steps_per_epoch, recipe.batch_size, quiet=not (progress and folder)
         )
-        self.log = logs.CsvLog(folder.path / LOG_FILE)
+        self.log: Any = logs.CsvLog(folder.path / LOG_FILE) if folder else None
         self.validation = None if validation is None else self._eval_batches(validation)
         self.done = 0  # micro-batches
         self.carried: dict[str, float] = {}  # sums over the part of the epoch before an interruption
         self.sums: dict[str, float] = {}  # over all of the epoch so far
         self.best: dict[str, float] = {}
-        self.received_signal = 0
+        self.received_signal = 0  # by this process
+        self.stop_signal = 0  # by one of all, after which all stop
+        self.agree_at = 0  # micro-batches after which the processes agree on what is due
+        self.agreed = (0, time.monotonic())  # micro-batches and time of the last agreement
+        self.epochs_logged = 0
         self.saved_at = time.monotonic()
         self.saved = -1  # micro-batches that the last checkpoint is of
+        engine.group.set_advice(self._advice)
         # Within an epoch JAX keeps the weights out of the variables, and Callback.model brings them back.
         self.bring_weights: Callable[[], Any] = lambda: None
+
+    def _advice(self) -> str:
+        step = self.saved // self.plan.accumulation_steps
+        stands = f"the checkpoint of step {step}" if self.saved > 0 else "the beginning"
+        stands = f"{stands} in {self.folder.path}" if self.folder else "the last checkpoint"
+        return f"This process ends too. The same command on all machines goes on from {stands}."
 
     def _eval_batches(self, source: Source):
         recipe = self.recipe
         return self.batches.eval_batches(
             source,
-            batch_size=self.engine.filled(min(self.plan.micro_batch_size, len(source))),
+            batch_size=self.engine.share(self.engine.filled(min(self.plan.micro_batch_size, len(source)))),
+            host=self.engine.group.process,
+            num_hosts=len(self.engine.group),
             image_size=recipe.eval_image_size,
             crop=recipe.eval_crop,
             resize_mode=recipe.eval_resize_mode,
@@ -516,6 +581,8 @@ class _Run:
         return self.batches.train_batches(
             self.training,
             batch_size=self.plan.micro_batch_size,
+            host=self.engine.group.process,
+            num_hosts=len(self.engine.group),
             image_size=recipe.image_size,
             seed=recipe.seed,
             start_batch=start_batch,
@@ -551,14 +618,13 @@ class _Run:
 
     def resume(self) -> None:
         """Takes up the newest checkpoint, or writes what a new run begins with."""
-        environment = json.dumps(self._environment(), indent=1) + "\n"
-        self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
-        latest = self.folder.latest()
-        if latest is None:
-            self.folder.write_text(ENVIRONMENT_FILE, environment)
-            self.log.resume(before_epoch=1)
+        arrays, state = self._latest()
+        if state is None:
+            if self.folder:
+                self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
+                self.folder.write_text(ENVIRONMENT_FILE, self._environment())
+                self.log.resume(before_epoch=1)
             return
-        arrays, state = latest
         variables = _state_variables(self.model, self.student)
         expected = {
             name: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for name, v in variables.items()
@@ -572,19 +638,28 @@ class _Run:
             # Counters and random states have other integer types there.
             arrays = {name: _as_integers(array, expected.get(name)) for name, array in arrays.items()}
         run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
-        self.folder.write_text(ENVIRONMENT_FILE, environment)
         for name, variable in variables.items():
             variable.assign(arrays[name])
-        if state["is_best"]:  # a kill may have come before this was noted
-            self.folder.mark_best(state["step"], state["best"]["top1"])
         self.done, self.saved = state["micro_batches"], state["micro_batches"]
         self.carried, self.best = state["sums"], state["best"]
         self.sums = dict(self.carried)
-        self.log.resume(before_epoch=state["epochs_logged"] + 1)
+        self.epochs_logged = state["epochs_logged"]
+        if self.folder:
+            self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
+            self.folder.write_text(ENVIRONMENT_FILE, self._environment())
+            if state["is_best"]:  # a kill may have come before this was noted
+                self.folder.mark_best(state["step"], state["best"]["top1"])
+            self.log.resume(before_epoch=self.epochs_logged + 1)
         self.progress.say(f"goes on after step {self.step} of {self.plan.total_steps}")
 
-    def _environment(self) -> dict[str, Any]:
-        return {
+    def _latest(self) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+        """The newest checkpoint, as the process that writes finds it."""
+        arrays, state = (self.folder and self.folder.latest()) or ({}, None)
+        state = self.engine.group.gathered(state)[0]
+        return self.engine.group.shared_arrays(arrays), state
+
+    def _environment(self) -> str:
+        facts = {
             **evaluate.environment(),
             "command": sys.argv,
             "engine": self.engine.describe(self.plan.micro_batch_size),
@@ -592,19 +667,32 @@ class _Run:
             "training_images": len(self.training),
             "classes": len(self.training.classes),
         }
+        return json.dumps(facts, indent=1) + "\n"
+
+    def look_for_slow_processes(self) -> None:
+        """Warns of a process that all others would wait for."""
+        batches = iter(self._train_batches(0))
+        next(batches)  # takes the time of the pipeline's start
+        begin = time.monotonic()
+        for _ in range(_BATCHES_TO_TIME):
+            next(batches)
+        slow = distribution.slow_processes(self.engine.group, time.monotonic() - begin)
+        if slow and self.folder:
+            _logger.warning("%s", slow)
 
     def fit(self) -> None:
         """Makes the steps that are left. An epoch that was interrupted is a `fit` of its own."""
-        self.tensorboard = logs.TensorBoardLog(
-            self.folder.path / "tensorboard", purge_step=self.step + 1 if self.done else None
-        )
-        if self.epoch > len(self.log.rows):
+        if self.folder:
+            self.tensorboard = logs.TensorBoardLog(
+                self.folder.path / "tensorboard", purge_step=self.step + 1 if self.done else None
+            )
+        if self.epoch > self.epochs_logged:
             self.end_epoch()  # the run was stopped behind the last step of an epoch
         while self.epoch < self.recipe.epochs:
             per_epoch = self.plan.micro_batches_per_epoch
             left = per_epoch - self.done % per_epoch
             self.model.fit(
-                self._train_batches(self.done),
+                self.engine.for_fit(self._train_batches(self.done)),
                 steps_per_epoch=left,
                 shuffle=False,  # the pipeline does
                 initial_epoch=self.epoch,
@@ -630,18 +718,35 @@ class _Run:
             epoch = (self.done - 1) // self.plan.micro_batches_per_epoch + 1
             loss = self.sums["loss"] / in_epoch
             self.progress.show(epoch, in_epoch // self.plan.accumulation_steps, loss)
-        if self.received_signal:
+        if self.done >= self.agree_at:
+            self._agree_on_signals()
+        if self.stop_signal:
             self._stop()
         minutes = self.recipe.checkpoint_minutes
         if minutes and time.monotonic() - self.saved_at >= 60 * minutes:
             self.save()
 
+    def _agree_on_signals(self) -> None:
+        """Notes a signal that any process received, after which all stop at the same step.
+
+        Several processes then make as many steps as fit into a second before they ask again, since each of
+        them waits here for the slowest.
+        """
+        now, (done, then) = time.monotonic(), self.agreed
+        pause = round((self.done - done) * _SECONDS_TO_AGREE / max(now - then, 1e-3))
+        noted = self.engine.group.gathered([self.received_signal, pause])
+        self.stop_signal = max(received for received, _ in noted)
+        self.agreed = self.done, now
+        if len(noted) > 1:
+            self.agree_at = self.done + min(max(noted[0][1], 1), _MAX_STEPS_TO_AGREE)
+
     def _stop(self) -> None:
         self.save()
         self.progress.close()
-        name = signal.Signals(self.received_signal).name
+        self.engine.group.close()
+        name = signal.Signals(self.stop_signal).name
         raise Interrupted(
-            self.received_signal,
+            self.stop_signal,
             f"{name} received: stopped after step {self.step} of {self.plan.total_steps}, with a checkpoint. "
             "The same command goes on from there.",
         )
@@ -668,14 +773,17 @@ class _Run:
                     with optimizer.ema_weights(self.model):
                         row |= self._scores("ema_val", self.student)
             self._check_faults("validation")
-        if self.received_signal:  # while it was validated, which is done again
+        self._agree_on_signals()
+        if self.stop_signal:  # while it was validated, which is done again
             self._stop()
         if self.progress.images_per_second is not None:
             row["images_per_second"] = self.progress.images_per_second
-        self.log.write(row)
-        scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
-        self.tensorboard.write(self.step, scalars)
-        logs.draw_curves(self.log.rows, self.folder.path / CURVES_FILE, self.recipe.title)
+        if self.folder:
+            self.log.write(row)
+            scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+            self.tensorboard.write(self.step, scalars)
+            logs.draw_curves(self.log.rows, self.folder.path / CURVES_FILE, self.recipe.title)
+        self.epochs_logged = epoch
         shown = ("loss", "val_loss", "val_top1", "ema_val_top1")
         self.progress.end_epoch(epoch, {name: row[name] for name in shown if name in row})
         self.carried, self.sums = {}, {}
@@ -685,7 +793,10 @@ class _Run:
             self.save(is_best)
 
     def _scores(self, prefix: str, model: Any) -> dict[str, float]:
-        scores = evaluate.validate(model, self.validation, self._raise_if_signalled)
+        group = self.engine.group
+        # Several processes would not stop at the same image.
+        after_batch = self._raise_if_signalled if len(group) == 1 else lambda: None
+        scores = evaluate.validate(model, self.validation, after_batch, group.gathered_arrays)
         return {f"{prefix}_{name}": scores[name] for name in _SCORES}
 
     def _raise_if_signalled(self) -> None:
@@ -702,7 +813,7 @@ class _Run:
 
     def _write_faults(self) -> None:
         reports = {split: faults.report() for split, faults in self.faults.items() if len(faults)}
-        if reports:
+        if reports and self.folder:
             self.folder.write_text(FAULTS_FILE, json.dumps(reports, indent=1) + "\n")
 
     def _note_best(self, row: Mapping[str, Any]) -> bool:
@@ -716,11 +827,18 @@ class _Run:
         self.best = {"top1": tops[name], "epoch": row["epoch"]}
         is_average = name == "ema_val_top1"
         with optimizer.ema_weights(self.model) if is_average else contextlib.nullcontext():
-            self.folder.write_with("best.weights.h5", self.bare.save_weights)
+            self._write_weights("best.weights.h5")
         return True
+
+    def _write_weights(self, name: str) -> None:
+        if self.folder:
+            with self.engine.whole(self.bare):
+                self.folder.write_with(name, self.bare.save_weights)
 
     def save(self, is_best: bool = False) -> None:
         """Writes a checkpoint, unless a weight is not finite."""
+        if self.folder is None:
+            return
         arrays = self._arrays()
         broken = _non_finite_names(arrays)
         if broken:
@@ -728,7 +846,7 @@ class _Run:
         state = {
             "micro_batches": self.done,
             "step": self.step,
-            "epochs_logged": len(self.log.rows),
+            "epochs_logged": self.epochs_logged,
             "sums": self.sums,
             "best": self.best,
             "is_best": is_best,
@@ -742,13 +860,15 @@ class _Run:
     def _arrays(self) -> dict[str, np.ndarray]:
         self.bring_weights()
         variables = _state_variables(self.model, self.student)
-        return {name: keras.ops.convert_to_numpy(v) for name, v in variables.items()}
+        return {name: self.engine.read(v) for name, v in variables.items()}
 
     def _non_finite(self, what: str) -> NonFiniteError:
         """Writes what a person needs to find the cause, and returns the error to raise."""
         step = (self.done - 1) // self.plan.accumulation_steps + 1
         name = f"nonfinite-step-{step:08d}"
         self.progress.close()
+        if self.folder is None:
+            return NonFiniteError(f"Expected finite numbers, received {what} in step {step}.")
         images, targets = next(iter(self._train_batches(self.done - 1).as_numpy_iterator()))
         arrays = self._arrays()
         content = io.BytesIO()
@@ -775,21 +895,29 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Writes the final weights and what is needed to use them."""
-        self.folder.write_with("final.weights.h5", self.bare.save_weights)
+        self._write_weights(FINAL_WEIGHTS[1])
         with optimizer.ema_weights(self.model) if self.recipe.ema_decay else contextlib.nullcontext():
             if self.recipe.ema_decay:
-                self.folder.write_with("final_ema.weights.h5", self.bare.save_weights)
-            merged = _without_lora(self.recipe, self.student, len(self.training.classes))
-            # timm's layout has all architectures but the isotropic ones.
-            layout = "official" if VARIANTS[self.recipe.architecture].isotropic else "timm"
-            self.folder.write_with("final.safetensors", lambda path: save_weights(merged, path, layout))
-        self.folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in self.training.classes))
-        self._write_faults()
-        scores = dict(self.log.rows[-1]) | {f"best_{name}": value for name, value in self.best.items()}
-        self.folder.write_text(RESULT_FILE, json.dumps(scores, indent=1) + "\n")
-        self.tensorboard.close()
+                self._write_weights(FINAL_WEIGHTS[0])
+            with self.engine.whole(self.student):
+                self._write_safetensors()
+        scores = {}
+        if self.folder:
+            self.folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in self.training.classes))
+            self._write_faults()
+            scores = dict(self.log.rows[-1]) | {f"best_{name}": value for name, value in self.best.items()}
+            self.folder.write_text(RESULT_FILE, json.dumps(scores, indent=1) + "\n")
+            self.tensorboard.close()
         self.progress.close()
-        return scores
+        return self.engine.group.gathered(scores)[0]
+
+    def _write_safetensors(self) -> None:
+        if self.folder is None:
+            return
+        merged = _without_lora(self.recipe, self.student, len(self.training.classes))
+        # timm's layout has all architectures but the isotropic ones.
+        layout = "official" if VARIANTS[self.recipe.architecture].isotropic else "timm"
+        self.folder.write_with("final.safetensors", lambda path: save_weights(merged, path, layout))
 
 
 class _BetweenSteps(keras.callbacks.Callback):
@@ -870,12 +998,19 @@ def _signals_noted(run: _Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _result(folder, plan: Plan, scores: dict[str, Any], begin: float) -> TrainingResult:
-    weights = _final_weights(folder.path)[0]
-    return TrainingResult(folder.path, weights, plan.total_steps, scores, time.monotonic() - begin)
+def _ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The scores of a run that has ended; None where steps are left."""
+    has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
+    return (
+        json.loads((folder / RESULT_FILE).read_text())
+        if has_weights and (folder / RESULT_FILE).exists()
+        else None
+    )
 
 
-def _final_weights(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of final weights, the average first."""
-    names = ("final_ema.weights.h5", "final.weights.h5")
-    return [folder / name for name in names if (folder / name).exists()]
+def _result(
+    folder: pathlib.Path, recipe: Recipe, plan: Plan, engine: Any, scores: dict[str, Any], begin: float
+) -> TrainingResult:
+    weights = folder / FINAL_WEIGHTS[0 if recipe.ema_decay else 1]
+    seconds = time.monotonic() - begin
+    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.process)

@@ -1,0 +1,329 @@
+"""The processes of one run: what they tell each other, and what the others do when one ends.
+
+Process 0 listens, each other one has two connections to it: one for the calls of the main thread, one for a
+thread on both sides that sends a pulse. When a process ends, its connections close, and the others end within
+seconds, wherever they are: in a sum over devices they would wait for it for minutes, or for ever.
+
+The backends have such services too, each another one and with other bounds. This one needs from a backend
+only to carry a text from process 0 to the others, once.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.connection as connections
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+PULSE_SECONDS = 5.0
+SILENCE_SECONDS = 30.0  # after so long without a pulse a process counts as lost: its machine, or the network
+JOIN_SECONDS = 120.0
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
+
+_PULSE, _BYE, _FAILED, _LOST = b"pulse", b"bye", b"failed ", b"lost "
+
+
+class Group:
+    """The processes of a run, as one of them sees them. `alone()` and `join` make one.
+
+    Every method but `is_writer` is called by all processes, in the same order.
+
+    Attributes:
+        process: int, number of this one, from 0.
+        names: of all processes, for people: "process 1 (host, 4711)".
+        advice: function without arguments to a sentence for people, added when another process is lost.
+    """
+
+    def __init__(self, process: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
+        self.process = process
+        self.names = tuple(names)
+        self._calls = dict(calls)
+        self._watch = watch
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the process that writes files and talks to people."""
+        return self.process == 0
+
+    def set_advice(self, advice: Callable[[], str]) -> None:
+        """Sets what people are told, after which process was lost."""
+        if self._watch is not None:
+            self._watch.advice = advice
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Returns the values of all processes, in their order.
+
+        Args:
+            value: JSON value.
+        """
+        with self._lost_is_told():
+            contents = self._gathered(json.dumps(value).encode())
+        return [json.loads(content) for content in contents]
+
+    def gathered_arrays(self, array: np.ndarray) -> list[np.ndarray]:
+        """Returns the arrays of all processes, in their order; they may differ in shape."""
+        with self._lost_is_told():
+            contents = self._gathered(_packed(array))
+        return [_unpacked(content) for content in contents]
+
+    def shared_arrays(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the arrays of process 0; what the others give does not count."""
+        if len(self) == 1:
+            return dict(arrays)
+        names = self.gathered(list(arrays))[0]
+        with self._lost_is_told():
+            return {
+                name: _unpacked(self._shared(_packed(arrays[name]) if self.is_writer else b""))
+                for name in names
+            }
+
+    def close(self, failure: str = "") -> None:
+        """Leaves the group, so that the others do not take the end of this process for a loss.
+
+        Args:
+            failure: why the run cannot go on, for the messages of the others, which end too. "" when they end
+                by themselves.
+        """
+        if self._watch is not None:
+            self._watch.leave(failure)
+
+    def _gathered(self, content: bytes) -> list[bytes]:
+        if self.is_writer:
+            contents = [content, *(call.recv_bytes() for call in self._calls.values())]
+            for call in self._calls.values():
+                for part in contents:
+                    call.send_bytes(part)
+            return contents
+        self._calls[0].send_bytes(content)
+        return [self._calls[0].recv_bytes() for _ in self.names]
+
+    def _shared(self, content: bytes) -> bytes:
+        if not self.is_writer:
+            return self._calls[0].recv_bytes()
+        for call in self._calls.values():
+            call.send_bytes(content)
+        return content
+
+    @contextlib.contextmanager
+    def _lost_is_told(self) -> Iterator[None]:
+        """Leaves the last word to the thread that watches, when a connection closes."""
+        try:
+            yield
+        except (EOFError, OSError):
+            if self._watch is not None:
+                self._watch.wait_for_end()
+            raise
+
+    def wait_for_word(self, seconds: float = 3.0) -> None:
+        """Waits a little for news that another process is lost, which ends this one.
+
+        To be called when a step fails: the backends raise errors of their own about connections.
+        """
+        if self._watch is not None:
+            self._watch.wait_for_end(seconds)
+
+
+def alone() -> Group:
+    """The group of a run of one process."""
+    return Group(0, [_name(0)], {}, None)
+
+
+def join(process: int, num_processes: int, tell: Callable[[str], str]) -> Group:
+    """Connects the processes of a run.
+
+    Args:
+        process: number of this one, from 0.
+        num_processes: of the run.
+        tell: carries a text of at most 480 ASCII characters from process 0 to all, by the backend: called by
+            each process once, with "" by the others than 0; returns the text.
+
+    Returns:
+        `Group`.
+
+    Raises:
+        ConnectionError: the others did not connect within `JOIN_SECONDS`, or process 0 cannot be reached.
+    """
+    if num_processes == 1:
+        return alone()
+    if process == 0:
+        key = os.urandom(16)
+        with connections.Listener(("", 0), backlog=4 * num_processes, authkey=key) as listener:
+            tell(json.dumps({"hosts": _own_hosts(), "port": listener.address[1], "key": key.hex()}))
+            calls, pulses, names = _accepted(listener, num_processes)
+        group_names = [_name(0), *(names[number] for number in sorted(names))]
+        for call in calls.values():
+            call.send_bytes(json.dumps(group_names).encode())
+    else:
+        told = json.loads(tell(""))
+        ends = []
+        for kind in ("call", "pulse"):
+            ends.append(_connected(told["hosts"], told["port"], bytes.fromhex(told["key"])))
+            ends[-1].send_bytes(json.dumps([kind, process, _name(process)]).encode())
+        calls, pulses = {0: ends[0]}, {0: ends[1]}
+        group_names = json.loads(ends[0].recv_bytes())
+    return Group(process, group_names, dict(sorted(calls.items())), _Watch(pulses, group_names))
+
+
+def _name(process: int) -> str:
+    return f"process {process} ({socket.gethostname()}, {os.getpid()})"
+
+
+def _own_hosts() -> list[str]:
+    """Names and addresses under which others may reach this machine, the likeliest first."""
+    hosts = [socket.gethostname()]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; chooses the address of the way out
+        hosts.insert(0, probe.getsockname()[0])
+    return [host[:100] for host in (*hosts, "127.0.0.1")]
+
+
+def _accepted(listener: connections.Listener, num_processes: int) -> tuple[dict, dict, dict]:
+    """Waits for both connections of each other process."""
+    calls: dict[int, Any] = {}
+    pulses: dict[int, Any] = {}
+    names: dict[int, str] = {}
+    arrived: queue.Queue[Any] = queue.Queue()
+    is_complete = threading.Event()
+
+    def accept() -> None:
+        while not is_complete.is_set():
+            # A stranger, or one that only looks whether somebody is there, is passed over.
+            with contextlib.suppress(multiprocessing.AuthenticationError, OSError, EOFError, ValueError):
+                end = listener.accept()
+                arrived.put((end, json.loads(end.recv_bytes())))
+
+    threading.Thread(target=accept, daemon=True).start()
+    deadline = time.monotonic() + JOIN_SECONDS
+    while len(calls) + len(pulses) < 2 * (num_processes - 1):
+        try:
+            end, (kind, number, name) = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            is_complete.set()
+            missing = sorted(set(range(1, num_processes)) - (calls.keys() & pulses.keys()))
+            raise ConnectionError(
+                f"Expected {num_processes - 1} other processes to connect to {_name(0)} within "
+                f"{JOIN_SECONDS:.0f} s, but {', '.join(map(str, missing))} did not. Allow connections "
+                "between the machines on all ports, and see what the missing ones print."
+            ) from None
+        (calls if kind == "call" else pulses)[number] = end
+        names[number] = name
+    is_complete.set()
+    return calls, pulses, names
+
+
+def _connected(hosts: Sequence[str], port: int, key: bytes) -> Any:
+    deadline = time.monotonic() + JOIN_SECONDS
+    while True:
+        for host in hosts:
+            with contextlib.suppress(OSError, EOFError, multiprocessing.AuthenticationError):
+                with socket.create_connection((host, port), timeout=5):
+                    pass  # a host that does not answer would hold up the client for minutes
+                return connections.Client((host, port), authkey=key)
+        if time.monotonic() > deadline:
+            raise ConnectionError(
+                f"Expected process 0 at port {port} of {' or '.join(hosts)}, but it does not answer. Allow "
+                "connections between the machines on all ports."
+            )
+        time.sleep(0.2)
+
+
+@dataclasses.dataclass
+class _Watch:
+    """The thread that ends this process when another one is lost."""
+
+    pulses: dict[int, Any]
+    names: Sequence[str]
+    advice: Callable[[], str] = str
+
+    def __post_init__(self) -> None:
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._left = False
+        self._open = dict(self.pulses)
+        self._heard = dict.fromkeys(self.pulses, time.monotonic())
+        self._thread = threading.Thread(target=self._run, name="keras_convnext-processes", daemon=True)
+        self._thread.start()
+
+    def leave(self, failure: str = "") -> None:
+        with self._lock:
+            if self._left:
+                return
+            self._left = True
+        self._send(_FAILED + failure[:2000].encode() if failure else _BYE)
+
+    def wait_for_end(self, seconds: float = SILENCE_SECONDS + 2 * PULSE_SECONDS) -> None:
+        if not self._left:
+            self._thread.join(seconds)
+
+    def _send(self, words: bytes) -> None:
+        with self._sending:
+            for end in list(self._open.values()):
+                with contextlib.suppress(OSError, ValueError):
+                    end.send_bytes(words)
+
+    def _run(self) -> None:
+        sent = 0.0
+        while self._open and not self._left:
+            if time.monotonic() - sent >= PULSE_SECONDS:
+                self._send(_PULSE)
+                sent = time.monotonic()
+            for end in connections.wait(list(self._open.values()), timeout=1.0):
+                number = next(number for number, own in self._open.items() if own is end)
+                self._hear(number, end)
+            for number, heard in self._heard.items():
+                if number in self._open and time.monotonic() - heard > SILENCE_SECONDS:
+                    self._end(number, f"has been silent for {SILENCE_SECONDS:.0f} s")
+
+    def _hear(self, number: int, end: Any) -> None:
+        try:
+            words = end.recv_bytes()
+        except (EOFError, OSError):
+            self._end(number, "has ended")
+            return
+        self._heard[number] = time.monotonic()
+        if words == _BYE:
+            del self._open[number]
+        elif words.startswith(_FAILED):
+            self._end(number, f"stopped: {words[len(_FAILED) :].decode('utf-8', 'replace')}")
+        elif words.startswith(_LOST):
+            told, what = json.loads(words[len(_LOST) :])
+            self._end(told, what)
+
+    def _end(self, number: int, what: str) -> None:
+        """Ends this process, with the reason; the main thread may be in a call that never returns."""
+        with self._lock:
+            if self._left:
+                return
+            self._left = True
+        self._send(_LOST + json.dumps([number, what]).encode())
+        text = f"{self.names[number]} of {len(self.names)} {what}"
+        with contextlib.suppress(Exception):  # whatever happens, the process ends
+            text = f"{text.rstrip('.')}. {self.advice()}"
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\n{text.rstrip()}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        os._exit(EXIT_CODE)
+
+
+def _packed(array: np.ndarray) -> bytes:
+    array = np.ascontiguousarray(array)
+    header = json.dumps([array.dtype.str, array.shape, array.dtype.name]).encode()
+    return len(header).to_bytes(4, "little") + header + array.tobytes()
+
+
+def _unpacked(content: bytes) -> np.ndarray:
+    size = int.from_bytes(content[:4], "little")
+    text, shape, name = json.loads(content[4 : 4 + size])
+    dtype = np.dtype(name if np.dtype(text).kind == "V" else text)
+    return np.frombuffer(content, dtype, offset=4 + size).reshape(shape).copy()
