@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+PACKAGES = ("bench", "data", "engines", "training")
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_convnext"
 
 # module -> modules of this package that it may import (docs: CONTRIBUTING.md, "Where things are")
@@ -110,12 +111,11 @@ KERAS_FREE = {"variants", "files", "torch_files", "downloads", "checkpoints", "s
               "reports", "exporters", "litert_quantization", "runtimes", "export_report", "quiet", "browser",
               "training.recipe", "training.run_folder", "training.logs",
               *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
-WITH_TENSORFLOW = {
-    "data.images",
-    "data.augment",
-    "data.batches",
-    "data.contact_sheet",
-}  # its graphs are what they are made of
+WITH_FRAMEWORK = {
+    # Its graphs are what these are made of.
+    **{f"data.{name}": {"tensorflow"} for name in ("images", "augment", "batches", "contact_sheet")},
+    "engines.on_jax": {"jax"},
+}
 
 
 def imported(module):
@@ -129,8 +129,7 @@ def imported(module):
             source = node.module or ""
             if source == "keras_convnext":
                 ours |= {alias.name for alias in node.names}
-            elif source in ("keras_convnext.bench", "keras_convnext.data", "keras_convnext.training"):
-                package = source.removeprefix("keras_convnext.")
+            elif (package := source.removeprefix("keras_convnext.")) in PACKAGES:
                 ours |= {f"{package}.{alias.name}" for alias in node.names}
             elif source.startswith("keras_convnext."):
                 ours.add(source.removeprefix("keras_convnext."))
@@ -145,7 +144,7 @@ def test_imports_point_one_way(module):
     ours, others = imported(module)
     assert ours <= ALLOWED[module]
     forbidden = {"tensorflow", "jax", "torch", "huggingface_hub", "timm", "transformers", "matplotlib"}
-    assert not others & (forbidden - {"tensorflow"} if module in WITH_TENSORFLOW else forbidden)
+    assert not others & (forbidden - WITH_FRAMEWORK.get(module, set()))
     if module in KERAS_FREE:
         assert "keras" not in others
 
