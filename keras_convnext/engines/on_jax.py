@@ -23,7 +23,7 @@ POINTWISE_LAYOUT = {
     r"(.*/)?pwconv2/kernel": ("model", None),
 }
 
-# Variable that names the number of processes -> whether `jax.distributed.initialize` finds the rest itself.
+# Variable that has the number of processes -> whether `jax.distributed.initialize` finds the rest itself.
 _COUNTS = {
     "KERAS_DISTRIBUTION_NUM_PROCESSES": False,
     "JAX_NUM_PROCESSES": False,
@@ -40,6 +40,9 @@ def join() -> processes.Group:
         ValueError: the environment is incomplete.
     """
     settings = _settings()
+    if settings is not None or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Devices of one CPU share its threads: two programs at once could wait for each other for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if settings is None:
         return processes.alone()
     if not jax.distributed.is_initialized():
@@ -54,9 +57,11 @@ def join() -> processes.Group:
 
 
 def _settings() -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`; None for a run of one process."""
+    """Arguments of `jax.distributed.initialize`, which finds what is left out; None for one process."""
     environment = os.environ
-    if len(environment.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+    if (
+        environment.get("KERAS_CONVNEXT_PROCESSES") == "auto"
+    ):  # Cloud TPU, Kubernetes: no variable has the count
         return {}
     name = next((name for name in _COUNTS if int(environment.get(name) or 1) > 1), None)
     if name is None:

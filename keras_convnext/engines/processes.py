@@ -317,7 +317,7 @@ class _Watch:
 
 
 def _packed(array: np.ndarray) -> bytes:
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # not `ascontiguousarray`, which gives a scalar an axis
     header = json.dumps([array.dtype.str, array.shape, array.dtype.name]).encode()
     return len(header).to_bytes(4, "little") + header + array.tobytes()
 
