@@ -22,9 +22,12 @@ from keras_convnext.engines import processes
 from keras_convnext.engines.base import Engine
 
 # Backend -> engines beside "auto" and "none"; the first is what "auto" takes for several devices.
-ENGINES = {"jax": ("data_parallel", "model_parallel")}
+ENGINES = {
+    "jax": ("data_parallel", "model_parallel"),
+    "tensorflow": ("mirrored", "multi_worker_mirrored", "tpu"),
+}
 
-_MODULES = {"jax": "on_jax"}
+_MODULES = {"jax": "on_jax", "tensorflow": "on_tensorflow"}
 
 
 def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
@@ -35,7 +38,12 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
     - "model_parallel" (JAX): devices in groups of `model_devices`, a part of each batch to each group. In a
       group the pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average
       of these are divided, see `engines.on_jax.POINTWISE_LAYOUT`; the others are on all.
-    - "auto": the first of the backend's where there are several devices, else "none".
+    - "mirrored" (TensorFlow): a part of each batch to each device of the process, weights on all, gradients
+      summed.
+    - "multi_worker_mirrored" (TensorFlow): the same for the processes that TF_CONFIG names.
+    - "tpu" (TensorFlow): the same for the cores of a TPU of one host.
+    - "auto": the first of the backend's where there are several devices, else "none"; on TensorFlow
+      "multi_worker_mirrored" where TF_CONFIG names processes, "tpu" where there is one.
 
     The processes are found in the environment, as the backend's own launchers set it. Nothing may have been
     computed before.
@@ -67,7 +75,8 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
     group = module.join()
     devices = module.devices()
     if engine == "auto":
-        engine = own[0] if len(devices) > 1 else "none"
+        usual = own[0] if len(devices) > 1 else "none"
+        engine = getattr(module, "automatic", lambda: usual)()
     if engine == "none":
         if len(group) > 1:
             group.close()
@@ -108,25 +117,28 @@ def divided(images: np.ndarray) -> Any:
     Returns:
         The same values, for a compiled function of the model.
     """
-    return _on_jax().divided(images) if keras.backend.backend() == "jax" else images
+    return _dividing().divided(images) if keras.backend.backend() in ("jax", "tensorflow") else images
 
 
 def rows(outputs: Any) -> np.ndarray:
     """This process's rows of what a compiled function returned for `divided` images, float32."""
-    if keras.backend.backend() == "jax":
-        return np.asarray(_on_jax().rows(outputs), "float32")
+    if keras.backend.backend() in ("jax", "tensorflow"):
+        return np.asarray(_dividing().rows(outputs), "float32")
     return np.asarray(keras.ops.convert_to_numpy(outputs), "float32")
 
 
 def by_rows() -> Any:
     """The sharding that a compiled function of JAX must give its outputs for `rows`; None for any."""
-    return _on_jax().by_rows()
+    return _dividing().by_rows()
 
 
-def _on_jax() -> Any:
-    from keras_convnext.engines import on_jax
+def forward(model: Any) -> Any:
+    """TensorFlow's function from `divided` images to outputs for `rows`; None outside of such a scope."""
+    return _dividing().forward(model)
 
-    return on_jax
+
+def _dividing() -> Any:
+    return importlib.import_module(f"keras_convnext.engines.{_MODULES[keras.backend.backend()]}")
 
 
 # What processes must agree in before they begin.

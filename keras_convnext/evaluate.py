@@ -437,6 +437,8 @@ def _forward(model) -> Callable[[np.ndarray], Any]:
         step = _jax_step(model)
         return lambda images: step(state, images)
     if backend == "tensorflow":
+        if (step := distribution.forward(model)) is not None:
+            return step
         model.make_predict_function()
         return lambda images: model.predict_function([(images,)])
     return model.predict_on_batch

@@ -279,6 +279,10 @@ class AdamW(keras.optimizers.AdamW):
         gradient_accumulation_steps: int or None, micro-batches of an optimizer step. None or 1 for none.
         name: str.
 
+    Attributes:
+        across: function from a list of gradients to those of all devices, or None. Engines that compute a
+            part of the batch on each device set it; all that follows is then the same on each.
+
     Raises:
         TypeError: a number is no number.
         ValueError: a number is out of its range, layer_decay_groups unknown; when the first batch comes, a
@@ -345,6 +349,7 @@ class AdamW(keras.optimizers.AdamW):
         self.layer_decay = float(layer_decay)
         self.layer_decay_groups = layer_decay_groups
         self.overwrite_after_fit = bool(overwrite_after_fit)
+        self.across = None
 
     def build(self, variables):
         if self.built:
@@ -390,9 +395,25 @@ class AdamW(keras.optimizers.AdamW):
         )
         return correction_1, ops.sqrt(correction_2)
 
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        if self.across is not None:
+            grads = self.across(grads)
+        super()._backend_apply_gradients(grads, trainable_variables)
+
+    def _backend_increment_gradient_accumulators(self, grads, acc_grads):
+        if keras.backend.backend() == "tensorflow" and self.across is not None:
+            for gradient, accumulator in zip(grads, acc_grads, strict=True):
+                accumulator.assign(accumulator + gradient)
+        else:
+            super()._backend_increment_gradient_accumulators(grads, acc_grads)
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if keras.backend.backend() == "torch":
             self._torch_update(grads, trainable_variables, learning_rate)
+        elif keras.backend.backend() == "tensorflow" and self.across is not None:
+            # Each device by itself, where Keras sums, and leaves the device, which it cannot in a condition.
+            for gradient, variable in zip(grads, trainable_variables, strict=True):
+                self.update_step(gradient, variable, learning_rate)
         else:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
 

@@ -36,6 +36,9 @@ ENGINES = {
     "none": "any backend",
     "data_parallel": "jax",
     "model_parallel": "jax",
+    "mirrored": "tensorflow",
+    "multi_worker_mirrored": "tensorflow",
+    "tpu": "tensorflow",
 }
 
 # Keys of the recipes in the same folder that train nothing, and the commands that take them.

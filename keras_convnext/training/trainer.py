@@ -759,10 +759,10 @@ class _Run:
             "epoch": epoch,
             "step": self.step,
             **{name: total / count for name, total in self.sums.items()},
-            "learning_rate": float(inner._learning_rate(max(int(inner.iterations) - 1, 0))),
+            "learning_rate": float(inner._learning_rate(max(_integer(inner.iterations) - 1, 0))),
         }
         if self.recipe.precision == "mixed_float16":
-            row["skipped_batches"] = self.done - int(inner._iterations)
+            row["skipped_batches"] = self.done - _integer(inner._iterations)
             if row["skipped_batches"] == self.done:
                 raise self._non_finite("an overflow in float16 in every batch since the beginning")
         if self.validation is not None:
@@ -934,6 +934,11 @@ class _BetweenSteps(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.run.end_epoch()
+
+
+def _integer(counter: Any) -> int:
+    """The value of a counter; TensorFlow's `int` knows no variable of several devices."""
+    return int(keras.ops.convert_to_numpy(counter))
 
 
 def _as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
