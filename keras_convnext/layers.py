@@ -5,7 +5,10 @@ in float32 arithmetic under mixed policies (`autocast=False`), statistics are ta
 has the layer's compute dtype.
 """
 
+import contextlib
 import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -335,12 +338,39 @@ class LayerScale(keras.layers.Layer):
         return {**super().get_config(), "init_value": self.init_value}
 
 
+def _whole_batch() -> tuple[int, Any]:
+    return 1, 0
+
+
+_part_of_batch: Callable[[], tuple[int, Any]] = _whole_batch
+
+
+@contextlib.contextmanager
+def divided_batch(part: Callable[[], tuple[int, Any]]) -> Iterator[None]:
+    """Tells the layers that draw for each sample which rows of a batch they are called with.
+
+    They then draw for the whole batch and take their rows, so that several devices, each with a part of it,
+    drop what one device would drop. A backend that divides the batch itself, as JAX, needs none of this.
+
+    Args:
+        part: called where a layer is called; returns the number of equal parts of the batch and, from 0, the
+            number of the one that the layer has, an int or an integer scalar tensor.
+    """
+    global _part_of_batch
+    before, _part_of_batch = _part_of_batch, part
+    try:
+        yield
+    finally:
+        _part_of_batch = before
+
+
 @_register
 class StochasticDepth(keras.layers.Layer):
     """Drops a residual branch for a random part of the samples while training ("drop path").
 
     Each sample is kept with probability `1 - rate`, independently, and then divided by it, so that the
-    expected value stays the same. Outside training the layer is the identity.
+    expected value stays the same. Outside training the layer is the identity. In `divided_batch` the draws
+    are those of the whole batch.
     Reference: Huang et al. 2016 (arXiv:1603.09382), section 3; timm layers/drop.py, `drop_path`.
 
     Args:
@@ -374,8 +404,12 @@ class StochasticDepth(keras.layers.Layer):
         if not training or self.rate == 0:
             return x
         keep = 1.0 - self.rate
-        shape = (ops.shape(x)[0],) + (1,) * (len(x.shape) - 1)  # one draw a sample
-        draw = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
+        num_parts, part = _part_of_batch()
+        count, ones = ops.shape(x)[0], (1,) * (len(x.shape) - 1)
+        total = count if num_parts == 1 else num_parts * count
+        draw = keras.random.uniform((total, *ones), dtype="float32", seed=self.seed_generator)
+        if num_parts > 1:
+            draw = ops.slice(draw, (part * count, *(0 for _ in ones)), (count, *ones))
         scale = ops.where(draw < keep, 1.0 / keep, 0.0)
         return x * ops.cast(scale, x.dtype)
 

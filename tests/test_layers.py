@@ -21,7 +21,7 @@ from keras_convnext import (
     StochasticDepth,
 )
 from keras_convnext.depthwise import depthwise_in_frames
-from keras_convnext.layers import RandomNormal
+from keras_convnext.layers import RandomNormal, divided_batch
 
 TOLERANCE = 2e-6  # measured: see the controls, which must be ten times beyond it
 SHAPE = (2, 5, 6, 4)
@@ -551,6 +551,31 @@ def test_stochastic_depth_draws_anew_in_every_call():
     x = np.ones((256, 1), "float32")
     first, second = (contract.as_numpy(layer(x, training=True)) for _ in range(2))
     assert np.any(first != second)
+
+
+def test_parts_of_a_batch_drop_what_the_whole_batch_drops():
+    def draws(rows):
+        layer = StochasticDepth(0.5, seed=1)
+        return [contract.as_numpy(layer(rows, training=True)) for _ in range(2)]
+
+    x = np.ones((8, 2, 1, 3), "float32")
+    expected, parts = draws(x), []
+    for number in range(4):
+        with divided_batch(lambda number=number: (4, number)):
+            parts.append(draws(x[2 * number : 2 * number + 2]))
+    for call in range(2):
+        np.testing.assert_array_equal(np.concatenate([part[call] for part in parts]), expected[call])
+    # Negative control: parts that draw for themselves.
+    assert not np.array_equal(np.concatenate(4 * [draws(x[:2])[0]]), expected[0])
+
+
+def test_a_part_of_a_batch_may_be_numbered_by_a_tensor():
+    x = np.ones((8, 3), "float32")
+    expected = forward(StochasticDepth(0.5, seed=1), x, training=True)
+    with divided_batch(lambda: (4, keras.ops.convert_to_tensor(2))):
+        part = forward(StochasticDepth(0.5, seed=1), x[4:6], training=True)
+    np.testing.assert_array_equal(part, expected[4:6])
+    np.testing.assert_array_equal(forward(StochasticDepth(0.5, seed=1), x, training=True), expected)
 
 
 def test_stochastic_depth_is_identity_outside_training():
