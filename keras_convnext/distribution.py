@@ -22,9 +22,9 @@ from keras_convnext.engines import processes
 from keras_convnext.engines.base import Engine
 
 # Backend -> engines beside "auto" and "none"; the first is what "auto" takes for several devices.
-ENGINES = {"jax": ("data_parallel", "model_parallel")}
+ENGINES = {"jax": ("data_parallel", "model_parallel"), "torch": ("ddp",)}
 
-_MODULES = {"jax": "on_jax"}
+_MODULES = {"jax": "on_jax", "torch": "on_torch"}
 
 
 def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
@@ -35,6 +35,8 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
     - "model_parallel" (JAX): devices in groups of `model_devices`, a part of each batch to each group. In a
       group the pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average
       of these are divided, see `engines.on_jax.POINTWISE_LAYOUT`; the others are on all.
+    - "ddp" (PyTorch): a part of each batch to each process, weights on all, gradients averaged. A process has
+      one device: its own GPU, or the CPU.
     - "auto": the first of the backend's where there are several devices, else "none".
 
     The processes are found in the environment, as the backend's own launchers set it. Nothing may have been

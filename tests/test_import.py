@@ -63,9 +63,10 @@ ALLOWED = {
         "training.optimizer", "training.recipe", "training.run_folder", "variants",
     },
     "machine": set(),
-    "distribution": {"engines.base", "engines.on_jax", "engines.processes"},
+    "distribution": {"engines.base", "engines.on_jax", "engines.on_torch", "engines.processes"},
     "engines.base": {"engines.processes"},
     "engines.on_jax": {"engines.base", "engines.processes"},
+    "engines.on_torch": {"engines.base", "engines.processes", "layers"},
     "engines.processes": set(),
     "bench.contestants": {"machine", "checkpoints", "runtimes", "variants"},
     "bench.worker": {"bench.contestants"},
@@ -115,6 +116,7 @@ WITH_FRAMEWORK = {
     # Its graphs are what these are made of.
     **{f"data.{name}": {"tensorflow"} for name in ("images", "augment", "batches", "contact_sheet")},
     "engines.on_jax": {"jax"},
+    "engines.on_torch": {"torch"},
 }
 
 

@@ -36,6 +36,7 @@ ENGINES = {
     "none": "any backend",
     "data_parallel": "jax",
     "model_parallel": "jax",
+    "ddp": "torch",
 }
 
 # Keys of the recipes in the same folder that train nothing, and the commands that take them.
