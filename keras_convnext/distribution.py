@@ -25,9 +25,10 @@ from keras_convnext.engines.base import Engine
 ENGINES = {
     "jax": ("data_parallel", "model_parallel"),
     "tensorflow": ("mirrored", "multi_worker_mirrored", "tpu"),
+    "torch": ("ddp",),
 }
 
-_MODULES = {"jax": "on_jax", "tensorflow": "on_tensorflow"}
+_MODULES = {"jax": "on_jax", "tensorflow": "on_tensorflow", "torch": "on_torch"}
 
 
 def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
@@ -42,6 +43,8 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
       summed.
     - "multi_worker_mirrored" (TensorFlow): the same for the processes that TF_CONFIG names.
     - "tpu" (TensorFlow): the same for the cores of a TPU of one host.
+    - "ddp" (PyTorch): a part of each batch to each process, weights on all, gradients averaged. A process has
+      one device: its own GPU, or the CPU.
     - "auto": the first of the backend's where there are several devices, else "none"; on TensorFlow
       "multi_worker_mirrored" where TF_CONFIG names processes, "tpu" where there is one.
 

@@ -67,6 +67,7 @@ ALLOWED = {
     "engines.base": {"engines.processes"},
     "engines.on_jax": {"engines.base", "engines.processes"},
     "engines.on_tensorflow": {"engines.base", "engines.processes", "layers"},
+    "engines.on_torch": {"engines.base", "engines.processes", "layers"},
     "engines.processes": set(),
     "bench.contestants": {"machine", "checkpoints", "runtimes", "variants"},
     "bench.worker": {"bench.contestants"},
@@ -117,6 +118,7 @@ WITH_FRAMEWORK = {
     **{f"data.{name}": {"tensorflow"} for name in ("images", "augment", "batches", "contact_sheet")},
     "engines.on_jax": {"jax"},
     "engines.on_tensorflow": {"tensorflow"},
+    "engines.on_torch": {"torch"},
 }
 
 

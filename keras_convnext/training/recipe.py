@@ -39,6 +39,7 @@ ENGINES = {
     "mirrored": "tensorflow",
     "multi_worker_mirrored": "tensorflow",
     "tpu": "tensorflow",
+    "ddp": "torch",
 }
 
 # Keys of the recipes in the same folder that train nothing, and the commands that take them.
