@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--variants", help="separated by commas; default the standard run")
     parser.add_argument("--batch", type=int, default=4, help="with --variants; default 4")
     parser.add_argument("--image-size", type=int, default=224, help="with --variants; default 224")
-    parser.add_argument("--output", help="Markdown file to write; rewritten after each row")
+    parser.add_argument("--output", help="Markdown file to write; its other rows are kept")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -103,11 +103,15 @@ def write(path: pathlib.Path, rows: list[tuple]) -> None:
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-        "",
     ]
+    own = {row[:6]: row for row in (tuple(map(str, row)) for row in rows)}
+    kept = {}
+    if path.exists():
+        cells = [tuple(line.strip("| ").split(" | ")) for line in path.read_text().splitlines()]
+        kept = {row[:6]: row for row in cells if len(row) >= len(COLUMNS) - 1 and row[:6] != COLUMNS[:6]}
+    lines += [f"| {' | '.join(row)} |" for row in (kept | own).values()]
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text("\n".join(lines))
+    temporary.write_text("\n".join([*lines, ""]))
     os.replace(temporary, path)
 
 
@@ -142,7 +146,7 @@ def measured_row(backend, variant, batch, size, precision, rematerialize) -> tup
     return (
         variant, batch, size, precision, str(rematerialize).lower(), backend, f"{estimate / 1e6:.0f}",
         f"{result['measured'] / 1e6:.0f}", f"{estimate / result['measured']:.2f}",
-        "" if result["resident"] is None else f"{result['resident'] / 1e6:.0f}",
+        "-" if result["resident"] is None else f"{result['resident'] / 1e6:.0f}",
     )  # fmt: skip
 
 

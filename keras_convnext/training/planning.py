@@ -295,7 +295,7 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         ("average (EMA)", found.average),
         ("optimizer slots", found.slots),
         ("gradient sums", found.accumulated),
-        ("gradients", found.gradients),
+        ("gradients, so far", found.gradients),
         ("activations", found.activations),
         ("working maps", found.working),
         ("input batch", found.inputs),
