@@ -99,7 +99,9 @@ def write(path: pathlib.Path, rows: list[tuple]) -> None:
         "",
         f"`python benchmarks/memory.py --output benchmarks/memory.md`: {facts['cpu']}, {facts['cores']} "
         f"cores, {packages}, Python {facts['python']}. Megabytes; 1000 classes, AdamW with an average (EMA), "
-        "one device. What is measured, and what `resident` is, stands at the top of that file.",
+        "one device. What is measured, and what `resident` is, stands at the top of that file. How much "
+        "updates hold on TensorFlow was settled after all of its rows but those of convnext_nano. Its peaks "
+        "differ by a few percent from run to run.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",

@@ -100,7 +100,7 @@ class Memory:
         slots: momentum and velocity.
         accumulated: gradients added up over the micro-batches.
         inputs: images and targets of a micro-batch.
-        gradients: those that are there at that moment.
+        gradients: those that are there at that moment; on TensorFlow with what their update holds.
         activations: maps that are kept for the backward pass at that moment.
         working: what the backward pass or the update of a layer holds beside these.
         moment: where that is: "forward", the name of a layer, or "update".
@@ -160,8 +160,10 @@ def estimate(step: Step) -> Memory:
     """The memory of a step, by part, at its peak.
 
     Weights, slots, averages, gradients and accumulated gradients are float32 in every precision. The update
-    holds another set of gradients where these are clipped or averaged; where XLA compiles the step for one
-    device and neither is done, each weight is updated as soon as its gradient is there.
+    holds another set of gradients where these are clipped or averaged. Where neither is done and XLA compiles
+    the step for one device, each weight is updated as soon as its gradient is there. TensorFlow's executor
+    begins with updates while the backward pass goes on. Of the three arrays that an update makes, the new
+    slots and weight, half are taken to be there beside the old ones: sets = 1 + 3 / 2.
 
     Args:
         step: the micro-batch.
@@ -182,8 +184,9 @@ def estimate(step: Step) -> Memory:
     gradients = 0
     moments = [("forward", kept, 0, 0)]
     updates_at_once = step.uses_xla and not (step.clips or step.accumulates or step.num_devices > 1)
+    sets = 2.5 if step.backend == "tensorflow" and not step.uses_xla else 1
     for layer in reversed(found):
-        gradients += layer.gradients
+        gradients += int(sets * layer.gradients)
         moments.append((layer.name, kept, gradients, layer.working))
         kept -= layer.kept
         if updates_at_once:
@@ -344,14 +347,15 @@ def _maps_of_tensorflow(step: Step, batch: int, side: int, dim: int, kernel: int
     """What the gradient functions of TensorFlow's operators read, without XLA.
 
     Inputs of the convolution and both products; the centred map and the factor of the norm; the three
-    operands of GELU by erf, which is written out; the input of LayerScale. GRN before a smaller kernel
-    keeps a scaled kernel a sample; else its result. The gradients of the convolution's kernel and of
-    LayerScale are computed when the layers before have already gone on, so a gradient map waits for each.
+    operands of GELU by erf, which is written out; the input of LayerScale. GRN before a smaller kernel keeps
+    a scaled kernel a sample; else its result. The gradients of the kernels and of LayerScale are computed
+    when the layers before have already gone on, so a gradient map waits for each: of the convolution, the
+    second product and LayerScale.
     """
     size, positions = step.item_size, batch * side**2
     narrow, wide = positions * dim, positions * 4 * dim
-    kept = size * 3 * narrow + _norm(step, positions, dim) + size * 4 * wide
-    working = size * (2 * narrow + 3 * wide)
+    kept = size * 4 * narrow + _norm(step, positions, dim) + size * 4 * wide
+    working = size * (2 * narrow + 2 * wide)
     if step.variant.version == 2:
         if size == FLOAT32 and dim < side**2:
             kept += FLOAT32 * batch * 4 * dim * dim
