@@ -81,6 +81,16 @@ a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wr
 where it was stopped, by Ctrl-C, by SIGTERM, by a kill or a reboot. DIR holds log.csv, curves.png,
 tensorboard/, recipe.toml, checkpoints/, the best and the final weights: `keras-convnext predict --weights
 DIR/final.safetensors photo.jpg` uses them. KERAS_BACKEND chooses tensorflow, jax or torch.""",
+    "plan": """examples:
+  keras-convnext plan imagenet1k_convnext_tiny --devices 64xh100 --set accumulation_steps=1
+  keras-convnext plan imagenet22k_convnext_xlarge --devices 16xa100-40 --set precision=mixed_bfloat16
+  keras-convnext plan recipes/smoke.toml --devices 8xcpu --engine model_parallel --json
+
+Nothing is trained or built: all is counted from the architecture. DEVICES are a number and a name: h100,
+h200, a100-40, a100-80, v100, l4, rtx4090, tpu-v3, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, cpu. Memory is what a
+step holds at its peak, without the framework and its libraries (measured on a CPU: benchmarks/memory.md).
+Time is a rough bound from the makers' peak figures, of which --fraction is taken; it was not measured on any
+of these devices. KERAS_BACKEND chooses whose program is counted.""",
     "knn": """examples:
   keras-convnext knn --model convnext_tiny.dinov3_lvd1689m --data flowers/
   keras-convnext knn --model convnextv2_tiny.fcmae --data imagenet/ --cache features/ --set neighbours=20
@@ -432,6 +442,33 @@ def train_command(options: argparse.Namespace) -> int:
     lines.append(("weights", result.weights))
     lines.append(("curves", result.folder / trainer.CURVES_FILE))
     _print_lines(f"{options.recipe}: {result.folder}", lines)
+    return 0
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """Prints what a recipe takes on devices: memory, bytes between them, operations, time."""
+    from keras_convnext.training import planning, recipe
+
+    overrides = _overrides(options.set)
+    if options.engine is not None:
+        overrides["distribution.engine"] = options.engine
+    if options.data is not None:
+        overrides["data"] = os.path.abspath(os.path.expanduser(options.data))
+    plan = planning.make_plan(
+        recipe.load_recipe(options.recipe, overrides), options.devices, options.fraction
+    )
+    if options.json:
+        facts = dataclasses.asdict(plan) | {
+            "step_seconds": plan.step_seconds,
+            "images_per_second": plan.images_per_second,
+            "source": planning.DEVICES[plan.device].source,
+        }
+        facts["memory"]["total"] = plan.memory.total
+        for fact, exchange in zip(facts["exchanges"], plan.exchanges, strict=True):
+            fact["wire_bytes"] = exchange.wire_bytes
+        _print_json(facts)
+        return 0
+    _print_lines(f"{options.recipe} on {options.devices}", planning.describe(plan, options.fraction))
     return 0
 
 
@@ -788,6 +825,26 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--quiet", action="store_true", help="show no progress")
     training.add_argument("--list", action="store_true", help="list the published recipes")
 
+    planning = command("plan", plan_command, "say what a recipe takes on devices, before it is trained")
+    planning.add_argument("recipe", metavar="RECIPE", help="TOML file, or a published name")
+    planning.add_argument(
+        "--devices", required=True, metavar="DEVICES", help="number and name, such as 64xh100; see below"
+    )
+    planning.add_argument(
+        "--engine", metavar="ENGINE", help="short for --set distribution.engine=ENGINE; default the recipe's"
+    )
+    planning.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
+    planning.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value of the recipe; repeatable",
+    )
+    planning.add_argument(
+        "--fraction", type=float, default=0.4, metavar="X", help="of the peak figures, default 0.4"
+    )
+
     for name, run, recipe, summary in (
         ("knn", knn_command, "knn", "classify by the nearest neighbours in a frozen model's features"),
         ("probe", probe_command, "linear_probe", "train a linear classifier on a frozen model's features"),
@@ -891,7 +948,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rematerialize", action="store_true", help="train ours with less memory")
     bench.add_argument("--output", metavar="DIR", help="folder for the tables and the plot")
 
-    for printing in (listing, info, predict, evaluation, preparation, exporting, bench):
+    for printing in (listing, info, predict, evaluation, preparation, planning, exporting, bench):
         printing.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -57,6 +57,10 @@ ALLOWED = {
     "training.logs": {"files"},
     "training.losses": set(),
     "training.adapt": {"layers"},
+    "training.memory": {"state_dicts", "variants"},
+    "training.planning": {
+        "bench.work", "checkpoints", "data.sources", "training.memory", "training.recipe", "variants",
+    },
     "training.trainer": {
         "checkpoints", "classifiers", "convert", "data.sources", "distribution", "evaluate", "keras_files",
         "models", "results", "state_dicts", "training.adapt", "training.logs", "training.losses",
@@ -111,7 +115,8 @@ ALLOWED = {
 }  # fmt: skip
 KERAS_FREE = {"variants", "files", "torch_files", "downloads", "checkpoints", "state_dicts", "results",
               "reports", "exporters", "litert_quantization", "runtimes", "export_report", "quiet", "browser",
-              "training.recipe", "training.run_folder", "training.logs",
+              "training.recipe", "training.run_folder", "training.logs", "training.memory",
+              "training.planning",
               *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
 WITH_FRAMEWORK = {
     # Its graphs are what these are made of.
