@@ -227,6 +227,7 @@ def test_processes_of_a_machine_share_its_cores(fits):
         assert after == max(1, before // 2)
 
 
+@pytest.mark.slow
 def test_another_recipe_in_one_process_is_told_to_both(tmp_path):
     commands = [
         ["-m", "keras_convnext", *words(tmp_path / "run")],

@@ -10,6 +10,6 @@
 set -euo pipefail
 name=$1 zone=$2 recipe=$3 data=$4 out=$5
 
-printf -v command 'KERAS_BACKEND=jax keras-convnext train %q --data %q --out %q --distribute data_parallel' \
+printf -v command 'KERAS_BACKEND=jax KERAS_CONVNEXT_PROCESSES=auto keras-convnext train %q --data %q --out %q --distribute data_parallel' \
     "$recipe" "$data" "$out"
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$command"
