@@ -319,6 +319,38 @@ def test_what_a_process_lacks_is_named(monkeypatch):
         distribution.choose("data_parallel")
 
 
+@jax_only
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "4"}, {}),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"},
+            {"local_device_ids": [0, 1, 2, 3]},
+        ),
+        ({"KERAS_CONVNEXT_PROCESSES": "auto"}, {}),
+        (
+            {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": "a:1,b:2",
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": "1",
+            },
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1},
+        ),
+    ],
+)
+def test_processes_are_found_in_the_environment(environment, expected, monkeypatch):
+    from keras_convnext.engines import on_jax
+
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "KERAS_DISTRIBUTION_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert on_jax._settings() == expected
+
+
 class Told(processes.Group):
     """A group whose other processes have said their values already."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,13 @@ def _settings() -> dict[str, Any] | None:
     if name is None:
         return None
     if _COUNTS[name]:
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+        if gpus.isdecimal() and re.fullmatch(
+            r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+        ):
+            return {
+                "local_device_ids": list(range(int(gpus)))
+            }  # JAX would give the only process of a node one
         return {}
     prefix = name.removesuffix("NUM_PROCESSES")
     address = prefix + ("COORDINATOR_ADDRESS" if prefix == "JAX_" else "JOB_ADDRESSES")
