@@ -247,6 +247,7 @@ def test_mistakes_are_named(refused, words, message):
 @pytest.mark.once
 def test_the_command_answers_without_a_backend(run):
     words = ["plan", "imagenet1k_convnext_tiny", "--devices", "64xh100", "--set", "accumulation_steps=1"]
+    words += ["--engine", "data_parallel"]  # without it, the engine of KERAS_BACKEND
     code, out, _ = run(*words)
     assert code == 0
     for text in (
