@@ -4,8 +4,8 @@
 `CHECKPOINTS` is one literal table with one row per file. The rows state every fact, nothing is
 read out of a name; a tag is "<architecture>.<pretrained tag>", and the timm rows use timm's ids.
 
-The figures are copied from the sources below, none was measured here. `score_source` of a row
-says which one its scores come from.
+The figures are copied from the sources below; only those of the weights that ship with the package
+(`_packaged`) were measured here. `score_source` of a row says where its scores come from.
 - timm 1.0.31, timm/models/convnext.py (sizes, crops, mean/std, licences, addresses) and
   results/results-*.csv of huggingface/pytorch-image-models at commit aa4b5850 (scores)
 - facebookresearch/ConvNeXt at commit 048efcea: README.md, object_detection/README.md,
@@ -40,7 +40,7 @@ HALF = (0.5, 0.5, 0.5)
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
 
-NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license")
+NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license", "research-only")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class Checkpoint:
         std: per channel (RGB), for pixels in 0..1.
         licence: SPDX identifier where there is one, else the publisher's identifier.
         dataset: what the weights were trained on, in order, e.g. "imagenet22k->imagenet1k".
-        top1: published ImageNet-1k top-1 accuracy in percent at `image_size`, or None.
-        top5: published ImageNet-1k top-5 accuracy in percent at `image_size`, or None.
+        top1: published ImageNet-1k top-1 accuracy in percent at `image_size`, or None. Packaged weights:
+            of the held-out images of their own data set, as `score_source` says.
+        top5: the same for top-5.
         test_top1: published top-1 accuracy in percent at `test_image_size`, or None.
         score_source: table the scores come from; "" when there is no score.
         hub_id: repository on the Hugging Face hub, or None.
@@ -89,6 +90,8 @@ class Checkpoint:
             or None when they are at the top. A timm row means the file on the hub.
         note: what else a user must know.
         gated: the publisher asks for an agreement before the download.
+        packaged: name of a file in the folder `weights` of this package, which then needs no download,
+            or None.
 
     Example:
         row = find_checkpoint("convnext_tiny.fb_in1k")
@@ -123,14 +126,16 @@ class Checkpoint:
     state_key: str | None = None
     note: str = ""
     gated: bool = False
+    packaged: str | None = None
 
     @property
     def commercial_use(self) -> bool:
         """Whether the licence allows commercial use.
 
         Returns:
-            False for cc-by-nc-4.0 and fair-noncommercial-research-license. True otherwise, which
-            for dinov3-license still means its own conditions.
+            False for cc-by-nc-4.0, fair-noncommercial-research-license and "research-only" (weights trained
+            on photographs that are for research and education). True otherwise, which for
+            dinov3-license still means its own conditions.
 
         Example:
             find_checkpoint("convnextv2_tiny.fcmae_ft_in1k").commercial_use  # False
@@ -145,6 +150,7 @@ class Checkpoint:
             "hub_id": self.hub_id,
             "hub_filename": self.hub_filename,
             "url": self.url,
+            "packaged": self.packaged,
         }
 
     @property
@@ -157,12 +163,13 @@ class Checkpoint:
         """Whether the table knows a place to get the file from.
 
         Returns:
-            True when `hub_id` or `url` is set. A `gated` file needs an account there.
+            True when `hub_id` or `url` is set, or the file ships with the package. A `gated` file needs an
+            account there.
 
         Example:
             find_checkpoint("convnextv2_small.untrained").downloadable  # False
         """
-        return self.hub_id is not None or self.url is not None
+        return any(place is not None for place in (self.hub_id, self.url, self.packaged))
 
 
 _META = "https://dl.fbaipublicfiles.com/convnext/"
@@ -388,6 +395,35 @@ def _keras_applications(
         score_source="keras-team/keras PR #16421, measured in Keras" if top1 is not None else "",
         url=_KERAS + file,
         sha256=sha256,
+    )
+
+
+def _packaged(
+    tag: str, dataset: str, classes: int, image_size: int, sha256: str, top1: float, top5: float, note: str
+) -> Checkpoint:
+    """Weights trained here that ship with the package; `benchmarks/ship_weights.py` prints the call."""
+    return Checkpoint(
+        tag=tag,
+        architecture=tag.split(".")[0],
+        layout="timm",
+        classes=classes,
+        image_size=image_size,
+        test_image_size=None,
+        crop=1.0,
+        test_crop=None,
+        resize_mode="shorter_side",
+        resize_size=None,
+        interpolation="bicubic",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        licence="research-only",
+        dataset=dataset,
+        top1=top1,
+        top5=top5,
+        score_source=f"measured here on {dataset}: benchmarks/runs/{tag}.json",
+        sha256=sha256,
+        packaged=f"{tag}.safetensors",
+        note=note,
     )
 
 

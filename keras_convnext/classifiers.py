@@ -11,6 +11,7 @@ import PIL.Image
 
 from keras_convnext import checkpoints, downloads, keras_files, models, state_dicts
 from keras_convnext.checkpoints import WEIGHT_SUFFIXES, Checkpoint
+from keras_convnext.data import class_names
 from keras_convnext.variants import VARIANTS
 
 DEFAULT_SIZE = 224  # pixels, for a model that takes images of any size
@@ -31,6 +32,12 @@ class TrainedClassifier:
     preparation: dict[str, Any]
     row: Checkpoint | None
     file: pathlib.Path | None
+
+    @property
+    def class_list(self) -> int | str | None:
+        """What `class_names.class_names` takes for the outputs; None when their names are not known."""
+        dataset = "" if self.row is None else self.row.dataset
+        return class_names.find_class_list(dataset, self.model.output_shape[-1])
 
 
 def open_classifier(

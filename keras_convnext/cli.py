@@ -30,7 +30,6 @@ from keras_convnext.data import class_names, preprocess
 from keras_convnext.variants import VARIANTS, Variant
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
-IMAGENET_CLASSES = (1000, 11821, 21841)  # the numbers of classes whose names are known
 PROGRESS_FROM_IMAGES = 20
 MAX_FAULTS_SHOWN = 20
 LICENCE_WIDTH = 15  # of the table; one identifier is longer than all others and is cut
@@ -560,9 +559,8 @@ def export_command(options: argparse.Namespace) -> int:
         classes=len(labels) or None,
         classifier_activation=None if options.logits else "softmax",
     )
-    classes = opened.model.output_shape[-1]
-    if not labels and classes in IMAGENET_CLASSES:
-        labels = class_names.class_names(classes)
+    if not labels and opened.class_list is not None:
+        labels = class_names.class_names(opened.class_list)
     results = []
     for format, precision, path in targets:
         if sys.stderr.isatty():
@@ -1122,9 +1120,9 @@ def _resize_text(row: Checkpoint) -> str:
 
 
 def _outputs_text(row: Checkpoint) -> str:
-    if row.classes in IMAGENET_CLASSES or not row.classes:
-        return str(row.classes or "none")
-    return f"none, but {row.classes} features of the CLIP projection"
+    if row.is_projection:
+        return f"none, but {row.classes} features of the CLIP projection"
+    return str(row.classes or "none")
 
 
 def _classes_text(classes: int) -> str:
@@ -1203,22 +1201,23 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
     opened = classifiers.open_classifier(
         name, path, image_size=options.image_size, classes=len(labels) or None
     )
-    return _classifier(opened.model, opened.preparation, labels)
+    return _classifier(opened, labels)
 
 
-def _classifier(model, preparation: dict, labels: list[str]) -> Classifier:
+def _classifier(opened, labels: list[str]) -> Classifier:
     import keras
 
-    classes = model.output_shape[-1]
+    model, classes = opened.model, opened.model.output_shape[-1]
     names, synsets = labels, []
     if labels and len(labels) != classes:
         raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(labels)} names.")
-    if not labels and classes in IMAGENET_CLASSES:
-        names, synsets = class_names.class_names(classes), class_names.synset_ids(classes)
+    if not labels and opened.class_list is not None:
+        names = class_names.class_names(opened.class_list)
+        synsets = class_names.synset_ids(opened.class_list)
     elif not labels:
         names = [f"class {index}" for index in range(classes)]
     activation = getattr(model.layers[-1], "activation", None)
-    return Classifier(model, preparation, names, synsets, activation is keras.activations.linear)
+    return Classifier(model, opened.preparation, names, synsets, activation is keras.activations.linear)
 
 
 def _read_labels(options: argparse.Namespace) -> list[str]:

@@ -37,6 +37,7 @@ LOCK_POLL_SECONDS = 0.1
 CHUNK_BYTES = 1 << 18
 
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+PACKAGED_WEIGHTS = pathlib.Path(__file__).parent / "weights"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -70,11 +71,12 @@ def find_file(
     sha256: str | None,
     sha256_prefix: str | None,
     gated: bool = False,
+    packaged: str | None = None,
 ) -> pathlib.Path:
     """Returns the path of a published weight file, downloading it when it is not here yet.
 
-    Looks in this order: the folders of `KERAS_CONVNEXT_WEIGHTS_DIR`, the cache folder, the
-    Hugging Face cache, the hub, the plain address. A file found in a cache is used without asking
+    Looks in this order: the package itself, the folders of `KERAS_CONVNEXT_WEIGHTS_DIR`, the cache folder,
+    the Hugging Face cache, the hub, the plain address. A file found in a cache is used without asking
     the network. When the hub cannot be reached and there is a plain address, that is used.
     A file from a cache or the network is verified (see `verify`). A file from the weights folders
     is compared with the published hash only when it has the published name, because a converted
@@ -90,6 +92,7 @@ def find_file(
             one, else of the file on the hub.
         sha256_prefix: published first digits of the same hash, or None.
         gated: the hub asks to accept a licence first; used in messages. Default False.
+        packaged: name of a file that ships in the folder `weights` of this package, or None.
 
     Returns:
         pathlib.Path of an existing file.
@@ -107,6 +110,8 @@ def find_file(
             f"Weights {tag!r} name the hub repository {hub_id!r} without a file: expected "
             "hub_filename='model.safetensors' or the like, received None."
         )
+    if packaged is not None:
+        return verify(_in_package(tag, packaged), sha256, sha256_prefix)
     url_filename = None if url is None else _url_filename(url)
     published_name = url_filename or (hub_filename and pathlib.PurePosixPath(hub_filename).name)
 
@@ -148,13 +153,15 @@ def find_file(
 
 
 def find_local(
-    *, tag: str, hub_id: str | None, hub_filename: str | None, url: str | None
+    *, tag: str, hub_id: str | None, hub_filename: str | None, url: str | None, packaged: str | None = None
 ) -> pathlib.Path | None:
     """Returns where a weight file lies on this machine, or None; asks no network and verifies nothing.
 
-    Looks in the folders of `KERAS_CONVNEXT_WEIGHTS_DIR`, the cache folder and the Hugging Face cache, in this
-    order. Arguments as in `find_file`.
+    Looks in the package itself, the folders of `KERAS_CONVNEXT_WEIGHTS_DIR`, the cache folder and the
+    Hugging Face cache, in this order. Arguments as in `find_file`.
     """
+    if packaged is not None:
+        return _in_package(tag, packaged)
     url_filename = None if url is None else _url_filename(url)
     found = _file_in_weights_folders(tag, hub_id, hub_filename, url_filename)
     return found or _file_in_caches(hub_id, hub_filename, url_filename)
@@ -295,6 +302,17 @@ def cache_folder() -> pathlib.Path:
         home = os.path.expanduser("~")
         keras_home = pathlib.Path(home if os.access(home, os.W_OK) else "/tmp") / ".keras"
     return keras_home / "models" / "keras_convnext"
+
+
+def _in_package(tag: str, name: str) -> pathlib.Path:
+    """The path of a weight file that ships with the package."""
+    path = PACKAGED_WEIGHTS / name
+    if not path.is_file():
+        raise WeightsNotFoundError(
+            f"The weights {tag!r} ship with keras_convnext, and {path} is not there: the installation is "
+            "incomplete. Install the package again."
+        )
+    return path
 
 
 def _file_in_weights_folders(

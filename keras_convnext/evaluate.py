@@ -144,7 +144,9 @@ def evaluate(
         source = sources.open_source(data, split, labels=labels)
     classifier = _open(model, weights, image_size, len(source.classes), preparation)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
-    columns, outputs_text = match_classes(source.classes, classifier.model.output_shape[-1])
+    columns, outputs_text = match_classes(
+        source.classes, classifier.model.output_shape[-1], classifier.class_list
+    )
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
     if limit is not None and limit < len(source):
         chosen = np.arange(limit) * len(source) // limit
@@ -193,12 +195,15 @@ def evaluate(
     return result
 
 
-def match_classes(classes: Sequence[str], num_outputs: int) -> tuple[np.ndarray | None, str]:
+def match_classes(
+    classes: Sequence[str], num_outputs: int, class_list: int | str | None = None
+) -> tuple[np.ndarray | None, str]:
     """Finds the output of a model for each class of a data set; see `evaluate`.
 
     Args:
         classes: names of the classes of the data.
         num_outputs: width of the classifier.
+        class_list: which list of `class_names` its outputs follow. Default None: that of its width, if any.
 
     Returns:
         int64 (len(classes),), -1 for a class without output, or None when class i is output i of all; and
@@ -207,7 +212,7 @@ def match_classes(classes: Sequence[str], num_outputs: int) -> tuple[np.ndarray 
     Raises:
         ValueError: they do not fit.
     """
-    columns = _imagenet_columns(_synsets(classes), num_outputs)
+    columns = _imagenet_columns(_synsets(classes), num_outputs if class_list is None else class_list)
     if columns is None and len(classes) == num_outputs:
         return None, f"all {num_outputs}, in the order of the data's classes"
     if columns is None:
@@ -225,10 +230,10 @@ def match_classes(classes: Sequence[str], num_outputs: int) -> tuple[np.ndarray 
     return columns, text + (f"; none for {' '.join(missing)}" if missing else "")
 
 
-def _imagenet_columns(names: Sequence[str], num_outputs: int) -> np.ndarray | None:
+def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray | None:
     """Returns the output for each WordNet id; None when the model or the names are not ImageNet's."""
     try:
-        outputs = {synset: number for number, synset in enumerate(class_names.synset_ids(num_outputs))}
+        outputs = {synset: number for number, synset in enumerate(class_names.synset_ids(class_list))}
     except ValueError:
         return None
     columns = np.array([outputs.get(name, -1) for name in names], np.int64)

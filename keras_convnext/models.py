@@ -21,6 +21,7 @@ from keras_convnext.checkpoints import WEIGHT_SUFFIXES
 from keras_convnext.variants import VARIANTS, Variant
 
 _logger = logging.getLogger("keras_convnext")
+IMAGENET_CLASSES = 1000  # the default of the constructors
 _announced_licences: set[str] = set()
 
 
@@ -188,6 +189,8 @@ def _build(
             path = existing_file(weights)
         else:
             checkpoint = _find_checkpoint(variant, weights, include_top)
+            if checkpoint.packaged and classes == IMAGENET_CLASSES:
+                classes = checkpoint.classes
         new_head = _starts_new_head(checkpoint, weights, include_top, classes, new_head)
     if checkpoint is not None:
         path = find_file(checkpoint)
@@ -314,7 +317,8 @@ Args:
         else R, G, B repeated.
     pooling: None, "avg" or "max": without the top, whether to pool the last map, and how.
     classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file;
-        a tag with another number (not the default) keeps its body and gets a new, random classifier.
+        a tag with another number (not the default) keeps its body and gets a new, random classifier. Weights
+        that ship with the package bring their own number in place of the default.
     classifier_activation: of the classifier; None for logits.
     name: of the model; has no other meaning.
     drop_path_rate: float in [0, 1), probability of dropping the last block for a sample in training; earlier

@@ -38,7 +38,7 @@ ALLOWED = {
     "quiet": set(),
     "export_report": {"files"},
     "classifiers": {
-        "checkpoints", "downloads", "keras_files", "models", "state_dicts", "variants",
+        "checkpoints", "data.class_names", "downloads", "keras_files", "models", "state_dicts", "variants",
     },
     "results": {"data.sources", "downloads"},
     "reports": {"data.class_names", "data.preprocess", "data.sources", "files", "results"},

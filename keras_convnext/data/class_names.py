@@ -1,4 +1,4 @@
-"""Names of the ImageNet classes, in the order of the classifier outputs.
+"""Names of the classes of ImageNet and of Tiny ImageNet, in the order of the classifier outputs.
 
 Facts: the class lists and names that timm 1.0.31 carries (timm/data/_info, Apache-2.0,
 copyright Ross Wightman). The names are the words of WordNet synsets: WordNet 3.0 Copyright 2006
@@ -7,7 +7,8 @@ by Princeton University. All rights reserved. NOTICE.txt beside this file has th
 imagenet_names.txt.gz holds one line a synset, sorted by synset id:
 "<synset id>\t<membership>\t<name>", where membership is the sum of 1 (ImageNet-1k), 2 (the 12k
 subset of timm) and 4 (ImageNet-22k, fall 2011 release). All three class orders are the order of
-the ids, so membership is enough to rebuild them.
+the ids, so membership is enough to rebuild them. tiny_imagenet_ids.txt holds the 200 ids of
+Tiny ImageNet (CS231n at Stanford, wnids.txt), all among ImageNet-1k's, in the same order.
 """
 
 import functools
@@ -15,17 +16,37 @@ import gzip
 from importlib import resources
 
 _MEMBERSHIP = {1000: 1, 11821: 2, 21841: 4}
+TINY_IMAGENET = "tiny_imagenet200"
 
 
-def class_names(classes: int) -> list[str]:
+def find_class_list(dataset: str, classes: int) -> int | str | None:
+    """Finds the class list of a classifier.
+
+    Args:
+        dataset: what it was trained on, as `checkpoints.Checkpoint.dataset` says; "" where nobody knows.
+        classes: its width.
+
+    Returns:
+        What `class_names` and `synset_ids` take, or None when there is no list.
+
+    Example:
+        find_class_list("tiny_imagenet200", 200)   # "tiny_imagenet200"
+        find_class_list("", 1000)                  # 1000
+    """
+    if dataset == TINY_IMAGENET:
+        return TINY_IMAGENET
+    return classes if classes in _MEMBERSHIP else None
+
+
+def class_names(classes: int | str) -> list[str]:
     """Names the classes of an ImageNet classifier.
 
     Args:
         classes: width of the classifier: 1000 (ImageNet-1k), 11821 (ImageNet-12k) or 21841
-            (ImageNet-22k).
+            (ImageNet-22k); or "tiny_imagenet200" (other data have 200 classes too).
 
     Returns:
-        `classes` names, index i for logit i. A name is all words of the synset, separated by
+        A name for each class, index i for logit i. A name is all words of the synset, separated by
         ", ". Names are not unique ("crane" is a bird and a machine); `synset_ids` are.
 
     Raises:
@@ -34,19 +55,20 @@ def class_names(classes: int) -> list[str]:
     Example:
         class_names(1000)[281]     # "tabby, tabby cat"
         class_names(21841)[0]      # "organism, being"
+        class_names("tiny_imagenet200")[0]   # "goldfish, Carassius auratus"
     """
     return [name for _, name in _synsets(classes)]
 
 
-def synset_ids(classes: int) -> list[str]:
+def synset_ids(classes: int | str) -> list[str]:
     """Lists the WordNet ids of the classes of an ImageNet classifier.
 
     Args:
         classes: width of the classifier: 1000 (ImageNet-1k), 11821 (ImageNet-12k) or 21841
-            (ImageNet-22k).
+            (ImageNet-22k); or "tiny_imagenet200" (other data have 200 classes too).
 
     Returns:
-        `classes` unique ids, index i for logit i, e.g. "n01440764". ImageNet's class folders
+        A unique id for each class, index i for logit i, e.g. "n01440764". ImageNet's class folders
         have these names, so the list also orders the folders.
 
     Raises:
@@ -60,11 +82,16 @@ def synset_ids(classes: int) -> list[str]:
 
 
 @functools.cache
-def _synsets(classes: int) -> tuple[tuple[str, str], ...]:
+def _synsets(classes: int | str) -> tuple[tuple[str, str], ...]:
+    if classes == TINY_IMAGENET:
+        names = dict(_synsets(1000))
+        ids = (resources.files(__package__) / "tiny_imagenet_ids.txt").read_text(encoding="utf-8").split()
+        return tuple((synset_id, names[synset_id]) for synset_id in ids)
     if classes not in _MEMBERSHIP:
         raise ValueError(
             f"No class names for {classes!r} classes. Known: 1000 (ImageNet-1k), "
-            "11821 (ImageNet-12k), 21841 (ImageNet-22k). Classes of other data have no list here."
+            "11821 (ImageNet-12k), 21841 (ImageNet-22k), 'tiny_imagenet200'. Classes of other data have no "
+            "list here."
         )
     file = resources.files(__package__) / "imagenet_names.txt.gz"
     text = gzip.decompress(file.read_bytes()).decode("utf-8")

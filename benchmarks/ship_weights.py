@@ -1,0 +1,188 @@
+"""Makes a finished training run part of the package: a float16 weight file, its record, logs and recipes.
+
+TAG is "<architecture>.<data set>". The weights are those of the last RUN's final.safetensors (the average,
+where the recipe has one); runs before it are those it started from, in order. The file is evaluated on the
+held-out images of the run, beside the float32 weights, and refused where rounding to float16 costs more than
+0.05 points. Written are keras_convnext/weights/TAG.safetensors, benchmarks/runs/TAG.json and, for each run,
+its log, curves and resolved recipe beside that; printed is the row for keras_convnext/checkpoints.py.
+
+    python benchmarks/ship_weights.py convnextv2_atto.tiny_imagenet200 runs/first runs/second
+"""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MAX_LOSS = 0.05  # points of top-1
+MAX_BYTES = 8_000_000
+LICENCE = (
+    "Weights trained on photographs of ImageNet, which are for non-commercial research and education; "
+    "for research use."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tag")
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="folders of `keras-convnext train`")
+    parser.add_argument("--data", help="the prepared data, where it has moved since the run")
+    parser.add_argument("--package", type=pathlib.Path, default=ROOT, help="repository to write to")
+    options = parser.parse_args(arguments)
+    try:
+        record = ship(options.tag, options.runs, options.data, options.package)
+    except (ValueError, OSError) as error:
+        print(f"ship_weights: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(record, indent=1))
+    print(row_text(record))
+    return 0
+
+
+def ship(
+    tag: str, runs: list[pathlib.Path], data: str | None = None, package: pathlib.Path = ROOT
+) -> dict[str, Any]:
+    """Writes the weight file, the record and the logs; returns the record.
+
+    Args:
+        tag: "<architecture>.<data set>".
+        runs: folders of finished runs; the weights are the last one's.
+        data: the prepared data, default where the run had them.
+        package: root of the repository that is written to.
+
+    Raises:
+        ValueError: the run is of another architecture, the file is too large, or float16 costs too much.
+        FileNotFoundError: a run is not finished.
+    """
+    from keras_convnext import classifiers, models, state_dicts, torch_files
+    from keras_convnext.evaluate import evaluate
+    from keras_convnext.training import logs, recipe, trainer
+    from keras_convnext.variants import VARIANTS
+
+    for run in runs:
+        if not (run / "final.safetensors").exists():
+            raise FileNotFoundError(f"Expected a finished run, received {run} without final.safetensors.")
+    run = runs[-1]
+    settings = recipe.load_recipe(run / "recipe.toml", {"data": data} if data else None)
+    architecture, _, dataset = tag.partition(".")
+    if architecture != settings.architecture or not dataset:
+        raise ValueError(f"Expected a tag '{settings.architecture}.<data set>', received {tag!r}.")
+    _, validation = trainer.open_data(settings)
+    preparation = {
+        "crop": settings.eval_crop,
+        "resize_mode": settings.eval_resize_mode,
+        "interpolation": settings.eval_interpolation,
+    }
+
+    def score(file: pathlib.Path) -> tuple[Any, Any]:
+        opened = classifiers.open_classifier(
+            architecture, file, image_size=settings.eval_image_size, classifier_activation=None
+        )
+        return opened, evaluate(opened.model, validation, preparation=preparation)
+
+    opened, plain = score(run / "final.safetensors")
+    state = models.state_dict(opened.model)
+    arrays = {name: np.asarray(value, "float16") for name, value in state.items()}
+    broken = [name for name, value in arrays.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{', '.join(broken)} do not fit into float16.")
+    environment = json.loads((run / "environment.json").read_text())
+    metadata = {
+        "format": "pt",
+        "tag": tag,
+        "dataset": dataset,
+        "licence": LICENCE,
+        "commit": environment["commit"],
+        "record": f"benchmarks/runs/{tag}.json",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, f"{tag}.safetensors")
+        layout = state_dicts.write(arrays, VARIANTS[architecture], "timm")
+        torch_files.write_safetensors(file, layout, metadata)
+        content = file.read_bytes()
+        _, shipped = score(file)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"Expected a file of {MAX_BYTES:,} bytes at most, received {len(content):,}.")
+    if plain.top1 - shipped.top1 > MAX_LOSS:
+        raise ValueError(f"float16 takes top-1 from {plain.top1:.2f} to {shipped.top1:.2f} %.")
+
+    target = package / "benchmarks" / "runs"
+    names = [tag] if len(runs) == 1 else [f"{tag}_{number}" for number in range(1, len(runs) + 1)]
+    parts = [
+        copied(run, target, name, logs.read_csv(run / "log.csv"))
+        for run, name in zip(runs, names, strict=True)
+    ]
+    record = {
+        "tag": tag,
+        "dataset": dataset,
+        "classes": opened.model.output_shape[-1],
+        "image_size": settings.eval_image_size,
+        "parameters": opened.model.count_params(),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "held_out_images": len(shipped.numbers),
+        "top1": round(shipped.top1, 2),
+        "top5": round(shipped.top5, 2),
+        "float32_top1": round(plain.top1, 2),
+        "licence": LICENCE,
+        "runs": parts,
+    }
+    weights = package / "keras_convnext" / "weights"
+    weights.mkdir(exist_ok=True)
+    replace(weights / f"{tag}.safetensors", content)
+    replace(target / f"{tag}.json", (json.dumps(record, indent=1) + "\n").encode())
+    return record
+
+
+def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict]) -> dict[str, Any]:
+    """Copies what documents a run and returns its part of the record; no path of a machine goes along."""
+    from keras_convnext.training import recipe
+
+    settings = recipe.load_recipe(run / "recipe.toml")
+    weights = pathlib.Path(settings.weights).name
+    settings = recipe.replaced(settings, {"data": "", "weights": f"FOLDER/{weights}" if weights else ""})
+    replace(target / f"{name}.toml", recipe.to_toml(settings).encode())
+    for source, ending in (("log.csv", "csv"), ("curves.png", "png")):
+        shutil.copyfile(run / source, target / f"{name}.{ending}")
+    environment = json.loads((run / "environment.json").read_text())
+    images = environment["training_images"]
+    kept = ("commit", "keras", "backend", "backend_version", "cpu", "cores", "accelerators", "engine", "time")
+    hours = sum(images / row["images_per_second"] for row in rows if row.get("images_per_second")) / 3600
+    last = rows[-1]
+    return {
+        "name": name,
+        "epochs": settings.epochs,
+        "image_size": settings.image_size,
+        "seed": settings.seed,
+        "training_images": images,
+        "hours": round(hours, 2),
+        "final": {key: round(last[key], 4) for key in last if "top" in key or "loss" in key},
+        "environment": {key: environment[key] for key in kept},
+    }
+
+
+def replace(path: pathlib.Path, content: bytes) -> None:
+    from keras_convnext.files import replacing_file
+
+    with replacing_file(path) as file:
+        file.write(content)
+
+
+def row_text(record: dict[str, Any]) -> str:
+    """The row for the table of weight files."""
+    cells = [record[key] for key in ("tag", "dataset", "classes", "image_size", "sha256", "top1", "top5")]
+    note = f"trained here, {record['parameters']:,} weights; for research"
+    return f"    _packaged({', '.join(repr(cell) for cell in [*cells, note])}),"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
