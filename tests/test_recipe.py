@@ -28,7 +28,7 @@ from keras_convnext.training.recipe import (
 pytestmark = pytest.mark.once
 
 FOLDER = pathlib.Path(__file__).parents[1] / "recipes"
-OURS = {"fine_tune", "tiny_imagenet", "smoke"}
+OURS = {"fine_tune", "tiny_imagenet", "tiny_imagenet_64", "smoke"}
 OF_FEATURES = {"knn", "linear_probe"}
 
 # fmt: off
@@ -685,7 +685,8 @@ def _warned(recipe, **changes):
 
 def test_no_published_recipe_is_warned_of_with_its_own_weights(published, smoke):
     ours = {name: load_recipe(name) for name in OURS}
-    images = {"fine_tune": 3670 * 8 // 10, "tiny_imagenet": 100_000, "smoke": 1437}
+    images = {"fine_tune": 3670 * 8 // 10, "smoke": 1437}
+    images |= {"tiny_imagenet": 100_000, "tiny_imagenet_64": 100_000}
     for name, recipe in {**published, **ours}.items():
         count = images.get(name, 14_197_122 if name.startswith("imagenet22k_c") else 1_281_167)
         steps = count // recipe.batch_size * recipe.epochs
@@ -693,7 +694,8 @@ def test_no_published_recipe_is_warned_of_with_its_own_weights(published, smoke)
             recipe,
             has_weights=bool(recipe.weights),
             is_self_supervised=recipe.weights.endswith(".fcmae"),
-            trained_size=224 if recipe.weights else None,
+            trained_size={"tiny_imagenet_64": 48}.get(name, 224) if recipe.weights else None,
+            has_new_head=name != "tiny_imagenet_64",
             num_steps=steps,
         )
         assert messages == [], name
