@@ -126,7 +126,7 @@ def test_export_goes_from_a_model_to_an_app(tmp_path, monkeypatch):
     first_of_the_program = re.search(r"^ +([0-9.]+)%  (.+)$", text, re.MULTILINE)
     assert float32[0].startswith(first_of_the_program[2].split(",")[0])
 
-    content = (tmp_path / files[0]).read_bytes()  # where the README's Kotlin looks for the labels
+    content = (tmp_path / files[0]).read_bytes()  # where the Kotlin of android.md looks for the labels
     (directory,) = struct.unpack_from("<i", content, len(content) - 6)
     (begin,) = struct.unpack_from("<i", content, directory + 42)
     assert content[begin : begin + 4] == b"PK\x03\x04"

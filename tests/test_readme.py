@@ -1,21 +1,31 @@
-"""The README's table of architectures is made from the tables of the package. To renew it: run this file."""
+"""The pages of the project: tables made from those of the package, counts, links that lead somewhere.
+
+To renew the tables, in README.md and keras_convnext/README.md: run this file.
+"""
 
 import csv
+import dataclasses
 import inspect
+import json
 import pathlib
+import re
+from urllib.parse import unquote
 
 import pytest
 
 from keras_convnext import checkpoints, models
 from keras_convnext.results import COLUMNS, IMAGENET_VALIDATION, read_results
+from keras_convnext.training.recipe import known_recipes
 from keras_convnext.variants import VARIANTS
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-RESULTS = (
-    pathlib.Path(__file__).parents[1] / "benchmarks" / "results.csv"
-)  # rows of `keras-convnext evaluate`
-BEGIN = "<!-- table: python tests/test_readme.py -->\n"
-END = "<!-- end of table -->"
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+PACKAGE_README = ROOT / "keras_convnext" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results.csv"  # rows of `keras-convnext evaluate`
+FOLDERS = ("benchmarks", "demo", "keras_convnext", "notebooks", "recipes", "tests")  # that have pages
+TABLE = ("<!-- table: python tests/test_readme.py -->\n", "<!-- end of table -->")
+SIZES = ("<!-- sizes: python tests/test_readme.py -->\n", "<!-- end of sizes -->")
+SIZE_NAMES = ("Atto", "Femto", "Pico", "Nano", "Tiny", "Small", "Base", "Large", "XLarge", "Huge")
 
 pytestmark = pytest.mark.once
 
@@ -69,9 +79,176 @@ def table(path=RESULTS) -> str:
     return "\n".join(rows) + "\n"
 
 
-def test_table_of_architectures_is_up_to_date():
+def best(architecture, rows=checkpoints.CHECKPOINTS):
+    """(top-1 to a tenth, image size, row) of the published ImageNet-1k classifier with the highest score.
+
+    Where scores are equal to a tenth, the smaller image and then the row that stands first. None without any.
+    """
+    scores = [
+        (round(top1, 1), size, row)
+        for row in rows.values()
+        if row.architecture == architecture and row.classes == 1000
+        for top1, size in ((row.top1, row.image_size), (row.test_top1, row.test_image_size))
+        if top1 is not None and size is not None
+    ]
+    return max(scores, key=lambda score: (score[0], -score[1]), default=None)
+
+
+def sizes() -> str:
+    """The short table in Markdown, a row for each size of V1 and V2, and the licences of what it names."""
+    lines = [
+        "| size | `ConvNeXt`, million weights | top-1 @ pixels, tag "
+        "| `ConvNeXtV2`, million weights | top-1 @ pixels, tag |",
+        "|---|--:|---|--:|---|",
+    ]
+    licences: dict[bool, set[str]] = {True: set(), False: set()}
+    for name in SIZE_NAMES:
+        cells = [name]
+        for prefix in ("convnext_", "convnextv2_"):
+            architecture = prefix + name.lower()
+            score = best(architecture)
+            cells.append(f"{VARIANTS[architecture].parameters / 1e6:.1f}" if architecture in VARIANTS else "")
+            if score is None:
+                cells.append("none published" if architecture in VARIANTS else "")
+                continue
+            top1, size, row = score
+            licences[row.commercial_use].add(row.licence)
+            tag = row.tag.removeprefix(architecture + ".")
+            cells.append(f"{top1} @ {size} `{tag}`" + " NC" * (not row.commercial_use))
+        lines.append("| " + " | ".join(cells) + " |")
+    free, restricted = (", ".join(sorted(licences[allowed])) for allowed in (True, False))
+    return "\n".join(lines) + f"\n\nNC: not for commercial use ({restricted}). The others: {free}.\n"
+
+
+def between(text, marks):
+    """What stands between the two comments."""
+    assert [text.count(mark) for mark in marks] == [1, 1], f"each of {marks} must stand once"
+    return text.split(marks[0])[1].split(marks[1])[0]
+
+
+def renewed(text, marks, content):
+    """The text with `content` between the two comments."""
+    return text.replace(marks[0] + between(text, marks) + marks[1], marks[0] + content + marks[1])
+
+
+def anchors(text) -> set[str]:
+    """What "#..." can name in a Markdown text: its headings as GitHub writes them."""
+    found: list[str] = []
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", without_code_blocks(text), re.MULTILINE):
+        heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return {name + (f"-{found[:i].count(name)}" if name in found[:i] else "") for i, name in enumerate(found)}
+
+
+def without_code_blocks(text) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def broken_links(text, path, root=ROOT) -> list[str]:
+    """The relative links and pictures of a page at `path` that lead nowhere, each with the reason."""
+    prose = re.sub(r"`[^`]*`", "", without_code_blocks(text))
+    links = re.findall(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)", prose) + re.findall(
+        r"\b(?:src|href)=\"([^\"]+)\"", prose
+    )
+    links += re.findall(r"^\[[^\]]+\]: +(\S+)", prose, re.MULTILINE)
+    broken = []
+    for link in links:
+        if re.match(r"[a-z][a-z0-9+.-]*:", link):
+            continue
+        name, _, anchor = unquote(link).partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.is_relative_to(root.resolve()):
+            broken.append(f"{link}: outside the repository")
+        elif name and not target.exists():
+            broken.append(f"{link}: no such file")
+        elif anchor and anchor not in anchors(target.read_text() if name else text):
+            broken.append(f"{link}: no such heading")
+    return broken
+
+
+def pages():
+    """(path, Markdown) of every page and every notebook's text."""
+    paths = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
+    for path in sorted(paths):
+        yield path, path.read_text()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        yield path, "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize(
+    ("path", "marks", "make"),
+    [(README, SIZES, sizes), (PACKAGE_README, TABLE, table)],
+    ids=["sizes", "table"],
+)
+def test_tables_of_architectures_are_up_to_date(path, marks, make):
+    right = make()
+    assert between(path.read_text(), marks) == right, (
+        f"run: python tests/test_readme.py; it should be\n{right}"
+    )
+
+
+def test_a_table_that_was_changed_by_hand_is_seen_and_renewed():
     text = README.read_text()
-    assert text.split(BEGIN)[1].split(END)[0] == table(), "run: python tests/test_readme.py"
+    changed = text.replace("85.2 @ 384", "85.9 @ 384")
+    assert changed != text and between(changed, SIZES) != sizes()
+    assert renewed(changed, SIZES, sizes()) == text
+    with pytest.raises(AssertionError, match="must stand once"):
+        renewed(text.replace(SIZES[1], ""), SIZES, sizes())
+
+
+def test_best_published_score_is_the_highest_of_imagenet_classifiers():
+    tiny = checkpoints.find_checkpoint("convnext_tiny.in12k_ft_in1k_384")
+    assert best("convnext_tiny") == (85.2, 384, tiny)
+    assert best("convnext_atto")[:2] == (77.0, 288)  # at the larger test size
+    base = best("convnextv2_base")[2]
+    assert base.tag == "convnextv2_base.official_fcmae_ft_in22k_in1k_384"  # 87.7, where timm has 87.6
+    assert best("convnextv2_small") is None
+    rows = {"few classes": dataclasses.replace(tiny, classes=200, top1=99.0), "tiny": tiny}
+    assert best("convnext_tiny", rows) == (85.2, 384, tiny)
+    rows = {"none": dataclasses.replace(tiny, top1=None), "large": tiny}
+    rows |= {"small": dataclasses.replace(tiny, image_size=224, top1=85.16), "last": tiny}
+    assert best("convnext_tiny", rows) == (85.2, 224, rows["small"])
+
+
+def test_short_table_has_every_size_and_marks_what_is_not_for_commerce():
+    lines = sizes().splitlines()
+    rows = {name: line for line in lines[2:-2] for name in [line.split(" | ")[0].removeprefix("| ")]}
+    assert tuple(rows) == SIZE_NAMES and {line.count("|") for line in rows.values()} == {6}
+    marked = {name for name, line in rows.items() if line.endswith(" NC |")}
+    assert marked == set(SIZE_NAMES) - {"Small", "XLarge"}  # none published, and no such V2
+    assert all(line.count(" NC") == (name in marked) for name, line in rows.items())  # never V1
+    assert lines[-1] == "NC: not for commercial use (cc-by-nc-4.0). The others: apache-2.0."
+
+
+def test_links_lead_to_files_and_headings_of_the_repository():
+    broken = {str(path.relative_to(ROOT)): broken_links(text, path) for path, text in pages()}
+    assert {path: links for path, links in broken.items() if links} == {}
+    paths = {str(path.relative_to(ROOT)) for path, _ in pages()}
+    assert {"README.md", "CONTRIBUTING.md", "recipes/README.md", "notebooks/export.ipynb"} <= paths
+
+
+def test_a_link_that_leads_nowhere_is_seen(tmp_path):
+    (tmp_path / "there.md").write_text("# A heading, with `code`!\n## Twice\n## Twice\n```\n# not one\n```\n")
+    page = tmp_path / "page.md"
+    good = (
+        "# Here\n[a](there.md) ![b](there.md#a-heading-with-code) [c](#here) [d](https://example.org/no#x)\n"
+        '[e](there.md#twice-1) `[f](no.md)`\n```\n[g](no.md)\n```\n[h](<there.md>) [i](there.md "title")\n'
+        "[j]: there.md\n"
+    )
+    assert broken_links(good, page, tmp_path) == []
+    bad = {
+        "[a](not.md)": "not.md: no such file",
+        "![a](no/picture.png)": "no/picture.png: no such file",
+        "[a](there.md#not-one)": "there.md#not-one: no such heading",
+        "[a](there.md#twice-2)": "there.md#twice-2: no such heading",
+        "[a](#there)": "#there: no such heading",
+        "[a](../page.md)": "../page.md: outside the repository",
+        '<img src="not.png">': "not.png: no such file",
+        "[a]: not.md": "not.md: no such file",
+    }
+    for text, reason in bad.items():
+        assert broken_links(good + text + "\n", page, tmp_path) == [reason]
 
 
 def test_measured_scores_are_those_of_the_published_file_on_all_images(tmp_path):
@@ -113,15 +290,18 @@ def test_measured_scores_are_those_of_the_published_file_on_all_images(tmp_path)
     assert " 11.1 @ 224 |" in table(written(good, later))
 
 
-def test_count_of_weight_files_is_right():
-    assert f"All {len(checkpoints.CHECKPOINTS)} files" in README.read_text()
+def test_counts_of_files_are_right():
+    text = README.read_text()
+    assert f"All {len(checkpoints.CHECKPOINTS)} files" in text
+    assert f"[All {len(VARIANTS)} architectures]" in text
+    assert f"# all {len(known_recipes())}\n" in (ROOT / "recipes" / "README.md").read_text()
 
 
 def test_no_placeholder_is_left():
-    assert "_TABLE" not in README.read_text()
+    for path in (README, PACKAGE_README):
+        assert "_TABLE" not in path.read_text()
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(before + BEGIN + table() + END + after)
+    README.write_text(renewed(README.read_text(), SIZES, sizes()))
+    PACKAGE_README.write_text(renewed(PACKAGE_README.read_text(), TABLE, table()))
