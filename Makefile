@@ -1,4 +1,4 @@
-# make demo    set everything up, train on handwritten digits (or DATA=folder), look at out/demo
+# make demo    set everything up, classify, fine-tune and export on photographs, look at out/demo/report.html
 # make test    set everything up, check style and types, run the tests on TensorFlow, JAX and PyTorch
 # make help    the others
 
@@ -8,7 +8,8 @@ PYTEST := .venv/bin/python -m pytest
 .PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-slow bench bench-data bench-train clean
 
 help:
-	@echo "make demo [DATA=folder]  train a small ConvNeXt, save, reload, classify, draw (KERAS_BACKEND=... chooses)"
+	@echo "make demo                classify photographs, fine-tune on flowers, export, measure: out/demo/report.html"
+	@echo "make demo DATA=folder    the same on your own class folders; WEIGHTS=imagenet, EPOCHS=, SEED=, LIMIT= too"
 	@echo "make test                style, types, tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-torch          the tests on one backend (also test-tensorflow, test-jax)"
 	@echo "make test-slow           full-size and wide models, simulated devices, on all backends (half an hour)"
@@ -22,7 +23,9 @@ setup:
 	@.ci/setup
 
 demo: setup
-	@.venv/bin/python demo/train_and_look.py $(if $(DATA),--data "$(DATA)")
+	@.venv/bin/keras-convnext demo --output out/demo $(if $(DATA),--data "$(DATA)") \
+		$(if $(WEIGHTS),--weights "$(WEIGHTS)") $(if $(EPOCHS),--epochs $(EPOCHS)) \
+		$(if $(SEED),--seed $(SEED)) $(if $(LIMIT),--limit $(LIMIT))
 
 lint: setup
 	.venv/bin/ruff format --check .

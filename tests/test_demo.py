@@ -1,9 +1,13 @@
-"""The demo, run as a newcomer runs it: in a process of its own, on the backend of this test process."""
+"""`keras-convnext demo`: its photos, its steps on a small model, its page, and what it refuses."""
 
-import importlib.util
+import collections
+import csv
+import hashlib
+import html.parser
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,221 +16,146 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import keras_convnext  # noqa: F401  registers the layers for load_model
+import keras_convnext
+from keras_convnext import cli, demo, demo_report
+from keras_convnext.data import class_names
+from keras_convnext.export import ExportError
 
-DEMO = pathlib.Path(__file__).parents[1] / "demo" / "train_and_look.py"
-SMALL = ("--architecture", "test_convnext2", "--epochs", "1")
+ROOT = pathlib.Path(__file__).parents[1]
+FLOWERS = ROOT / "recipes" / "flowers"
+KINDS = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
 
 
-def trains(test):
-    """Marks a test slow except on PyTorch: test_trainer.py shows that training works on each backend."""
-    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
+# The photos.
 
 
 @pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("train_and_look", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def flowers():
+    return demo.read_photos(None, 1000, 0)
 
 
-def run(*arguments, **environment):
-    command = [sys.executable, str(DEMO), *map(str, arguments)]
-    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend(), **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.mark.once
+def test_flowers_are_sixty_a_kind_of_one_size_each_with_a_credit():
+    files = sorted(FLOWERS.rglob("*.jpg"))
+    names = [path.relative_to(FLOWERS).as_posix() for path in files]
+    assert collections.Counter(name.split("/")[0] for name in names) == dict.fromkeys(KINDS, 60)
+    for path in files:
+        with Image.open(path) as image:
+            image.load()
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (96, 96)), path
+    assert len({hashlib.sha256(path.read_bytes()).digest() for path in files}) == 300
+    assert sum(path.stat().st_size for path in files) < 1.3e6
+    with open(FLOWERS / "CREDITS.csv", newline="", encoding="utf-8") as file:
+        credits = list(csv.DictReader(file))
+    assert [row["file"] for row in credits] == names
+    accounts = {kind: [] for kind in KINDS}
+    for row in credits:
+        kind, number = row["file"].removesuffix(".jpg").split("/")
+        address = re.fullmatch(r"https://www\.flickr\.com/photos/([^/]+)/(\d+)/?", row["address"])
+        assert row["photographer"].strip() and address is not None and address[2] == number, row
+        accounts[kind].append(address[1].lower())
+    assert max(of_kind.count(account) for of_kind in accounts.values() for account in of_kind) <= 6
 
 
-def write_photos(folder, colors, number, size=(90, 70)):
-    """One folder per name in `colors`, `number` noisy JPEGs of its colour in each."""
+@pytest.mark.once
+def test_pyproject_installs_every_flower_and_its_credit():
+    import tomllib
+
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    installed = {path for patterns in tables.values() for pattern in patterns for path in ROOT.glob(pattern)}
+    assert {path for path in FLOWERS.rglob("*") if path.is_file()} <= installed
+    assert all(path.is_file() for path in installed)  # a folder among them ends the build
+    for folder, patterns in tables.items():
+        for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
+            assert folder == f"share/keras_convnext/{path.parent.relative_to(ROOT).as_posix()}"
+
+
+@pytest.mark.once
+def test_every_fifth_flower_by_name_is_held_out_and_none_is_learned(flowers):
+    assert flowers.classes == KINDS and flowers.images.shape == (300, 96, 96, 3)
+    assert not set(flowers.training) & set(flowers.held_out)
+    assert sorted([*flowers.training, *flowers.held_out]) == list(range(300))
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in flowers.images]
+    assert not {digests[place] for place in flowers.training} & {digests[place] for place in flowers.held_out}
+    assert np.bincount(flowers.labels[flowers.held_out]).tolist() == [12] * 5
+    assert np.bincount(flowers.labels[flowers.training]).tolist() == [48] * 5
+    for kind in KINDS:
+        of_kind = sorted(name for name in flowers.names if name.startswith(f"{kind}/"))
+        held_out = {flowers.names[place] for place in flowers.held_out}
+        assert [name in held_out for name in of_kind] == [place % 5 == 0 for place in range(60)]
+    assert set(flowers.names) == set(flowers.credits)
+
+
+def write_photos(folder, colours, number, size=(90, 70)):
+    """One folder for each name in `colours`, `number` noisy JPEGs of its colour in each."""
     generator = np.random.default_rng(0)
-    for name, color in colors.items():
+    for name, colour in colours.items():
         (folder / name).mkdir(parents=True)
-        for i in range(number):
+        for place in range(number):
             noise = generator.integers(-30, 31, (size[1], size[0], 3))
-            pixels = np.clip(np.array(color) + noise, 0, 255).astype("uint8")
-            Image.fromarray(pixels).save(folder / name / f"{i}.jpg")
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / name / f"{place}.jpg")
 
 
-def check_output(folder, classes):
-    """The files of a finished run; returns the model."""
-    names = {path.name for path in folder.iterdir()}
-    assert names == {
-        "model.keras",
-        "model.labels.txt",
-        "model.history.json",
-        "model.held_out.npz",
-        "predictions.png",
-    }  # and no temporary file
-    assert (folder / "model.labels.txt").read_text().splitlines() == classes
-    assert len(json.loads((folder / "model.history.json").read_text())["val_accuracy"]) == 1
-    with Image.open(folder / "predictions.png") as picture:
-        picture.load()
-        assert picture.size == (1500, 960)
-        assert len(picture.convert("L").getcolors()) > 50  # something is drawn
-    return keras.saving.load_model(folder / "model.keras")
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 
-@pytest.fixture(scope="module")
-def digits_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits") / "new" / "out"
-    return run("--out", folder, "--limit", 200, *SMALL), folder
+@pytest.mark.once
+def test_limit_draws_the_same_number_of_each_class_by_seed(tmp_path):
+    write_photos(tmp_path, COLOURS, 12)
+    first, again, other = (demo.read_photos(tmp_path, 20, seed) for seed in (0, 0, 1))
+    assert np.bincount(first.labels).tolist() == [6, 6, 6]
+    assert first.names == again.names != other.names
+    assert first.title == tmp_path.name and first.credits == {}
 
 
-@trains
-def test_digits_are_trained_saved_and_classified_in_a_new_process(digits_run):
-    result, folder = digits_run
-    assert "200 images of 10 classes: 132 to train, 18 to watch the training, 50 held out" in result.stdout
-    assert f"backend            {keras.backend.backend()}\n" in result.stdout
-    assert f"In a new process {folder / 'model.keras'} gives " in result.stdout
-    assert f"Look at {folder / 'predictions.png'}" in result.stdout
-    model = check_output(folder, [str(i) for i in range(10)])
-    assert model.input_shape == (None, 32, 32, 1)
-    with np.load(folder / "model.held_out.npz") as file:
-        assert file["images"].dtype == np.uint8
-        assert file["images"].shape == (50, 32, 32, 1)
-        probabilities = model.predict(file["images"], verbose=0)
-        np.testing.assert_allclose(probabilities, file["probabilities"], atol=1e-5)
+@pytest.mark.once
+def test_data_with_splits_keeps_them(tmp_path):
+    write_photos(tmp_path / "train", COLOURS, 4)
+    write_photos(tmp_path / "val", COLOURS, 2)
+    photos = demo.read_photos(tmp_path, 1000, 0)
+    assert (len(photos.training), len(photos.held_out)) == (12, 6)
+    assert photos.labels[photos.held_out].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-@trains
-def test_digits_below_the_target_end_with_status_1(digits_run):
-    result, _ = digits_run
-    assert result.returncode == 1, result.stderr
-    assert "of the held-out digits are right, expected more than 95%; train longer" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@trains
-def test_own_photos_are_learned_without_a_target(demo, tmp_path, capfd):
-    photos = tmp_path / "photos"
-    write_photos(photos, {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}, 8)
-    (photos / "red" / "broken.jpg").write_bytes(b"no picture")
-    (photos / ".hidden").mkdir()
-    assert demo.main(["--data", str(photos), "--out", str(tmp_path / "out"), *SMALL]) == 0
-    written = capfd.readouterr()
-    assert f"skipped 1 unreadable image(s): {photos / 'red' / 'broken.jpg'}\n" in written.err
-    assert "24 images of 3 classes: 15 to train, 3 to watch the training, 6 held out" in written.out
-    assert "In a new process " in written.out
-    assert check_output(tmp_path / "out", ["blue", "green", "red"]).input_shape == (None, 64, 64, 3)
-
-
-def empty_class(folder):
-    write_photos(folder, {"cats": (9, 9, 9)}, 3)
-    (folder / "dogs").mkdir()
-
-
-def unreadable_class(folder):
-    write_photos(folder, {"cats": (9, 9, 9)}, 3)
-    (folder / "dogs").mkdir()
-    for i in range(7):
-        (folder / "dogs" / f"{i}.png").write_bytes(b"")
+@pytest.mark.once
+def test_unreadable_photos_are_counted_and_the_first_five_named(tmp_path, capsys):
+    write_photos(tmp_path, COLOURS, 4)
+    for number in range(7):
+        (tmp_path / "red" / f"broken{number}.jpg").write_bytes(b"no picture")
+    photos = demo.read_photos(tmp_path, 1000, 0)
+    assert len(photos.images) == 12
+    error = capsys.readouterr().err
+    assert error.count("'red/broken") == 5 and "left out: 2 more photos" in error
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda folder: None, "no folder {folder}"),
-        (lambda folder: folder.mkdir(), "{folder} has no folders in it; expected one per class"),
+        (lambda folder: None, "photos"),
+        (lambda folder: folder.mkdir(), "photos"),
         (
             lambda folder: write_photos(folder, {"cats": (9, 9, 9)}, 3),
-            "{folder} has one class only, 'cats'; there is nothing to tell apart",
-        ),
-        (empty_class, "class 'dogs' is empty: no .jpg, .jpeg, .png, .webp, .bmp in {folder}/dogs"),
-        (unreadable_class, "class 'dogs' has 0 usable image(s); 3 are the least"),
-    ],
-)
-def test_unusable_data_is_named_in_one_line(demo, tmp_path, prepare, message):
-    folder = tmp_path / "photos"
-    prepare(folder)
-    with pytest.raises(demo.UnusableError) as raised:
-        demo.read_folder(folder, 1000, 0)
-    assert str(raised.value).startswith(message.format(folder=folder))
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.once
-def test_unreadable_images_are_counted_and_the_first_five_named(demo, tmp_path, capsys):
-    unreadable_class(tmp_path / "photos")
-    with pytest.raises(demo.UnusableError):
-        demo.read_folder(tmp_path / "photos", 1000, 0)
-    error = capsys.readouterr().err
-    assert "skipped 7 unreadable image(s): " in error
-    assert error.count(".png") == 5 and error.endswith(", ...\n")
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [
-        (["--data", "absent"], {}, "train_and_look: no folder absent\n"),
-        (
-            ["--out", "file/out"],
-            {},
-            "train_and_look: cannot write to file/out: Not a directory; choose another",
+            "Expected a folder for each of several classes in '.*photos', found .'cats'.",
         ),
         (
-            ["--classify", "absent.keras"],
-            {},
-            "train_and_look: no file absent.keras; train first, without --c",
+            lambda folder: [write_photos(folder, {name: (9, 9, 9)}, n) for name, n in (("a", 4), ("b", 1))],
+            "Expected two photos or more of each class.* Received: 1 of 'b' in '.*photos', with --limit",
         ),
-        (["--limit", "10"], {}, "train_and_look: 10 images of 10 classes are too few; raise --limit\n"),
-        ([], {"KERAS_BACKEND": "theano"}, "train_and_look: KERAS_BACKEND is 'theano'; installed here: "),
     ],
 )
-def test_wrong_usage_ends_with_status_2_and_one_line(tmp_path, monkeypatch, arguments, environment, message):
-    (tmp_path / "file").touch()
-    monkeypatch.chdir(tmp_path)
-    result = run(*arguments, **environment)
-    assert result.returncode == 2
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+def test_unusable_data_is_named_in_one_line(refused, tmp_path, prepare, message):
+    prepare(tmp_path / "photos")
+    error = refused("demo", "--data", tmp_path / "photos", "--weights", "absent.safetensors")
+    assert re.search(message, error) and error.count("\n") == 1
 
 
-def test_unknown_architecture_ends_with_status_2_and_near_names(demo, tmp_path, capsys):
-    assert demo.main(["--architecture", "convnext_tinny", "--out", str(tmp_path)]) == 2
-    assert "train_and_look: Unknown architecture 'convnext_tinny'. Did you mean" in capsys.readouterr().err
-
-
-@pytest.mark.once
-def test_epochs_must_be_positive():
-    result = run("--epochs", "0")
-    assert result.returncode == 2
-    assert "argument --epochs: expected a whole number from 1, got '0'" in result.stderr
-
-
-@pytest.mark.once
-def test_help_shows_examples():
-    result = run("--help")
-    assert result.returncode == 0
-    assert "python demo/train_and_look.py --data photos" in result.stdout
-
-
-@pytest.mark.once
-def test_large_folder_is_cut_to_the_limit(demo, tmp_path, capsys):
-    write_photos(tmp_path / "photos", {"cats": (9, 9, 9), "dogs": (99, 9, 9)}, 20)
-    images, labels, names = demo.read_folder(tmp_path / "photos", 30, 0)
-    assert images.shape == (30, 64, 64, 3) and images.dtype == np.uint8
-    assert len(labels) == 30 and names == ["cats", "dogs"]
-    assert "40 images found; 30 of them, drawn with seed 0, are used (--limit)" in capsys.readouterr().out
-
-
-@pytest.mark.once
-def test_split_is_stratified_complete_and_disjoint(demo):
-    labels = np.repeat([0, 1, 2], [100, 40, 3])
-    parts = demo.split(labels, 0)
-    assert sorted(np.concatenate(parts)) == list(range(143))
-    assert [np.bincount(labels[part]).tolist() for part in parts] == [[67, 27, 1], [8, 3, 1], [25, 10, 1]]
-
-
-@pytest.mark.once
-def test_batches_shift_and_mirror_without_changing_labels(demo):
-    images = np.zeros((8, 20, 20, 1), "uint8")
+def test_batches_shift_and_mirror_without_changing_labels():
+    images = np.zeros((8, 20, 20, 3), "uint8")
     images[:, 10, 4] = np.arange(1, 9)[:, None]  # one dot, as bright as the label
     columns = set()
-    generator = demo.batches(images, np.arange(1, 9), 4, flip=True, seed=0)
+    generator = demo.batches(images, np.arange(1, 9), 4, seed=0)
     for _ in range(50):
         pixels, labels = next(generator)
         assert pixels.shape == images[:4].shape and pixels.dtype == np.uint8
@@ -235,9 +164,240 @@ def test_batches_shift_and_mirror_without_changing_labels(demo):
     assert columns == {2, 3, 4, 5, 6, 13, 14, 15, 16, 17}
 
 
+def test_functions_are_timed_in_turns_and_the_median_counts():
+    order = []
+    taken = demo.time_in_turns([lambda: order.append("a"), lambda: order.append("b")], 3)
+    assert "".join(order) == "aabb" * 3 and len(taken) == 2 and min(taken) >= 0
+
+
+def test_right_classes_are_classes_of_imagenet():
+    """Else a name with a slip would never be right."""
+    first_words = [name.split(",")[0] for name in class_names.class_names(1000)]
+    for names in demo.RIGHT_NAMES.values():
+        assert all(name in first_words for name in names)
+    assert "espresson" not in first_words
+    assert demo.known_class_names(1000)[281] == "tabby, tabby cat"
+    assert demo.known_class_names(7) == [f"class {number}" for number in range(7)]
+
+
+# The command.
+
+
+def trains(test):
+    """Marks a test slow except on PyTorch: test_trainer.py shows that training works on each backend."""
+    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A weight file with the 1000 classes of ImageNet, whose first answer is always "espresso"."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = keras_convnext.load("test_convnext2", weights=None, input_shape=(64, 64, 3))
+    kernel, bias = model.layers[-1].get_weights()
+    bias[class_names.synset_ids(1000).index("n07920052")] = 20
+    model.layers[-1].set_weights([kernel, bias])
+    return keras_convnext.save_weights(model, folder / "small.safetensors", "timm")
+
+
+@pytest.fixture
+def small(weights, monkeypatch):
+    """Words of a demo that takes seconds; the LiteRT converter, tested elsewhere, gives nothing."""
+    monkeypatch.setattr(demo, "TIMED_CALLS", 2)
+    return ("demo", "--weights", weights, "--image-size", 64, "--limit", 15, "--epochs", 2, "--output", "out")
+
+
+class Page(html.parser.HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.text, self.tags = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "srcset", "data")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@trains
+def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run, small, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise ImportError("needs ai-edge-litert. Install it: pip install ai-edge-litert")
+
+    monkeypatch.setattr(demo, "export", refuse)
+    code, out, err = run(*small)
+    assert code == 1
+    assert err == (
+        "Left out, the LiteRT files: needs ai-edge-litert. Install it: pip install ai-edge-litert\n"
+    )
+    lines = out.splitlines()
+    report = pathlib.Path("out/report.html")
+    assert lines[-2] == f"Look at {report}"
+    assert re.fullmatch(r"coffee\.jpg: espresso, 9\d\.\d%|coffee\.jpg: espresso, 100\.0%", lines[-1])
+    assert "cat.jpg: not right" in out and "coffee.jpg: right" in out
+    assert "10 photos of 5 kinds to learn, 5 held out; 2 epochs" in out
+    assert {path.name for path in report.parent.iterdir()} == {
+        "findings.json",
+        "model.keras",
+        "model.labels.txt",
+        "report.html",
+    }  # and no temporary file
+    assert pathlib.Path("out/model.labels.txt").read_text().splitlines() == KINDS
+    found = json.loads(pathlib.Path("out/findings.json").read_text())
+    assert [len(each["held_out_accuracy"]) for each in found["trainings"]] == [2, 2]
+    assert [photo["is_right"] for photo in found["photos"]] == [False, True, False]
+    assert len(found["looks"]) == 5 and all(look["photographer"] for look in found["looks"])
+    page = Page(report.read_text(encoding="utf-8"))
+    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
+    assert page.tags.count("img") == 2 * (3 + 5) and "script" not in page.tags and "{{" not in page.text
+    size = pathlib.Path("out/model.keras").stat().st_size
+    parameters = sum(weight.size for weight in keras.saving.load_model("out/model.keras").get_weights())
+    assert 4 * parameters < size < 8 * parameters  # in float32, without the moments of the optimizer
+    assert page.tags.count("polyline") == 4 and "table" not in page.tags
+    assert "Install it: pip install ai-edge-litert" in page.text and "CC BY 2.0" in page.text
+    assert "keras-convnext demo --weights" in page.text and keras.__version__ in page.text
+
+    code, out, _ = run("predict", FLOWERS / "roses" / f"{first_rose()}.jpg", "--weights", "out/model.keras")
+    assert code == 0 and {line.split()[-1] for line in out.splitlines()[1:]} == set(KINDS)
+
+
+def first_rose():
+    return sorted(path.stem for path in (FLOWERS / "roses").iterdir())[0]
+
+
+@pytest.fixture
+def litert(monkeypatch):
+    """In place of converter and runtime: float32 answers as the model, int8 always the first class."""
+    written, calibrations = {}, []
+
+    class Exported:
+        input_dtype = "float32"
+
+        def __init__(self, path):
+            self.model, self.precision = written[path]
+
+        def __call__(self, images):
+            outputs = np.array(self.model.predict_on_batch(images.astype("float32")))
+            return outputs if self.precision == "float32" else np.eye(5)[np.zeros(len(images), int)]
+
+        call = __call__
+
+    def write(model, path, format, *, precision, calibration, labels, replace, **settings):
+        assert (format, labels, replace) == ("litert", KINDS, True)
+        path.write_bytes(bytes(400 if precision == "float32" else 100))
+        written[path] = model, precision
+        calibrations.append(calibration)
+
+    monkeypatch.setattr(demo, "export", write)
+    monkeypatch.setattr(demo.runtimes, "open_exported", Exported)
+    return calibrations
+
+
+@trains
+def test_files_are_measured_on_held_out_photos_and_calibrated_on_others(run, small, litert):
+    code, _, _ = run(*small)
+    assert code == 0
+    model, float32, int8 = json.loads(pathlib.Path("out/findings.json").read_text())["runners"]
+    assert [model["title"], float32["title"], int8["title"]] == ["Keras", "LiteRT float32", "LiteRT int8"]
+    assert (float32["num_bytes"], int8["num_bytes"]) == (400, 100)
+    assert float32["accuracy"] == model["accuracy"] and float32["agreement"] == 1
+    assert int8["accuracy"] == 0.2  # of five kinds with one photo each
+    photos = demo.read_photos(None, 15, 0)
+    learned, held_out = (
+        {photos.images[place].tobytes() for place in places} for places in (photos.training, photos.held_out)
+    )
+    for calibration in litert:
+        assert {image.tobytes() for image in calibration} == learned != held_out
+    page = Page(pathlib.Path("out/report.html").read_text(encoding="utf-8"))
+    assert "median of 2 calls" in page.text
+    assert "table" in page.tags and "The 8-bit file is 4.0 times smaller" in page.text
+
+
+@trains
+def test_an_export_that_differs_too_much_is_a_problem_of_one_line(run, small, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise ExportError("The litert file differs from the model by 0.5")
+
+    monkeypatch.setattr(demo, "export", refuse)
+    code, _, err = run(*small)
+    assert code == 1 and err == "Left out, the LiteRT files: The litert file differs from the model by 0.5\n"
+
+
 @pytest.mark.once
-def test_interrupted_write_leaves_no_file(demo, tmp_path):
-    with pytest.raises(KeyboardInterrupt), demo.replacing(tmp_path / "model.keras") as partial:
-        partial.write_text("half")
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+def test_unknown_weights_a_whole_model_and_wrong_numbers_are_refused(refused, capsys):
+    assert "No such weight file" in refused("demo", "--weights", "absent.safetensors")
+    error = refused("demo", "--weights", "model.keras")
+    assert "keras-convnext convert model.keras weights.safetensors" in error
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--epochs", "0"])
+    assert ended.value.code == 2
+    assert "expected a whole number from 1 up, received '0'" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_train_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "openvino")
+    message = "Expected a backend that trains: tensorflow, jax, torch. Received: KERAS_BACKEND=openvino"
+    assert message in refused("demo")
+
+
+@pytest.mark.once
+def test_published_weights_without_a_network_are_one_line(refused, weights_folder):
+    error = refused("demo", "--weights", "imagenet")
+    assert "convnextv2_atto.fcmae_ft_in1k" in error and "KERAS_CONVNEXT_OFFLINE" in error
+
+
+@pytest.mark.once
+def test_help_shows_an_example_and_starts_no_backend():
+    code = (
+        "import sys; sys.argv = ['keras-convnext']; from keras_convnext import cli\n"
+        "try: cli.main(['demo', '--help'])\n"
+        "finally: print(sorted({'keras', 'tensorflow', 'jax', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert "keras-convnext demo --data photos/" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.once
+def test_names_from_outside_are_escaped_on_the_page(tmp_path):
+    pixels = np.zeros((8, 8, 3), "uint8")
+    photo = demo.ClassifiedPhoto("<b>.jpg", pixels, pixels, [("</h3><script>", 0.5)], ["a & b"], False)
+    training = demo.Training("pretrained", 1e-3, [0.1, 0.2], [0.3, 0.4], 1.0)
+    found = demo.Findings("w", [photo], ["<i>"], 4, 2, "<u>", [training, training], [photo])
+    text = demo_report.write_page(found, tmp_path / "page.html", "demo '<x>'").read_text()
+    page = Page(text)
+    assert not {"script", "i", "u", "x"} & set(page.tags) and "<b>.jpg" in page.text
+    assert "demo '<x>'" in page.text and "a & b" in page.text
+
+
+@pytest.mark.slow
+def test_the_whole_command_with_litert(tmp_path, weights):
+    """In a process of its own, as it is started."""
+    environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}
+    command = [
+        sys.executable,
+        "-m",
+        "keras_convnext",
+        "demo",
+        "--weights",
+        str(weights),
+        "--image-size",
+        "64",
+    ]
+    done = subprocess.run(
+        [*command, "--epochs", "3", "--limit", "100", "--output", str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2] == f"Look at {tmp_path / 'out' / 'report.html'}"
+    runners = json.loads((tmp_path / "out" / "findings.json").read_text())["runners"]
+    assert runners[1]["agreement"] == 1
+    assert runners[1]["num_bytes"] > 2 * runners[2]["num_bytes"]
+    assert (tmp_path / "out" / "model_int8.tflite").stat().st_size == runners[2]["num_bytes"]

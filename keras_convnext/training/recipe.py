@@ -467,7 +467,7 @@ def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
     path, text = Path(path_or_name), os.fspath(path_or_name)
     known = known_recipes()
     if path.suffix != ".toml" and path.name == text and text in known:
-        return _recipes_folder() / f"{text}.toml"
+        return recipes_folder() / f"{text}.toml"
     if path.is_file():
         return path
     if path.is_dir():
@@ -481,15 +481,15 @@ def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def known_recipes() -> list[str]:
-    """Return the names of the published recipes, those of the folder `recipes`, in order.
+    """Return the names of the published recipes, those of `recipes_folder`, in order."""
+    return sorted(path.stem for path in recipes_folder().glob("*.toml"))
 
-    The folder stands beside the package in the repository, and under `sys.prefix` where the package is
-    installed.
+
+def recipes_folder() -> Path:
+    """Return the folder of the published recipes and their small data sets, `digits` and `flowers`.
+
+    It stands beside the package in the repository, and under `sys.prefix` where the package is installed.
     """
-    return sorted(path.stem for path in _recipes_folder().glob("*.toml"))
-
-
-def _recipes_folder() -> Path:
     beside = Path(__file__).resolve().parents[2] / "recipes"
     if (beside / "smoke.toml").is_file():
         return beside

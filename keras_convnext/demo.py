@@ -1,0 +1,689 @@
+"""The steps of `keras-convnext demo`: classify, fine-tune, look inside, export, measure.
+
+`run` takes a model from its weights to a file for phones, on real photographs and without a network, and
+returns what it found; `demo_report` makes a page of that.
+"""
+
+import collections
+import csv
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import keras
+import numpy as np
+from PIL import Image
+
+from keras_convnext import checkpoints, classifiers, files, gradcam, machine, models, runtimes
+from keras_convnext.data import class_names, preprocess, sources
+from keras_convnext.export import ExportError, export
+from keras_convnext.quiet import silenced
+from keras_convnext.training.recipe import recipes_folder
+from keras_convnext.variants import VARIANTS
+
+WEIGHTS = "convnextv2_atto.tiny_imagenet200"  # come with the package
+ARCHITECTURE = "convnextv2_atto"  # of weights="imagenet"
+# Photographs of the package -> first words of the names that are right.
+RIGHT_NAMES = {
+    "cat.jpg": ("tabby", "tiger cat", "Egyptian cat", "Persian cat"),
+    "coffee.jpg": ("espresso",),
+    "rocket.jpg": ("projectile", "missile"),
+}
+TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
+BEST_CLASSES = 5
+SHOWN_SIDE = 256  # pixels, the least of a photograph on the page
+SIDE = 96  # pixels, of the photos that are learned
+BATCH_SIZE = 32
+HELD_OUT_EVERY = 5  # photos of a class
+PHOTOS_SEEN = 3_600  # in a training without --epochs
+MOST_EPOCHS = 15
+LIMIT = 1_000
+LEARNING_RATE = {"pretrained": 1e-3, "from scratch": 1e-3}  # the peak of the cosine
+WEIGHT_DECAY = 0.05
+CALIBRATION_PHOTOS = 64
+TIMED_CALLS = 40
+MOST_LOOKS = 8  # photos with heat maps
+HEAT_LEVEL = "P4"  # one value for 16 x 16 pixels; the last stage has but 3 x 3 of them at 96 pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a demo is made of.
+
+    Attributes:
+        output: folder to write to, made where it is not there.
+        weights: tag or weight file to start from; "imagenet" for the published ones of `ARCHITECTURE`.
+        data: folder of class folders to learn; None for the flowers of the repository.
+        epochs: of each training; None for 15, fewer where there are more photos.
+        seed: of the draw of photos, the new weights and the order.
+        limit: most photos to learn from and to hold out, drawn by seed, the same number of each class.
+        image_size: side in pixels of the photographs to classify; None for the weights' own.
+    """
+
+    output: pathlib.Path
+    weights: str = WEIGHTS
+    data: pathlib.Path | None = None
+    epochs: int | None = None
+    seed: int = 0
+    limit: int = LIMIT
+    image_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifiedPhoto:
+    """A photograph and what a model says of it.
+
+    Attributes:
+        name: of the file.
+        picture: uint8 (H, W, 3), what the model is shown, of its size or larger.
+        heat: uint8 (H, W, 3), the picture with the places that speak for the first class.
+        best: (name of the class, probability) of the likeliest, in order.
+        right: names of the right classes.
+        is_right: whether the first class is right.
+        photographer, address: whom to credit, "" where nobody need be.
+    """
+
+    name: str
+    picture: np.ndarray
+    heat: np.ndarray
+    best: list[tuple[str, float]]
+    right: list[str]
+    is_right: bool
+    photographer: str = ""
+    address: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoSet:
+    """Photos to learn, and those held out.
+
+    Attributes:
+        title: what reports call it.
+        classes: their names.
+        images: uint8 (N, 96, 96, 3).
+        labels: int32 (N,).
+        names: of the files, (N,).
+        training, held_out: int (n,), places in `images`; none is in both.
+        credits: file -> {"photographer": ..., "address": ...}, of the flowers.
+    """
+
+    title: str
+    classes: list[str]
+    images: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    training: np.ndarray
+    held_out: np.ndarray
+    credits: dict[str, dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a training went.
+
+    Attributes:
+        title: "pretrained" or "from scratch".
+        learning_rate: the peak.
+        accuracy, held_out_accuracy: of each epoch, in [0, 1]; the first of photos as they are shifted and
+            mirrored, while the weights change.
+        seconds: of all epochs.
+    """
+
+    title: str
+    learning_rate: float
+    accuracy: list[float]
+    held_out_accuracy: list[float]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """The fine-tuned model in one of its forms.
+
+    Attributes:
+        title: what reports call it.
+        num_bytes: of its file.
+        accuracy: on the held-out photos, in [0, 1].
+        agreement: share of these with the Keras model's first class, in [0, 1].
+        milliseconds: for a photo, median.
+    """
+
+    title: str
+    num_bytes: int
+    accuracy: float
+    agreement: float
+    milliseconds: float
+
+
+@dataclasses.dataclass
+class Findings:
+    """All that a demo found; what a step that failed would have given is empty.
+
+    Attributes:
+        weights: name of the weights that it started from.
+        photos: the package's photographs.
+        classes, num_training, num_held_out, data_title: of the photos that were learned.
+        trainings: the pretrained model's and that from scratch.
+        looks: held-out photos and what the fine-tuned model says of them.
+        runners: the Keras model and its files.
+        timed_calls: of each runner.
+        problems: a line for each step that did not work.
+        machine: versions and hardware.
+        seconds: of everything.
+    """
+
+    weights: str = ""
+    photos: list[ClassifiedPhoto] = dataclasses.field(default_factory=list)
+    classes: list[str] = dataclasses.field(default_factory=list)
+    num_training: int = 0
+    num_held_out: int = 0
+    data_title: str = ""
+    trainings: list[Training] = dataclasses.field(default_factory=list)
+    looks: list[ClassifiedPhoto] = dataclasses.field(default_factory=list)
+    runners: list[Runner] = dataclasses.field(default_factory=list)
+    timed_calls: int = 0
+    problems: list[str] = dataclasses.field(default_factory=list)
+    machine: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def run(settings: Settings) -> Findings:
+    """Runs all steps, says on standard output what each finds, and writes the files.
+
+    In the output folder: model.keras and model.labels.txt (`keras-convnext predict --weights` takes them),
+    model_float32.tflite, model_int8.tflite, and findings.json with every number.
+
+    Args:
+        settings: `Settings`.
+
+    Returns:
+        `Findings`; a step that lacks a package, or whose file is not what the model is, is in its `problems`.
+
+    Raises:
+        ValueError: unknown weights, unusable photos, a backend that cannot train; the message tells.
+        OSError: the weights cannot be fetched, or a file cannot be written.
+
+    Example:
+        run(Settings(pathlib.Path("out/demo"), epochs=5)).trainings[0].held_out_accuracy[-1]
+    """
+    begin = time.perf_counter()
+    if keras.backend.backend() not in TRAINING_BACKENDS:
+        raise ValueError(
+            f"Expected a backend that trains: {', '.join(TRAINING_BACKENDS)}. Received: KERAS_BACKEND="
+            f"{keras.backend.backend()}."
+        )
+    settings.output.mkdir(parents=True, exist_ok=True)
+    photos = read_photos(settings.data, settings.limit, settings.seed)  # what is wrong with them comes first
+    weights = checkpoints.IMAGENET[ARCHITECTURE] if settings.weights == "imagenet" else settings.weights
+    opened = open_weights(str(weights), settings.image_size)
+    found = Findings(
+        weights=opened.row.tag if opened.row else pathlib.Path(str(weights)).name,
+        classes=photos.classes,
+        num_training=len(photos.training),
+        num_held_out=len(photos.held_out),
+        data_title=photos.title,
+        timed_calls=TIMED_CALLS,
+        machine=environment(),
+    )
+
+    _say(f"[1/4] {len(RIGHT_NAMES)} photographs, classified with {found.weights}")
+    found.photos = classify_photos(opened)
+    for photo in found.photos:
+        _say_photo(photo)
+
+    epochs = settings.epochs or min(max(round(PHOTOS_SEEN / len(photos.training)), 2), MOST_EPOCHS)
+    _say(
+        f"\n[2/4] {photos.title}: {len(photos.training):,} photos of {len(photos.classes)} kinds to learn, "
+        f"{len(photos.held_out):,} held out; {epochs} epochs from the weights, then {epochs} from scratch"
+    )
+    model, training = train("pretrained", opened, photos, epochs, settings.seed)
+    found.trainings = [training, train("from scratch", opened, photos, epochs, settings.seed)[1]]
+    for each in found.trainings:
+        _say(
+            f"{each.title:13} {each.held_out_accuracy[-1]:6.1%} of {found.num_held_out} held-out photos "
+            f"are right after {each.seconds:.0f} s"
+        )
+    model_file = save(model, photos.classes, settings.output)
+
+    found.looks = look(model, photos)
+    _say(f"\n[3/4] Grad-CAM of {len(found.photos) + len(found.looks)} photos, for the page")
+
+    _say(f"\n[4/4] {model_file.name} as LiteRT files, run and compared (about half a minute)")
+    try:
+        found.runners = export_and_measure(model, model_file, photos, opened)
+    except (ImportError, ExportError) as error:
+        found.problems.append(f"Left out, the LiteRT files: {error}")
+        print(found.problems[-1], file=sys.stderr, flush=True)
+    for runner in found.runners:
+        _say(
+            f"{runner.title:16} {runner.num_bytes / 1e6:6.2f} MB {runner.accuracy:7.1%} right "
+            f"{runner.milliseconds:8.2f} ms a photo"
+        )
+    found.seconds = time.perf_counter() - begin
+    with files.replacing_file(settings.output / "findings.json") as file:
+        file.write(json.dumps(facts(found), indent=1).encode())
+    return found
+
+
+def facts(found: Findings) -> dict[str, Any]:
+    """Everything in `Findings` but the pictures, as JSON takes it."""
+
+    def without_pictures(items):
+        return {key: value for key, value in items if not isinstance(value, np.ndarray)}
+
+    return dataclasses.asdict(found, dict_factory=without_pictures)
+
+
+def surest_right_photo(found: Findings) -> tuple[str, str, float] | None:
+    """(file, class, probability) of the photograph of the package that is right with most certainty."""
+    right = [(photo.name, *photo.best[0]) for photo in found.photos if photo.is_right]
+    return max(right, key=lambda each: each[2], default=None)
+
+
+# Step 1: the photographs that come with the package.
+
+
+def open_weights(weights: str, image_size: int | None = None) -> classifiers.TrainedClassifier:
+    """Opens a classifier that can also be fine-tuned, with logits for outputs.
+
+    Raises:
+        ValueError: an unknown name, a file that does not fit or a whole Keras model.
+    """
+    if weights.endswith(".keras"):
+        raise ValueError(
+            f"Expected a tag or a weight file, from which a model of other classes can be made. Received: "
+            f"'{weights}'. Write its weights first: keras-convnext convert {weights} weights.safetensors"
+        )
+    return classifiers.open_classifier(weights, image_size=image_size, classifier_activation=None)
+
+
+def classify_photos(opened: classifiers.TrainedClassifier) -> list[ClassifiedPhoto]:
+    """Classifies the photographs of the package."""
+    names = known_class_names(opened.model.output_shape[-1])
+    folder = importlib.resources.files("keras_convnext.data") / "photos"
+    pictures, shown = [], []
+    for file in RIGHT_NAMES:
+        with importlib.resources.as_file(folder / file) as path:
+            image = preprocess.read_image(path)
+        pictures.append(preprocess.preprocess_image(image, **opened.preparation))
+        shown.append(_enlarged(image, opened.preparation))
+    right = [
+        {number for number, name in enumerate(names) if name.split(",")[0] in right_names}
+        for right_names in RIGHT_NAMES.values()
+    ]
+    return _classified(opened.model, np.stack(pictures), shown, list(RIGHT_NAMES), names, right)
+
+
+def _enlarged(image: np.ndarray, preparation: dict[str, Any]) -> np.ndarray:
+    """The part of an image that a model is shown, with more pixels for people."""
+    scale = max(SHOWN_SIDE / preparation["image_size"], 1.0)
+    side, resize_size = preparation["image_size"], preparation["resize_size"]
+    changes = {"image_size": round(scale * side), "resize_size": resize_size and round(scale * resize_size)}
+    return preprocess.preprocess_image(image, **preparation | changes)
+
+
+def known_class_names(classes: int) -> list[str]:
+    """Names the classes of ImageNet's classifiers and of the package's own weights, "class 7" of others."""
+    known: Any = "tiny_imagenet200" if classes == 200 else classes
+    try:
+        return class_names.class_names(known)
+    except ValueError:
+        return [f"class {number}" for number in range(classes)]
+
+
+def _classified(
+    model: keras.Model,
+    pictures: np.ndarray,
+    shown: Iterable[np.ndarray],
+    files: Sequence[str],
+    names: Sequence[str],
+    right: Sequence[set[int]],
+) -> list[ClassifiedPhoto]:
+    """Classifies pictures and finds what speaks for the first class of each.
+
+    Args:
+        model: to logits.
+        pictures: uint8 (N, H, W, 3).
+        shown: N arrays uint8 (h, w, 3), the same for people.
+        files: N names.
+        names: of the classes.
+        right: for each picture the numbers of the classes that are right.
+    """
+    logits = np.asarray(model.predict_on_batch(classifiers.for_channels(pictures, model)), "float64")
+    probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    level = HEAT_LEVEL if HEAT_LEVEL in model.pyramid_outputs else None
+    heat = gradcam.grad_cam(model, pictures, logits.argmax(axis=-1), level)
+    photos = []
+    for place, (file, picture, values) in enumerate(zip(files, shown, probabilities, strict=True)):
+        best = np.argsort(-values, kind="stable")[:BEST_CLASSES].tolist()
+        enlarged = Image.fromarray(heat[place]).resize(picture.shape[1::-1], Image.Resampling.BILINEAR)
+        photos.append(
+            ClassifiedPhoto(
+                file,
+                picture,
+                gradcam.overlay(picture, np.asarray(enlarged)),
+                [(names[number], float(values[number])) for number in best],
+                [names[number] for number in sorted(right[place])],
+                best[0] in right[place],
+            )
+        )
+    return photos
+
+
+# Step 2: photos to learn.
+
+
+def read_photos(folder: pathlib.Path | None, limit: int, seed: int) -> PhotoSet:
+    """Reads a folder of class folders and holds every fifth photo of a class out, by name.
+
+    Data that is divided into train and validation stays so. Photos that cannot be read are named on standard
+    error and left out.
+
+    Args:
+        folder: the folder; None for the flowers of the repository.
+        limit: most photos, drawn by `seed`, the same number of each class.
+        seed: of the draw.
+
+    Raises:
+        ValueError: nothing usable is at the path, there is one class only, or a class has fewer than two
+            photos.
+    """
+    path = recipes_folder() / "flowers" if folder is None else folder
+    if folder is None and not path.is_dir():
+        raise ValueError(f"Expected the flowers in '{path}', nothing is there. Pass --data FOLDER.")
+    splits = {sources.canonical_split(name) or name for name in sources.list_splits(path)}
+    if "train" in splits:
+        training = sources.open_source(path, "train")
+        parts = [training, sources.open_source(path, "validation", classes=training.classes)]
+    else:
+        parts = [sources.open_source(path)]
+    classes = parts[0].classes
+    if len(classes) < 2:
+        raise ValueError(f"Expected a folder for each of several classes in '{path}', found {classes}.")
+    share = max(limit // len(classes) // len(parts), 1)
+    kept = [_read_source(part, share, seed) for part in parts]
+    images, labels, names = ([value for part in kept for value in part[field]] for field in range(3))
+    is_held_out = np.arange(len(labels)) >= len(kept[0][1])
+    if len(parts) == 1:
+        order: collections.Counter[int] = collections.Counter()
+        for place in sorted(range(len(names)), key=names.__getitem__):
+            is_held_out[place] = order[labels[place]] % HELD_OUT_EVERY == 0
+            order[labels[place]] += 1
+    numbers = np.array(labels, "int32")
+    for number, name in enumerate(classes):
+        counts = [int((numbers[chosen] == number).sum()) for chosen in (~is_held_out, is_held_out)]
+        if 0 in counts:
+            raise ValueError(
+                f"Expected two photos or more of each class, to learn one and hold one out. Received: "
+                f"{sum(counts)} of {name!r} in '{path}', with --limit {limit}. Add photos or raise --limit."
+            )
+    return PhotoSet(
+        "flowers" if folder is None else path.resolve().name,
+        classes,
+        np.stack(images),
+        numbers,
+        names,
+        np.flatnonzero(~is_held_out),
+        np.flatnonzero(is_held_out),
+        _read_credits(path / "CREDITS.csv") if folder is None else {},
+    )
+
+
+def _read_credits(path: pathlib.Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row.pop("file"): row for row in csv.DictReader(file)}
+
+
+def _read_source(source: sources.Source, share: int, seed: int) -> tuple[list, list, list]:
+    """Pixels, labels and names of at most `share` photos of each class."""
+    images, labels, names, faults = [], [], [], []
+    generator = np.random.default_rng(seed)
+    for label in range(len(source.classes)):
+        numbers = np.flatnonzero(source.labels == label)
+        for number in sorted(generator.permutation(numbers)[:share].tolist()):
+            name = source.name(number)
+            try:
+                image = preprocess.decode_image(source.read(number), name)
+            except (preprocess.ImageError, OSError) as error:
+                faults.append(str(error))
+                continue
+            images.append(preprocess.preprocess_image(image, image_size=SIDE, crop=1.0))
+            labels.append(label)
+            names.append(name)
+    for fault in faults[:5]:
+        print(f"left out: {fault}", file=sys.stderr)
+    if len(faults) > 5:
+        print(f"left out: {len(faults) - 5} more photos", file=sys.stderr)
+    return images, labels, names
+
+
+def train(
+    title: str, opened: classifiers.TrainedClassifier, photos: PhotoSet, epochs: int, seed: int
+) -> tuple[keras.Model, Training]:
+    """Trains a new classifier with `fit`.
+
+    Args:
+        title: "pretrained", from the weights that are open, or "from scratch", the same architecture.
+        opened: the weights.
+        photos: what to learn.
+        epochs: passes over the training photos.
+        seed: of the new weights and of the order.
+
+    Returns:
+        The model, (N, 96, 96, 3) pixels in 0..255 to logits, and how it went.
+    """
+    # Keras draws the seeds of new weights from here; its own set_random_seed would load TensorFlow.
+    random.seed(seed)
+    model = _new_model(title, opened, len(photos.classes))
+    batch_size = min(BATCH_SIZE, len(photos.training))
+    steps_per_epoch = len(photos.training) // batch_size
+    steps = epochs * steps_per_epoch
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - steps // 10, warmup_target=LEARNING_RATE[title], warmup_steps=steps // 10
+    )
+    model.compile(
+        optimizer=keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    _say(f"{title}: {model.count_params():,} weights; the first step compiles, which takes longer")
+    begin = time.perf_counter()
+    # No early stop and no choice of an epoch: the held-out photos are only counted.
+    history = model.fit(
+        batches(photos.images[photos.training], photos.labels[photos.training], batch_size, seed),
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+        shuffle=False,  # the generator does
+        verbose=1 if sys.stdout.isatty() else 2,  # a bar in a log file is thousands of characters
+        validation_data=(photos.images[photos.held_out], photos.labels[photos.held_out]),
+        validation_batch_size=BATCH_SIZE,
+    ).history
+    # Without the optimizer, which would make the file three times as large.
+    trained = _new_model(title, opened, len(photos.classes))
+    trained.set_weights(model.get_weights())
+    return trained, Training(
+        title,
+        LEARNING_RATE[title],
+        [float(value) for value in history["accuracy"]],
+        [float(value) for value in history["val_accuracy"]],
+        time.perf_counter() - begin,
+    )
+
+
+def _new_model(title: str, opened: classifiers.TrainedClassifier, classes: int) -> keras.Model:
+    architecture = opened.row.architecture if opened.row else opened.model.name
+    settings: dict[str, Any] = {
+        "input_shape": (SIDE, SIDE, 3),
+        "classes": classes,
+        "classifier_activation": None,
+    }
+    if title == "pretrained":
+        # A tag sets the pixels' normaliser too.
+        name, weights = (opened.row.tag,) * 2 if opened.row else (architecture, opened.file)
+        return models.load(name, weights=weights, new_head=True, **settings)
+    if VARIANTS[architecture].version == 1:
+        # With the published 1e-6 the blocks do next to nothing for the few hundred steps that this takes.
+        settings["layer_scale_init_value"] = 0.1
+    return models.load(architecture, weights=None, **settings)
+
+
+def batches(
+    images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Makes shuffled batches without end, images shifted by up to a tenth, half of them mirrored.
+
+    Yields:
+        uint8 (batch_size, H, W, C), int32 (batch_size,). The incomplete last batch of an epoch is left out:
+        JAX would compile the training step once more for it.
+    """
+    generator = np.random.default_rng(seed)
+    height, width = images.shape[1:3]
+    margin = height // 10
+    while True:
+        order = generator.permutation(len(images))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            chosen = order[start : start + batch_size]
+            padded = np.pad(images[chosen], ((0, 0), (margin, margin), (margin, margin), (0, 0)), "reflect")
+            corners = generator.integers(0, 2 * margin + 1, (batch_size, 2))
+            steps = generator.choice((-1, 1), batch_size)
+            crops = [
+                image[top : top + height, left : left + width][:, ::step]
+                for image, (top, left), step in zip(padded, corners, steps, strict=True)
+            ]
+            yield np.stack(crops), labels[chosen]
+
+
+def save(model: keras.Model, classes: list[str], folder: pathlib.Path) -> pathlib.Path:
+    """Writes model.keras, and the names of its classes where `keras-convnext predict` looks for them."""
+    path = folder / "model.keras"
+    with files.replacing_path(path) as temporary, silenced():  # Keras looks for TensorFlow here
+        model.save(temporary)
+    with files.replacing_file(path.with_suffix(".labels.txt")) as file:
+        file.write("".join(f"{name}\n" for name in classes).encode())
+    return path
+
+
+# Step 3: what the fine-tuned model looks at.
+
+
+def look(model: keras.Model, photos: PhotoSet) -> list[ClassifiedPhoto]:
+    """Classifies held-out photos, of each class the first by name, and finds where it sees the class."""
+    chosen = []
+    for label in range(min(len(photos.classes), MOST_LOOKS)):
+        of_class = photos.held_out[photos.labels[photos.held_out] == label].tolist()
+        chosen.append(min(of_class, key=photos.names.__getitem__))
+    pictures = photos.images[chosen]
+    right = [{int(photos.labels[place])} for place in chosen]
+    looks = _classified(
+        model, pictures, pictures, [photos.names[place] for place in chosen], photos.classes, right
+    )
+    credits = [photos.credits.get(each.name, {}) for each in looks]
+    return [
+        dataclasses.replace(
+            each, photographer=credit.get("photographer", ""), address=credit.get("address", "")
+        )
+        for each, credit in zip(looks, credits, strict=True)
+    ]
+
+
+# Step 4: files for phones.
+
+
+def export_and_measure(
+    model: keras.Model, model_file: pathlib.Path, photos: PhotoSet, opened: classifiers.TrainedClassifier
+) -> list[Runner]:
+    """Writes LiteRT files beside the model's and measures them on the held-out photos.
+
+    Raises:
+        ImportError: a package is missing; the message says what to install.
+        ExportError: a file differs too much from the model.
+    """
+    spread = np.linspace(0, len(photos.training) - 1, min(CALIBRATION_PHOTOS, len(photos.training)))
+    calibration = photos.images[photos.training[np.argsort(photos.labels[photos.training], kind="stable")]]
+    held_out, labels = photos.images[photos.held_out], photos.labels[photos.held_out]
+    one = held_out[:1]
+    expected = np.asarray(model.predict(held_out, batch_size=BATCH_SIZE, verbose=0)).argmax(axis=-1)
+    outputs = {"Keras": expected}
+    paths = {"Keras": model_file}
+    calls: dict[str, Callable[[], Any]] = {"Keras": lambda: model.predict_on_batch(one)}
+    for precision in ("float32", "int8"):
+        path = model_file.with_name(f"{model_file.stem}_{precision}.tflite")
+        export(
+            model,
+            path,
+            "litert",
+            precision=precision,
+            calibration=calibration[spread.round().astype(int)],
+            labels=photos.classes,
+            licence=opened.row.licence if opened.row else None,
+            preparation={"image_size": SIDE, "crop": 1.0},
+            replace=True,
+        )
+        exported = runtimes.open_exported(path)
+        title = f"LiteRT {precision}"
+        outputs[title] = exported(held_out).argmax(axis=-1)
+        paths[title] = path
+        pixels = one.astype(exported.input_dtype)
+        calls[title] = lambda exported=exported, pixels=pixels: exported.call(pixels)  # type: ignore[misc]
+    milliseconds = time_in_turns(list(calls.values()), TIMED_CALLS)
+    return [
+        Runner(
+            title,
+            paths[title].stat().st_size,
+            float((outputs[title] == labels).mean()),
+            float((outputs[title] == expected).mean()),
+            taken,
+        )
+        for title, taken in zip(paths, milliseconds, strict=True)
+    ]
+
+
+def time_in_turns(functions: list[Callable[[], Any]], calls: int) -> list[float]:
+    """Median milliseconds of a call of each, in turns, so that a machine that slows down slows all.
+
+    In its turn each is called twice and the second call timed: threads of another may still spin in the
+    first.
+    """
+    taken: list[list[float]] = [[] for _ in functions]
+    for _ in range(calls):
+        for function, times in zip(functions, taken, strict=True):
+            function()
+            begin = time.perf_counter()
+            function()
+            times.append(1000 * (time.perf_counter() - begin))
+    return [statistics.median(times) for times in taken]
+
+
+# What is said.
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, for the foot of the page."""
+    backend = keras.backend.backend()
+    found = machine.machine() | {"keras": keras.__version__, "backend": backend}
+    for package in (backend, "numpy", "pillow", "ai-edge-litert"):
+        for name in (package, f"{package}-cpu"):  # TensorFlow has another name without GPUs
+            try:
+                found.setdefault(package, metadata.version(name))
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say_photo(photo: ClassifiedPhoto) -> None:
+    _say(f"{photo.name}: {'right' if photo.is_right else 'not right'}")
+    for name, probability in photo.best:
+        _say(f"  {probability:6.1%} {'█' * round(20 * probability):20} {name}")
