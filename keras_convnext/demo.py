@@ -307,7 +307,7 @@ def open_weights(weights: str, image_size: int | None = None) -> classifiers.Tra
 
 def classify_photos(opened: classifiers.TrainedClassifier) -> list[ClassifiedPhoto]:
     """Classifies the photographs of the package."""
-    names = known_class_names(opened.model.output_shape[-1])
+    names = known_class_names(opened)
     folder = importlib.resources.files("keras_convnext.data") / "photos"
     pictures, shown = [], []
     for file in RIGHT_NAMES:
@@ -330,13 +330,11 @@ def _enlarged(image: np.ndarray, preparation: dict[str, Any]) -> np.ndarray:
     return preprocess.preprocess_image(image, **preparation | changes)
 
 
-def known_class_names(classes: int) -> list[str]:
-    """Names the classes of ImageNet's classifiers and of the package's own weights, "class 7" of others."""
-    known: Any = "tiny_imagenet200" if classes == 200 else classes
-    try:
-        return class_names.class_names(known)
-    except ValueError:
-        return [f"class {number}" for number in range(classes)]
+def known_class_names(opened: classifiers.TrainedClassifier) -> list[str]:
+    """Names the classes of published weights and of the package's own, "class 7" of others."""
+    if opened.class_list is not None:
+        return class_names.class_names(opened.class_list)
+    return [f"class {number}" for number in range(opened.model.output_shape[-1])]
 
 
 def _classified(

@@ -176,8 +176,8 @@ def test_right_classes_are_classes_of_imagenet():
     for names in demo.RIGHT_NAMES.values():
         assert all(name in first_words for name in names)
     assert "espresson" not in first_words
-    assert demo.known_class_names(1000)[281] == "tabby, tabby cat"
-    assert demo.known_class_names(7) == [f"class {number}" for number in range(7)]
+    tiny = {name.split(",")[0] for name in class_names.class_names("tiny_imagenet200")}
+    assert all(tiny & set(names) for names in demo.RIGHT_NAMES.values())
 
 
 # The command.
