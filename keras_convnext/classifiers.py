@@ -35,7 +35,7 @@ class TrainedClassifier:
 
 
 def open_classifier(
-    name: str | None = None,
+    name: str | os.PathLike | None = None,
     weights: str | os.PathLike | None = None,
     *,
     image_size: int | None = None,
@@ -68,6 +68,7 @@ def open_classifier(
     Example:
         open_classifier("convnext_tiny.fb_in22k_ft_in1k_384").preparation["crop"]   # 1.0
     """
+    name = None if name is None else os.fspath(name)
     if weights is None and name is not None and names_file(name):
         name, weights = None, name
     if weights is None and name is None:

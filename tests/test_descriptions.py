@@ -211,6 +211,7 @@ def test_open_classifier_prepares_images_as_the_file_says(files):
         assert opened.model.input_shape == (None, 48, 48, 3)
         np.testing.assert_allclose(models.normaliser_of(opened.model), (MEAN, STD), rtol=1e-6)
     assert classifiers.open_classifier(str(said)).preparation == PREPARATION
+    assert classifiers.open_classifier(said).preparation == PREPARATION
     larger = classifiers.open_classifier(weights=said, image_size=64)
     assert larger.preparation == PREPARATION | {"image_size": 64, "resize_size": None}
     assert larger.model.input_shape == (None, 64, 64, 3)
