@@ -9,9 +9,10 @@ import keras
 import numpy as np
 import PIL.Image
 
-from keras_convnext import checkpoints, downloads, keras_files, models, state_dicts
+from keras_convnext import checkpoints, descriptions, downloads, keras_files, models, state_dicts
 from keras_convnext.checkpoints import WEIGHT_SUFFIXES, Checkpoint
 from keras_convnext.data import class_names
+from keras_convnext.descriptions import ImageDescription
 from keras_convnext.variants import VARIANTS
 
 DEFAULT_SIZE = 224  # pixels, for a model that takes images of any size
@@ -41,7 +42,7 @@ class TrainedClassifier:
 
 
 def open_classifier(
-    name: str | None = None,
+    name: str | os.PathLike | None = None,
     weights: str | os.PathLike | None = None,
     *,
     image_size: int | None = None,
@@ -50,16 +51,17 @@ def open_classifier(
 ) -> TrainedClassifier:
     """Builds the model that a tag, an architecture or a file means.
 
-    A tag decides how images are prepared; so does the tag of an architecture's ImageNet weights. A weight
-    file says which architecture it holds; a `.keras` file brings a whole model, and for its images the
-    defaults of `preprocess.preprocess_image` hold when no name is given.
+    A tag decides how images are prepared; without one a file that says it (`save_weights`, the files of
+    training), else the tag of the architecture's ImageNet weights. A weight file says which architecture it
+    holds; a `.keras` file brings a whole model, and for its images the defaults of
+    `preprocess.preprocess_image` hold when it does not say more and no name is given.
 
     Args:
         name: tag or architecture, or the path of a weight file.
         weights: a weight file or a `.keras` file; then a tag in `name` says only how images are prepared
             and normalised. Also "imagenet" or a short tag, where `name` is an architecture. Default: the
             weights of the tag, or the architecture's ImageNet weights.
-        image_size: side of the images in pixels. Default: that of the tag or the `.keras` file.
+        image_size: side of the images in pixels. Default: that of the tag or the file.
         classes: classes of an `.h5` file of this package, which does not say how many it has.
         classifier_activation: "softmax", or None for logits; a `.keras` file keeps its own.
 
@@ -73,6 +75,7 @@ def open_classifier(
     Example:
         open_classifier("convnext_tiny.fb_in22k_ft_in1k_384").preparation["crop"]   # 1.0
     """
+    name = None if name is None else os.fspath(name)
     if weights is None and name is not None and names_file(name):
         name, weights = None, name
     if weights is None and name is None:
@@ -87,9 +90,10 @@ def open_classifier(
     if weights is not None and os.fspath(weights).endswith(".keras"):
         return _open_keras_model(models.existing_file(weights), name, image_size)
 
-    path = None
+    path = images = None
     if weights is not None:
         path = models.existing_file(weights)
+        images = described(path, name)
         if keras_files.is_bare(path):
             if name is None:
                 raise ValueError(f"{path} does not say which architecture it holds. Pass its name too.")
@@ -101,7 +105,7 @@ def open_classifier(
             if classes == 0:
                 raise ValueError(f"{path} has no classifier. Pass weights that have one.")
     row = row_for(str(name), needs_classes=path is None)
-    size = image_size or row.image_size
+    size = image_size or (images or row).image_size
     model = models.load(
         str(name),
         weights=path or "default",
@@ -110,7 +114,7 @@ def open_classifier(
         classifier_activation=classifier_activation,
     )
     if path is not None:
-        return TrainedClassifier(model, preparation(row, size), None, path)
+        return TrainedClassifier(model, preparation(images or row, size), None, path)
     return TrainedClassifier(model, preparation(row, size), row, downloads.find_local(**row.address))
 
 
@@ -132,20 +136,34 @@ def row_for(name: str, needs_classes: bool = False) -> Checkpoint:
     return row
 
 
-def preparation(row: Checkpoint, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
-    """Returns the arguments of `preprocess.preprocess_image` for published weights.
+def described(path: pathlib.Path, name: str | None) -> ImageDescription | None:
+    """Returns how a file says that its images are prepared; None beside a tag, which says it instead.
+
+    Raises:
+        ValueError: what the file says is damaged.
+    """
+    return descriptions.read_images(path) if not name or name in VARIANTS else None
+
+
+def preparation(
+    row: Checkpoint | ImageDescription, image_size: int | tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Returns the arguments of `preprocess.preprocess_image` for published weights or those of a file.
 
     Args:
-        row: the weights.
+        row: the weights, or what their file says.
         image_size: side in pixels, or (height, width). At the size that timm recommends for testing, its
             crop for that size is used. Default: the size of the published scores.
     """
     size = image_size or row.image_size
     is_published_size = size in (row.image_size, (row.image_size, row.image_size))
-    is_test_size = size in (row.test_image_size, (row.test_image_size, row.test_image_size))
+    crop: float | None = row.crop
+    if isinstance(row, Checkpoint) and not is_published_size:
+        is_test_size = size in (row.test_image_size, (row.test_image_size, row.test_image_size))
+        crop = row.test_crop if is_test_size else row.crop
     return {
         "image_size": size,
-        "crop": row.test_crop if is_test_size and not is_published_size else row.crop,
+        "crop": crop,
         "resize_mode": row.resize_mode,
         "resize_size": row.resize_size if is_published_size else None,
         "interpolation": row.interpolation,
@@ -194,9 +212,9 @@ def _open_keras_model(path: pathlib.Path, name: str | None, image_size: int | No
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # damaged archives and unknown layers raise of many classes
         raise ValueError(f"{path} could not be opened as a Keras model: {error}") from error
-    if name is None:
+    row = described(path, name) or (None if name is None else row_for(name))
+    if row is None:
         size = check_model(model, image_size, str(path))
         return TrainedClassifier(model, {"image_size": size}, None, path)
-    row = row_for(name)
     size = check_model(model, image_size, str(path), row.image_size)
     return TrainedClassifier(model, preparation(row, size), None, path)

@@ -28,6 +28,7 @@ import numpy as np
 from keras_convnext import __version__, checkpoints, downloads, quiet, state_dicts, torch_files
 from keras_convnext.checkpoints import WEIGHT_SUFFIXES, Checkpoint
 from keras_convnext.data import class_names, preprocess
+from keras_convnext.descriptions import ImageDescription
 from keras_convnext.variants import VARIANTS, Variant
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
@@ -51,9 +52,10 @@ _EPILOG = {
   keras-convnext predict cat.jpg --weights convnext_tiny_in1k.safetensors
   keras-convnext predict leaf.jpg --weights my_leaves.keras --labels leaves.txt
 
-Without --model, a file given by --weights says itself which architecture it is, and the images are resized as
-for that architecture's ImageNet weights. A .keras file brings its own image size; it must take pixels in
-0..255. Without --labels the names of the classes are looked for beside the file: my_leaves.labels.txt.""",
+Without --model, a file given by --weights says itself which architecture it is, and how images are resized
+where it was written by training; else they are as for that architecture's ImageNet weights. A .keras file
+brings its own image size; it must take pixels in 0..255. Without --labels the names of the
+classes are looked for beside the file: my_leaves.labels.txt.""",
     "convert": """examples:
   keras-convnext convert convnext_tiny_1k_224_ema.pth tiny.safetensors --layout timm
   keras-convnext convert convnext_tiny.fb_in1k tiny.pth
@@ -1124,7 +1126,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple
 
 def _file_facts(path: pathlib.Path) -> dict:
     _import_quietly("keras_convnext.models")
-    from keras_convnext import keras_files
+    from keras_convnext import descriptions, keras_files
     from keras_convnext.convert import read_state_dict
 
     state = read_state_dict(path)
@@ -1135,6 +1137,7 @@ def _file_facts(path: pathlib.Path) -> dict:
         layout = "keras_applications" if keras_files.is_keras_applications(path) else "keras_convnext"
     elif path.suffix == ".safetensors":
         metadata = torch_files.read_safetensors_metadata(path)
+    images = descriptions.read_images(path)
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -1148,7 +1151,8 @@ def _file_facts(path: pathlib.Path) -> dict:
         "channels": contents.channels,
         "final_norm": contents.final_norm,
         "pyramid_norms": contents.pyramid_norms,
-        "metadata": metadata,
+        "images": None if images is None else dataclasses.asdict(images),
+        "metadata": {key: value for key, value in metadata.items() if key != descriptions.KEY},
     }
 
 
@@ -1168,6 +1172,8 @@ def _file_lines(facts: dict) -> list[tuple[str, object]]:
     ]
     if facts["pyramid_norms"]:
         lines.append(("pyramid norms", "yes"))
+    if facts["images"] is not None:
+        lines.append(("resize", _resize_text(ImageDescription(**facts["images"]))))
     return lines + [(f"metadata {key!r}", value) for key, value in facts["metadata"].items()]
 
 
@@ -1185,7 +1191,7 @@ def _reference(variant: Variant) -> str:
     return f"ConvNeXt {_paper(variant)} ({reference})"
 
 
-def _resize_text(row: Checkpoint) -> str:
+def _resize_text(row: Checkpoint | ImageDescription) -> str:
     size = row.resize_size or math.floor(row.image_size / row.crop)
     how = "both sides" if row.resize_mode == "squash" else "shorter side"
     return f"{how} to {size}, {row.interpolation}, then the central {row.image_size} x {row.image_size}"

@@ -1,18 +1,25 @@
 """Weights from one project's file to another's, without building a model where none is needed."""
 
+import logging
 import pathlib
 
 import keras
+import numpy as np
 
-from keras_convnext import checkpoints, models, state_dicts, torch_files
+from keras_convnext import checkpoints, descriptions, models, state_dicts, torch_files
 from keras_convnext.checkpoints import TORCH_SUFFIXES
+from keras_convnext.descriptions import DESCRIBED_SUFFIXES, ImageDescription
 from keras_convnext.files import replacing_path
 from keras_convnext.variants import VARIANTS, Variant
 
 KERAS_SUFFIXES = (".weights.h5", ".keras")
 
+_logger = logging.getLogger("keras_convnext")
 
-def save_weights(model: keras.Model, path, layout: str = "official") -> pathlib.Path:
+
+def save_weights(
+    model: keras.Model, path, layout: str = "official", images: ImageDescription | None = None
+) -> pathlib.Path:
     """Writes the weights of a model so that a PyTorch project loads them with `strict=True`.
 
     Args:
@@ -20,18 +27,24 @@ def save_weights(model: keras.Model, path, layout: str = "official") -> pathlib.
         path: ".safetensors", or ".pth", ".pt", ".bin" for a PyTorch file. Official files nest their weights
             under the key "model", and so does this for the layout "official" as a PyTorch file.
         layout: "official", "timm", "torchvision" or "huggingface".
+        images: how the images of these weights are prepared, stored in a ".safetensors" file, where `load`,
+            `keras-convnext predict` and `keras-convnext evaluate` find it; None to leave that unsaid.
 
     Returns:
         The path. It appears whole or not at all.
 
     Raises:
-        ValueError: for a layout that cannot express the architecture, or another ending.
+        ValueError: for a layout that cannot express the architecture, or another ending; for `images` that a
+            PyTorch file has no place for, or whose mean and std are not those of the model's normaliser.
 
     Example:
-        >>> save_weights(model, "tiny.safetensors", layout="timm")
+        >>> save_weights(model, "tiny.safetensors", layout="timm", images=ImageDescription(image_size=64))
     """
+    path = pathlib.Path(path)
+    if images is not None:
+        _check_images(images, model, path)
     canonical = models.state_dict(model)
-    return _write_torch(canonical, state_dicts.find_variant(canonical), path, layout)
+    return _write_torch(canonical, state_dicts.find_variant(canonical), path, layout, images)
 
 
 def convert(source, target, layout: str = "official", architecture: str | None = None) -> pathlib.Path:
@@ -47,8 +60,9 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             that `keras.saving.load_model` opens; ".weights.h5": its weights.
         layout: "official", "timm", "torchvision" or "huggingface"; has no meaning for Keras targets.
         architecture: name of an architecture, or a tag of one, checked against the file; None to take the
-            architecture from the file. A tag also gives a ".keras" target its image size and normaliser;
-            without one they are those of the architecture's ImageNet weights.
+            architecture from the file. A tag also says how images are prepared; without one the source says
+            it, if it does. That is written into ".safetensors", ".weights.h5" and ".keras" targets, and a
+            ".keras" target is built so; else as for the architecture's ImageNet weights.
 
     Returns:
         The target's path. It appears whole or not at all.
@@ -76,12 +90,20 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     expected = architecture if described_by is None else described_by.architecture
     if expected not in (None, variant.name):
         raise ValueError(f"{source} holds a {variant.name!r}. Received: architecture={architecture!r}")
+    if described_by is not None:
+        images: ImageDescription | None = descriptions.describe(described_by)
+    else:
+        images = descriptions.read_images(source)
     canonical = models.read_canonical(state, variant, source)
     if target.name.endswith(TORCH_SUFFIXES):
-        return _write_torch(canonical, variant, target, layout)
-    projects = state_dicts.inspect(state).layout == "open_clip"
-    activation = None if projects else "softmax"
-    return _write_keras(models.model_of(variant, canonical, described_by, activation), target)
+        if images is not None and target.suffix not in DESCRIBED_SUFFIXES:
+            _logger.warning("%s has no place for how its images are prepared; .safetensors has.", target)
+            images = None
+        return _write_torch(canonical, variant, target, layout, images)
+    row = described_by or checkpoints.default_checkpoint(variant.name)
+    projects = state_dicts.inspect(state).layout == "open_clip" or row.is_projection
+    model = models.model_of(variant, canonical, images, None if projects else "softmax")
+    return _write_keras(model, target, images)
 
 
 def read_state_dict(path) -> state_dicts.StateDict:
@@ -93,11 +115,35 @@ def read_state_dict(path) -> state_dicts.StateDict:
     return models.read_file(models.existing_file(path))
 
 
-def _write_torch(canonical, variant: Variant, path, layout) -> pathlib.Path:
-    path = pathlib.Path(path)
+def _check_images(images, model, path) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            "Expected a .safetensors file, which has a place for how images are prepared, beside images. "
+            f"Received: {path}. Save it as .safetensors, or leave images out."
+        )
+    if not isinstance(images, ImageDescription):
+        raise ValueError(
+            f"Expected images to be an ImageDescription, received {images!r}. Pass "
+            "keras_convnext.descriptions.ImageDescription(image_size)."
+        )
+    own = models.normaliser_of(model)
+    if own is None:
+        return
+    stated = [models.for_channels(values, len(own[0])) for values in (images.mean, images.std)]
+    if not np.allclose(stated, own, rtol=0, atol=1e-6):
+        mean, std = ([round(value, 6) for value in values] for values in own)
+        raise ValueError(
+            f"Expected the mean and std that the model normalises with, {mean} and {std}, received "
+            f"images with {list(images.mean)} and {list(images.std)}. Pass ImageDescription(..., mean=..., "
+            "std=...)."
+        )
+
+
+def _write_torch(canonical, variant: Variant, path, layout, images=None) -> pathlib.Path:
     arrays = state_dicts.write(canonical, variant, layout)
     if path.suffix == ".safetensors":
-        torch_files.write_safetensors(path, arrays, {"format": "pt"})
+        described = {} if images is None else {descriptions.KEY: descriptions.to_json(images)}
+        torch_files.write_safetensors(path, arrays, {"format": "pt", **described})
     elif path.suffix in TORCH_SUFFIXES:
         torch_files.write_torch(path, arrays, key="model" if layout == "official" else None)
     else:
@@ -105,10 +151,12 @@ def _write_torch(canonical, variant: Variant, path, layout) -> pathlib.Path:
     return path
 
 
-def _write_keras(model, path) -> pathlib.Path:
+def _write_keras(model, path, images) -> pathlib.Path:
     with replacing_path(path) as temporary:
         if path.suffix == ".keras":
             model.save(temporary)
         else:
             model.save_weights(temporary)
+        if images is not None:
+            descriptions.add_images(temporary, images)
     return path

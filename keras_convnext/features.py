@@ -551,6 +551,7 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Train
     if not weights and classifiers.names_file(name):
         name, weights = "", name
     path = models.existing_file(weights) if weights else None
+    images = None if path is None else classifiers.described(path, name)
     if path is not None and path.suffix == ".keras":
         return _open_keras_backbone(path, name, image_size)
     if path is not None and not name:
@@ -562,7 +563,7 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Train
         with models.naming(path):
             name = state_dicts.find_variant(state).name
     row = classifiers.row_for(name)
-    size = image_size or row.image_size
+    size = image_size or (images or row).image_size
     model = models.load(
         name,
         weights=path or "default",
@@ -570,7 +571,7 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Train
         pooling="avg",
         input_shape=(size, size, 3),
     )
-    preparation = classifiers.preparation(row, size)
+    preparation = classifiers.preparation(images or row, size)
     if path is not None:
         return TrainedClassifier(model, preparation, None, path)
     return TrainedClassifier(model, preparation, row, downloads.find_local(**row.address))
@@ -581,7 +582,7 @@ def _open_keras_backbone(path: pathlib.Path, name: str, image_size: int) -> Trai
         model = without_classifier(keras.saving.load_model(path, compile=False))
     except Exception as error:  # damaged archives and unknown layers raise of many classes
         raise ValueError(f"{path} could not be opened as a Keras model: {error}") from error
-    row = classifiers.row_for(name) if name else None
+    row = classifiers.described(path, name) or (classifiers.row_for(name) if name else None)
     default_size = classifiers.DEFAULT_SIZE if row is None else row.image_size
     with models.naming(path):
         _check_outputs_shape(model)

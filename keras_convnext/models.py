@@ -16,7 +16,15 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_convnext import checkpoints, convnext, downloads, keras_files, state_dicts, torch_files
+from keras_convnext import (
+    checkpoints,
+    convnext,
+    descriptions,
+    downloads,
+    keras_files,
+    state_dicts,
+    torch_files,
+)
 from keras_convnext.checkpoints import WEIGHT_SUFFIXES
 from keras_convnext.variants import VARIANTS, Variant
 
@@ -87,7 +95,8 @@ def load(
         architecture_or_tag: "convnext_tiny" or "convnext_tiny.in12k_ft_in1k_384"; see `list_weights`. A tag
             also sets the image size, the number of classes and the pixel normaliser.
         weights: "default" for the file of the tag (for an architecture: "imagenet"); None for random
-            weights; another tag; or a path, then the first argument says what the file is.
+            weights; another tag; or a path, then the first argument says what the file is. A file that says
+            how its images are prepared (`save_weights`) sets image size and normaliser, but not beside a tag.
         include_top: None for True, unless the weights have no classifier.
         classes: None for as many as the weights have, else 1000.
         classifier_activation: "default" for "softmax", and for None where the last layer is the image
@@ -178,15 +187,16 @@ def _build(
 ):
     """The body of every constructor; arguments as there.
 
-    `described_by` is the checkpoint whose image size and normaliser hold when `weights` is a path or None;
-    `state` what is in the file at that path, when it was read already.
+    `described_by` is the checkpoint whose image size and normaliser hold when `weights` is a path or None, in
+    place of what the file says; `state` what is in the file at that path, when it was read already.
     """
     variant = _with_layer_scale(variant, layer_scale_init_value)
     _check_arguments(variant, include_top, pooling, classes, drop_path_rate, output_stride, pyramid_norms)
-    checkpoint = path = None
+    checkpoint = path = images = None
     if weights is not None:
         if _is_path(weights):
             path = existing_file(weights)
+            images = None if described_by else descriptions.read_images(path)
         else:
             checkpoint = _find_checkpoint(variant, weights, include_top)
             if checkpoint.packaged and classes == IMAGENET_CLASSES:
@@ -194,7 +204,7 @@ def _build(
         new_head = _starts_new_head(checkpoint, weights, include_top, classes, new_head)
     if checkpoint is not None:
         path = find_file(checkpoint)
-    row = checkpoint or described_by or checkpoints.default_checkpoint(variant.name)
+    row = checkpoint or described_by or images or checkpoints.default_checkpoint(variant.name)
     shape = _checked_input_shape(input_shape, input_tensor, include_top, row)
 
     def assemble():
@@ -257,7 +267,7 @@ def _assemble(
         sources, x = keras.utils.get_source_inputs(input_tensor), input_tensor
         inputs = sources[0] if len(sources) == 1 else sources
     if normaliser is not None:
-        mean, std = (_for_channels(values, input_shape[-1]) for values in normaliser)
+        mean, std = (for_channels(values, input_shape[-1]) for values in normaliser)
         x = keras.layers.Normalization(
             mean=[255 * value for value in mean],
             variance=[(255 * value) ** 2 for value in std],
@@ -309,7 +319,8 @@ Args:
         (uint8 or float), and the mean and spread are those the weights were trained with.
     weights: None for random weights; "imagenet" for {imagenet}; a tag (`list_weights("{name}")`), long
         or short; or the path of a file: .safetensors, .pth, .pt, .bin, .h5, .weights.h5 or .keras, of this
-        or any project whose layout `convert` knows.
+        or any project whose layout `convert` knows. The normaliser is then the one that the file names, else
+        that of "imagenet".
     input_tensor: Keras tensor to use as the image, default a new `keras.Input`. To join two models on one
         image, call them on it instead: layer names are the official ones in each.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
@@ -481,6 +492,15 @@ def state_dict(model: keras.Model) -> state_dicts.StateDict:
     return state
 
 
+def normaliser_of(model) -> tuple[list[float], list[float]] | None:
+    """The mean and spread for each channel, for pixels in 0..1, of a model of this package; None without."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization) and layer.name == "normalization":
+            mean = np.ravel(layer.input_mean) / 255
+            return mean.tolist(), (np.sqrt(np.ravel(layer.input_variance)) / 255).tolist()
+    return None
+
+
 def _canonical_name(path: str) -> str | None:
     """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
     layer, *inner, leaf = path.split("/")
@@ -528,13 +548,14 @@ def read_canonical(state, variant, path):
     return _read(state, shapes, path, may_lack, may_hold=("pre_logits",) if headless else ())
 
 
-def model_of(variant, canonical, described_by=None, classifier_activation="softmax"):
+def model_of(variant, canonical, images=None, classifier_activation="softmax"):
     """A model with the weights of a canonical state dict, as large as they say.
 
-    `described_by` is the checkpoint whose image size and normaliser it gets; by default the architecture's.
+    `images` is the checkpoint or description whose image size and normaliser it gets; by default those of the
+    architecture's checkpoint.
     """
     contents = state_dicts.inspect(canonical)
-    row = described_by or checkpoints.default_checkpoint(variant.name)
+    row = images or checkpoints.default_checkpoint(variant.name)
     side = row.image_size if contents.classes else None
 
     def assemble():
@@ -546,7 +567,7 @@ def model_of(variant, canonical, described_by=None, classifier_activation="softm
             input_shape=(side, side, contents.channels),
             pooling=None,
             classes=contents.classes,
-            classifier_activation=None if row.is_projection else classifier_activation,
+            classifier_activation=classifier_activation,
             name=variant.name,
             drop_path_rate=0.0,
             output_stride=32,
@@ -750,7 +771,7 @@ def _is_count(value):
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
 
 
-def _for_channels(values, channels):
+def for_channels(values, channels):
     """Mean or spread for any number of channels: the average for one, else R, G, B in turn."""
     if channels == 1:
         return [sum(values) / 3]

@@ -10,12 +10,18 @@ import sys
 import keras
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 from PIL import Image
 
+import keras_convnext
+from keras_convnext.descriptions import ImageDescription
+
 ROOT = pathlib.Path(__file__).parents[1]
-FINE_TUNE = ROOT / "notebooks" / "fine_tune.ipynb"
+CLASSIFY = ROOT / "notebooks" / "classify.ipynb"
 EXPORT = ROOT / "notebooks" / "export.ipynb"
+FEATURES = ROOT / "notebooks" / "features.ipynb"
+FINE_TUNE = ROOT / "notebooks" / "fine_tune.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOWERS = ROOT.parent / "shared" / "data" / "flowers5_thumbs" / "flowers"
 SMALL = {"WEIGHTS": "", "EPOCHS": "1", "IMAGE_SIZE": "32"}  # random weights: there is no network
@@ -64,17 +70,68 @@ def check_fine_tune(executed, folder, photos, classes, size=32):
     return float(accuracy[1])
 
 
-@RUNS
-def test_fine_tune_learns_crops_of_free_photos(tmp_path, monkeypatch):
+def make_photos(path):
+    """A folder for each of three classes, with 20 crops of one free photo in each."""
     names = ["chelsea", "coffee", "rocket"]
     for name in names:
-        folder = tmp_path / "photos" / name
+        folder = path / name
         folder.mkdir(parents=True)
         with Image.open(next((ROOT / "tests" / "images").glob(f"{name}.*"))) as photo:
             width, height = photo.size
             for number in range(20):
                 left, top = number % 5 * (width - 200) // 4, number // 5 * (height - 200) // 3
                 photo.convert("RGB").crop((left, top, left + 200, top + 200)).save(folder / f"{number}.jpg")
+    return names
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A file of random weights, that knows seven classes by name and finds the fourth in every photo."""
+    keras.utils.set_random_seed(0)
+    model = keras_convnext.load("convnextv2_atto", None, classes=7, input_shape=(64, 64, 3))
+    head = model.get_layer("head")
+    head.set_weights([head.get_weights()[0], np.array([0, 0, 0, 2, 0, 0, 1], "float32")])
+    path = tmp_path_factory.mktemp("weights") / "stand_in.safetensors"
+    path.with_suffix(".labels.txt").write_text("zero\none\ntwo\nthree, drei\nfour\nfive\nsix\n")
+    return keras_convnext.save_weights(model, path, images=ImageDescription(64, crop=0.9))
+
+
+@RUNS
+def test_classify_goes_from_photos_to_names(stand_in, tmp_path, monkeypatch):
+    executed = execute(CLASSIFY, tmp_path, monkeypatch, WEIGHTS=str(stand_in))
+    text, num_pictures = outputs_of(executed)
+    assert "convnextv2_atto: 3,389,647 weights, 7 classes\n{'image_size': 64, 'crop': 0.9," in text
+    assert "one batch: uint8 (3, 64, 64, 3), " in text
+    for name in ("cat", "coffee", "rocket"):
+        assert re.search(rf"^{name}\.jpg: three [0-9.]+%, \w+ [0-9.]+%, ", text, re.M)
+    assert re.search(r"^mine\.safetensors: 13\.6 MB, the same answers$", text, re.M)
+    for size in (64, 80, 96, 128):
+        assert re.search(rf"^ +{size} pixels: three \d+%, three \d+%, three \d+%$", text, re.M)
+    assert len(re.findall(r"^cat\.jpg: three [0-9.]+%", text, re.M)) == 2  # once by plain Keras
+    assert num_pictures == 3  # photos, what the model sees, bars
+    assert (tmp_path / "mine.safetensors").stat().st_size > 1e7
+
+
+@RUNS
+def test_features_go_from_maps_to_neighbours(stand_in, tmp_path, monkeypatch):
+    names = make_photos(tmp_path / "photos")
+    changes = {"WEIGHTS": str(stand_in), "FOLDER": str(tmp_path / "photos"), "IMAGE_SIZE": "96"}
+    executed = execute(FEATURES, tmp_path, monkeypatch, **changes)
+    text, num_pictures = outputs_of(executed)
+    for level, side, channels in (("P2", 24, 40), ("P3", 12, 80), ("P4", 6, 160), ("P5", 3, 320)):
+        assert f"{level} (3, {side}, {side}, {channels})\n" in text
+    assert f"48 photos to compare with, 12 to classify, {len(names)} classes\n" in text
+    scores = dict(re.findall(r"^ *(\d+) neighbours: ([0-9.]+) %$", text, re.M))
+    assert list(scores) == ["1", "5", "20"]
+    by_hand = re.search(r"^nearest neighbour of the right class: ([0-9.]+)% of 12 photos$", text, re.M)
+    assert float(scores["1"]) == float(by_hand[1]) > 60  # colours tell these apart; a third by chance
+    assert "  by chance: 33.3 %\n" in text
+    assert num_pictures == 3  # maps, Grad-CAM, neighbours
+
+
+@RUNS
+def test_fine_tune_learns_crops_of_free_photos(tmp_path, monkeypatch):
+    names = make_photos(tmp_path / "photos")
     executed = execute(FINE_TUNE, tmp_path, monkeypatch, FLOWERS=str(tmp_path / "photos"), EPOCHS="8")
     assert check_fine_tune(executed, tmp_path, 60, names) > 60  # of 12; one in three by chance
 
@@ -165,7 +222,7 @@ def test_a_failing_cell_fails_the_test(tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_every_notebook_is_run_by_a_test():
-    assert [EXPORT, FINE_TUNE] == NOTEBOOKS
+    assert [CLASSIFY, EXPORT, FEATURES, FINE_TUNE] == NOTEBOOKS
 
 
 @pytest.mark.once

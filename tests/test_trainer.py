@@ -15,7 +15,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_convnext import cli
+import keras_convnext
+from keras_convnext import checkpoints, classifiers, cli, descriptions, models
 from keras_convnext.data import batches, sources
 from keras_convnext.training import run_folder, trainer
 from keras_convnext.training.recipe import load_recipe
@@ -100,9 +101,40 @@ def test_a_run_leaves_log_curves_recipe_environment_and_weights(uninterrupted):
     assert environment["backend"] == keras.backend.backend()
 
 
-def test_final_and_average_weights_differ_and_load(uninterrupted):
-    import keras_convnext
+@pytest.mark.once
+def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
+    recipe = small()
+    row = checkpoints.default_checkpoint("test_convnext")
+    expected = descriptions.ImageDescription(recipe.eval_image_size, crop=1.0, mean=row.mean, std=row.std)
+    names = ("final.safetensors", "final.weights.h5", "final_ema.weights.h5", "best.weights.h5")
+    assert [descriptions.read_images(uninterrupted / name) for name in names] == [expected] * 4
+    opened = classifiers.open_classifier(weights=uninterrupted / "final.safetensors")
+    assert opened.preparation["image_size"] == 32 and opened.model.input_shape == (None, 32, 32, 3)
+    bare = classifiers.open_classifier("test_convnext", uninterrupted / "best.weights.h5", classes=10)
+    assert bare.preparation == opened.preparation
 
+
+@pytest.mark.once
+def test_training_goes_on_with_the_normaliser_of_its_weights(tmp_path):
+    """Read, used for the model, and written again; without the key it is that of the architecture."""
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
+    given = descriptions.ImageDescription(64, crop=0.9, mean=mean, std=std)
+    body = keras_convnext.load("test_convnext", None, classes=10, include_preprocessing=False)
+    row = checkpoints.default_checkpoint("test_convnext")
+    for images, expected in ((given, (mean, std)), (None, (row.mean, row.std))):
+        keras_convnext.save_weights(body, tmp_path / "x.safetensors", "timm", images=images)
+        recipe = small(weights=str(tmp_path / "x.safetensors"), eval_resize_size=40)
+        found, classes = trainer._describe(recipe)
+        assert (found, classes) == (images, 10)
+        written = trainer._evaluated_images(recipe, found)
+        assert (written.mean, written.std) == expected
+        assert (written.image_size, written.crop, written.resize_size) == (32, 1.0, 40)
+        model, has_new_head = trainer.build_model(recipe, 10, classes)
+        assert not has_new_head
+        np.testing.assert_allclose(models.normaliser_of(model), expected, rtol=1e-6)
+
+
+def test_final_and_average_weights_differ_and_load(uninterrupted):
     def logits(name):
         model = keras_convnext.load(
             "test_convnext",

@@ -33,6 +33,7 @@ import PIL.Image
 from keras_convnext import (
     checkpoints,
     classifiers,
+    descriptions,
     distribution,
     evaluate,
     keras_files,
@@ -42,6 +43,7 @@ from keras_convnext import (
 from keras_convnext.convert import save_weights
 from keras_convnext.data import sources
 from keras_convnext.data.sources import Source
+from keras_convnext.descriptions import ImageDescription
 from keras_convnext.results import fingerprint
 from keras_convnext.training import adapt, logs, losses, optimizer, run_folder
 from keras_convnext.training.recipe import Recipe, identity, load_recipe, replaced, to_toml, warnings_for
@@ -118,7 +120,8 @@ def train(
     Into the folder go recipe.toml (all values, after `overrides`), environment.json, log.csv (one row an
     epoch), curves.png, tensorboard/, checkpoints/, and weights: best.weights.h5 (of the epoch with the best
     top-1), final.weights.h5, and final_ema.weights.h5 where the recipe has an average; final.safetensors
-    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open.
+    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open. Each weight
+    file says at which size and crop its images are evaluated.
 
     SIGTERM and Ctrl-C end the run after the step that is being made, with a checkpoint. Where an image
     cannot be decoded another takes its place; more than 1 % of such images are an error.
@@ -159,6 +162,7 @@ def train(
         training, validation = open_data(chosen)
         plan = Plan.of(chosen, training)
         row, available = _describe(chosen)
+        images = _evaluated_images(chosen, row)
         student, new_head = build_model(chosen, len(training.classes), available)
         model = _compiled(chosen, student, plan)
         engine.prepare(model)
@@ -180,7 +184,18 @@ def train(
                 _logger.warning("The run in %s has ended; nothing is left to do.", path)
             return _result(path, chosen, plan, engine, ended, begin)
         run = _Run(
-            chosen, plan, engine, folder, model, student, batches, training, validation, workers, progress
+            chosen,
+            plan,
+            engine,
+            folder,
+            model,
+            student,
+            batches,
+            training,
+            validation,
+            images,
+            workers,
+            progress,
         )
         if folder:
             run.progress.say(engine.describe(plan.micro_batch_size))
@@ -410,14 +425,15 @@ def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[A
     return model, has_new_head
 
 
-def _describe(recipe: Recipe) -> tuple[checkpoints.Checkpoint | None, int]:
-    """Returns the table's row of the recipe's weights, and how many classes they have."""
+def _describe(recipe: Recipe) -> tuple[checkpoints.Checkpoint | ImageDescription | None, int]:
+    """Returns what is known of the images of the recipe's weights, and how many classes they have."""
     if not recipe.weights:
         return None, 0
     row = _row(recipe)
     if row is not None:
         return row, row.classes
-    return None, state_dicts.inspect(models.read_file(_with_contents(recipe.weights))).classes
+    path = _with_contents(recipe.weights)
+    return descriptions.read_images(path), state_dicts.inspect(models.read_file(path)).classes
 
 
 def _row(recipe: Recipe) -> checkpoints.Checkpoint | None:
@@ -425,6 +441,22 @@ def _row(recipe: Recipe) -> checkpoints.Checkpoint | None:
     if not recipe.weights or classifiers.names_file(recipe.weights):
         return None
     return checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+
+
+def _evaluated_images(
+    recipe: Recipe, row: checkpoints.Checkpoint | ImageDescription | None
+) -> ImageDescription:
+    """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
+    normaliser = row or checkpoints.default_checkpoint(recipe.architecture)
+    return ImageDescription(
+        image_size=recipe.eval_image_size,
+        crop=recipe.eval_crop,
+        resize_mode=recipe.eval_resize_mode,
+        resize_size=recipe.eval_resize_size or None,
+        interpolation=recipe.eval_interpolation,
+        mean=normaliser.mean,
+        std=normaliser.std,
+    )
 
 
 def _with_contents(weights: str) -> pathlib.Path:
@@ -516,7 +548,19 @@ class _Run:
     """A run that is being made: what is done, and what is due between two steps."""
 
     def __init__(
-        self, recipe, plan, engine, folder, model, student, batches, training, validation, workers, progress
+        self,
+        recipe,
+        plan,
+        engine,
+        folder,
+        model,
+        student,
+        batches,
+        training,
+        validation,
+        images,
+        workers,
+        progress,
     ):
         self.recipe = recipe
         self.plan = plan
@@ -528,6 +572,7 @@ class _Run:
         self.bare = type(student)(student.inputs, student.outputs, name=student.name)
         self.batches = batches
         self.training = training
+        self.images = images
         self.workers = workers
         # All are allowed to the pipeline, whose own error would come wrapped in TensorFlow's.
         self.faults = {"train": batches.Faults(training, max_share=1.0)}
@@ -577,7 +622,6 @@ class _Run:
 
     def _train_batches(self, start_batch: int):
         recipe = self.recipe
-        row = _row(recipe) or checkpoints.default_checkpoint(recipe.architecture)
         return self.batches.train_batches(
             self.training,
             batch_size=self.plan.micro_batch_size,
@@ -600,8 +644,8 @@ class _Run:
             switch_probability=recipe.switch_probability,
             label_smoothing=recipe.label_smoothing,
             repeats=recipe.repeats,
-            mean=row.mean,
-            std=row.std,
+            mean=self.images.mean,
+            std=self.images.std,
             faults=self.faults["train"],
             workers=self.workers,
         )
@@ -833,7 +877,11 @@ class _Run:
     def _write_weights(self, name: str) -> None:
         if self.folder:
             with self.engine.whole(self.bare):
-                self.folder.write_with(name, self.bare.save_weights)
+                self.folder.write_with(name, self._save_weights)
+
+    def _save_weights(self, path: pathlib.Path) -> None:
+        self.bare.save_weights(path)
+        descriptions.add_images(path, self.images)
 
     def save(self, is_best: bool = False) -> None:
         """Writes a checkpoint, unless a weight is not finite."""
@@ -914,10 +962,11 @@ class _Run:
     def _write_safetensors(self) -> None:
         if self.folder is None:
             return
-        merged = _without_lora(self.recipe, self.student, len(self.training.classes))
         # timm's layout has all architectures but the isotropic ones.
         layout = "official" if VARIANTS[self.recipe.architecture].isotropic else "timm"
-        self.folder.write_with("final.safetensors", lambda path: save_weights(merged, path, layout))
+        self.folder.write_with(
+            "final.safetensors", lambda path: save_weights(self.student, path, layout, self.images)
+        )
 
 
 class _BetweenSteps(keras.callbacks.Callback):
@@ -954,20 +1003,6 @@ def _non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
         for name, array in arrays.items()
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
     ]
-
-
-def _without_lora(recipe: Recipe, student: Any, num_classes: int) -> Any:
-    """The model with the low-rank updates added to its kernels; the same one where there are none."""
-    if not recipe.trainable.startswith("lora"):
-        return student
-    plain, _ = build_model(dataclasses.replace(recipe, trainable="all", weights=""), num_classes)
-    values = {v.path: v for v in student.weights}
-    for layer in student.layers:
-        for dense in (layer.pwconv1, layer.pwconv2) if hasattr(layer, "pwconv1") else ():
-            values[f"{dense.path}/kernel"] = dense.kernel  # with its update
-    for variable in plain.weights:
-        variable.assign(keras.ops.convert_to_numpy(values[variable.path]))
-    return plain
 
 
 def _picture(images: np.ndarray) -> bytes:
