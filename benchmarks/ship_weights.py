@@ -63,7 +63,7 @@ def ship(
         ValueError: the run is of another architecture, the file is too large, or float16 costs too much.
         FileNotFoundError: a run is not finished.
     """
-    from keras_convnext import classifiers, models, state_dicts, torch_files
+    from keras_convnext import classifiers, descriptions, models, state_dicts, torch_files
     from keras_convnext.evaluate import evaluate
     from keras_convnext.training import logs, recipe, trainer
     from keras_convnext.variants import VARIANTS
@@ -103,6 +103,9 @@ def ship(
         "licence": LICENCE,
         "commit": environment["commit"],
         "record": f"benchmarks/runs/{tag}.json",
+        descriptions.KEY: descriptions.to_json(
+            descriptions.ImageDescription(settings.eval_image_size, **preparation)
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, f"{tag}.safetensors")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import keras_convnext
-from keras_convnext import checkpoints, downloads, models, state_dicts, torch_files
+from keras_convnext import checkpoints, descriptions, downloads, models, state_dicts, torch_files
 from keras_convnext.classifiers import open_classifier
 from keras_convnext.data import preprocess
 from keras_convnext.data.class_names import class_names, find_class_list, synset_ids
@@ -193,6 +193,8 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
         < 0.01
     )
     assert record["runs"][0]["epochs"] == int(last[0]) == 1
+    described = descriptions.read_images(file)
+    assert described == descriptions.ImageDescription(record["image_size"], crop=1.0)
     recipe = (runs / "test_convnext2.digits.toml").read_text()
     assert os.sep + "tmp" not in recipe and 'data = ""' in recipe
     row = eval(ship_weights.row_text(record).strip().rstrip(","), {"_packaged": checkpoints._packaged})
