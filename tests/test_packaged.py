@@ -31,8 +31,8 @@ RIGHT = {"cat.jpg": CATS, "coffee.jpg": {"n07920052"}, "rocket.jpg": {"n04008634
 
 
 @pytest.fixture(scope="module")
-def packaged(tmp_path_factory):
-    """A row of random weights that ship with the package, as far as the package can tell; and their model."""
+def random_weights(tmp_path_factory):
+    """A model of random weights, its file as one that ships, and its row."""
     folder = tmp_path_factory.mktemp("package")
     keras.utils.set_random_seed(3)
     model = keras_convnext.TestConvNeXt2(weights=None, classes=200, input_shape=(64, 64, 3))
@@ -41,11 +41,17 @@ def packaged(tmp_path_factory):
     torch_files.write_safetensors(folder / f"{TAG}.safetensors", layout, {"format": "pt"})
     digest = hashlib.sha256((folder / f"{TAG}.safetensors").read_bytes()).hexdigest()
     row = checkpoints._packaged(TAG, "tiny_imagenet200", 200, 64, digest, 1.0, 5.0, "random")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(checkpoints.CHECKPOINTS, TAG, row)
-        patch.setattr(downloads, "PACKAGED_WEIGHTS", folder)
-        patch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
-        yield model, folder / f"{TAG}.safetensors"
+    return model, folder / f"{TAG}.safetensors", row
+
+
+@pytest.fixture
+def packaged(random_weights, monkeypatch):
+    """The same model and file, which ship with the package as far as the package can tell."""
+    model, file, row = random_weights
+    monkeypatch.setitem(checkpoints.CHECKPOINTS, TAG, row)
+    monkeypatch.setattr(downloads, "PACKAGED_WEIGHTS", file.parent)
+    monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
+    return model, file
 
 
 def test_packaged_weights_need_no_network_and_bring_their_classes_and_size(packaged):
@@ -141,12 +147,14 @@ def test_shipped_weights_know_what_the_photographs_show(row, monkeypatch):
     monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
     opened = open_classifier(row.tag)
     ids = synset_ids(opened.class_list)
-    found = {}
-    for name in RIGHT:
+    first = []
+    for name, right in RIGHT.items():
         image = preprocess.preprocess_image(Image.open(PHOTOS / name), **opened.preparation)
-        found[name] = ids[int(np.argmax(opened.model.predict(image[None], verbose=0)))]
-    right = [name for name, expected in RIGHT.items() if found[name] in expected]
-    assert len(right) >= 2, found
+        likeliest = np.argsort(-opened.model.predict(image[None], verbose=0)[0])[:5]
+        found = [ids[number] for number in likeliest]
+        assert right & set(found), (name, found)
+        first.append(found[0] in right)
+    assert any(first)  # the demo ends with it
 
 
 def test_every_file_of_the_folder_is_in_the_table():
