@@ -10,8 +10,17 @@ import sys
 
 __version__ = "0.1.0"
 
+
+def _is_command_line():
+    """Whether this is `keras-convnext` or `python -m keras_convnext`."""
+    program = (sys.argv or [""])[0]
+    if program == "-m":  # until Python has found what to run
+        return sys.orig_argv[-len(sys.argv)] == "keras_convnext"
+    return pathlib.PurePath(program).stem == "keras-convnext"
+
+
 # The command line imports what its commands need, so that `list` and `--help` answer without Keras.
-if pathlib.PurePath((sys.argv or [""])[0]).stem != "keras-convnext":
+if not _is_command_line():
     from keras_convnext.checkpoints import find_checkpoint, list_weights
     from keras_convnext.convert import convert, save_weights
     from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block

@@ -257,11 +257,9 @@ def run(settings: Settings) -> Findings:
     _say(f"\n[3/4] Grad-CAM of {len(found.photos) + len(found.looks)} photos, for the page")
 
     _say(f"\n[4/4] {model_file.name} as LiteRT files, run and compared (about half a minute)")
-    try:
-        found.runners = export_and_measure(model, model_file, photos, opened)
-    except (ImportError, ExportError) as error:
-        found.problems.append(f"Left out, the LiteRT files: {error}")
-        print(found.problems[-1], file=sys.stderr, flush=True)
+    found.runners, found.problems = export_and_measure(model, model_file, photos, opened)
+    for problem in found.problems:
+        print(problem, file=sys.stderr, flush=True)
     for runner in found.runners:
         _say(
             f"{runner.title:16} {runner.num_bytes / 1e6:6.2f} MB {runner.accuracy:7.1%} right "
@@ -598,12 +596,12 @@ def look(model: keras.Model, photos: PhotoSet) -> list[ClassifiedPhoto]:
 
 def export_and_measure(
     model: keras.Model, model_file: pathlib.Path, photos: PhotoSet, opened: classifiers.TrainedClassifier
-) -> list[Runner]:
+) -> tuple[list[Runner], list[str]]:
     """Writes LiteRT files beside the model's and measures them on the held-out photos.
 
-    Raises:
-        ImportError: a package is missing; the message says what to install.
-        ExportError: a file differs too much from the model.
+    Returns:
+        The model and its files, measured; and a line for each file that is left out, as a package is missing
+        or it differs too much from the model. Nothing is measured where all are left out.
     """
     spread = np.linspace(0, len(photos.training) - 1, min(CALIBRATION_PHOTOS, len(photos.training)))
     calibration = photos.images[photos.training[np.argsort(photos.labels[photos.training], kind="stable")]]
@@ -613,27 +611,34 @@ def export_and_measure(
     outputs = {"Keras": expected}
     paths = {"Keras": model_file}
     calls: dict[str, Callable[[], Any]] = {"Keras": lambda: model.predict_on_batch(one)}
+    problems = []
     for precision in ("float32", "int8"):
         path = model_file.with_name(f"{model_file.stem}_{precision}.tflite")
-        export(
-            model,
-            path,
-            "litert",
-            precision=precision,
-            calibration=calibration[spread.round().astype(int)],
-            labels=photos.classes,
-            licence=opened.row.licence if opened.row else None,
-            preparation={"image_size": SIDE, "crop": 1.0},
-            replace=True,
-        )
-        exported = runtimes.open_exported(path)
+        path.unlink(missing_ok=True)  # of an earlier model
+        try:
+            export(
+                model,
+                path,
+                "litert",
+                precision=precision,
+                calibration=calibration[spread.round().astype(int)],
+                labels=photos.classes,
+                licence=opened.row.licence if opened.row else None,
+                preparation={"image_size": SIDE, "crop": 1.0},
+            )
+            exported = runtimes.open_exported(path)
+        except (ImportError, ExportError) as error:
+            problems.append(f"Left out, LiteRT {precision}: {error}")
+            continue
         title = f"LiteRT {precision}"
         outputs[title] = exported(held_out).argmax(axis=-1)
         paths[title] = path
         pixels = one.astype(exported.input_dtype)
         calls[title] = lambda exported=exported, pixels=pixels: exported.call(pixels)  # type: ignore[misc]
+    if len(problems) == 2:
+        return [], problems
     milliseconds = time_in_turns(list(calls.values()), TIMED_CALLS)
-    return [
+    runners = [
         Runner(
             title,
             paths[title].stat().st_size,
@@ -643,6 +648,7 @@ def export_and_measure(
         )
         for title, taken in zip(paths, milliseconds, strict=True)
     ]
+    return runners, problems
 
 
 def time_in_turns(functions: list[Callable[[], Any]], calls: int) -> list[float]:

@@ -66,12 +66,12 @@ def _summary(found):
             f"Of {found.num_held_out} held-out photos of {html.escape(found.data_title)}, "
             f"{pretrained} are right after fine-tuning, {scratch} from scratch."
         )
-    if found.runners:
-        model, *_, last = found.runners
-        float32 = found.runners[1]
+    runners = {each.title: each for each in found.runners}
+    if {"LiteRT float32", "LiteRT int8"} <= runners.keys():
+        model, float32, int8 = runners["Keras"], runners["LiteRT float32"], runners["LiteRT int8"]
         sentences.append(
-            f"The 8-bit file is {float32.num_bytes / last.num_bytes:.1f} times smaller than in float32, and "
-            f"answers {model.milliseconds / last.milliseconds:.1f} times as fast as the Keras model."
+            f"The 8-bit file is {float32.num_bytes / int8.num_bytes:.1f} times smaller than in float32, and "
+            f"answers {model.milliseconds / int8.milliseconds:.1f} times as fast as the Keras model."
         )
     return " ".join(sentences)
 

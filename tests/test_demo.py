@@ -230,8 +230,9 @@ def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run, sm
     monkeypatch.setattr(demo, "export", refuse)
     code, out, err = run(*small)
     assert code == 1
-    assert err == (
-        "Left out, the LiteRT files: needs ai-edge-litert. Install it: pip install ai-edge-litert\n"
+    assert err == "".join(
+        f"Left out, LiteRT {precision}: needs ai-edge-litert. Install it: pip install ai-edge-litert\n"
+        for precision in ("float32", "int8")
     )
     lines = out.splitlines()
     report = pathlib.Path("out/report.html")
@@ -285,8 +286,8 @@ def litert(monkeypatch):
 
         call = __call__
 
-    def write(model, path, format, *, precision, calibration, labels, replace, **settings):
-        assert (format, labels, replace) == ("litert", KINDS, True)
+    def write(model, path, format, *, precision, calibration, labels, **settings):
+        assert (format, labels) == ("litert", KINDS) and not path.exists()
         path.write_bytes(bytes(400 if precision == "float32" else 100))
         written[path] = model, precision
         calibrations.append(calibration)
@@ -317,13 +318,27 @@ def test_files_are_measured_on_held_out_photos_and_calibrated_on_others(run, sma
 
 
 @trains
-def test_an_export_that_differs_too_much_is_a_problem_of_one_line(run, small, monkeypatch):
-    def refuse(*arguments, **settings):
-        raise ExportError("The litert file differs from the model by 0.5")
+def test_a_file_that_differs_too_much_is_a_problem_of_one_line_and_the_other_is_measured(
+    run, small, litert, monkeypatch
+):
+    write = demo.export
+
+    def refuse(model, path, format, *, precision, **settings):
+        if precision == "int8":
+            raise ExportError("The litert file differs from the model by 0.5")
+        write(model, path, format, precision=precision, **settings)
 
     monkeypatch.setattr(demo, "export", refuse)
+    stale = pathlib.Path("out/model_int8.tflite")
+    stale.parent.mkdir()
+    stale.write_bytes(b"of an earlier model")
     code, _, err = run(*small)
-    assert code == 1 and err == "Left out, the LiteRT files: The litert file differs from the model by 0.5\n"
+    assert code == 1 and err == "Left out, LiteRT int8: The litert file differs from the model by 0.5\n"
+    runners = json.loads(pathlib.Path("out/findings.json").read_text())["runners"]
+    assert [each["title"] for each in runners] == ["Keras", "LiteRT float32"]
+    page = Page(pathlib.Path("out/report.html").read_text(encoding="utf-8"))
+    assert "LiteRT float32" in page.text and "The 8-bit file" not in page.text
+    assert not stale.exists()
 
 
 @pytest.mark.once

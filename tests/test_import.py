@@ -190,6 +190,16 @@ def test_import_loads_no_second_framework():
     assert added == keras_alone.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("options", [["-m"], ["-W", "ignore", "-m"]])
+def test_module_as_a_command_starts_no_backend(options):
+    command = [sys.executable, "-X", "importtime", *options, "keras_convnext", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "weight files" in done.stdout and "| keras_convnext" in done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"keras", "tensorflow", "jax", "torch"}
+
+
 def test_import_adds_less_than_three_tenths_of_a_second_to_keras():
     """The best of three runs, by Python's own account; about 0.1 s where this was written."""
     added = []
