@@ -956,6 +956,9 @@ _ROWS: tuple[Checkpoint, ...] = (
         "fcmae imagenet1k->imagenet22k->imagenet1k", 384, "facebook/convnextv2-huge-22k-384", 88.7),
     _huggingface_v2("convnextv2_huge.huggingface_fcmae_ft_in22k_in1k_512",
         "fcmae imagenet1k->imagenet22k->imagenet1k", 512, "facebook/convnextv2-huge-22k-512", 88.9),
+
+    # Trained here, part of the package: (tag, data set, classes, image size, SHA-256, top-1, top-5, note).
+    _packaged("convnextv2_atto.tiny_imagenet200", "tiny_imagenet200", 200, 64, "6e1f0a6afda563a53567d00b969b7abb84c377800cdd4b424ca119fc5c19906d", 40.22, 65.95, "trained here, 3,451,600 weights; for research"),
 )
 # fmt: on
 

@@ -5,6 +5,7 @@ To renew the tables, in README.md and keras_convnext/README.md: run this file.
 
 import csv
 import dataclasses
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -12,6 +13,7 @@ import re
 from urllib.parse import unquote
 
 import pytest
+from PIL import Image
 
 from keras_convnext import checkpoints, models
 from keras_convnext.results import COLUMNS, IMAGENET_VALIDATION, read_results
@@ -295,6 +297,29 @@ def test_counts_of_files_are_right():
     assert f"All {len(checkpoints.CHECKPOINTS)} files" in text
     assert f"[All {len(VARIANTS)} architectures]" in text
     assert f"# all {len(known_recipes())}\n" in (ROOT / "recipes" / "README.md").read_text()
+
+
+def test_picture_of_speed_shows_what_the_table_says(tmp_path):
+    spec = importlib.util.spec_from_file_location("speed_summary", ROOT / "benchmarks" / "speed_summary.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    found = program.read(program.FOLDER / "bench.csv")
+    lines = (program.FOLDER / "table.md").read_text(encoding="utf-8").splitlines()
+    for mode in program.MODES:
+        start = lines.index(f"### convnext_tiny, {mode}, batch 8, 224 pixels, float32")
+        rows = (line.split(" | ") for line in lines[start : lines.index("", start + 2)])
+        rows = {cells[0].removeprefix("| "): cells for cells in rows if len(cells) > 3}
+        heads = [head.rstrip(" |") for head in rows["contestant"]]
+        for label, whose, milliseconds, text in program.bars(found[mode]):
+            if whose == program.OURS:
+                cells = rows[f"ours, {label}"]
+                ratio = float(cells[heads.index("x keras.applications")].rstrip(" |"))
+                assert text == f"{float(cells[1]):.0f} ms, {ratio:.1f} times as fast"
+            elif whose == program.TIMM:
+                assert abs(milliseconds - float(rows["timm, eager"][1])) < 0.01
+    program.draw(found, tmp_path / "summary.png")
+    with Image.open(tmp_path / "summary.png") as picture:
+        assert picture.width == 1200
 
 
 def test_no_placeholder_is_left():
