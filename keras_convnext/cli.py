@@ -14,6 +14,7 @@ import importlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -728,6 +729,8 @@ def _licence_text(licence: str) -> str:
 
 def _import_quietly(*modules: str) -> None:
     """Imports modules without the start-up lines of TensorFlow, which none of its settings silences."""
+    # Its advice on retracing is for whoever wrote the program.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     with quiet.silenced():
         for module in modules:
             with contextlib.suppress(ImportError):  # said by what needs it
