@@ -12,7 +12,6 @@ import sys
 import keras
 import numpy as np
 import pytest
-from PIL import Image
 
 import keras_convnext
 from keras_convnext import checkpoints, descriptions, downloads, models, state_dicts, torch_files
@@ -149,7 +148,7 @@ def test_shipped_weights_know_what_the_photographs_show(row, monkeypatch):
     ids = synset_ids(opened.class_list)
     first = []
     for name, right in RIGHT.items():
-        image = preprocess.preprocess_image(Image.open(PHOTOS / name), **opened.preparation)
+        image = preprocess.preprocess_image(preprocess.read_image(PHOTOS / name), **opened.preparation)
         likeliest = np.argsort(-opened.model.predict(image[None], verbose=0)[0])[:5]
         found = [ids[number] for number in likeliest]
         assert right & set(found), (name, found)
