@@ -138,7 +138,7 @@ class Watch(trainer._BetweenSteps):
         self.total = time.perf_counter() - self.begin
 
     def on_epoch_end(self, epoch, logs=None):
-        pass
+        """Nothing: no validation, no log and no checkpoint belong to a step."""
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ where it was stopped. 18 rows of one set of some 3,500 labelled photos take abou
 """
 
 import argparse
-import csv
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
@@ -27,6 +25,8 @@ import shlex
 import statistics
 import sys
 import time
+
+from rows import check_settings, read, write, write_text
 
 FRACTIONS = (0.01, 0.1, 1.0)
 HELD_OUT = 0.2
@@ -88,7 +88,8 @@ def measure(options, arguments) -> int:
     weights = opened_weights(options.weights, options.image_size)
     sets = {name: opened_data(name, path, options.limit) for name, path in map(divided, options.data)}
     options.output.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(options.output / "transfer.csv")
+    path = options.output / "transfer.csv"
+    rows = read(path, COLUMNS)
     wanted = [
         {"data": name, "seed": str(seed), "fraction": f"{fraction:g}", "start": start}
         for name in sets
@@ -105,7 +106,7 @@ def measure(options, arguments) -> int:
     }
     for row in rows:
         if row["data"] in sets:
-            check_settings(row, settings | {"data_sha256": sets[row["data"]][1]}, options.output)
+            check_settings(row, settings | {"data_sha256": sets[row["data"]][1]}, path)
     done = {tuple(row[name] for name in KEY) for row in rows}
     missing = [key for key in wanted if tuple(key.values()) not in done]
     begin, steps_done = time.monotonic(), 0
@@ -122,7 +123,7 @@ def measure(options, arguments) -> int:
         facts = {**environment(), **machine.machine(), "weights": options.weights}
         facts |= settings | {"data_sha256": digest, "architecture": weights["architecture"]}
         rows.append({name: str((row | facts)[name]) for name in COLUMNS})
-        write_rows(rows, options.output / "transfer.csv")
+        write(rows, path, COLUMNS)
         print(f"{title}: {row['top1']} % of {row['held_out']} photos, {row['seconds']} s", flush=True)
     command = f"python benchmarks/transfer.py {shlex.join(arguments)}"
     keys = {tuple(key.values()) for key in wanted}
@@ -306,41 +307,7 @@ class Line:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-# Files.
-
-
-def read_rows(path):
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"'{path}' is no transfer.csv of this program. Choose another OUTPUT.")
-        return list(reader)
-
-
-def check_settings(row, settings, output):
-    for name in SETTINGS:
-        if row[name] != settings[name]:
-            raise ValueError(
-                f"Expected {name}={row[name]!r} as in the rows of '{output / 'transfer.csv'}', received "
-                f"{settings[name]!r}. Choose another OUTPUT, or the settings of those rows."
-            )
-
-
-def write_rows(rows, path):
-    content = io.StringIO(newline="")
-    writer = csv.DictWriter(content, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(content.getvalue(), path)
-
-
-def write_text(text, path):
-    from keras_convnext.files import replacing_file
-
-    with replacing_file(path) as file:
-        file.write(text.encode())
+# The table.
 
 
 def table(rows, num_wanted, command) -> str:

@@ -1,30 +1,21 @@
 """benchmarks/gpu.py and its kernels on a CPU: the program runs through, and the kernels are right there."""
 
 import csv
-import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from programs import BENCHMARKS, load
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 SHAPES = [  # (N, H, W, C), kernel size, dilation
     ((2, 7, 7, 40), 7, 1),
     ((1, 9, 20, 24), 7, 1),
     ((2, 6, 5, 8), 3, 2),
     ((1, 11, 7, 16), 5, 3),
 ]
-
-
-def load(name):
-    specification = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def arrays(shape, size):

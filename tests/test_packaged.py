@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -11,6 +10,7 @@ import sys
 
 import keras
 import numpy as np
+import programs
 import pytest
 
 import keras_convnext
@@ -167,12 +167,7 @@ def test_every_file_of_the_folder_is_in_the_table():
 
 @pytest.fixture(scope="module")
 def ship_weights():
-    specification = importlib.util.spec_from_file_location(
-        "ship_weights", ROOT / "benchmarks" / "ship_weights.py"
-    )
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return programs.load("ship_weights")
 
 
 @pytest.fixture(scope="module")

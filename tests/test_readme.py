@@ -5,13 +5,13 @@ To renew the tables, in README.md and keras_convnext/README.md: run this file.
 
 import csv
 import dataclasses
-import importlib.util
 import inspect
 import json
 import pathlib
 import re
 from urllib.parse import unquote
 
+import programs
 import pytest
 from PIL import Image
 
@@ -300,9 +300,7 @@ def test_counts_of_files_are_right():
 
 
 def test_picture_of_speed_shows_what_the_table_says(tmp_path):
-    spec = importlib.util.spec_from_file_location("speed_summary", ROOT / "benchmarks" / "speed_summary.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    program = programs.load("speed_summary")
     found = program.read(program.FOLDER / "bench.csv")
     lines = (program.FOLDER / "table.md").read_text(encoding="utf-8").splitlines()
     for mode in program.MODES:

@@ -1,12 +1,11 @@
 """benchmarks/transfer.py on a handful of digits: its parts, its steps, its table, and that it goes on."""
 
 import csv
-import importlib.util
 import pathlib
-import sys
 
 import keras
 import numpy as np
+import programs
 import pytest
 
 import keras_convnext
@@ -20,12 +19,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def transfer():
-    spec = importlib.util.spec_from_file_location("transfer", ROOT / "benchmarks" / "transfer.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["transfer"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["transfer"]
+    return programs.load("transfer")
 
 
 @pytest.fixture(scope="module")
