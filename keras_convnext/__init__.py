@@ -21,6 +21,10 @@ def _is_command_line():
 
 # The command line imports what its commands need, so that `list` and `--help` answer without Keras.
 if not _is_command_line():
+    from keras_convnext._environment import choose_backend
+
+    choose_backend()  # before Keras is imported: Keras would try TensorFlow, installed or not
+
     from keras_convnext.checkpoints import find_checkpoint, list_weights
     from keras_convnext.convert import convert, save_weights
     from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block

@@ -26,7 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext import __version__, checkpoints, downloads, quiet, state_dicts, torch_files
+from keras_convnext import (
+    __version__,
+    _environment,
+    checkpoints,
+    downloads,
+    quiet,
+    state_dicts,
+    torch_files,
+)
 from keras_convnext.checkpoints import WEIGHT_SUFFIXES, Checkpoint
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.descriptions import ImageDescription
@@ -728,7 +736,12 @@ def _licence_text(licence: str) -> str:
 
 
 def _import_quietly(*modules: str) -> None:
-    """Imports modules without the start-up lines of TensorFlow, which none of its settings silences."""
+    """Imports modules without the start-up lines of TensorFlow, which none of its settings silences.
+
+    Those of this package import Keras, whose backend is chosen before.
+    """
+    if any(module.startswith("keras_convnext.") for module in modules):
+        _environment.choose_backend()
     # Its advice on retracing is for whoever wrote the program.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     with quiet.silenced():
@@ -1386,4 +1399,7 @@ def _complain(text: str) -> None:
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
+    if isinstance(error, ModuleNotFoundError) and error.name in _environment.EXTRAS:
+        remedy = _environment.install_command(error.name)
+        return f"This command needs {error.name}, which is not installed. Run {remedy}."
     return str(error) or type(error).__name__

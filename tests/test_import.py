@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_convnext"
 
 # module -> modules of this package that it may import (docs: CONTRIBUTING.md, "Where things are")
 ALLOWED = {
+    "_environment": set(),
     "variants": set(),
     "layers": set(),
     "depthwise": {"layers"},
@@ -121,11 +122,10 @@ ALLOWED = {
         "data.augment", "data.batches", "data.preprocess", "data.sources", "files",
     },
 }  # fmt: skip
-KERAS_FREE = {"variants", "files", "torch_files", "downloads", "checkpoints", "descriptions", "state_dicts",
-              "results", "reports", "exporters", "litert_quantization", "runtimes", "export_report", "quiet",
-              "browser", "demo_report", "training.recipe", "training.run_folder", "training.logs",
-              "training.memory",
-              "training.planning",
+KERAS_FREE = {"_environment", "variants", "files", "torch_files", "downloads", "checkpoints", "descriptions",
+              "state_dicts", "results", "reports", "exporters", "litert_quantization", "runtimes",
+              "export_report", "quiet", "browser", "demo_report", "training.recipe", "training.run_folder",
+              "training.logs", "training.memory", "training.planning",
               *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
 WITH_FRAMEWORK = {
     # Its graphs are what these are made of.

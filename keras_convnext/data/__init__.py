@@ -4,6 +4,10 @@ TensorFlow is imported by what needs it, not with this package.
 """
 
 import os
+from typing import Any
+
+from keras_convnext._environment import is_installed
+from keras_convnext.data import preprocess
 
 
 def eval_image(
@@ -16,7 +20,8 @@ def eval_image(
 ):  # type: ignore[no-untyped-def]
     """Prepares one image as the evaluation pipeline does: the same graph as `batches.eval_batches`.
 
-    The pixels equal those of Pillow with timm's evaluation transform before it converts to a tensor.
+    The pixels equal those of Pillow with timm's evaluation transform before it converts to a tensor. Where
+    TensorFlow is not installed, Pillow makes them.
 
     Args:
         path_or_bytes: an image file, or the bytes of one.
@@ -38,13 +43,19 @@ def eval_image(
         >>> eval_image("tests/images/coffee.jpg", 224).shape
         (224, 224, 3)
     """
-    from keras_convnext.data import batches
+    settings: dict[str, Any] = {
+        "image_size": image_size,
+        "crop": crop_fraction,
+        "resize_mode": {"center": "shorter_side"}.get(crop_mode, crop_mode),
+        "resize_size": resize_size,
+        "interpolation": interpolation,
+    }
+    if is_installed("tensorflow"):
+        from keras_convnext.data import batches
 
-    return batches.eval_image(
-        path_or_bytes,
-        image_size=image_size,
-        crop=crop_fraction,
-        resize_mode={"center": "shorter_side"}.get(crop_mode, crop_mode),
-        resize_size=resize_size,
-        interpolation=interpolation,
-    )
+        return batches.eval_image(path_or_bytes, **settings)
+    if isinstance(path_or_bytes, bytes):
+        image = preprocess.decode_image(path_or_bytes, f"{len(path_or_bytes)} bytes")
+    else:
+        image = preprocess.read_image(path_or_bytes)
+    return preprocess.preprocess_image(image, **settings)

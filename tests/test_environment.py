@@ -1,0 +1,248 @@
+"""Installs with one backend: which is taken, what is said, and what works without TensorFlow."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from keras_convnext import _environment, data
+from keras_convnext._environment import choose_backend, is_installed
+
+pytestmark = pytest.mark.once
+
+ROOT = pathlib.Path(__file__).parents[1]
+PHOTO = ROOT / "tests" / "images" / "coffee.jpg"
+PACKAGED = "convnextv2_atto.tiny_imagenet200"
+WRITTEN_BY_KERAS = {
+    "floatx": "float32", "epsilon": 1e-07, "backend": "tensorflow", "image_data_format": "channels_last",
+}  # fmt: skip
+HIDE = """
+import importlib.machinery, os
+find_spec = importlib.machinery.PathFinder.find_spec
+
+def find_others(cls, name, path=None, target=None):
+    if name.partition(".")[0] not in os.environ["HIDDEN_PACKAGES"].split(","):
+        return find_spec(name, path, target)
+
+importlib.machinery.PathFinder.find_spec = classmethod(find_others)
+"""
+
+
+@pytest.fixture
+def choose(monkeypatch, tmp_path, capsys):
+    """Chooses with some backends installed; returns (KERAS_BACKEND after it, what was printed on stderr)."""
+
+    def choose(installed, asked=None, settings=None, is_imported=False):
+        monkeypatch.setattr(_environment, "is_installed", lambda name: name in installed)
+        monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+        monkeypatch.setenv("KERAS_BACKEND", asked or "")
+        monkeypatch.setitem(sys.modules, "keras", None)
+        if not is_imported:
+            monkeypatch.delitem(sys.modules, "keras")
+        (tmp_path / "keras.json").unlink(missing_ok=True)
+        if settings is not None:
+            (tmp_path / "keras.json").write_text(settings)
+        choose_backend()
+        out, err = capsys.readouterr()
+        assert out == ""
+        return os.environ["KERAS_BACKEND"], err
+
+    return choose
+
+
+@pytest.fixture
+def without(tmp_path):
+    """Runs Python where some packages are not installed, and nothing says which backend to take."""
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(HIDE)
+
+    def without(packages, *words, **variables):
+        kept = {name: text for name, text in os.environ.items() if name != "KERAS_BACKEND"}
+        paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "hide"), str(ROOT)])}
+        paths["KERAS_HOME"] = str(tmp_path / "keras")
+        environment = kept | paths | {"HIDDEN_PACKAGES": packages} | variables
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return without
+
+
+@pytest.fixture
+def forget_tensorflow(monkeypatch):
+    """Makes TensorFlow, and what was made of it, as if it had never been there."""
+
+    def forget_tensorflow():
+        monkeypatch.setitem(sys.modules, "tensorflow", None)
+        for name in ("images", "augment", "batches", "contact_sheet"):
+            monkeypatch.delitem(sys.modules, f"keras_convnext.data.{name}", raising=False)
+            monkeypatch.delattr(data, name, raising=False)
+
+    return forget_tensorflow
+
+
+@pytest.mark.parametrize(
+    ("installed", "taken"), [(["jax"], "jax"), (["torch"], "torch"), (["torch", "jax"], "jax")]
+)
+def test_an_installed_backend_is_taken_in_place_of_tensorflow(choose, installed, taken, tmp_path):
+    expected = f"Backend: {taken} (installed; choose another with KERAS_BACKEND).\n"
+    assert choose(installed) == (taken, expected)
+    assert choose(installed, settings="{not JSON") == (taken, expected)
+    assert choose(installed, settings="[]") == (taken, expected)
+    # Keras has written "tensorflow" there itself.
+    assert choose(installed, settings=json.dumps(WRITTEN_BY_KERAS)) == (
+        taken,
+        f"Backend: {taken} (installed; tensorflow, which {tmp_path / 'keras.json'} names, is not; "
+        "choose another with KERAS_BACKEND).\n",
+    )
+
+
+def test_nothing_happens_where_keras_can_have_its_way(choose):
+    everything = ["tensorflow", "jax", "torch"]
+    assert choose(everything) == ("", "")
+    assert choose(everything, settings=json.dumps(WRITTEN_BY_KERAS)) == ("", "")
+    assert choose(["jax"], settings='{"backend": "jax"}') == ("", "")
+    assert choose(["torch"], asked="torch", settings='{"backend": "jax"}') == ("torch", "")
+    assert choose(["jax"], asked="numpy") == ("numpy", "")
+    assert choose(["jax"], is_imported=True) == ("", "")
+    assert choose([], asked="torch", is_imported=True) == ("torch", "")
+
+
+def test_a_backend_that_a_person_chose_is_not_replaced(choose, tmp_path):
+    for installed, listed, other in (
+        (["jax"], "jax", ", or set KERAS_BACKEND=jax."),
+        (["jax", "tensorflow"], "tensorflow, jax", ", or set KERAS_BACKEND=tensorflow."),
+        ([], "none", "."),
+    ):
+        for asked, settings, place in (
+            ("torch", None, "KERAS_BACKEND"),
+            (None, '{"backend": "torch"}', str(tmp_path / "keras.json")),
+        ):
+            with pytest.raises(ImportError) as refused:
+                choose(installed, asked, settings)
+            assert str(refused.value) == (
+                f"Expected an installed backend, received 'torch' from {place}. Installed: {listed}. "
+                f"Run pip install 'keras-convnext[torch]'{other}"
+            )
+    with pytest.raises(ImportError, match=r"'tensorflow' from KERAS_BACKEND\. Installed: jax\."):
+        choose(["jax"], "tensorflow")
+    with pytest.raises(
+        ImportError, match=r"pip install 'keras-convnext\[export\]', or set KERAS_BACKEND=jax"
+    ):
+        choose(["jax"], "openvino")
+
+
+def test_no_backend_at_all_is_an_error_that_says_what_to_install(choose):
+    with pytest.raises(ImportError) as refused:
+        choose([])
+    assert str(refused.value) == (
+        "Expected a backend, but none of tensorflow, jax, torch is installed. "
+        "Run pip install 'keras-convnext[tensorflow]', or the same with jax or torch."
+    )
+
+
+def test_the_settings_are_looked_for_where_keras_keeps_them(monkeypatch, tmp_path):
+    from keras.src.backend import config
+
+    assert _environment._settings_path() == config._config_path
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _environment._settings_path() == str(tmp_path / ".keras" / "keras.json")
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    assert _environment._settings_path() == "/tmp/.keras/keras.json"
+
+
+def test_a_folder_that_an_uninstallation_left_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "left_behind" / "python").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("left_behind") and not is_installed("never_there")
+    (tmp_path / "left_behind" / "__init__.py").touch()
+    assert is_installed("left_behind")
+
+
+def test_predict_works_with_pytorch_alone_and_says_so_once(without):
+    done = without(
+        "tensorflow,jax", "-m", "keras_convnext", "predict", PHOTO, "--model", PACKAGED, "--top", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"{PHOTO}\n +\d+\.\d\d %  \w.*\n", done.stdout)
+    line = "Backend: torch (installed; choose another with KERAS_BACKEND)."
+    assert [text for text in done.stderr.splitlines() if "Backend" in text] == [line]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "variables", "error"),
+    [
+        (
+            "jax",
+            {"KERAS_BACKEND": "jax"},
+            "received 'jax' from KERAS_BACKEND. Installed: tensorflow, torch. ",
+        ),
+        ("tensorflow,jax,torch", {}, "none of tensorflow, jax, torch is installed. "),
+    ],
+)
+def test_a_command_without_its_backend_ends_with_2(without, hidden, variables, error):
+    done = without(hidden, "-m", "keras_convnext", "predict", PHOTO, "--model", PACKAGED, **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("keras-convnext: error: Expected a") and done.stderr.count("\n") == 1
+    assert error + "Run pip install 'keras-convnext[" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["list"], ["predict", "--help"]])
+def test_commands_without_a_model_need_no_backend_and_name_none(without, words):
+    done = without("tensorflow,jax,torch", "-m", "keras_convnext", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["look", "flowers", "sheet.png"],
+        ["prepare", "flowers", "prepared"],
+        ["evaluate", PACKAGED, "--data", "flowers"],
+        ["knn", "--model", PACKAGED, "--data", "flowers"],
+        ["train", "smoke", "--out", "run"],
+    ],
+)
+def test_commands_that_need_tensorflow_say_so(refused, forget_tensorflow, words):
+    forget_tensorflow()
+    message = refused(*(ROOT / "recipes" / "flowers" if word == "flowers" else word for word in words))
+    assert "ensorFlow" in message or "tensorflow" in message
+    remedy = r"not installed\. Run pip install ('keras-convnext\[tensorflow\]'|tensorflow-cpu)\.\n$"
+    assert re.search(remedy, message)
+
+
+def test_eval_image_gives_the_same_pixels_without_tensorflow(forget_tensorflow):
+    settings = (
+        {},
+        {"crop_fraction": 1.0, "interpolation": "bilinear", "crop_mode": "squash"},
+        {"resize_size": 236},
+    )
+    expected = [data.eval_image(PHOTO, 224, **setting) for setting in settings]
+    forget_tensorflow()
+    for setting, pixels in zip(settings, expected, strict=True):
+        np.testing.assert_array_equal(data.eval_image(PHOTO, 224, **setting), pixels)
+        np.testing.assert_array_equal(data.eval_image(PHOTO.read_bytes(), 224, **setting), pixels)
+    with pytest.raises(data.preprocess.ImageError, match=r"'5 bytes' is not one .* with the text 'hello'"):
+        data.eval_image(b"hello", 224)
+
+
+def test_python_chooses_too_and_reads_images_with_pillow(without):
+    code = f"""
+import keras_convnext
+from keras_convnext.data import calibration, eval_image
+from keras_convnext.gradcam import grad_cam
+image = eval_image({str(PHOTO)!r}, 64)
+assert calibration.calibration_images(image_size=(64, 64), count=2).shape == (2, 64, 64, 3)
+assert calibration.calibration_images({str(PHOTO)!r}, image_size=(64, 64)).shape == (1, 64, 64, 3)
+print(grad_cam(keras_convnext.load({PACKAGED!r}), image[None]).shape)
+"""
+    done = without("tensorflow,jax", "-c", code)
+    assert (done.returncode, done.stdout) == (0, "(1, 64, 64)\n"), done.stderr
+    assert done.stderr.count("Backend: torch (installed; choose another with KERAS_BACKEND).\n") == 1
