@@ -756,8 +756,9 @@ def _parser() -> argparse.ArgumentParser:
         description="ConvNeXt V1, V2 and isotropic in Keras: which weights there are, what they see in an\n"
         "image, and how they get to other projects.",
         epilog="examples:\n  keras-convnext list convnext_tiny\n  keras-convnext predict cat.jpg\n\n"
-        "KERAS_BACKEND chooses tensorflow, jax or torch; KERAS_CONVNEXT_WEIGHTS_DIR names folders with\n"
-        "files placed by hand; KERAS_CONVNEXT_OFFLINE=1 forbids downloads.\n"
+        "KERAS_BACKEND chooses tensorflow, jax or torch, in place of keras.json or what is installed;\n"
+        "KERAS_CONVNEXT_WEIGHTS_DIR names folders with files placed by hand; KERAS_CONVNEXT_OFFLINE=1\n"
+        "forbids downloads.\n"
         "`keras-convnext COMMAND --help` says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
