@@ -10,6 +10,7 @@ import functools
 
 import keras
 
+from keras_convnext.bfloat16 import rounded_once
 from keras_convnext.layers import RandomNormal
 
 
@@ -204,22 +205,28 @@ def _jax_library(x, kernel, bias, dilation):
 def _tensorflow_library(x, kernel, bias, dilation):
     import tensorflow as tf
 
-    y = tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], "SAME", dilations=(dilation, dilation))
-    return tf.nn.bias_add(y, bias)
+    def convolve(x, kernel, bias):
+        y = tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], "SAME", dilations=(dilation, dilation))
+        return tf.nn.bias_add(y, bias)
+
+    return rounded_once(convolve, x, kernel, bias)
 
 
 def _torch_library(x, kernel, bias, dilation):
     import torch
 
-    y = torch.nn.functional.conv2d(
-        x.permute(0, 3, 1, 2),  # (N, C, H, W) by its shape, channels-last in memory
-        kernel.permute(2, 3, 0, 1),
-        bias,
-        padding=(kernel.shape[0] - 1) * dilation // 2,
-        dilation=dilation,
-        groups=x.shape[-1],
-    )
-    return y.permute(0, 2, 3, 1)
+    def convolve(x, kernel, bias):
+        y = torch.nn.functional.conv2d(
+            x.permute(0, 3, 1, 2),  # (N, C, H, W) by its shape, channels-last in memory
+            kernel.permute(2, 3, 0, 1),
+            bias,
+            padding=(kernel.shape[0] - 1) * dilation // 2,
+            dilation=dilation,
+            groups=x.shape[-1],
+        )
+        return y.permute(0, 2, 3, 1)
+
+    return rounded_once(convolve, x, kernel, bias)
 
 
 # backend -> name -> function (x, kernel (K, K, C, 1), bias (C,), dilation) -> map

@@ -9,6 +9,8 @@ import functools
 
 import keras
 
+from keras_convnext.bfloat16 import rounded_once
+
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
@@ -123,6 +125,9 @@ class PatchConv2D(keras.layers.Conv2D):
         )
         return _product(patches, keras.ops.reshape(kernel, (-1, self.filters)), bias)
 
+    def convolution_op(self, x, kernel):
+        return rounded_once(super().convolution_op, x, kernel)
+
     def _patches(self, x):
         """(N, H / K, W / K, K * K * C); None where the plain convolution is to be taken."""
         size = self.kernel_size[0]
@@ -154,11 +159,13 @@ def _has_own_product(x):
 
 def _product(x, kernel, bias, activation=None):
     """`activation(x @ kernel + bias)` with x (..., C) and kernel (C, D): (..., D)."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        return _tensorflow_product(x, kernel, bias, activation)
-    if backend == "torch":
-        return _onednn_product(x, kernel, bias, activation)
+    product = {"tensorflow": _tensorflow_product, "torch": _onednn_product}.get(
+        keras.backend.backend(), _plain_product
+    )
+    return rounded_once(functools.partial(product, activation=activation), x, kernel, bias)
+
+
+def _plain_product(x, kernel, bias, activation):
     return _activate(activation, x @ kernel + bias)
 
 
@@ -212,15 +219,6 @@ def _onednn():
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-@functools.cache
-def _onednn_dtypes():
-    """The types that oneDNN multiplies on this processor."""
-    import torch
-
-    takes_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if takes_bfloat16 else (torch.float32,)
-
-
 def _onednn_takes(x):
     import torch
 
@@ -230,7 +228,7 @@ def _onednn_takes(x):
         and x.device.type == "cpu"
         and x.numel() > 0
         and _onednn() is not None
-        and x.dtype in _onednn_dtypes()
+        and x.dtype in (torch.float32, torch.bfloat16)
     )
 
 

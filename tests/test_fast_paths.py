@@ -6,6 +6,9 @@ weights. Values are compared elementwise, and each comparison has a mistake that
 
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import keras
 import ml_dtypes
@@ -20,8 +23,10 @@ from keras_convnext import (
     DepthwiseConv2D,
     GlobalResponseNormalization,
     LayerNormalization,
+    bfloat16,
     depthwise,
     load,
+    machine,
     parts,
     products,
 )
@@ -427,6 +432,143 @@ def test_patches_know_every_argument_of_keras(name):
     )
     x = sample(shape)
     assert relative_error(forward(layer, x), forward(plain, x)) < TOLERANCE
+
+
+# bfloat16 where the processor has no arithmetic for it: in float32, rounded once. XLA does so by itself.
+
+
+def assert_rounded_once(actual, expected):
+    """Each element is off by half of the last of its 8 bits at most; float32's own error comes on top."""
+    for one, other in zip(actual, expected, strict=True):
+        allowed = 2**-8 * np.abs(other) + TOLERANCE * np.max(np.abs(other))
+        assert np.max(np.abs(one - other) / allowed) < 1
+
+
+not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="of TensorFlow and PyTorch")
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch):
+    monkeypatch.setattr(machine, "has_bfloat16", lambda backend: False)
+
+
+@not_on_jax
+def test_depthwise_rounds_once_without_bfloat16_arithmetic(no_bfloat16):
+    shape = (3, 9, 14, 8)
+    layer = with_random_weights(DepthwiseConv2D(7, dtype="mixed_bfloat16"), shape)
+    x, upstream = sample(shape, "bfloat16"), sample(shape, "bfloat16", seed=2)
+    assert_rounded_once(
+        computed(layer, x, upstream), derived(sum_over_taps, x, layer.get_weights(), upstream)
+    )
+
+
+@not_on_jax
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+def test_pointwise_rounds_once_without_bfloat16_arithmetic(no_bfloat16, activation):
+    layer = dense("wider", "bfloat16")
+    x, upstream = operands("wider", (3, 9, 14), "bfloat16")
+    expected = derived(product_formula(activation), x, layer.get_weights(), upstream)
+    called = applied(layer, activation)
+    assert_rounded_once(computed(called, x, upstream), expected)
+    assert_rounded_once([forward(called, x)], expected[:1])  # without a gradient
+
+
+@not_on_jax
+def test_patches_are_multiplied_in_float32_without_bfloat16_arithmetic(no_bfloat16, monkeypatch):
+    seen = []
+    owner, name = (
+        (keras.layers.Conv2D, "convolution_op") if BACKEND == "tensorflow" else (products, "_onednn_product")
+    )
+    original = getattr(owner, name)
+
+    def record(*tensors, **settings):
+        seen.extend(
+            keras.backend.standardize_dtype(value.dtype) for value in tensors if hasattr(value, "shape")
+        )
+        return original(*tensors, **settings)
+
+    monkeypatch.setattr(owner, name, record)
+    layer = with_random_weights(PatchConv2D(7, 2, 2, **LAYOUT, dtype="mixed_bfloat16"), (1, 8, 10, 6))
+    assert keras.backend.standardize_dtype(layer(sample((1, 8, 10, 6), "bfloat16")).dtype) == "bfloat16"
+    assert set(seen) == {"float32"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_only_bfloat16_without_arithmetic_is_computed_in_float32(monkeypatch, has_bfloat16, dtype):
+    """Elsewhere the function is given the very tensors, so that its result stays what it is, bit for bit."""
+    monkeypatch.setattr(machine, "has_bfloat16", lambda backend: has_bfloat16)
+    seen = []
+    x = sample((2, 3), dtype)
+    y = bfloat16.rounded_once(lambda *values: seen.extend(values) or values[0], x, x)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    widens = BACKEND != "jax" and dtype == "bfloat16" and not has_bfloat16
+    assert [value is x for value in seen] == [not widens] * 2
+    assert {keras.backend.standardize_dtype(value.dtype) for value in seen} == {
+        "float32" if widens else dtype
+    }
+
+
+@on_torch
+def test_other_devices_compute_in_bfloat16_on_torch(no_bfloat16):
+    seen = []
+    x = torch.empty((2, 3), dtype=torch.bfloat16, device="meta")
+    bfloat16.rounded_once(lambda value: seen.append(value) or value, x)
+    assert seen[0] is x
+
+
+@on_tensorflow
+def test_graphs_for_an_accelerator_compute_in_bfloat16_on_tensorflow(no_bfloat16, monkeypatch):
+    import tensorflow as tf
+
+    seen = []
+
+    def record(value):
+        seen.append(value.dtype.name)
+        return value
+
+    def trace():
+        tf.function(lambda x: bfloat16.rounded_once(record, x))(tf.zeros((2, 3), "bfloat16"))
+
+    trace()
+    gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
+    devices = tf.config.list_logical_devices()
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda *_: [*devices, gpu])
+    trace()
+    assert seen == ["float32", "bfloat16"]
+
+
+@on_tensorflow
+def test_tensorflow_has_bfloat16_where_onednn_and_the_processor_have_it(monkeypatch):
+    for onednn, flags, cap, expected in (
+        (True, {"avx2", "avx512f", "avx512_bf16"}, "", True),
+        (True, {"avx2", "avx512f"}, "AVX512_CORE_VNNI", True),
+        (True, {"avx2", "avx512f", "avx512_bf16"}, "avx2", False),
+        (False, {"avx2", "avx512f", "avx512_bf16"}, "", False),
+        (True, {"avx2"}, "", False),
+        (True, {"asimd", "bf16"}, "", True),
+        (True, set(), "", True),  # a system that does not tell
+    ):
+        monkeypatch.setattr(machine, "tensorflow_has_onednn", lambda onednn=onednn: onednn)
+        monkeypatch.setattr(machine, "cpu_flags", lambda flags=flags: frozenset(flags))
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+        assert machine.has_bfloat16.__wrapped__("tensorflow") == expected, (onednn, flags, cap)
+
+
+@not_on_jax
+@pytest.mark.skipif("avx512f" not in machine.cpu_flags(), reason="the processor has no AVX-512")
+def test_the_limit_of_onednn_is_heeded():
+    code = (
+        "import sys; sys.argv[0] = 'keras-convnext'; "  # without Keras
+        f"from keras_convnext import machine; print(machine.has_bfloat16({BACKEND!r}))"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split()[-1] == "False"
+    if not {"ONEDNN_MAX_CPU_ISA", "TF_ENABLE_ONEDNN_OPTS"} & set(os.environ):
+        assert machine.has_bfloat16(BACKEND) == (BACKEND == "torch" or machine.tensorflow_has_onednn())
 
 
 # Layer norm and GRN.
