@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_convnext import machine
 from keras_convnext.bench import depthwise
 from keras_convnext.bench.depthwise import Candidate, Row
 
@@ -31,9 +32,24 @@ def test_every_candidate_is_right_and_the_one_in_use_is_among_them():
     rows = measure(candidates)
     assert [row.candidate for row in rows] == [found.name for found in candidates]
     assert sum(row.chosen for row in rows) == 1
+    without_gradient = {"oneDNN, called directly"}
+    if BACKEND == "tensorflow" and not machine.tensorflow_has_onednn():
+        without_gradient = {"grouped Conv2D"}
     for row in rows:
         assert row.note == "" and row.difference < 1e-5 and row.forward > 0
-        assert (row.both is None) == (row.candidate == "oneDNN, called directly")
+        assert (row.both is None) == (row.candidate in without_gradient)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_grouped_convolution_has_a_gradient_where_tensorflow_has_onednn(monkeypatch, onednn):
+    if BACKEND != "tensorflow":
+        pytest.skip("a candidate of TensorFlow")
+    monkeypatch.setattr(depthwise, "tensorflow_has_onednn", lambda: onednn)
+    found = {each.name: each.has_gradient for each in depthwise.candidates_of("tensorflow", "cpu")}
+    assert found.pop("grouped Conv2D") == onednn
+    assert all(found.values())
+    for each in depthwise.candidates_of("tensorflow", "gpu"):
+        assert each.has_gradient
 
 
 def test_the_candidate_in_use_is_right_in_bfloat16():

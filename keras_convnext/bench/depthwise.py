@@ -27,6 +27,7 @@ from keras_convnext.bench import contestants
 from keras_convnext.bench.report import Table, check_output
 from keras_convnext.bench.turns import Worker, WorkerError
 from keras_convnext.files import replacing_file
+from keras_convnext.machine import tensorflow_has_onednn
 from keras_convnext.variants import VARIANTS
 
 # See `worker.COMMAND`.
@@ -419,11 +420,14 @@ def _tensorflow_candidates(device: str) -> list[Candidate]:
         "grouped Conv2D": grouped,
         "shifted products": shifted,
     }
-    return [
+    found = [
         Candidate(f"{name}, XLA" if compiler else name, function, compiler=compiler)
         for name, function in functions.items()
         for compiler in ("", "xla")
     ]
+    if device == "cpu" and not tensorflow_has_onednn():  # TensorFlow's own kernels lack that gradient
+        found = [dataclasses.replace(each, has_gradient=each.name != "grouped Conv2D") for each in found]
+    return found
 
 
 def _jax_candidates(device: str) -> list[Candidate]:
@@ -550,7 +554,7 @@ def _tensorflow_steps(candidate: Candidate, x, kernel, bias, gradient, dtype: st
 
     return (
         lambda: finished(forward(x, kernel, bias)),
-        lambda: finished(both(x, kernel, bias, gradient)),
+        (lambda: finished(both(x, kernel, bias, gradient))) if candidate.has_gradient else None,
         lambda result: tf.cast(result, "float32").numpy(),
     )
 
