@@ -27,6 +27,32 @@ for _name in ("nms", "qnms"):
 
 torch.set_num_threads(2)
 
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "TF_ENABLE_ONEDNN_OPTS", "XLA_FLAGS")
+
+
+def processor() -> str:
+    """What the numbers of a test may depend on: the processor, its features and what limits them."""
+    from keras_convnext import machine
+
+    flags = machine.cpu_flags()
+    words = [name if name in flags else f"no {name}" for name in FEATURES] if flags else ["features unknown"]
+    if "KERAS_BACKEND" in os.environ:
+        backend = os.environ["KERAS_BACKEND"]
+        words.append(f"{backend} has {'bfloat16' if machine.has_bfloat16(backend) else 'no bfloat16'}")
+    words += [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return f"processor: {machine.cpu_name()}; {', '.join(words)}"
+
+
+def pytest_report_header():
+    return processor()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if terminalreporter.stats.get("failed") and config.get_verbosity() < 0:  # -q leaves out the header
+        terminalreporter.write_line(processor())
+
+
 COMMAND_TAG = "test_convnext2.r160_in1k"
 
 
