@@ -66,8 +66,33 @@ def _choose(what, name, table):
     return table[name]
 
 
+class Composite(layers.Layer):
+    """A layer of the shape of its input made of sub-layers, which are as frozen when it is made anew.
+
+    Keras hands `trainable` down to sub-layers when it is set, but not when a layer is made with it, from a
+    configuration for example. So a subclass gives it to each sub-layer that it makes; this class stores the
+    sub-layers that differ. A subclass keeps its other arguments in `self.config`.
+    """
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        flags = {layer.name: layer.trainable for layer in self._layers if layer.trainable != self.trainable}
+        return {**super().get_config(), **self.config, **({"sublayers_trainable": flags} if flags else {})}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        flags = config.pop("sublayers_trainable", {})
+        layer = super().from_config(config)
+        for name, trainable in flags.items():
+            getattr(layer, name).trainable = trainable
+        return layer
+
+
 @_register
-class ConvNeXtBlock(layers.Layer):
+class ConvNeXtBlock(Composite):
     """The block of ConvNeXt (V1).
 
     `x + drop_path(gamma * pwconv2(gelu(pwconv1(norm(dwconv(x))))))`: a depthwise convolution, then a layer
@@ -115,8 +140,10 @@ class ConvNeXtBlock(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        dtype = self.dtype_policy
-        pointwise = dtype if pointwise_dtype is None else keras.dtype_policies.get(pointwise_dtype)
+        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
+        pointwise = dict(common)
+        if pointwise_dtype is not None:
+            pointwise["dtype"] = keras.dtype_policies.get(pointwise_dtype)
         self.dim = dim
         self.rematerialize = rematerialize
         self.config = {
@@ -131,15 +158,15 @@ class ConvNeXtBlock(layers.Layer):
             "rematerialize": rematerialize,
             "seed": seed,
         }
-        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, dtype=dtype, name="dwconv")
-        self.norm = _choose("norm", norm, NORMS)(epsilon, dtype=dtype, name="norm")
-        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv1")
+        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **common, name="dwconv")
+        self.norm = _choose("norm", norm, NORMS)(epsilon, **common, name="norm")
+        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv1")
         self.activation = _choose("activation", activation, ACTIVATIONS)
-        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv2")
+        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv2")
         self.layer_scale = None
         if layer_scale_init_value is not None:
-            self.layer_scale = LayerScale(layer_scale_init_value, dtype=dtype, name="layer_scale")
-        self.drop_path = StochasticDepth(drop_path_rate, seed, dtype=dtype, name="drop_path")
+            self.layer_scale = LayerScale(layer_scale_init_value, **common, name="layer_scale")
+        self.drop_path = StochasticDepth(drop_path_rate, seed, **common, name="drop_path")
 
     def build(self, input_shape):
         self.dwconv.build(input_shape)
@@ -166,15 +193,12 @@ class ConvNeXtBlock(layers.Layer):
         branch = keras.remat(self.branch) if self.rematerialize else self.branch
         return x + self.drop_path(in_parts(branch, x, 4 * self.dim, training=True), training=training)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
     def get_config(self):
-        return {**super().get_config(), **self.config, **_pointwise_dtype(self)}
+        return {**super().get_config(), **_pointwise_dtype(self)}
 
 
 @_register
-class ConvNeXtV2Block(layers.Layer):
+class ConvNeXtV2Block(Composite):
     """The block of ConvNeXt V2.
 
     `x + drop_path(pwconv2(grn(gelu(pwconv1(norm(dwconv(x)))))))`: the V1 block with global response
@@ -220,8 +244,10 @@ class ConvNeXtV2Block(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        dtype = self.dtype_policy
-        pointwise = dtype if pointwise_dtype is None else keras.dtype_policies.get(pointwise_dtype)
+        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
+        pointwise = dict(common)
+        if pointwise_dtype is not None:
+            pointwise["dtype"] = keras.dtype_policies.get(pointwise_dtype)
         self.dim = dim
         self.rematerialize = rematerialize
         self.config = {
@@ -235,13 +261,13 @@ class ConvNeXtV2Block(layers.Layer):
             "rematerialize": rematerialize,
             "seed": seed,
         }
-        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, dtype=dtype, name="dwconv")
-        self.norm = _choose("norm", norm, NORMS)(epsilon, dtype=dtype, name="norm")
-        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv1")
+        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **common, name="dwconv")
+        self.norm = _choose("norm", norm, NORMS)(epsilon, **common, name="norm")
+        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv1")
         self.activation = _choose("activation", activation, ACTIVATIONS)
-        self.grn = GlobalResponseNormalization(dtype=dtype, name="grn")
-        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, dtype=pointwise, name="pwconv2")
-        self.drop_path = StochasticDepth(drop_path_rate, seed, dtype=dtype, name="drop_path")
+        self.grn = GlobalResponseNormalization(**common, name="grn")
+        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv2")
+        self.drop_path = StochasticDepth(drop_path_rate, seed, **common, name="drop_path")
 
     def build(self, input_shape):
         self.dwconv.build(input_shape)
@@ -264,11 +290,8 @@ class ConvNeXtV2Block(layers.Layer):
         branch = keras.remat(self.branch) if self.rematerialize else self.branch
         return x + self.drop_path(in_parts(branch, x, 4 * self.dim, training=True), training=training)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
     def get_config(self):
-        return {**super().get_config(), **self.config, **_pointwise_dtype(self)}
+        return {**super().get_config(), **_pointwise_dtype(self)}
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:

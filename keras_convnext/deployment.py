@@ -49,7 +49,7 @@ _TRAINING_ONLY = (
 
 
 @_register
-class InferenceBlock(keras.layers.Layer):
+class InferenceBlock(convnext.Composite):
     """A block of ConvNeXt (V1 or V2) without what inference does not need.
 
     `x + pwconv2(grn(gelu(pwconv1(normalise(dwconv(x))))))`, where the norm has neither gain nor shift, GRN
@@ -86,7 +86,7 @@ class InferenceBlock(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        dtype = self.dtype_policy
+        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
         self.config = {
             "dim": dim,
             "kernel_size": kernel_size,
@@ -98,15 +98,15 @@ class InferenceBlock(keras.layers.Layer):
             "for_litert": for_litert,
         }
         self.dim = dim
-        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, dtype=dtype, name="dwconv")
-        self.norm = convnext.NORMS[norm](epsilon, affine=False, dtype=dtype, name="norm")
-        self.pwconv1 = PointwiseConv2D(4 * dim, for_litert, dtype=dtype, name="pwconv1")
+        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **common, name="dwconv")
+        self.norm = convnext.NORMS[norm](epsilon, affine=False, **common, name="norm")
+        self.pwconv1 = PointwiseConv2D(4 * dim, for_litert, **common, name="pwconv1")
         self.activation = convnext.ACTIVATIONS[activation]
         self.grn = None
         if response_norm:
-            self.grn = GlobalResponseNormalization(center=False, dtype=dtype, name="grn")
+            self.grn = GlobalResponseNormalization(center=False, **common, name="grn")
             self.grn.sums_by_product = not for_litert
-        self.pwconv2 = PointwiseConv2D(dim, for_litert, dtype=dtype, name="pwconv2")
+        self.pwconv2 = PointwiseConv2D(dim, for_litert, **common, name="pwconv2")
 
     def build(self, input_shape):
         hidden_shape = (*input_shape[:-1], 4 * self.dim)
@@ -127,12 +127,6 @@ class InferenceBlock(keras.layers.Layer):
 
     def call(self, x):
         return in_parts(lambda x: x + self.branch(x), x, 4 * self.dim)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
 
 
 def deploy(
@@ -533,6 +527,7 @@ def _inference_block(block, for_litert):
         **{name: block.config[name] for name in kept},
         response_norm=response_norm,
         for_litert=for_litert,
+        trainable=block.trainable,
         dtype=block.dtype_policy,
         name=block.name,
     )

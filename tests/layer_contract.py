@@ -145,6 +145,62 @@ def check_saving(make, shape):
     np.testing.assert_array_equal(forward(loaded, x), forward(model, x))
 
 
+def learning(layer):
+    """Which weights of a layer or model learn, by path; those of a layer alone without its own name."""
+    prefix = "" if isinstance(layer, keras.Model) else f"{layer.name}/"
+    return {weight.path.removeprefix(prefix): weight.trainable for weight in layer.weights}
+
+
+def check_freezing(make, shape):
+    """What is frozen, the layer or a part of it, is frozen in every layer made from its configuration."""
+    parts = list(range(len(make()._layers)))
+
+    def freeze(layer):
+        layer.trainable = False
+
+    def freeze_part(layer, number):
+        layer._layers[number].trainable = False
+
+    def freeze_others(layer, number):
+        layer.trainable = False
+        layer._layers[number].trainable = True
+
+    choices = [lambda layer: None, freeze]
+    choices += [functools.partial(choose, number=n) for choose in (freeze_part, freeze_others) for n in parts]
+    for choose in choices:
+        for built_first in (False, True):
+            layer = make()
+            if built_first:
+                layer.build(shape)
+            choose(layer)
+            config = layer.get_config()
+            copy = type(layer).from_config(config)
+            assert copy.get_config() == config
+            again = type(layer).from_config(copy.get_config())
+            for each in (layer, copy, again):
+                if not each.built:
+                    each.build(shape)
+            assert learning(copy) == learning(again) == learning(layer)
+            _check_whole_models(layer, shape)
+            copy.trainable = True
+            assert all(learning(copy).values())
+    frozen = make(trainable=False)
+    frozen.build(shape)
+    assert not any(learning(frozen).values())
+
+
+def _check_whole_models(layer, shape):
+    """A model around the layer learns the same weights when it is cloned, and when it is saved and loaded."""
+    image = keras.Input(shape[1:])
+    model = keras.Model(image, layer(image))
+    copies = [keras.models.clone_model(model)]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(pathlib.Path(folder) / "model.keras")
+        copies.append(keras.saving.load_model(pathlib.Path(folder) / "model.keras"))
+    for copy in copies:
+        assert learning(copy) == learning(model)
+
+
 def check_training(make, shape):
     """One step of fit has a finite loss and moves every weight of the layer."""
     image = keras.Input(shape[1:])

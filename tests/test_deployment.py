@@ -6,7 +6,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from layer_contract import randomize, relative_error
+from layer_contract import check_freezing, randomize, relative_error
 from peers import reduced_depths
 
 from keras_convnext import deploy, deployment, layers, models, products
@@ -245,6 +245,21 @@ def test_twin_is_saved_and_loaded(tmp_path):
     twin.save(tmp_path / "twin.keras")
     loaded = keras.saving.load_model(tmp_path / "twin.keras")
     np.testing.assert_array_equal(outputs(loaded, pixels()), outputs(twin, pixels()))
+
+
+@pytest.mark.parametrize("response_norm", [False, True])
+def test_what_is_frozen_of_an_inference_block_stays_frozen_in_copies_and_files(response_norm):
+    make = functools.partial(deployment.InferenceBlock, dim=4, kernel_size=3, response_norm=response_norm)
+    check_freezing(make, (2, 5, 6, 4))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+def test_twin_of_a_frozen_model_is_frozen(name):
+    model = keras.models.clone_model(built(name))
+    for layer in model.layers[:-1]:
+        layer.trainable = False
+    twin = deploy(model)
+    assert [weight.path for weight in twin.trainable_weights] == ["head/kernel", "head/bias"]
 
 
 def test_litert_twin_equals_the_model():

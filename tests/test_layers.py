@@ -94,6 +94,10 @@ def test_saved_model_loads_without_custom_objects(kind):
     contract.check_saving(LAYERS[kind][0], SHAPE)
 
 
+def test_what_is_frozen_stays_frozen_in_copies_and_files(kind):
+    contract.check_freezing(LAYERS[kind][0], SHAPE)
+
+
 def test_training_step_moves_every_weight(kind):
     contract.check_training(LAYERS[kind][0], SHAPE)
 

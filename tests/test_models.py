@@ -13,11 +13,12 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
-from layer_contract import as_numpy, forward, randomize, relative_error
+from layer_contract import as_numpy, forward, learning, randomize, relative_error
 
 import keras_convnext
 from keras_convnext import checkpoints, models, state_dicts
 from keras_convnext.convnext import drop_path_rates
+from keras_convnext.training import adapt
 from keras_convnext.variants import VARIANTS
 
 TOLERANCE = 1e-5
@@ -613,6 +614,102 @@ def test_saved_model_loads_on_another_backend(tmp_path):
     outputs = np.load(tmp_path / "outputs.npy")
     assert relative_error(outputs, forward(model, IMAGES)) < TOLERANCE
     assert relative_error(outputs, forward(build(V2, random=False), IMAGES)) > 10 * TOLERANCE
+
+
+# Frozen blocks
+
+
+def freeze_stem_and_two_stages(body):
+    for layer in body.layers[: [layer.name for layer in body.layers].index("downsample_layers_2_0")]:
+        layer.trainable = False
+
+
+def freeze_norms(body):
+    for layer in body._flatten_layers(include_self=False):
+        if "norm" in layer.name:
+            layer.trainable = False
+
+
+def freeze_all_but_norms(body):
+    for layer in body._flatten_layers(include_self=False):
+        layer.trainable = "norm" in layer.name
+
+
+def freeze_body(body):
+    body.trainable = False
+
+
+FREEZINGS = [freeze_stem_and_two_stages, freeze_norms, freeze_all_but_norms, freeze_body]
+
+
+def classifier_around(body, nested):
+    """The body with three classes, as one layer of the model or as its layers."""
+    if not nested:
+        return keras.Model(
+            body.input, keras.layers.Dense(3, activation="softmax", name="classes")(body.output)
+        )
+    image = keras.Input((32, 32, 3))
+    return keras.Model(image, keras.layers.Dense(3, activation="softmax", name="classes")(body(image)))
+
+
+def step(model):
+    """The paths of the weights that a step of training changes."""
+    before = model.get_weights()
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+    model.fit(IMAGES, np.array([0, 2]), batch_size=2, verbose=0)
+    pairs = zip(before, model.weights, strict=True)
+    return {weight.path for old, weight in pairs if not np.array_equal(old, as_numpy(weight.value))}
+
+
+@pytest.mark.parametrize("freeze", FREEZINGS)
+@pytest.mark.parametrize(("name", "nested"), [(V1, False), (V2, True)])
+def test_a_model_learns_the_same_weights_after_it_was_saved_or_cloned(name, nested, freeze, tmp_path):
+    body = build(name, include_top=False, pooling="avg")
+    freeze(body)
+    model = classifier_around(body, nested)
+    expected = learning(model)
+    assert 0 < sum(expected.values()) < len(expected) == len(model.weights)
+    model.save(tmp_path / "model.keras")
+    model.save(tmp_path / "model.h5")
+    custom = keras.saving.get_custom_objects()
+    known = {name.split(">")[-1]: each for name, each in custom.items() if isinstance(each, type)}
+    copies = {
+        ".keras": keras.saving.load_model(tmp_path / "model.keras"),
+        ".h5": keras.saving.load_model(tmp_path / "model.h5", custom_objects=known),
+        "clone": keras.models.clone_model(model),
+        "configuration": type(model).from_config(model.get_config()),
+    }
+    for how, copy in copies.items():
+        assert learning(copy) == expected, how
+    for how in (".keras", ".h5"):
+        np.testing.assert_array_equal(forward(copies[how], IMAGES), forward(model, IMAGES), err_msg=how)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_fine_tuning_in_two_stages_goes_on_after_a_restart(nested, tmp_path):
+    """The head alone, then the last stages too: each from a file, and what is frozen keeps its bits."""
+    body = build(V2, include_top=False, pooling="avg")
+    freeze_body(body)
+    model = classifier_around(body, nested)
+    model.save(tmp_path / "first.keras")
+    model = keras.saving.load_model(tmp_path / "first.keras")
+    assert {path.split("/")[-2] for path in step(model)} == {"classes"}
+
+    body = next((layer for layer in model.layers if isinstance(layer, keras.Model)), model)
+    body.trainable = True
+    freeze_stem_and_two_stages(body)
+    expected = {path for path, flag in learning(model).items() if flag}
+    model.save(tmp_path / "second.keras")
+    model = keras.saving.load_model(tmp_path / "second.keras")
+    assert step(model) == expected
+
+
+def test_a_backbone_that_is_frozen_by_a_word_is_frozen_after_a_restart(tmp_path):
+    model = build(V2)
+    adapt.choose_trainable(model, "head")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert [weight.path for weight in loaded.trainable_weights] == ["head/kernel", "head/bias"]
 
 
 # Precision and training

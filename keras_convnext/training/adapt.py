@@ -42,9 +42,11 @@ def choose_trainable(model: keras.Model, trainable: str) -> None:
     for layer in model.layers:
         if layer.name in HEAD_LAYERS:
             continue
-        for variable in layer.trainable_variables:
-            variable.trainable = False
-        if kind == "lora" and hasattr(layer, "pwconv1"):
+        if kind == "head" or not hasattr(layer, "pwconv1"):
+            layer.trainable = False  # which a saved model keeps, as it does not for single weights
+        else:
+            for variable in layer.trainable_variables:
+                variable.trainable = False
             for dense in (layer.pwconv1, layer.pwconv2):
                 # The spread of PyTorch's nn.Linear, which LoRA's A starts with; B starts at 0.
                 spread = (3 * dense.kernel.shape[0]) ** -0.5
