@@ -72,6 +72,11 @@ FORMATS = {
 # weights float32 is at 1e-6, float16 at 1e-3, dynamic_int8 at 0.02 to 0.04, int8 at 0.04 to 0.12
 # (benchmarks/exports).
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "dynamic_int8": 0.15, "int8": 0.3}
+_SAVED_MODEL_FILES = (
+    r"saved_model\.pb|fingerprint\.pb|keras_metadata\.pb|assets\.extra/metadata\.json|"
+    r"variables/variables\.(index|data-\d{5}-of-\d{5})"
+)
+_MAX_NAMED = 3
 DEFAULT_SIZE = 224  # pixels, where a size must be fixed and the model has none
 
 
@@ -155,7 +160,8 @@ def export(
         tolerance: largest allowed difference in times of the model's largest output; default
             `TOLERANCES[precision]`.
         check: bool, whether to run the file and compare; without it nothing is measured.
-        replace: bool, whether to write over what is at the path.
+        replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel
+            and nothing else.
 
     Returns:
         `ExportResult`.
@@ -164,7 +170,8 @@ def export(
         ExportError: the converter failed, or the file differs from the model by more than `tolerance`.
         ValueError: an unknown format or precision, a model that is not built, sizes that do not fit.
         ImportError: a package that the format needs is missing; the message says what to install.
-        FileExistsError: there is something at the path, and `replace` is False.
+        FileExistsError: there is something at the path, and `replace` is False; or a folder with other
+            files or a link to a folder, which is never replaced.
         OSError: the path cannot be written.
 
     Example:
@@ -207,7 +214,7 @@ def export(
             comparison = _compare(_at_size(model, size), written, format, images, limit)
         _store_metadata(written, format, model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
-        _move(written.parent, path)
+        _move(written.parent, path, pathlib.Path(folder, "replaced"))
     seconds = time.perf_counter() - begin
     return ExportResult(path, format, precision, num_bytes, **comparison, seconds=seconds)
 
@@ -240,11 +247,58 @@ def _check_target(path, format, replace):
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"The folder '{path.parent}' may not be written to. Choose another.")
     beside = [path.with_suffix(".bin")] if format == "openvino" else []
+    if format not in ("saved_model", "litert"):
+        beside += [path.with_name(f"{path.name}{end}") for end in (".data", ".metadata.json")]
     for target in (path, *beside):
-        if target.exists() and not replace:
+        _check_replaceable(target, is_folder=format == "saved_model")
+        if os.path.lexists(target) and not replace:
             raise FileExistsError(
                 f"'{target}' is there already. Pass replace=True (--force) to write over it."
             )
+
+
+def _check_replaceable(target, is_folder):
+    """Refuses to replace what `export` does not write: any folder but a bare SavedModel, a link to one."""
+    if target.is_symlink() and (is_folder or target.is_dir()):
+        raise FileExistsError(
+            f"'{target}' is there already: a link to '{os.readlink(target)}', which is not replaced. Name "
+            "another path, or remove the link."
+        )
+    if target.is_dir():
+        foreign = _not_of_a_saved_model(target)
+        if foreign or not (target / "saved_model.pb").is_file():
+            shown = ", ".join(foreign[:_MAX_NAMED]) + (", ..." if len(foreign) > _MAX_NAMED else "")
+            raise FileExistsError(
+                f"'{target}' is there already: a folder, and only one that holds a SavedModel and nothing "
+                f"else is replaced. It holds {len(foreign)} other files or folders{shown and ': '}{shown}. "
+                f"Name another path, such as '{target / 'model.tflite'}' for a file in it, or remove the "
+                "folder yourself."
+            )
+    elif is_folder and target.exists():
+        raise FileExistsError(
+            f"'{target}' is there already: a file, which a folder does not replace. Name another path, or "
+            "remove the file."
+        )
+
+
+def _not_of_a_saved_model(folder):
+    """Names of what lies in a folder and is not part of a SavedModel as TensorFlow and `export` write it."""
+    graph = folder / "saved_model.pb"
+    if graph.is_symlink() or not graph.is_file():
+        return sorted(path.name for path in folder.iterdir())
+    content = graph.read_bytes()
+
+    def belongs(path):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            return False
+        if path.is_dir():
+            return name in ("assets", "assets.extra", "variables")
+        if path.parent == folder / "assets":  # the graph names the files that it reads
+            return path.name.encode() in content
+        return re.fullmatch(_SAVED_MODEL_FILES, name) is not None
+
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not belongs(path))
 
 
 def _check_model(model):
@@ -460,14 +514,18 @@ def _activation(model):
     return getattr(getattr(last, "activation", None), "__name__", "linear")
 
 
-def _move(folder, path):
+def _move(folder, path, replaced):
     """Moves what was written beside the path; the file that the path names comes last."""
     for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
         target = path.with_name(written.name)
-        if target.is_dir() and not target.is_symlink():
-            old = target.with_name(f".tmp-old-{target.name}")
-            os.replace(target, old)
+        _check_replaceable(target, written.is_dir())  # once more, as writing takes minutes
+        if target.is_dir():
+            os.replace(target, replaced)
+        try:
             os.replace(written, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(written, target)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
+        if replaced.exists():
+            shutil.rmtree(replaced)

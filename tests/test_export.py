@@ -13,7 +13,7 @@ from layer_contract import relative_error
 from PIL import Image
 from test_deployment import pixels, randomized
 
-from keras_convnext import export, load, runtimes
+from keras_convnext import export, exporters, load, runtimes
 from keras_convnext.data import calibration, preprocess
 from keras_convnext.export import FORMATS, ExportError
 
@@ -434,6 +434,118 @@ def test_a_file_that_differs_is_not_kept(model, images, tmp_path):
         export(model, tmp_path / format, calibration=images, tolerance=0.0, replace=True)
     assert left_in(tmp_path) == [format]
     assert (tmp_path / format).read_text() == "old"
+
+
+def lies_in(folder):
+    """{path in it: content} of all files of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def saved_model(folder):
+    """The files of a SavedModel as `export` leaves them, without their content."""
+    for name in ("variables/variables.index", "variables/variables.data-00000-of-00001"):
+        put(folder / name)
+    put(folder / "fingerprint.pb")
+    put(folder / "assets.extra" / "metadata.json")
+    (folder / "assets").mkdir()
+    (folder / "saved_model.pb").write_bytes(b"graph that reads words.txt")
+
+
+def put(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("the only copy")
+
+
+def refused_to_replace(model, path, **settings):
+    """What `export` says, which leaves everything as it was, with and without `replace`."""
+    before = lies_in(path.parent)
+    for replace in (False, True):
+        with pytest.raises(FileExistsError) as caught:
+            export(model, path, replace=replace, check=False, **settings)
+        assert lies_in(path.parent) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["victim", "x.tflite", "x.onnx"])
+def test_a_folder_of_other_files_is_never_replaced(name, model, tmp_path):
+    for number in range(4):
+        put(tmp_path / name / f"{number}" / "thesis.txt")
+    said = refused_to_replace(model, tmp_path / name)
+    assert "only one that holds a SavedModel and nothing else is replaced" in said
+    assert "It holds 4 other files or folders: 0, 1, 2, .... Name another path" in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "thesis.txt",
+        ".hidden",
+        "model.tflite",
+        "variables/thesis.txt",
+        "variables/assets/words.txt",
+        "assets/thesis.txt",
+        "assets.extra/tf_serving_warmup_requests",
+        "photos/thesis.txt",
+    ],
+)
+def test_a_saved_model_with_a_file_of_someone_else_is_never_replaced(name, model, tmp_path):
+    saved_model(tmp_path / "m")
+    put(tmp_path / "m" / name)
+    assert name in refused_to_replace(model, tmp_path / "m")
+
+
+def test_a_folder_of_graphs_alone_or_of_links_is_never_replaced(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "It holds 0 other files or folders. Name another" in refused_to_replace(model, tmp_path / "empty")
+    saved_model(tmp_path / "m")
+    put(tmp_path / "data" / "thesis.txt")
+    (tmp_path / "m" / "assets").rmdir()
+    (tmp_path / "m" / "assets").symlink_to(tmp_path / "data")
+    assert "It holds 1 other files or folders: assets." in refused_to_replace(model, tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["link", "link.tflite", "link.onnx"])
+def test_a_link_to_a_folder_is_never_replaced(name, model, tmp_path):
+    saved_model(tmp_path / "m")
+    (tmp_path / name).symlink_to("m")
+    assert f"{name}' is there already: a link to 'm'" in refused_to_replace(model, tmp_path / name)
+    assert (tmp_path / name).is_symlink()
+
+
+def test_a_file_is_not_replaced_by_a_folder(model, tmp_path):
+    put(tmp_path / "thesis")
+    assert "a file, which a folder does not replace" in refused_to_replace(model, tmp_path / "thesis")
+
+
+@pytest.mark.parametrize("name", ["m.onnx.metadata.json", "m.onnx.data"])
+def test_a_file_beside_is_replaced_only_on_request(name, model, tmp_path):
+    put(tmp_path / name)
+    with pytest.raises(FileExistsError, match=rf"{name}' is there already. Pass replace=True"):
+        export(model, tmp_path / "m.onnx", check=False)
+    assert left_in(tmp_path) == [name]
+
+
+@on_tensorflow
+def test_a_saved_model_is_replaced_and_what_came_meanwhile_is_not(model, images, tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    saved_model(path)
+    put(path / "assets" / "words.txt")  # which the graph names
+    export(model, path, calibration=images, replace=True)
+    first = lies_in(path)
+    assert "assets/words.txt" not in first
+    export(model, path, calibration=images, replace=True)  # our own
+    assert set(lies_in(path)) == set(first) and left_in(tmp_path) == ["m"]
+    write = exporters.write
+
+    def write_while_another_works(*arguments):
+        write(*arguments)
+        put(path / "thesis.txt")
+
+    monkeypatch.setattr(exporters, "write", write_while_another_works)
+    with pytest.raises(FileExistsError, match=r"It holds 1 other files or folders: thesis\.txt"):
+        export(model, path, calibration=images, replace=True)
+    assert set(lies_in(path)) == {*first, "thesis.txt"} and left_in(tmp_path) == ["m"]
 
 
 @on_tensorflow

@@ -261,6 +261,14 @@ def test_torn_journal_loses_at_most_the_torn_shard(copied, folder, prepared, tea
     assert all_files(copied) == all_files(prepared)
 
 
+@pytest.mark.parametrize("name", ["train-00002-of-00007.tfrecord", "train-index.npz"])
+def test_a_file_that_prepare_did_not_write_is_not_replaced(tmp_path, folder, tf, name):
+    (tmp_path / name).write_bytes(b"the only copy")
+    with pytest.raises(PrepareError, match=rf"Expected no {name} in .*: prepare did not write it.*another"):
+        prepare(folder, tmp_path, shards=7)
+    assert all_files(tmp_path) == {name: b"the only copy"}
+
+
 def test_leftovers_of_a_killed_run_are_removed(copied, folder, prepared):
     for name in ("train-00002-of-00007.tfrecord", "train-index.npz", MANIFEST):
         (copied / f"{name}.{'0123abcd' * 4}.tmp").write_bytes(b"half")

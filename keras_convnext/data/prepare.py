@@ -241,6 +241,8 @@ def _write_split(plan: _Plan, workers: int) -> int:
     """Writes what is missing of a split; returns the number of shards that were there."""
     journal = os.path.join(plan.folder, f"{plan.split}-journal.jsonl")
     manifest = _manifest_or_new(plan.folder)
+    if plan.split not in manifest["splits"] and not os.path.exists(journal):
+        _refuse_foreign_files(plan)
     kept = _finished_shards(plan, journal, manifest["splits"].get(plan.split), workers)
     _remove_leftovers(plan)
     missing = [shard for shard in range(len(plan.ends)) if shard not in kept]
@@ -313,6 +315,16 @@ def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int
             progress.show(done, 0)
     progress.close()
     return kept
+
+
+def _refuse_foreign_files(plan: _Plan) -> None:
+    """Refuses to begin a split where files of its names lie already."""
+    for name in (f"{plan.split}-index.npz", *map(plan.name, range(len(plan.ends)))):
+        if os.path.lexists(os.path.join(plan.folder, name)):
+            raise PrepareError(
+                f"Expected no {name} in '{plan.folder}': prepare did not write it, so it is not replaced. "
+                "Move it, or pass another folder."
+            )
 
 
 def _remove_leftovers(plan: _Plan) -> None:
