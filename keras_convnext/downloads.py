@@ -6,8 +6,8 @@ then asks the network: the Hugging Face hub when the file is there, else a plain
 Environment variables:
     KERAS_CONVNEXT_WEIGHTS_DIR: folder with files placed by hand; several separated by `os.pathsep`.
     KERAS_CONVNEXT_CACHE: cache folder, default "<keras home>/models/keras_convnext".
-    KERAS_CONVNEXT_OFFLINE: 1, true or yes to never use the network.
-    KERAS_CONVNEXT_QUIET: 1, true or yes to print nothing.
+    KERAS_CONVNEXT_OFFLINE: 1 to never use the network; off as `quiet.is_set` says.
+    KERAS_CONVNEXT_QUIET: 1 to print nothing; likewise.
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME: as in `huggingface_hub`, for files on the hub.
 """
 
@@ -29,6 +29,8 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
+
+from keras_convnext.quiet import is_set
 
 RETRIES = 5
 RETRY_WAIT_SECONDS = 0.5  # doubles with each retry, 15.5 s in all
@@ -716,15 +718,17 @@ def sync_folder(folder: pathlib.Path) -> None:
             os.close(descriptor)
 
 
-def is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
-
-
 def _offline_variable(needs_hub: bool) -> str | None:
     """Returns the environment variable that forbids the download, if any."""
     if is_set("KERAS_CONVNEXT_OFFLINE"):
         return "KERAS_CONVNEXT_OFFLINE"
-    return "HF_HUB_OFFLINE" if needs_hub and is_set("HF_HUB_OFFLINE") else None
+    hub_is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    )  # as it reads it
+    return "HF_HUB_OFFLINE" if needs_hub and hub_is_offline else None
 
 
 def _hub_endpoint() -> str:

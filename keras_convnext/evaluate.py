@@ -28,7 +28,7 @@ from keras_convnext import classifiers, distribution, machine, reports, runtimes
 from keras_convnext.classifiers import TrainedClassifier
 from keras_convnext.data import class_names, sources
 from keras_convnext.data.sources import Source
-from keras_convnext.downloads import is_set
+from keras_convnext.quiet import is_set
 from keras_convnext.results import (
     Result,
     append_result,

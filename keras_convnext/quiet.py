@@ -1,10 +1,18 @@
-"""Silences what writes to a process's output, from Python and from outside it."""
+"""Silences what writes to a process's output, from Python and from outside it; and reads switches."""
 
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Iterator
+
+
+def is_set(variable: str) -> bool:
+    """Whether a switch in the environment is on: KERAS_CONVNEXT_QUIET, _OFFLINE or _DEBUG.
+
+    Unset, empty, "0", "false", "no" and "off", in any case, are off; everything else is on.
+    """
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 class _Silence(io.TextIOBase):

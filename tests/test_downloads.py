@@ -24,6 +24,7 @@ from keras_convnext import downloads
 
 pytestmark = pytest.mark.once
 
+ROOT = pathlib.Path(__file__).parents[1]
 BODY = bytes(range(256)) * 1200  # 307,200 bytes, more than one chunk
 OTHER_BODY = bytes(reversed(range(256))) * 1100
 BODY_SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -31,12 +32,12 @@ OTHER_SHA256 = hashlib.sha256(OTHER_BODY).hexdigest()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
-# The file is loaded by itself: importing the package would load Keras in every child process.
+# Under the name of the command: importing the package would load Keras in every child process.
 CHILD = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("downloads", sys.argv[1])
-downloads = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(downloads)
+import json, sys
+sys.argv[0] = "keras-convnext"
+sys.path.insert(0, sys.argv[1])
+from keras_convnext import downloads
 downloads.RETRY_WAIT_SECONDS = 0.01
 if sys.argv[3] == "without_hub":
     sys.modules["huggingface_hub"] = None
@@ -173,7 +174,7 @@ def arguments(server=None, **changes):
 
 
 def start_child(mode="with_hub", **find_arguments):
-    command = [sys.executable, "-c", CHILD, downloads.__file__, json.dumps(find_arguments), mode]
+    command = [sys.executable, "-c", CHILD, str(ROOT), json.dumps(find_arguments), mode]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "depthwise": {"bfloat16", "layers"},
     "files": set(),
     "torch_files": {"files"},
-    "downloads": set(),
+    "downloads": {"quiet"},
     "checkpoints": set(),
     "descriptions": {"checkpoints", "torch_files"},
     "parts": set(),
@@ -38,7 +38,7 @@ ALLOWED = {
     "litert_quantization": set(),
     "runtimes": {"machine", "quiet"},
     "export": {"deployment", "exporters", "runtimes", "quiet"},
-    "browser": {"data.preprocess", "downloads", "files", "runtimes"},
+    "browser": {"data.preprocess", "downloads", "files", "quiet", "runtimes"},
     "quiet": set(),
     "export_report": {"files"},
     "classifiers": {
@@ -48,7 +48,7 @@ ALLOWED = {
     "results": {"data.sources", "downloads"},
     "reports": {"data.class_names", "data.preprocess", "data.sources", "files", "results"},
     "evaluate": {
-        "classifiers", "distribution", "machine", "data.class_names", "data.sources", "downloads", "reports",
+        "classifiers", "distribution", "machine", "data.class_names", "data.sources", "quiet", "reports",
         "results", "runtimes",
     },
     "gradcam": set(),
@@ -64,7 +64,7 @@ ALLOWED = {
     "training.optimizer": {"checkpoints"},
     "training.recipe": {"checkpoints", "variants"},
     "training.run_folder": {"downloads", "files", "torch_files"},
-    "training.logs": {"files"},
+    "training.logs": {"files", "quiet"},
     "training.losses": set(),
     "training.adapt": {"layers"},
     "training.memory": {"state_dicts", "variants"},
@@ -90,7 +90,7 @@ ALLOWED = {
     "bench.present": {"bench.contestants", "machine", "bench.report", "files"},
     "bench.compare": {
         "bench.contestants", "machine", "bench.present", "bench.report", "bench.turns", "checkpoints",
-        "variants",
+        "quiet", "variants",
     },
     "bench.work": {"bench.contestants", "machine", "bench.turns", "variants"},
     "bench.stages": {
@@ -113,7 +113,7 @@ ALLOWED = {
     "data.preprocess": set(),
     "data.class_names": set(),
     "data.tfrecords": set(),
-    "data.sources": {"data.class_names", "data.preprocess", "data.tfrecords", "files"},
+    "data.sources": {"data.class_names", "data.preprocess", "data.tfrecords", "files", "quiet"},
     "data.prepare": {"data.sources", "data.tfrecords", "downloads"},
     "data.images": set(),
     "data.augment": set(),

@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from argparse import Namespace
@@ -17,6 +16,7 @@ from keras_convnext.bench.report import Table
 from keras_convnext.bench.turns import Measurement, measure_entries
 from keras_convnext.checkpoints import unknown
 from keras_convnext.machine import busy_warning
+from keras_convnext.quiet import is_set
 from keras_convnext.variants import VARIANTS
 
 DEFAULT_MODEL = "convnext_tiny"
@@ -50,7 +50,7 @@ class Progress:
     def __init__(self, title: str) -> None:
         self.title = title
         self.begin = time.monotonic()
-        self.is_watched = sys.stderr.isatty() and not os.environ.get("KERAS_CONVNEXT_QUIET")
+        self.is_watched = sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
 
     def show(self, what: str, done: int, total: int) -> None:
         """What is done now, and how many turns are done of how many."""

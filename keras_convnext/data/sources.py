@@ -31,6 +31,7 @@ from keras_convnext.data import class_names
 from keras_convnext.data.preprocess import IMAGE_SUFFIXES
 from keras_convnext.data.tfrecords import Range, find_records, parse_example
 from keras_convnext.files import replacing_file
+from keras_convnext.quiet import is_set
 
 INDEX_VERSION = 1
 MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
@@ -1187,7 +1188,7 @@ class Progress:
         self.title = title
         self.total_bytes = total_bytes
         self.begin = self.shown = time.monotonic()
-        self.is_watched = sys.stderr.isatty() and not os.environ.get("KERAS_CONVNEXT_QUIET")
+        self.is_watched = sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
 
     def show(self, done_bytes: int, images: int) -> None:
         now = time.monotonic()

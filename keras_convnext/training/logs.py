@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from keras_convnext.files import replacing_file
+from keras_convnext.quiet import is_set
 
 Value = float | int | str
 
@@ -356,7 +357,7 @@ class Progress:
         self.images_per_second: float | None = None
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_quiet = quiet or bool(os.environ.get("KERAS_CONVNEXT_QUIET"))
+        self._is_quiet = quiet or is_set("KERAS_CONVNEXT_QUIET")
         self._is_terminal = self._stream.isatty()
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step of the epoch)
         self._epoch = 0
