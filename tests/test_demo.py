@@ -58,19 +58,6 @@ def test_flowers_are_sixty_a_kind_of_one_size_each_with_a_credit():
 
 
 @pytest.mark.once
-def test_pyproject_installs_every_flower_and_its_credit():
-    import tomllib
-
-    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
-    installed = {path for patterns in tables.values() for pattern in patterns for path in ROOT.glob(pattern)}
-    assert {path for path in FLOWERS.rglob("*") if path.is_file()} <= installed
-    assert all(path.is_file() for path in installed)  # a folder among them ends the build
-    for folder, patterns in tables.items():
-        for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
-            assert folder == f"share/keras_convnext/{path.parent.relative_to(ROOT).as_posix()}"
-
-
-@pytest.mark.once
 def test_every_fifth_flower_by_name_is_held_out_and_none_is_learned(flowers):
     assert flowers.classes == KINDS and flowers.images.shape == (300, 96, 96, 3)
     assert not set(flowers.training) & set(flowers.held_out)

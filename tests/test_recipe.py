@@ -5,7 +5,6 @@ import importlib
 import json
 import pathlib
 import re
-import sys
 import tomllib
 
 import pytest
@@ -621,16 +620,6 @@ def test_a_file_in_the_working_directory_hides_no_published_name(write, tmp_path
     write("smoke")
     assert load_recipe("smoke").data == str(FOLDER / "digits")
     assert load_recipe("./smoke").title == load_recipe("smoke").title
-
-
-def test_an_installed_package_finds_its_recipes_under_the_prefix(write, tmp_path, monkeypatch):
-    folder = tmp_path / "share" / "keras_convnext" / "recipes"
-    folder.mkdir(parents=True)
-    write().rename(folder / "mine.toml")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "site" / "keras_convnext" / "training" / "x.py"))
-    assert known_recipes() == ["mine"]
-    assert load_recipe("mine").architecture == "convnext_atto"
 
 
 def test_names_of_the_data_pipeline_are_the_pipelines():

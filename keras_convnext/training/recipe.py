@@ -4,17 +4,22 @@ A published recipe is a file of the folder `recipes`; the same values as a froze
 `trainer.train` takes. Nothing here needs a Keras backend, so a recipe is read and checked before one starts.
 """
 
+import atexit
 import dataclasses
 import difflib
+import functools
+import importlib.resources
 import json
 import math
 import os
 import re
-import sys
+import shutil
+import tempfile
 import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -488,12 +493,35 @@ def known_recipes() -> list[str]:
 def recipes_folder() -> Path:
     """Return the folder of the published recipes and their small data sets, `digits` and `flowers`.
 
-    It stands beside the package in the repository, and under `sys.prefix` where the package is installed.
+    It lies in the package where that is installed, and beside it in the repository. Of a package that is
+    imported from a zip file a copy in a temporary folder is returned, which is removed when the process ends.
     """
-    beside = Path(__file__).resolve().parents[2] / "recipes"
-    if (beside / "smoke.toml").is_file():
-        return beside
-    return Path(sys.prefix) / "share" / "keras_convnext" / "recipes"
+    inside = _inside()
+    if not inside.is_dir():
+        return Path(__file__).resolve().parents[2] / "recipes"
+    return inside if isinstance(inside, Path) else _unpacked()
+
+
+def _inside() -> Traversable:
+    return importlib.resources.files("keras_convnext") / "recipes"
+
+
+@functools.cache
+def _unpacked() -> Path:
+    temporary = tempfile.mkdtemp(prefix="keras_convnext_recipes_")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    _copy(_inside(), Path(temporary))
+    return Path(temporary)
+
+
+def _copy(folder: Traversable, target: Path) -> None:
+    """Copies what is in a folder; `importlib.resources.as_file` takes files only before Python 3.12."""
+    target.mkdir(exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            _copy(entry, target / entry.name)
+        else:
+            (target / entry.name).write_bytes(entry.read_bytes())
 
 
 def to_toml(recipe: Any) -> str:

@@ -1,0 +1,110 @@
+"""The recipes and their data, found wherever the package was installed."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from keras_convnext.training import recipe
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.once
+
+# As the command, so that Keras is not loaded.
+READ = """
+import json, sys
+sys.argv[0] = "keras-convnext"
+import keras_convnext
+from keras_convnext.data import sources
+from keras_convnext.training import recipe
+
+folder = recipe.recipes_folder()
+digits = sources.open_source(recipe.load_recipe("smoke").data, "train")
+flowers = sources.open_source(folder / "flowers")
+print(json.dumps({
+    "package": keras_convnext.__file__,
+    "folder": str(folder),
+    "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
+    "recipes": {
+        name: recipe.to_toml(recipe.load_recipe(name)).replace(str(folder), "RECIPES")
+        for name in recipe.known_recipes() if name not in ("knn", "linear_probe")
+    },
+    "digits": [len(digits), digits.read(7).hex()],
+    "flowers": [len(flowers), flowers.read(7).hex()],
+}))
+"""
+
+
+def read(path, cwd):
+    """What a process finds that has `path` before all else."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        env=os.environ | {"PYTHONPATH": str(path)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("package").startswith(f"{path}{os.sep}keras_convnext")
+    return found
+
+
+def pip(*words):
+    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INDEX": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What is read in the repository, and the files of its recipes that are installed."""
+    found = read(ROOT, tmp_path_factory.mktemp("elsewhere"))
+    assert pathlib.Path(found.pop("folder")) == ROOT / "recipes"
+    kept = ("digits/", "flowers/")
+    found["files"] = [name for name in found["files"] if name.endswith(".toml") or name.startswith(kept)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The package as a wheel, built without a network from a copy, which the build writes into."""
+    pytest.importorskip("setuptools", "77", reason="setuptools 77 or newer builds the wheel")
+    copy, output = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("keras_convnext", "recipes"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", output, copy)
+    return next(output.glob("*.whl"))
+
+
+def test_the_repository_has_what_is_read(checkout):
+    assert checkout["recipes"].keys() == {*recipe.known_recipes()} - {"knn", "linear_probe"}
+    assert (checkout["digits"][0], checkout["flowers"][0]) == (1347, 300)
+
+
+def test_a_wheel_holds_nothing_outside_the_package_and_no_launch_scripts(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"keras_convnext"}
+    assert not [name for name in names if ".data/" in name or "launch" in name]
+
+
+def test_a_package_in_a_folder_of_its_own_finds_all_recipes_and_data(wheel, checkout, tmp_path):
+    target = tmp_path / "target"
+    pip("install", "--no-deps", "--target", target, wheel)
+    found = read(target, tmp_path)
+    assert pathlib.Path(found.pop("folder")) == target / "keras_convnext" / "recipes"
+    assert found == checkout
+
+
+def test_a_package_in_a_zip_file_finds_all_recipes_and_data(wheel, checkout, tmp_path):
+    found = read(wheel, tmp_path)
+    folder = pathlib.Path(found.pop("folder"))
+    assert found == checkout
+    assert not folder.exists()  # the copy has gone with its process
