@@ -297,6 +297,9 @@ def test_counts_of_files_are_right():
     assert f"All {len(checkpoints.CHECKPOINTS)} files" in text
     assert f"[All {len(VARIANTS)} architectures]" in text
     assert f"# all {len(known_recipes())}\n" in (ROOT / "recipes" / "README.md").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n- {len(checkpoints.CHECKPOINTS)} weight files by tag" in changes
+    assert f"\n- Training: {len(known_recipes())} recipes" in changes
 
 
 def test_picture_of_speed_shows_what_the_table_says(tmp_path):
