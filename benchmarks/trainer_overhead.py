@@ -25,7 +25,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_convnext import evaluate
+from keras_convnext import distribution, evaluate
+from keras_convnext.descriptions import ImageDescription
 from keras_convnext.training import run_folder, trainer
 from keras_convnext.training.recipe import load_recipe
 
@@ -69,7 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
         run_folder.open_run(f"{folder}/run", {}, checkpoint_bytes=0) as opened,
     ):
         run = trainer._Run(
-            recipe, plan, opened, model, student, evaluate.import_batches(), training, None, 1, True
+            recipe=recipe,
+            plan=plan,
+            engine=distribution.choose("none"),
+            folder=opened,
+            model=model,
+            student=student,
+            batches=evaluate.import_batches(),
+            training=training,
+            validation=None,
+            images=ImageDescription(recipe.image_size),
+            workers=1,
+            progress=True,
         )
 
         overheads, bare = [], []
