@@ -30,7 +30,9 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=300, help="images of each measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements; the fastest counts")
     options = parser.parse_args()

@@ -41,6 +41,7 @@ def parse():
     parser.add_argument("output", help="folder for exports.csv and table.md")
     parser.add_argument("--models", default=",".join(MODELS), help="architectures")
     parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--formats", default=",".join(dict.fromkeys(format for format, _ in KINDS)))
     parser.add_argument(
         "--weights", action="append", default=[], metavar="MODEL=FILE", help="trained weights; repeatable"
     )
@@ -78,7 +79,7 @@ def export_all(options):
         )
         if name not in weights:
             randomise(model)
-        for format, precision in KINDS:
+        for format, precision in (kind for kind in KINDS if kind[0] in options.formats.split(",")):
             row = {"model": name, "backend": options.child, "format": format, "precision": precision}
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder, "model" + FORMATS[format].suffix)

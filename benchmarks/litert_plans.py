@@ -46,13 +46,15 @@ def main():
     )
     parser.add_argument("--output", type=pathlib.Path, help="file for the tables")
     parser.add_argument("--rounds", type=int, default=40, help="turns, default 40")
+    parser.add_argument("--quick", action="store_true", help="a tiny model alone, to try the program")
     options = parser.parse_args()
+    models = ("test_convnext",) if options.quick else MODELS
     facts = ", ".join(f"{name}: {value}" for name, value in machine.machine().items())
     lines = [f"- {facts}; {machine.available_cores()} threads, {options.rounds} rounds", ""]
     lines += depthwise_table(options.rounds)
-    for name in ("convnext_tiny", "convnext_atto"):
+    for name in models if options.quick else ("convnext_tiny", "convnext_atto"):
         lines += ["", *operation_table(name, options.rounds)]
-    for name in MODELS:
+    for name in models:
         lines += ["", *plan_table(name, options.rounds)]
     text = "\n".join(lines) + "\n"
     print(text)

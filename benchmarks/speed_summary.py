@@ -7,6 +7,7 @@ fast as keras.applications on the same backend it is, the median over the rounds
     python benchmarks/speed_summary.py
 """
 
+import argparse
 import csv
 import pathlib
 import sys
@@ -19,14 +20,24 @@ OURS, APPLICATIONS, TIMM = "keras_convnext", "keras.applications", "timm, eager 
 COLOURS = {OURS: "#2166ac", APPLICATIONS: "#bdbdbd", TIMM: "#8c6d31"}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=FOLDER / "summary.png",
+        help="default benchmarks/speed/summary.png",
+    )
+    output = parser.parse_args(arguments).output
     try:
         found = read(FOLDER / "bench.csv")
     except (OSError, KeyError) as error:
         print(f"speed_summary.py: error: {error}", file=sys.stderr)
         return 2
-    draw(found, FOLDER / "summary.png")
-    print(FOLDER / "summary.png")
+    draw(found, output)
+    print(output)
     return 0
 
 

@@ -8,6 +8,7 @@ seed, is the validation split.
     python demo/make_digits.py recipes/digits
 """
 
+import argparse
 import io
 import os
 import pathlib
@@ -21,7 +22,12 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 VALIDATION_FRACTION = 0.25
 
 
-def main(output: str) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", help="folder to write")
+    output = parser.parse_args(arguments).output
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from sklearn.datasets import load_digits
 
@@ -47,4 +53,4 @@ def main(output: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

@@ -8,6 +8,7 @@ these 60 a class are drawn by seed, at most 6 of a photographer in a class, none
     python demo/make_flowers.py flower_photos flower_photos/LICENSE.txt recipes/flowers
 """
 
+import argparse
 import collections
 import csv
 import hashlib
@@ -47,18 +48,26 @@ CREDIT = re.compile(
 )
 
 
-def main(source: str, credits: str, output: str) -> int:
-    paths = {f"{path.parent.name}/{path.name}": path for path in pathlib.Path(source).rglob("*.jpg")}
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=pathlib.Path)
+    parser.add_argument("credits", type=pathlib.Path)
+    parser.add_argument("output", type=pathlib.Path, help="folder to write")
+    options = parser.parse_args(arguments)
+    source, output = options.source, options.output
+    paths = {f"{path.parent.name}/{path.name}": path for path in source.rglob("*.jpg")}
     digests = {file: hashlib.sha256(path.read_bytes()).digest() for file, path in paths.items()}
     copies = collections.Counter(digests.values())
-    lines = map(CREDIT.fullmatch, pathlib.Path(credits).read_text(encoding="utf-8").splitlines())
+    lines = map(CREDIT.fullmatch, options.credits.read_text(encoding="utf-8").splitlines())
     credited = sorted(
         (line for line in lines if line and line["file"] in paths and copies[digests[line["file"]]] == 1),
         key=lambda line: line["file"],
     )
     rows, fingerprints = [], []
     for kind in CLASSES:
-        folder = pathlib.Path(output, kind)
+        folder = output / kind
         folder.mkdir(parents=True, exist_ok=True)
         candidates = [line for line in credited if line["kind"] == kind]
         random.Random(SEED).shuffle(candidates)
@@ -90,8 +99,8 @@ def main(source: str, credits: str, output: str) -> int:
         rows += sorted(chosen)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("file", "photographer", "address"), *rows])
-    pathlib.Path(output, "CREDITS.csv").write_text(table.getvalue(), encoding="utf-8")
-    total = sum(pathlib.Path(output, file).stat().st_size for file, _, _ in rows)
+    (output / "CREDITS.csv").write_text(table.getvalue(), encoding="utf-8")
+    total = sum((output / file).stat().st_size for file, _, _ in rows)
     print(f"{output}: {len(rows)} photos, {total:,} bytes")
     return 0
 
@@ -114,4 +123,4 @@ def fingerprint(image: Image.Image) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

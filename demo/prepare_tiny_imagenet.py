@@ -8,6 +8,7 @@ non-commercial research and education.
     python demo/prepare_tiny_imagenet.py tiny-imagenet-200 prepared/tiny_imagenet
 """
 
+import argparse
 import csv
 import os
 import pathlib
@@ -20,19 +21,25 @@ import numpy as np
 Photo = tuple[str, str, str, bytes]  # split, class, file name, JPEG
 
 
-def main(source: str, output: str) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=pathlib.Path)
+    parser.add_argument("output", help="folder to write")
+    options = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from keras_convnext.data import prepare
 
-    folder = pathlib.Path(source)
+    folder = options.source
     photos = read_archive(folder) if (folder / "train").is_dir() else read_packs(folder)
     with tempfile.TemporaryDirectory() as temporary:
         for split, name, file, content in photos:
             path = pathlib.Path(temporary, split, name, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        summary = prepare.prepare(temporary, output)
-    print(f"{output}: {summary.images}, {summary.num_bytes / 1e6:,.1f} MB")
+        summary = prepare.prepare(temporary, options.output)
+    print(f"{options.output}: {summary.images}, {summary.num_bytes / 1e6:,.1f} MB")
     return 0
 
 
@@ -57,4 +64,4 @@ def read_packs(folder: pathlib.Path) -> Iterator[Photo]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

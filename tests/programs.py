@@ -1,4 +1,4 @@
-"""The programs of benchmarks/, which are no package, as modules."""
+"""The programs of benchmarks/ and demo/, which are no packages, as modules."""
 
 import importlib.util
 import pathlib
@@ -7,8 +7,8 @@ import sys
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
-def load(name):
-    specification = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+def load(name, folder=BENCHMARKS):
+    specification = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     if str(BENCHMARKS) not in sys.path:  # as when it is run
         sys.path.append(str(BENCHMARKS))
     module = importlib.util.module_from_spec(specification)
