@@ -23,7 +23,7 @@ setup:
 	@.ci/setup
 
 demo: setup
-	@.venv/bin/keras-convnext demo --output out/demo $(if $(DATA),--data "$(DATA)") \
+	@.venv/bin/python -m demo.run --output out/demo $(if $(DATA),--data "$(DATA)") \
 		$(if $(WEIGHTS),--weights "$(WEIGHTS)") $(if $(EPOCHS),--epochs $(EPOCHS)) \
 		$(if $(SEED),--seed $(SEED)) $(if $(LIMIT),--limit $(LIMIT))
 

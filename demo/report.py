@@ -1,8 +1,7 @@
-"""The page of `keras-convnext demo`: one HTML file with all pictures in it, from what `demo.run` found."""
+"""The page of `make demo`: one HTML file with all pictures in it, from what `run.run` found."""
 
 import base64
 import html
-import importlib.resources
 import io
 import os
 import pathlib
@@ -24,7 +23,7 @@ def write_page(found: Any, path: str | os.PathLike[str], command: str = "") -> p
     """Writes the page, which opens without a network.
 
     Args:
-        found: `demo.Findings`.
+        found: `run.Findings`.
         path: the .html file; one that is there is replaced.
         command: what made it, for the foot of the page.
 
@@ -35,7 +34,7 @@ def write_page(found: Any, path: str | os.PathLike[str], command: str = "") -> p
         OSError: the file cannot be written.
 
     Example:
-        write_page(demo.run(settings), "out/demo/report.html")
+        write_page(run.run(settings), "out/demo/report.html")
     """
     path = pathlib.Path(path)
     pieces = {
@@ -50,7 +49,7 @@ def write_page(found: Any, path: str | os.PathLike[str], command: str = "") -> p
         "facts": _facts(found, command),
         "credits": _credits(found),
     }
-    template = (importlib.resources.files("keras_convnext") / "web/demo.html").read_text(encoding="utf-8")
+    template = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: pieces[place[1]], template)
     with replacing_file(path) as file:
         file.write(page.encode())
@@ -220,12 +219,18 @@ def _runners(found):
 def _facts(found, command):
     names = {"cpu": "processor", "load": "load before", "keras_convnext": "keras-convnext"}
     facts = {names.get(name, name): value for name, value in found.machine.items() if value}
-    facts["whole demo"] = f"{found.seconds:.0f} s"
     lines = [f'<dt>command</dt><dd class="long">{html.escape(command)}</dd>'] if command else []
+    lines.append(f'<dt>seconds</dt><dd class="long">{html.escape(seconds_text(found.seconds))}</dd>')
     lines += [
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()
     ]
     return "\n".join(lines)
+
+
+def seconds_text(seconds: dict[str, float]) -> str:
+    """The seconds of each part and of all, in one line."""
+    parts = seconds | {"in all": sum(seconds.values())}
+    return ", ".join(f"{part} {taken:.0f}" for part, taken in parts.items())
 
 
 def _credits(found):

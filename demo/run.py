@@ -1,16 +1,23 @@
-"""The steps of `keras-convnext demo`: classify, fine-tune, look inside, export, measure.
+"""`make demo`: classifies, fine-tunes, looks inside, exports and measures, without a network.
 
-`run` takes a model from its weights to a file for phones, on real photographs and without a network, and
-returns what it found; `demo_report` makes a page of that.
+    python -m demo.run --data photos/ --output out/photos
+
+The output folder gets report.html, one page with all of it, findings.json, the model and its files. Exit
+code 1 when a step did not work, 2 when nothing could be done, with a line that says why.
 """
 
+import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
 import importlib.resources
 import json
+import logging
+import os
 import pathlib
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -18,17 +25,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
-import keras
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch's threads spin while they wait
+
+try:  # TensorFlow's start-up lines obey none of its settings
+    _begin, _stderr = time.perf_counter(), os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    import keras
+finally:
+    os.dup2(_stderr, 2)
 import numpy as np
 from PIL import Image
 
+from demo import report
 from keras_convnext import checkpoints, classifiers, files, gradcam, machine, models, runtimes
 from keras_convnext.data import class_names, preprocess, sources
 from keras_convnext.export import ExportError, export
 from keras_convnext.quiet import silenced
-from keras_convnext.training.recipe import recipes_folder
 from keras_convnext.variants import VARIANTS
 
+IMPORT_SECONDS = time.perf_counter() - _begin
+FLOWERS = pathlib.Path(__file__).parents[1] / "recipes" / "flowers"
 WEIGHTS = "convnextv2_atto.tiny_imagenet200"  # come with the package
 ARCHITECTURE = "convnextv2_atto"  # of weights="imagenet"
 # Photographs of the package -> first words of the names that are right.
@@ -41,10 +58,10 @@ TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 BEST_CLASSES = 5
 SHOWN_SIDE = 256  # pixels, the least of a photograph on the page
 SIDE = 96  # pixels, of the photos that are learned
-BATCH_SIZE = 32
+BATCH_SIZE = 16
 HELD_OUT_EVERY = 5  # photos of a class
-PHOTOS_SEEN = 3_600  # in a training without --epochs
-MOST_EPOCHS = 15
+PHOTOS_SEEN = 1_440  # in a training without --epochs
+MOST_EPOCHS = 6
 LIMIT = 1_000
 LEARNING_RATE = {"pretrained": 1e-3, "from scratch": 1e-3}  # the peak of the cosine
 WEIGHT_DECAY = 0.05
@@ -62,10 +79,9 @@ class Settings:
         output: folder to write to, made where it is not there.
         weights: tag or weight file to start from; "imagenet" for the published ones of `ARCHITECTURE`.
         data: folder of class folders to learn; None for the flowers of the repository.
-        epochs: of each training; None for 15, fewer where there are more photos.
+        epochs: of each training; None for 6, fewer where there are more photos.
         seed: of the draw of photos, the new weights and the order.
         limit: most photos to learn from and to hold out, drawn by seed, the same number of each class.
-        image_size: side in pixels of the photographs to classify; None for the weights' own.
     """
 
     output: pathlib.Path
@@ -74,7 +90,6 @@ class Settings:
     epochs: int | None = None
     seed: int = 0
     limit: int = LIMIT
-    image_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +192,7 @@ class Findings:
         timed_calls: of each runner.
         problems: a line for each step that did not work.
         machine: versions and hardware.
-        seconds: of everything.
+        seconds: of each part, in order.
     """
 
     weights: str = ""
@@ -192,7 +207,73 @@ class Findings:
     timed_calls: int = 0
     problems: list[str] = dataclasses.field(default_factory=list)
     machine: dict[str, str] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo as the command line says and returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its advice is for whoever wrote the program
+    settings = Settings(**vars(options))
+    try:
+        found = run(settings)
+        page = report.write_page(found, settings.output / "report.html", _command(settings))
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _say(f"\nSeconds: {report.seconds_text(found.seconds)}")
+    _say(f"Look at {page}")
+    surest = surest_right_photo(found)
+    if surest is None:
+        _say("None of the photographs was classified rightly.")
+    else:
+        _say(f"{surest[0]}: {surest[1]}, {surest[2]:.1%}")
+    return 1 if found.problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    output = pathlib.Path("out/demo")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=output, metavar="DIR", help=f"default {output}"
+    )
+    parser.add_argument(
+        "--data", type=pathlib.Path, metavar="DIR", help="a folder of photos for each class, default flowers"
+    )
+    parser.add_argument(
+        "--weights",
+        default=WEIGHTS,
+        metavar="TAG|FILE",
+        help=f"to start from, default those in the package; imagenet: the published ones of {ARCHITECTURE}",
+    )
+    parser.add_argument(
+        "--epochs", type=_positive, metavar="N", help=f"of each training, default {MOST_EPOCHS} or fewer"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of draw, weights and order")
+    parser.add_argument(
+        "--limit", type=_positive, default=LIMIT, metavar="N", help=f"most photos to use, default {LIMIT}"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
+    return int(text)
+
+
+def _command(settings: Settings) -> str:
+    """The command that was given, as it can be given again."""
+    words = ["python", "-m", "demo.run"]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            words += [f"--{field.name}", str(value)]
+    return shlex.join(words)
 
 
 def run(settings: Settings) -> Findings:
@@ -214,7 +295,6 @@ def run(settings: Settings) -> Findings:
     Example:
         run(Settings(pathlib.Path("out/demo"), epochs=5)).trainings[0].held_out_accuracy[-1]
     """
-    begin = time.perf_counter()
     if keras.backend.backend() not in TRAINING_BACKENDS:
         raise ValueError(
             f"Expected a backend that trains: {', '.join(TRAINING_BACKENDS)}. Received: KERAS_BACKEND="
@@ -223,19 +303,23 @@ def run(settings: Settings) -> Findings:
     settings.output.mkdir(parents=True, exist_ok=True)
     photos = read_photos(settings.data, settings.limit, settings.seed)  # what is wrong with them comes first
     weights = checkpoints.IMAGENET[ARCHITECTURE] if settings.weights == "imagenet" else settings.weights
-    opened = open_weights(str(weights), settings.image_size)
+    seconds = {"start": IMPORT_SECONDS}
+    with _timed(seconds, "photographs"):
+        opened = open_weights(str(weights))
+        classified = classify_photos(opened)
     found = Findings(
         weights=opened.row.tag if opened.row else pathlib.Path(str(weights)).name,
+        photos=classified,
         classes=photos.classes,
         num_training=len(photos.training),
         num_held_out=len(photos.held_out),
         data_title=photos.title,
         timed_calls=TIMED_CALLS,
         machine=environment(),
+        seconds=seconds,
     )
 
     _say(f"[1/4] {len(RIGHT_NAMES)} photographs, classified with {found.weights}")
-    found.photos = classify_photos(opened)
     for photo in found.photos:
         _say_photo(photo)
 
@@ -244,8 +328,10 @@ def run(settings: Settings) -> Findings:
         f"\n[2/4] {photos.title}: {len(photos.training):,} photos of {len(photos.classes)} kinds to learn, "
         f"{len(photos.held_out):,} held out; {epochs} epochs from the weights, then {epochs} from scratch"
     )
-    model, training = train("pretrained", opened, photos, epochs, settings.seed)
-    found.trainings = [training, train("from scratch", opened, photos, epochs, settings.seed)[1]]
+    with _timed(seconds, "fine-tuning"):
+        model, training = train("pretrained", opened, photos, epochs, settings.seed)
+    with _timed(seconds, "from scratch"):
+        found.trainings = [training, train("from scratch", opened, photos, epochs, settings.seed)[1]]
     for each in found.trainings:
         _say(
             f"{each.title:13} {each.held_out_accuracy[-1]:6.1%} of {found.num_held_out} held-out photos "
@@ -253,11 +339,13 @@ def run(settings: Settings) -> Findings:
         )
     model_file = save(model, photos.classes, settings.output)
 
-    found.looks = look(model, photos)
+    with _timed(seconds, "heat maps"):
+        found.looks = look(model, photos)
     _say(f"\n[3/4] Grad-CAM of {len(found.photos) + len(found.looks)} photos, for the page")
 
     _say(f"\n[4/4] {model_file.name} as LiteRT files, run and compared (about half a minute)")
-    found.runners, found.problems = export_and_measure(model, model_file, photos, opened)
+    with _timed(seconds, "LiteRT"):
+        found.runners, found.problems = export_and_measure(model, model_file, photos, opened)
     for problem in found.problems:
         print(problem, file=sys.stderr, flush=True)
     for runner in found.runners:
@@ -265,10 +353,17 @@ def run(settings: Settings) -> Findings:
             f"{runner.title:16} {runner.num_bytes / 1e6:6.2f} MB {runner.accuracy:7.1%} right "
             f"{runner.milliseconds:8.2f} ms a photo"
         )
-    found.seconds = time.perf_counter() - begin
     with files.replacing_file(settings.output / "findings.json") as file:
         file.write(json.dumps(facts(found), indent=1).encode())
     return found
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Puts the seconds of what is inside into `seconds`."""
+    begin = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - begin
 
 
 def facts(found: Findings) -> dict[str, Any]:
@@ -289,7 +384,7 @@ def surest_right_photo(found: Findings) -> tuple[str, str, float] | None:
 # Step 1: the photographs that come with the package.
 
 
-def open_weights(weights: str, image_size: int | None = None) -> classifiers.TrainedClassifier:
+def open_weights(weights: str) -> classifiers.TrainedClassifier:
     """Opens a classifier that can also be fine-tuned, with logits for outputs.
 
     Raises:
@@ -300,7 +395,7 @@ def open_weights(weights: str, image_size: int | None = None) -> classifiers.Tra
             f"Expected a tag or a weight file, from which a model of other classes can be made. Received: "
             f"'{weights}'. Write its weights first: keras-convnext convert {weights} weights.safetensors"
         )
-    return classifiers.open_classifier(weights, image_size=image_size, classifier_activation=None)
+    return classifiers.open_classifier(weights, classifier_activation=None)
 
 
 def classify_photos(opened: classifiers.TrainedClassifier) -> list[ClassifiedPhoto]:
@@ -393,9 +488,7 @@ def read_photos(folder: pathlib.Path | None, limit: int, seed: int) -> PhotoSet:
         ValueError: nothing usable is at the path, there is one class only, or a class has fewer than two
             photos.
     """
-    path = recipes_folder() / "flowers" if folder is None else folder
-    if folder is None and not path.is_dir():
-        raise ValueError(f"Expected the flowers in '{path}', nothing is there. Pass --data FOLDER.")
+    path = folder or FLOWERS
     splits = {sources.canonical_split(name) or name for name in sources.list_splits(path)}
     if "train" in splits:
         training = sources.open_source(path, "train")
@@ -691,3 +784,7 @@ def _say_photo(photo: ClassifiedPhoto) -> None:
     _say(f"{photo.name}: {'right' if photo.is_right else 'not right'}")
     for name, probability in photo.best:
         _say(f"  {probability:6.1%} {'█' * round(20 * probability):20} {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

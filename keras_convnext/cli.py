@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import pathlib
-import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -143,17 +142,6 @@ MODEL is a .onnx file that `keras-convnext export` wrote, with its .metadata.jso
 file with the model and all it needs to run: open it with a double click, offline too, and drop a picture on
 it, or put it on a server of static files. npm fetches ONNX Runtime Web at the first use; without npm, pass
 --runtime what `npm pack` wrote on another machine.""",
-    "demo": """examples:
-  keras-convnext demo
-  keras-convnext demo --data photos/ --output out/photos
-  keras-convnext demo --weights imagenet --epochs 10
-  KERAS_BACKEND=jax keras-convnext demo
-
-Classifies three photographs with the weights that come with the package, fine-tunes them on 240 photos of
-flowers against a model that starts from scratch, shows where both look, writes LiteRT files, also in 8 bits,
-and measures these. DIR gets report.html, one page with all of it, findings.json, the model and its files.
---data is a folder with a folder of photos for each class. Only published weights need a network: --weights
-imagenet means those of convnextv2_atto. Exit code 1 when a step did not work, with a line that says why.""",
     "bench": """examples:
   keras-convnext bench convnext_tiny --against timm,keras.applications --output speed/
   keras-convnext bench convnextv2_atto --mode training --batch 32 --backends jax
@@ -192,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by TensorFlow when it is imported
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+    if words[:1] == ["demo"]:
+        _complain("error: `keras-convnext demo` has left the command. Run `make demo` in a checkout.")
+        return 2
     try:
         options = _parser().parse_args(words or ["--help"])
         code = options.run(options)
@@ -652,44 +643,6 @@ def page_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def demo_command(options: argparse.Namespace) -> int:
-    """Shows on photographs what the package does, and leaves a page of it."""
-    # Else PyTorch's threads spin while they wait: six times as long on busy cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _import_quietly("keras_convnext.demo")
-    from keras_convnext import demo, demo_report
-
-    output = pathlib.Path(options.output)
-    settings = demo.Settings(
-        output=output,
-        weights=options.weights or demo.WEIGHTS,
-        data=None if options.data is None else pathlib.Path(options.data),
-        epochs=options.epochs,
-        seed=options.seed,
-        limit=options.limit or demo.LIMIT,
-        image_size=options.image_size,
-    )
-    found = demo.run(settings)
-    report = demo_report.write_page(found, output / "report.html", _demo_words(options))
-    print(f"\nLook at {report}")
-    surest = demo.surest_right_photo(found)
-    if surest is None:
-        print("None of the photographs was classified rightly.")
-    else:
-        print(f"{surest[0]}: {surest[1]}, {surest[2]:.1%}")
-    return 1 if found.problems else 0
-
-
-def _demo_words(options: argparse.Namespace) -> str:
-    """The command that was given, as it can be given again."""
-    words = ["keras-convnext", "demo"]
-    for name in ("data", "weights", "epochs", "seed", "limit", "image_size", "output"):
-        value = getattr(options, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
-
-
 def bench_command(options: argparse.Namespace) -> int:
     """Measures speed, of this package and of peers in the same run."""
     from keras_convnext.bench import compare
@@ -993,28 +946,6 @@ def _parser() -> argparse.ArgumentParser:
         "--runtime", metavar="DIR", help="onnxruntime-web as a folder or a .tgz file; default by npm, once"
     )
     page.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
-
-    demo = command("demo", demo_command, "classify, fine-tune, export and measure on photographs")
-    demo.add_argument("--data", metavar="DIR", help="class folders to learn, default flowers")
-    demo.add_argument(
-        "--weights", metavar="TAG|FILE", help="to start from, default those that come with the package"
-    )
-    demo.add_argument(
-        "--output", default="out/demo", metavar="DIR", help="folder to write to, default out/demo"
-    )
-    demo.add_argument(
-        "--epochs", type=_positive, metavar="N", help="of each training, default 15, fewer for many photos"
-    )
-    demo.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of draw, weights and order, default 0"
-    )
-    demo.add_argument("--limit", type=_positive, metavar="N", help="most photos to use, default 1000")
-    demo.add_argument(
-        "--image-size",
-        type=_positive,
-        metavar="N",
-        help="pixels of the photographs, default the weights' own",
-    )
 
     bench = command("bench", bench_command, "measure speed, against named peers in the same run")
     bench.add_argument("what", nargs="*", metavar="WHAT", help="architectures, or a word; see below")

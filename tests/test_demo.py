@@ -1,13 +1,15 @@
-"""`keras-convnext demo`: its photos, its steps on a small model, its page, and what it refuses."""
+"""`make demo`: its photos, its steps on a small model, its page, and what it refuses."""
 
 import collections
 import csv
+import dataclasses
 import hashlib
 import html.parser
 import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -17,7 +19,9 @@ import pytest
 from PIL import Image
 
 import keras_convnext
-from keras_convnext import cli, demo, demo_report
+from demo import report
+from demo import run as demo
+from keras_convnext import cli
 from keras_convnext.data import class_names
 from keras_convnext.export import ExportError
 
@@ -27,6 +31,32 @@ KINDS = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
 
 
 # The photos.
+
+
+@pytest.fixture
+def run_demo(capsys, monkeypatch, tmp_path):
+    """Runs the demo in a folder of its own and returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_demo(*words):
+        capsys.readouterr()
+        code = demo.main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return run_demo
+
+
+@pytest.fixture
+def refused(run_demo):
+    """Runs a demo that must fail with code 2, print nothing but one error, and returns the error."""
+
+    def refused(*words):
+        code, out, err = run_demo(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and "Traceback" not in err
+        return err
+
+    return refused
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +164,7 @@ def test_unreadable_photos_are_counted_and_the_first_five_named(tmp_path, capsys
 )
 def test_unusable_data_is_named_in_one_line(refused, tmp_path, prepare, message):
     prepare(tmp_path / "photos")
-    error = refused("demo", "--data", tmp_path / "photos", "--weights", "absent.safetensors")
+    error = refused("--data", tmp_path / "photos", "--weights", "absent.safetensors")
     assert re.search(message, error) and error.count("\n") == 1
 
 
@@ -190,7 +220,7 @@ def weights(tmp_path_factory):
 def small(weights, monkeypatch):
     """Words of a demo that takes seconds; the LiteRT converter, tested elsewhere, gives nothing."""
     monkeypatch.setattr(demo, "TIMED_CALLS", 2)
-    return ("demo", "--weights", weights, "--image-size", 64, "--limit", 15, "--epochs", 2, "--output", "out")
+    return ("--weights", weights, "--limit", 15, "--epochs", 2, "--output", "out")
 
 
 class Page(html.parser.HTMLParser):
@@ -210,35 +240,40 @@ class Page(html.parser.HTMLParser):
 
 
 @trains
-def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run, small, monkeypatch):
+def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run_demo, run, small, monkeypatch):
     def refuse(*arguments, **settings):
         raise ImportError("needs ai-edge-litert. Install it: pip install ai-edge-litert")
 
     monkeypatch.setattr(demo, "export", refuse)
-    code, out, err = run(*small)
+    code, out, err = run_demo(*small)
     assert code == 1
     assert err == "".join(
         f"Left out, LiteRT {precision}: needs ai-edge-litert. Install it: pip install ai-edge-litert\n"
         for precision in ("float32", "int8")
     )
     lines = out.splitlines()
-    report = pathlib.Path("out/report.html")
-    assert lines[-2] == f"Look at {report}"
+    page_file = pathlib.Path("out/report.html")
+    assert lines[-2] == f"Look at {page_file}"
+    found = json.loads(pathlib.Path("out/findings.json").read_text())
+    parts = found["seconds"]
+    assert list(parts) == ["start", "photographs", "fine-tuning", "from scratch", "heat maps", "LiteRT"]
+    for training, part in zip(found["trainings"], ("fine-tuning", "from scratch"), strict=True):
+        assert 0 < training["seconds"] <= parts[part]
+    assert lines[-3] == f"Seconds: {report.seconds_text(parts)}"
     assert re.fullmatch(r"coffee\.jpg: espresso, 9\d\.\d%|coffee\.jpg: espresso, 100\.0%", lines[-1])
     assert "cat.jpg: not right" in out and "coffee.jpg: right" in out
     assert "10 photos of 5 kinds to learn, 5 held out; 2 epochs" in out
-    assert {path.name for path in report.parent.iterdir()} == {
+    assert {path.name for path in page_file.parent.iterdir()} == {
         "findings.json",
         "model.keras",
         "model.labels.txt",
         "report.html",
     }  # and no temporary file
     assert pathlib.Path("out/model.labels.txt").read_text().splitlines() == KINDS
-    found = json.loads(pathlib.Path("out/findings.json").read_text())
     assert [len(each["held_out_accuracy"]) for each in found["trainings"]] == [2, 2]
     assert [photo["is_right"] for photo in found["photos"]] == [False, True, False]
     assert len(found["looks"]) == 5 and all(look["photographer"] for look in found["looks"])
-    page = Page(report.read_text(encoding="utf-8"))
+    page = Page(page_file.read_text(encoding="utf-8"))
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert page.tags.count("img") == 2 * (3 + 5) and "script" not in page.tags and "{{" not in page.text
     size = pathlib.Path("out/model.keras").stat().st_size
@@ -246,7 +281,8 @@ def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run, sm
     assert 4 * parameters < size < 8 * parameters  # in float32, without the moments of the optimizer
     assert page.tags.count("polyline") == 4 and "table" not in page.tags
     assert "Install it: pip install ai-edge-litert" in page.text and "CC BY 2.0" in page.text
-    assert "keras-convnext demo --weights" in page.text and keras.__version__ in page.text
+    assert lines[-3].removeprefix("Seconds: ") in page.text
+    assert "python -m demo.run --output out --weights" in page.text and keras.__version__ in page.text
 
     code, out, _ = run("predict", FLOWERS / "roses" / f"{first_rose()}.jpg", "--weights", "out/model.keras")
     assert code == 0 and {line.split()[-1] for line in out.splitlines()[1:]} == set(KINDS)
@@ -285,8 +321,8 @@ def litert(monkeypatch):
 
 
 @trains
-def test_files_are_measured_on_held_out_photos_and_calibrated_on_others(run, small, litert):
-    code, _, _ = run(*small)
+def test_files_are_measured_on_held_out_photos_and_calibrated_on_others(run_demo, small, litert):
+    code, _, _ = run_demo(*small)
     assert code == 0
     model, float32, int8 = json.loads(pathlib.Path("out/findings.json").read_text())["runners"]
     assert [model["title"], float32["title"], int8["title"]] == ["Keras", "LiteRT float32", "LiteRT int8"]
@@ -306,7 +342,7 @@ def test_files_are_measured_on_held_out_photos_and_calibrated_on_others(run, sma
 
 @trains
 def test_a_file_that_differs_too_much_is_a_problem_of_one_line_and_the_other_is_measured(
-    run, small, litert, monkeypatch
+    run_demo, small, litert, monkeypatch
 ):
     write = demo.export
 
@@ -319,7 +355,7 @@ def test_a_file_that_differs_too_much_is_a_problem_of_one_line_and_the_other_is_
     stale = pathlib.Path("out/model_int8.tflite")
     stale.parent.mkdir()
     stale.write_bytes(b"of an earlier model")
-    code, _, err = run(*small)
+    code, _, err = run_demo(*small)
     assert code == 1 and err == "Left out, LiteRT int8: The litert file differs from the model by 0.5\n"
     runners = json.loads(pathlib.Path("out/findings.json").read_text())["runners"]
     assert [each["title"] for each in runners] == ["Keras", "LiteRT float32"]
@@ -330,11 +366,11 @@ def test_a_file_that_differs_too_much_is_a_problem_of_one_line_and_the_other_is_
 
 @pytest.mark.once
 def test_unknown_weights_a_whole_model_and_wrong_numbers_are_refused(refused, capsys):
-    assert "No such weight file" in refused("demo", "--weights", "absent.safetensors")
-    error = refused("demo", "--weights", "model.keras")
+    assert "No such weight file" in refused("--weights", "absent.safetensors")
+    error = refused("--weights", "model.keras")
     assert "keras-convnext convert model.keras weights.safetensors" in error
     with pytest.raises(SystemExit) as ended:
-        cli.main(["demo", "--epochs", "0"])
+        demo.main(["--epochs", "0"])
     assert ended.value.code == 2
     assert "expected a whole number from 1 up, received '0'" in capsys.readouterr().err
 
@@ -342,26 +378,46 @@ def test_unknown_weights_a_whole_model_and_wrong_numbers_are_refused(refused, ca
 def test_a_backend_that_cannot_train_is_refused(refused, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "openvino")
     message = "Expected a backend that trains: tensorflow, jax, torch. Received: KERAS_BACKEND=openvino"
-    assert message in refused("demo")
+    assert message in refused()
 
 
 @pytest.mark.once
 def test_published_weights_without_a_network_are_one_line(refused, weights_folder):
-    error = refused("demo", "--weights", "imagenet")
+    error = refused("--weights", "imagenet")
     assert "convnextv2_atto.fcmae_ft_in1k" in error and "KERAS_CONVNEXT_OFFLINE" in error
 
 
 @pytest.mark.once
-def test_help_shows_an_example_and_starts_no_backend():
-    code = (
-        "import sys; sys.argv = ['keras-convnext']; from keras_convnext import cli\n"
-        "try: cli.main(['demo', '--help'])\n"
-        "finally: print(sorted({'keras', 'tensorflow', 'jax', 'torch'} & set(sys.modules)))"
+@pytest.mark.parametrize("words", [["demo"], ["demo", "--epochs", "3"], ["demo", "--help"]])
+def test_the_command_says_where_the_demo_is(words, capsys):
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "Run `make demo` in a checkout" in err
+
+
+@pytest.mark.once
+def test_make_demo_passes_every_setting_on():
+    words = ["DATA=a b", "WEIGHTS=imagenet", "EPOCHS=3", "SEED=1", "LIMIT=20"]
+    done = subprocess.run(
+        ["make", "--dry-run", "--old-file=setup", "demo", *words], capture_output=True, text=True, cwd=ROOT
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    assert "keras-convnext demo --data photos/" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout.replace("\\\n", " ").splitlines()[-1])
+    assert command[1:4] == ["-m", "demo.run", "--output"]
+    options = vars(demo._parser().parse_args(command[3:]))
+    assert options == {
+        "output": pathlib.Path("out/demo"),
+        "data": pathlib.Path("a b"),
+        "weights": "imagenet",
+        "epochs": 3,
+        "seed": 1,
+        "limit": 20,
+    }
+    assert set(options) == {field.name for field in dataclasses.fields(demo.Settings)}
+
+
+def test_seconds_of_all_parts_are_summed():
+    assert report.seconds_text({"start": 1.4, "LiteRT": 30.4}) == "start 1, LiteRT 30, in all 32"
 
 
 @pytest.mark.once
@@ -370,7 +426,7 @@ def test_names_from_outside_are_escaped_on_the_page(tmp_path):
     photo = demo.ClassifiedPhoto("<b>.jpg", pixels, pixels, [("</h3><script>", 0.5)], ["a & b"], False)
     training = demo.Training("pretrained", 1e-3, [0.1, 0.2], [0.3, 0.4], 1.0)
     found = demo.Findings("w", [photo], ["<i>"], 4, 2, "<u>", [training, training], [photo])
-    text = demo_report.write_page(found, tmp_path / "page.html", "demo '<x>'").read_text()
+    text = report.write_page(found, tmp_path / "page.html", "demo '<x>'").read_text()
     page = Page(text)
     assert not {"script", "i", "u", "x"} & set(page.tags) and "<b>.jpg" in page.text
     assert "demo '<x>'" in page.text and "a & b" in page.text
@@ -380,16 +436,7 @@ def test_names_from_outside_are_escaped_on_the_page(tmp_path):
 def test_the_whole_command_with_litert(tmp_path, weights):
     """In a process of its own, as it is started."""
     environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}
-    command = [
-        sys.executable,
-        "-m",
-        "keras_convnext",
-        "demo",
-        "--weights",
-        str(weights),
-        "--image-size",
-        "64",
-    ]
+    command = [sys.executable, "-m", "demo.run", "--weights", str(weights)]
     done = subprocess.run(
         [*command, "--epochs", "3", "--limit", "100", "--output", str(tmp_path / "out")],
         env=environment,
@@ -399,6 +446,7 @@ def test_the_whole_command_with_litert(tmp_path, weights):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2] == f"Look at {tmp_path / 'out' / 'report.html'}"
+    assert "oneDNN" not in done.stderr  # nor another start-up line of TensorFlow
     runners = json.loads((tmp_path / "out" / "findings.json").read_text())["runners"]
     assert runners[1]["agreement"] == 1
     assert runners[1]["num_bytes"] > 2 * runners[2]["num_bytes"]

@@ -52,11 +52,6 @@ ALLOWED = {
         "results", "runtimes",
     },
     "gradcam": set(),
-    "demo": {
-        "checkpoints", "classifiers", "data.class_names", "data.preprocess", "data.sources", "export",
-        "files", "gradcam", "machine", "models", "quiet", "runtimes", "training.recipe", "variants",
-    },
-    "demo_report": {"files"},
     "features": {
         "classifiers", "data.preprocess", "data.sources", "downloads", "evaluate", "files", "keras_files",
         "models", "results", "state_dicts",
@@ -125,7 +120,7 @@ ALLOWED = {
 }  # fmt: skip
 KERAS_FREE = {"_environment", "variants", "files", "torch_files", "downloads", "checkpoints", "descriptions",
               "state_dicts", "results", "reports", "exporters", "litert_quantization", "runtimes",
-              "export_report", "quiet", "browser", "demo_report", "training.recipe", "training.run_folder",
+              "export_report", "quiet", "browser", "training.recipe", "training.run_folder",
               "training.logs", "training.memory", "training.planning",
               *(module for module in ALLOWED if module.startswith(("bench.", "data.")))}  # fmt: skip
 WITH_FRAMEWORK = {
