@@ -60,10 +60,10 @@ SHOWN_SIDE = 256  # pixels, the least of a photograph on the page
 SIDE = 96  # pixels, of the photos that are learned
 BATCH_SIZE = 16
 HELD_OUT_EVERY = 5  # photos of a class
-PHOTOS_SEEN = 1_440  # in a training without --epochs
-MOST_EPOCHS = 6
+PHOTOS_SEEN = 1_200  # in a training without --epochs
+MOST_EPOCHS = 5
 LIMIT = 1_000
-LEARNING_RATE = {"pretrained": 1e-3, "from scratch": 1e-3}  # the peak of the cosine
+LEARNING_RATE = 1e-3  # the peak of the cosine
 WEIGHT_DECAY = 0.05
 CALIBRATION_PHOTOS = 64
 TIMED_CALLS = 40
@@ -79,7 +79,7 @@ class Settings:
         output: folder to write to, made where it is not there.
         weights: tag or weight file to start from; "imagenet" for the published ones of `ARCHITECTURE`.
         data: folder of class folders to learn; None for the flowers of the repository.
-        epochs: of each training; None for 6, fewer where there are more photos.
+        epochs: of each training; None for 5, fewer where there are more photos.
         seed: of the draw of photos, the new weights and the order.
         limit: most photos to learn from and to hold out, drawn by seed, the same number of each class.
     """
@@ -328,10 +328,8 @@ def run(settings: Settings) -> Findings:
         f"\n[2/4] {photos.title}: {len(photos.training):,} photos of {len(photos.classes)} kinds to learn, "
         f"{len(photos.held_out):,} held out; {epochs} epochs from the weights, then {epochs} from scratch"
     )
-    with _timed(seconds, "fine-tuning"):
-        model, training = train("pretrained", opened, photos, epochs, settings.seed)
-    with _timed(seconds, "from scratch"):
-        found.trainings = [training, train("from scratch", opened, photos, epochs, settings.seed)[1]]
+    with _timed(seconds, "trainings"):
+        model, found.trainings = train(opened, photos, epochs, settings.seed)
     for each in found.trainings:
         _say(
             f"{each.title:13} {each.held_out_accuracy[-1]:6.1%} of {found.num_held_out} held-out photos "
@@ -556,52 +554,76 @@ def _read_source(source: sources.Source, share: int, seed: int) -> tuple[list, l
 
 
 def train(
-    title: str, opened: classifiers.TrainedClassifier, photos: PhotoSet, epochs: int, seed: int
-) -> tuple[keras.Model, Training]:
-    """Trains a new classifier with `fit`.
+    opened: classifiers.TrainedClassifier, photos: PhotoSet, epochs: int, seed: int
+) -> tuple[keras.Model, list[Training]]:
+    """Trains a new classifier from the weights that are open, then the same one from scratch.
 
     Args:
-        title: "pretrained", from the weights that are open, or "from scratch", the same architecture.
         opened: the weights.
         photos: what to learn.
         epochs: passes over the training photos.
         seed: of the new weights and of the order.
 
     Returns:
-        The model, (N, 96, 96, 3) pixels in 0..255 to logits, and how it went.
+        The fine-tuned model, (N, 96, 96, 3) pixels in 0..255 to logits, and how both trainings went.
     """
-    # Keras draws the seeds of new weights from here; its own set_random_seed would load TensorFlow.
-    random.seed(seed)
-    model = _new_model(title, opened, len(photos.classes))
-    batch_size = min(BATCH_SIZE, len(photos.training))
-    steps_per_epoch = len(photos.training) // batch_size
-    steps = epochs * steps_per_epoch
+    starts = {}
+    for title in ("from scratch", "pretrained"):
+        # Keras draws the seeds of new weights from here; its own set_random_seed would load TensorFlow.
+        random.seed(seed)
+        model = _new_model(title, opened, len(photos.classes))
+        starts[title] = model.get_weights()
+    compile_model(model, photos, epochs)
+    _say(f"{model.count_params():,} weights; the first step compiles, which takes longer")
+    fine_tuning = fit("pretrained", model, starts["pretrained"], photos, epochs, seed)
+    # Without the optimizer, which would make the file three times as large.
+    trained = _new_model("pretrained", opened, len(photos.classes))
+    trained.set_weights(model.get_weights())
+    return trained, [
+        fine_tuning,
+        fit("from scratch", model, starts["from scratch"], photos, epochs, seed),
+    ]
+
+
+def compile_model(model: keras.Model, photos: PhotoSet, epochs: int) -> None:
+    """Gives a model the optimizer, the loss and the metric of a training."""
+    steps = epochs * (len(photos.training) // _batch_size(photos))
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - steps // 10, warmup_target=LEARNING_RATE[title], warmup_steps=steps // 10
+        0.0, steps - steps // 10, warmup_target=LEARNING_RATE, warmup_steps=steps // 10
     )
     model.compile(
         optimizer=keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    _say(f"{title}: {model.count_params():,} weights; the first step compiles, which takes longer")
+
+
+def _batch_size(photos: PhotoSet) -> int:
+    return min(BATCH_SIZE, len(photos.training))
+
+
+def fit(
+    title: str, model: keras.Model, start: list[np.ndarray], photos: PhotoSet, epochs: int, seed: int
+) -> Training:
+    """Trains a compiled model from given weights; a training before leaves only the compiled step."""
+    model.set_weights(start)
+    for variable in model.optimizer.variables:  # all begin with zeros
+        variable.assign(keras.ops.zeros_like(variable))
+    _say(f"{title}:")
     begin = time.perf_counter()
     # No early stop and no choice of an epoch: the held-out photos are only counted.
     history = model.fit(
-        batches(photos.images[photos.training], photos.labels[photos.training], batch_size, seed),
-        steps_per_epoch=steps_per_epoch,
+        batches(photos.images[photos.training], photos.labels[photos.training], _batch_size(photos), seed),
+        steps_per_epoch=len(photos.training) // _batch_size(photos),
         epochs=epochs,
         shuffle=False,  # the generator does
         verbose=1 if sys.stdout.isatty() else 2,  # a bar in a log file is thousands of characters
         validation_data=(photos.images[photos.held_out], photos.labels[photos.held_out]),
         validation_batch_size=BATCH_SIZE,
     ).history
-    # Without the optimizer, which would make the file three times as large.
-    trained = _new_model(title, opened, len(photos.classes))
-    trained.set_weights(model.get_weights())
-    return trained, Training(
+    return Training(
         title,
-        LEARNING_RATE[title],
+        LEARNING_RATE,
         [float(value) for value in history["accuracy"]],
         [float(value) for value in history["val_accuracy"]],
         time.perf_counter() - begin,
