@@ -31,6 +31,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 # "once" tests need no backend; PyTorch's process starts fastest.
 test-tensorflow: setup

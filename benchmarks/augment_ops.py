@@ -21,7 +21,15 @@ import tensorflow as tf
 import torch
 from PIL import Image, ImageOps
 
-from keras_convnext.data import augment
+from keras_convnext.data.augment.policies import (
+    UNIFORMS_PER_OPERATION,
+    Plan,
+    Policy,
+    RandAugment,
+    apply_augment,
+    parse_policy,
+    plan_augment,
+)
 
 SIZE = 224
 FILL = (124, 116, 104)
@@ -41,32 +49,32 @@ def main() -> None:
     policies = _timm_policies()
     photograph = Image.open(PHOTOGRAPH).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     pixels = tf.constant(np.asarray(photograph))
-    whole = augment.parse_policy(POLICY)
+    whole = parse_policy(POLICY)
 
-    def plan(policy: augment.Policy, seed: int) -> augment.Plan:
-        columns = augment.UNIFORMS_PER_OPERATION * policy.num_operations
+    def plan(policy: Policy, seed: int) -> Plan:
+        columns = UNIFORMS_PER_OPERATION * policy.num_operations
         uniforms = np.random.default_rng(seed).random((options.images, columns))
-        return augment.plan_augment(policy, tf.constant(uniforms), (SIZE, SIZE))
+        return plan_augment(policy, tf.constant(uniforms), (SIZE, SIZE))
 
-    def ours(policy: augment.Policy) -> float:
+    def ours(policy: Policy) -> float:
         rows = tf.data.Dataset.from_tensor_slices(plan(policy, 0)).repeat()
         settings = tf.data.Options()
         settings.autotune.enabled = False
         settings.threading.private_threadpool_size = 1
         settings.threading.max_intra_op_parallelism = 1
 
-        def one(row: augment.Plan) -> tf.Tensor:
+        def one(row: Plan) -> tf.Tensor:
             copied = tf.bitwise.bitwise_xor(pixels, tf.cast(row["operation"][0] % 2, tf.uint8))
-            return augment.apply_augment(copied, row, "bicubic", FILL)
+            return apply_augment(copied, row, "bicubic", FILL)
 
         iterator = iter(rows.map(one).with_options(settings))
         return _fastest(lambda: next(iterator), options.images, options.repeats)
 
-    none = ours(augment.RandAugment(levels=("invert",), num_operations=1, probability=0.0))
+    none = ours(RandAugment(levels=("invert",), num_operations=1, probability=0.0))
     print(f"{'':22}{'ours':>8}{'Pillow':>8}  us an image")
     total = theirs = 0.0
     for level in whole.levels:
-        policy = augment.RandAugment((level,), 1, 9.0, 0.5, 10.0, 1.0)
+        policy = RandAugment((level,), 1, 9.0, 0.5, 10.0, 1.0)
         microseconds = ours(policy) - none
         other = _fastest(
             lambda level=level: policies[level](photograph), options.images // 2, options.repeats
@@ -104,7 +112,7 @@ def _timm_policies() -> dict:
     transform = auto_augment.rand_augment_transform(POLICY, dict(hparams))
     policies = {POLICY: transform}
     ops = [auto_augment.AugmentOp(op.name, 1.0, 9, dict(hparams)) for op in transform.ops]
-    return policies | dict(zip(augment.parse_policy(POLICY).levels, ops, strict=True))
+    return policies | dict(zip(parse_policy(POLICY).levels, ops, strict=True))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas
 from jax.experimental.pallas import triton
 
-from keras_convnext.bench.depthwise import Candidate
+from benchmarks.speed.depthwise import Candidate
 
 ROWS = 4  # of the result in one program: every value that is read serves up to 4 of the 7 tap rows
 COLUMNS = 16  # at most, of the map in one program
@@ -22,7 +22,7 @@ PARTS = 64  # at most, of the lines that share the sum of the kernel's gradient
 
 
 def candidates(backend: str, device: str) -> list[Candidate]:
-    """What `keras_convnext.bench.depthwise` measures beside its own: programs of 32, 64 and 128 channels."""
+    """What `benchmarks.speed.depthwise` measures beside its own: programs of 32, 64 and 128 channels."""
     return [
         Candidate(f"Pallas, {block} channels", functools.partial(depthwise, block=block))
         for block in (32, 64, 128)

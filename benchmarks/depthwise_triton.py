@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from keras_convnext.bench.depthwise import Candidate
+from benchmarks.speed.depthwise import Candidate
 
 ROWS = 4  # of the result in one program: every value that is read serves up to 4 of the 7 tap rows
 REDUCTION_PROGRAMS = (
@@ -17,7 +17,7 @@ REDUCTION_PROGRAMS = (
 
 
 def candidates(backend: str, device: str) -> list[Candidate]:
-    """What `keras_convnext.bench.depthwise` measures beside its own: programs of 32, 64 and 128 channels."""
+    """What `benchmarks.speed.depthwise` measures beside its own: programs of 32, 64 and 128 channels."""
     return [
         Candidate(f"Triton, {block} channels", lambda *inputs, block=block: depthwise(*inputs, block=block))
         for block in (32, 64, 128)

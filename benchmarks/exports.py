@@ -67,7 +67,7 @@ def randomise(model):
 def export_all(options):
     """In a process of one backend: one line of JSON for each file."""
     import keras_convnext
-    from keras_convnext.export import FORMATS
+    from keras_convnext.exporting.export import FORMATS
 
     weights = dict(pair.split("=", 1) for pair in options.weights)
     for name in options.models.split(","):
@@ -114,19 +114,19 @@ def main():
 
 
 def columns():
-    from keras_convnext import export_report
+    from keras_convnext.exporting import report
 
-    return ("model", "from", *export_report.COLUMNS[1:])
+    return ("model", "from", *report.COLUMNS[1:])
 
 
 def cells(row):
-    from keras_convnext import export_report
+    from keras_convnext.exporting import report
 
     first = [row["model"], row["backend"]]
     if row["problem"]:
         return [*first, row["format"], row["precision"], row["problem"], "", "", "", ""]
     result = types.SimpleNamespace(**row | {"path": pathlib.Path(row["path"])})
-    return [*first, *export_report.rows([result])[0][1:]]
+    return [*first, *report.rows([result])[0][1:]]
 
 
 def as_line(row):
@@ -134,7 +134,7 @@ def as_line(row):
 
 
 def write(rows, folder):
-    from keras_convnext import machine
+    from keras_convnext import _environment
 
     folder.mkdir(parents=True, exist_ok=True)
     fields = list(dict.fromkeys(name for row in rows for name in row))
@@ -142,7 +142,7 @@ def write(rows, folder):
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
-    facts = ", ".join(f"{name}: {value}" for name, value in machine.machine().items())
+    facts = ", ".join(f"{name}: {value}" for name, value in _environment.machine().items())
     lines = [f"- {facts}", "", f"| {' | '.join(columns())} |", "| --- | --- | --- | --- |" + " ---: |" * 5]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     (folder / "table.md").write_text("\n".join(lines) + "\n")

@@ -22,11 +22,11 @@ from collections.abc import Sequence
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # of this process; the default of Keras needs TensorFlow
 
-from keras_convnext.bench import depthwise, report
-from keras_convnext.bench.compare import Progress
-from keras_convnext.bench.turns import Case, Measurement, measure
-from keras_convnext.files import replacing_file
-from keras_convnext.machine import machine
+from benchmarks.speed import depthwise, report
+from benchmarks.speed.alternating_runs import Case, Measurement, measure
+from benchmarks.speed.cases import Progress
+from keras_convnext._environment import machine
+from keras_convnext._files import replacing_file
 
 FOLDER = pathlib.Path(__file__).parent
 KERNELS = {"torch": FOLDER / "depthwise_triton.py", "jax": FOLDER / "depthwise_pallas.py"}

@@ -23,12 +23,13 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from keras_convnext import deployment, load, machine
+from keras_convnext import _environment, load
+from keras_convnext._terminal import silenced
 from keras_convnext.data.calibration import calibration_images
-from keras_convnext.depthwise import DepthwiseConv2D, depthwise_in_frames
-from keras_convnext.layers import LayerNormalization
-from keras_convnext.litert_quantization import PLANS, quantized
-from keras_convnext.quiet import silenced
+from keras_convnext.exporting import deploy
+from keras_convnext.exporting.litert_int8 import PLANS, quantized
+from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
+from keras_convnext.layers.normalization import LayerNormalization
 from keras_convnext.variants import VARIANTS
 
 MAPS = ((56, 96), (28, 192), (14, 384), (7, 768))  # side, channels of ConvNeXt-T at 224 pixels
@@ -49,8 +50,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a tiny model alone, to try the program")
     options = parser.parse_args()
     models = ("test_convnext",) if options.quick else MODELS
-    facts = ", ".join(f"{name}: {value}" for name, value in machine.machine().items())
-    lines = [f"- {facts}; {machine.available_cores()} threads, {options.rounds} rounds", ""]
+    facts = ", ".join(f"{name}: {value}" for name, value in _environment.machine().items())
+    lines = [f"- {facts}; {_environment.available_cores()} threads, {options.rounds} rounds", ""]
     lines += depthwise_table(options.rounds)
     for name in models if options.quick else ("convnext_tiny", "convnext_atto"):
         lines += ["", *operation_table(name, options.rounds)]
@@ -132,12 +133,12 @@ def plan_table(name, rounds):
     images = [image[None] for image in calibration_images(image_size=(224, 224))]
     files = {}
     with silenced(stdout=True):
-        frames = deployment.depthwise_in_frames
+        frames = deploy.depthwise_in_frames
         try:
-            deployment.depthwise_in_frames = whole
+            deploy.depthwise_in_frames = whole
             files["float32, depthwise whole"] = converted_twin(model)
         finally:
-            deployment.depthwise_in_frames = frames
+            deploy.depthwise_in_frames = frames
         content = files["float32"] = converted_twin(model)
         files["dynamic int8"] = quantized(content, PLANS["dynamic_int8"])
         files["int8"] = quantized(content, PLANS["int8"], images)
@@ -183,7 +184,7 @@ def converted(function, shape, dtype=tf.float32, images=None, tracked=None):
 
 
 def converted_twin(model, images=None):
-    twin = deployment.deploy_for_litert(model)
+    twin = deploy.deploy_for_litert(model)
     dtype = tf.float32 if images is not None else tf.uint8
     tracked = tf.Module()
     tracked.weights = [variable.value for variable in twin.weights]
@@ -193,7 +194,7 @@ def converted_twin(model, images=None):
 
 
 def opened(content):
-    interpreter = Interpreter(model_content=content, num_threads=machine.available_cores())
+    interpreter = Interpreter(model_content=content, num_threads=_environment.available_cores())
     interpreter.allocate_tensors()
     return interpreter
 

@@ -88,12 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(path: pathlib.Path, rows: list[tuple]) -> None:
-    from keras_convnext import machine
+    from keras_convnext import _environment
 
     packages = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("keras", "jax", "torch", "tensorflow-cpu")
     )
-    facts = machine.machine()
+    facts = _environment.machine()
     lines = [
         "# Memory of a training step: estimated and measured",
         "",
@@ -118,7 +118,7 @@ def write(path: pathlib.Path, rows: list[tuple]) -> None:
 
 
 def measured_row(backend, variant, batch, size, precision, rematerialize) -> tuple:
-    from keras_convnext.training import memory
+    from keras_convnext.analysis import memory
     from keras_convnext.variants import VARIANTS
 
     step = memory.Step(
@@ -159,9 +159,10 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
     import keras
     import numpy as np
 
-    from keras_convnext import distribution
-    from keras_convnext.training import trainer
-    from keras_convnext.training.recipe import load_recipe
+    from keras_convnext.distribution import collectives
+    from keras_convnext.training import run_state
+    from keras_convnext.training.recipe_files import load_recipe
+    from keras_convnext.training.tasks import classification
     from keras_convnext.variants import VARIANTS
 
     backend = keras.backend.backend()
@@ -178,19 +179,19 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
     )
 
     def built(recipe):
-        plan = trainer.Plan(recipe.batch_size, 1, 100, 100, 0)
-        student, _ = trainer.build_model(recipe, CLASSES)
-        return trainer._compiled(recipe, student, plan), student
+        plan = run_state.Plan(recipe.batch_size, 1, 100, 100, 0)
+        student, _ = classification.build_model(recipe, CLASSES)
+        return classification.compile_model(recipe, student, plan), student
 
     def arrays(recipe):
         shape = recipe.batch_size, recipe.image_size, recipe.image_size, 3
         images = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
         return images, np.eye(CLASSES, dtype="float32")[np.arange(recipe.batch_size)]
 
-    with trainer._settings_of(recipe):
+    with run_state.settings_of(recipe):
         if backend == "jax":
             model, _ = built(recipe)
-            sizes = distribution.compiled_step(model, *arrays(recipe)).memory_analysis()
+            sizes = collectives.compiled_step(model, *arrays(recipe)).memory_analysis()
             shared = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
             return {"measured": shared + sizes.temp_size_in_bytes, "resident": None}
         small = dataclasses.replace(
@@ -213,8 +214,8 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
         model, student = built(recipe)
         model.train_on_batch(images, targets)
         after = resident("VmHWM") - before
-        variables = trainer._state_variables(model, student).values()
-        held = sum(trainer._variable_bytes(variable) for variable in variables)
+        variables = run_state.state_variables(model, student).values()
+        held = sum(run_state.variable_bytes(variable) for variable in variables)
         return {"measured": torch_peak(model, images, targets) + held, "resident": after}
 
 

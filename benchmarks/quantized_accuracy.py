@@ -37,21 +37,22 @@ def main():
 
 
 def facts():
-    from keras_convnext import machine
+    from keras_convnext import _environment
 
-    return "- " + ", ".join(f"{name}: {value}" for name, value in machine.machine().items())
+    return "- " + ", ".join(f"{name}: {value}" for name, value in _environment.machine().items())
 
 
 def measured(run, num_images):
     """A row for the model and one for each precision."""
-    from keras_convnext.classifiers import open_classifier
-    from keras_convnext.evaluate import evaluate
-    from keras_convnext.export import export
-    from keras_convnext.training import recipe, trainer
+    from keras_convnext.evaluation.classification import evaluate
+    from keras_convnext.exporting.export import export
+    from keras_convnext.predictor import open_predictor
+    from keras_convnext.training import recipe_files
+    from keras_convnext.training.tasks import classification
 
-    settings = recipe.load_recipe(run / "recipe.toml")
-    training, validation = trainer.open_data(settings)
-    opened = open_classifier(
+    settings = recipe_files.load_recipe(run / "recipe.toml")
+    training, validation = classification.open_data(settings)
+    opened = open_predictor(
         settings.architecture,
         run / "final.safetensors",
         image_size=settings.eval_image_size,

@@ -83,9 +83,9 @@ def measure(options, arguments) -> int:
 
     import keras
 
-    from keras_convnext import machine
+    from keras_convnext import _environment
     from keras_convnext.data import sources
-    from keras_convnext.results import fingerprint
+    from keras_convnext.evaluation.results import fingerprint
 
     training = sources.open_source(options.data, "train")
     held_out = sources.open_source(options.data, "validation")
@@ -107,7 +107,12 @@ def measure(options, arguments) -> int:
         if name in {row["case"] for row in rows}:
             continue
         print(f"{name}: {options.minutes:g} minutes ...", flush=True)
-        row = {"case": name, **trained(training, held_out, chosen, options), **settings, **machine.machine()}
+        row = {
+            "case": name,
+            **trained(training, held_out, chosen, options),
+            **settings,
+            **_environment.machine(),
+        }
         row |= {"keras": keras.__version__, "backend_version": importlib.import_module(backend).__version__}
         rows.append({column: str(row[column]) for column in COLUMNS})
         write(rows, path, COLUMNS)
@@ -123,8 +128,8 @@ def trained(training, held_out, chosen, options):
     import keras
 
     from keras_convnext.data import batches
-    from keras_convnext.evaluate import evaluate
-    from keras_convnext.training.recipe import load_recipe
+    from keras_convnext.evaluation.classification import evaluate
+    from keras_convnext.training.recipe_files import load_recipe
 
     recipe = load_recipe(RECIPE)
     size = chosen[1]
@@ -193,7 +198,7 @@ def build(chosen, recipe, classes, steps):
     import keras
 
     from keras_convnext import models
-    from keras_convnext.training import optimizer
+    from keras_convnext.training import optimizer, schedule
 
     architecture, size, stride = chosen
     model = models.load(
@@ -203,7 +208,7 @@ def build(chosen, recipe, classes, steps):
         model = with_stem_stride(model, stride)
     model.compile(
         optimizer.AdamW(
-            optimizer.WarmupCosine(LEARNING_RATE, steps, warmup_steps=round(WARMUP * steps)),
+            schedule.WarmupCosine(LEARNING_RATE, steps, warmup_steps=round(WARMUP * steps)),
             recipe.weight_decay,
         ),
         keras.losses.CategoricalCrossentropy(from_logits=True),

@@ -38,7 +38,7 @@ def write(rows, path, columns):
 
 
 def write_text(text, path):
-    from keras_convnext.files import replacing_file
+    from keras_convnext._files import replacing_file
 
     with replacing_file(path) as file:
         file.write(text.encode())

@@ -63,20 +63,22 @@ def ship(
         ValueError: the run is of another architecture, the file is too large, or float16 costs too much.
         FileNotFoundError: a run is not finished.
     """
-    from keras_convnext import classifiers, descriptions, models, state_dicts, torch_files
-    from keras_convnext.evaluate import evaluate
-    from keras_convnext.training import logs, recipe, trainer
+    from keras_convnext import predictor
+    from keras_convnext.evaluation.classification import evaluate
+    from keras_convnext.training import logs, recipe_files
+    from keras_convnext.training.tasks import classification
     from keras_convnext.variants import VARIANTS
+    from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files
 
     for run in runs:
         if not (run / "final.safetensors").exists():
             raise FileNotFoundError(f"Expected a finished run, received {run} without final.safetensors.")
     run = runs[-1]
-    settings = recipe.load_recipe(run / "recipe.toml", {"data": data} if data else None)
+    settings = recipe_files.load_recipe(run / "recipe.toml", {"data": data} if data else None)
     architecture, _, dataset = tag.partition(".")
     if architecture != settings.architecture or not dataset:
         raise ValueError(f"Expected a tag '{settings.architecture}.<data set>', received {tag!r}.")
-    _, validation = trainer.open_data(settings)
+    _, validation = classification.open_data(settings)
     preparation = {
         "crop": settings.eval_crop,
         "resize_mode": settings.eval_resize_mode,
@@ -84,13 +86,13 @@ def ship(
     }
 
     def score(file: pathlib.Path) -> tuple[Any, Any]:
-        opened = classifiers.open_classifier(
+        opened = predictor.open_predictor(
             architecture, file, image_size=settings.eval_image_size, classifier_activation=None
         )
         return opened, evaluate(opened.model, validation, preparation=preparation)
 
     opened, plain = score(run / "final.safetensors")
-    state = models.state_dict(opened.model)
+    state = assign.state_dict(opened.model)
     arrays = {name: np.asarray(value, "float16") for name, value in state.items()}
     broken = [name for name, value in arrays.items() if not np.isfinite(value).all()]
     if broken:
@@ -103,14 +105,14 @@ def ship(
         "licence": LICENCE,
         "commit": environment["commit"],
         "record": f"benchmarks/runs/{tag}.json",
-        descriptions.KEY: descriptions.to_json(
-            descriptions.ImageDescription(settings.eval_image_size, **preparation)
+        preprocessing_metadata.KEY: preprocessing_metadata.to_json(
+            preprocessing_metadata.ImageDescription(settings.eval_image_size, **preparation)
         ),
     }
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, f"{tag}.safetensors")
-        layout = state_dicts.write(arrays, VARIANTS[architecture], "timm")
-        torch_files.write_safetensors(file, layout, metadata)
+        layout = layouts.write(arrays, VARIANTS[architecture], "timm")
+        safetensors_files.write_safetensors(file, layout, metadata)
         content = file.read_bytes()
         _, shipped = score(file)
     if len(content) > MAX_BYTES:
@@ -148,12 +150,14 @@ def ship(
 
 def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict]) -> dict[str, Any]:
     """Copies what documents a run and returns its part of the record; no path of a machine goes along."""
-    from keras_convnext.training import recipe
+    from keras_convnext.training import recipe_files
 
-    settings = recipe.load_recipe(run / "recipe.toml")
+    settings = recipe_files.load_recipe(run / "recipe.toml")
     weights = pathlib.Path(settings.weights).name
-    settings = recipe.replaced(settings, {"data": "", "weights": f"FOLDER/{weights}" if weights else ""})
-    replace(target / f"{name}.toml", recipe.to_toml(settings).encode())
+    settings = recipe_files.replaced(
+        settings, {"data": "", "weights": f"FOLDER/{weights}" if weights else ""}
+    )
+    replace(target / f"{name}.toml", recipe_files.to_toml(settings).encode())
     for source, ending in (("log.csv", "csv"), ("curves.png", "png")):
         shutil.copyfile(run / source, target / f"{name}.{ending}")
     environment = json.loads((run / "environment.json").read_text())
@@ -174,7 +178,7 @@ def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict])
 
 
 def replace(path: pathlib.Path, content: bytes) -> None:
-    from keras_convnext.files import replacing_file
+    from keras_convnext._files import replacing_file
 
     with replacing_file(path) as file:
         file.write(content)

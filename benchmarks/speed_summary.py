@@ -76,7 +76,7 @@ def draw(found: dict[str, dict[str, dict[str, str]]], path: pathlib.Path) -> Non
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from keras_convnext.files import replacing_path
+    from keras_convnext._files import replacing_path
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     FigureCanvasAgg(figure)

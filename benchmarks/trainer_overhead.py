@@ -25,10 +25,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_convnext import distribution, evaluate
-from keras_convnext.descriptions import ImageDescription
-from keras_convnext.training import run_folder, trainer
-from keras_convnext.training.recipe import load_recipe
+from keras_convnext.distribution import choose
+from keras_convnext.evaluation import result_columns
+from keras_convnext.evaluation.classification import import_batches
+from keras_convnext.training import run_folder, run_state, trainer
+from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.tasks import classification
+from keras_convnext.weights.preprocessing_metadata import ImageDescription
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,12 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     images, targets = (array.astype("float32") for array in batch)
     dataset = tf.data.Dataset.from_tensors((images, targets)).repeat().prefetch(2)
 
-    training, _ = trainer.open_data(recipe)
+    training, _ = classification.open_data(recipe)
     plan = dataclasses.replace(
-        trainer.Plan.of(recipe, training), steps_per_epoch=10**6, total_steps=10**9, warmup_steps=0
+        run_state.Plan.of(recipe, training), steps_per_epoch=10**6, total_steps=10**9, warmup_steps=0
     )
-    student, _ = trainer.build_model(recipe, 10)
-    model = trainer._compiled(recipe, student, plan)
+    student, _ = classification.build_model(recipe, 10)
+    model = classification.compile_model(recipe, student, plan)
     with (
         tempfile.TemporaryDirectory() as folder,
         run_folder.open_run(f"{folder}/run", {}, checkpoint_bytes=0) as opened,
@@ -72,11 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
         run = trainer._Run(
             recipe=recipe,
             plan=plan,
-            engine=distribution.choose("none"),
+            engine=choose.choose("none"),
             folder=opened,
             model=model,
             student=student,
-            batches=evaluate.import_batches(),
+            batches=import_batches(),
             training=training,
             validation=None,
             images=ImageDescription(recipe.image_size),
@@ -98,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{options.architecture}, batch {options.batch_size}, {options.image_size} pixels; "
         f"{keras.backend.backend()} {backend.__version__}, Keras {keras.__version__}, Python "
-        f"{platform.python_version()}, {evaluate.environment()['cpu']}, {os.cpu_count()} cores; "
+        f"{platform.python_version()}, {result_columns.environment()['cpu']}, {os.cpu_count()} cores; "
         f"{options.rounds} times {options.steps} steps, medians"
     )
     step, added = statistics.median(bare), statistics.median(overheads)

@@ -83,7 +83,7 @@ def positive(text: str) -> int:
 
 
 def measure(options, arguments) -> int:
-    from keras_convnext import machine
+    from keras_convnext import _environment
 
     weights = opened_weights(options.weights, options.image_size)
     sets = {name: opened_data(name, path, options.limit) for name, path in map(divided, options.data)}
@@ -120,7 +120,7 @@ def measure(options, arguments) -> int:
         )
         row = key | trained(source, key, steps, weights, Line(title, steps, steps_done, sum(lengths), begin))
         steps_done += steps
-        facts = {**environment(), **machine.machine(), "weights": options.weights}
+        facts = {**environment(), **_environment.machine(), "weights": options.weights}
         facts |= settings | {"data_sha256": digest, "architecture": weights["architecture"]}
         rows.append({name: str((row | facts)[name]) for name in COLUMNS})
         write(rows, path, COLUMNS)
@@ -141,16 +141,23 @@ def opened_weights(name, image_size):
     """What all rows need to know of the weights: architecture, preparation of images, SHA-256."""
     import dataclasses
 
-    from keras_convnext import classifiers, descriptions, models, state_dicts
-    from keras_convnext.checkpoints import default_checkpoint, find_checkpoint
+    from keras_convnext import predictor
+    from keras_convnext.weights import layouts, preprocessing_metadata, resolve
+    from keras_convnext.weights.catalog import default_checkpoint, find_checkpoint
 
-    if classifiers.names_file(name):
-        path = models.existing_file(name)
-        architecture = state_dicts.find_variant(models.read_file(path)).name
-        images = descriptions.read_images(path) or descriptions.describe(default_checkpoint(architecture))
+    if predictor.names_file(name):
+        path = resolve.existing_file(name)
+        architecture = layouts.find_variant(resolve.read_file(path)).name
+        images = preprocessing_metadata.read_images(path) or preprocessing_metadata.describe(
+            default_checkpoint(architecture)
+        )
     else:
         row = find_checkpoint(name)
-        path, architecture, images = models.find_file(row), row.architecture, descriptions.describe(row)
+        path, architecture, images = (
+            resolve.find_file(row),
+            row.architecture,
+            preprocessing_metadata.describe(row),
+        )
     if image_size:
         images = dataclasses.replace(images, image_size=image_size, resize_size=None)
     with open(path, "rb") as file:
@@ -170,7 +177,7 @@ def opened_data(name, path, limit):
     import numpy as np
 
     from keras_convnext.data import sources
-    from keras_convnext.results import fingerprint
+    from keras_convnext.evaluation.results import fingerprint
 
     source = sources.open_source(path, "train" if sources.list_splits(path) else None)
     if limit and limit < len(source):
@@ -209,9 +216,9 @@ def trained(source, key, steps, weights, line):
 
     from keras_convnext import models
     from keras_convnext.data import batches, sources
-    from keras_convnext.evaluate import evaluate
-    from keras_convnext.training import adapt, optimizer
-    from keras_convnext.training.recipe import load_recipe
+    from keras_convnext.evaluation.classification import evaluate
+    from keras_convnext.training import finetune, optimizer, schedule
+    from keras_convnext.training.recipe_files import load_recipe
 
     begin = time.monotonic()
     keras.utils.clear_session()
@@ -230,8 +237,8 @@ def trained(source, key, steps, weights, line):
         seed=seed,
         new_head=True if tuned else None,
     )
-    adapt.scale_head(model, changes["head_init_scale"])
-    rate = optimizer.WarmupCosine(changes["learning_rate"], steps, warmup_steps=steps // 10)
+    finetune.scale_head(model, changes["head_init_scale"])
+    rate = schedule.WarmupCosine(changes["learning_rate"], steps, warmup_steps=steps // 10)
     model.compile(
         optimizer.AdamW(rate, changes["weight_decay"], layer_decay=changes["layer_decay"]),
         keras.losses.CategoricalCrossentropy(from_logits=True),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_convnext.files import replacing_file
+from keras_convnext._files import replacing_file
 
 _WIDTH, _HEIGHT = 760, 270  # of the curves, in units of the drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 150, 12, 36  # around them

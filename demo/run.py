@@ -38,11 +38,14 @@ import numpy as np
 from PIL import Image
 
 from demo import report
-from keras_convnext import checkpoints, classifiers, files, gradcam, machine, models, runtimes
-from keras_convnext.data import class_names, preprocess, sources
-from keras_convnext.export import ExportError, export
-from keras_convnext.quiet import silenced
+from keras_convnext import _environment, _files, models, predictor
+from keras_convnext._terminal import silenced
+from keras_convnext.data import class_names, index, preprocess, sources
+from keras_convnext.evaluation import gradcam
+from keras_convnext.exporting import runtimes
+from keras_convnext.exporting.export import ExportError, export
 from keras_convnext.variants import VARIANTS
+from keras_convnext.weights import catalog
 
 IMPORT_SECONDS = time.perf_counter() - _begin
 FLOWERS = pathlib.Path(__file__).parents[1] / "recipes" / "flowers"
@@ -302,7 +305,7 @@ def run(settings: Settings) -> Findings:
         )
     settings.output.mkdir(parents=True, exist_ok=True)
     photos = read_photos(settings.data, settings.limit, settings.seed)  # what is wrong with them comes first
-    weights = checkpoints.IMAGENET[ARCHITECTURE] if settings.weights == "imagenet" else settings.weights
+    weights = catalog.IMAGENET[ARCHITECTURE] if settings.weights == "imagenet" else settings.weights
     seconds = {"start": IMPORT_SECONDS}
     with _timed(seconds, "photographs"):
         opened = open_weights(str(weights))
@@ -351,7 +354,7 @@ def run(settings: Settings) -> Findings:
             f"{runner.title:16} {runner.num_bytes / 1e6:6.2f} MB {runner.accuracy:7.1%} right "
             f"{runner.milliseconds:8.2f} ms a photo"
         )
-    with files.replacing_file(settings.output / "findings.json") as file:
+    with _files.replacing_file(settings.output / "findings.json") as file:
         file.write(json.dumps(facts(found), indent=1).encode())
     return found
 
@@ -382,7 +385,7 @@ def surest_right_photo(found: Findings) -> tuple[str, str, float] | None:
 # Step 1: the photographs that come with the package.
 
 
-def open_weights(weights: str) -> classifiers.TrainedClassifier:
+def open_weights(weights: str) -> predictor.Predictor:
     """Opens a classifier that can also be fine-tuned, with logits for outputs.
 
     Raises:
@@ -393,10 +396,10 @@ def open_weights(weights: str) -> classifiers.TrainedClassifier:
             f"Expected a tag or a weight file, from which a model of other classes can be made. Received: "
             f"'{weights}'. Write its weights first: keras-convnext convert {weights} weights.safetensors"
         )
-    return classifiers.open_classifier(weights, classifier_activation=None)
+    return predictor.open_predictor(weights, classifier_activation=None)
 
 
-def classify_photos(opened: classifiers.TrainedClassifier) -> list[ClassifiedPhoto]:
+def classify_photos(opened: predictor.Predictor) -> list[ClassifiedPhoto]:
     """Classifies the photographs of the package."""
     names = known_class_names(opened)
     folder = importlib.resources.files("keras_convnext.data") / "photos"
@@ -421,7 +424,7 @@ def _enlarged(image: np.ndarray, preparation: dict[str, Any]) -> np.ndarray:
     return preprocess.preprocess_image(image, **preparation | changes)
 
 
-def known_class_names(opened: classifiers.TrainedClassifier) -> list[str]:
+def known_class_names(opened: predictor.Predictor) -> list[str]:
     """Names the classes of published weights and of the package's own, "class 7" of others."""
     if opened.class_list is not None:
         return class_names.class_names(opened.class_list)
@@ -446,7 +449,7 @@ def _classified(
         names: of the classes.
         right: for each picture the numbers of the classes that are right.
     """
-    logits = np.asarray(model.predict_on_batch(classifiers.for_channels(pictures, model)), "float64")
+    logits = np.asarray(model.predict_on_batch(predictor.for_channels(pictures, model)), "float64")
     probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
     level = HEAT_LEVEL if HEAT_LEVEL in model.pyramid_outputs else None
@@ -530,7 +533,7 @@ def _read_credits(path: pathlib.Path) -> dict[str, dict[str, str]]:
         return {row.pop("file"): row for row in csv.DictReader(file)}
 
 
-def _read_source(source: sources.Source, share: int, seed: int) -> tuple[list, list, list]:
+def _read_source(source: index.Source, share: int, seed: int) -> tuple[list, list, list]:
     """Pixels, labels and names of at most `share` photos of each class."""
     images, labels, names, faults = [], [], [], []
     generator = np.random.default_rng(seed)
@@ -554,7 +557,7 @@ def _read_source(source: sources.Source, share: int, seed: int) -> tuple[list, l
 
 
 def train(
-    opened: classifiers.TrainedClassifier, photos: PhotoSet, epochs: int, seed: int
+    opened: predictor.Predictor, photos: PhotoSet, epochs: int, seed: int
 ) -> tuple[keras.Model, list[Training]]:
     """Trains a new classifier from the weights that are open, then the same one from scratch.
 
@@ -630,7 +633,7 @@ def fit(
     )
 
 
-def _new_model(title: str, opened: classifiers.TrainedClassifier, classes: int) -> keras.Model:
+def _new_model(title: str, opened: predictor.Predictor, classes: int) -> keras.Model:
     architecture = opened.row.architecture if opened.row else opened.model.name
     settings: dict[str, Any] = {
         "input_shape": (SIDE, SIDE, 3),
@@ -676,9 +679,9 @@ def batches(
 def save(model: keras.Model, classes: list[str], folder: pathlib.Path) -> pathlib.Path:
     """Writes model.keras, and the names of its classes where `keras-convnext predict` looks for them."""
     path = folder / "model.keras"
-    with files.replacing_path(path) as temporary, silenced():  # Keras looks for TensorFlow here
+    with _files.replacing_path(path) as temporary, silenced():  # Keras looks for TensorFlow here
         model.save(temporary)
-    with files.replacing_file(path.with_suffix(".labels.txt")) as file:
+    with _files.replacing_file(path.with_suffix(".labels.txt")) as file:
         file.write("".join(f"{name}\n" for name in classes).encode())
     return path
 
@@ -710,7 +713,7 @@ def look(model: keras.Model, photos: PhotoSet) -> list[ClassifiedPhoto]:
 
 
 def export_and_measure(
-    model: keras.Model, model_file: pathlib.Path, photos: PhotoSet, opened: classifiers.TrainedClassifier
+    model: keras.Model, model_file: pathlib.Path, photos: PhotoSet, opened: predictor.Predictor
 ) -> tuple[list[Runner], list[str]]:
     """Writes LiteRT files beside the model's and measures them on the held-out photos.
 
@@ -788,7 +791,7 @@ def time_in_turns(functions: list[Callable[[], Any]], calls: int) -> list[float]
 def environment() -> dict[str, str]:
     """Versions and hardware, for the foot of the page."""
     backend = keras.backend.backend()
-    found = machine.machine() | {"keras": keras.__version__, "backend": backend}
+    found = _environment.machine() | {"keras": keras.__version__, "backend": backend}
     for package in (backend, "numpy", "pillow", "ai-edge-litert"):
         for name in (package, f"{package}-cpu"):  # TensorFlow has another name without GPUs
             try:

@@ -15,20 +15,20 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_convnext.depthwise import DepthwiseConv2D
-from keras_convnext.layers import (
+from keras_convnext.layers.chunking import in_parts
+from keras_convnext.layers.depthwise import DepthwiseConv2D
+from keras_convnext.layers.initializers import RandomNormal
+from keras_convnext.layers.normalization import (
     GlobalResponseNormalization,
     LayerNormalization,
-    LayerScale,
-    RandomNormal,
     RMSNormalization,
     SimpleNormalization,
-    StochasticDepth,
 )
-from keras_convnext.parts import in_parts
-from keras_convnext.products import PatchConv2D, pointwise, pointwise_after_grn
+from keras_convnext.layers.pointwise import PatchConv2D, pointwise, pointwise_after_grn
+from keras_convnext.layers.residual import LayerScale, StochasticDepth
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
+
 
 INITIALIZER = RandomNormal(stddev=0.02)  # `_init_weights` of models/convnext.py; biases start at 0
 

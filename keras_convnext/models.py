@@ -4,33 +4,30 @@ From a call to a model: check the arguments, find the weight file, lay out the l
 anything, read the file, give every weight its value.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import functools
-import logging
 import os
-import pathlib
 from collections.abc import Sequence
 
 import keras
 import numpy as np
 
-from keras_convnext import (
-    checkpoints,
-    convnext,
-    descriptions,
-    downloads,
-    keras_files,
-    state_dicts,
-    torch_files,
-)
-from keras_convnext.checkpoints import WEIGHT_SUFFIXES
+from keras_convnext import _messages, convnext
 from keras_convnext.variants import VARIANTS, Variant
+from keras_convnext.weights import catalog, keras_files, layouts, preprocessing_metadata
+from keras_convnext.weights.assign import filled, placed_values
+from keras_convnext.weights.resolve import (
+    checkpoint_of_architecture,
+    existing_file,
+    find_file,
+    inspect_state,
+    is_path,
+    read_file,
+    read_for_model,
+    starts_new_head,
+)
 
-_logger = logging.getLogger("keras_convnext")
 IMAGENET_CLASSES = 1000  # the default of the constructors
-_announced_licences: set[str] = set()
 
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
@@ -118,22 +115,22 @@ def load(
     """
     if architecture_or_tag in VARIANTS:
         variant, checkpoint = VARIANTS[architecture_or_tag], None
-    elif "." in str(architecture_or_tag) or architecture_or_tag in checkpoints.ALIASES:
-        checkpoint = checkpoints.find_checkpoint(architecture_or_tag)
+    elif "." in str(architecture_or_tag) or architecture_or_tag in catalog.ALIASES:
+        checkpoint = catalog.find_checkpoint(architecture_or_tag)
         variant = VARIANTS[checkpoint.architecture]
     else:
-        raise ValueError(checkpoints.unknown("architecture", architecture_or_tag, VARIANTS))
+        raise ValueError(_messages.unknown("architecture", architecture_or_tag, VARIANTS))
     if weights == "default":
         weights = "imagenet" if checkpoint is None else checkpoint.tag
     row, state = checkpoint, None  # what the weights are, by the table; what is in their file
-    if weights is not None and not _is_path(weights):
-        row = _find_checkpoint(variant, weights, include_top is not False)
+    if weights is not None and not is_path(weights):
+        row = checkpoint_of_architecture(variant, weights, include_top is not False)
         checkpoint = checkpoint or row
     # outputs of the classifier; whether they are CLIP's projection
     available, projects = (row.classes, row.is_projection) if row else (1000, False)
-    if _is_path(weights) and not keras_files.is_bare(path := existing_file(weights)):
+    if is_path(weights) and not keras_files.is_bare(path := existing_file(weights)):
         state = read_file(path)
-        contents = _inspect(state, path)
+        contents = inspect_state(state, path)
         available, projects = contents.classes, projects or contents.layout == "open_clip"
     if classifier_activation == "default":
         classifier_activation = None if projects and classes in (None, available) else "softmax"
@@ -194,17 +191,17 @@ def _build(
     _check_arguments(variant, include_top, pooling, classes, drop_path_rate, output_stride, pyramid_norms)
     checkpoint = path = images = None
     if weights is not None:
-        if _is_path(weights):
+        if is_path(weights):
             path = existing_file(weights)
-            images = None if described_by else descriptions.read_images(path)
+            images = None if described_by else preprocessing_metadata.read_images(path)
         else:
-            checkpoint = _find_checkpoint(variant, weights, include_top)
+            checkpoint = checkpoint_of_architecture(variant, weights, include_top)
             if checkpoint.packaged and classes == IMAGENET_CLASSES:
                 classes = checkpoint.classes
-        new_head = _starts_new_head(checkpoint, weights, include_top, classes, new_head)
+        new_head = starts_new_head(checkpoint, weights, include_top, classes, new_head)
     if checkpoint is not None:
         path = find_file(checkpoint)
-    row = checkpoint or described_by or images or checkpoints.default_checkpoint(variant.name)
+    row = checkpoint or described_by or images or catalog.default_checkpoint(variant.name)
     shape = _checked_input_shape(input_shape, input_tensor, include_top, row)
 
     def assemble():
@@ -239,8 +236,8 @@ def _build(
 
     if state is None:
         state = read_file(path)
-    values = _read_for_model(state, variant, path, include_top, classes, shape[-1], pyramid_norms, new_head)
-    return filled(assemble, lambda model: _places(model, values))
+    values = read_for_model(state, variant, path, include_top, classes, shape[-1], pyramid_norms, new_head)
+    return filled(assemble, lambda model: placed_values(model, values))
 
 
 def _assemble(
@@ -402,7 +399,7 @@ def _constructor(constructor_name: str, architecture: str):
             new_head=new_head,
         )
 
-    imagenet = checkpoints.IMAGENET[architecture]
+    imagenet = catalog.IMAGENET[architecture]
     constructor.__name__ = constructor.__qualname__ = constructor_name
     constructor.__doc__ = _DOCSTRING.format(
         title=constructor_name,
@@ -455,43 +452,6 @@ TestConvNeXt2 = _constructor("TestConvNeXt2", "test_convnext2")
 TestConvNeXt3 = _constructor("TestConvNeXt3", "test_convnext3")
 
 
-def state_dict(model: keras.Model) -> state_dicts.StateDict:
-    """The weights of a model under the names and in the shapes of the official PyTorch code.
-
-    Args:
-        model: made by a constructor of this package, or loaded from a file of one.
-
-    Returns:
-        {canonical name: array}, in the order of the forward pass. Behind an `input_tensor` only the layers
-        of this package are taken.
-
-    Raises:
-        ValueError: when the model is none of ours, or quantised. LoRA is merged.
-    """
-    state = {}
-    adapted = {}  # path of a kernel -> layer whose LoRA is merged into it
-    for layer in model._flatten_layers():
-        if getattr(layer, "lora_enabled", False):
-            adapted[layer._kernel.path] = layer
-    for variable in model.weights:
-        name = _canonical_name(variable.path)
-        if name is None or "/lora_" in variable.path:
-            continue
-        if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
-            raise ValueError(
-                f"{model.name!r} is quantised: {variable.path} has no counterpart in PyTorch's layouts. Take "
-                "its weights before quantize()."
-            )
-        value = adapted[variable.path].kernel if variable.path in adapted else variable
-        state[name] = _to_torch(keras.ops.convert_to_numpy(value), variable.path)
-    if not state:
-        raise ValueError(
-            f"Expected a model made by keras_convnext. Received {model.name!r}, with layers "
-            f"{', '.join(layer.name for layer in model.layers[:5])}, ..."
-        )
-    return state
-
-
 def normaliser_of(model) -> tuple[list[float], list[float]] | None:
     """The mean and spread for each channel, for pixels in 0..1, of a model of this package; None without."""
     for layer in model._flatten_layers():
@@ -501,61 +461,14 @@ def normaliser_of(model) -> tuple[list[float], list[float]] | None:
     return None
 
 
-def _canonical_name(path: str) -> str | None:
-    """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
-    layer, *inner, leaf = path.split("/")
-    head, *numbers = layer.split("_")
-    if layer.startswith("downsample_layers_"):
-        layer = "downsample_layers." + ".".join(numbers[1:])
-    elif head in ("stages", "blocks") and inner:
-        layer = ".".join([head, *numbers])
-    elif layer not in ("stem", "norm", "norm_pre", "pre_logits", "head", *_PYRAMID_NORMS):
-        return None
-    if inner == ["layer_scale"]:
-        return f"{layer}.gamma"
-    if inner != ["grn"]:
-        leaf = {"kernel": "weight", "gamma": "weight", "beta": "bias"}.get(leaf, leaf)
-    return ".".join([layer, *inner, leaf])
-
-
-_PYRAMID_NORMS = ("norm0", "norm1", "norm2", "norm3")
-
-
-def _to_keras(array, path):
-    """PyTorch's axes to Keras's."""
-    if path.endswith("dwconv/kernel"):
-        return array.transpose(2, 3, 0, 1)  # (C, 1, H, W) -> (H, W, C, 1)
-    if array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)  # (O, I, H, W) -> (H, W, I, O)
-    return array.T if array.ndim == 2 else array
-
-
-def _to_torch(array, path):
-    """Keras's axes to PyTorch's."""
-    if path.endswith("dwconv/kernel"):
-        return array.transpose(2, 3, 0, 1)  # (H, W, C, 1) -> (C, 1, H, W)
-    if array.ndim == 4:
-        return array.transpose(3, 2, 0, 1)  # (H, W, I, O) -> (O, I, H, W)
-    return array.T if array.ndim == 2 else array
-
-
-def read_canonical(state, variant, path):
-    """All that a file holds of an architecture, under canonical names; its own head and channels are kept."""
-    contents = state_dicts.inspect(state)
-    shapes = state_dicts.weight_shapes(variant, contents.classes, contents.channels, contents.pyramid_norms)
-    headless = contents.classes == 0
-    may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
-    return _read(state, shapes, path, may_lack, may_hold=("pre_logits",) if headless else ())
-
-
 def model_of(variant, canonical, images=None, classifier_activation="softmax"):
     """A model with the weights of a canonical state dict, as large as they say.
 
     `images` is the checkpoint or description whose image size and normaliser it gets; by default those of the
     architecture's checkpoint.
     """
-    contents = state_dicts.inspect(canonical)
-    row = images or checkpoints.default_checkpoint(variant.name)
+    contents = layouts.inspect(canonical)
+    row = images or catalog.default_checkpoint(variant.name)
     side = row.image_size if contents.classes else None
 
     def assemble():
@@ -576,123 +489,7 @@ def model_of(variant, canonical, images=None, classifier_activation="softmax"):
             seed=None,
         )
 
-    return filled(assemble, lambda model: _places(model, canonical))
-
-
-def read_file(path):
-    """{name: array} of any weight file, in its own layout; models of this package in the canonical one.
-
-    Raises:
-        ValueError: for an `.h5` file of this package, which does not say what model it belongs to.
-    """
-    if keras_files.is_bare(path):
-        raise ValueError(
-            f"{path} does not say which model its weights belong to. Load it with "
-            "keras_convnext.load(architecture, weights=path), or convert the .keras file instead."
-        )
-    if path.suffix not in (".h5", ".keras"):
-        return torch_files.read_state_dict(path)
-    if keras_files.is_keras_applications(path):
-        return keras_files.read_keras_applications(path)
-    return state_dict(keras.saving.load_model(path, compile=False))
-
-
-def _read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):
-    """The canonical weights of a file that a model wants, without the others."""
-    contents = _inspect(state, path)
-    if include_top and not new_head and contents.classes != classes:
-        if contents.classes == 0:
-            raise ValueError(
-                f"{path} has no classifier, and include_top=True asks for one. Pass include_top=False for "
-                "the features, or new_head=True to start a classifier of your own on them."
-            )
-        raise ValueError(_wrong_classes(path, contents.classes, classes))
-    wanted_classes = classes if include_top else 0
-    shapes = state_dicts.weight_shapes(variant, wanted_classes, channels, pyramid_norms)
-    may_lack: tuple[str, ...] = ()
-    may_hold: tuple[str, ...] = ()
-    if include_top and new_head:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("head.")}
-        may_hold = ("head",)
-    if not include_top:
-        may_hold = ("head", "pre_logits")
-    if contents.classes == 0:
-        may_lack = ("pre_logits.",)
-        if not contents.final_norm:
-            may_lack += ("norm.", "norm_pre.")
-    if pyramid_norms:
-        may_hold += ("norm", "norm_pre")
-        if not contents.any_pyramid_norm:
-            may_lack += tuple(f"{norm}." for norm in _PYRAMID_NORMS)
-    return _read(state, shapes, path, may_lack, may_hold)
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Puts the file in front of what is said about its contents."""
-    try:
-        yield
-    except ValueError as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def _inspect(state, path):
-    with naming(path):
-        return state_dicts.inspect(state)
-
-
-def _read(state, shapes, path, may_lack, may_hold):
-    with naming(path):
-        values = state_dicts.read(state, shapes, may_lack, may_hold)
-    lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
-    if lacking:
-        _logger.info("%s has no %s; it starts fresh.", path, ", ".join(lacking))
-    return values
-
-
-def filled(assemble, values_of):
-    """The model that `assemble` lays out, with every weight made from its value.
-
-    Inside the scope variables are declared but not made: no random numbers are drawn and nothing is compiled.
-    When it closes, each is made from its initializer, which by then returns the value.
-
-    Args:
-        assemble: function () -> model.
-        values_of: function (model) -> pairs of a variable and its array.
-    """
-    with keras.StatelessScope():
-        model = assemble()
-        for variable, array in values_of(model):
-            # Keras has no public setter for the initializer of a declared variable; a test guards this line.
-            variable._initializer = functools.partial(_cast, array)
-    if keras.backend.backend() == "torch":
-        list(model.parameters())  # registers with torch what the scope could not
-    return model
-
-
-def _places(model, values):
-    """Yields each variable of a model that has a value in the file, and the value."""
-    remaining = dict(values)
-    for variable in model.weights:
-        name = _canonical_name(variable.path)
-        if name in remaining:
-            yield variable, _to_keras(remaining.pop(name), variable.path)
-    if remaining:
-        raise ValueError(f"Weights without a place in the model: {', '.join(remaining)}")
-
-
-def _cast(array, shape, dtype):
-    if tuple(array.shape) != tuple(shape):
-        raise ValueError(f"Expected an array of shape {shape}. Received {array.shape}.")
-    # Always a copy: a backend may keep the array itself, which must not hang on the file. (NumPy knows
-    # "bfloat16" from ml_dtypes, which torch_files imports.)
-    value = np.array(array, dtype=dtype, order="C", copy=True)
-    torch_files.release_pages(array)
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.device_put(value)  # jnp.asarray, Keras's way, compiles a program for each shape
-    return value
+    return filled(assemble, lambda model: placed_values(model, canonical))
 
 
 def _with_layer_scale(variant, value):
@@ -782,87 +579,3 @@ def _head_dtype():
     """float32 under 16-bit policies, where sums over a map and softmax lose digits; else the policy."""
     compute_dtype = keras.config.dtype_policy().compute_dtype
     return "float32" if compute_dtype in ("float16", "bfloat16") else None
-
-
-def _is_path(weights):
-    return isinstance(weights, os.PathLike) or (
-        isinstance(weights, str)
-        and (weights.endswith(WEIGHT_SUFFIXES) or os.sep in weights or weights.startswith(("~", ".")))
-    )
-
-
-def existing_file(weights):
-    path = pathlib.Path(weights).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"Expected a weight file. Received a folder: {path}")
-    if not path.exists():
-        near = ""
-        if path.parent.is_dir():
-            names = [entry.name for entry in path.parent.iterdir()]
-            found = difflib.get_close_matches(path.name, names, 3)
-            near = f" Near names in that folder: {', '.join(found)}." if found else ""
-        raise FileNotFoundError(f"No such weight file: {path}.{near}")
-    if not path.name.endswith(WEIGHT_SUFFIXES):
-        raise ValueError(f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}")
-    return path
-
-
-def _find_checkpoint(variant, weights, include_top):
-    if not isinstance(weights, str):
-        raise TypeError(
-            "weights must be None, 'imagenet', a tag or a path. Received: "
-            f"{type(weights).__name__} {weights!r}"
-        )
-    if weights == "imagenet" and not include_top and variant.name in checkpoints.IMAGENET_NOTOP:
-        # The file without the top is smaller; one with it serves as well when it is here already.
-        without, full = checkpoints.IMAGENET_NOTOP[variant.name], checkpoints.IMAGENET[variant.name]
-        weights = full if _is_here(full) and not _is_here(without) else without
-    return checkpoints.find_checkpoint(weights, architecture=variant.name)
-
-
-def _is_here(tag):
-    return downloads.find_local(**checkpoints.CHECKPOINTS[tag].address) is not None
-
-
-def find_file(checkpoint):
-    if not checkpoint.commercial_use and checkpoint.licence not in _announced_licences:
-        _announced_licences.add(checkpoint.licence)
-        _logger.warning(
-            "The weights %s are licensed %s: not for commercial use.",
-            checkpoint.tag,
-            checkpoint.licence,
-        )
-    return downloads.find_file(
-        **checkpoint.address,
-        sha256=checkpoint.sha256,
-        sha256_prefix=checkpoint.sha256_prefix,
-        gated=checkpoint.gated,
-    )
-
-
-def _starts_new_head(checkpoint, weights, include_top, classes, new_head):
-    """Whether the classifier starts fresh; an error where that would surprise. See the constructors."""
-    if not include_top:
-        return False
-    if new_head is not None or checkpoint is None:
-        if new_head is False and checkpoint is not None and checkpoint.classes != classes:
-            raise ValueError(_wrong_classes(checkpoint.tag, checkpoint.classes, classes))
-        return bool(new_head)
-    if checkpoint.classes == classes:
-        return False
-    if checkpoint.classes != 0 and (weights == "imagenet" or classes == 1000):
-        raise ValueError(_wrong_classes(checkpoint.tag, checkpoint.classes, classes))
-    _logger.warning(
-        "%s: a new classifier for %d classes, with random weights, on the body of these weights.",
-        checkpoint.tag,
-        classes,
-    )
-    return True
-
-
-def _wrong_classes(weights, available, classes):
-    return (
-        f"The weights {str(weights)!r} have a classifier for {available} classes. "
-        f"Received: classes={classes}. Pass classes={available} to use it, new_head=True to keep the "
-        "body and start a new classifier, or include_top=False for the features alone."
-    )

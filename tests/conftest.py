@@ -33,15 +33,15 @@ LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "TF_ENABLE_ONEDNN_OPTS", 
 
 def processor() -> str:
     """What the numbers of a test may depend on: the processor, its features and what limits them."""
-    from keras_convnext import machine
+    from keras_convnext import _environment
 
-    flags = machine.cpu_flags()
+    flags = _environment.cpu_flags()
     words = [name if name in flags else f"no {name}" for name in FEATURES] if flags else ["features unknown"]
     if "KERAS_BACKEND" in os.environ:
         backend = os.environ["KERAS_BACKEND"]
-        words.append(f"{backend} has {'bfloat16' if machine.has_bfloat16(backend) else 'no bfloat16'}")
+        words.append(f"{backend} has {'bfloat16' if _environment.has_bfloat16(backend) else 'no bfloat16'}")
     words += [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
-    return f"processor: {machine.cpu_name()}; {', '.join(words)}"
+    return f"processor: {_environment.cpu_name()}; {', '.join(words)}"
 
 
 def pytest_report_header():
@@ -86,13 +86,13 @@ def weights_folder(peer, tmp_path_factory):
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
     """Runs a command in a folder of its own and returns (exit code, stdout, stderr)."""
-    from keras_convnext import cli
+    from keras_convnext.cli import main
 
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
         capsys.readouterr()
-        code = cli.main([str(word) for word in words])
+        code = main.main([str(word) for word in words])
         return code, *capsys.readouterr()
 
     return run

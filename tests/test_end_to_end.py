@@ -12,8 +12,8 @@ import torch
 import torchvision
 
 import keras_convnext
-from keras_convnext import checkpoints
 from keras_convnext.data.preprocess import preprocess_image, read_image
+from keras_convnext.weights import catalog
 
 HERE = pathlib.Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "data" / "imagenet_samples"
@@ -48,7 +48,7 @@ def pair(request, tmp_path_factory):
     transform = timm.data.create_transform(**config, is_training=False)
     path = peers.save(peer.state_dict(), tmp_path_factory.mktemp("weights") / "timm.safetensors")
     model = keras_convnext.load(tag, weights=path, classifier_activation=None)
-    return checkpoints.find_checkpoint(tag), peer, transform, model
+    return catalog.find_checkpoint(tag), peer, transform, model
 
 
 def logits_of_timm(peer, transform, path):

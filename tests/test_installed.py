@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from keras_convnext.training import recipe
+from keras_convnext.training import recipe_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.once
@@ -85,7 +85,7 @@ def wheel(tmp_path_factory):
 
 
 def test_the_repository_has_what_is_read(checkout):
-    assert checkout["recipes"].keys() == {*recipe.known_recipes()} - {"knn", "linear_probe"}
+    assert checkout["recipes"].keys() == {*recipe_files.known_recipes()} - {"knn", "linear_probe"}
     assert (checkout["digits"][0], checkout["flowers"][0]) == (1347, 300)
 
 

@@ -16,10 +16,10 @@ import pytest
 from layer_contract import as_numpy, forward, learning, randomize, relative_error
 
 import keras_convnext
-from keras_convnext import checkpoints, models, state_dicts
 from keras_convnext.convnext import drop_path_rates
-from keras_convnext.training import adapt
+from keras_convnext.training import finetune
 from keras_convnext.variants import VARIANTS
+from keras_convnext.weights import assign, catalog, layouts
 
 TOLERANCE = 1e-5
 OTHER_BACKEND = "tensorflow" if keras.backend.backend() == "torch" else "torch"
@@ -180,7 +180,7 @@ def test_load_takes_every_argument_of_a_constructor():
 @ARCHITECTURES
 def test_docstring_states_parameters_and_what_imagenet_means(architecture):
     text = inspect.getdoc(constructor_of(architecture))
-    row, tag = VARIANTS[architecture], checkpoints.IMAGENET[architecture]
+    row, tag = VARIANTS[architecture], catalog.IMAGENET[architecture]
     assert f"{row.parameters:,} weights at 1000 classes" in text
     assert f"depths {row.depths}, dims {row.dims}" in text
     if tag is None:
@@ -248,16 +248,16 @@ def test_parameter_count_is_that_of_the_table(architecture):
 def test_names_and_shapes_of_weights_are_those_a_file_must_have(architecture):
     ours = {}
     for weight in declared(architecture).weights:
-        shape = models._to_torch(np.broadcast_to(np.float32(0), weight.shape), weight.path).shape
-        ours[models._canonical_name(weight.path)] = shape
-    assert ours == state_dicts.weight_shapes(VARIANTS[architecture])
+        shape = assign._to_torch(np.broadcast_to(np.float32(0), weight.shape), weight.path).shape
+        ours[assign._canonical_name(weight.path)] = shape
+    assert ours == layouts.weight_shapes(VARIANTS[architecture])
 
 
 @ARCHITECTURES
 def test_image_size_and_classes_default_to_those_of_the_weights(architecture):
-    tag = checkpoints.IMAGENET[architecture]
+    tag = catalog.IMAGENET[architecture]
     if tag is not None:
-        side = checkpoints.CHECKPOINTS[tag].image_size
+        side = catalog.CHECKPOINTS[tag].image_size
         assert declared(architecture).input_shape == (None, side, side, 3)
     assert declared(architecture).output_shape == (None, 1000)
     assert declared(architecture).name == architecture
@@ -387,7 +387,7 @@ def test_uint8_pixels_give_the_same_as_float_pixels():
 def test_without_preprocessing_the_caller_normalises():
     bare = share_weights(base(V1), build(V1, include_preprocessing=False))
     assert "normalization" not in [layer.name for layer in bare.layers]
-    row = checkpoints.CHECKPOINTS[checkpoints.IMAGENET[V1]]
+    row = catalog.CHECKPOINTS[catalog.IMAGENET[V1]]
     normalised = ((IMAGES / 255 - np.array(row.mean)) / np.array(row.std)).astype("float32")
     expected = forward(base(V1), IMAGES)
     assert relative_error(forward(bare, normalised), expected) < TOLERANCE
@@ -421,7 +421,7 @@ def test_name_is_free_and_changes_no_weight_name():
     model = keras_convnext.TestConvNeXt2(weights=None, name="my.model-1", input_shape=(32, 32, 3), classes=2)
     assert model.name == "my.model-1"
     assert build(V1, name="my.model-1").name == "my.model-1"
-    expected = state_dicts.weight_shapes(VARIANTS[V1], classes=2)
+    expected = layouts.weight_shapes(VARIANTS[V1], classes=2)
     assert {name: one.shape for name, one in keras_convnext.state_dict(model).items()} == expected
 
 
@@ -444,7 +444,7 @@ def test_tag_sets_image_size_classes_and_normaliser():
     model = declare(keras_convnext.load, "convnext_tiny.fb_in22k", None)
     clip = declare(keras_convnext.load, "convnext_base.clip_laion2b", None)
     assert model.output_shape == (None, 21841)
-    row = checkpoints.CHECKPOINTS["convnext_base.clip_laion2b"]
+    row = catalog.CHECKPOINTS["convnext_base.clip_laion2b"]
     assert clip.input_shape[1] == row.image_size and clip.output_shape == (None, row.classes)
     mean = as_numpy(keras.ops.convert_to_tensor(clip.get_layer("normalization").input_mean)).ravel()
     np.testing.assert_allclose(mean, [255 * value for value in row.mean])
@@ -562,7 +562,7 @@ def test_pyramid_norms_normalise_each_level(tmp_path):
         expected = layer_norm(values, model, f"norm{stage}", 1e-6)
         assert relative_error(result[level], expected) < 3 * TOLERANCE
         assert relative_error(result[level], values) > 0.1
-    expected = state_dicts.weight_shapes(REDUCED[V1], classes=0, pyramid_norms=True)
+    expected = layouts.weight_shapes(REDUCED[V1], classes=0, pyramid_norms=True)
     assert {name: one.shape for name, one in keras_convnext.state_dict(model).items()} == expected
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -706,7 +706,7 @@ def test_fine_tuning_in_two_stages_goes_on_after_a_restart(nested, tmp_path):
 
 def test_a_backbone_that_is_frozen_by_a_word_is_frozen_after_a_restart(tmp_path):
     model = build(V2)
-    adapt.choose_trainable(model, "head")
+    finetune.choose_trainable(model, "head")
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert [weight.path for weight in loaded.trainable_weights] == ["head/kernel", "head/bias"]

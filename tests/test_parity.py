@@ -20,8 +20,10 @@ import transformers
 from torchvision.models import convnext as torchvision_convnext
 
 import keras_convnext
-from keras_convnext import convnext, layers, models
+from keras_convnext import convnext
+from keras_convnext.layers import normalization
 from keras_convnext.variants import VARIANTS
+from keras_convnext.weights import assign
 
 TOLERANCE = 2e-5
 CLASSES = 11
@@ -422,13 +424,13 @@ def test_control_swapped_grn_axes_fails(tmp_path, monkeypatch):
         response = norm / (keras.ops.mean(norm, axis=(1, 2), keepdims=True) + self.epsilon)
         return x * (1 + self.gamma * response) + self.beta
 
-    monkeypatch.setattr(layers.GlobalResponseNormalization, "call", call)
+    monkeypatch.setattr(normalization.GlobalResponseNormalization, "call", call)
     assert control_error("convnextv2_atto", tmp_path) > 5 * TOLERANCE
 
 
 @torch.no_grad()
 def test_control_swapped_grn_weights_fails(tmp_path, monkeypatch):
-    original = models._canonical_name
+    original = assign._canonical_name
 
     def swapped(path):
         name = original(path)
@@ -436,17 +438,17 @@ def test_control_swapped_grn_weights_fails(tmp_path, monkeypatch):
             return name.replace("gamma", "x").replace("beta", "gamma").replace("x", "beta")
         return name
 
-    monkeypatch.setattr(models, "_canonical_name", swapped)
+    monkeypatch.setattr(assign, "_canonical_name", swapped)
     assert control_error("convnextv2_atto", tmp_path) > 5 * TOLERANCE
 
 
 @torch.no_grad()
 def test_control_transposed_depthwise_kernel_fails(tmp_path, monkeypatch):
-    original = models._to_keras
+    original = assign._to_keras
 
     def transposed(array, path):
         array = original(array, path)
         return array.swapaxes(0, 1) if path.endswith("dwconv/kernel") else array
 
-    monkeypatch.setattr(models, "_to_keras", transposed)
+    monkeypatch.setattr(assign, "_to_keras", transposed)
     assert control_error("convnext_atto", tmp_path) > 5 * TOLERANCE

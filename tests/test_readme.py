@@ -15,10 +15,11 @@ import programs
 import pytest
 from PIL import Image
 
-from keras_convnext import checkpoints, models
-from keras_convnext.results import COLUMNS, IMAGENET_VALIDATION, read_results
-from keras_convnext.training.recipe import known_recipes
+from keras_convnext import models
+from keras_convnext.evaluation.results import COLUMNS, IMAGENET_VALIDATION, read_results
+from keras_convnext.training.recipe_files import known_recipes
 from keras_convnext.variants import VARIANTS
+from keras_convnext.weights import catalog
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -44,7 +45,7 @@ def constructor_names():
 
 def measured(tag, path=RESULTS):
     """The latest row of results of a published file on the whole ImageNet validation set, or None."""
-    row = checkpoints.CHECKPOINTS[tag]
+    row = catalog.CHECKPOINTS[tag]
     # A prefix beside a file on the Hub is that of the file it was made from.
     published = row.sha256 or (row.sha256_prefix if row.hub_id is None else None) or ""
     found = [
@@ -61,7 +62,7 @@ def measured(tag, path=RESULTS):
 def table(path=RESULTS) -> str:
     """The table in Markdown; with a column of what was measured here, when anything was."""
     names = constructor_names()
-    tags = [tag for tag in checkpoints.IMAGENET.values() if tag is not None]
+    tags = [tag for tag in catalog.IMAGENET.values() if tag is not None]
     is_measured = any(measured(tag, path) for tag in tags)
     rows = [
         '| constructor | parameters | `weights="imagenet"` | top-1 | licence |'
@@ -69,10 +70,10 @@ def table(path=RESULTS) -> str:
         "|---|--:|---|--:|---|" + "--:|" * is_measured,
     ]
     for name, variant in VARIANTS.items():
-        tag = checkpoints.IMAGENET[name]
+        tag = catalog.IMAGENET[name]
         cells = ["none published", "", ""]
         if tag is not None:
-            row = checkpoints.CHECKPOINTS[tag]
+            row = catalog.CHECKPOINTS[tag]
             cells = [f"`{tag}`", f"{row.top1:.1f} @ {row.image_size}", row.licence]
         if is_measured:
             result = measured(tag, path) if tag is not None else None
@@ -81,7 +82,7 @@ def table(path=RESULTS) -> str:
     return "\n".join(rows) + "\n"
 
 
-def best(architecture, rows=checkpoints.CHECKPOINTS):
+def best(architecture, rows=catalog.CHECKPOINTS):
     """(top-1 to a tenth, image size, row) of the published ImageNet-1k classifier with the highest score.
 
     Where scores are equal to a tenth, the smaller image and then the row that stands first. None without any.
@@ -200,7 +201,7 @@ def test_a_table_that_was_changed_by_hand_is_seen_and_renewed():
 
 
 def test_best_published_score_is_the_highest_of_imagenet_classifiers():
-    tiny = checkpoints.find_checkpoint("convnext_tiny.in12k_ft_in1k_384")
+    tiny = catalog.find_checkpoint("convnext_tiny.in12k_ft_in1k_384")
     assert best("convnext_tiny") == (85.2, 384, tiny)
     assert best("convnext_atto")[:2] == (77.0, 288)  # at the larger test size
     base = best("convnextv2_base")[2]
@@ -257,7 +258,7 @@ def test_measured_scores_are_those_of_the_published_file_on_all_images(tmp_path)
     tag = "convnext_tiny.keras_applications"
     good = dict.fromkeys(COLUMNS, "") | {
         "model": tag,
-        "weights_sha256": checkpoints.CHECKPOINTS[tag].sha256,
+        "weights_sha256": catalog.CHECKPOINTS[tag].sha256,
         "n": "50000",
         "data_sha256": IMAGENET_VALIDATION,
         "outputs": "all 1000",
@@ -294,11 +295,11 @@ def test_measured_scores_are_those_of_the_published_file_on_all_images(tmp_path)
 
 def test_counts_of_files_are_right():
     text = README.read_text()
-    assert f"All {len(checkpoints.CHECKPOINTS)} files" in text
+    assert f"All {len(catalog.CHECKPOINTS)} files" in text
     assert f"[All {len(VARIANTS)} architectures]" in text
     assert f"# all {len(known_recipes())}\n" in (ROOT / "recipes" / "README.md").read_text()
     changes = (ROOT / "CHANGELOG.md").read_text()
-    assert f"\n- {len(checkpoints.CHECKPOINTS)} weight files by tag" in changes
+    assert f"\n- {len(catalog.CHECKPOINTS)} weight files by tag" in changes
     assert f"\n- Training: {len(known_recipes())} recipes" in changes
 
 

@@ -8,17 +8,17 @@ wherever the stream was entered.
 import contextlib
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_convnext.data import augment, images, preprocess
-from keras_convnext.data.sources import Source
+from keras_convnext.data import jpeg, preprocess
+from keras_convnext.data.augment import erase_and_mix, policies
+from keras_convnext.data.faults import Faults
+from keras_convnext.data.index import Source
 
-MAX_FAULT_SHARE = 0.01
 _PADDING = -1  # in place of an example's number
 _MAX_BLOCK = 64  # examples
 _NEIGHBOURS = 8  # tried in place of an image that cannot be decoded
@@ -28,57 +28,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Rows = dict[str, Any]  # of a plan or a batch: tensors with a common first axis
-
-
-class DataError(ValueError):
-    """Too many images of a data set cannot be decoded: which, why and what to do."""
-
-
-class Faults:
-    """The images that could not be decoded, collected while batches are made.
-
-    Attributes:
-        source: what the images are of.
-        max_share: the share of all examples that may fail before `check` raises.
-    """
-
-    def __init__(self, source: Source, max_share: float = MAX_FAULT_SHARE) -> None:
-        if not 0 <= max_share <= 1:
-            raise ValueError(
-                f"Expected max_share in [0, 1], received {max_share!r}. "
-                f"Pass the share of the images that may be damaged, such as {MAX_FAULT_SHARE}."
-            )
-        self.max_share = max_share
-        self.source = source
-        self._reasons: dict[int, str] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._reasons)
-
-    def add(self, number: int, reason: str) -> None:
-        """Notes that example `number` could not be decoded; again is not counted twice."""
-        with self._lock:
-            self._reasons.setdefault(number, reason)
-
-    def report(self) -> dict[str, str]:
-        """Returns the reason by the name of the example, in the order of the source."""
-        with self._lock:
-            return {self.source.name(number): self._reasons[number] for number in sorted(self._reasons)}
-
-    def check(self) -> None:
-        """Raises when more than the allowed share of all examples has failed.
-
-        Raises:
-            DataError: it has; tells the count, the bound and the first images.
-        """
-        if len(self) > self.max_share * len(self.source):
-            first = "; ".join(f"{name}: {reason}" for name, reason in list(self.report().items())[:3])
-            raise DataError(
-                f"Expected at most {self.max_share:.3g} of the {len(self.source)} images of "
-                f"'{self.source.path}' to be damaged, but {len(self)} could not be decoded so far. Repair "
-                f"them or allow a larger share. First of them: {first}"
-            )
 
 
 def eval_batches(
@@ -216,7 +165,7 @@ class EvalTransform:
         self.is_covered = all(a >= b for a, b in zip(self._scale_size, self.image_size, strict=True))
 
     def with_tensorflow(self, content: Any) -> Any:
-        return images.center_crop(
+        return jpeg.center_crop(
             content,
             image_size=self.image_size,
             scale_size=self._scale_size,
@@ -385,7 +334,7 @@ def train_batches(
             f"received {num_classes!r}."
         )
     classes = len(source.classes) if num_classes is None else num_classes
-    chosen_policy = augment.parse_policy(policy)
+    chosen_policy = policies.parse_policy(policy)
     _leave_accelerators()
     faults = Faults(source) if faults is None else faults
     read, labels = _reader(source), _on_host(source.labels)
@@ -402,21 +351,21 @@ def train_batches(
         rows = {
             "number": order.numbers(places),
             "place": places,
-            "crop": images.plan_crop(draws.uniforms(22), scale, ratio),
+            "crop": jpeg.plan_crop(draws.uniforms(22), scale, ratio),
             "flip": draws.uniforms(1)[:, 0] < flip,
         }
         if chosen_policy is not None:
-            uniforms = draws.uniforms(augment.UNIFORMS_PER_OPERATION * chosen_policy.num_operations)
-            rows["policy"] = augment.plan_augment(chosen_policy, uniforms, size)
+            uniforms = draws.uniforms(policies.UNIFORMS_PER_OPERATION * chosen_policy.num_operations)
+            rows["policy"] = policies.plan_augment(chosen_policy, uniforms, size)
         if color_jitter:
-            uniforms = draws.uniforms(augment.NUM_JITTER_UNIFORMS)
-            rows["jitter"] = augment.plan_jitter(uniforms, color_jitter)
+            uniforms = draws.uniforms(policies.NUM_JITTER_UNIFORMS)
+            rows["jitter"] = policies.plan_jitter(uniforms, color_jitter)
         if erase:
-            uniforms = draws.uniforms(augment.NUM_ERASE_UNIFORMS)
-            rows["erase"] = augment.plan_erase(uniforms, erase, size)
+            uniforms = draws.uniforms(erase_and_mix.NUM_ERASE_UNIFORMS)
+            rows["erase"] = erase_and_mix.plan_erase(uniforms, erase, size)
         if is_mixed:
             # The groups of all hosts are drawn together, so that a group does not depend on whose it is.
-            groups = augment.plan_mix(
+            groups = erase_and_mix.plan_mix(
                 tf.stack([tf.constant(seed, tf.int64), places[0] // batch_size]),
                 batch_size // mix_group,
                 size,
@@ -436,23 +385,23 @@ def train_batches(
             row = tf.nest.map_structure(lambda values, index=index: values[index], rows)
             image, number = pixels(row)
             if chosen_policy is not None:
-                image = augment.apply_augment(image, row["policy"], interpolation, fill)
+                image = policies.apply_augment(image, row["policy"], interpolation, fill)
             if color_jitter:
-                image = augment.apply_jitter(image, row["jitter"])
+                image = policies.apply_jitter(image, row["jitter"])
             image = tf.cast(image, dtype)
             if erase:
                 key = tf.stack([tf.constant(seed, tf.int64), row["place"]])
-                image = augment.apply_erase(image, row["erase"], key, mean, std)
+                image = erase_and_mix.apply_erase(image, row["erase"], key, mean, std)
             made_images.append(image)
             made_labels.append(labels[number])
         mixing = {name: values[:1] for name, values in rows["mix"].items()} if is_mixed else None
-        mixed, targets = augment.mix(
+        mixed, targets = erase_and_mix.mix(
             tf.stack(made_images), tf.stack(made_labels), mixing, classes, label_smoothing
         )
         return {"images": mixed, "targets": targets, "is_repaired": tf.fill([unit], is_repaired)}
 
     def with_tensorflow(row: Rows) -> tuple[Any, Any]:
-        pixels = images.random_resized_crop(
+        pixels = jpeg.random_resized_crop(
             read(row["number"]),
             row["crop"],
             row["flip"],
@@ -464,9 +413,9 @@ def train_batches(
 
     def with_pillow(row: Rows) -> tuple[Any, Any]:
         pixels, number, _ = _read_with_pillow(source, row["number"], faults, neighbours=_NEIGHBOURS)
-        top, left, height, width = images.crop_box(tf.unstack(tf.shape(pixels)[:2]), row["crop"], ratio)
+        top, left, height, width = jpeg.crop_box(tf.unstack(tf.shape(pixels)[:2]), row["crop"], ratio)
         pixels = pixels[top : top + height, left : left + width]
-        pixels = images.resize(pixels, row["flip"], image_size=size, interpolation=interpolation)
+        pixels = jpeg.resize(pixels, row["flip"], image_size=size, interpolation=interpolation)
         return pixels, number
 
     def checked(batch: Rows) -> tuple[Any, Any]:

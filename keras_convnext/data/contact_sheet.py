@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from keras_convnext.data import augment, batches, preprocess
-from keras_convnext.data.sources import Source
-from keras_convnext.files import replacing_file
+from keras_convnext._files import replacing_file
+from keras_convnext.data import batches, preprocess
+from keras_convnext.data.augment import erase_and_mix, policies
+from keras_convnext.data.index import Source
 
 MAGNITUDES = (0, 2, 4, 6, 8, 10)
 _TILE, _GAP, _LINE = 112, 6, 14  # pixels
@@ -32,8 +33,8 @@ def draw(source: Source, output: str | os.PathLike[str], *, seed: int = 0, **opt
         ValueError: an option is wrong, or the source has fewer than two images.
         OSError: the picture cannot be written.
     """
-    policy = augment.parse_policy(options.get("policy", "rand-m9-mstd0.5-inc1"))
-    levels = policy.levels if isinstance(policy, augment.RandAugment) else augment.RandAugment().levels
+    policy = policies.parse_policy(options.get("policy", "rand-m9-mstd0.5-inc1"))
+    levels = policy.levels if isinstance(policy, policies.RandAugment) else policies.RandAugment().levels
     count = min(4 * _COLUMNS, len(source) // 2 * 2)
     if not count:
         raise ValueError(f"Expected at least two images to draw, received {len(source)} in '{source.path}'.")
@@ -60,14 +61,16 @@ def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:
     for level in dict.fromkeys(levels):
         made = []
         for magnitude in MAGNITUDES:
-            policy = augment.RandAugment((level,), num_operations=1, magnitude=magnitude, probability=1.0)
-            plan = augment.plan_augment(policy, np.zeros((1, 4)), image.shape[:2])
+            policy = policies.RandAugment((level,), num_operations=1, magnitude=magnitude, probability=1.0)
+            plan = policies.plan_augment(policy, np.zeros((1, 4)), image.shape[:2])
             row = {name: values[0] for name, values in plan.items()}
-            made.append(augment.apply_augment(image, row).numpy())
+            made.append(policies.apply_augment(image, row).numpy())
         rows.append((level.replace("_", " "), made))
-    boxes = augment.plan_erase(np.random.default_rng(0).random((len(MAGNITUDES), 41)), 1.0, image.shape[:2])
+    boxes = erase_and_mix.plan_erase(
+        np.random.default_rng(0).random((len(MAGNITUDES), 41)), 1.0, image.shape[:2]
+    )
     mean, std = batches.IMAGENET_MEAN, batches.IMAGENET_STD
-    erased = [augment.apply_erase(image, box, (0, n), mean, std).numpy() for n, box in enumerate(boxes)]
+    erased = [erase_and_mix.apply_erase(image, box, (0, n), mean, std).numpy() for n, box in enumerate(boxes)]
     rows.append(("erasing", erased))
 
     label_width = 150

@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from keras_convnext._files import sync_folder, try_lock
 from keras_convnext.data import sources
-from keras_convnext.data.sources import MANIFEST, Progress, Source, SourceError
+from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Progress, Source, SourceError, write_index
+from keras_convnext.data.records import read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
-from keras_convnext.downloads import sync_folder, try_lock
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -177,7 +178,7 @@ def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[s
     output = os.fspath(output)
     if not os.path.exists(os.path.join(output, MANIFEST)):
         raise SourceError(f"Expected {MANIFEST} in '{output}', found none. Run prepare to its end.")
-    entries = sources.read_manifest(output)["splits"].values()
+    entries = read_manifest(output)["splits"].values()
     records = [record for entry in entries for record in (*entry["shards"], entry["index"])]
     progress = Progress(f"Verifying {output}", sum(record["size"] for record in records))
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -252,7 +253,7 @@ def _write_split(plan: _Plan, workers: int) -> int:
     records = kept | _write_shards(plan, missing, journal, workers)
     index = f"{plan.split}-index.npz"
     with _writing(plan.folder):
-        sources.write_index(os.path.join(plan.folder, index), _written_source(plan))
+        write_index(os.path.join(plan.folder, index), _written_source(plan))
     manifest["splits"][plan.split] = {
         "settings": plan.settings,
         "classes": plan.source.classes,
@@ -279,8 +280,8 @@ def _head(source: Source, number: int, length: int) -> bytes:
 
 def _manifest_or_new(folder: str) -> dict:
     if os.path.exists(os.path.join(folder, MANIFEST)):
-        return sources.read_manifest(folder)
-    return {"format": "keras_convnext", "version": sources.INDEX_VERSION, "splits": {}}
+        return read_manifest(folder)
+    return {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
 
 
 def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:

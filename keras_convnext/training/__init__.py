@@ -8,14 +8,14 @@ import importlib
 
 _PLACES = {
     "AdamW": "optimizer",
-    "WarmupCosine": "optimizer",
+    "WarmupCosine": "schedule",
     "ema_weights": "optimizer",
     "Recipe": "recipe",
-    "known_recipes": "recipe",
-    "load_recipe": "recipe",
-    "Interrupted": "trainer",
-    "NonFiniteError": "trainer",
-    "TrainingResult": "trainer",
+    "known_recipes": "recipe_files",
+    "load_recipe": "recipe_files",
+    "Interrupted": "failure",
+    "NonFiniteError": "failure",
+    "TrainingResult": "run_state",
     "train": "trainer",
 }
 

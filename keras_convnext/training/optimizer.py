@@ -12,231 +12,18 @@ V2: facebookresearch/ConvNeXt-V2 at 2553895, optim_factory.py, utils.py.
 import contextlib
 import math
 import numbers
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import keras
 from keras import ops
 
-from keras_convnext.checkpoints import unknown
+from keras_convnext._messages import unknown
+from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS, learning_rate_scales
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
-LAYER_DECAY_GROUPS = ("group", "single", "layer_wise", "stage_wise", "timm")
 
-_STAGES = 4
-_PLACE = re.compile(r"(?:^|/)(stages|downsample_layers)_(\d+)_(\d+)(?:/|$)")
-_NORM_PRE = re.compile(r"(?:^|/)norm_pre(?:/|$)")
 _NO_DECAY = ("bias", "gamma", "beta")
-
-
-@_register
-class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """A learning rate that rises in a straight line and falls along half a cosine, step by step.
-
-    Behind the warmup the rate is `end + (peak - end) * (1 + cos(pi * i / n)) / 2`, where i counts the steps
-    behind the warmup and n is their number; from `total_steps` on it stays at `end`. The right digits survive
-    float32 up to 2^24 steps, because i and n are integers and `1 + cos` is taken as a squared sine.
-    Reference: Liu et al. 2022, table 5; `cosine_scheduler` of V1's utils.py (warmup that includes the peak),
-    `adjust_learning_rate` of V2's (warmup that does not).
-
-    Args:
-        peak: float, the highest rate. 4e-3 at a batch of 4096 in the paper.
-        total_steps: int, optimizer steps of the whole training, warmup included.
-        warmup_steps: int, steps of the warmup. Default 0.
-        start: float, rate of step 0 when there is a warmup. Default 0.
-        end: float, rate at `total_steps`. Default 1e-6, as in the official code.
-        warmup_includes_peak: bool. True: the last step of the warmup has the peak, as in V1. False: the first
-            step behind it, as in V2.
-        hold_steps: int, steps for which one rate holds: 1, or the steps of an epoch, as torchvision trains.
-
-    Call arguments:
-        step: int or integer tensor, number of optimizer steps taken so far.
-
-    Returns:
-        float32 scalar, the rate.
-
-    Raises:
-        TypeError: a number of steps is no integer, or a rate no number.
-        ValueError: a rate is negative, or the warmup longer than the training.
-
-    Example:
-        >>> schedule = WarmupCosine(4e-3, total_steps=300, warmup_steps=20)
-        >>> [f"{float(schedule(step)):.2e}" for step in (0, 19, 160, 300)]
-        ['0.00e+00', '4.00e-03', '2.00e-03', '1.00e-06']
-    """
-
-    def __init__(
-        self,
-        peak,
-        total_steps,
-        warmup_steps=0,
-        *,
-        start=0.0,
-        end=1e-6,
-        warmup_includes_peak=True,
-        hold_steps=1,
-    ):
-        super().__init__()
-        for name, rate in (("peak", peak), ("start", start), ("end", end)):
-            _check_number(name, rate, "WarmupCosine", low=0.0)
-        for name, steps, least in (
-            ("total_steps", total_steps, 1),
-            ("warmup_steps", warmup_steps, 0),
-            ("hold_steps", hold_steps, 1),
-        ):
-            _check_steps(name, steps, least)
-        if warmup_steps > total_steps:
-            raise ValueError(
-                "WarmupCosine needs warmup_steps <= total_steps, for the warmup is part of the training. "
-                f"Received: warmup_steps={warmup_steps}, total_steps={total_steps}"
-            )
-        self.peak = float(peak)
-        self.total_steps = int(total_steps)
-        self.warmup_steps = int(warmup_steps)
-        self.start = float(start)
-        self.end = float(end)
-        self.warmup_includes_peak = bool(warmup_includes_peak)
-        self.hold_steps = int(hold_steps)
-
-    def __call__(self, step):
-        step = ops.cast(step, "int32")
-        step = step - step % self.hold_steps
-        cosine_steps = max(1, self.total_steps - self.warmup_steps)
-        remaining = ops.cast(ops.clip(self.total_steps - step, 0, cosine_steps), "float32")
-        # (1 + cos(pi * i / n)) / 2 = sin^2(pi / 2 * (n - i) / n), without the cancellation near the end
-        height = ops.square(ops.sin(remaining / cosine_steps * (math.pi / 2)))
-        rate = self.end + (self.peak - self.end) * height
-        if self.warmup_steps == 0:
-            return rate
-        rises = max(1, self.warmup_steps - 1 if self.warmup_includes_peak else self.warmup_steps)
-        done = ops.cast(ops.minimum(step, self.warmup_steps), "float32") / rises
-        return ops.where(step < self.warmup_steps, self.start + (self.peak - self.start) * done, rate)
-
-    def get_config(self):
-        return {
-            "peak": self.peak,
-            "total_steps": self.total_steps,
-            "warmup_steps": self.warmup_steps,
-            "start": self.start,
-            "end": self.end,
-            "warmup_includes_peak": self.warmup_includes_peak,
-            "hold_steps": self.hold_steps,
-        }
-
-
-def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
-    """The layer number of each weight, as the official code counts layers for the learning-rate decay.
-
-    - "group": V1 classification and V2; 12 groups of about three blocks. Stem 0, stage 0: 1, stage 1 and the
-      downsampling before it 2, downsampling before stage 2: 3, its block j 3 + j // 3, stage 3 and the
-      downsampling before it 12, the rest 13.
-    - "single": V2; a number for each block, from 1. A downsampling, the stem too, has the number of the block
-      behind it; the rest has the next number after the last block.
-    - "layer_wise": V1 on COCO; "group" with 6 in place of 12 when stage 2 has at most nine blocks.
-    - "stage_wise": V1 on ADE20K; stem and downsamplings 0, stage i: i + 1, the rest 7 or 13 as before.
-    - "timm": timm's `param_groups_layer_decay`; "single" with 0 for the stem.
-
-    "The rest" is what the official functions fall through to: final norm, norms of a pyramid, all heads. The
-    official configurations give 6 (T) and 12 (S to XL) by hand; the border at nine blocks is mmpretrain's
-    (ee7f2e8, models/backbones/convnext.py, `get_layer_depth`).
-
-    Args:
-        paths: paths of the trainable weights, such as "stages_2_7/pwconv1/kernel", maybe with a model's name
-            in front. The depths are taken from them. Stages that do not train may be missing if they come
-            first; "single" and "timm" then count from the first block that is there.
-        groups: "group", "single", "layer_wise", "stage_wise" or "timm".
-
-    Returns:
-        List of int, one for each path.
-
-    Raises:
-        ValueError: groups is unknown, no path is of a ConvNeXt stage (the official code knows no such decay
-            for isotropic models), or the depth of a stage that matters cannot be told.
-
-    Example:
-        >>> layer_ids(["downsample_layers_0_0/kernel", "stages_2_8/norm/beta", "head/kernel"], "group")
-        [0, 5, 13]
-    """
-    places = [_PLACE.search(path) for path in paths]
-    depths = _depths(paths, places, groups)
-    return [_layer_id(path, place, groups, depths) for path, place in zip(paths, places, strict=True)]
-
-
-def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
-    """The factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
-
-    Reference: `LayerDecayValueAssigner` of optim_factory.py, with the values that main.py gives it.
-
-    Args:
-        paths: paths of the trainable weights, as for `layer_ids`.
-        groups: how layers are counted, as for `layer_ids`.
-        decay: float in (0, 1], the factor from one layer to the one before.
-
-    Returns:
-        List of float, one for each path.
-
-    Raises:
-        ValueError: as `layer_ids`.
-
-    Example:
-        >>> learning_rate_scales(["stages_3_2/dwconv/kernel", "head/kernel"], "group", 0.8)
-        [0.8, 1.0]
-    """
-    depths = _depths(paths, [_PLACE.search(path) for path in paths], groups)
-    last = _last_id(groups, depths)
-    return [float(decay) ** (last - number) for number in layer_ids(paths, groups)]
-
-
-def _depths(paths, places, groups):
-    """Blocks of each stage, 0 where none is seen; refuses what `groups` cannot be counted with."""
-    if groups not in LAYER_DECAY_GROUPS:
-        raise ValueError(unknown("layer_decay_groups", groups, LAYER_DECAY_GROUPS))
-    stages = [int(place[2]) for place in places if place]
-    if not stages or max(stages) >= _STAGES:
-        raise ValueError(
-            "Layer-wise learning-rate decay needs weights of the four stages of a ConvNeXt, with paths such "
-            "as 'stages_0_0/dwconv/kernel'; for isotropic models and others it is not defined, and a head by "
-            "itself has one rate. Set layer_decay=1.0. Received paths: "
-            f"{', '.join(map(repr, paths[:3]))}{', ...' if len(paths) > 3 else ''}"
-        )
-    depths = [0] * _STAGES
-    for place in places:
-        if place and place[1] == "stages":
-            depths[int(place[2])] = max(depths[int(place[2])], int(place[3]) + 1)
-    needed = {"group": [], "layer_wise": [2], "stage_wise": [2]}.get(groups, range(min(stages), _STAGES))
-    missing = [f"stages_{stage}_*" for stage in needed if depths[stage] == 0]
-    if missing:
-        raise ValueError(
-            f"layer_decay_groups={groups!r} counts blocks that are not among the trainable weights: "
-            f"{', '.join(missing)}. Train them too, or take layer_decay_groups='group', which counts none."
-        )
-    return depths
-
-
-def _last_id(groups, depths):
-    if groups in ("single", "timm"):
-        return sum(depths) + 1
-    return _last_group(groups, depths) + 1
-
-
-def _last_group(groups, depths):
-    return 12 if groups == "group" or depths[2] > 9 else 6
-
-
-def _layer_id(path, place, groups, depths):
-    if place is None:
-        return _last_id(groups, depths) - (1 if groups == "timm" and _NORM_PRE.search(path) else 0)
-    downsampling, stage, block = place[1] == "downsample_layers", int(place[2]), int(place[3])
-    if groups in ("single", "timm"):
-        if downsampling:
-            return 0 if groups == "timm" and stage == 0 else sum(depths[:stage]) + 1
-        return sum(depths[:stage]) + block + 1
-    if groups == "stage_wise":
-        return 0 if downsampling else stage + 1
-    if downsampling:
-        return (0, 2, 3, _last_group(groups, depths))[stage]
-    return (1, 2, 3 + block // 3, _last_group(groups, depths))[stage]
 
 
 @_register
@@ -314,13 +101,13 @@ class AdamW(keras.optimizers.AdamW):
         gradient_accumulation_steps=None,
         name="adamw",
     ):
-        _check_number("weight_decay", weight_decay, "AdamW", low=0.0)
-        _check_number("epsilon", epsilon, "AdamW", low=0.0)
+        check_number("weight_decay", weight_decay, "AdamW", low=0.0)
+        check_number("epsilon", epsilon, "AdamW", low=0.0)
         for beta_name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
-            _check_number(beta_name, beta, "AdamW", low=0.0)
+            check_number(beta_name, beta, "AdamW", low=0.0)
             if beta >= 1:
                 raise ValueError(f"AdamW needs {beta_name} in [0, 1). Received: {beta_name}={beta}")
-        _check_number("layer_decay", layer_decay, "AdamW", low=0.0)
+        check_number("layer_decay", layer_decay, "AdamW", low=0.0)
         if not 0 < layer_decay <= 1:
             raise ValueError(
                 "AdamW needs layer_decay in (0, 1], where 1 is no layer-wise decay. "
@@ -613,15 +400,8 @@ def _copy_of(variable):
     return initializer
 
 
-def _check_number(name, value, owner, low):
+def check_number(name, value, owner, low):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner} needs a number for {name}. Received: {name}={value!r}")
     if not (value >= low and math.isfinite(value)):
         raise ValueError(f"{owner} needs {name} >= {low:g}, and finite. Received: {name}={value}")
-
-
-def _check_steps(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"WarmupCosine needs an integer for {name}. Received: {name}={value!r}")
-    if value < least:
-        raise ValueError(f"WarmupCosine needs {name} >= {least}. Received: {name}={value}")

@@ -28,15 +28,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from keras_convnext.downloads import LOCKS_UNSUPPORTED, NO_SPACE, sync_folder, try_lock
-from keras_convnext.files import replacing_file, replacing_path
-from keras_convnext.torch_files import (
-    FileFormatError,
-    little_endian_bytes,
-    read_safetensors_metadata,
-    read_state_dict,
-    write_safetensors,
+from keras_convnext._files import (
+    LOCKS_UNSUPPORTED,
+    NO_SPACE,
+    replacing_file,
+    replacing_path,
+    sync_folder,
+    try_lock,
 )
+from keras_convnext.weights.arrays import FileFormatError, little_endian_bytes
+from keras_convnext.weights.safetensors_files import read_safetensors_metadata, write_safetensors
+from keras_convnext.weights.torch_files import read_state_dict
+
+_logger = logging.getLogger("keras_convnext")
+
 
 RUN_FILE = "run.json"
 BEST_FILE = "best.json"
@@ -47,8 +52,6 @@ _LOCK_FILE = ".lock"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})\.safetensors")
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp-[0-9a-f]{16}-.+")
 _MAX_LISTED = 20  # names or keys in one message
-
-_logger = logging.getLogger("keras_convnext")
 
 Arrays = dict[str, np.ndarray]
 Differences = Mapping[str, tuple[object, object]]

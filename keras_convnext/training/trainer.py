@@ -9,16 +9,12 @@ that was interrupted ends with the weights of one that was not, bit for bit on o
 """
 
 import contextlib
-import dataclasses
-import hashlib
-import importlib
 import io
 import json
 import logging
 import math
 import os
 import pathlib
-import random
 import signal
 import sys
 import threading
@@ -28,82 +24,63 @@ from typing import Any
 
 import keras
 import numpy as np
-import PIL.Image
 
-from keras_convnext import (
-    checkpoints,
-    classifiers,
-    descriptions,
-    distribution,
-    evaluate,
-    keras_files,
-    models,
-    state_dicts,
+from keras_convnext.conversion import save_weights
+from keras_convnext.data.index import Source
+from keras_convnext.distribution import choose
+from keras_convnext.evaluation import classification, forward, result_columns
+from keras_convnext.evaluation.results import fingerprint
+from keras_convnext.training import curves, logs, optimizer, run_folder
+from keras_convnext.training.advice import warnings_for
+from keras_convnext.training.failure import (
+    Interrupted,
+    NonFiniteError,
+    Signalled,
+    contact_picture,
+    non_finite_names,
 )
-from keras_convnext.convert import save_weights
-from keras_convnext.data import sources
-from keras_convnext.data.sources import Source
-from keras_convnext.descriptions import ImageDescription
-from keras_convnext.results import fingerprint
-from keras_convnext.training import adapt, logs, losses, optimizer, run_folder
-from keras_convnext.training.recipe import Recipe, identity, load_recipe, replaced, to_toml, warnings_for
+from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.recipe_files import load_recipe, replaced, to_toml
+from keras_convnext.training.run_state import (
+    CURVES_FILE,
+    ENVIRONMENT_FILE,
+    FAULTS_FILE,
+    FINAL_WEIGHTS,
+    LOG_FILE,
+    RECIPE_FILE,
+    RESULT_FILE,
+    Plan,
+    TrainingResult,
+    as_integer,
+    as_integers,
+    data_fingerprint,
+    ended_result,
+    leaving,
+    result,
+    run_identity,
+    settings_of,
+    shared_facts,
+    state_variables,
+    variable_bytes,
+)
+from keras_convnext.training.tasks.classification import (
+    build_model,
+    compile_model,
+    describe_weights,
+    evaluated_images,
+    open_data,
+)
 from keras_convnext.variants import VARIANTS
+from keras_convnext.weights import preprocessing_metadata
 
 _logger = logging.getLogger("keras_convnext")
 
-LOG_FILE = "log.csv"
-CURVES_FILE = "curves.png"
-RECIPE_FILE = "recipe.toml"
-ENVIRONMENT_FILE = "environment.json"
-RESULT_FILE = "result.json"
-FAULTS_FILE = "faults.json"
-FINAL_WEIGHTS = ("final_ema.weights.h5", "final.weights.h5")  # the first where the recipe has an average
+
 _SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
 _SECONDS_TO_AGREE, _MAX_STEPS_TO_AGREE = 1.0, 1000
 _BATCHES_TO_TIME = 4
 _MAX_DUMPED = 64  # images of a batch that gave NaN
 _SCORES = ("loss", "top1", "top5")
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run can go on
-    """A signal asked the run to stop; a checkpoint of the last step is written.
-
-    Attributes:
-        signal_number: of SIGTERM or SIGINT.
-    """
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class _Signalled(Exception):  # noqa: N818 - not an error
-    """A signal was received while the model was validated."""
-
-
-class NonFiniteError(ValueError):
-    """The loss or a weight is NaN or infinite: in which step, and where to look."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingResult:
-    """What a run that has ended left behind.
-
-    Attributes:
-        folder: of the run.
-        weights: file of the final weights, those of the average (EMA) where the recipe has one.
-        steps: optimizer steps of the whole run.
-        scores: the last row of the log: "loss", "val_top1", "ema_val_top1" in percent, ...
-        seconds: time of this call.
-        process: number of this process; of several, process 0 has written the files.
-    """
-
-    folder: pathlib.Path
-    weights: pathlib.Path
-    steps: int
-    scores: dict[str, Any]
-    seconds: float
-    process: int = 0
 
 
 def train(
@@ -153,36 +130,36 @@ def train(
         result.scores["ema_val_top1"]
     """
     begin = time.monotonic()
-    batches = evaluate.import_batches()
-    logs.check_drawing()
+    batches = classification.import_batches()
+    curves.check_drawing()
     chosen = _chosen_recipe(recipe, data, overrides)
-    engine = distribution.choose(chosen.distribution.engine, chosen.distribution.model_devices)
-    with _leaving(engine.group), _settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
+    engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
+    with leaving(engine.group), settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
         engine.check_batch(chosen.batch_size, chosen.accumulation_steps)
         training, validation = open_data(chosen)
         plan = Plan.of(chosen, training)
-        row, available = _describe(chosen)
-        images = _evaluated_images(chosen, row)
+        row, available = describe_weights(chosen)
+        images = evaluated_images(chosen, row)
         student, new_head = build_model(chosen, len(training.classes), available)
-        model = _compiled(chosen, student, plan)
+        model = compile_model(chosen, student, plan)
         engine.prepare(model)
-        identity = _identity(chosen) | {
+        identity = run_identity(chosen) | {
             "data": fingerprint(training),
-            "validation": _fingerprint(validation),
+            "validation": data_fingerprint(validation),
         }
         if len(engine.group) > 1:
-            distribution.check_agreement(engine.group, _facts(identity, engine, model))
+            choose.check_agreement(engine.group, shared_facts(identity, engine, model))
         path, folder, ended = pathlib.Path(os.path.expanduser(output)).absolute(), None, None
         if engine.group.is_writer:
-            size = sum(_variable_bytes(v) for v in _state_variables(model, student).values())
+            size = sum(variable_bytes(v) for v in state_variables(model, student).values())
             folder = run_folder.open_run(path, identity, checkpoint_bytes=size, keep=chosen.keep_checkpoints)
             stack.enter_context(folder)
-            ended = _ended_result(path)
+            ended = ended_result(path)
         ended = engine.group.gathered(ended)[0]
         if ended is not None:
             if folder:
                 _logger.warning("The run in %s has ended; nothing is left to do.", path)
-            return _result(path, chosen, plan, engine, ended, begin)
+            return result(path, chosen, plan, engine, ended, begin)
         run = _Run(
             chosen,
             plan,
@@ -224,85 +201,7 @@ def train(
                 run.look_for_slow_processes()
             run.fit()
             scores = run.finish()
-        return _result(path, chosen, plan, engine, scores, begin)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The numbers that follow from a recipe and its data.
-
-    Attributes:
-        micro_batch_size: images that go through the model at once.
-        accumulation_steps: micro-batches of an optimizer step.
-        steps_per_epoch: optimizer steps of an epoch; what is left over is dropped.
-        total_steps: optimizer steps of the run.
-        warmup_steps: optimizer steps of the warmup.
-    """
-
-    micro_batch_size: int
-    accumulation_steps: int
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-
-    @property
-    def micro_batches_per_epoch(self) -> int:
-        return self.steps_per_epoch * self.accumulation_steps
-
-    @classmethod
-    def of(cls, recipe: Recipe, training: Source) -> "Plan":
-        """Counts the steps.
-
-        Raises:
-            ValueError: the data has fewer images than a batch.
-        """
-        steps = len(training) // recipe.batch_size
-        if steps == 0:
-            raise ValueError(
-                f"Expected at least one batch of {recipe.batch_size} images to train on, but "
-                f"'{training.path}' has {len(training)}. Choose a smaller batch_size."
-            )
-        return cls(
-            micro_batch_size=recipe.batch_size // recipe.accumulation_steps,
-            accumulation_steps=recipe.accumulation_steps,
-            steps_per_epoch=steps,
-            total_steps=recipe.epochs * steps,
-            warmup_steps=round(recipe.warmup_epochs * steps),
-        )
-
-
-# Several processes.
-
-
-@contextlib.contextmanager
-def _leaving(group: Any) -> Iterator[None]:
-    """Leaves the processes of the run at the end, and tells them why where this one fails."""
-    try:
-        yield
-    except BaseException as error:
-        group.wait_for_word()
-        group.close(f"{type(error).__name__}: {error}")
-        raise
-    group.close()
-
-
-def _facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[str, Any]:
-    """What all processes must agree in."""
-    package = pathlib.Path(__file__).parents[1]
-    code, weights = hashlib.sha256(), hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    for variable in model.variables:
-        weights.update(engine.read(variable).tobytes())
-    backend = keras.backend.backend()
-    return {
-        "code of keras_convnext": code.hexdigest()[:16],
-        "keras": keras.__version__,
-        backend: importlib.import_module(backend).__version__,
-        "recipe": dict(identity),
-        "engine": engine.name,
-        "initial weights": weights.hexdigest()[:16],
-    }
+        return result(path, chosen, plan, engine, scores, begin)
 
 
 # Recipe and data.
@@ -318,227 +217,6 @@ def _chosen_recipe(given, data, overrides) -> Recipe:
             "Expected data to train on: the recipe names none. Pass data=..., or --data on the command line."
         )
     return chosen
-
-
-def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
-    """Opens the images to train on and those to evaluate on; None where there are none.
-
-    Without `val_split` these are the data's validation split (validation, val or valid), else its test split,
-    else the part that `validation_fraction` holds out.
-
-    Raises:
-        SourceError: the data or one of its splits cannot be used.
-        ValueError: there is one class only, or the validation images have classes that are not trained.
-    """
-    splits = sources.list_splits(recipe.data)
-    training = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
-    if len(training.classes) < 2:
-        raise ValueError(
-            f"Expected images of two classes or more, received those of {len(training.classes)} in "
-            f"'{recipe.data}': {', '.join(training.classes)}. Name the folder that holds the class folders."
-        )
-    kinds = {sources.canonical_split(split): split for split in reversed(splits)}
-    name = recipe.val_split or kinds.get("validation") or kinds.get("test")
-    if name:
-        validation = sources.open_source(recipe.data, name)
-        return training, _with_classes_of(training, validation)
-    if recipe.validation_fraction:
-        return sources.hold_out(training, recipe.validation_fraction, recipe.seed)
-    return training, None
-
-
-def _with_classes_of(training: Source, validation: Source) -> Source:
-    if validation.classes == training.classes:
-        return validation
-    unknown = [name for name in validation.classes if name not in training.classes]
-    if unknown:
-        raise ValueError(
-            f"Expected validation images of the {len(training.classes)} classes of the training images, "
-            f"received {len(unknown)} others, such as {unknown[0]!r}. Choose another val_split."
-        )
-    numbers = np.array([training.classes.index(name) for name in validation.classes], np.int32)
-    return dataclasses.replace(validation, labels=numbers[validation.labels], classes=list(training.classes))
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result, without places of files, which may be moved between two starts."""
-    values = {key: value for key, value in identity(recipe).items() if key != "data"}
-    for key in ("weights", "teacher"):
-        if values[key] and classifiers.names_file(values[key]):
-            path = models.existing_file(values[key])
-            values[key] = f"{path.name} of {path.stat().st_size} bytes"
-    return values
-
-
-def _fingerprint(source: Source | None) -> str:
-    return "" if source is None else fingerprint(source)
-
-
-@contextlib.contextmanager
-def _settings_of(recipe: Recipe) -> Iterator[None]:
-    """Sets precision and the seed of initial weights for the time of a run."""
-    policy, state = keras.config.dtype_policy(), random.getstate()
-    keras.config.set_dtype_policy(recipe.precision)
-    random.seed(recipe.seed)  # `layers.RandomNormal` draws from it
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(policy)
-        random.setstate(state)
-
-
-# Model and optimizer.
-
-
-def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
-    """Builds the model of a recipe.
-
-    Args:
-        recipe: the recipe.
-        num_classes: outputs of the classifier.
-        available: classes of the recipe's weights; 0 where they have no classifier, or there are none.
-
-    Returns:
-        The model, pixels in 0..255 to logits; whether its classifier begins at random.
-
-    Raises:
-        ValueError: the weights do not fit the architecture.
-    """
-    has_new_head = available != num_classes
-    variant = VARIANTS[recipe.architecture]
-    side = recipe.image_size if recipe.image_size == recipe.eval_image_size else None
-    model = models.load(
-        recipe.architecture,
-        recipe.weights or None,
-        classes=num_classes,
-        classifier_activation=None,
-        input_shape=(side, side, 3),
-        drop_path_rate=0.0 if recipe.trainable == "head" else recipe.drop_path_rate,
-        layer_scale_init_value=None if variant.version == 2 else recipe.layer_scale_init_value,
-        rematerialize=recipe.rematerialize,
-        seed=recipe.seed,
-        new_head=True if recipe.weights and has_new_head else None,
-    )
-    if has_new_head and recipe.head_init_scale != 1:
-        adapt.scale_head(model, recipe.head_init_scale)
-    adapt.choose_trainable(model, recipe.trainable)
-    return model, has_new_head
-
-
-def _describe(recipe: Recipe) -> tuple[checkpoints.Checkpoint | ImageDescription | None, int]:
-    """Returns what is known of the images of the recipe's weights, and how many classes they have."""
-    if not recipe.weights:
-        return None, 0
-    row = _row(recipe)
-    if row is not None:
-        return row, row.classes
-    path = _with_contents(recipe.weights)
-    return descriptions.read_images(path), state_dicts.inspect(models.read_file(path)).classes
-
-
-def _row(recipe: Recipe) -> checkpoints.Checkpoint | None:
-    """Returns the table's row of the recipe's weights; None for a file and for random weights."""
-    if not recipe.weights or classifiers.names_file(recipe.weights):
-        return None
-    return checkpoints.find_checkpoint(recipe.weights, architecture=recipe.architecture)
-
-
-def _evaluated_images(
-    recipe: Recipe, row: checkpoints.Checkpoint | ImageDescription | None
-) -> ImageDescription:
-    """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
-    normaliser = row or checkpoints.default_checkpoint(recipe.architecture)
-    return ImageDescription(
-        image_size=recipe.eval_image_size,
-        crop=recipe.eval_crop,
-        resize_mode=recipe.eval_resize_mode,
-        resize_size=recipe.eval_resize_size or None,
-        interpolation=recipe.eval_interpolation,
-        mean=normaliser.mean,
-        std=normaliser.std,
-    )
-
-
-def _with_contents(weights: str) -> pathlib.Path:
-    """Returns the path of a weight file that says which model it is of."""
-    path = models.existing_file(weights)
-    if keras_files.is_bare(path):
-        raise ValueError(
-            f"Expected weights that say what they are of, received '{path}'. Take the .safetensors file "
-            "beside it, or a .keras file."
-        )
-    return path
-
-
-def _compiled(recipe: Recipe, student: Any, plan: Plan) -> Any:
-    """Returns the model to fit: the student, or the student with its teacher."""
-    model, share = student, 1.0
-    if recipe.teacher:
-        side = recipe.image_size
-        teacher = models.load(
-            *_teacher_words(recipe),
-            input_shape=(side, side, 3),
-            classifier_activation=None,
-            name="teacher",
-        )
-        model = losses.with_teacher(
-            student, teacher, recipe.distillation_weight, recipe.distillation_temperature
-        )
-        share = 1 - recipe.distillation_weight
-    hold = plan.steps_per_epoch if recipe.schedule_unit == "epoch" else 1
-    model.compile(
-        optimizer.AdamW(
-            optimizer.WarmupCosine(
-                recipe.learning_rate,
-                plan.total_steps,
-                plan.warmup_steps,
-                start=recipe.warmup_learning_rate,
-                end=recipe.min_learning_rate,
-                warmup_includes_peak=recipe.warmup_includes_peak,
-                hold_steps=hold,
-            ),
-            weight_decay=recipe.weight_decay,
-            beta_1=recipe.beta_1,
-            beta_2=recipe.beta_2,
-            epsilon=recipe.epsilon,
-            # A head by itself has one rate.
-            layer_decay=1.0 if recipe.trainable == "head" else recipe.layer_decay,
-            layer_decay_groups=recipe.layer_decay_groups,
-            global_clipnorm=recipe.clip_norm or None,
-            gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,
-            use_ema=recipe.ema_decay > 0,
-            ema_momentum=recipe.ema_decay or 0.9999,
-            overwrite_after_fit=False,
-        ),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True),
-        loss_weights=None if share == 1 else [share],
-        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-    )
-    model.optimizer.build(model.trainable_variables)
-    return model
-
-
-def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
-    """What `load` takes for a teacher: a tag, or the architecture that a file says it is of, and the file."""
-    if not classifiers.names_file(recipe.teacher):
-        return (recipe.teacher,)
-    path = _with_contents(recipe.teacher)
-    return state_dicts.find_variant(models.read_file(path)).name, os.fspath(path)
-
-
-def _state_variables(model: Any, student: Any) -> dict[str, Any]:
-    """All variables that a step reads and writes, by names that are the same in each process."""
-    weights = {id(v): v for v in student.weights}
-    others = [v for v in student.variables if id(v) not in weights]  # of the random generators
-    named = {f"model/{v.path}": v for v in weights.values()}
-    named |= {f"random/{number:04d}": v for number, v in enumerate(others)}
-    # The optimizer's names repeat some; its order is that of the model.
-    named |= {f"optimizer/{number:05d}/{v.name}": v for number, v in enumerate(model.optimizer.variables)}
-    return named
-
-
-def _variable_bytes(variable: Any) -> int:
-    return math.prod(variable.shape) * np.dtype(keras.backend.standardize_dtype(variable.dtype)).itemsize
 
 
 # The run.
@@ -669,7 +347,7 @@ class _Run:
                 self.folder.write_text(ENVIRONMENT_FILE, self._environment())
                 self.log.resume(before_epoch=1)
             return
-        variables = _state_variables(self.model, self.student)
+        variables = state_variables(self.model, self.student)
         expected = {
             name: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for name, v in variables.items()
         }
@@ -680,7 +358,7 @@ class _Run:
                 keras.backend.backend(),
             )
             # Counters and random states have other integer types there.
-            arrays = {name: _as_integers(array, expected.get(name)) for name, array in arrays.items()}
+            arrays = {name: as_integers(array, expected.get(name)) for name, array in arrays.items()}
         run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
         for name, variable in variables.items():
             variable.assign(arrays[name])
@@ -704,7 +382,7 @@ class _Run:
 
     def _environment(self) -> str:
         facts = {
-            **evaluate.environment(),
+            **result_columns.environment(),
             "command": sys.argv,
             "engine": self.engine.describe(self.plan.micro_batch_size),
             "data": str(self.training.path),
@@ -720,7 +398,7 @@ class _Run:
         begin = time.monotonic()
         for _ in range(_BATCHES_TO_TIME):
             next(batches)
-        slow = distribution.slow_processes(self.engine.group, time.monotonic() - begin)
+        slow = choose.slow_processes(self.engine.group, time.monotonic() - begin)
         if slow and self.folder:
             _logger.warning("%s", slow)
 
@@ -803,15 +481,15 @@ class _Run:
             "epoch": epoch,
             "step": self.step,
             **{name: total / count for name, total in self.sums.items()},
-            "learning_rate": float(inner._learning_rate(max(_integer(inner.iterations) - 1, 0))),
+            "learning_rate": float(inner._learning_rate(max(as_integer(inner.iterations) - 1, 0))),
         }
         if self.recipe.precision == "mixed_float16":
-            row["skipped_batches"] = self.done - _integer(inner._iterations)
+            row["skipped_batches"] = self.done - as_integer(inner._iterations)
             if row["skipped_batches"] == self.done:
                 raise self._non_finite("an overflow in float16 in every batch since the beginning")
         if self.validation is not None:
             self.progress.status("validation")
-            with contextlib.suppress(_Signalled):
+            with contextlib.suppress(Signalled):
                 row |= self._scores("val", self.student)
                 if self.recipe.ema_decay:
                     with optimizer.ema_weights(self.model):
@@ -826,7 +504,7 @@ class _Run:
             self.log.write(row)
             scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
             self.tensorboard.write(self.step, scalars)
-            logs.draw_curves(self.log.rows, self.folder.path / CURVES_FILE, self.recipe.title)
+            curves.draw_curves(self.log.rows, self.folder.path / CURVES_FILE, self.recipe.title)
         self.epochs_logged = epoch
         shown = ("loss", "val_loss", "val_top1", "ema_val_top1")
         self.progress.end_epoch(epoch, {name: row[name] for name in shown if name in row})
@@ -840,12 +518,12 @@ class _Run:
         group = self.engine.group
         # Several processes would not stop at the same image.
         after_batch = self._raise_if_signalled if len(group) == 1 else lambda: None
-        scores = evaluate.validate(model, self.validation, after_batch, group.gathered_arrays)
+        scores = forward.validate(model, self.validation, after_batch, group.gathered_arrays)
         return {f"{prefix}_{name}": scores[name] for name in _SCORES}
 
     def _raise_if_signalled(self) -> None:
         if self.received_signal:
-            raise _Signalled
+            raise Signalled
 
     def _check_faults(self, split: str) -> None:
         """Stops when too many images of a split cannot be decoded, with a list of them in the folder."""
@@ -881,14 +559,14 @@ class _Run:
 
     def _save_weights(self, path: pathlib.Path) -> None:
         self.bare.save_weights(path)
-        descriptions.add_images(path, self.images)
+        preprocessing_metadata.add_images(path, self.images)
 
     def save(self, is_best: bool = False) -> None:
         """Writes a checkpoint, unless a weight is not finite."""
         if self.folder is None:
             return
         arrays = self._arrays()
-        broken = _non_finite_names(arrays)
+        broken = non_finite_names(arrays)
         if broken:
             raise self._non_finite(f"{len(broken)} arrays that are not finite, such as {broken[0]}")
         state = {
@@ -907,7 +585,7 @@ class _Run:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         self.bring_weights()
-        variables = _state_variables(self.model, self.student)
+        variables = state_variables(self.model, self.student)
         return {name: self.engine.read(v) for name, v in variables.items()}
 
     def _non_finite(self, what: str) -> NonFiniteError:
@@ -929,10 +607,10 @@ class _Run:
             "last_checkpoint_step": max(self.saved, 0) // self.plan.accumulation_steps,
             "images_finite": bool(np.isfinite(images).all()),
             "targets_finite": bool(np.isfinite(targets).all()),
-            "arrays_not_finite": _non_finite_names(arrays),
+            "arrays_not_finite": non_finite_names(arrays),
         }
         self.folder.write_bytes(f"{name}/batch.npz", content.getvalue())
-        self.folder.write_bytes(f"{name}/images.png", _picture(images[:_MAX_DUMPED]))
+        self.folder.write_bytes(f"{name}/images.png", contact_picture(images[:_MAX_DUMPED]))
         self.folder.write_text(f"{name}/report.json", json.dumps(report, indent=1) + "\n")
         stands = f"step {report['last_checkpoint_step']}" if self.saved > 0 else "none was written yet"
         return NonFiniteError(
@@ -985,39 +663,6 @@ class _BetweenSteps(keras.callbacks.Callback):
         self.run.end_epoch()
 
 
-def _integer(counter: Any) -> int:
-    """The value of a counter; TensorFlow's `int` knows no variable of several devices."""
-    return int(keras.ops.convert_to_numpy(counter))
-
-
-def _as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
-    """The integers of one backend in the type of another; other arrays as they are."""
-    if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
-        return array
-    return array.astype(expected[1])
-
-
-def _non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    return [
-        name
-        for name, array in arrays.items()
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
-    ]
-
-
-def _picture(images: np.ndarray) -> bytes:
-    """A PNG of images (N, H, W, 3) in 0..255, side by side; what is not finite is black."""
-    columns = math.ceil(math.sqrt(len(images)))
-    height, width = images.shape[1:3]
-    sheet = np.zeros((math.ceil(len(images) / columns) * height, columns * width, 3), np.uint8)
-    for number, image in enumerate(np.nan_to_num(images, nan=0, posinf=0, neginf=0)):
-        top, left = number // columns * height, number % columns * width
-        sheet[top : top + height, left : left + width] = np.clip(image, 0, 255)
-    content = io.BytesIO()
-    PIL.Image.fromarray(sheet).save(content, "png")
-    return content.getvalue()
-
-
 @contextlib.contextmanager
 def _signals_noted(run: _Run) -> Iterator[None]:
     """Notes SIGTERM and Ctrl-C for the run to act on after its step; in the main thread only."""
@@ -1036,21 +681,3 @@ def _signals_noted(run: _Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The scores of a run that has ended; None where steps are left."""
-    has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
-    return (
-        json.loads((folder / RESULT_FILE).read_text())
-        if has_weights and (folder / RESULT_FILE).exists()
-        else None
-    )
-
-
-def _result(
-    folder: pathlib.Path, recipe: Recipe, plan: Plan, engine: Any, scores: dict[str, Any], begin: float
-) -> TrainingResult:
-    weights = folder / FINAL_WEIGHTS[0 if recipe.ema_decay else 1]
-    seconds = time.monotonic() - begin
-    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.process)

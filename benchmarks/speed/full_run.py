@@ -1,0 +1,220 @@
+"""`keras-convnext bench all`: the standard run, and whether it shows what is claimed."""
+
+import dataclasses
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+
+from benchmarks.speed import cases, implementations, machine_rates, output, report, stages, startup
+from benchmarks.speed.alternating_runs import Measurement, ratio
+from benchmarks.speed.implementations import TITLES, Case
+from benchmarks.speed.report import Table
+
+# Models, mode, batches, dtype, contestants of ours beside the backends, peers.
+CASES = (
+    (
+        ("convnext_tiny", "convnextv2_tiny"), "inference", (1, 8), "float32",
+        (), ("timm", "timm-compile", "keras.applications"),
+    ),
+    (("convnext_tiny",), "training", (8,), "float32", (), ("timm", "keras.applications")),
+    (
+        ("convnext_tiny",), "inference", (8,), "bfloat16",
+        ("openvino",), ("timm", "timm-compile", "openvino"),
+    ),
+)  # fmt: skip
+V1, V2, BATCH = "convnext_tiny", "convnextv2_tiny", 8
+
+# Mode, model, batches, dtype, who of ours ("each" backend, the "best" of all, or one), peer, and how many
+# times as fast as the peer at least.
+BARS = (
+    ("inference", V1, (1, 8), "float32", "each", "timm", 1.0),
+    ("inference", V2, (1, 8), "float32", "each", "timm", 1.0),
+    ("inference", V1, (1, 8), "float32", "best", "timm-compile", 1.0),
+    ("inference", V2, (1, 8), "float32", "best", "timm-compile", 1.0),
+    ("inference", V1, (1, 8), "float32", "tensorflow", "keras.applications", 7.5),
+    ("inference", V1, (1, 8), "float32", "jax", "keras.applications", 4.5),
+    ("inference", V1, (1, 8), "float32", "torch", "keras.applications", 1.2),
+    ("training", V1, (8,), "float32", "each", "timm", 1.0),
+    ("training", V1, (8,), "float32", "tensorflow", "keras.applications", 4.0),
+    ("training", V1, (8,), "float32", "jax", "keras.applications", 3.0),
+    ("inference", V1, (8,), "bfloat16", "best", "openvino", 1.0),
+    ("inference", V1, (8,), "bfloat16", "best", "timm-compile", 1.0),
+)
+V2_COST_BAR = 1.15  # time of V2 in times of V1's, at most
+STAGE_BAR = 0.7  # of the floor, in each stage; start-up's bars are `startup.BARS`
+
+
+def run(options: Namespace) -> int:
+    """Runs `keras-convnext bench all`: its cases, V2 beside V1, start-up, stages, then claims and bars.
+
+    Args:
+        options: what `compare.resolve` returns. Backends, image size (one), rounds, seconds, threads, output
+            and JSON are free, the rest is fixed.
+
+    Returns:
+        The exit code, 0 whether the bars are met or not.
+    """
+    if len(options.image_size) > 1:
+        raise ValueError(f"Expected one --image-size for bench all, received {options.image_size}.")
+    where = output.begin(options)
+    size = options.image_size[0]
+    groups: list[list[Measurement]] = []
+    tables: list[Table] = []
+    wanted = [
+        [(name, Case(model, mode, batch, size, dtype)) for name in names]
+        for models, mode, batches, dtype, exported, peers in CASES
+        for names in [cases.entrants([*options.backends, *exported], peers)]
+        for model in models
+        for batch in batches
+    ]
+    wanted.append(
+        [(name, Case(model, "inference", BATCH, size)) for name in options.backends for model in (V2, V1)]
+    )
+    for number, entries in enumerate(wanted):
+        make = v2_table if number == len(wanted) - 1 else report.case_table
+        title = f"case {number + 1} of {len(wanted)}"
+        found, table = cases.measure_group(options, entries, title, make)
+        groups.append(found)
+        tables.append(table)
+
+    started = [
+        startup.table(
+            V1,
+            options.backends,
+            options.rounds,
+            size,
+            threads=options.threads,
+            on_progress=cases.Progress("start-up").show,
+            alone=alone,
+        )
+        for alone in (False, True)
+    ]
+    staged = stages.table(
+        Case(V1, "inference", BATCH, size),
+        options.backends,
+        machine_rates.measure_rates(threads=options.threads),
+        rounds=options.rounds,
+        seconds=options.seconds * stages.SHARE,
+        threads=options.threads,
+        on_progress=cases.Progress("stages").show,
+    )
+    summary = summary_table(size, groups, started, staged)
+    for table in (*map(startup.as_table, started), stages.as_table(staged), summary):
+        tables.append(table)
+        if not options.json:
+            print(f"{table.text()}\n", flush=True)
+
+    heading = cases.heading_lines(where, groups, options.rounds, options.seconds)
+    if options.json:
+        facts = {
+            "machine": where,
+            "cases": report.all_facts(groups),
+            "startup": [dataclasses.asdict(start) for starts in started for start in starts],
+            "stages": [dataclasses.asdict(row) | {"fraction": row.fraction} for row in staged.rows],
+            "summary": [dict(zip(summary.titles, row, strict=True)) for row in summary.rows],
+        }
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join(heading))
+    if options.output is not None:
+        report.write(options.output, heading, where, groups, tables)
+    return 0
+
+
+def v2_table(found: Sequence[Measurement]) -> Table:
+    """What V2 costs, in times of V1, by contestant."""
+    times = {
+        (one.contestant, one.case.model): f"{report.milliseconds(one):.2f}" for one in found if one.seconds
+    }
+    return Table(
+        f"{V2} beside {V1}, in one run, {found[0].case.mode}, batch {found[0].case.batch}",
+        ("contestant", f"{V1}, ms/image", f"{V2}, ms/image", "times V1"),
+        "<>>>",
+        [
+            (TITLES[name], times[name, V1], times[name, V2], f"{cost:.3f}")
+            for name, cost in v2_costs(found).items()
+        ],
+        tuple(f"{TITLES[one.contestant]}, {one.case.model}: {one.problem}" for one in found if one.problem),
+    )
+
+
+def v2_costs(found: Sequence[Measurement]) -> dict[str, float]:
+    """Time of V2 in times of V1's, by contestant; of those that ran both."""
+    ran = {(one.contestant, one.case.model): one for one in found if one.seconds}
+    return {
+        name: ratio(ran[name, V1], ran[name, V2]) for name, model in ran if model == V2 and (name, V1) in ran
+    }
+
+
+def summary_table(
+    image_size: int,
+    groups: Sequence[Sequence[Measurement]],
+    started: Sequence[Sequence[startup.Start]],
+    staged: stages.Stages,
+) -> Table:
+    """What is claimed, the bar, what was seen.
+
+    Args:
+        image_size: of the run.
+        groups: measurements of the cases; those of V2 beside V1 last.
+        started: what `startup.table` returned, once a way of installing.
+        staged: what `stages.table` returned.
+    """
+    rows = []
+    for mode, model, batches, dtype, who, peer, bar in BARS:
+        for batch in batches:
+            case = Case(model, mode, batch, image_size, dtype)
+            for name, seen in _seen(case, who, peer, groups).items():
+                rows.append(
+                    (f"{case.title}: {_title(who, name)}, x {peer}", f">= {bar:g}", seen, seen >= bar)
+                )
+    for name, cost in v2_costs(groups[-1]).items():
+        claim = f"{V2} in times of {V1}, inference, batch {BATCH}: {TITLES[name]}"
+        rows.append((claim, f"<= {V2_COST_BAR:g}", cost, cost <= V2_COST_BAR))
+    for starts in started:
+        timm = [start for start in starts if start.contestant == startup.PEER]
+        how = startup.ALONE if starts[0].alone else startup.INSTALLED
+        for start in starts:
+            if timm and start.contestant in startup.BARS:
+                bar, seen = startup.BARS[start.contestant], startup.ratio(start, timm[0])
+                claim = f"start to first image, {how}, in times of timm's: {TITLES[start.contestant]}"
+                rows.append((claim, f"<= {bar:g}", seen, seen <= bar))
+    for row in staged.rows:
+        if row.stage.startswith("stage"):
+            claim = f"part of the floor, batch {BATCH}, {row.stage}: {TITLES[row.contestant]}"
+            rows.append((claim, f">= {STAGE_BAR:g}", row.fraction, row.fraction >= STAGE_BAR))
+    return Table(
+        "What is claimed, and what was seen",
+        ("claim", "bar", "seen", "verdict"),
+        "<>><",
+        [(claim, bar, *_verdict(seen, is_met)) for claim, bar, seen, is_met in rows],
+    )
+
+
+def _seen(case: Case, who: str, peer: str, groups: Sequence[Sequence[Measurement]]) -> dict[str, float]:
+    """How many times as fast as the peer, by contestant of ours that `who` means; NaN where not measured."""
+    ratios: dict[str, float] = {}
+    for group in groups:
+        if {one.case for one in group} == {case}:
+            for one in group:
+                if implementations.is_ours(one.contestant) and who in ("each", "best", one.contestant):
+                    ratios[one.contestant] = report.ratios_of(one, group).get(peer, math.nan)
+    measured = {name: seen for name, seen in ratios.items() if not math.isnan(seen)}
+    if who == "best" and measured:
+        best = max(measured, key=lambda name: measured[name])
+        return {best: measured[best]}
+    return ratios if ratios and who != "best" else {who: math.nan}
+
+
+def _title(who: str, name: str) -> str:
+    general = {"each": "ours, each backend", "best": "best of ours"}
+    if name in general:
+        return general[name]
+    return f"best of ours ({TITLES[name].removeprefix('ours, ')})" if who == "best" else TITLES[name]
+
+
+def _verdict(seen: float, is_met: bool) -> tuple[str, str]:
+    if math.isnan(seen):
+        return "-", "not measured"
+    return f"{seen:.2f}", "met" if is_met else "MISSED"

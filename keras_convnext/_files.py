@@ -1,0 +1,104 @@
+"""Writing a file in one step, so that neither a kill nor a full disk leaves half of it."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import secrets
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Takes the lock if it is free; closing the file, or the end of the process, releases it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+    else:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename survive a power cut, where the system can."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the path's place when the block ends without an error.
+
+    Args:
+        path: the file; its folder must be there.
+
+    Raises:
+        IsADirectoryError: a folder is at the path.
+        FileNotFoundError: there is no folder for the file.
+        OSError: the file cannot be written; one that was there stands.
+
+    Example:
+        with replacing_file("log.csv") as file:
+            file.write(b"epoch,loss")
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"Expected the path of a file to write, received the directory '{path}'. Add a file name."
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replacing_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Gives a path for a library to write to, which takes the place of another when the block ends well.
+
+    Args:
+        path: the file. The temporary name ends in its name, as libraries tell the format from that.
+
+    Raises:
+        FileNotFoundError: the block wrote nothing.
+        OSError: the file cannot be written; one that was there stands.
+
+    Example:
+        with replacing_path("model.weights.h5") as temporary:
+            model.save_weights(temporary)
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Arithmetic about models and runs: operations, memory, time. Nothing here builds a model."""

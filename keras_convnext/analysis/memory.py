@@ -1,0 +1,395 @@
+"""How much memory a training step takes on one device, counted from the architecture.
+
+shapes of the weights --> weights, average (EMA), slots, gradients
+shapes of the maps    --> what the backward pass of each layer needs of its forward pass, by backend
+
+The step is gone through layer by layer, forward and back: each layer adds what it keeps, and its backward
+pass frees that, adds the gradients of its weights, and holds some maps of its own meanwhile. The largest sum
+on the way is the estimate. Nothing here needs a Keras backend.
+
+What is kept was read, for each backend, from the program itself: on PyTorch the tensors that autograd saves
+(`torch.autograd.graph.saved_tensors_hooks`), on JAX the arrays that are alive at the peak of the program that
+XLA compiled for a CPU (its buffer assignment), on TensorFlow the inputs and outputs that the gradient
+functions of the layers' operators read. `benchmarks/memory.py` compares the sums with measured peaks. Not
+counted: the framework itself, the workspaces of its libraries, what its allocator holds back, the input
+pipeline.
+"""
+
+import math
+from dataclasses import dataclass
+
+from keras_convnext.variants import Variant
+from keras_convnext.weights.layouts import weight_shapes
+
+FLOAT32 = 4
+POSITIONS = 2048  # of `parts`, which this module cannot import: it starts Keras
+SLOTS = 2  # AdamW's momentum and velocity
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch of a training step on one device.
+
+    Attributes:
+        variant: a row of `variants.VARIANTS`, with LayerScale as it is trained.
+        batch: images that go through the device at once.
+        image_size: side of the images in pixels.
+        classes: outputs of the classifier.
+        precision: "float32", "mixed_bfloat16" or "mixed_float16".
+        backend: "tensorflow", "jax" or "torch".
+        device: "cpu", "gpu" or "tpu".
+        rematerialize: whether the blocks are computed again in the backward pass.
+        trainable: "all", "head" or "lora:RANK", as in a recipe.
+        has_average: whether the optimizer keeps an average of the weights (EMA).
+        accumulates: whether gradients are added up over micro-batches.
+        clips: whether gradients are clipped by their norm.
+        num_devices: that divide the batch or the kernels with this one.
+        model_devices: that share the pointwise kernels, and with them the hidden maps.
+    """
+
+    variant: Variant
+    batch: int
+    image_size: int
+    classes: int = 1000
+    precision: str = "float32"
+    backend: str = "jax"
+    device: str = "cpu"
+    rematerialize: bool = False
+    trainable: str = "all"
+    has_average: bool = True
+    accumulates: bool = False
+    clips: bool = False
+    num_devices: int = 1
+    model_devices: int = 1
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return FLOAT32 if self.precision == "float32" else 2
+
+    @property
+    def uses_xla(self) -> bool:
+        """Whether the step is one program of XLA; Keras compiles TensorFlow's so on accelerators."""
+        return self.backend == "jax" or (self.backend == "tensorflow" and self.device != "cpu")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer holds in a step, in bytes.
+
+    Attributes:
+        name: of the layer, in the official code's words.
+        kept: maps from the forward pass until its backward pass.
+        working: beside these, what the backward pass holds at once.
+        gradients: of its weights.
+    """
+
+    name: str
+    kept: int
+    working: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes of one device at the moment of the step at which they are most.
+
+    Attributes:
+        weights: float32 weights.
+        average: of the weights (EMA).
+        slots: momentum and velocity.
+        accumulated: gradients added up over the micro-batches.
+        inputs: images and targets of a micro-batch.
+        gradients: those that are there at that moment; on TensorFlow with what their update holds.
+        activations: maps that are kept for the backward pass at that moment.
+        working: what the backward pass or the update of a layer holds beside these.
+        moment: where that is: "forward", the name of a layer, or "update".
+    """
+
+    weights: int
+    average: int
+    slots: int
+    accumulated: int
+    inputs: int
+    gradients: int
+    activations: int
+    working: int
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights
+            + self.average
+            + self.slots
+            + self.accumulated
+            + self.inputs
+            + self.gradients
+            + self.activations
+            + self.working
+        )
+
+
+def count_weights(step: Step) -> tuple[int, int]:
+    """Weights of one device, and those of them that are trained.
+
+    Returns:
+        (all, trained), in numbers. Those of LoRA are in both.
+    """
+    total = trained = 0
+    for name, shape in weight_shapes(step.variant, step.classes).items():
+        count = math.prod(shape) // _owners(step, name)
+        total += count
+        is_head = name.startswith(("head.", "pre_logits."))
+        trained += count if step.trainable == "all" or is_head else 0
+    if step.trainable.startswith("lora:"):
+        rank = int(step.trainable.partition(":")[2])
+        blocks = zip(step.variant.depths, step.variant.dims, strict=True)
+        added = sum(depth * 2 * rank * 5 * dim for depth, dim in blocks)  # A and B of two kernels, C by 4 C
+        total, trained = total + added, trained + added
+    return total, trained
+
+
+def _owners(step: Step, name: str) -> int:
+    """Devices that share a weight: as in `distribution.POINTWISE_LAYOUT`."""
+    shared = (".pwconv1.weight", ".pwconv1.bias", ".grn.gamma", ".grn.beta", ".pwconv2.weight")
+    return step.model_devices if name.endswith(shared) else 1
+
+
+def estimate(step: Step) -> Memory:
+    """The memory of a step, by part, at its peak.
+
+    Weights, slots, averages, gradients and accumulated gradients are float32 in every precision. The update
+    holds another set of gradients where these are clipped or averaged. Where neither is done and XLA compiles
+    the step for one device, each weight is updated as soon as its gradient is there. TensorFlow's executor
+    begins with updates while the backward pass goes on. Of the three arrays that an update makes, the new
+    slots and weight, half are taken to be there beside the old ones: sets = 1 + 3 / 2.
+
+    Args:
+        step: the micro-batch.
+
+    Returns:
+        `Memory`, in bytes.
+    """
+    total, trained = count_weights(step)
+    parts = {
+        "weights": FLOAT32 * total,
+        "average": FLOAT32 * trained * step.has_average,
+        "slots": FLOAT32 * SLOTS * trained,
+        "accumulated": FLOAT32 * trained * step.accumulates,
+        "inputs": FLOAT32 * step.batch * (3 * step.image_size**2 + step.classes),
+    }
+    found = layers(step)
+    kept = sum(layer.kept for layer in found)
+    gradients = 0
+    moments = [("forward", kept, 0, 0)]
+    updates_at_once = step.uses_xla and not (step.clips or step.accumulates or step.num_devices > 1)
+    sets = 2.5 if step.backend == "tensorflow" and not step.uses_xla else 1
+    for layer in reversed(found):
+        gradients += int(sets * layer.gradients)
+        moments.append((layer.name, kept, gradients, layer.working))
+        kept -= layer.kept
+        if updates_at_once:
+            gradients = 0
+    copies = FLOAT32 * trained if step.clips or step.accumulates else 0
+    moments.append(("update", 0, gradients, copies))
+    moment, activations, gradients, working = max(moments, key=lambda row: sum(row[1:]))
+    return Memory(**parts, gradients=gradients, activations=activations, working=working, moment=moment)
+
+
+def layers(step: Step) -> list[Layer]:
+    """What each layer holds, from the stem to the loss.
+
+    Args:
+        step: the micro-batch.
+
+    Returns:
+        A `Layer` for the stem, each downsampling, each block and the head.
+    """
+    variant, batch = step.variant, step.batch
+    weights = _gradient_bytes(step)
+    side = first_side(variant, step.image_size)
+    found = [_stem(step, weights)]
+    for stage, (depth, dim, kernel) in enumerate(
+        zip(variant.depths, variant.dims, variant.kernel_sizes, strict=True)
+    ):
+        if stage > 0:
+            name = f"downsample_layers.{stage}"
+            positions, before = batch * side**2, variant.dims[stage - 1]
+            kept = _norm(step, positions, before) + step.item_size * positions * before
+            if step.uses_xla and step.device == "cpu":  # float32 throughout, and one map more than in a block
+                kept += FLOAT32 * positions * before + (FLOAT32 - step.item_size) * positions * before
+            found.append(_frozen_or(step, Layer(name, kept, 2 * FLOAT32 * positions * before, weights[name])))
+            side //= 2
+        for index in range(depth):
+            name = f"blocks.{index}" if variant.isotropic else f"stages.{stage}.{index}"
+            found.append(_frozen_or(step, _block(step, name, side, dim, kernel, weights[name])))
+    logits = 3 * FLOAT32 * batch * step.classes + 4 * FLOAT32 * batch * variant.dims[-1]
+    found.append(Layer("head", logits, logits, weights["head"]))
+    return found
+
+
+def first_side(variant: Variant, image_size: int) -> int:
+    """Side of the first map behind the stem."""
+    if variant.isotropic:
+        return image_size // 16
+    return image_size // 4 if variant.stem == "patch" else ((image_size + 1) // 2 + 1) // 2
+
+
+def _gradient_bytes(step: Step) -> dict[str, int]:
+    """Layer -> bytes of its gradients."""
+    found: dict[str, int] = {}
+    for name, shape in weight_shapes(step.variant, step.classes).items():
+        words = name.split(".")
+        layer = ".".join(
+            words[:3] if words[0] == "stages" else words[:2] if words[0] == "blocks" else words[:1]
+        )
+        if words[0] == "downsample_layers":
+            layer = ".".join(words[:2])
+        if layer in ("norm", "norm_pre", "pre_logits"):
+            layer = "head"
+        found[layer] = found.get(layer, 0) + FLOAT32 * math.prod(shape) // _owners(step, name)
+    if step.trainable != "all":
+        for layer in found:
+            found[layer] *= layer == "head"
+    return found
+
+
+def _frozen_or(step: Step, layer: Layer) -> Layer:
+    """Nothing, where only the head learns: no gradient goes through the body."""
+    return Layer(layer.name, 0, 0, 0) if step.trainable == "head" else layer
+
+
+def _norm(step: Step, positions: int, dim: int) -> int:
+    """What a norm keeps, in float32 whatever the precision, without its result.
+
+    PyTorch's fused layer norm keeps its input, a mean and a deviation a position; the others are written out
+    and keep an operand a product. XLA on a CPU also keeps the products of broadcast factors as maps.
+    """
+    operands = {"layer_norm": 2, "rms_norm": 2, "simple_norm": 3}[step.variant.norm]
+    if step.backend == "torch" and step.variant.norm == "layer_norm":
+        return FLOAT32 * positions * (dim + 2)
+    if step.uses_xla and step.device == "cpu":
+        operands += 1
+    return FLOAT32 * positions * dim * operands
+
+
+def _stem(step: Step, weights: dict[str, int]) -> Layer:
+    variant, batch, size = step.variant, step.batch, step.image_size
+    pixels = step.item_size * batch * 3 * size**2  # as patches or as a map
+    if variant.isotropic:
+        return _frozen_or(step, Layer("stem", pixels, 2 * pixels, weights["stem"]))
+    kept = pixels
+    if variant.stem != "patch":
+        maps = 2 if variant.stem == "overlap_act" else 1
+        kept += step.item_size * batch * maps * ((size + 1) // 2) ** 2 * variant.stem_dim
+    outputs = FLOAT32 * batch * first_side(variant, size) ** 2 * variant.dims[0]
+    kept += _norm(step, batch * first_side(variant, size) ** 2, variant.dims[0])
+    if step.uses_xla and step.device == "cpu":
+        kept += outputs + (FLOAT32 - step.item_size) * pixels // step.item_size
+    name = "downsample_layers.0"
+    return _frozen_or(step, Layer(name, kept, 2 * outputs, weights[name]))
+
+
+def _block(step: Step, name: str, side: int, dim: int, kernel: int, gradients: int) -> Layer:
+    """A block; by what its backward pass needs, of its input or of all of its maps."""
+    positions = step.batch * side**2
+    whole, working = _maps(step, step.batch, side, dim, kernel)
+    x = step.item_size * positions * dim
+    samples = _samples_in_a_part(step, side)
+    if samples < step.batch:
+        # A loop over parts: its input, and its result, which XLA allots before the backward pass begins.
+        kept, inner = _maps(step, samples, side, dim, kernel)
+        return Layer(name, FLOAT32 * positions * dim + x, kept + inner, gradients)
+    # XLA on a CPU drops the barriers of `jax.checkpoint`, and merges what is to be computed again.
+    if step.rematerialize and not (step.uses_xla and step.device == "cpu"):
+        return Layer(name, x, whole - x + working, gradients)
+    return Layer(name, whole, working, gradients)
+
+
+def _samples_in_a_part(step: Step, side: int) -> int:
+    """As `parts.in_parts`, in training: on JAX and one CPU."""
+    if step.backend != "jax" or step.device != "cpu" or step.num_devices > 1:
+        return step.batch
+    wanted = max(1, POSITIONS // side**2)
+    return max(n for n in range(1, min(wanted, step.batch) + 1) if step.batch % n == 0)
+
+
+def _maps(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
+    """Bytes of the maps of a block that are kept, and of those that its backward pass adds."""
+    if step.uses_xla:
+        return _maps_of_xla(step, batch, side, dim, kernel)
+    maps = {"torch": _maps_of_torch, "tensorflow": _maps_of_tensorflow}[step.backend]
+    return maps(step, batch, side, dim, kernel)
+
+
+def _maps_of_torch(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
+    """What autograd saves, the same on a CPU and a GPU.
+
+    Inputs of the convolution, the norm, both products and GELU; of LayerScale in float32; of GRN, whose sums
+    and product are in float32, its input (a copy for each of the two in 16 bits). In 16 bits the kernels too.
+    """
+    size, positions = step.item_size, batch * side**2
+    narrow, wide = positions * dim, positions * 4 * dim // step.model_devices
+    kept = size * 2 * narrow + _norm(step, positions, dim) + size * 2 * wide
+    working = size * (2 * narrow + wide)
+    if step.variant.version == 2:
+        kept += FLOAT32 * wide * (1 if size == FLOAT32 else 2)
+        working += 2 * FLOAT32 * wide
+    if step.variant.layer_scale_init_value is not None:
+        kept += FLOAT32 * narrow
+    if size < FLOAT32:
+        kept += size * (kernel**2 * dim + 8 * dim**2 // step.model_devices)
+    return kept, working
+
+
+def _maps_of_tensorflow(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
+    """What the gradient functions of TensorFlow's operators read, without XLA.
+
+    Inputs of the convolution and both products; the centred map and the factor of the norm; the three
+    operands of GELU by erf, which is written out; the input of LayerScale. GRN before a smaller kernel keeps
+    a scaled kernel a sample; else its result. The gradients of the kernels and of LayerScale are computed
+    when the layers before have already gone on, so a gradient map waits for each: of the convolution, the
+    second product and LayerScale.
+    """
+    size, positions = step.item_size, batch * side**2
+    narrow, wide = positions * dim, positions * 4 * dim
+    kept = size * 4 * narrow + _norm(step, positions, dim) + size * 4 * wide
+    working = size * (2 * narrow + 2 * wide)
+    if step.variant.version == 2:
+        if size == FLOAT32 and dim < side**2:
+            kept += FLOAT32 * batch * 4 * dim * dim
+        else:
+            kept += size * wide + (FLOAT32 * wide if size < FLOAT32 else 0)
+    if step.variant.layer_scale_init_value is not None:
+        kept += 2 * FLOAT32 * narrow
+    if size < FLOAT32:
+        kept += size * (kernel**2 * dim + 8 * dim**2)
+    return kept, working
+
+
+def _maps_of_xla(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
+    """What is alive at the peak of the program that XLA compiles.
+
+    The block's input, the convolution's, the norm's and the products' results, GELU's input, its erf and its
+    result; of GRN its result; of LayerScale its input. On a CPU the convolution keeps its padded input, and
+    in 16 bits most maps and the kernels are float32, as XLA computes with them. For accelerators the same
+    list without these was not checked against one.
+    """
+    positions, padded = batch * side**2, batch * (side + kernel - 1) ** 2
+    narrow, wide = positions * dim, positions * 4 * dim // step.model_devices
+    size = step.item_size
+    on_cpu = step.device == "cpu"
+    inner = FLOAT32 if on_cpu else size
+    kept = size * narrow + _norm(step, positions, dim) + inner * narrow  # convolution, norm, its result
+    kept += (size + FLOAT32 + inner) * wide
+    if on_cpu:
+        kept += FLOAT32 * padded * dim
+        if size < FLOAT32:
+            kept += FLOAT32 * (kernel**2 * dim + 8 * dim**2 // step.model_devices) - size * narrow
+    if step.variant.version == 2:
+        kept += inner * wide
+    if step.variant.layer_scale_init_value is not None:
+        kept += FLOAT32 * narrow
+    working = FLOAT32 * (2 * narrow + wide * step.variant.version)
+    return kept, working

@@ -1,0 +1,458 @@
+"""What a recipe takes on devices that are not here: memory, bytes on the wire, operations, time.
+
+recipe, "64xh100", engine --> images of a device --> memory, exchanges, operations --> seconds, by peak figures
+
+Nothing is built and no backend is started: all is counted from the tables of the package.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from dataclasses import dataclass
+
+from keras_convnext.analysis import memory
+from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
+from keras_convnext.analysis.flops import CLASSES, multiply_adds
+from keras_convnext.data import sources
+from keras_convnext.training.recipe import ENGINES, Recipe
+from keras_convnext.variants import VARIANTS, Variant
+from keras_convnext.weights import catalog
+
+# What the titles of the recipes name -> (training images, classes).
+# ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
+KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Arrays that devices add up among each other, once in a micro-batch.
+
+    Attributes:
+        what: "gradients", "maps" or "GRN".
+        num_bytes: of the arrays on one device.
+        num_devices: that take part in one sum.
+        times: in an optimizer step.
+    """
+
+    what: str
+    num_bytes: int
+    num_devices: int
+    times: int
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that one device sends in an optimizer step."""
+        return self.times * ring_bytes(self.num_bytes, self.num_devices)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step takes on the devices that were named.
+
+    Attributes:
+        device: a key of `DEVICES`.
+        num_devices: how many.
+        engine: how they share a step.
+        backend: "tensorflow", "jax" or "torch".
+        batch_size: images of an optimizer step.
+        accumulation_steps: micro-batches of it that fit.
+        recipe_accumulation_steps: as the recipe has it.
+        images_per_device: images that go through a device at once; those of a group in "model_parallel".
+        images: of the training data; None where that is unknown.
+        classes: of the data; 1000 where that is unknown.
+        steps_per_epoch: optimizer steps; None where the data is unknown.
+        total_steps: of the run; None where the data is unknown.
+        rematerialize: as the recipe has it.
+        memory: of one device.
+        other_memory: total bytes with the other rematerialize.
+        memory_limit: bytes of a device.
+        fits: whether memory is at most `USABLE_MEMORY` of that.
+        smallest_accumulation_steps: the least that fits; None where none does.
+        exchanges: between devices.
+        flops: of an optimizer step on all devices.
+        seconds: of an optimizer step: "products", "maps" and "exchanges".
+    """
+
+    device: str
+    num_devices: int
+    engine: str
+    backend: str
+    batch_size: int
+    accumulation_steps: int
+    recipe_accumulation_steps: int
+    images_per_device: int
+    images: int | None
+    classes: int
+    steps_per_epoch: int | None
+    total_steps: int | None
+    rematerialize: bool
+    memory: memory.Memory
+    other_memory: int
+    memory_limit: float
+    fits: bool
+    smallest_accumulation_steps: int | None
+    exchanges: tuple[Exchange, ...]
+    flops: int
+    seconds: dict[str, float]
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.step_seconds
+
+
+def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
+    """Plans the run of a recipe.
+
+    Batch size and rate stay those of the recipe. So do its micro-batches, unless they cannot be divided among
+    the devices or do not fit their memory: then the fewest that can and do.
+
+    Args:
+        recipe: with its engine in `distribution`; `data` is opened where it is there.
+        devices: a key of `DEVICES` with the number in front, such as "64xh100".
+        fraction: of the peak figures that is reached, above 0 and at most 1.
+
+    Returns:
+        `Plan`.
+
+    Raises:
+        ValueError: the device is unknown, or the batch cannot be divided among so many.
+        SourceError: the data is there and cannot be used.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"Expected a fraction above 0 and at most 1 of the peak figures, received {fraction}."
+        )
+    num_devices, name = parse_devices(devices)
+    engine, model_devices = _engine(recipe, num_devices)
+    images, classes = _data_of(recipe)
+    num_parts = num_devices // model_devices
+    device = DEVICES[name]
+    backend = ENGINES[engine] if ENGINES.get(engine) in ("jax", "torch", "tensorflow") else default_backend()
+    if device.kind == "tpu" and backend == "torch":
+        raise ValueError(
+            "Expected the backend jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax."
+        )
+
+    def step(accumulation_steps, rematerialize=recipe.rematerialize):
+        scale = recipe.layer_scale_init_value or None
+        return memory.Step(
+            dataclasses.replace(VARIANTS[recipe.architecture], layer_scale_init_value=scale),
+            recipe.batch_size // accumulation_steps // num_parts,
+            recipe.image_size,
+            classes,
+            recipe.precision,
+            backend,
+            device.kind,
+            rematerialize=rematerialize,
+            trainable=recipe.trainable,
+            has_average=recipe.ema_decay > 0,
+            accumulates=accumulation_steps > 1,
+            clips=recipe.clip_norm > 0,
+            num_devices=num_devices,
+            model_devices=model_devices,
+        )
+
+    def total(chosen):
+        return memory.estimate(chosen).total + teacher
+
+    teacher = _teacher_bytes(recipe)
+    limit = device.memory * USABLE_MEMORY
+    possible = [n for n in range(1, recipe.batch_size + 1) if _divides(recipe, n, num_parts)]
+    if not possible:
+        unit = math.lcm(num_parts, 2) if recipe.mixup or recipe.cutmix else num_parts
+        lower = recipe.batch_size // unit * unit
+        nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
+        raise ValueError(
+            f"Expected a batch_size that divides into {num_parts} equal parts, as engine {engine!r} needs on "
+            f"{num_devices} devices, received {recipe.batch_size}. The nearest are {nearest}. Set "
+            "batch_size, or name fewer devices."
+        )
+    smallest = next((n for n in possible if total(step(n)) <= limit), None)
+    own = recipe.accumulation_steps
+    chosen = own if own in possible and total(step(own)) <= limit else smallest or possible[-1]
+    used = step(chosen)
+    found = memory.estimate(used)
+    found = dataclasses.replace(found, weights=found.weights + teacher)
+    exchanges = communication(used, chosen)
+    flops = step_flops(used.variant, recipe.image_size, recipe.batch_size, classes, recipe.rematerialize)
+    steps = None if images is None else images // recipe.batch_size
+    return Plan(
+        device=name,
+        num_devices=num_devices,
+        engine=engine,
+        backend=backend,
+        batch_size=recipe.batch_size,
+        accumulation_steps=chosen,
+        recipe_accumulation_steps=own,
+        images_per_device=used.batch,
+        images=images,
+        classes=classes,
+        steps_per_epoch=steps,
+        total_steps=None if steps is None else steps * recipe.epochs,
+        rematerialize=recipe.rematerialize,
+        memory=found,
+        other_memory=total(step(chosen, not recipe.rematerialize)),
+        memory_limit=device.memory,
+        fits=found.total <= limit,
+        smallest_accumulation_steps=smallest,
+        exchanges=exchanges,
+        flops=flops,
+        seconds=step_seconds(used, chosen, flops, exchanges, device, fraction),
+    )
+
+
+def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
+    """A plan as lines for people: (title, text)."""
+    found = plan.memory
+    lines = [("devices", f"{plan.num_devices} x {plan.device}, engine {plan.engine}, backend {plan.backend}")]
+    share = f"{plan.images_per_device} images through a device at once"
+    if plan.engine == "model_parallel":
+        groups = plan.batch_size // plan.accumulation_steps // plan.images_per_device
+        share = f"{plan.images_per_device} images through each {plan.num_devices // groups} devices at once"
+    steps = f"{plan.accumulation_steps} micro-batch{'es' * (plan.accumulation_steps > 1)}"
+    lines.append(("batch", f"{plan.batch_size} images a step, as in the recipe: {steps}, {share}"))
+    lines += [("", advice) for advice in _advice(plan)]
+    if plan.steps_per_epoch is None:
+        lines.append(("steps", f"unknown without --data; {plan.classes} classes assumed"))
+    else:
+        lines.append(
+            (
+                "steps",
+                f"{plan.steps_per_epoch:,} an epoch of {plan.images:,} images of {plan.classes:,} classes, "
+                f"{plan.total_steps:,} in all",
+            )
+        )
+    excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
+    lines.append(
+        (
+            "memory",
+            f"{_size(found.total)} of {_size(plan.memory_limit)} a device, at the peak of a step{excess}",
+        )
+    )
+    for title, num_bytes in (
+        ("weights", found.weights),
+        ("average (EMA)", found.average),
+        ("optimizer slots", found.slots),
+        ("gradient sums", found.accumulated),
+        ("gradients, so far", found.gradients),
+        ("activations", found.activations),
+        ("working maps", found.working),
+        ("input batch", found.inputs),
+    ):
+        if num_bytes:
+            lines.append((f"  {title}", _size(num_bytes)))
+    lines.append(
+        (
+            f"  {'without' if plan.rematerialize else 'with'} rematerialize",
+            f"{_size(plan.other_memory)} in all",
+        )
+    )
+    for exchange in plan.exchanges:
+        times = f"{exchange.times} times a step" if exchange.times > 1 else "once a step"
+        lines.append(
+            (
+                "exchange",
+                f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices, {times}; "
+                f"{_size(exchange.wire_bytes)} sent by each",
+            )
+        )
+    lines.append(("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step"))
+    seconds = ", ".join(f"{name} {1000 * value:,.1f}" for name, value in plan.seconds.items() if value)
+    lines.append(("time", f"{1000 * plan.step_seconds:,.1f} ms a step ({seconds}), not measured"))
+    lines.append(("speed", f"{plan.images_per_second:,.0f} images/s, at {fraction:g} of the peak figures"))
+    if plan.total_steps is not None:
+        minutes = plan.total_steps * plan.step_seconds / 60
+        length = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
+        lines.append(("run", f"{length}, without evaluation"))
+    lines.append(("figures", DEVICES[plan.device].source))
+    return lines
+
+
+def _advice(plan: Plan) -> list[str]:
+    own, least = plan.recipe_accumulation_steps, plan.smallest_accumulation_steps
+    if least is None:
+        other = "" if plan.rematerialize else "; try --set rematerialize=true, a lower precision"
+        return [f"no number of micro-batches fits the memory{other}, or larger devices"]
+    if plan.accumulation_steps != own:
+        return [f"the recipe's accumulation_steps={own} does not fit: --set accumulation_steps={least}"]
+    if least < own:
+        return [f"fewer and larger micro-batches fit: --set accumulation_steps={least}"]
+    return []
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes in GB or MB, of 1000."""
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def default_backend() -> str:
+    """The backend that Keras would take, without starting it: KERAS_BACKEND, its settings file, TensorFlow."""
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    home = pathlib.Path(os.environ.get("KERAS_HOME") or pathlib.Path.home() / ".keras")
+    try:
+        return str(json.loads((home / "keras.json").read_text())["backend"])
+    except (OSError, ValueError, KeyError):
+        return "tensorflow"
+
+
+def ring_bytes(num_bytes: int, num_devices: int) -> int:
+    """Bytes that each of n devices sends to add up arrays in a ring: 2 (n - 1) / n of their size.
+
+    Each part of 1 / n goes round twice: to be added up, and as the sum. No way of adding up sends less.
+    Reference: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
+    section 3.
+    """
+    return 2 * (num_devices - 1) * num_bytes // num_devices
+
+
+def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange, ...]:
+    """What devices add up among each other in an optimizer step.
+
+    Gradients, float32, among those that have different images: in each micro-batch, as XLA divides the
+    program of one. Where devices share the pointwise kernels, each block adds up its result, and on the way
+    back the gradient of its norm's result (arXiv:1909.08053, figure 3); GRN its mean over the channels, one
+    number a sample, both ways.
+
+    Args:
+        step: a micro-batch on one device.
+        accumulation_steps: micro-batches of an optimizer step.
+
+    Returns:
+        Exchanges, without the few bytes of loss and metrics.
+    """
+    parts, group = step.num_devices // step.model_devices, step.model_devices
+    found = []
+    if parts > 1:
+        gradients = memory.FLOAT32 * memory.count_weights(step)[1]
+        found.append(Exchange("gradients", gradients, parts, accumulation_steps))
+    if group > 1:
+        variant, side, numbers = step.variant, memory.first_side(step.variant, step.image_size), 0
+        for depth, dim in zip(variant.depths, variant.dims, strict=True):
+            numbers += 2 * depth * step.batch * side**2 * dim
+            side //= 2
+        # XLA on a CPU computes with float32 whatever the precision.
+        size = memory.FLOAT32 if step.device == "cpu" else step.item_size
+        found.append(Exchange("maps", size * numbers, group, accumulation_steps))
+        if variant.version == 2:
+            means = 2 * sum(variant.depths) * step.batch
+            found.append(Exchange("GRN", memory.FLOAT32 * means, group, accumulation_steps))
+    return tuple(found)
+
+
+def step_flops(
+    variant: Variant, image_size: int, batch_size: int, classes: int = 1000, rematerialize: bool = False
+) -> int:
+    """Floating-point operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
+
+    The backward pass has two products for each of the forward pass, for the gradients of the map and of the
+    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted
+    (`bench.work.parts`).
+    """
+    operations = multiply_adds(variant, image_size, batch_size)
+    operations += batch_size * variant.dims[-1] * (classes - CLASSES)
+    return 2 * operations * (4 if rematerialize else 3)
+
+
+def step_seconds(
+    step: memory.Step,
+    accumulation_steps: int,
+    flops: int,
+    exchanges: tuple[Exchange, ...],
+    device: Device,
+    fraction: float,
+) -> dict[str, float]:
+    """Seconds of an optimizer step, its parts one after the other: a rough bound, not a measurement.
+
+    - "products": operations of a device / (fraction x peak FLOP/s).
+    - "maps": bytes / (fraction x bandwidth): each map that is kept is written and read in the forward pass,
+      read in the backward pass, and its gradient written and read; once a step the update reads weight,
+      gradient and slots and writes weight and slots, and follows with the average.
+    - "exchanges": `Exchange.wire_bytes` / (fraction x the slowest link on the way). Real programs overlap
+      these with the backward pass.
+
+    Args:
+        step: a micro-batch on one device.
+        accumulation_steps: micro-batches of an optimizer step.
+        flops: of an optimizer step on all devices.
+        exchanges: from `communication`.
+        device: peak figures.
+        fraction: of these that is reached.
+    """
+    peak = device.float32 if step.item_size == memory.FLOAT32 else device.bfloat16
+    kept = sum(layer.kept for layer in memory.layers(dataclasses.replace(step, rematerialize=False)))
+    _, trained = memory.count_weights(step)
+    passes = 7 + 3 * step.has_average
+    moved = 5 * accumulation_steps * kept + passes * memory.FLOAT32 * trained
+    seconds = {
+        "products": flops / step.num_devices / (fraction * peak),
+        "maps": moved / (fraction * device.bandwidth),
+        "exchanges": 0.0,
+    }
+    for exchange in exchanges:
+        # Groups that share kernels are neighbours.
+        reach = exchange.num_devices if exchange.what != "gradients" else step.num_devices
+        speed = device.link if reach <= device.host_devices else device.network
+        seconds["exchanges"] += exchange.wire_bytes / (fraction * speed)
+    return seconds
+
+
+def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
+    """The engine, and how many devices share the pointwise kernels."""
+    engine = recipe.distribution.engine
+    if engine == "auto" and num_devices > 1:
+        own = [name for name, backend in ENGINES.items() if backend == default_backend()]
+        engine = own[0] if own else "data_parallel"
+    elif engine == "auto":
+        engine = "none"
+    if engine == "none" and num_devices > 1:
+        raise ValueError(
+            f"Expected one device for engine 'none', received {num_devices}. Choose --engine data_parallel."
+        )
+    if engine != "model_parallel":
+        return engine, 1
+    shared = recipe.distribution.model_devices
+    if num_devices % shared:
+        divisors = ", ".join(str(n) for n in range(1, num_devices + 1) if num_devices % n == 0)
+        raise ValueError(
+            f"Expected distribution.model_devices to divide the {num_devices} devices, received {shared}. "
+            f"Choose one of {divisors}."
+        )
+    return engine, shared
+
+
+def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
+    """Whether a batch can be made of so many micro-batches, each of equal parts; mixing takes pairs."""
+    micro_batch, rest = divmod(recipe.batch_size, accumulation_steps)
+    pairs = bool(recipe.mixup or recipe.cutmix)
+    return rest == 0 and micro_batch % num_parts == 0 and not (pairs and micro_batch % 2)
+
+
+def _data_of(recipe: Recipe) -> tuple[int | None, int]:
+    """Training images and classes: of the data that is there, else of the set that the title names last."""
+    if recipe.data:
+        splits = sources.list_splits(recipe.data)
+        source = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
+        if not recipe.val_split and recipe.validation_fraction and not set(splits) - {recipe.train_split}:
+            source, _ = sources.hold_out(source, recipe.validation_fraction, recipe.seed)
+        return len(source), len(source.classes)
+    named = [name for name in KNOWN_DATA if name in recipe.title]
+    if named:
+        return KNOWN_DATA[max(named, key=recipe.title.rfind)]
+    return None, CLASSES
+
+
+def _teacher_bytes(recipe: Recipe) -> int:
+    """Weights of the teacher of a distillation, which every device has; 0 for one in a file, not opened here."""
+    try:
+        row = catalog.find_checkpoint(recipe.teacher) if recipe.teacher else None
+    except ValueError:
+        return 0
+    return 0 if row is None else memory.FLOAT32 * VARIANTS[row.architecture].parameters

@@ -1,0 +1,1 @@
+"""The command `keras-convnext`: one module for each group of commands."""

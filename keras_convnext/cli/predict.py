@@ -1,0 +1,172 @@
+"""`predict`: classes of images."""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_convnext.cli.shared import DEFAULT_MODEL, PROGRESS_FROM_IMAGES, import_quietly, note, print_json
+from keras_convnext.data import class_names, preprocess
+
+
+def predict_command(options: argparse.Namespace) -> int:
+    """Classifies images; those that cannot be read are reported and left out."""
+    errors: list[str] = []
+    paths = _image_paths(options.images, errors)
+    classifier = None
+    results: list[dict] = []
+    shows_progress = (
+        len(paths) > PROGRESS_FROM_IMAGES
+        and sys.stderr.isatty()
+        and (options.json or not sys.stdout.isatty())  # else the results themselves are the progress
+    )
+    for files, images in _read_batches(paths, options.batch_size, errors):
+        if classifier is None:  # not before one image could be read: it may be a large download
+            classifier = _load_classifier(options)
+        probabilities = classifier(images)
+        for file, values in zip(files, probabilities, strict=True):
+            predictions = classifier.best(values, options.top)
+            results.append({"file": str(file), "predictions": predictions})
+            if not options.json:
+                _print_predictions(file, predictions)
+        sys.stdout.flush()
+        if shows_progress:
+            print(f"{len(results)} of {len(paths)} images", end="\r", file=sys.stderr, flush=True)
+    if shows_progress:
+        print(file=sys.stderr)
+    if options.json and results:
+        print_json(results)
+    if not errors:
+        return 0
+    return 1 if results else 2
+
+
+# Images to predictions.
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A model, how its images are prepared and what its classes are called.
+
+    Attributes:
+        model: `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes).
+        preparation: arguments of `preprocess.preprocess_image`.
+        names: a name for each class.
+        synsets: a WordNet id for each class; empty when it is not an ImageNet classifier.
+        gives_logits: whether a softmax is still to be taken.
+    """
+
+    model: Any
+    preparation: dict
+    names: list[str]
+    synsets: list[str]
+    gives_logits: bool
+
+    def __call__(self, images: list[np.ndarray]) -> np.ndarray:
+        """uint8 images (H, W, 3) of any size to probabilities (N, classes)."""
+        batch = np.stack([preprocess.preprocess_image(image, **self.preparation) for image in images])
+        from keras_convnext.predictor import for_channels
+
+        outputs = np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), dtype="float32")
+        if self.gives_logits:
+            outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+            outputs /= outputs.sum(axis=-1, keepdims=True)
+        return outputs
+
+    def best(self, probabilities: np.ndarray, count: int) -> list[dict]:
+        """The `count` most probable classes, the best first."""
+        predictions = []
+        for index in np.argsort(-probabilities, kind="stable")[:count].tolist():
+            synset = {"synset": self.synsets[index]} if self.synsets else {}
+            predictions.append(
+                {
+                    "class_index": index,
+                    **synset,
+                    "name": self.names[index],
+                    "probability": float(probabilities[index]),
+                }
+            )
+        return predictions
+
+
+def _load_classifier(options: argparse.Namespace) -> Classifier:
+    labels = read_labels(options)
+    import_quietly("keras_convnext.models")
+    from keras_convnext import predictor
+    from keras_convnext.weights import keras_files, resolve
+
+    name = options.model
+    path = None if options.weights is None else resolve.existing_file(options.weights)
+    if path is None or keras_files.is_bare(path):
+        name = name or DEFAULT_MODEL
+    opened = predictor.open_predictor(name, path, image_size=options.image_size, classes=len(labels) or None)
+    return _classifier(opened, labels)
+
+
+def _classifier(opened, labels: list[str]) -> Classifier:
+    import keras
+
+    model, classes = opened.model, opened.model.output_shape[-1]
+    names, synsets = labels, []
+    if labels and len(labels) != classes:
+        raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(labels)} names.")
+    if not labels and opened.class_list is not None:
+        names = class_names.class_names(opened.class_list)
+        synsets = class_names.synset_ids(opened.class_list)
+    elif not labels:
+        names = [f"class {index}" for index in range(classes)]
+    activation = getattr(model.layers[-1], "activation", None)
+    return Classifier(model, opened.preparation, names, synsets, activation is keras.activations.linear)
+
+
+def read_labels(options: argparse.Namespace) -> list[str]:
+    path = options.labels
+    if path is None and options.weights is not None:
+        weights = pathlib.Path(options.weights)
+        beside = (weights.with_suffix(".labels.txt"), weights.with_name(f"{weights.name}.labels.txt"))
+        path = next((candidate for candidate in beside if candidate.exists()), None)
+    if path is None:
+        return []
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _image_paths(images: list[str], errors: list[str]) -> list[pathlib.Path]:
+    paths: list[pathlib.Path] = []
+    for image in images:
+        try:
+            paths += preprocess.find_images(image)
+        except preprocess.ImageError as error:
+            note(errors, error)
+    return paths
+
+
+def _read_batches(
+    paths: list[pathlib.Path], batch_size: int, errors: list[str]
+) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray]]]:
+    """Files and their pixels, `batch_size` at a time; those that cannot be read are noted and left out."""
+
+    def readable():
+        for path in paths:
+            try:
+                yield path, preprocess.read_image(path)
+            except preprocess.ImageError as error:
+                note(errors, error)
+
+    images = readable()
+    while batch := list(itertools.islice(images, batch_size)):
+        yield [path for path, _ in batch], [image for _, image in batch]
+
+
+# What is printed.
+
+
+def _print_predictions(file: pathlib.Path, predictions: list[dict]) -> None:
+    print(file)
+    for prediction in predictions:
+        print(f"  {100 * prediction['probability']:6.2f} %  {prediction['name']}")

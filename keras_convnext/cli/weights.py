@@ -1,0 +1,290 @@
+"""`list`, `info`, `convert`: published weights and files."""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+
+from keras_convnext.cli.shared import (
+    LICENCE_WIDTH,
+    find_row,
+    import_quietly,
+    joined,
+    licence_text,
+    names_file,
+    print_footer,
+    print_json,
+    print_lines,
+    print_table,
+    shortened,
+)
+from keras_convnext.variants import VARIANTS, Variant
+from keras_convnext.weights import catalog, layouts, locate, safetensors_files
+from keras_convnext.weights.preprocessing_metadata import ImageDescription
+from keras_convnext.weights.published import Checkpoint
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """Prints the table of weight files, or of architectures, that meet the given conditions."""
+    tags = catalog.list_weights(
+        options.architecture,
+        classes=options.classes,
+        image_size=options.image_size,
+        licence=options.licence,
+        commercial_use=True if options.commercial else None,
+        downloadable=True if options.downloadable else None,
+    )
+    rows = [catalog.CHECKPOINTS[tag] for tag in tags]
+    if options.architectures:
+        present = {row.architecture for row in rows}
+        variants = [variant for variant in VARIANTS.values() if variant.name in present]
+        if options.json:
+            print_json([_variant_facts(variant) for variant in variants])
+            return 0
+        print_table(
+            ("architecture", "paper", "depths", "dims", "parameters", "files"),
+            "<<<<>>",
+            [
+                (
+                    variant.name,
+                    _paper(variant),
+                    joined(variant.depths),
+                    joined(variant.dims),
+                    f"{variant.parameters:,}",
+                    sum(row.architecture == variant.name for row in rows),
+                )
+                for variant in variants
+            ],
+        )
+        print_footer(f"{len(variants)} of {len(VARIANTS)} architectures", "NAME")
+        return 0
+    if options.json:
+        print_json([_checkpoint_facts(row) for row in rows])
+        return 0
+    print_table(
+        ("tag", "classes", "size @ crop", "top-1", "licence", "layout"),
+        "<><><<",
+        [
+            (
+                row.tag,
+                row.classes or "-",
+                f"{row.image_size} @ {row.crop:.3g}",
+                "-" if row.top1 is None else f"{row.top1:.2f}",
+                shortened(row.licence, LICENCE_WIDTH),
+                row.layout,
+            )
+            for row in rows
+        ],
+    )
+    print_footer(f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG")
+    return 0
+
+
+def info_command(options: argparse.Namespace) -> int:
+    """Prints all that the tables say of an architecture or a tag, or what a weight file holds."""
+    name = options.name
+    if name in VARIANTS:
+        variant = VARIANTS[name]
+        facts, lines = _variant_facts(variant), _variant_lines(variant)
+    elif names_file(name):
+        facts = _file_facts(pathlib.Path(name))
+        lines = _file_lines(facts)
+    else:
+        row = find_row(name)
+        local = locate.find_local(**row.address)
+        facts = {**_checkpoint_facts(row), "local_file": None if local is None else str(local)}
+        lines = _checkpoint_lines(row, local)
+        name = row.tag
+    if options.json:
+        print_json(facts)
+        return 0
+    print_lines(name, lines)
+    return 0
+
+
+def convert_command(options: argparse.Namespace) -> int:
+    """Writes a weight file in the layout and format of another project."""
+    target = pathlib.Path(options.target)
+    if target.exists() and not options.force:
+        raise FileExistsError(f"{target} is there already. Pass --force to replace it.")
+    import_quietly("keras_convnext.models")
+    from keras_convnext.conversion import KERAS_SUFFIXES, convert
+    from keras_convnext.weights import resolve
+
+    row = None if names_file(options.source) else find_row(options.source)
+    source = pathlib.Path(options.source) if row is None else resolve.find_file(row)
+    described_by = options.architecture or (None if row is None else row.tag)
+    convert(source, target, options.layout, described_by)
+    found = _file_facts(source)
+    written = "Keras" if target.name.endswith(KERAS_SUFFIXES) else options.layout
+    print(
+        f"{source}: {found['architecture']}, layout {found['layout']}, {_classes_text(found['classes'])}, "
+        f"{found['parameters']:,} parameters -> {target}: {written}, {size_text(target)}"
+    )
+    return 0
+
+
+# Facts, for --json, and lines, for a person.
+
+
+def _variant_facts(variant: Variant) -> dict:
+    return {
+        **dataclasses.asdict(variant),
+        "imagenet": catalog.IMAGENET[variant.name],
+        "weights": catalog.list_weights(variant.name),
+    }
+
+
+def _variant_lines(variant: Variant) -> list[tuple[str, object]]:
+    tags = catalog.list_weights(variant.name)
+    lines: list[tuple[str, object]] = [
+        ("paper", _reference(variant)),
+        ("parameters", f"{variant.parameters:,} at 1000 classes"),
+        ("depths", joined(variant.depths)),
+        ("dims", joined(variant.dims)),
+        ("kernel sizes", joined(variant.kernel_sizes)),
+        ("stem", variant.stem),
+        ("norm", f"{variant.norm}, epsilon {variant.epsilon:g}"),
+        ("activation", variant.activation),
+        ("head", variant.head),
+        ('"imagenet" is', catalog.IMAGENET[variant.name] or "nothing: no ImageNet file was published"),
+    ]
+    lines += [("weight files" if number == 0 else "", tag) for number, tag in enumerate(tags)]
+    return lines
+
+
+def _checkpoint_facts(row: Checkpoint) -> dict:
+    return {
+        **dataclasses.asdict(row),
+        "parameters": _parameters(row),
+        "commercial_use": row.commercial_use,
+        "downloadable": row.downloadable,
+    }
+
+
+def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple[str, object]]:
+    variant = VARIANTS[row.architecture]
+    lines: list[tuple[str, object]] = [
+        ("architecture", f"{row.architecture}, {_reference(variant)}"),
+        ("parameters", f"{_parameters(row):,}"),
+        ("depths", joined(variant.depths)),
+        ("dims", joined(variant.dims)),
+        ("classes", _outputs_text(row)),
+        ("trained on", row.dataset),
+        ("licence", licence_text(row.licence)),
+        ("image size", f"{row.image_size}, crop {row.crop:.4g}"),
+        ("resize", _resize_text(row)),
+        ("mean", f"{joined(row.mean)} of pixels in 0..1"),
+        ("std", joined(row.std)),
+    ]
+    if row.test_image_size is not None:
+        lines.append(("larger test size", f"{row.test_image_size}, crop {row.test_crop:.4g}"))
+    for title, score, size in (
+        ("top-1", row.top1, row.image_size),
+        ("top-5", row.top5, row.image_size),
+        ("top-1, larger", row.test_top1, row.test_image_size),
+    ):
+        if score is not None:
+            lines.append((title, f"{score} % at {size}, as published: {row.score_source}"))
+    lines.append(
+        ("layout", row.layout if row.state_key is None else f"{row.layout}, under {row.state_key!r}")
+    )
+    if row.hub_id is not None:
+        lines.append(("hub", f"{row.hub_id}, {row.hub_filename}{', after an agreement' * row.gated}"))
+    if row.url is not None:
+        lines.append(("address", row.url + " when the hub is out of reach" * (row.hub_id is not None)))
+    if row.sha256 or row.sha256_prefix:
+        lines.append(("SHA-256", row.sha256 or f"{row.sha256_prefix}..."))
+    if not row.downloadable:
+        lines.append(("address", "none"))
+    lines.append(("on this machine", local or "no"))
+    if row.note:
+        lines.append(("note", row.note))
+    return lines
+
+
+def _file_facts(path: pathlib.Path) -> dict:
+    import_quietly("keras_convnext.models")
+    from keras_convnext.conversion import read_state_dict
+    from keras_convnext.weights import keras_files, preprocessing_metadata
+
+    state = read_state_dict(path)
+    contents = layouts.inspect(state)
+    variant = layouts.find_variant(state)
+    layout, metadata = contents.layout, {}
+    if path.suffix in (".h5", ".keras"):
+        layout = "keras_applications" if keras_files.is_keras_applications(path) else "keras_convnext"
+    elif path.suffix == ".safetensors":
+        metadata = safetensors_files.read_safetensors_metadata(path)
+    images = preprocessing_metadata.read_images(path)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "layout": layout,
+        "prefix": contents.prefix,
+        "architecture": variant.name,
+        "arrays": len(state),
+        "parameters": sum(array.size for array in state.values()),
+        "dtypes": sorted({str(array.dtype) for array in state.values()}),
+        "classes": contents.classes,
+        "channels": contents.channels,
+        "final_norm": contents.final_norm,
+        "pyramid_norms": contents.pyramid_norms,
+        "images": None if images is None else dataclasses.asdict(images),
+        "metadata": {key: value for key, value in metadata.items() if key != preprocessing_metadata.KEY},
+    }
+
+
+def _file_lines(facts: dict) -> list[tuple[str, object]]:
+    variant = VARIANTS[facts["architecture"]]
+    prefix = f", behind {facts['prefix']!r}" if facts["prefix"] else ""
+    lines: list[tuple[str, object]] = [
+        ("architecture", f"{variant.name}, {_reference(variant)}"),
+        ("layout", f"{facts['layout']}{prefix}"),
+        ("arrays", facts["arrays"]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("dtype", ", ".join(facts["dtypes"])),
+        ("classes", facts["classes"] or "none"),
+        ("channels", facts["channels"]),
+        ("final norm", "yes" if facts["final_norm"] else "no"),
+        ("size", size_text(pathlib.Path(facts["file"]))),
+    ]
+    if facts["pyramid_norms"]:
+        lines.append(("pyramid norms", "yes"))
+    if facts["images"] is not None:
+        lines.append(("resize", _resize_text(ImageDescription(**facts["images"]))))
+    return lines + [(f"metadata {key!r}", value) for key, value in facts["metadata"].items()]
+
+
+def _parameters(row: Checkpoint) -> int:
+    shapes = layouts.weight_shapes(VARIANTS[row.architecture], row.classes)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _paper(variant: Variant) -> str:
+    return "V1, isotropic" if variant.isotropic else f"V{variant.version}"
+
+
+def _reference(variant: Variant) -> str:
+    reference = "Woo et al. 2023" if variant.version == 2 else "Liu et al. 2022"
+    return f"ConvNeXt {_paper(variant)} ({reference})"
+
+
+def _resize_text(row: Checkpoint | ImageDescription) -> str:
+    size = row.resize_size or math.floor(row.image_size / row.crop)
+    how = "both sides" if row.resize_mode == "squash" else "shorter side"
+    return f"{how} to {size}, {row.interpolation}, then the central {row.image_size} x {row.image_size}"
+
+
+def _outputs_text(row: Checkpoint) -> str:
+    if row.is_projection:
+        return f"none, but {row.classes} features of the CLIP projection"
+    return str(row.classes or "none")
+
+
+def _classes_text(classes: int) -> str:
+    return f"{classes} classes" if classes else "no classifier"
+
+
+def size_text(path: pathlib.Path) -> str:
+    return f"{path.stat().st_size / 1e6:,.1f} MB"

@@ -1,0 +1,1 @@
+"""Training augmentation in tf.data, equal to the published code."""

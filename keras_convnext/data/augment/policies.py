@@ -1,0 +1,511 @@
+"""Training augmentation in TensorFlow graph operations, equal to Pillow's.
+
+Three layers. The pixel operations (`autocontrast` to `rotate`) map uint8 (H, W, 3) to the same, and every
+bit of the result is what Pillow 13.0.0 computes on x86-64. The plans (`plan_augment`, `plan_jitter`,
+`plan_erase`, `plan_mix`) turn random numbers into decisions, for many examples at once. `apply_augment`,
+`apply_jitter`, `apply_erase` and `mix` carry a plan out. No pixel operation draws a random number, so an
+example is a pure function of its image and its row of the plan.
+
+The geometric operations compute in float64, as Pillow does: with a slope such as 0.27 one pixel in a hundred
+lies exactly on a level, and the rounding of the last bit decides between it and the one below.
+
+Facts carried over: Pillow 13.0.0 (src/libImaging: Geometry.c, Blend.c, Convert.c, Filter.c; src/PIL:
+ImageOps.py, ImageEnhance.py), timm 1.0.31 (timm/data: auto_augment.py, random_erasing.py, mixup.py) and
+torchvision 0.28.0 (transforms/autoaugment.py, transforms.py).
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_convnext.data.augment.pixels import (
+    IMAGENET_FILL,
+    INTERPOLATIONS,
+    autocontrast,
+    brightness,
+    color,
+    contrast,
+    equalize,
+    hue,
+    invert,
+    posterize,
+    rotate,
+    sharpness,
+    shear_x,
+    shear_y,
+    solarize,
+    solarize_add,
+    translate_x,
+    translate_y,
+)
+
+Plan = dict[str, tf.Tensor]
+
+
+# What the numbers in a plan stand for. All but the first and the last are what timm's RandAugment draws from,
+# in the order of its _RAND_TRANSFORMS.
+OPERATIONS = (
+    *("identity", "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add"),
+    *("color", "contrast", "brightness", "sharpness"),
+    *("shear_x", "shear_y", "translate_x", "translate_y", "hue"),
+)
+_RAND_LEVELS = OPERATIONS[1:-1]
+# timm's _RAND_INCREASING_TRANSFORMS, for "inc1".
+_CHANGED = ("posterize", "solarize", "color", "contrast", "brightness", "sharpness")
+_RAND_INCREASING_LEVELS = tuple(f"{name}_increasing" if name in _CHANGED else name for name in _RAND_LEVELS)
+
+# AutoAugment's sub-policies for ImageNet, (level, probability, magnitude): Cubuk et al., arXiv 1805.09501,
+# table 9, as timm's auto_augment_policy_original has them.
+_ORIGINAL = (
+    (("posterize_original", 0.4, 8), ("rotate", 0.6, 9)),
+    (("solarize", 0.6, 5), ("autocontrast", 0.6, 5)),
+    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
+    (("posterize_original", 0.6, 7), ("posterize_original", 0.6, 6)),
+    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
+    (("equalize", 0.4, 4), ("rotate", 0.8, 8)),
+    (("solarize", 0.6, 3), ("equalize", 0.6, 7)),
+    (("posterize_original", 0.8, 5), ("equalize", 1.0, 2)),
+    (("rotate", 0.2, 3), ("solarize", 0.6, 8)),
+    (("equalize", 0.6, 8), ("posterize_original", 0.4, 6)),
+    (("rotate", 0.8, 8), ("color", 0.4, 0)),
+    (("rotate", 0.4, 9), ("equalize", 0.6, 2)),
+    (("equalize", 0.0, 7), ("equalize", 0.8, 8)),
+    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("rotate", 0.8, 8), ("color", 1.0, 2)),
+    (("color", 0.8, 8), ("solarize", 0.8, 7)),
+    (("sharpness", 0.4, 7), ("invert", 0.6, 8)),
+    (("shear_x", 0.6, 5), ("equalize", 1.0, 9)),
+    (("color", 0.4, 0), ("equalize", 0.6, 3)),
+    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
+    (("solarize", 0.6, 5), ("autocontrast", 0.6, 5)),
+    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
+)
+# timm's auto_augment_policy_v0, which comes from the EfficientNet code for TPU.
+_V0 = (
+    (("equalize", 0.8, 1), ("shear_y", 0.8, 4)),
+    (("color", 0.4, 9), ("equalize", 0.6, 3)),
+    (("color", 0.4, 1), ("rotate", 0.6, 8)),
+    (("solarize", 0.8, 3), ("equalize", 0.4, 7)),
+    (("solarize", 0.4, 2), ("solarize", 0.6, 2)),
+    (("color", 0.2, 0), ("equalize", 0.8, 8)),
+    (("equalize", 0.4, 8), ("solarize_add", 0.8, 3)),
+    (("shear_x", 0.2, 9), ("rotate", 0.6, 8)),
+    (("color", 0.6, 1), ("equalize", 1.0, 2)),
+    (("invert", 0.4, 9), ("rotate", 0.6, 0)),
+    (("equalize", 1.0, 9), ("shear_y", 0.6, 3)),
+    (("color", 0.4, 7), ("equalize", 0.6, 0)),
+    (("posterize", 0.4, 6), ("autocontrast", 0.4, 7)),
+    (("solarize", 0.6, 8), ("color", 0.6, 9)),
+    (("solarize", 0.2, 4), ("rotate", 0.8, 9)),
+    (("rotate", 1.0, 7), ("translate_y", 0.8, 9)),
+    (("shear_x", 0.0, 0), ("solarize", 0.8, 4)),
+    (("shear_y", 0.8, 0), ("color", 0.6, 4)),
+    (("color", 1.0, 0), ("rotate", 0.6, 2)),
+    (("equalize", 0.8, 4), ("equalize", 0.0, 8)),
+    (("equalize", 1.0, 4), ("autocontrast", 0.6, 2)),
+    (("shear_y", 0.4, 7), ("solarize_add", 0.6, 7)),
+    (("posterize", 0.8, 2), ("solarize", 0.6, 10)),
+    (("solarize", 0.6, 8), ("equalize", 0.6, 1)),
+    (("color", 0.8, 6), ("rotate", 0.4, 5)),
+)
+
+# The keys of torchvision's TrivialAugmentWide._augmentation_space.
+_TRIVIAL_OPERATIONS = tuple(name for name in OPERATIONS if name not in ("invert", "solarize_add", "hue"))
+# Largest magnitudes in torchvision's _augmentation_space of TrivialAugmentWide and of AutoAugment; for
+# posterize the number of bits that are dropped.
+_TRIVIAL_RANGES = {"shear": 0.99, "translate": 32.0, "rotate": 135.0, "factor": 0.99, "bits": 6.0}
+_AUTO_RANGES = {"shear": 0.3, "rotate": 30.0, "factor": 0.9, "bits": 4.0}
+
+SubPolicies = tuple[tuple[tuple[str, float, int], ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """timm's RandAugment: operations drawn uniformly with replacement, each carried out with a probability.
+
+    Reference: Cubuk et al., arXiv 1909.13719; timm 1.0.31, timm/data/auto_augment.py, `RandAugment`.
+
+    Args:
+        levels: names of what is drawn from: an operation, and "_increasing" or "_original" after it where
+            timm has several meanings of its magnitude.
+        num_operations: draws for one image.
+        magnitude: mean of the magnitude, 0 to 10.
+        magnitude_std: deviation of the normal magnitude; inf draws it uniformly from 0 to `magnitude`.
+        magnitude_max: largest magnitude.
+        probability: of carrying a drawn operation out.
+    """
+
+    levels: tuple[str, ...] = _RAND_LEVELS
+    num_operations: int = 2
+    magnitude: float = 10.0
+    magnitude_std: float = 0.0
+    magnitude_max: float = 10.0
+    probability: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAugment:
+    """AutoAugment: one of 25 sub-policies of two operations, each with its probability and magnitude.
+
+    Args:
+        sub_policies: for each, (level, probability, magnitude) of its operations; levels as in `RandAugment`.
+        magnitude_std: deviation of the normal magnitude.
+        torchvision: whether magnitudes are torchvision's ten bins instead of timm's scale from 0 to 10.
+    """
+
+    sub_policies: SubPolicies
+    magnitude_std: float = 0.0
+    torchvision: bool = False
+    num_operations: int = 2
+    magnitude_max: float = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrivialAugment:
+    """torchvision's `TrivialAugmentWide`: one of 14 operations with one of 31 magnitudes.
+
+    torchvision carries it out with nearest neighbours and a black fill.
+
+    Reference: Mueller and Hutter, arXiv 2103.10158; torchvision 0.28.0, transforms/autoaugment.py.
+    """
+
+    num_bins: int = 31
+    num_operations: int = 1
+
+
+Policy = RandAugment | AutoAugment | TrivialAugment
+
+POLICIES = ("rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide", "none")
+
+# What a plan needs for each operation: which one, whether, how strong, which sign.
+UNIFORMS_PER_OPERATION = 4
+
+
+def parse_policy(text: str) -> Policy | None:
+    """Read the name of a published augmentation.
+
+    - "rand-m9-mstd0.5-inc1", timm's RandAugment. m: magnitude (10), n: operations for one image (2), p:
+      probability of each (0.5), mstd: deviation of the magnitude (0; above 100 it is uniform), mmax: largest
+      magnitude (10), inc: 1 for operations that all grow with the magnitude (0).
+    - "original" and "v0", timm's AutoAugment; "originalr" and "v0r" posterize more, not less, with the
+      magnitude. "-mstd0.5" may follow.
+    - "imagenet": torchvision's AutoAugment, whose magnitudes differ from timm's.
+    - "ta_wide": torchvision's TrivialAugmentWide.
+    - "none".
+
+    Args:
+        text: one of these names.
+
+    Returns:
+        The policy, or None for "none".
+
+    Raises:
+        ValueError: the name or one of its settings is unknown; tells the known ones.
+
+    Example:
+        parse_policy("rand-m9-mstd0.5-inc1").magnitude_std     # 0.5
+    """
+    name, *sections = text.split("-")
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, 1)
+        suggestion = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown augmentation {text!r}.{suggestion} Known: {', '.join(POLICIES)}.")
+    known: tuple[str, ...] = ("mstd",) if name.startswith(("original", "v0")) else ()
+    if name == "rand":
+        known = ("m", "n", "p", "mstd", "mmax", "inc")
+    settings = {}
+    for section in sections:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
+        if match is None or match[1] not in known:
+            allowed = f"Known: {', '.join(known)}, each followed by a number." if known else "It takes none."
+            raise ValueError(f"Unknown setting {section!r} of augmentation {text!r}. {allowed}")
+        settings[match[1]] = float(match[2])
+    std = settings.get("mstd", 0.0)
+    if name == "rand":
+        return RandAugment(
+            levels=_RAND_INCREASING_LEVELS if settings.get("inc") else _RAND_LEVELS,
+            num_operations=int(settings.get("n", 2)),
+            magnitude=settings.get("m", 10.0),
+            magnitude_std=math.inf if std > 100 else std,
+            magnitude_max=settings.get("mmax", 10.0),
+            probability=settings.get("p", 0.5),
+        )
+    if name == "ta_wide":
+        return TrivialAugment()
+    if name == "none":
+        return None
+    sub_policies: SubPolicies = _V0 if name.startswith("v0") else _ORIGINAL
+    if name.endswith("r"):
+        sub_policies = tuple(tuple(map(_increase_posterize, sub_policy)) for sub_policy in sub_policies)
+    return AutoAugment(sub_policies, std, torchvision=name == "imagenet")
+
+
+def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int]) -> Plan:
+    """Decide the operations of many examples.
+
+    Args:
+        policy: as `parse_policy` returns it.
+        uniforms: float32 or float64 (N, UNIFORMS_PER_OPERATION * policy.num_operations), in [0, 1). For each
+            operation in turn: which one (in AutoAugment the first column chooses the sub-policy), whether,
+            how strong, and the sign, negative from 0.5 on.
+        image_size: (height, width) of the images, in pixels, which scales timm's translations.
+
+    Returns:
+        "operation": int32 (N, num_operations), positions in `OPERATIONS`; "argument": float64, the same
+        shape, what the operation is given: a factor, a threshold, bits, pixels, degrees.
+    """
+    uniforms = tf.cast(uniforms, tf.float64)
+    uniforms = tf.reshape(uniforms, [-1, policy.num_operations, UNIFORMS_PER_OPERATION])
+    choice, applied, strength, sign = tf.unstack(uniforms, axis=2)  # (N, num_operations) each
+    negative = tf.cast(sign >= 0.5, tf.int32)
+    if isinstance(policy, TrivialAugment):
+        number = whole_number(choice, len(_TRIVIAL_OPERATIONS))
+        table = [
+            [
+                _torchvision_arguments(name, bin_, policy.num_bins, _TRIVIAL_RANGES)
+                for bin_ in range(policy.num_bins)
+            ]
+            for name in _TRIVIAL_OPERATIONS
+        ]
+        place = tf.stack([number, whole_number(strength, policy.num_bins), negative], 2)
+        return {
+            "operation": tf.gather(_numbers(_TRIVIAL_OPERATIONS), number),
+            "argument": tf.gather_nd(np.array(table, np.float64), place),
+        }
+
+    if isinstance(policy, RandAugment):
+        rows = [[(level, policy.probability, policy.magnitude)] for level in policy.levels]
+        number = whole_number(choice, len(rows))
+        place = tf.stack([number, tf.zeros_like(number)], 2)
+    else:
+        rows = [list(sub_policy) for sub_policy in policy.sub_policies]
+        number = tf.repeat(whole_number(choice[:, :1], len(rows)), policy.num_operations, 1)
+        place = tf.stack([number, tf.zeros_like(number) + tf.range(policy.num_operations)], 2)
+    levels = [[level for level, _, _ in row] for row in rows]
+    probability = tf.gather_nd(np.array([[entry[1] for entry in row] for row in rows], np.float64), place)
+    operation = tf.gather_nd(np.stack([_numbers(row) for row in levels]), place)
+    operation = tf.where(applied < probability, operation, 0)
+    if isinstance(policy, AutoAugment) and policy.torchvision:
+        table = [
+            [_torchvision_arguments(level, bin_, 10, _AUTO_RANGES) for level, _, bin_ in row] for row in rows
+        ]
+        argument = tf.gather_nd(np.array(table, np.float64), tf.concat([place, negative[..., None]], 2))
+        return {"operation": operation, "argument": argument}
+
+    magnitude = tf.gather_nd(np.array([[entry[2] for entry in row] for row in rows], np.float64), place)
+    if math.isinf(policy.magnitude_std):
+        magnitude *= strength
+    elif policy.magnitude_std > 0:
+        magnitude += policy.magnitude_std * tf.math.ndtri(strength)
+    magnitude = tf.clip_by_value(magnitude, 0.0, policy.magnitude_max)
+    arguments = _timm_arguments(magnitude, 1.0 - 2.0 * tf.cast(negative, tf.float64), image_size)
+    names = list(arguments)
+    column = tf.gather_nd(np.array([[names.index(level) for level in row] for row in levels]), place)
+    return {
+        "operation": operation,
+        "argument": tf.gather(tf.stack(list(arguments.values()), 2), column, batch_dims=2),
+    }
+
+
+def apply_augment(
+    image: tf.Tensor, plan: Plan, interpolation: str = "bicubic", fill: Sequence[int] = IMAGENET_FILL
+) -> tf.Tensor:
+    """Carry out the operations planned for one image.
+
+    Args:
+        image: uint8 (H, W, 3).
+        plan: one row of `plan_augment`: "operation" int32 and "argument" float64, both (num_operations,), the
+            number known while tracing.
+        interpolation: "nearest" (torchvision's default), "bilinear" or "bicubic", for shears, translations
+            and rotations.
+        fill: colour that these uncover, three levels; the default is timm's, torchvision's is (0, 0, 0).
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        ValueError: `interpolation` is unknown; tells the known ones.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"Unknown interpolation {interpolation!r}. Known: {', '.join(INTERPOLATIONS)}.")
+    functions = _functions(interpolation, tuple(fill))
+    if tf.executing_eagerly():
+        for number, argument in zip(plan["operation"], plan["argument"], strict=True):
+            image = functions[int(number)](image, argument)
+        return image
+    shape = image.shape
+    specification = tf.TensorSpec(shape, tf.uint8), tf.TensorSpec([], tf.float64)
+    branches = [
+        tf.function(function, autograph=False).get_concrete_function(*specification) for function in functions
+    ]
+    for number, argument in zip(tf.unstack(plan["operation"]), tf.unstack(plan["argument"]), strict=True):
+        # tf.switch_case would merge all branches into this graph, and pass a dead value through each node
+        # of those not taken: 80 us an image. This calls the chosen function.
+        [image] = tf.raw_ops.StatelessCase(
+            branch_index=number,
+            input=[image, argument],
+            Tout=[tf.uint8],
+            branches=branches,
+            output_shapes=[shape],
+        )
+        image.set_shape(shape)
+    return image
+
+
+NUM_JITTER_UNIFORMS = 8
+
+
+def plan_jitter(uniforms: tf.Tensor, strength: float | Sequence[float]) -> Plan:
+    """Decide the colour jitter of many examples: torchvision's ColorJitter, in random order.
+
+    Args:
+        uniforms: float32 or float64 (N, NUM_JITTER_UNIFORMS), in [0, 1): four order the operations, then one
+            for each chooses its factor.
+        strength: s, for factors of brightness, contrast and saturation from max(0, 1 - s) to 1 + s, as timm's
+            `color_jitter`; or three strengths, or four, the last up to 0.5 turns the hue by -s to s.
+
+    Returns:
+        A plan for `apply_jitter`, as `plan_augment` returns it, of four operations. Those of strength 0 are
+        "identity".
+
+    Raises:
+        ValueError: there are not one, three or four strengths, one is negative, or the last exceeds 0.5.
+    """
+    strengths = np.ravel(np.array(strength, np.float64))
+    strengths = np.repeat(strengths, 3) if len(strengths) == 1 else strengths
+    if len(strengths) not in (3, 4) or strengths.min() < 0 or strengths[3:].sum() > 0.5:
+        raise ValueError(
+            "Expected the strength of colour jitter as one number of 0 or more, three (brightness, contrast, "
+            f"saturation) or four (then hue, up to 0.5), received {strength!r}."
+        )
+    strengths = np.append(strengths, 0.0)[:4]
+    names = [
+        name if value > 0 else "identity"
+        for name, value in zip(("brightness", "contrast", "color", "hue"), strengths, strict=True)
+    ]
+    neutral = np.array([1.0, 1.0, 1.0, 0.0])
+    low = np.maximum(neutral - strengths, [0.0, 0.0, 0.0, -0.5])
+    uniforms = tf.cast(uniforms, tf.float64)
+    argument = low + (neutral + strengths - low) * uniforms[:, 4:]
+    turns = tf.cast(tf.cast(argument[:, 3:] * 255.0, tf.int32), tf.float64)  # torchvision drops the fraction
+    argument = tf.concat([argument[:, :3], turns], 1)
+    order = tf.argsort(uniforms[:, :4], 1)
+    return {
+        "operation": tf.gather(_numbers(names), order),
+        "argument": tf.gather(argument, order, batch_dims=1),
+    }
+
+
+def apply_jitter(image: tf.Tensor, plan: Plan) -> tf.Tensor:
+    """Carry out the colour jitter planned for one image: uint8 (H, W, 3), and one row of `plan_jitter`."""
+    return apply_augment(image, plan)
+
+
+def _timm_arguments(
+    magnitude: tf.Tensor, sign: tf.Tensor, image_size: tuple[int, int]
+) -> dict[str, tf.Tensor]:
+    """What a magnitude from 0 to 10 means for each level: LEVEL_TO_ARG of timm/data/auto_augment.py."""
+    height, width = image_size
+    level = magnitude / 10.0
+    bits, threshold = tf.floor(level * 4.0), tf.minimum(tf.floor(level * 256.0), 256.0)
+    arguments = {
+        "rotate": sign * (level * 30.0),
+        "posterize": bits,
+        "posterize_increasing": 4.0 - bits,
+        "posterize_original": bits + 4.0,
+        "solarize": threshold,
+        "solarize_increasing": 256.0 - threshold,
+        "solarize_add": tf.minimum(tf.floor(level * 110.0), 128.0),
+        "translate_x": sign * (level * 0.45) * width,
+        "translate_y": sign * (level * 0.45) * height,
+    }
+    arguments |= dict.fromkeys(("autocontrast", "equalize", "invert"), tf.zeros_like(level))
+    arguments |= dict.fromkeys(("shear_x", "shear_y"), sign * (level * 0.3))
+    for name in ("color", "contrast", "brightness", "sharpness"):
+        arguments[name] = level * 1.8 + 0.1
+        arguments[f"{name}_increasing"] = tf.maximum(1.0 + sign * (level * 0.9), 0.1)
+    return arguments
+
+
+def _torchvision_arguments(
+    level: str, number: float, num_bins: int, ranges: dict[str, float]
+) -> tuple[float, float]:
+    """What torchvision gives Pillow for one of its magnitudes, and for its negative.
+
+    torchvision 0.28.0, transforms/autoaugment.py, `_augmentation_space` and `_apply_op`.
+    """
+    name, number = _operation(level), int(number)
+    if name in ("shear_x", "shear_y"):
+        # torchvision goes through degrees, and through another formula for each axis.
+        magnitude = math.atan(_linspace(0.0, ranges["shear"], num_bins)[number])
+        angle = math.radians(math.degrees(magnitude))
+        shear = math.tan(angle) if name == "shear_x" else math.sin(angle) / math.cos(angle)
+        return shear, -shear
+    if name in ("translate_x", "translate_y"):
+        pixels = float(int(_linspace(0.0, ranges["translate"], num_bins)[number]))
+        return -pixels, pixels
+    if name == "rotate":
+        degrees = _linspace(0.0, ranges["rotate"], num_bins)[number]
+        return degrees, -degrees
+    if name in ("brightness", "color", "contrast", "sharpness"):
+        change = _linspace(0.0, ranges["factor"], num_bins)[number]
+        return 1.0 + change, 1.0 - change
+    argument = 0.0
+    if name == "posterize":
+        argument = 8.0 - round(float(np.float32(number / ((num_bins - 1) / ranges["bits"]))))
+    elif name == "solarize":
+        argument = math.ceil(_linspace(255.0, 0.0, num_bins)[number])
+    return argument, argument
+
+
+def _linspace(start: float, stop: float, num: int) -> list[float]:
+    """The values of torch.linspace: float32, counted from the nearer end."""
+    step = float((np.float32(stop) - np.float32(start)) / np.float32(num - 1))
+    stop = float(np.float32(stop))
+    values = [start + step * i if i < num // 2 else stop - step * (num - 1 - i) for i in range(num)]
+    return [float(np.float32(value)) for value in values]
+
+
+def _increase_posterize(entry: tuple[str, float, int]) -> tuple[str, float, int]:
+    level, probability, magnitude = entry
+    return "posterize_increasing" if level.startswith("posterize") else level, probability, magnitude
+
+
+def _operation(level: str) -> str:
+    return level.removesuffix("_increasing").removesuffix("_original")
+
+
+def _numbers(levels: Sequence[str]) -> np.ndarray:
+    return np.array([OPERATIONS.index(_operation(level)) for level in levels], np.int32)
+
+
+def whole_number(uniform: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
+    """Turn [0, 1) into 0 ... count - 1."""
+    return tf.cast(tf.floor(uniform * tf.cast(count, tf.float64)), tf.int32)
+
+
+def _functions(
+    interpolation: str, fill: tuple[int, ...]
+) -> list[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]]:
+    """The functions of (image, argument) behind `OPERATIONS`."""
+
+    def plain(operation: Callable) -> Callable:
+        return lambda image, argument: operation(image)
+
+    def geometric(operation: Callable) -> Callable:
+        return lambda image, argument: operation(image, argument, interpolation, fill)
+
+    return [
+        *map(plain, (tf.identity, autocontrast, equalize, invert)),
+        *(geometric(rotate), posterize, solarize, solarize_add, color, contrast, brightness, sharpness),
+        *map(geometric, (shear_x, shear_y, translate_x, translate_y)),
+        hue,
+    ]

@@ -1,0 +1,58 @@
+"""Damaged images: counted, named, and an error above a share of them."""
+
+import threading
+
+from keras_convnext.data.index import Source
+
+MAX_FAULT_SHARE = 0.01
+
+
+class DataError(ValueError):
+    """Too many images of a data set cannot be decoded: which, why and what to do."""
+
+
+class Faults:
+    """The images that could not be decoded, collected while batches are made.
+
+    Attributes:
+        source: what the images are of.
+        max_share: the share of all examples that may fail before `check` raises.
+    """
+
+    def __init__(self, source: Source, max_share: float = MAX_FAULT_SHARE) -> None:
+        if not 0 <= max_share <= 1:
+            raise ValueError(
+                f"Expected max_share in [0, 1], received {max_share!r}. "
+                f"Pass the share of the images that may be damaged, such as {MAX_FAULT_SHARE}."
+            )
+        self.max_share = max_share
+        self.source = source
+        self._reasons: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, number: int, reason: str) -> None:
+        """Notes that example `number` could not be decoded; again is not counted twice."""
+        with self._lock:
+            self._reasons.setdefault(number, reason)
+
+    def report(self) -> dict[str, str]:
+        """Returns the reason by the name of the example, in the order of the source."""
+        with self._lock:
+            return {self.source.name(number): self._reasons[number] for number in sorted(self._reasons)}
+
+    def check(self) -> None:
+        """Raises when more than the allowed share of all examples has failed.
+
+        Raises:
+            DataError: it has; tells the count, the bound and the first images.
+        """
+        if len(self) > self.max_share * len(self.source):
+            first = "; ".join(f"{name}: {reason}" for name, reason in list(self.report().items())[:3])
+            raise DataError(
+                f"Expected at most {self.max_share:.3g} of the {len(self.source)} images of "
+                f"'{self.source.path}' to be damaged, but {len(self)} could not be decoded so far. Repair "
+                f"them or allow a larger share. First of them: {first}"
+            )

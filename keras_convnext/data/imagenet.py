@@ -1,0 +1,310 @@
+"""ImageNet as it is downloaded: the tar files and their labels."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from keras_convnext.data import class_names
+from keras_convnext.data.index import (
+    MAX_NUMBERED_CLASSES,
+    IndexBuilder,
+    Progress,
+    Source,
+    SourceError,
+    cached_index,
+    is_image,
+    some_of,
+)
+from keras_convnext.data.records import examples, feature_values
+
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
+# torchvision 0.28.0, torchvision/datasets/imagenet.py
+_TAR_MD5 = {
+    "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+    "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+}
+
+
+def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
+    """Finds the outputs of an ImageNet classifier that stand for some classes.
+
+    ImageNet-A and -R have images of 200 of the 1000 classes.
+
+    Args:
+        classes: names of classes.
+        num_classes: width of the classifier, such as 1000.
+
+    Returns:
+        int64 (len(classes),), position of each name in `class_names.synset_ids(num_classes)`; None when
+        there is no such list or a name is not in it.
+    """
+    try:
+        positions = {synset: number for number, synset in enumerate(class_names.synset_ids(num_classes))}
+    except ValueError:
+        return None
+    if not all(name in positions for name in classes):
+        return None
+    return np.array([positions[name] for name in classes], np.int64)
+
+
+def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None) -> list[tuple[int, ...]]:
+    """Reads the ReaL labels of ImageNet's validation images.
+
+    Reference: Beyer et al., Are we done with ImageNet? (arXiv 2006.07159);
+    github.com/google-research/reassessed-imagenet, real.json. Images with an empty tuple do not count.
+
+    Args:
+        source: the validation images, or the set imagenet2012_real of TensorFlow Datasets.
+        path: real.json: one list of class numbers (0 to 999) an image, in the order of the numbers in the
+            names. None: the lists are in `source`.
+
+    Returns:
+        list of N tuples in the order of `source`.
+
+    Raises:
+        SourceError: the file does not fit the images, or `source` has no lists.
+    """
+    if path is None:
+        if source.kind != "tfds":
+            raise SourceError(
+                f"Expected the ReaL labels of '{source.path}' in a file, received path=None. Pass real.json, "
+                "or open the set imagenet2012_real."
+            )
+        return [
+            tuple(feature_values(features, "real_label", path))
+            for _, path, _, features in examples(source.files)
+        ]
+    with open(path, encoding="utf-8") as file:
+        lists = json.load(file)
+    if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
+        raise SourceError(f"Expected a list of lists of class numbers in '{path}'. Pass ReaL's real.json.")
+    if len(lists) != len(source):
+        raise SourceError(
+            f"Expected one list of labels for each of the {len(source)} images of '{source.path}', received "
+            f"{len(lists)} in '{path}'. Pass the real.json of the same images."
+        )
+    numbers = [_validation_number(source.name(number), len(lists), path) for number in range(len(source))]
+    return [tuple(lists[number - 1]) for number in numbers]
+
+
+def split_of_tar(path: str) -> str:
+    """Tells ImageNet's two tars apart by their first member."""
+    with open(path, "rb", buffering=0) as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise SourceError(
+                f"Expected an uncompressed tar, but '{path}' is compressed with GZIP. Run gunzip on it."
+            )
+        for member in _members(file, 0, os.fstat(file.fileno()).st_size, path):
+            name = os.path.basename(member.name)
+            if name.endswith(".tar"):
+                return "train"
+            if VALIDATION_NAME.fullmatch(name):
+                return "validation"
+            raise SourceError(
+                "Expected ILSVRC2012_img_train.tar (a tar of class tars) or ILSVRC2012_img_val.tar, but "
+                f"'{path}' begins with '{member.name}'. Unpack other archives and pass the folder."
+            )
+    raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
+
+
+def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files of the tar that lies between two bytes of a file, but hidden ones.
+
+    `tarfile` counts from where the file stands, so offsets are those of the whole file. It takes a damaged
+    header for the end of the archive: the zeros that end an archive are looked for here.
+    """
+    again = "Download it again"
+    md5 = _TAR_MD5.get(os.path.basename(path))
+    again += f" (the MD5 sum of the published file is {md5})." if md5 else "."
+    file.seek(start)
+    try:
+        archive = tarfile.TarFile(fileobj=file)
+        for member in archive:
+            if member.offset_data + member.size > end:
+                raise SourceError(
+                    f"Expected '{member.name}' in '{path}' to end at byte "
+                    f"{member.offset_data + member.size}, but the archive ends at byte {end}: it is "
+                    f"truncated. {again}"
+                )
+            if member.islnk() or member.issym():
+                raise SourceError(f"Expected files in '{path}', received the link '{member.name}'. {again}")
+            if member.isreg() and not os.path.basename(member.name).startswith("."):
+                yield member
+    except tarfile.TarError as error:
+        raise SourceError(f"Expected a tar archive at byte {start} of '{path}': {error}. {again}") from error
+    file.seek(archive.offset)
+    if archive.offset + tarfile.BLOCKSIZE > end or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise SourceError(
+            f"Expected the zeros that end a tar archive at byte {archive.offset} of '{path}', received "
+            f"something else: it is truncated or damaged there. {again}"
+        )
+
+
+def open_tar(path: str, split: str, labels: str | os.PathLike[str] | None) -> Source:
+    if split == "train":
+        if labels is not None:
+            raise SourceError(
+                f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
+            )
+        return cached_index(path, "tar", split, [path], lambda: _scan_train_tar(path))
+    return labelled(cached_index(path, "tar", split, [path], lambda: _scan_validation_tar(path)), labels)
+
+
+def _scan_train_tar(path: str) -> Source:
+    columns = IndexBuilder()
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        tars = list(_members(file, 0, size, path))
+        wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
+        if wrong or not tars:
+            raise SourceError(
+                f"Expected one tar a class in '{path}', such as n01440764.tar, received "
+                f"{some_of(wrong) or 'an empty archive'}. Pass ILSVRC2012_img_train.tar as published."
+            )
+        synsets = [os.path.basename(tar.name).removesuffix(".tar") for tar in tars]
+        classes = sorted(set(synsets))
+        progress = Progress(f"Indexing {path}", size)
+        for synset, tar in zip(synsets, tars, strict=True):
+            label, before = classes.index(synset), len(columns.labels)
+            for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
+                name = os.path.basename(member.name)
+                if not name.startswith(f"{synset}_"):
+                    raise SourceError(
+                        f"Expected images named '{synset}_...' in {synset}.tar of '{path}', received "
+                        f"'{name}'. Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
+                    )
+                columns.add(0, member.offset_data, member.size, label, f"{synset}/{name}")
+                progress.show(member.offset_data, len(columns.labels))
+            if len(columns.labels) == before:
+                raise SourceError(
+                    f"Expected images in {synset}.tar of '{path}', found none. Download it again."
+                )
+        progress.close()
+    return columns.source(path, "tar", [path], classes)
+
+
+def _scan_validation_tar(path: str) -> Source:
+    columns = IndexBuilder()
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        progress = Progress(f"Indexing {path}", size)
+        for member in _members(file, 0, size, path):
+            columns.add(0, member.offset_data, member.size, 0, os.path.basename(member.name))
+            progress.show(member.offset_data, len(columns.labels))
+        progress.close()
+    if not columns.labels:
+        raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
+    return columns.source(path, "tar", [path], [])
+
+
+def _validation_number(name: str, count: int, labels: str | os.PathLike[str]) -> int:
+    """Returns the number in the name of a validation image, 1 to `count`."""
+    match = VALIDATION_NAME.fullmatch(os.path.basename(name))
+    if match is None:
+        raise SourceError(
+            f"Expected an image named ILSVRC2012_val_00000001.JPEG or the like, received '{name}'."
+        )
+    number = int(match[1])
+    if not 1 <= number <= count:
+        raise SourceError(
+            f"Expected image numbers from 1 to {count}, which is how many labels '{labels}' has, received "
+            f"'{name}'."
+        )
+    return number
+
+
+def _published_validation_labels() -> tuple[list[str], str]:
+    """Returns the WordNet id of each validation image in the order of their numbers, and the file."""
+    package = importlib.util.find_spec("tensorflow_datasets")
+    folders = package.submodule_search_locations if package is not None else None
+    for folder in folders or ():
+        path = os.path.join(folder, "datasets", "imagenet2012", "validation_labels.txt")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                return file.read().split(), path
+    raise SourceError(
+        "Expected the labels of ImageNet's validation images, which the package tensorflow-datasets "
+        "carries, but it is not installed. Run pip install 'keras-convnext[data]', or pass labels."
+    )
+
+
+def labelled(source: Source, path: str | os.PathLike[str] | None) -> Source:
+    """Returns a source with labels from a label file or, for validation images, the published ones."""
+    names = [source.name(number) for number in range(len(source))]
+    is_validation = all(VALIDATION_NAME.fullmatch(os.path.basename(name)) for name in names)
+    if path is None:
+        by_number, origin = _published_validation_labels()
+        values = [by_number[_validation_number(name, len(by_number), origin) - 1] for name in names]
+    else:
+        values = _labels_from_file(path, names, is_validation)
+    if all(value.isascii() and value.isdecimal() for value in values):
+        numbers = [int(value) for value in values]
+        if is_validation and max(numbers) >= 1000:
+            raise SourceError(
+                f"Expected class numbers from 0 to 999 in '{path}', received {max(numbers)}. The numbers of "
+                "ImageNet's development kit (1 to 1000) are in another order: pass WordNet ids."
+            )
+        if max(numbers) >= MAX_NUMBERED_CLASSES:
+            raise SourceError(
+                f"Expected class numbers below {MAX_NUMBERED_CLASSES} in '{path}', received {max(numbers)}."
+            )
+        classes = class_names.synset_ids(1000) if is_validation else [str(n) for n in range(max(numbers) + 1)]
+    else:
+        known = set(class_names.synset_ids(1000))
+        classes = sorted(known if is_validation and known.issuperset(values) else set(values))
+        positions = {name: number for number, name in enumerate(classes)}
+        numbers = [positions[value] for value in values]
+    return dataclasses.replace(source, labels=np.array(numbers, np.int32), classes=classes)
+
+
+def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validation: bool) -> list[str]:
+    """Returns the label of each name, as it is written in a label file."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = [line for line in file.read().splitlines() if line.strip()]
+    if not lines:
+        raise SourceError(f"Expected labels in '{path}', which is empty.")
+    if "\t" in lines[0] or "," in lines[0]:
+        rows = list(csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ","))
+    else:
+        rows = [line.strip().rsplit(maxsplit=1) for line in lines]
+    if all(len(row) == 1 for row in rows):
+        if not is_validation:
+            raise SourceError(
+                f"Expected lines 'file,label' in '{path}', received one word a line. Only ImageNet's "
+                "validation images have numbers that order such labels."
+            )
+        if len(rows) not in (len(names), 50_000):
+            raise SourceError(
+                f"Expected a line for each of {len(names)} images in '{path}', received {len(rows)} lines."
+            )
+        return [rows[_validation_number(name, len(rows), path) - 1][0].strip() for name in names]
+    short = next((number for number, row in enumerate(rows, 1) if len(row) < 2), None)
+    if short is not None:
+        raise SourceError(
+            f"Expected 'file,label' in line {short} of '{path}', received {rows[short - 1][0]!r}."
+        )
+    if not is_image(os.path.basename(rows[0][0].strip())):
+        rows = rows[1:]  # the header
+    given = {row[0].strip().removeprefix("./"): row[1].strip() for row in rows}
+    # A list names its files from the folder, or by their last part.
+    labels = [given.get(name, given.get(os.path.basename(name))) for name in names]
+    missing = [name for name, label in zip(names, labels, strict=True) if label is None]
+    if missing:
+        raise SourceError(
+            f"Expected a label for every image, but '{path}' has none for {len(missing)}: {some_of(missing)}."
+        )
+    unknown = sorted(given.keys() - set(names) - set(map(os.path.basename, names)))
+    if unknown:
+        raise SourceError(
+            f"'{path}' has labels for {len(unknown)} files that are not there: {some_of(unknown)}."
+        )
+    return [label for label in labels if label is not None]

@@ -1,0 +1,281 @@
+"""The index of a data set: where each image lies and its label, and its cache on disk."""
+
+import array
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from keras_convnext._environment import is_set
+from keras_convnext._files import replacing_file
+from keras_convnext.data.preprocess import IMAGE_SUFFIXES
+
+INDEX_VERSION = 1
+MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
+CACHED_BYTES = 1 << 30  # files below this size are scanned in about a second, so their index is not kept
+MAX_NUMBERED_CLASSES = 100_000  # larger folder names made of digits are names (dates, ids), not class numbers
+
+# The splits and the other names they go by. What was asked first is looked for first.
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
+_ARRAYS = ("file_numbers", "offsets", "lengths", "labels", "name_text", "name_ends")
+
+
+class SourceError(ValueError):
+    """A data set could not be used: which, why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Where N encoded images lie, and their labels.
+
+    Attributes:
+        path: the folder or file that was indexed.
+        kind: "folder", "tar", "tfds", "tfrecord" or "prepared".
+        files: paths of the files that hold the images.
+        file_numbers: int32 (N,), which of `files` holds the example.
+        offsets: int64 (N,), first byte of the encoded image in its file.
+        lengths: int64 (N,), bytes of the encoded image; -1 for the whole file (class folders, whose files
+            are listed without asking for their sizes).
+        labels: int32 (N,), class numbers, 0 to len(classes) - 1.
+        classes: names of the classes: WordNet ids for ImageNet, names of the folders otherwise.
+        name_text: uint8 (characters,), UTF-8, the names of all examples without separators; empty when
+            the files are named like the examples.
+        name_ends: int64 (N,), where each name ends in `name_text`, or (0,).
+    """
+
+    path: str
+    kind: str
+    files: list[str]
+    file_numbers: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    classes: list[str]
+    name_text: np.ndarray
+    name_ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, number: int) -> str:
+        """Names example `number` for reports, such as "n01440764/n01440764_18.JPEG"."""
+        if len(self.name_ends):
+            start = self.name_ends[number - 1] if number else 0
+            return self.name_text[start : self.name_ends[number]].tobytes().decode("utf-8", "surrogateescape")
+        relative = os.path.relpath(self.files[self.file_numbers[number]], self.path)
+        return relative.replace(os.sep, "/")
+
+    def read(self, number: int) -> bytes:
+        """Reads the encoded image of example `number`.
+
+        Raises:
+            SourceError: the file ends before the image does, so it changed since it was indexed.
+            OSError: the file cannot be read.
+        """
+        path, length = self.files[self.file_numbers[number]], int(self.lengths[number])
+        with open(path, "rb", buffering=0) as file:
+            file.seek(self.offsets[number])
+            content = file.read(length)
+        if length >= 0 and len(content) != length:
+            raise SourceError(
+                f"Expected {length} bytes of '{self.name(number)}' at byte {self.offsets[number]} of "
+                f"'{path}', received {len(content)}: the file changed. Open the data set again."
+            )
+        return content
+
+
+def is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def read_json(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise SourceError(
+            f"Expected JSON in '{path}', which is damaged: {error}. Prepare the set again."
+        ) from error
+
+
+class IndexBuilder:
+    """An index that grows by one example at a time."""
+
+    def __init__(self) -> None:
+        self.file_numbers = array.array("i")
+        self.offsets = array.array("q")
+        self.lengths = array.array("q")
+        self.labels = array.array("q")
+        self.name_text = bytearray()
+        self.name_ends = array.array("q")
+
+    def add(self, file_number: int, offset: int, length: int, label: int, name: str) -> None:
+        self.file_numbers.append(file_number)
+        self.offsets.append(offset)
+        self.lengths.append(length)
+        self.labels.append(label)
+        self.name_text += name.encode("utf-8", "surrogateescape")
+        self.name_ends.append(len(self.name_text))
+
+    def source(self, path: str, kind: str, files: list[str], classes: list[str]) -> Source:
+        return Source(
+            path=path,
+            kind=kind,
+            files=files,
+            file_numbers=np.array(self.file_numbers, np.int32),
+            offsets=np.array(self.offsets, np.int64),
+            lengths=np.array(self.lengths, np.int64),
+            labels=np.array(self.labels, np.int32),
+            classes=classes,
+            name_text=np.frombuffer(bytes(self.name_text), np.uint8),
+            name_ends=np.array(self.name_ends, np.int64),
+        )
+
+
+def check_labels(source: Source, count: int) -> None:
+    if source.labels.min() == -1:
+        raise SourceError(
+            f"Expected labels in '{source.path}', received -1: the split has none, as a test split."
+        )
+    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
+    if len(wrong):
+        raise SourceError(
+            f"Expected labels from 0 to {count - 1} in '{source.path}', received {source.labels[wrong[0]]} "
+            f"for '{source.name(int(wrong[0]))}'."
+        )
+
+
+def with_classes(source: Source, classes: list[str]) -> Source:
+    """Returns a source whose labels are positions in another list of class names."""
+    present = np.unique(source.labels)
+    positions = {name: number for number, name in enumerate(classes)}
+    unknown = [source.classes[number] for number in present if source.classes[number] not in positions]
+    are_numbers = all(name.isdecimal() and int(name) == n for n, name in enumerate(source.classes))
+    if unknown and are_numbers and len(source.classes) <= len(classes):
+        return dataclasses.replace(source, classes=classes)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], classes, 1)
+        suggestion = f" Near '{unknown[0]}' is '{near[0]}'." if near else ""
+        raise SourceError(
+            f"Expected the classes of '{source.path}' among the {len(classes)} given, such as "
+            f"{some_of(classes)}; {len(unknown)} are not: {some_of(unknown)}.{suggestion}"
+        )
+    numbers = np.full(len(source.classes), -1, np.int32)
+    numbers[present] = [positions[source.classes[number]] for number in present]
+    return dataclasses.replace(source, labels=numbers[source.labels], classes=classes)
+
+
+def write_index(path: str, source: Source, stamp: str = "") -> None:
+    """Writes all of a source but its paths to an .npz file, in one step.
+
+    Args:
+        path: the file.
+        source: the source.
+        stamp: text that `read_index` compares, such as a hash of what was indexed.
+    """
+    texts = {"stamp": stamp, "classes": json.dumps(source.classes)}
+    arrays = {name: np.frombuffer(text.encode("utf-8"), np.uint8) for name, text in texts.items()}
+    arrays |= {name: getattr(source, name) for name in _ARRAYS}
+    with replacing_file(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_index(path: str, source_path: str, kind: str, files: list[str], stamp: str = "") -> Source:
+    """Reads what `write_index` wrote.
+
+    Raises:
+        SourceError: the file is damaged or has another stamp.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in _ARRAYS}
+            found = content["stamp"].tobytes().decode("utf-8")
+            classes = json.loads(content["classes"].tobytes())
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise SourceError(
+            f"Expected an index in '{path}', which is damaged: {error}. Make it again."
+        ) from error
+    if found != stamp:
+        raise SourceError(
+            f"Expected the stamp {stamp!r} in the index '{path}', received {found!r}. Make it again."
+        )
+    return Source(path=source_path, kind=kind, files=files, classes=classes, **arrays)
+
+
+def cached_index(path: str, kind: str, split: str, files: list[str], scan: Callable[[], Source]) -> Source:
+    """Returns what `scan` finds in some files, from the cache when they have not changed."""
+    paths = [os.path.abspath(file) for file in files]
+    states = [os.stat(path) for path in paths]
+    if sum(state.st_size for state in states) < CACHED_BYTES:
+        return scan()
+    folder = os.environ.get("KERAS_CONVNEXT_INDEX_CACHE") or os.path.join(
+        os.path.expanduser("~"), ".cache", "keras_convnext", "index"
+    )
+    index = os.path.join(folder, f"{_digest([INDEX_VERSION, kind, split, paths])[:32]}.npz")
+    stamp = _digest([[state.st_size, state.st_mtime_ns] for state in states])
+    try:
+        cached = read_index(index, path, kind, files, stamp)
+    except (OSError, SourceError):
+        cached = None
+    if cached is not None:
+        return cached
+    source = scan()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        write_index(index, source, stamp)
+    except OSError as error:
+        print(
+            f"The index of '{files[0]}' is not kept, and will be made again: '{folder}' cannot be written "
+            f"({error.strerror}). Set KERAS_CONVNEXT_INDEX_CACHE to a folder that can.",
+            file=sys.stderr,
+        )
+    return source
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Lists the first names of many."""
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+class Progress:
+    """One line on stderr, rewritten as work goes on; nothing when nobody watches."""
+
+    def __init__(self, title: str, total_bytes: int) -> None:
+        self.title = title
+        self.total_bytes = total_bytes
+        self.begin = self.shown = time.monotonic()
+        self.is_watched = sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
+
+    def show(self, done_bytes: int, images: int) -> None:
+        now = time.monotonic()
+        if not self.is_watched or now - self.shown < 0.5:
+            return
+        self.shown = now
+        seconds = now - self.begin
+        left = seconds * (self.total_bytes / max(done_bytes, 1) - 1)
+        print(
+            f"\r{self.title}: {done_bytes / max(self.total_bytes, 1):4.0%}, {images} images, "
+            f"{images / seconds:.0f} images/s, {done_bytes / seconds / 1e6:.0f} MB/s, {left / 60:.0f} min "
+            "left \033[K",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        if self.is_watched and self.shown > self.begin:
+            print(file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Data and model parallelism: one engine for each backend."""

@@ -1,0 +1,200 @@
+"""Devices: how one training step is divided among several. Nothing else in the package knows about them.
+
+recipe's engine, devices that are there --choose--> Engine --scope--> model, optimizer and batches placed
+compiled step --collectives--> what the devices send each other
+
+An engine decides where a step is computed and never what: the batch of a recipe is the one of all devices
+together, so its learning rate, its schedule and its random numbers hold for any number of them.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_convnext.distribution import watchdog
+from keras_convnext.distribution.engine import Engine
+
+# Backend -> engines beside "auto" and "none"; the first is what "auto" takes for several devices.
+ENGINES = {
+    "jax": ("data_parallel", "model_parallel"),
+    "tensorflow": ("mirrored", "multi_worker_mirrored", "tpu"),
+    "torch": ("ddp",),
+}
+
+
+def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
+    """Joins the processes of a run, if it has several, and chooses how its devices share a step.
+
+    - "none": one device, the backend's first.
+    - "data_parallel" (JAX): a part of each batch to each device, weights on all, gradients summed.
+    - "model_parallel" (JAX): devices in groups of `model_devices`, a part of each batch to each group. In a
+      group the pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average
+      of these are divided, see `engines.on_jax.POINTWISE_LAYOUT`; the others are on all.
+    - "mirrored" (TensorFlow): a part of each batch to each device of the process, weights on all, gradients
+      summed.
+    - "multi_worker_mirrored" (TensorFlow): the same for the processes that TF_CONFIG names.
+    - "tpu" (TensorFlow): the same for the cores of a TPU of one host.
+    - "ddp" (PyTorch): a part of each batch to each process, weights on all, gradients averaged. A process has
+      one device: its own GPU, or the CPU.
+    - "auto": the first of the backend's where there are several devices, else "none"; on TensorFlow
+      "multi_worker_mirrored" where TF_CONFIG names processes, "tpu" where there is one.
+
+    The processes are found in the environment, as the backend's own launchers set it. Nothing may have been
+    computed before.
+
+    Args:
+        engine: one of these.
+        model_devices: devices of a group in "model_parallel".
+
+    Returns:
+        `Engine`.
+
+    Raises:
+        ValueError: the engine is unknown or another backend's, the devices cannot be divided so, or the
+            environment names some of what describes the processes.
+        ConnectionError: the processes do not find each other.
+
+    Example:
+        engine = choose("data_parallel")
+        with engine.scope():
+            model = keras_convnext.ConvNeXtTiny(weights=None)
+    """
+    backend = keras.backend.backend()
+    own = ENGINES.get(backend, ())
+    if engine not in ("auto", "none", *own):
+        raise ValueError(_unknown_engine(engine, backend, own))
+    if not own:
+        return Engine("none", (backend,))
+    module = importlib.import_module(f"keras_convnext.distribution.{backend}_engine")
+    group = module.join()
+    devices = module.devices()
+    if engine == "auto":
+        usual = own[0] if len(devices) > 1 else "none"
+        engine = getattr(module, "automatic", lambda: usual)()
+    if engine == "none":
+        if len(group) > 1:
+            group.close()
+            raise ValueError(
+                f"Expected an engine for {len(group)} processes, {' or '.join(own)}, received 'none', with "
+                "which each would train a model of its own."
+            )
+        return Engine("none", devices[:1])
+    try:
+        if engine == "model_parallel":
+            return module.model_parallel(group, model_devices)
+        return getattr(module, engine)(group)
+    except ValueError:
+        group.close()  # all processes raise the same
+        raise
+
+
+def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
+    owners = [name for name, engines in ENGINES.items() if engine in engines]
+    known = ("auto", "none", *own)
+    if owners:
+        hint = f", which is an engine of {owners[0]}. Choose one of these, or set KERAS_BACKEND={owners[0]}"
+    else:
+        near = difflib.get_close_matches(engine, known, 3)
+        hint = f". Did you mean {' or '.join(map(repr, near))}?" if near else ". Choose one of these"
+    return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}."
+
+
+# What an evaluation needs of the engine whose scope it is in.
+
+
+def divided(images: np.ndarray) -> Any:
+    """A batch on the devices of the engine whose scope this is; as it is where there is none.
+
+    Args:
+        images: (n, ...), this process's rows.
+
+    Returns:
+        The same values, for a compiled function of the model.
+    """
+    return _dividing().divided(images) if keras.backend.backend() in ("jax", "tensorflow") else images
+
+
+def rows(outputs: Any) -> np.ndarray:
+    """This process's rows of what a compiled function returned for `divided` images, float32."""
+    if keras.backend.backend() in ("jax", "tensorflow"):
+        return np.asarray(_dividing().rows(outputs), "float32")
+    return np.asarray(keras.ops.convert_to_numpy(outputs), "float32")
+
+
+def by_rows() -> Any:
+    """The sharding that a compiled function of JAX must give its outputs for `rows`; None for any."""
+    return _dividing().by_rows()
+
+
+def forward(model: Any) -> Any:
+    """TensorFlow's function from `divided` images to outputs for `rows`; None outside of such a scope."""
+    return _dividing().forward(model)
+
+
+def _dividing() -> Any:
+    return importlib.import_module(f"keras_convnext.distribution.{keras.backend.backend()}_engine")
+
+
+# What processes must agree in before they begin.
+
+
+def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
+    """Compares what the processes of a run are about to do.
+
+    Args:
+        group: the processes.
+        facts: JSON value by name: the recipe, the data, the code, ...; a dict is compared key by key.
+
+    Raises:
+        ValueError: they differ, in all processes; tells which process differs from process 0, and in what.
+    """
+    expected, *others = group.gathered(_flat(facts))
+    lines = []
+    for number, received in enumerate(others, start=1):
+        names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
+        if names:
+            texts = [f"{name} {received.get(name)!r}, not {expected.get(name)!r}" for name in names[:8]]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"{group.names[number]} has {'; '.join(texts)}{more}")
+    if lines:
+        group.close()
+        raise ValueError(
+            f"Expected the same run in all {len(group)} processes, but {'. '.join(lines)}. Give all the same "
+            "command, code and data."
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def slow_processes(group: watchdog.Group, seconds: float) -> str:
+    """A sentence about processes that take more than twice as long as the middle one; "" if none does.
+
+    Args:
+        group: the processes.
+        seconds: that the same work took in this one.
+    """
+    times = group.gathered(seconds)
+    middle = float(np.median(times))
+    slow = [
+        f"{name} took {time:.1f} s"
+        for name, time in zip(group.names, times, strict=True)
+        if time > 2 * middle + 0.5
+    ]
+    if not slow:
+        return ""
+    return (
+        f"{'; '.join(slow)} to read its first images, the middle one of {len(group)} processes {middle:.1f} "
+        "s. All wait for the slowest: see what else its machine does, and where its images are."
+    )

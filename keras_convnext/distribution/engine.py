@@ -1,0 +1,102 @@
+"""What an engine is: how one training step is divided among devices and processes."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_convnext.distribution import watchdog
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How a step is divided among devices; made by `distribution.choose`. This one: not at all.
+
+    Attributes:
+        name: "none", or a name of `distribution.ENGINES`.
+        devices: names of the devices of all processes, such as "cpu:0".
+        num_parts: parts that a batch is divided into. Devices may share a part, and divide its work.
+        strategy: the backend's own object, None where there is none.
+        group: the processes of the run.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    num_parts: int = 1
+    strategy: Any = None
+    group: watchdog.Group = dataclasses.field(default_factory=watchdog.alone)
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Places what is made and computed inside: the model, the optimizer, `fit`."""
+        with contextlib.nullcontext() if self.strategy is None else self.strategy.scope():
+            yield
+
+    def prepare(self, model: Any) -> None:
+        """Makes the training step of a compiled model, whose optimizer is built, one of all devices."""
+
+    def for_fit(self, batches: Any) -> Any:
+        """The batches of this process, as `fit` needs them to use all devices.
+
+        Args:
+            batches: `tf.data.Dataset` of (images, targets), this process's rows of each batch.
+        """
+        return batches
+
+    @contextlib.contextmanager
+    def whole(self, model: Any) -> Iterator[None]:
+        """Lets the variables of a model be read to the last number, while it does not train."""
+        yield
+
+    def read(self, variable: Any) -> np.ndarray:
+        """The value of a variable, all of it, also where several devices hold parts of it."""
+        import keras
+
+        return keras.ops.convert_to_numpy(variable)
+
+    def describe(self, batch_size: int) -> str:
+        """One line for people: the devices, the engine, and what each device gets of a batch."""
+        kinds = sorted({device.partition(":")[0] for device in self.devices})
+        count = f"{len(self.devices)} device{'s' * (len(self.devices) > 1)} ({', '.join(kinds)})"
+        if len(self.group) > 1:
+            count += f" of {len(self.group)} processes"
+        if self.num_parts == 1 and self.strategy is None:
+            return f"{count}: engine none"
+        shared = len(self.devices) // self.num_parts
+        owners = "each device" if shared == 1 else f"each {shared} devices, which share the pointwise kernels"
+        return (
+            f"{count}: engine {self.name}, {batch_size // self.num_parts} of {batch_size} images to {owners}"
+        )
+
+    def check_batch(self, batch_size: int, accumulation_steps: int = 1) -> None:
+        """Refuses a batch that cannot be divided into equal parts.
+
+        Args:
+            batch_size: images of an optimizer step, on all devices together.
+            accumulation_steps: micro-batches that it is made of.
+
+        Raises:
+            ValueError: it cannot; names the nearest sizes that can.
+        """
+        unit = self.num_parts * accumulation_steps
+        if batch_size % unit == 0:
+            return
+        lower = batch_size // unit * unit
+        nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
+        steps = f", each in {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
+        hint = ' Or set distribution.engine = "none".' if len(self.group) == 1 else ""
+        raise ValueError(
+            f"Expected a batch_size that divides into {self.num_parts} equal parts{steps}, as engine "
+            f"{self.name!r} needs on {len(self.devices)} devices, received {batch_size}. The nearest are "
+            f"{nearest}.{hint}"
+        )
+
+    def share(self, batch_size: int) -> int:
+        """Images that this process makes of a batch of so many on all."""
+        return batch_size // len(self.group)
+
+    def filled(self, batch_size: int) -> int:
+        """The least size from `batch_size` up that can be divided; for batches that are padded."""
+        return -(-batch_size // self.num_parts) * self.num_parts

@@ -1,0 +1,1 @@
+"""Scores, features and heat maps of a model."""

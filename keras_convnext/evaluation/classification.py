@@ -1,0 +1,337 @@
+"""Top-1, top-5 and ReaL accuracy of a classifier: the only writer of scores.
+
+images --data.batches--> uint8 (N, H, W, 3) --model--> outputs (N, K) --columns of the data's classes-->
+rank of the label, first five classes --> Result --> a row of results.csv, files for a person (`reports`)
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_convnext import predictor
+from keras_convnext.data import class_names, imagenet, sources
+from keras_convnext.data.index import Source
+from keras_convnext.evaluation import report
+from keras_convnext.evaluation.forward import ImageProgress, run_model
+from keras_convnext.evaluation.result_columns import (
+    data_settings,
+    environment,
+    model_settings,
+    preparation_settings,
+)
+from keras_convnext.evaluation.results import Result, append_result, check_complete, check_results_file
+from keras_convnext.exporting import runtimes
+from keras_convnext.predictor import Predictor
+
+DEFAULT_BATCH_SIZE = 64
+
+# SHA-256 of the sorted WordNet ids, joined by newlines, of sets that have images of 200 of the 1000 classes
+# (Hendrycks et al., arXiv 1907.07174 and 2006.16241; lists as in timm 1.0.31, timm/data/_info).
+_SUBSETS = {
+    "f6aa4b23244554d9b864fd715ae20048f6a9686388911b2dfbf1ada01bf0f520": "ImageNet-A",
+    "e19a59d84e3746fafd34d2ccf6ae604a44e9a0500a596f343c878a89e30ce624": "ImageNet-R",
+}
+
+
+def evaluate(
+    model: Any,
+    data: str | os.PathLike[str] | Source,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    real_labels: str | os.PathLike[str] | bool | None = None,
+    preparation: str | dict[str, Any] | None = None,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    results: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    max_faults: float = 0.01,
+    host: int = 0,
+    num_hosts: int = 1,
+    progress: bool = True,
+) -> Result:
+    """Classifies the images of a data set and counts how often the model is right.
+
+    A tag decides everything: the weights, the size of the images, how they are resized and cropped. Pixels
+    are those of Pillow, bit for bit. An image counts for top-k when fewer than k classes have a larger
+    output than its label, equal outputs being ordered by their class number, so that ties do not depend on
+    the backend.
+
+    Which outputs are compared, by the classes of the data:
+
+    - WordNet ids that the model's 1000, 11821 or 21841 classes contain: the outputs of these classes alone.
+      That is all of them for ImageNet on a model of 1000 classes, and 200 for ImageNet-A and -R, as in timm.
+      Of the 1000 classes ImageNet-22k lacks one and timm's 12k subset seven: their images count as wrong. (To
+      have images of few classes compared with all 1000, open them by
+      `open_source(path, classes=synset_ids(1000))`.)
+    - the numbers 0 to 999: as ImageNet's 1000 WordNet ids (ImageNetV2 as published).
+    - any others: as many as the model has outputs, class i of the data being output i. Class folders are in
+      the order of their sorted names.
+
+    Images that cannot be decoded are left out of all counts and named in `Result.faults`.
+
+    Reference: ReaL accuracy: Beyer et al., "Are we done with ImageNet?" (arXiv 2006.07159): the share of
+    images with at least one ReaL label of which the predicted class is a label.
+
+    Args:
+        model: a tag, an architecture (its ImageNet weights), a weight file, a `.keras` file, a file that
+            `export` wrote, which its own runtime runs, or a Keras model of (N, H, W, 3) pixels in 0..255.
+        data: a path, see `sources.open_source`, or what that returns.
+        weights: a weight file in place of the tag's own.
+        split: split of `data`. Default: the validation split where the data has splits, else all.
+        labels: label file for a flat folder, see `sources.open_source`.
+        real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of
+            TensorFlow Datasets).
+        preparation: a tag whose preparation of images is used, or a dict with some of the arguments of
+            `preprocess.preprocess_image` in place of the tag's. For a Keras model and a `.keras` file, which
+            do not say how they were trained, the default is that function's.
+        image_size: side in pixels, in place of the tag's.
+        batch_size: images in a batch of this host. Default 64. The last batch is filled up.
+        limit: evaluate only that many examples, spread evenly over the data.
+        results: CSV file to which a row is added, see `results.append_result`. Default: none.
+        output: folder for the files of `reports.write_reports`. Default: none.
+        max_faults: share of the images that may be damaged, 0 to 1.
+        host: number of this host, 0 to num_hosts - 1.
+        num_hosts: hosts that evaluate a part of the data each; see `results.combine`.
+        progress: whether to show progress on stderr when that is a terminal.
+
+    Returns:
+        `Result`.
+
+    Raises:
+        ValueError: the model has no classifier, its outputs do not fit the classes of the data, are NaN, or
+            an argument is out of range.
+        SourceError: the data cannot be used.
+        DataError: more images are damaged than `max_faults` allows.
+        ImportError: TensorFlow, which reads the images, or matplotlib, which draws for `output`, is not
+            installed.
+
+    Example:
+        result = evaluate("convnext_tiny.fb_in1k", "ILSVRC2012_img_val.tar", results="results.csv")
+        result.top1, len(result.numbers)          # percent, 50000
+    """
+    _check_arguments(batch_size, limit, results, output, num_hosts)
+    if results is not None:
+        check_results_file(results)
+    if output is not None:
+        report.check_output(output)
+    batches = import_batches()
+    if isinstance(data, Source):
+        if labels is not None:
+            raise ValueError(f"Expected labels=None beside an open source, received {labels!r}.")
+        source = data
+    else:
+        if split is None and sources.list_splits(data):
+            split = "validation"
+        source = sources.open_source(data, split, labels=labels)
+    classifier = _open(model, weights, image_size, len(source.classes), preparation)
+    source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
+    columns, outputs_text = match_classes(
+        source.classes, classifier.model.output_shape[-1], classifier.class_list
+    )
+    real = None if real_labels in (None, False) else _real_lists(source, real_labels)
+    if limit is not None and limit < len(source):
+        chosen = np.arange(limit) * len(source) // limit
+        source = sources.take(source, chosen)
+        real = real if real is None else [real[number] for number in chosen]
+    batch_size = batch_size or DEFAULT_BATCH_SIZE
+    faults = batches.Faults(source, max_faults)
+    dataset = batches.eval_batches(
+        source,
+        batch_size=batch_size,
+        host=host,
+        num_hosts=num_hosts,
+        faults=faults,
+        **classifier.preparation,
+    )
+    settings = {
+        **model_settings(classifier),
+        **environment(),
+        **data_settings(source, split),
+        **preparation_settings(classifier),
+        "outputs": outputs_text,
+        "batch_size": str(batch_size),
+    }
+    shown = ImageProgress(-(-len(source) // num_hosts), progress)
+    try:
+        scores = run_model(classifier.model, dataset, source, columns, shown)
+    except batches.tf.errors.OpError:
+        if output is not None:
+            report.write_faults(output, faults.report())
+        faults.check()  # says it in its own words
+        raise
+    result = Result(
+        settings=settings,
+        source=source,
+        real=None if real is None else _real_scores(source, real, scores["numbers"], scores["predictions"]),
+        faults=faults.report(),
+        num_skipped=len(faults),
+        **scores,
+    )
+    if num_hosts == 1:
+        check_complete(result)
+    if output is not None:
+        report.write_reports(output, result)
+    if results is not None:
+        append_result(results, result)
+    return result
+
+
+def match_classes(
+    classes: Sequence[str], num_outputs: int, class_list: int | str | None = None
+) -> tuple[np.ndarray | None, str]:
+    """Finds the output of a model for each class of a data set; see `evaluate`.
+
+    Args:
+        classes: names of the classes of the data.
+        num_outputs: width of the classifier.
+        class_list: which list of `class_names` its outputs follow. Default None: that of its width, if any.
+
+    Returns:
+        int64 (len(classes),), -1 for a class without output, or None when class i is output i of all; and
+        that in words.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    columns = _imagenet_columns(_synsets(classes), num_outputs if class_list is None else class_list)
+    if columns is None and len(classes) == num_outputs:
+        return None, f"all {num_outputs}, in the order of the data's classes"
+    if columns is None:
+        some = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
+        raise ValueError(
+            f"Expected data with the {num_outputs} classes of the model, or with classes named by WordNet "
+            f"ids among ImageNet's, received {len(classes)}: {some}. Pass a model trained on these classes."
+        )
+    if np.array_equal(columns, np.arange(num_outputs)):
+        return None, f"all {num_outputs}"
+    text = f"{np.sum(columns >= 0)} of {num_outputs}, by WordNet id"
+    if _subset_digest(classes) in _SUBSETS:
+        text += f" ({_SUBSETS[_subset_digest(classes)]})"
+    missing = [name for name, column in zip(classes, columns, strict=True) if column < 0]
+    return columns, text + (f"; none for {' '.join(missing)}" if missing else "")
+
+
+def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray | None:
+    """Returns the output for each WordNet id; None when the model or the names are not ImageNet's."""
+    try:
+        outputs = {synset: number for number, synset in enumerate(class_names.synset_ids(class_list))}
+    except ValueError:
+        return None
+    columns = np.array([outputs.get(name, -1) for name in names], np.int64)
+    # The 21841 classes lack one of the 1000, the 11821 lack seven.
+    lacking = {name for name, column in zip(names, columns, strict=True) if column < 0}
+    return columns if lacking <= set(class_names.synset_ids(1000)) and (columns >= 0).any() else None
+
+
+# What is evaluated.
+
+
+def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
+        if value is not None and not is_count:
+            raise ValueError(f"Expected {name} to be a positive integer or None, received {value!r}.")
+    if num_hosts != 1 and (results is not None or output is not None):
+        raise ValueError(
+            f"Expected results=None and output=None on one of num_hosts={num_hosts} hosts, whose figures are "
+            "of a part of the data. Call combine, then append_result and write_reports."
+        )
+
+
+def import_batches() -> Any:
+    """Returns the module `data.batches`, or says what it needs.
+
+    Raises:
+        ImportError: TensorFlow is not installed.
+    """
+    try:
+        import tensorflow  # noqa: F401
+
+        from keras_convnext.data import batches as batches_module
+    except ImportError as error:
+        raise ImportError(
+            "Images are read with TensorFlow, whatever the Keras backend, and it is not installed. Run "
+            "pip install tensorflow-cpu."
+        ) from error
+    return batches_module
+
+
+def _open(model, weights, image_size, num_classes, preparation) -> Predictor:
+    row = predictor.row_for(preparation) if isinstance(preparation, str) else None
+    default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
+    if isinstance(model, str | os.PathLike) and weights is None and runtimes.is_exported(model):
+        classifier = _open_exported(pathlib.Path(model), image_size, default_size)
+    elif isinstance(model, str | os.PathLike):
+        classifier = predictor.open_predictor(
+            os.fspath(model), weights, image_size=image_size, classes=num_classes, classifier_activation=None
+        )
+    else:
+        if weights is not None:
+            raise ValueError(f"Expected weights=None beside a Keras model, received {weights!r}.")
+        size = predictor.check_model(model, image_size, getattr(model, "name", repr(model)), default_size)
+        classifier = Predictor(model, {"image_size": size}, None, None)
+    if row is not None:
+        preparation = predictor.preparation(row, classifier.preparation["image_size"])
+    changed = classifier.preparation | (preparation or {})
+    predictor.check_model(classifier.model, changed["image_size"], "the model")
+    return dataclasses.replace(classifier, preparation=changed)
+
+
+def _open_exported(path: pathlib.Path, image_size, default_size) -> Predictor:
+    """A file that `export` wrote, with the preparation that is stored in it."""
+    exported = runtimes.open_exported(path)
+    prepared = exported.metadata.get("input", {}).get("preparation", {})
+    size = predictor.check_model(exported, image_size, str(path), default_size)
+    return Predictor(exported, {**prepared, "image_size": size}, None, path)
+
+
+def _synsets(classes: Sequence[str]) -> list[str]:
+    """Returns class names with the numbers 0 to 999 taken for ImageNet's classes."""
+    is_numbered = list(classes) == [str(number) for number in range(1000)]
+    return class_names.synset_ids(1000) if is_numbered else list(classes)
+
+
+def _subset_digest(classes: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(classes)).encode("utf-8")).hexdigest()
+
+
+def _without_unused_classes(source: Source) -> Source:
+    """Drops the 800 classes that ImageNet-A and -R have no images of; TensorFlow Datasets lists all 1000."""
+    used = np.unique(source.labels)
+    names = [source.classes[number] for number in used]
+    if len(used) == len(source.classes) or _subset_digest(names) not in _SUBSETS:
+        return source
+    labels = np.searchsorted(used, source.labels).astype(np.int32)
+    return dataclasses.replace(source, labels=labels, classes=names)
+
+
+def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:
+    """Returns the ReaL labels, as class numbers of the data."""
+    positions = imagenet.imagenet_class_numbers(source.classes, 1000)
+    if positions is None or len(positions) != 1000:
+        raise ValueError(
+            f"Expected data with ImageNet's 1000 classes for ReaL labels, received {len(source.classes)} "
+            "classes. Pass ImageNet's validation images."
+        )
+    lists = imagenet.read_real_labels(source, None if real_labels is True else real_labels)
+    of_position = np.argsort(positions)
+    return [tuple(of_position[list(numbers)].tolist()) if numbers else () for numbers in lists]
+
+
+def _real_scores(source, real, numbers, predictions) -> np.ndarray:
+    """int8 (n,): 1 where the first prediction is a ReaL label, 0 where not, -1 where the image has none."""
+    scores = np.full(len(numbers), -1, np.int8)
+    for place, (number, predicted) in enumerate(
+        zip(numbers.tolist(), predictions[:, 0].tolist(), strict=True)
+    ):
+        if real[number]:
+            scores[place] = predicted in real[number]
+    return scores

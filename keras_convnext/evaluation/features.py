@@ -1,0 +1,660 @@
+"""How good frozen features are: by their nearest neighbours, and by a linear classifier on them.
+
+images --data.batches--> pixels --model without its classifier--> features (N, C) --> k-NN or linear probe
+
+Both judge weights that have no classifier of their own, such as DINOv3's and FCMAE's, and compare others on
+equal terms. Features are computed once, without augmentation, and can be kept in a folder.
+
+The feature of an image is what the classifier of the architecture would see: the last map, averaged over its
+positions and layer-normalised (norm first in the CLIP-trained "norm_first" variants). FCMAE files have no
+final norm: theirs starts with scale 1 and offset 0, so the mean map of an image is shifted and scaled to mean
+0 and variance 1 over its channels. DINOv3's files bring the norm they were trained with.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_convnext import models, predictor
+from keras_convnext._files import replacing_file
+from keras_convnext.data import preprocess, sources
+from keras_convnext.data.index import Source
+from keras_convnext.evaluation import classification, forward, result_columns
+from keras_convnext.predictor import Predictor
+from keras_convnext.weights import keras_files, layouts, locate, resolve
+
+_CACHE_VERSION = 1
+TRAIN_BLOCK = 65536
+
+
+# What is evaluated, and how.
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestNeighbours:
+    """The settings of a k-NN evaluation, as plain values.
+
+    Reference: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
+    (arXiv:1805.01978), section 3.4; numbers and temperature: facebookresearch/dino at 04c0ad9, eval_knn.py.
+
+    Args:
+        model: str, a tag, an architecture (its ImageNet weights), a weight file or a `.keras` file; "" where
+            the function is given a Keras model.
+        weights: str, a weight file in place of the model's own; "" for none.
+        data: str, path of the images, see `sources.open_source`; "" where the function is given sources.
+        train_split: str, split with the images that are compared with; "" for "train", or all where the data
+            has no splits.
+        val_split: str, split that is classified; "" for the data's validation or test split, or where there
+            is none, for a part held out of the training images.
+        validation_fraction: float in (0, 1), that part, by class and seed (`sources.hold_out`). Unused where
+            the data has a split to classify.
+        image_size: int, side in pixels; 0 for that of the weights.
+        crop: float in (0, 1], as in `preprocess.preprocess_image`; 0 for that of the weights.
+        resize_mode: "shorter_side" or "squash"; "" for that of the weights.
+        resize_size: int, pixels; 0 for that of the weights, or where a key above is set, from the crop.
+        interpolation: "bicubic" or "bilinear"; "" for that of the weights.
+        neighbours: tuple of int, the numbers of neighbours that vote. Default (10, 20, 100, 200), as DINO's;
+            20 is usually the best there.
+        temperature: float above 0, of a neighbour's vote exp(similarity / temperature). Default 0.07.
+        batch_size: int, images of one forward pass.
+        seed: int, of the part held out.
+
+    Raises:
+        ValueError: a value is outside its range; the message says which are allowed.
+
+    Example:
+        NearestNeighbours(model="convnext_tiny.dinov3_lvd1689m", data="flowers", neighbours=(20,))
+    """
+
+    model: str = ""
+    weights: str = ""
+    data: str = ""
+    train_split: str = ""
+    val_split: str = ""
+    validation_fraction: float = 0.2
+    image_size: int = 0
+    crop: float = 0.0
+    resize_mode: str = ""
+    resize_size: int = 0
+    interpolation: str = ""
+    neighbours: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if not self.neighbours:
+            raise ValueError("Expected one number of neighbours or more, received none. Pass (20,).")
+        for number in self.neighbours:
+            _check_at_least("neighbours", number, 1)
+        _check_above_zero("temperature", self.temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbe:
+    """The settings of a linear probe, as plain values.
+
+    Reference: facebookresearch/dinov2 at 05c66df, dinov2/eval/linear.py: SGD with momentum 0.9, no weight
+    decay, a cosine to 0, kernels drawn with a deviation of 0.01, the best of many rates (given there per 256
+    images of a batch). Three things are different here: features are those of the undistorted images (there:
+    of random crops, computed anew each epoch); the rate is chosen on a part of the training images (there: on
+    the images that the score is of); a run has as many epochs of the data as are asked for.
+
+    Args:
+        model, weights, data, train_split, val_split, validation_fraction, image_size, crop, resize_mode,
+            resize_size, interpolation, batch_size: as in `NearestNeighbours`.
+        learning_rates: tuple of float above 0, the peak rates that are tried, at this `probe_batch_size`.
+            Default DINOv2's 13, 1e-5 to 0.1.
+        selection_fraction: float in (0, 1), share of the training images, by class and seed, that the rate is
+            chosen on. Then the classifier is trained on all of them with that rate.
+        epochs: int, passes over the training features. Default 100, as in facebookresearch/dino.
+        probe_batch_size: int, features of one step; all where there are fewer. Default 256.
+        momentum: float in [0, 1). Default 0.9.
+        weight_decay: float from 0 up, L2 penalty of the kernel. Default 0.
+        seed: int, of the parts held out, the first kernel and the order of the features.
+
+    Raises:
+        ValueError: a value is outside its range; the message says which are allowed.
+
+    Example:
+        LinearProbe(model="convnextv2_tiny.fcmae", data="flowers", epochs=20)
+    """
+
+    model: str = ""
+    weights: str = ""
+    data: str = ""
+    train_split: str = ""
+    val_split: str = ""
+    validation_fraction: float = 0.2
+    image_size: int = 0
+    crop: float = 0.0
+    resize_mode: str = ""
+    resize_size: int = 0
+    interpolation: str = ""
+    learning_rates: tuple[float, ...] = (
+        1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1
+    )  # fmt: skip
+    selection_fraction: float = 0.1
+    epochs: int = 100
+    probe_batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if not self.learning_rates:
+            raise ValueError("Expected one learning rate or more, received none. Pass (0.01,).")
+        for rate in self.learning_rates:
+            _check_above_zero("learning_rates", rate)
+        _check_share("selection_fraction", self.selection_fraction)
+        _check_at_least("epochs", self.epochs, 1)
+        _check_at_least("probe_batch_size", self.probe_batch_size, 1)
+        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
+            raise ValueError(f"Expected momentum in [0, 1), received {self.momentum!r}. Pass 0.9.")
+        if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
+            raise ValueError(f"Expected weight_decay from 0 up, received {self.weight_decay!r}. Pass 0.0.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+    """The features of the images of a source that could be decoded.
+
+    Attributes:
+        features: float32 (n, C).
+        labels: int32 (n,), class numbers of the source.
+        numbers: int64 (n,), places of the images in the source, ascending.
+        faults: reason by the name of each image that could not be decoded.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    numbers: np.ndarray
+    faults: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The accuracy of one number of neighbours, or one learning rate, in percent.
+
+    Attributes:
+        setting: the number of neighbours, or the learning rate.
+        top1: share of the images whose label came first.
+        top5: share of the images whose label was among the first five.
+        selection_top1: of a learning rate, the top-1 accuracy on the part of the training images that it is
+            chosen on; None for a number of neighbours.
+    """
+
+    setting: float
+    top1: float
+    top5: float
+    selection_top1: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureResult:
+    """What an evaluation by features found.
+
+    Attributes:
+        settings: the `NearestNeighbours` or `LinearProbe` that it was made by.
+        environment: text by the columns of results.csv that describe model, data, preparation and machine.
+        scores: one for each number of neighbours, or for each learning rate, in the order of the settings.
+        top1, top5: in percent; of k-NN those of 20 neighbours, else of the first number; of a probe those of
+            the classifier trained on all training images with the chosen rate.
+        num_train: images that were compared with, or trained on.
+        n: images that were classified.
+        faults: reason by the name of each image, of either part, that could not be decoded.
+        seconds: time for all.
+        chosen: of a probe, the learning rate; of k-NN, the number of neighbours of `top1`.
+        kernel: float32 (C, classes), of a probe's final classifier; None for k-NN.
+        bias: float32 (classes,), likewise.
+    """
+
+    settings: NearestNeighbours | LinearProbe
+    environment: dict[str, str]
+    scores: tuple[Score, ...]
+    top1: float
+    top5: float
+    num_train: int
+    n: int
+    faults: dict[str, str]
+    seconds: float
+    chosen: float
+    kernel: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to try next, where the best rate is at the edge of those that were tried; "" else."""
+        rates = [score.setting for score in self.scores]
+        if self.kernel is None or min(rates) < self.chosen < max(rates):
+            return ""
+        direction = "larger" if self.chosen == max(rates) else "smaller"
+        return (
+            f"The best learning rate, {self.chosen:g}, is at the edge of those tried: try {direction} ones."
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Returns all of it but the classifier, as JSON takes it."""
+        name = "neighbours" if isinstance(self.settings, NearestNeighbours) else "learning_rate"
+        scores = []
+        for score in self.scores:
+            row = {name: score.setting, "top1": score.top1, "top5": score.top5}
+            if score.selection_top1 is not None:
+                row["selection_top1"] = score.selection_top1
+            scores.append(row)
+        return self.environment | {
+            "settings": _as_json(dataclasses.asdict(self.settings)),
+            name: self.chosen,
+            "top1": self.top1,
+            "top5": self.top5,
+            "scores": scores,
+            "num_train": self.num_train,
+            "n": self.n,
+            "skipped": len(self.faults),
+            "seconds": self.seconds,
+            "advice": self.advice,
+            "faults": self.faults,
+        }
+
+
+# Features.
+
+
+def extract_features(
+    model: Any,
+    source: Source,
+    preparation: dict[str, Any],
+    *,
+    batch_size: int = 64,
+    cache: str | os.PathLike[str] | None = None,
+    max_faults: float = 0.01,
+    progress: bool = True,
+) -> Features:
+    """Computes the features of the images of a source.
+
+    Pixels are those of Pillow, bit for bit, without augmentation. Images that cannot be decoded are left out
+    and named in `faults`.
+
+    Args:
+        model: `keras.Model` of (N, H, W, 3 or 1) pixels in 0..255 to (N, C).
+        source: what `sources.open_source` returns.
+        preparation: arguments of `preprocess.preprocess_image`; with "image_size".
+        batch_size: images of one forward pass.
+        cache: folder in which features are kept, one file for each model, source and preparation. The name of
+            a file says of what it is, so that those of another model, of changed images, another order or
+            another backend are never taken. A damaged file is made again.
+        max_faults: share of the images that may be damaged, 0 to 1.
+        progress: whether to show progress on stderr when that is a terminal.
+
+    Returns:
+        `Features`.
+
+    Raises:
+        ValueError: the outputs of the model are not (N, C), or NaN.
+        DataError: more images are damaged than `max_faults` allows.
+        ImportError: TensorFlow, which reads the images, is not installed.
+
+    Example:
+        model = keras_convnext.load("convnext_atto.d2_in1k", include_top=False, pooling="avg")
+        extract_features(model, open_source("flowers"), {"image_size": 224}).features.shape
+    """
+    batches = classification.import_batches()
+    _check_outputs_shape(model)
+    path = None
+    if cache is not None:
+        path = pathlib.Path(cache) / f"features-{_cache_key(model, source, preparation)}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _read_cache(path)
+        if kept is not None:
+            if len(kept.faults) > max_faults * len(source):
+                path.unlink()  # the error below is that of images read now
+            else:
+                return kept
+    faults = batches.Faults(source, max_faults)
+    dataset = batches.eval_batches(source, batch_size=batch_size, faults=faults, **preparation)
+    shown = forward.ImageProgress(len(source), progress)
+    features, labels, numbers, count = [], [], [], 0
+    try:
+        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
+        for index, (batch, values) in enumerate(outputs):
+            mask = batch["mask"]
+            kept_numbers = batch["numbers"][mask]
+            forward.check_outputs(values[mask], index, kept_numbers, source)
+            features.append(values[mask])
+            labels.append(batch["labels"][mask])
+            numbers.append(kept_numbers)
+            count += len(kept_numbers)
+            shown.show(count)
+    except batches.tf.errors.OpError:
+        faults.check()  # says it in its own words
+        raise
+    shown.close()
+    result = Features(
+        np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
+    )
+    if path is not None:
+        _write_cache(path, result)
+    return result
+
+
+def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Predictor:
+    """Builds the model that gives the features of a tag, an architecture or a file.
+
+    Args:
+        name: a tag, an architecture (its ImageNet weights), a weight file or a `.keras` file.
+        weights: a weight file in place of the model's own; a `.keras` file is a `name`.
+        image_size: side in pixels; 0 for that of the weights.
+
+    Returns:
+        `classifiers.TrainedClassifier`, whose model ends in features (N, C).
+
+    Raises:
+        ValueError: the name is unknown or the file does not fit; the message tells.
+        FileNotFoundError: no such file.
+
+    Example:
+        open_backbone("convnext_tiny.fb_in1k").model.output_shape      # (None, 768)
+    """
+    if not weights and predictor.names_file(name):
+        name, weights = "", name
+    path = resolve.existing_file(weights) if weights else None
+    images = None if path is None else predictor.described(path, name)
+    if path is not None and path.suffix == ".keras":
+        return _open_keras_backbone(path, name, image_size)
+    if path is not None and not name:
+        if keras_files.is_bare(path):
+            raise ValueError(
+                f"{path} does not say which architecture it holds. Pass that as model, the file as weights."
+            )
+        state = resolve.read_file(path)
+        with resolve.naming(path):
+            name = layouts.find_variant(state).name
+    row = predictor.row_for(name)
+    size = image_size or (images or row).image_size
+    model = models.load(
+        name,
+        weights=path or "default",
+        include_top=False,
+        pooling="avg",
+        input_shape=(size, size, 3),
+    )
+    preparation = predictor.preparation(images or row, size)
+    if path is not None:
+        return Predictor(model, preparation, None, path)
+    return Predictor(model, preparation, row, locate.find_local(**row.address))
+
+
+def _open_keras_backbone(path: pathlib.Path, name: str, image_size: int) -> Predictor:
+    try:
+        model = without_classifier(keras.saving.load_model(path, compile=False))
+    except Exception as error:  # damaged archives and unknown layers raise of many classes
+        raise ValueError(f"{path} could not be opened as a Keras model: {error}") from error
+    row = predictor.described(path, name) or (predictor.row_for(name) if name else None)
+    default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
+    with resolve.naming(path):
+        _check_outputs_shape(model)
+    size = predictor.check_model(model, image_size or None, str(path), default_size)
+    preparation = {"image_size": size} if row is None else predictor.preparation(row, size)
+    return Predictor(model, preparation, None, path)
+
+
+def without_classifier(model: Any) -> Any:
+    """Returns the part of a model of this package in front of its classifier; other models as they are.
+
+    Args:
+        model: `keras.Model`.
+
+    Returns:
+        `keras.Model` that shares the layers of `model`.
+    """
+    if not isinstance(model, models.ConvNeXt):
+        return model
+    names = {layer.name for layer in model.layers}
+    first = next((name for name in ("pre_logits", "head") if name in names), None)
+    if first is None:
+        return model
+    return keras.Model(model.input, model.get_layer(first).input, name=model.name)
+
+
+def both_features(settings, model, data, cache, max_faults, progress):
+    """Returns the features and source of the training images, of those to classify, and the environment."""
+    classification.import_batches()  # its absence is told before anything is downloaded
+    train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
+    if train_source.classes != test_source.classes:
+        raise ValueError(
+            f"Expected the same classes in both sources, received {len(train_source.classes)} and "
+            f"{len(test_source.classes)}. Open the second with classes=first.classes."
+        )
+    if model is None:
+        if not settings.model:
+            raise ValueError("Expected a model, received model=''. Pass a tag, an architecture or a file.")
+        backbone = open_backbone(settings.model, settings.weights, image_size=settings.image_size)
+    else:
+        if settings.model or settings.weights:
+            raise ValueError(
+                f"Expected settings without model and weights beside a Keras model, received "
+                f"model={settings.model!r}, weights={settings.weights!r}."
+            )
+        model = without_classifier(model)
+        _check_outputs_shape(model)
+        size = predictor.check_model(model, settings.image_size or None, "the model")
+        backbone = Predictor(model, {"image_size": size}, None, None)
+    preparation = _changed_preparation(backbone.preparation, settings)
+    backbone = dataclasses.replace(backbone, preparation=preparation)
+    parts = [
+        (
+            extract_features(
+                backbone.model,
+                source,
+                preparation,
+                batch_size=settings.batch_size,
+                cache=cache,
+                max_faults=max_faults,
+                progress=progress,
+            ),
+            source,
+        )
+        for source in (train_source, test_source)
+    ]
+    environment = {
+        **result_columns.model_settings(backbone),
+        **result_columns.environment(),
+        **result_columns.data_settings(test_source, split),
+        **result_columns.preparation_settings(backbone),
+        "batch_size": str(settings.batch_size),
+    }
+    return *parts, environment
+
+
+def _open_parts(settings: NearestNeighbours | LinearProbe) -> tuple[Source, Source, str]:
+    """Returns the training images, those to classify, and which these are in words."""
+    if not settings.data:
+        raise ValueError("Expected data, received data=''. Pass the path of the images.")
+    splits = sources.list_splits(settings.data)
+    train = sources.open_source(settings.data, settings.train_split or ("train" if splits else None))
+    others = {sources.canonical_split(split) for split in splits} & {"validation", "test"}
+    if settings.val_split or others:
+        split = settings.val_split or "validation"  # which takes "test" where that is the only one
+        return train, sources.open_source(settings.data, split, classes=train.classes), split
+    parts = sources.hold_out(train, settings.validation_fraction, settings.seed)
+    return (
+        *parts,
+        f"{settings.validation_fraction:g} of {settings.train_split or 'all'}, seed {settings.seed}",
+    )
+
+
+def _changed_preparation(preparation: dict[str, Any], settings: Any) -> dict[str, Any]:
+    names = ("crop", "resize_mode", "resize_size", "interpolation")
+    changes = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    if changes and "resize_size" not in changes and preparation.get("resize_size") is not None:
+        changes["resize_size"] = None
+    return preparation | changes
+
+
+def _check_outputs_shape(model: Any) -> None:
+    shape = getattr(model, "output_shape", None)
+    if not (isinstance(shape, tuple) and len(shape) == 2):
+        raise ValueError(
+            f"Expected a model that ends in features (N, C), received outputs {shape}. Build it with "
+            "include_top=False, pooling='avg'."
+        )
+
+
+# Kept features.
+
+
+def _cache_key(model: Any, source: Source, preparation: dict[str, Any]) -> str:
+    """Returns a digest of all that features depend on."""
+    chosen = {"crop": 0.875, "resize_mode": "shorter_side", "resize_size": None, "interpolation": "bicubic"}
+    facts = [
+        _CACHE_VERSION,
+        keras.backend.backend(),
+        model.dtype_policy.name,
+        _architecture_text(model),
+        result_columns.digest_of_arrays(model),
+        _source_digest(source),
+        chosen | preparation,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+
+
+def _architecture_text(model: Any) -> str:
+    try:
+        return model.to_json()
+    except (NotImplementedError, ValueError, TypeError):  # a model of the user's own class
+        return f"{type(model).__name__} {model.input_shape} {model.output_shape}"
+
+
+def _source_digest(source: Source) -> str:
+    """Returns a digest of names, classes and order of the images, and of size and time of their files."""
+    digest = hashlib.sha256()
+    for number in np.unique(source.file_numbers).tolist():
+        state = os.stat(source.files[number])
+        digest.update(f"{number} {state.st_size} {state.st_mtime_ns}\n".encode())
+    for name in ("file_numbers", "offsets", "lengths", "labels"):
+        digest.update(np.ascontiguousarray(getattr(source, name)).tobytes())
+    digest.update("\n".join(source.classes).encode("utf-8", "surrogateescape"))
+    for number in range(len(source)):
+        digest.update(f"{source.name(number)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _read_cache(path: pathlib.Path) -> Features | None:
+    """Returns what a file holds; None when it is not there, or not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Features(
+                arrays["features"],
+                arrays["labels"],
+                arrays["numbers"],
+                json.loads(arrays["faults"].tobytes().decode("utf-8", "surrogateescape")),
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write_cache(path: pathlib.Path, features: Features) -> None:
+    """Keeps features in one step; without space for them a line on stderr says so."""
+    faults = json.dumps(features.faults).encode("utf-8", "surrogateescape")
+    try:
+        with replacing_file(path) as file:
+            np.savez(
+                file,
+                features=features.features,
+                labels=features.labels,
+                numbers=features.numbers,
+                faults=np.frombuffer(faults, np.uint8),
+            )
+    except OSError as error:
+        print(
+            f"The features of {len(features.labels)} images are not kept, and will be computed again: "
+            f"'{path.parent}' cannot be written ({error.strerror}).",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiplies matrices in float32: accelerators round their entries to 10 bits or fewer by default."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            yield
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        before = tf.config.experimental.tensor_float_32_execution_enabled()
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            tf.config.experimental.enable_tensor_float_32_execution(before)
+    else:
+        yield  # PyTorch's default is full precision
+
+
+# Checks.
+
+
+def _check_common(settings: NearestNeighbours | LinearProbe) -> None:
+    _check_share("validation_fraction", settings.validation_fraction)
+    _check_share("crop", settings.crop, zero_for="that of the weights", up_to_one=True)
+    _check_at_least("image_size", settings.image_size, 0)
+    _check_at_least("resize_size", settings.resize_size, 0)
+    _check_at_least("batch_size", settings.batch_size, 1)
+    _check_at_least("seed", settings.seed, 0)
+    _check_choice("resize_mode", settings.resize_mode, ("shorter_side", "squash"))
+    _check_choice("interpolation", settings.interpolation, tuple(preprocess.INTERPOLATIONS))
+
+
+def _check_at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected {name} to be a whole number from {least} up, received {value!r}.")
+
+
+def _check_above_zero(name: str, value: object) -> None:
+    if not (_is_number(value) and 0 < value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"Expected {name} above 0, received {value!r}.")
+
+
+def _check_share(name: str, value: object, zero_for: str = "", up_to_one: bool = False) -> None:
+    is_number = _is_number(value)
+    if zero_for and is_number and value == 0:
+        return
+    if not (is_number and (0 < value < 1 or (up_to_one and value == 1))):  # type: ignore[operator]
+        allowed = "above 0, up to 1" if up_to_one else "between 0 and 1, both excluded"
+        also = f", or 0 for {zero_for}" if zero_for else ""
+        raise ValueError(f"Expected {name} {allowed}{also}, received {value!r}.")
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value and value not in known:
+        raise ValueError(f"Unknown {name} {value!r}. Known: {', '.join(known)}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def joined_words(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,216 @@
+"""Outputs of a model over batches, and the ranks of the right classes."""
+
+import datetime
+import itertools
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_convnext import predictor
+from keras_convnext._environment import is_set
+from keras_convnext.data.index import Source
+from keras_convnext.distribution import choose
+from keras_convnext.evaluation.results import percentage
+from keras_convnext.exporting import runtimes
+
+_jax_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+# Running the model.
+
+
+def run_model(model, dataset, source: Source, columns, progress: "ImageProgress") -> dict[str, Any]:
+    """Returns the scores of every example that could be decoded, and the time it took."""
+    numbers, labels, ranks, predictions = [], [], [], []
+    begin = time.perf_counter()
+    first_end, first_images, count = begin, 0, 0
+    for index, (batch, outputs) in enumerate(with_outputs(model, dataset.as_numpy_iterator())):
+        mask = batch["mask"]
+        outputs = outputs[mask]
+        if columns is not None:
+            outputs = np.where(columns < 0, np.float32("-inf"), outputs[:, columns])
+        kept = batch["numbers"][mask]
+        check_outputs(outputs, index, kept, source)
+        numbers.append(kept)
+        labels.append(batch["labels"][mask])
+        ranks.append(label_ranks(outputs, labels[-1]))
+        predictions.append(best_classes(outputs, 5))
+        count += len(kept)
+        progress.show(count)
+        if index == 0:
+            first_end, first_images = time.perf_counter(), count
+    progress.close()
+    end = time.perf_counter()
+    # The first batch is left out of the speed, as the model is compiled in it.
+    images_timed, begin_timed = (count - first_images, first_end) if count > first_images else (count, begin)
+    width = min(5, len(source.classes))
+    return {
+        "numbers": np.concatenate(numbers or [np.zeros(0, np.int64)]),
+        "labels": np.concatenate(labels or [np.zeros(0, np.int32)]),
+        "ranks": np.concatenate(ranks or [np.zeros(0, np.int32)]),
+        "predictions": np.concatenate(predictions or [np.zeros((0, width), np.int32)]),
+        "seconds": end - begin,
+        "images_per_second": images_timed / max(end - begin_timed, 1e-9),
+    }
+
+
+def validate(
+    model: Any,
+    dataset: Any,
+    after_batch: Callable[[], None] = lambda: None,
+    gathered: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array],
+) -> dict[str, float]:
+    """Scores a classifier on batches that are made anew at each call, as training does after each epoch.
+
+    Args:
+        model: from (N, H, W, 3) pixels in 0..255 to logits (N, K), class i of the data being output i.
+        dataset: what `batches.eval_batches` returns.
+        after_batch: called after each batch; may raise to end the evaluation.
+        gathered: from an array of this process's images to those of all processes.
+
+    Returns:
+        {"loss": mean cross-entropy of the labels without smoothing, "top1": percent, "top5": percent, "n":
+        number of images}. NaN where the model gives NaN or the data has no image.
+    """
+    losses, ranks = [np.zeros(0)], [np.zeros(0, np.int32)]
+    for batch, outputs in with_outputs(model, dataset.as_numpy_iterator()):
+        after_batch()
+        logits, labels = outputs[batch["mask"]].astype(np.float64), batch["labels"][batch["mask"]]
+        largest = logits.max(axis=1, keepdims=True)
+        own = np.take_along_axis(logits, labels[:, None], axis=1)
+        losses.append((np.log(np.exp(logits - largest).sum(axis=1, keepdims=True)) + largest - own)[:, 0])
+        ranks.append(np.where(np.isnan(logits).any(axis=1), logits.shape[1], label_ranks(logits, labels)))
+    loss, rank = (np.concatenate(gathered(np.concatenate(parts))) for parts in (losses, ranks))
+    mean = float(loss.mean()) if len(loss) else float("nan")
+    return {"loss": mean, "top1": percentage(rank < 1), "top5": percentage(rank < 5), "n": len(rank)}
+
+
+def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
+    """Yields each batch with its outputs; the next is on the device already while these are worked on."""
+    forward = _forward(model)
+
+    def begin(batch: dict) -> tuple[dict, Any]:
+        return batch, forward(choose.divided(predictor.for_channels(batch["images"], model)))
+
+    for batch in itertools.islice(batches, 1):  # waited for, as the model is compiled in it
+        yield batch, choose.rows(begin(batch)[1])
+    begun = None
+    for batch in batches:
+        ended, begun = begun, begin(batch)
+        if ended is not None:
+            yield ended[0], choose.rows(ended[1])
+    if begun is not None:
+        yield begun[0], choose.rows(begun[1])
+
+
+def _forward(model) -> Callable[[np.ndarray], Any]:
+    """Returns the function from images to outputs that does not wait for an accelerator to finish."""
+    if isinstance(model, runtimes.ExportedModel):
+        return model
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        def forward(images):
+            with torch.inference_mode():
+                return model(images, training=False)
+
+        return forward
+    if backend == "jax":
+        state = [[v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)]
+        step = _jax_step(model)
+        return lambda images: step(state, images)
+    if backend == "tensorflow":
+        if (step := choose.forward(model)) is not None:
+            return step
+        model.make_predict_function()
+        return lambda images: model.predict_function([(images,)])
+    return model.predict_on_batch
+
+
+def _jax_step(model: Any) -> Callable[[Any, np.ndarray], Any]:
+    """Returns the compiled function from weights and images to outputs; the same one for the same model."""
+    import jax
+
+    if model not in _jax_steps:
+        reference: Any = weakref.ref(model)  # the table must not keep the model
+
+        def step(state, images):
+            return reference().stateless_call(*state, images, training=False)[0]
+
+        _jax_steps[model] = jax.jit(step, out_shardings=choose.by_rows())
+    return _jax_steps[model]
+
+
+def label_ranks(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Counts the classes that come before the label: those with a larger output, or an equal one and a
+    smaller number.
+
+    Args:
+        outputs: float32 (N, K), without NaN.
+        labels: int (N,), 0 to K - 1.
+
+    Returns:
+        int32 (N,), 0 where the label is first.
+    """
+    own = np.take_along_axis(outputs, labels[:, None], axis=1)
+    before = (outputs > own) | ((outputs == own) & (np.arange(outputs.shape[1]) < labels[:, None]))
+    return before.sum(axis=1, dtype=np.int32)
+
+
+def best_classes(outputs: np.ndarray, count: int) -> np.ndarray:
+    """Finds the classes with the largest outputs, in the order of `label_ranks`.
+
+    Returns:
+        int32 (N, min(count, K)).
+    """
+    count = min(count, outputs.shape[1])
+    best = np.empty((len(outputs), count), np.int32)
+    # Only what can be among them is sorted: faster than all of 1000 outputs.
+    bounds = np.partition(outputs, -count, axis=1)[:, -count]
+    for place, (row, bound) in enumerate(zip(outputs, bounds, strict=True)):
+        candidates = np.flatnonzero(row >= bound)
+        best[place] = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
+    return best
+
+
+def check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: Source) -> None:
+    bad = np.isnan(outputs).any(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"Expected numbers from the model, received NaN for {int(bad.sum())} of the {len(bad)} images of "
+            f"batch {index}, the first of them '{source.name(int(numbers[bad][0]))}'. Check the weights; "
+            "with a float16 policy try bfloat16 or float32."
+        )
+
+
+class ImageProgress:
+    """One line on stderr, rewritten as batches are done; nothing when nobody watches."""
+
+    def __init__(self, total: int, is_wanted: bool) -> None:
+        self.total = total
+        self.begin = self.shown = time.monotonic()
+        self.is_watched = is_wanted and sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
+
+    def show(self, count: int) -> None:
+        now = time.monotonic()
+        if not self.is_watched or now - self.shown < 0.5:
+            return
+        self.shown = now
+        rate = count / (now - self.begin)
+        left = datetime.timedelta(seconds=round((self.total - count) / max(rate, 1e-9)))
+        print(
+            f"\r{count} of {self.total} images, {rate:.0f} images/s, {left} left \033[K",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        if self.is_watched and self.shown > self.begin:
+            print(file=sys.stderr)

@@ -1,0 +1,265 @@
+"""A linear classifier on the features of a frozen model."""
+
+import io
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_convnext._files import replacing_file
+from keras_convnext.data import sources
+from keras_convnext.data.index import Source
+from keras_convnext.evaluation import forward
+from keras_convnext.evaluation.features import (
+    TRAIN_BLOCK,
+    FeatureResult,
+    LinearProbe,
+    Score,
+    both_features,
+    full_precision,
+    joined_words,
+)
+from keras_convnext.evaluation.results import percentage
+
+
+def linear_probe(
+    settings: LinearProbe,
+    *,
+    model: Any = None,
+    data: tuple[Source, Source] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    max_faults: float = 0.01,
+    progress: bool = True,
+) -> FeatureResult:
+    """Trains a linear classifier on frozen features and measures its accuracy.
+
+    A part of the training images is held out; one classifier a learning rate is trained on the rest. The rate
+    with the best top-1 accuracy on the part held out, the smaller of equals, is taken to train the final
+    classifier on all training images. The images that the scores are of choose nothing.
+
+    Reference: see `LinearProbe`.
+
+    Args:
+        settings: what to train, and how.
+        model, data, cache, max_faults, progress: as in `nearest_neighbours`.
+
+    Returns:
+        `FeatureResult`: `top1` and `top5` are those of the final classifier, `kernel` and `bias` its weights;
+        `scores` are those of the classifiers among which the rate was chosen.
+
+    Raises:
+        ValueError: the model has no features (N, C), they are NaN, or all rates lead to NaN.
+        SourceError: the data cannot be used.
+        DataError: more images are damaged than `max_faults` allows.
+        ImportError: TensorFlow, which reads the images, is not installed.
+
+    Example:
+        result = linear_probe(LinearProbe(model="convnext_tiny.fb_in1k", data="flowers"))
+        result.top1, result.chosen
+    """
+    begin = time.perf_counter()
+    (train, source), (test, _), environment = both_features(
+        settings, model, data, cache, max_faults, progress
+    )
+    is_held_out = sources.held_out_mask(source, settings.selection_fraction, settings.seed)[train.numbers]
+    num_classes = len(source.classes)
+
+    def fit(rows: np.ndarray, rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        return fit_linear(
+            train.features[rows],
+            train.labels[rows],
+            num_classes,
+            learning_rates=rates,
+            epochs=settings.epochs,
+            batch_size=settings.probe_batch_size,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+        )
+
+    def ranks(kernels: np.ndarray, biases: np.ndarray, features: np.ndarray, labels: np.ndarray) -> list:
+        return [
+            linear_ranks(kernel, bias, features, labels) for kernel, bias in zip(kernels, biases, strict=True)
+        ]
+
+    kernels, biases = fit(~is_held_out, settings.learning_rates)
+    is_finite = np.isfinite(kernels).all(axis=(1, 2)) & np.isfinite(biases).all(axis=1)
+    if not is_finite.any():
+        raise ValueError(
+            "Expected a learning rate that leads to numbers, but all of "
+            f"{joined_words(settings.learning_rates)} lead to NaN or infinity. Pass smaller ones."
+        )
+    selection = ranks(kernels, biases, train.features[is_held_out], train.labels[is_held_out])
+    scores = tuple(
+        Score(rate, percentage(of_test < 1), percentage(of_test < 5), percentage(of_selection < 1))
+        for rate, of_test, of_selection in zip(
+            settings.learning_rates,
+            ranks(kernels, biases, test.features, test.labels),
+            selection,
+            strict=True,
+        )
+    )
+    # A rate that diverged may still be right by chance.
+    candidates = [score for score, finite in zip(scores, is_finite, strict=True) if finite]
+    chosen = max(candidates, key=lambda score: (score.selection_top1, -score.setting)).setting
+    kernels, biases = fit(np.ones(len(train.labels), bool), [chosen])
+    (final,) = ranks(kernels, biases, test.features, test.labels)
+    return FeatureResult(
+        settings=settings,
+        environment=environment,
+        scores=scores,
+        top1=percentage(final < 1),
+        top5=percentage(final < 5),
+        num_train=len(train.labels),
+        n=len(test.labels),
+        faults=train.faults | test.faults,
+        seconds=time.perf_counter() - begin,
+        chosen=chosen,
+        kernel=kernels[0],
+        bias=biases[0],
+    )
+
+
+# Linear probe.
+
+
+def fit_linear(
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int = 256,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Trains one linear classifier a learning rate, all on the same batches from the same start.
+
+    SGD with momentum on the cross-entropy of softmax(features @ kernel + bias), as PyTorch's:
+    velocity <- momentum * velocity + gradient, weights <- weights - rate * velocity, where the rate goes from
+    its peak to 0 along a cosine over all steps. The classifiers are the columns of one matrix, whose gradient
+    is features^T (softmax - target) / batch size. What is left over of an epoch is dropped; each has its own
+    order.
+
+    Args:
+        features: float32 (N, C).
+        labels: int (N,), 0 to num_classes - 1.
+        num_classes: classes K.
+        learning_rates: R peak rates.
+        epochs: passes over the features.
+        batch_size: features of one step; all where there are fewer.
+        momentum: float in [0, 1).
+        weight_decay: float from 0 up, L2 penalty of the kernel.
+        seed: of the first kernel, normal with a deviation of 0.01, and of the orders.
+
+    Returns:
+        kernels float32 (R, C, K) and biases float32 (R, K); not finite where a rate is too large.
+
+    Raises:
+        ValueError: there are no features.
+    """
+    if not len(features):
+        raise ValueError("Expected features to train on, received none.")
+    width, num_rates = features.shape[1], len(learning_rates)
+    size = min(batch_size, len(features))
+    steps_per_epoch = len(features) // size
+    total = epochs * steps_per_epoch
+    start = np.random.default_rng([seed, 0]).normal(0, 0.01, (width, 1, num_classes))
+    start = np.broadcast_to(start, (width, num_rates, num_classes)).reshape(width, -1)
+    kernel = ops.convert_to_tensor(start.astype(np.float32))  # (C, R * K)
+    bias = ops.zeros((num_rates * num_classes,), "float32")
+    kernel_velocity, bias_velocity = ops.zeros_like(kernel), ops.zeros_like(bias)
+    rates = np.repeat(np.asarray(learning_rates, np.float32), num_classes)
+    one_hot = np.eye(num_classes, dtype=np.float32)
+    step = 0
+    with full_precision():
+        for epoch in range(epochs):
+            order = np.random.default_rng([seed, 1, epoch]).permutation(len(features))
+            for first in range(0, steps_per_epoch * size, size):
+                rows = order[first : first + size]
+                x = ops.convert_to_tensor(features[rows])
+                target = ops.convert_to_tensor(one_hot[labels[rows]][:, None])  # (B, 1, K)
+                logits = ops.reshape(ops.matmul(x, kernel) + bias, (size, num_rates, num_classes))
+                error = ops.reshape((ops.softmax(logits, axis=-1) - target) / size, (size, -1))
+                gradient = ops.matmul(ops.transpose(x), error)
+                if weight_decay:
+                    gradient = gradient + weight_decay * kernel
+                kernel_velocity = momentum * kernel_velocity + gradient
+                bias_velocity = momentum * bias_velocity + ops.sum(error, axis=0)
+                rate = ops.convert_to_tensor(rates * np.float32(0.5 * (1 + math.cos(math.pi * step / total))))
+                kernel = kernel - rate * kernel_velocity
+                bias = bias - rate * bias_velocity
+                step += 1
+    kernels = ops.convert_to_numpy(kernel).reshape(width, num_rates, num_classes).transpose(1, 0, 2)
+    return np.ascontiguousarray(kernels), ops.convert_to_numpy(bias).reshape(num_rates, num_classes)
+
+
+def linear_ranks(
+    kernel: np.ndarray, bias: np.ndarray, features: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Ranks the labels of images among the logits features @ kernel + bias, as `evaluate.label_ranks` does.
+
+    Args:
+        kernel: float32 (C, K).
+        bias: float32 (K,).
+        features: float32 (N, C).
+        labels: int (N,), 0 to K - 1.
+
+    Returns:
+        int32 (N,); K where the logits are not finite.
+    """
+    ranks = np.full(len(labels), len(bias), np.int32)
+    if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
+        return ranks
+    for begin in range(0, len(labels), TRAIN_BLOCK):
+        rows = slice(begin, begin + TRAIN_BLOCK)
+        ranks[rows] = forward.label_ranks(features[rows] @ kernel + bias, labels[rows])
+    return ranks
+
+
+def draw_rates(result: FeatureResult, path: str | os.PathLike[str]) -> None:
+    """Draws the accuracy of a linear probe against its learning rates, as a PNG.
+
+    Args:
+        result: what `linear_probe` returns.
+        path: the file to write.
+
+    Raises:
+        ValueError: the result is not that of a probe.
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(result.settings, LinearProbe):
+        raise ValueError(
+            "Expected the result of linear_probe, received one of nearest_neighbours, which has no rates."
+        )
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError(
+            "The picture is drawn with matplotlib, which is not installed. Run "
+            "pip install 'keras-convnext[data]'."
+        ) from error
+    rates = [score.setting for score in result.scores]
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    selection = [score.selection_top1 for score in result.scores]
+    axes.plot(rates, np.array(selection, float), "o-", label="held out of training")
+    axes.plot(rates, [score.top1 for score in result.scores], "s--", label="evaluated images")
+    axes.axvline(result.chosen, color="0.6", linewidth=1, label=f"chosen: {result.chosen:g}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.set_title(f"Linear probe of {result.environment['model']}: {result.top1:.2f} %", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    with replacing_file(path) as file:
+        file.write(content.getvalue())

@@ -1,0 +1,240 @@
+"""k nearest neighbours on the features of a frozen model."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_convnext.data.index import Source
+from keras_convnext.evaluation import forward
+from keras_convnext.evaluation.features import (
+    TRAIN_BLOCK,
+    FeatureResult,
+    NearestNeighbours,
+    Score,
+    both_features,
+    full_precision,
+)
+from keras_convnext.evaluation.results import percentage
+
+_SPARE_NEIGHBOURS = 16  # ranked exactly beside those wanted, as the first ranking is in float32
+_EXACT_BLOCK = 16  # images whose candidates are ranked exactly at a time
+_QUERY_BLOCK = 1024  # images compared at a time, so that a block of similarities takes 256 MB
+
+
+def nearest_neighbours(
+    settings: NearestNeighbours,
+    *,
+    model: Any = None,
+    data: tuple[Source, Source] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    max_faults: float = 0.01,
+    progress: bool = True,
+) -> FeatureResult:
+    """Classifies images by the training images whose features are nearest.
+
+    The nearest are those of largest cosine similarity; each votes for its class with the weight
+    exp(similarity / temperature). An image counts for top-5 when fewer than 5 classes have more votes than
+    its label, equal ones being ordered by their class number; a label without any vote never counts.
+
+    Reference: Wu et al. 2018 (arXiv:1805.01978), section 3.4; facebookresearch/dino at 04c0ad9, eval_knn.py,
+    where a label without votes may count for top-5 by the order of a sort.
+
+    Args:
+        settings: what to compare, and how.
+        model: `keras.Model` of (N, H, W, 3) pixels in 0..255 to features (N, C), in place of
+            `settings.model`. A classifier of this package gives the features in front of its classifier.
+        data: (training source, source to classify) in place of `settings.data` and its splits. The second has
+            the classes of the first.
+        cache: folder in which features are kept; a second call with the same model, images and preparation
+            takes them from there, and nothing else does. Default: none are kept.
+        max_faults: share of the images that may be damaged, 0 to 1.
+        progress: whether to show progress on stderr when that is a terminal.
+
+    Returns:
+        `FeatureResult`.
+
+    Raises:
+        ValueError: the model has no features (N, C), they are NaN, or there are fewer training images than
+            neighbours are asked for.
+        SourceError: the data cannot be used.
+        DataError: more images are damaged than `max_faults` allows.
+        ImportError: TensorFlow, which reads the images, is not installed.
+
+    Example:
+        result = nearest_neighbours(NearestNeighbours(model="convnext_tiny.fb_in1k", data="flowers"))
+        result.top1, [(score.setting, score.top1) for score in result.scores]
+    """
+    begin = time.perf_counter()
+    train, test, environment = both_features(settings, model, data, cache, max_faults, progress)
+    _, source = train
+    labels = test[0].labels
+    ranks = neighbour_ranks(
+        train[0].features,
+        train[0].labels,
+        test[0].features,
+        labels,
+        len(source.classes),
+        settings.neighbours,
+        settings.temperature,
+    )
+    scores = tuple(
+        Score(number, percentage(ranks[number] < 1), percentage(ranks[number] < 5))
+        for number in settings.neighbours
+    )
+    headline = next((score for score in scores if score.setting == 20), scores[0])
+    return FeatureResult(
+        settings=settings,
+        environment=environment,
+        scores=scores,
+        top1=headline.top1,
+        top5=headline.top5,
+        num_train=len(train[0].labels),
+        n=len(labels),
+        faults=train[0].faults | test[0].faults,
+        seconds=time.perf_counter() - begin,
+        chosen=headline.setting,
+    )
+
+
+# Nearest neighbours.
+
+
+def neighbour_ranks(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    neighbours: Sequence[int],
+    temperature: float,
+) -> dict[int, np.ndarray]:
+    """Ranks the labels of images among the classes that their nearest neighbours vote for.
+
+    Args:
+        train_features: float (N, C), of the images that vote.
+        train_labels: int (N,), their classes, 0 to num_classes - 1.
+        features: float (Q, C), of the images that are classified.
+        labels: int (Q,), their classes.
+        num_classes: number of classes.
+        neighbours: numbers of neighbours, 1 to N each.
+        temperature: float above 0.
+
+    Returns:
+        For each number of neighbours, int32 (Q,): classes with more votes than the label, or as many and a
+        smaller number; `num_classes` where the label has no vote.
+
+    Raises:
+        ValueError: more neighbours are asked for than there are.
+    """
+    similarities, numbers = find_neighbours(train_features, features, max(neighbours))
+    ranks = {number: np.empty(len(features), np.int32) for number in neighbours}
+    for begin in range(0, len(features), _QUERY_BLOCK):
+        rows = slice(begin, begin + _QUERY_BLOCK)
+        for number, of_number in ranks.items():
+            votes = count_votes(
+                similarities[rows, :number], train_labels[numbers[rows, :number]], num_classes, temperature
+            )
+            own = np.take_along_axis(votes, labels[rows, None], axis=1)[:, 0]
+            of_number[rows] = np.where(own > 0, forward.label_ranks(votes, labels[rows]), num_classes)
+    return ranks
+
+
+def find_neighbours(
+    train_features: np.ndarray,
+    features: np.ndarray,
+    count: int,
+    *,
+    query_block: int = _QUERY_BLOCK,
+    train_block: int = TRAIN_BLOCK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the training images of largest cosine similarity.
+
+    Similarities of all pairs are computed block by block on the backend's device, in float32. What comes near
+    the first `count` is then compared in float64, so that neither blocks nor backend decide the order.
+
+    Args:
+        train_features: float (N, C).
+        features: float (Q, C).
+        count: neighbours of each image, 1 to N.
+        query_block: images whose neighbours are looked for at a time.
+        train_block: training images that are looked at at a time.
+
+    Returns:
+        float64 (Q, count), similarities in [-1, 1], the largest first, and int64 (Q, count), rows of
+        `train_features`; of equal similarities the smaller row comes first.
+
+    Raises:
+        ValueError: `count` is not in 1 to N, or a feature is not finite.
+    """
+    if not 1 <= count <= len(train_features):
+        raise ValueError(
+            f"Expected 1 to {len(train_features)} neighbours, the number of training images, received "
+            f"{count}. Pass smaller numbers of neighbours."
+        )
+    train, queries = _normalised(train_features), _normalised(features)
+    kept = min(count + _SPARE_NEIGHBOURS, len(train))
+    best_values = np.empty((len(queries), 0), np.float32)
+    best_rows = np.empty((len(queries), 0), np.int64)
+    with full_precision():
+        for begin in range(0, len(train), train_block):
+            block = ops.transpose(ops.convert_to_tensor(train[begin : begin + train_block]))
+            found = [
+                ops.top_k(ops.matmul(ops.convert_to_tensor(queries[first : first + query_block]), block), k)
+                for k in [min(kept, block.shape[1])]
+                for first in range(0, len(queries), query_block)
+            ]
+            values = np.concatenate([ops.convert_to_numpy(values) for values, _ in found])
+            rows = begin + np.concatenate([ops.convert_to_numpy(rows) for _, rows in found]).astype(np.int64)
+            best_values = np.concatenate([best_values, values], axis=1)
+            best_rows = np.concatenate([best_rows, rows], axis=1)
+            order = np.argsort(-best_values, axis=1, kind="stable")[:, :kept]
+            best_values = np.take_along_axis(best_values, order, axis=1)
+            best_rows = np.take_along_axis(best_rows, order, axis=1)
+    similarities = np.empty((len(queries), count))
+    for begin in range(0, len(queries), _EXACT_BLOCK):
+        part = slice(begin, begin + _EXACT_BLOCK)
+        candidates = np.sort(best_rows[part], axis=1)  # equal similarities keep the order of the rows
+        exact = np.einsum("qkc,qc->qk", train[candidates].astype(np.float64), queries[part])
+        order = np.argsort(-exact, axis=1, kind="stable")
+        best_rows[part] = np.take_along_axis(candidates, order, axis=1)
+        similarities[part] = np.take_along_axis(exact, order, axis=1)[:, :count]
+    return similarities, best_rows[:, :count]
+
+
+def count_votes(
+    similarities: np.ndarray, labels: np.ndarray, num_classes: int, temperature: float
+) -> np.ndarray:
+    """Adds up the votes of neighbours, exp((similarity - largest similarity) / temperature).
+
+    The largest similarity of an image only scales its votes, and keeps them from overflowing.
+
+    Args:
+        similarities: float64 (Q, k).
+        labels: int (Q, k), classes of the neighbours.
+        num_classes: number of classes.
+        temperature: float above 0.
+
+    Returns:
+        float64 (Q, num_classes); 0 exactly where no neighbour has the class.
+    """
+    weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)) / temperature)
+    weights = np.maximum(weights, np.finfo(np.float64).tiny)  # a vote that underflows still is one
+    votes = np.zeros((len(similarities), num_classes))
+    np.add.at(votes, (np.arange(len(votes))[:, None], labels), weights)
+    return votes
+
+
+def _normalised(features: np.ndarray) -> np.ndarray:
+    """Returns features of length 1, in float32; those of length 0 stay so."""
+    features = np.asarray(features, np.float64)
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    if not np.isfinite(lengths).all():
+        row = int(np.flatnonzero(~np.isfinite(lengths[:, 0]))[0])
+        raise ValueError(
+            f"Expected finite features, received NaN or infinity in row {row}. Check the weights."
+        )
+    return (features / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)

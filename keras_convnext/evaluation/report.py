@@ -1,0 +1,194 @@
+"""Files that show a person where a classifier is wrong."""
+
+import csv
+import functools
+import importlib.util
+import io
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from keras_convnext._files import replacing_file
+from keras_convnext.data import class_names, preprocess
+from keras_convnext.data.index import Source
+from keras_convnext.evaluation.results import Result, percentage
+
+WORST_CLASSES = 10
+WORST_IMAGES = 6  # of a class
+_THUMBNAIL = 96  # pixels
+
+
+def check_output(folder: str | os.PathLike[str]) -> None:
+    """Makes the folder and checks that pictures can be drawn, before hours are spent on the evaluation.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the folder cannot be made.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "The picture of the worst classes is drawn with matplotlib, which is not installed. Run "
+            "pip install 'keras-convnext[data]', or leave output out."
+        )
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
+    """Writes what a person looks at after an evaluation.
+
+    - predictions.csv: name, label, rank of the label (0 where right) and first five classes of each image;
+    - classes.csv: number of images, top-1 and top-5 accuracy of each class in percent, its most frequent
+      wrong prediction;
+    - confusions.csv: number of images of each class that were taken for each class, without the zeros; by
+      class, the most frequent first;
+    - faults.csv: the images that could not be decoded, and why;
+    - worst_classes.png: the ten classes of least accuracy, some of their wrongly classified images and what
+      the model took them for.
+
+    Each file appears whole or not at all.
+
+    Args:
+        folder: made when it is not there.
+        result: what `evaluate` or `combine` returns.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the folder cannot be written.
+    """
+    check_output(folder)
+    classes = result.source.classes
+    names = [result.source.name(number) for number in result.numbers.tolist()]
+    width = result.predictions.shape[1]
+    _write_csv(
+        folder,
+        "predictions.csv",
+        ["name", "label", "rank", *(f"predicted_{place + 1}" for place in range(width))],
+        (
+            [name, classes[label], rank, *(classes[number] for number in predicted)]
+            for name, label, rank, predicted in zip(
+                names,
+                result.labels.tolist(),
+                result.ranks.tolist(),
+                result.predictions.tolist(),
+                strict=True,
+            )
+        ),
+    )
+    pairs = confusions(result)
+    _write_csv(
+        folder,
+        "confusions.csv",
+        ["label", "predicted", "count"],
+        ([classes[label], classes[predicted], count] for label, predicted, count in pairs),
+    )
+    wrong: dict[int, int] = {}
+    for label, predicted, _ in pairs:
+        if label != predicted:
+            wrong.setdefault(label, predicted)
+    _write_csv(
+        folder,
+        "classes.csv",
+        ["class", "name", "n", "top1", "top5", "most_often_taken_for"],
+        (
+            [
+                classes[label],
+                display_name(classes[label]),
+                count,
+                f"{percentage(ranks < 1):.4f}",
+                f"{percentage(ranks < 5):.4f}",
+                classes[wrong[label]] if label in wrong else "",
+            ]
+            for label, count, ranks in _ranks_by_class(result)
+        ),
+    )
+    write_faults(folder, result.faults)
+    _write(folder, "worst_classes.png", _draw_worst_classes(result))
+
+
+def write_faults(folder: str | os.PathLike[str], faults: dict[str, str]) -> None:
+    """Writes faults.csv: name and reason of each image that could not be decoded."""
+    _write_csv(folder, "faults.csv", ["name", "reason"], ([name, reason] for name, reason in faults.items()))
+
+
+def confusions(result: Result) -> list[tuple[int, int, int]]:
+    """Returns (label, predicted, count) for each pair that occurs: by label, the most frequent first."""
+    pairs = np.stack([result.labels, result.predictions[:, 0]], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    rows = [(*pair, count) for pair, count in zip(found.tolist(), counts.tolist(), strict=True)]
+    return sorted(rows, key=lambda row: (row[0], -row[2], row[1]))
+
+
+def display_name(class_name: str) -> str:
+    """Returns the first word of a WordNet id's synset, and any other name as it is."""
+    return _synset_names().get(class_name, class_name).partition(",")[0]
+
+
+@functools.cache
+def _synset_names() -> dict[str, str]:
+    return {
+        synset: name
+        for width in (21841, 11821, 1000)
+        for synset, name in zip(class_names.synset_ids(width), class_names.class_names(width), strict=True)
+    }
+
+
+def _ranks_by_class(result: Result) -> list[tuple[int, int, np.ndarray]]:
+    """Returns (label, number of images, ranks) of each class with images."""
+    return [
+        (label, int((result.labels == label).sum()), result.ranks[result.labels == label])
+        for label in np.unique(result.labels).tolist()
+    ]
+
+
+def _draw_worst_classes(result: Result) -> bytes:
+    """Returns a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    by_accuracy = sorted(_ranks_by_class(result), key=lambda row: (percentage(row[2] < 1), -row[1], row[0]))
+    worst = [row for row in by_accuracy if (row[2] > 0).any()][:WORST_CLASSES]
+    rows = max(len(worst), 1)
+    figure = Figure(figsize=(11, 1.5 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, WORST_IMAGES + 1, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    title = f"{result.settings['model']}: top-1 {result.top1:.2f} % of {len(result.numbers)} images"
+    figure.suptitle(title if worst else f"{title}, none is wrong", fontsize=10, parse_math=False)
+    for row, (label, count, ranks) in zip(axes, worst, strict=False):
+        name = _shortened(display_name(result.source.classes[label]), 18)
+        text = f"{name}\n{percentage(ranks < 1):.0f} % of {count}"
+        row[0].text(0, 0.5, text, fontsize=9, va="center", parse_math=False)
+        wrong = np.flatnonzero((result.labels == label) & (result.ranks > 0))[:WORST_IMAGES]
+        for axis, place in zip(row[1:], wrong.tolist(), strict=False):
+            axis.imshow(_thumbnail(result.source, int(result.numbers[place])))
+            taken_for = display_name(result.source.classes[result.predictions[place, 0]])
+            axis.set_title(_shortened(taken_for, 20), fontsize=7, parse_math=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
+def _thumbnail(source: Source, number: int) -> np.ndarray:
+    image = preprocess.decode_image(source.read(number), source.name(number))
+    return preprocess.preprocess_image(image, image_size=_THUMBNAIL, crop=1.0)
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    _write(folder, name, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def _write(folder, name: str, content: bytes) -> None:
+    with replacing_file(pathlib.Path(folder) / name) as file:
+        file.write(content)

@@ -1,0 +1,260 @@
+"""The result of an evaluation, and the table of results.
+
+A result keeps what was predicted for each image, and every figure is computed from that. So the results of
+several hosts are put together by joining their examples.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from keras_convnext._files import LOCKS_UNSUPPORTED, try_lock
+from keras_convnext.data.index import Source
+
+COLUMNS = (
+    "time", "model", "architecture", "weights", "weights_sha256", "licence",
+    "keras_convnext", "commit", "keras", "backend", "backend_version", "tensorflow", "numpy", "pillow",
+    "python", "cpu", "cores", "accelerators",
+    "data_kind", "data", "split", "data_sha256", "outputs", "n", "skipped",
+    "image_size", "crop", "resize_mode", "resize_size", "interpolation", "dtype_policy", "batch_size",
+    "top1", "top5", "real", "seconds", "images_per_second",
+)  # fmt: skip
+# Fingerprint of ImageNet's 50,000 validation images with their published labels.
+IMAGENET_VALIDATION = "b0ac1bf119f3c8a8ad32e56c6e37727a179138865155ab81d666b3b1cde5f1c6"
+_LOCK_POLL_SECONDS = 0.05
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What a model said of each of n images.
+
+    Attributes:
+        settings: text of the columns of a results row that are not scores, see `COLUMNS`.
+        source: the data.
+        numbers: int64 (n,), places of the images in `source`, ascending; without those left out.
+        labels: int32 (n,), class numbers of the data.
+        ranks: int32 (n,), classes that came before the label; 0 where the model is right.
+        predictions: int32 (n, 5), the first five classes, or all when there are fewer.
+        real: int8 (n,), 1 where the first class is a ReaL label, 0 where not, -1 where the image has no ReaL
+            label; None when they were not asked for.
+        faults: reason by the name of each image that could not be decoded.
+        num_skipped: number of these images.
+        seconds: time for all, from the first file that was read.
+        images_per_second: speed after the first batch, in which the model is compiled.
+    """
+
+    settings: dict[str, str]
+    source: Source
+    numbers: np.ndarray
+    labels: np.ndarray
+    ranks: np.ndarray
+    predictions: np.ndarray
+    real: np.ndarray | None
+    faults: dict[str, str]
+    num_skipped: int
+    seconds: float
+    images_per_second: float
+
+    @property
+    def top1(self) -> float:
+        """Percentage of the images whose label came first; NaN without images."""
+        return percentage(self.ranks < 1)
+
+    @property
+    def top5(self) -> float:
+        """Percentage of the images whose label was among the first five; NaN without images."""
+        return percentage(self.ranks < 5)
+
+    @property
+    def real_accuracy(self) -> float | None:
+        """ReaL accuracy in percent, over the images with ReaL labels; None when it was not asked for."""
+        return None if self.real is None else percentage(self.real[self.real >= 0])
+
+
+def combine(parts: Sequence[Result]) -> Result:
+    """Puts the results of all hosts together.
+
+    Args:
+        parts: what `evaluate` returned with host 0, 1, ..., in any order. A `Result` can be pickled.
+
+    Returns:
+        `Result`, equal to that of one host but for `seconds`, the longest, and `images_per_second`, the sum.
+
+    Raises:
+        ValueError: the results are of other models or data, or do not hold every image once.
+    """
+    if not parts:
+        raise ValueError("Expected the results of all hosts, received none.")
+    same = (
+        "model", "weights_sha256", "data_sha256", "outputs",
+        "image_size", "crop", "resize_mode", "resize_size", "interpolation",
+    )  # fmt: skip
+    for name in same:
+        values = sorted({part.settings[name] for part in parts})
+        if len(values) > 1:
+            raise ValueError(
+                f"Expected results of one evaluation, received different ones of {name}: {', '.join(values)}."
+            )
+    numbers = np.concatenate([part.numbers for part in parts])
+    order = np.argsort(numbers, kind="stable")
+    twice = np.flatnonzero(np.diff(numbers[order]) == 0)
+    if len(twice):
+        name = parts[0].source.name(int(numbers[order][twice[0]]))
+        raise ValueError(
+            f"Expected each image in one result, received {len(twice)} in two, such as '{name}'. Pass the "
+            "result of each host once."
+        )
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])[order]
+
+    result = dataclasses.replace(
+        parts[0],
+        numbers=numbers[order],
+        labels=joined("labels"),
+        ranks=joined("ranks"),
+        predictions=joined("predictions"),
+        real=None if parts[0].real is None else joined("real"),
+        faults={name: reason for part in parts for name, reason in part.faults.items()},
+        num_skipped=sum(part.num_skipped for part in parts),
+        seconds=max(part.seconds for part in parts),
+        images_per_second=sum(part.images_per_second for part in parts),
+    )
+    check_complete(result)
+    return result
+
+
+def fingerprint(source: Source) -> str:
+    """Returns a SHA-256 of the file names and classes of all images, whatever their order and container."""
+    lines = sorted(
+        f"{source.name(number).rpartition('/')[2]}\t{source.classes[label]}\n"
+        for number, label in enumerate(source.labels.tolist())
+    )
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Reads the rows that `append_result` wrote: the text of each column of `COLUMNS` by its name.
+
+    Raises:
+        ValueError: the file has other columns.
+        FileNotFoundError: it is not there.
+    """
+    check_results_file(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_result(path: str | os.PathLike[str], result: Result) -> None:
+    """Adds one row with all columns of `COLUMNS` to a CSV file, which is made when it is not there.
+
+    The row is written at once, behind those of other processes that write at the same time.
+
+    Raises:
+        ValueError: the file has other columns, or the result is that of one of several hosts.
+        OSError: the file cannot be written; it is left as it was.
+    """
+    row = result_row(result)
+    with open(path, "ab", buffering=0) as file:
+        _wait_for_lock(file)
+        check_results_file(path)
+        size = os.fstat(file.fileno()).st_size
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        if size == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        content = text.getvalue().encode("utf-8")
+        written = file.write(content)
+        if written != len(content):
+            file.truncate(size)
+            raise OSError(f"{path} cannot take another row: the disk is full. Free some space.")
+        os.fsync(file.fileno())
+
+
+def check_results_file(path: str | os.PathLike[str]) -> None:
+    """Checks that a row can be added to a file, before hours are spent on it.
+
+    Raises:
+        ValueError: the file has other columns, or a last line without end.
+        OSError: it cannot be read, or its folder is not there.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"Expected the folder of the results file '{path}'. Make it first.")
+        return
+    with open(path, encoding="utf-8", newline="") as file:
+        text = file.read()
+    if not text:
+        return
+    found = next(csv.reader(io.StringIO(text)))
+    if tuple(found) != COLUMNS:
+        missing = ", ".join(name for name in COLUMNS if name not in found) or "none"
+        unknown = ", ".join(name for name in found if name not in COLUMNS) or "none"
+        raise ValueError(
+            f"Expected the columns of this version in '{path}', received others: missing {missing}; unknown "
+            f"{unknown}. Pass another file."
+        )
+    if not text.endswith("\n"):
+        raise ValueError(
+            f"Expected '{path}' to end in a complete line, received {text.splitlines()[-1][:40]!r}... Remove "
+            "that line or end it."
+        )
+
+
+def result_row(result: Result) -> dict[str, str]:
+    """Returns the text of every column of `COLUMNS`; accuracies in percent."""
+    check_complete(result)
+    scores = {
+        "n": str(len(result.numbers)),
+        "skipped": str(result.num_skipped),
+        "top1": f"{result.top1:.4f}",
+        "top5": f"{result.top5:.4f}",
+        "real": "" if result.real_accuracy is None else f"{result.real_accuracy:.4f}",
+        "seconds": f"{result.seconds:.2f}",
+        "images_per_second": f"{result.images_per_second:.2f}",
+    }
+    values = result.settings | scores
+    return {name: values[name] for name in COLUMNS}
+
+
+def _wait_for_lock(file: BinaryIO) -> None:
+    try:
+        while not try_lock(file):
+            time.sleep(_LOCK_POLL_SECONDS)
+    except OSError as error:
+        if error.errno not in LOCKS_UNSUPPORTED:
+            raise
+
+
+def check_complete(result: Result) -> None:
+    """Checks that every image of the data was evaluated or left out for a reason, and not all left out.
+
+    Raises:
+        ValueError: some are missing, because this is the result of one of several hosts, or none was decoded.
+    """
+    expected, received = len(result.source), len(result.numbers) + result.num_skipped
+    if received != expected:
+        raise ValueError(
+            f"Expected the {expected} images of the data, received {received}: the result of one of several "
+            "hosts, or a host's is missing. Pass those of all hosts to combine."
+        )
+    if not len(result.numbers):
+        name, reason = next(iter(result.faults.items()))
+        raise ValueError(
+            f"Expected an image that can be decoded, but none of {expected} can. First, '{name}': {reason}"
+        )
+
+
+def percentage(is_right: np.ndarray) -> float:
+    """Returns the percentage of True; NaN for an empty array."""
+    return 100 * float(np.mean(is_right)) if len(is_right) else float("nan")

@@ -1,0 +1,1 @@
+"""Files for other runtimes: SavedModel, LiteRT, ONNX, OpenVINO, PyTorch and a web page."""

@@ -1,0 +1,546 @@
+"""`deploy`: the twin of a model for inference, equal to it within rounding and made of less.
+
+What training needs and inference does not is folded, in float64: the gain and shift of a norm into the layer
+that follows, LayerScale into the second pointwise layer, GRN's shift into its bias, the pixel normaliser into
+the stem. Each is a linear map before a linear map without padding in between, so the fold is exact. The norm
+of the stem keeps its gain and shift: a residual path and a padded convolution read its output.
+"""
+
+import collections
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from keras_convnext import convnext, models
+from keras_convnext.layers.chunking import in_parts
+from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
+from keras_convnext.layers.normalization import (
+    GlobalResponseNormalization,
+    LayerNormalization,
+    RMSNormalization,
+    SimpleNormalization,
+)
+from keras_convnext.layers.pointwise import PointwiseConv2D, pointwise, pointwise_after_grn
+from keras_convnext.weights import assign
+
+_register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+
+_NORMS = (LayerNormalization, RMSNormalization, SimpleNormalization)
+_LINEAR = (keras.layers.Dense, keras.layers.Conv2D)
+_BLOCKS = (convnext.ConvNeXtBlock, convnext.ConvNeXtV2Block)
+
+# Layers of Keras that give back their input outside training.
+_TRAINING_ONLY = (
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.RandomBrightness,
+    keras.layers.RandomContrast,
+    keras.layers.RandomFlip,
+    keras.layers.RandomRotation,
+    keras.layers.RandomTranslation,
+    keras.layers.RandomZoom,
+    keras.layers.SpatialDropout2D,
+)
+
+
+@_register
+class InferenceBlock(convnext.Composite):
+    """A block of ConvNeXt (V1 or V2) without what inference does not need.
+
+    `x + pwconv2(grn(gelu(pwconv1(normalise(dwconv(x))))))`, where the norm has neither gain nor shift, GRN
+    (of V2 only) has no shift, and the pointwise layers are 1x1 convolutions that contain the rest. It cannot
+    be trained as the block it came from.
+
+    Args:
+        dim: int, channels C.
+        kernel_size: int, side of the depthwise kernel.
+        dilation_rate: int, of the depthwise kernel.
+        norm: "layer_norm", "rms_norm" or "simple_norm".
+        epsilon: float, of the norm.
+        activation: "gelu" (exact), "gelu_tanh" or "silu".
+        response_norm: bool, whether GRN stands between the pointwise layers, as in V2.
+        for_litert: bool, see `products.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
+
+    Call arguments:
+        x: (N, H, W, C), float.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+
+    def __init__(
+        self,
+        dim,
+        kernel_size=7,
+        dilation_rate=1,
+        norm="layer_norm",
+        epsilon=1e-6,
+        activation="gelu",
+        response_norm=False,
+        for_litert=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
+        self.config = {
+            "dim": dim,
+            "kernel_size": kernel_size,
+            "dilation_rate": dilation_rate,
+            "norm": norm,
+            "epsilon": epsilon,
+            "activation": activation,
+            "response_norm": response_norm,
+            "for_litert": for_litert,
+        }
+        self.dim = dim
+        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **common, name="dwconv")
+        self.norm = convnext.NORMS[norm](epsilon, affine=False, **common, name="norm")
+        self.pwconv1 = PointwiseConv2D(4 * dim, for_litert, **common, name="pwconv1")
+        self.activation = convnext.ACTIVATIONS[activation]
+        self.grn = None
+        if response_norm:
+            self.grn = GlobalResponseNormalization(center=False, **common, name="grn")
+            self.grn.sums_by_product = not for_litert
+        self.pwconv2 = PointwiseConv2D(dim, for_litert, **common, name="pwconv2")
+
+    def build(self, input_shape):
+        hidden_shape = (*input_shape[:-1], 4 * self.dim)
+        self.dwconv.build(input_shape)
+        self.norm.build(input_shape)
+        self.pwconv1.build(input_shape)
+        if self.grn is not None:
+            self.grn.build(hidden_shape)
+        self.pwconv2.build(hidden_shape)
+
+    def branch(self, x):
+        x = depthwise_in_frames(self.dwconv, x) if self.config["for_litert"] else self.dwconv.call(x)
+        x = self.norm.call(x)
+        x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
+        if self.grn is None:
+            return pointwise(self.pwconv2, x)  # (N, H, W, C)
+        return pointwise_after_grn(self.pwconv2, x, self.grn)
+
+    def call(self, x):
+        return in_parts(lambda x: x + self.branch(x), x, 4 * self.dim)
+
+
+def deploy(
+    model: keras.Model,
+    *,
+    batch_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> keras.Model:
+    """Builds the twin of a model for inference: the same results from fewer operations and weights.
+
+    Folds norms, LayerScale, GRN's shift and the pixel normaliser into the layers that follow, replaces the
+    blocks' Dense layers by 1x1 convolutions, and leaves out drop path, dropout and random augmentation. Works
+    on the models of this package and on functional and sequential models around them; layers that it does not
+    know are kept.
+
+    Args:
+        model: a built functional or sequential `keras.Model`. It is not changed, and shares no weights with
+            the twin.
+        batch_size: int to fix the number of images, None to leave it free.
+        image_size: side of the images in pixels, or (height, width); None for the model's own.
+
+    Returns:
+        A `keras.Model` with the model's names of layers; it can be saved, loaded and exported like any other.
+
+    Raises:
+        TypeError: for something other than a functional or sequential model.
+        ValueError: for a model that is not built or whose layers are quantised, or an image size that it
+            does not take.
+
+    Example:
+        >>> import keras_convnext
+        >>> model = keras_convnext.ConvNeXtAtto(weights=None, input_shape=(64, 64, 3))
+        >>> model.count_params() - deploy(model).count_params()
+        6720
+    """
+    return _deploy(model, batch_size, image_size, for_litert=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Savings:
+    """What a twin is made of, beside its model.
+
+    Attributes:
+        parameters: numbers of weights, (model, twin).
+        operations: {kind: (in the model, in the twin)} of the graphs that this backend makes of them:
+            TensorFlow's operations, JAX's primitives or PyTorch's exported operators, without those that
+            compute nothing (constants, reads of weights, reshapes, casts to the same type).
+    """
+
+    parameters: tuple[int, int]
+    operations: dict[str, tuple[int, int]]
+
+    def __str__(self):
+        before, after = (sum(counts[place] for counts in self.operations.values()) for place in (0, 1))
+        lines = [
+            f"parameters: {self.parameters[0]:,} -> {self.parameters[1]:,}",
+            f"operations: {before:,} -> {after:,}",
+        ]
+        changed = {kind: counts for kind, counts in self.operations.items() if counts[0] != counts[1]}
+        lines += [f"  {kind}: {old} -> {new}" for kind, (old, new) in sorted(changed.items())]
+        return "\n".join(lines)
+
+
+def savings(model: keras.Model, twin: keras.Model) -> Savings:
+    """Counts weights and operations of a model and of its twin, on the backend in use.
+
+    Args:
+        model: what `deploy` was given, with one input of images.
+        twin: what it returned.
+
+    Raises:
+        ValueError: on a backend without graphs (NumPy, OpenVINO).
+
+    Example:
+        print(savings(model, deploy(model)))
+    """
+    counts = [_operations(one) for one in (model, twin)]
+    kinds = sorted({*counts[0], *counts[1]})
+    return Savings(
+        (model.count_params(), twin.count_params()),
+        {kind: (counts[0][kind], counts[1][kind]) for kind in kinds},
+    )
+
+
+def _operations(model):
+    """{kind of operation: how many of them} in the graph of one image."""
+    count = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
+    backend = keras.backend.backend()
+    if backend not in count:
+        raise ValueError(f"Expected the backend to be one of {', '.join(count)}. Received: {backend!r}.")
+    shape = (1, *(side or 224 for side in model.input.shape[1:3]), model.input.shape[3])
+    return count[backend](model, shape)
+
+
+def _tensorflow_operations(model, shape):
+    import tensorflow as tf
+
+    function = tf.function(lambda images: model(images, training=False))
+    graph = function.get_concrete_function(tf.TensorSpec(shape)).graph
+    silent = {"Const", "Identity", "NoOp", "Placeholder", "ReadVariableOp", "Reshape"}
+    return collections.Counter(op.type for op in graph.get_operations() if op.type not in silent)
+
+
+def _jax_operations(model, shape):
+    import jax
+
+    counts: collections.Counter[str] = collections.Counter()
+
+    def visit(program):
+        for equation in program.eqns:
+            inner = list(jax.core.jaxprs_in_params(equation.params))
+            for part in inner:
+                visit(part)
+            if not inner and equation.primitive.name != "reshape":
+                counts[equation.primitive.name] += 1
+
+    images = jax.ShapeDtypeStruct(shape, "float32")
+    visit(jax.make_jaxpr(lambda images: model(images, training=False))(images).jaxpr)
+    return counts
+
+
+def _torch_operations(model, shape):
+    import torch
+
+    with torch.no_grad():
+        program = torch.export.export(as_program(model), (torch.zeros(shape),), strict=False)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    silent = ("aten._assert", "aten.lift", "aten.reshape", "aten.to.")
+    return collections.Counter(name for name in names if not name.startswith(silent))
+
+
+def as_program(model):
+    """A model as a PyTorch module of one argument, the images, in evaluation; for `torch.export`."""
+    import torch
+
+    class Program(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model(images, training=False)
+
+    return Program().eval()
+
+
+def deploy_for_litert(
+    model: keras.Model,
+    *,
+    batch_size: int | None = 1,
+    image_size: int | tuple[int, int] | None = None,
+) -> keras.Model:
+    """`deploy`, in the operations that the LiteRT converter maps to its own one by one; see there."""
+    return _deploy(model, batch_size, image_size, for_litert=True)
+
+
+def in_float32(model: keras.Model) -> keras.Model:
+    """The model, or where layers of it compute in 16 bits, a copy of it in which all compute in float32."""
+    if all(layer.compute_dtype in ("float32", "float64") for layer in model.layers):
+        return model
+
+    def copied(layer):
+        if not isinstance(layer, keras.layers.Layer):
+            return layer
+        return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+    copy = keras.models.clone_model(_functional(model), clone_function=copied, recursive=True)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def _deploy(model, batch_size, image_size, for_litert):
+    model = _functional(model)
+    inputs = _new_inputs(model, batch_size, image_size)
+    folds, normalisers = _find_folds(model)
+    bare_norms = {fold.norm.name for fold in folds.values() if fold.norm is not None}
+    twins: dict[str, Any] = {}
+    values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
+
+    def vanishes(layer):
+        return isinstance(layer, _TRAINING_ONLY) or layer.name in normalisers
+
+    def make_twin(layer):
+        if vanishes(layer):
+            return layer  # which is not called
+        if isinstance(layer, keras.Model):
+            return _deploy(layer, None, _inner_size(layer, model, image_size), for_litert)
+        if not isinstance(layer, keras.layers.Layer):  # an operation, such as a sum of tensors
+            return layer
+        if isinstance(layer, _BLOCKS):
+            twin, values[layer.name] = _inference_block(layer, for_litert)
+            return twin
+        config = layer.get_config()
+        if layer.name in bare_norms:
+            return type(layer).from_config({**config, "affine": False})
+        if isinstance(layer, _LINEAR):
+            kernel, bias = _folded(layer, folds.get(layer.name))
+            values[layer.name] = [kernel] if bias is None else [kernel, bias]
+            config = {name: value for name, value in config.items() if not name.startswith("lora_")}
+            return type(layer).from_config({**config, "use_bias": bias is not None})
+        values[layer.name] = layer.get_weights()
+        return type(layer).from_config(config)
+
+    def twin_of(layer):
+        if layer.name not in twins:
+            twins[layer.name] = make_twin(layer)
+        return twins[layer.name]
+
+    def call(layer, *args, **kwargs):
+        if vanishes(layer):
+            return args[0]
+        kwargs.pop("training", None)
+        return layer(*args, **kwargs)
+
+    def assemble():
+        return keras.models.clone_model(model, inputs, clone_function=twin_of, call_function=call)
+
+    def values_of(twin):
+        for layer in twin.layers:
+            yield from zip(layer.weights, values.get(layer.name, ()), strict=layer.name in values)
+
+    for operation in model.operations:
+        if isinstance(operation, keras.Model):
+            twin_of(operation)  # outside the scope in which this one's weights are only declared
+    try:
+        return assign.filled(assemble, values_of)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{model.name} could not be rebuilt for inputs of shape "
+            f"{(batch_size, *tree.flatten(inputs)[0].shape[1:])}: {error}"
+        ) from error
+
+
+def check_built(model) -> None:
+    """Raises TypeError for something other than a Keras model, ValueError for one that is not built."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a Keras model, received {type(model).__name__}.")
+    if not model.built:
+        raise ValueError(
+            f"Expected a built model. {model.name} is not: call it on images, or give it an input shape."
+        )
+
+
+def sides(image_size) -> tuple[int, int]:
+    """(height, width) of a side in pixels or of a pair of them; ValueError for anything else."""
+    size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(
+            "Expected image_size to be a side in pixels or (height, width). Received: "
+            f"image_size={image_size!r}"
+        )
+    return size
+
+
+def _functional(model):
+    """The model as a functional one, without what `compile` gave it."""
+    check_built(model)
+    if isinstance(model, models.ConvNeXt):
+        return models.ConvNeXt(model.input, model.output, name=model.name)
+    if isinstance(model, keras.Sequential):
+        return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    try:
+        return keras.Model(model.input, model.output, name=model.name)
+    except (AttributeError, ValueError):
+        raise TypeError(
+            f"Expected a functional or sequential model; {model.name} is a subclass ({type(model).__name__}) "
+            "whose layers are connected by its own code. Deploy the functional model inside it."
+        ) from None
+
+
+def _new_inputs(model, batch_size, image_size):
+    """Inputs of the twin: those of the model, with other sizes where they are given."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"Expected batch_size to be a whole number above 0, received {batch_size!r}.")
+    if image_size is None and batch_size is None:
+        return tree.map_structure(_input_like, model.input)
+    if not isinstance(model.input, keras.KerasTensor) or len(model.input.shape) != 4:
+        raise ValueError(
+            "Expected a model with one input of images (N, H, W, C) to fix a batch or image size. Received: "
+            f"{model.name} with inputs {tree.map_structure(lambda x: x.shape, model.input)}"
+        )
+    own_batch, *size, channels = model.input.shape
+    if image_size is not None:
+        size = sides(image_size)
+    shape = (batch_size or own_batch, *size, channels)
+    return keras.Input(batch_shape=shape, dtype=model.input.dtype, name=model.input.name)
+
+
+def _input_like(tensor):
+    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
+
+
+def _inner_size(inner, outer, image_size):
+    """The size for a model inside a model: the new one where both take the same images."""
+    same = getattr(inner, "input_shape", None) == outer.input_shape
+    return image_size if same and None not in inner.input_shape[1:] else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fold:
+    """A scale and a shift of the channels in front of a linear layer.
+
+    Attributes:
+        scale: (C,) float64.
+        shift: (C,) float64, or None.
+        norm: the norm that they come from; None for the pixel normaliser.
+    """
+
+    scale: np.ndarray
+    shift: np.ndarray | None
+    norm: Any = None
+
+
+def _find_folds(model):
+    """Returns what to fold into which layer, {name: `_Fold`}, and the names of normalisers that vanish."""
+    folds: dict[str, _Fold] = {}
+    normalisers: set[str] = set()
+    try:
+        readers = _readers(model)
+    except (AttributeError, ValueError):  # a layer is called in several places, so nothing is folded across
+        return folds, normalisers
+    for layer in model.layers:
+        if isinstance(layer, _NORMS) and layer.affine:
+            target = _linear_reader(layer, readers, may_average=True)
+            if target is not None:
+                shift = _float64(layer.beta) if isinstance(layer, LayerNormalization) else None
+                folds[target.name] = _Fold(_float64(layer.gamma), shift, layer)
+        elif isinstance(layer, keras.layers.Normalization) and not layer.invert and layer.mean is not None:
+            target = _linear_reader(layer, readers)
+            # In 16 bits the mean, no longer subtracted first, would cost digits.
+            if target is not None and target.compute_dtype == "float32" and _is_per_channel(layer):
+                spread = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
+                mean = _float64(layer.mean)
+                channels = (model.input.shape[-1],)
+                scale, shift = (np.broadcast_to(v.ravel(), channels) for v in (1 / spread, -mean / spread))
+                folds[target.name] = _Fold(scale, shift)
+                normalisers.add(layer.name)
+    return folds, normalisers
+
+
+def _readers(model):
+    """{id of a tensor: the operations that take it}; None stands for the outside."""
+    readers = collections.defaultdict(list)
+    for operation in model.operations:
+        if not isinstance(operation, keras.layers.InputLayer):
+            for tensor in tree.flatten(operation.input):
+                readers[id(tensor)].append(operation)
+    for tensor in tree.flatten(model.output):
+        readers[id(tensor)].append(None)
+    return readers
+
+
+def _linear_reader(layer, readers, may_average=False):
+    """The linear layer without padding that alone takes a layer's output, through what keeps it linear."""
+    while len(found := readers[id(layer.output)]) == 1 and found[0] is not None:
+        layer = found[0]
+        if isinstance(layer, keras.layers.Dense):
+            return layer
+        if isinstance(layer, keras.layers.Conv2D):
+            plain = layer.padding == "valid" and layer.groups == 1 and layer.data_format == "channels_last"
+            return layer if plain else None
+        averages = isinstance(layer, keras.layers.GlobalAveragePooling2D)
+        if not isinstance(layer, _TRAINING_ONLY) and not (averages and may_average):
+            return None
+    return None
+
+
+def _is_per_channel(normaliser):
+    return normaliser.axis in ((), (-1,), (3,))
+
+
+def _float64(value):
+    return np.asarray(keras.ops.convert_to_numpy(value), dtype="float64")
+
+
+def _folded(layer, fold):
+    """Kernel and bias of a Dense layer or a convolution, with what stood in front of it."""
+    if getattr(layer, "quantization_mode", None) is not None:
+        raise ValueError(
+            f"The weights of {layer.name} are quantised ({layer.quantization_mode}). Deploy the float model; "
+            "export() quantises the file."
+        )
+    kernel = _float64(layer.kernel)  # (..., C, D); with LoRA, the sum
+    bias = _float64(layer.bias) if layer.use_bias else None
+    if fold is not None:
+        if fold.shift is not None:
+            shift = (kernel * fold.shift[:, None]).sum(axis=tuple(range(kernel.ndim - 1)))
+            bias = shift if bias is None else bias + shift
+        kernel = kernel * fold.scale[:, None]
+    return kernel, bias
+
+
+def _inference_block(block, for_litert):
+    """The `InferenceBlock` of a block, and its weights in order."""
+    response_norm = isinstance(block, convnext.ConvNeXtV2Block)
+    kept = ("dim", "kernel_size", "dilation_rate", "norm", "epsilon", "activation")
+    twin = InferenceBlock(
+        **{name: block.config[name] for name in kept},
+        response_norm=response_norm,
+        for_litert=for_litert,
+        trainable=block.trainable,
+        dtype=block.dtype_policy,
+        name=block.name,
+    )
+    shift = _float64(block.norm.beta) if isinstance(block.norm, LayerNormalization) else None
+    kernel1, bias1 = _folded(block.pwconv1, _Fold(_float64(block.norm.gamma), shift))
+    weights = [_float64(block.dwconv.kernel), _float64(block.dwconv.bias), kernel1[None, None], bias1]
+    kernel2, bias2 = _folded(block.pwconv2, None)
+    if response_norm:
+        bias2 = bias2 + _float64(block.grn.beta) @ kernel2
+        weights.append(_float64(block.grn.gamma))
+    elif block.layer_scale is not None:
+        gamma = _float64(block.layer_scale.gamma)
+        kernel2, bias2 = kernel2 * gamma, bias2 * gamma
+    return twin, [*weights, kernel2[None, None], bias2]

@@ -1,0 +1,531 @@
+"""`export`: a model as a file for another runtime, checked in that runtime before it is left to its user."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_convnext._terminal import silenced
+from keras_convnext.exporting import deploy, runtimes, writers
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What a format can be and what it takes to write it.
+
+    Attributes:
+        suffix: of the file; "" for a folder.
+        backend: Keras's backend that the converter works with.
+        packages: what must be installed to write it, module -> package; see `packages_for`.
+        precisions: of weights or arithmetic, the default first.
+        batch_size: number of images when none is asked for; None for any.
+        free_size: whether the image size can stay free.
+        quantizer: what 8 bits take besides, module -> package.
+    """
+
+    suffix: str
+    backend: str
+    packages: dict[str, str]
+    precisions: tuple[str, ...]
+    batch_size: int | None = None
+    free_size: bool = True
+    quantizer: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def packages_for(self, precision: str) -> dict[str, str]:
+        """What must be installed for a precision, module -> package."""
+        return {**self.packages, **(self.quantizer if "int8" in precision else {})}
+
+
+FORMATS = {
+    "saved_model": Format("", "tensorflow", {"tensorflow": "tensorflow"}, ("float32",)),
+    "litert": Format(
+        ".tflite",
+        "tensorflow",
+        {"tensorflow": "tensorflow"},
+        ("float32", "float16", "dynamic_int8", "int8"),
+        batch_size=1,
+        free_size=False,
+        quantizer={"ai_edge_litert": "ai-edge-litert", "ai_edge_quantizer": "ai-edge-quantizer"},
+    ),
+    "onnx": Format(
+        ".onnx", "torch", {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("float32",)
+    ),
+    "openvino": Format(".xml", "openvino", {"openvino": "openvino"}, ("float32", "float16")),
+    "torch": Format(".pt2", "torch", {"torch": "torch"}, ("float32",)),
+}
+
+# Largest difference from the model, in times of its largest output, that a file may have. With random
+# weights float32 is at 1e-6, float16 at 1e-3, dynamic_int8 at 0.02 to 0.04, int8 at 0.04 to 0.12
+# (benchmarks/exports).
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "dynamic_int8": 0.15, "int8": 0.3}
+_SAVED_MODEL_FILES = (
+    r"saved_model\.pb|fingerprint\.pb|keras_metadata\.pb|assets\.extra/metadata\.json|"
+    r"variables/variables\.(index|data-\d{5}-of-\d{5})"
+)
+_MAX_NAMED = 3
+DEFAULT_SIZE = 224  # pixels, where a size must be fixed and the model has none
+
+
+class ExportError(ValueError):
+    """A file could not be written, or is not what the model is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """What was written and how it compares with the model.
+
+    Attributes:
+        path: the file, or the folder of a SavedModel.
+        format: name of the format.
+        precision: of weights or arithmetic.
+        num_bytes: of all files together.
+        num_images: number of images compared; 0 when nothing was.
+        max_difference: largest difference of an output from the model's.
+        relative_difference: the same in times of the model's largest output.
+        agreement: share of the images with the same largest output, in [0, 1].
+        milliseconds: for an image in the file's runtime, median.
+        model_milliseconds: for an image in the Keras model, in turns with the file's.
+        seconds: that writing and checking took.
+    """
+
+    path: pathlib.Path
+    format: str
+    precision: str
+    num_bytes: int
+    num_images: int
+    max_difference: float
+    relative_difference: float
+    agreement: float
+    milliseconds: float
+    model_milliseconds: float
+    seconds: float
+
+
+def export(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    precision: str = "float32",
+    batch_size: int | str | None = "default",
+    image_size: int | tuple[int, int] | None = None,
+    calibration: Any = None,
+    labels: Sequence[str] | None = None,
+    licence: str | None = None,
+    preparation: dict[str, Any] | None = None,
+    tolerance: float | None = None,
+    check: bool = True,
+    replace: bool = False,
+) -> ExportResult:
+    """Writes a model for another runtime, runs what was written, and compares it with the model.
+
+    What is written is the model's inference twin (`deploy`), in float32 whatever the model's policy: it takes
+    pixels in 0..255, in the order N, H, W, C, and gives what the model gives. Where a format's converter
+    needs another backend than the one in use, a child process with that backend writes it. Nothing is left
+    behind when something fails.
+
+    Args:
+        model: a built functional or sequential `keras.Model`, of this package or around it.
+        path: what to write: .tflite, .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (PyTorch's exported
+            program) or a folder (SavedModel). What an app needs to know of the model is stored inside a
+            LiteRT file, in the folder `assets.extra` of a SavedModel, else beside the file, as
+            `<name>.metadata.json`.
+        format: "litert", "onnx", "openvino", "torch" or "saved_model"; default by the path's suffix.
+        precision: "float32"; "float16" (weights; LiteRT, OpenVINO); "dynamic_int8" (weights in int8,
+            activations quantised as they come; LiteRT); "int8" (both, uint8 pixels in; LiteRT).
+        batch_size: number of images, or None for any. Default: 1 for LiteRT, whose delegates want it fixed,
+            any for the others.
+        image_size: side in pixels or (height, width); None for the model's own. A model that takes any size
+            keeps it free, at 224 for LiteRT.
+        calibration: images for the check, and for int8 the ranges: uint8 or float (n, H, W, C) of the right
+            size, or what `calibration_images` takes. Default: crops of the package's photographs.
+        labels: names of the classes, in order, stored with the file.
+        licence: of the weights, stored with the file.
+        preparation: arguments of `preprocess.preprocess_image` for the SavedModel's signature "jpeg", stored
+            with every file. Default: shorter side, bicubic, 0.875.
+        tolerance: largest allowed difference in times of the model's largest output; default
+            `TOLERANCES[precision]`.
+        check: bool, whether to run the file and compare; without it nothing is measured.
+        replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel
+            and nothing else.
+
+    Returns:
+        `ExportResult`.
+
+    Raises:
+        ExportError: the converter failed, or the file differs from the model by more than `tolerance`.
+        ValueError: an unknown format or precision, a model that is not built, sizes that do not fit.
+        ImportError: a package that the format needs is missing; the message says what to install.
+        FileExistsError: there is something at the path, and `replace` is False; or a folder with other
+            files or a link to a folder, which is never replaced.
+        OSError: the path cannot be written.
+
+    Example:
+        export(ConvNeXtTiny(), "tiny.tflite", precision="dynamic_int8").agreement   # share of equal top-1
+    """
+    begin = time.perf_counter()
+    path = pathlib.Path(path)
+    format, row = _known_format(path, format)
+    _check_precision(format, row, precision)
+    _check_target(path, format, replace)
+    _check_model(model)
+    if labels is not None and len(labels) != model.output_shape[-1]:
+        raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
+    _check_packages(format, row.packages_for(precision))
+    if check:
+        module, package = runtimes.RUNTIMES[format]
+        _check_packages(format, {module: package})
+    batch = _batch_size(batch_size, row)
+    size = _image_size(model, image_size, row)
+    model = deploy.in_float32(model)
+    images = _calibration_images(model, calibration, size) if check or precision == "int8" else None
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as folder:
+        written = pathlib.Path(folder, "written", path.name)
+        written.parent.mkdir()
+        request = writers.Request(
+            format=format,
+            precision=precision,
+            path=str(written),
+            batch_size=batch,
+            image_size=size,
+            calibration=None,
+            preparation=dict(preparation or {}),
+        )
+        if precision == "int8":
+            request = dataclasses.replace(request, calibration=_save_images(folder, images))
+        _write(model, request, row, folder)
+        comparison = _no_comparison()
+        if check:
+            limit = TOLERANCES[precision] if tolerance is None else tolerance
+            comparison = _compare(_at_size(model, size), written, format, images, limit)
+        _store_metadata(written, format, model, request, labels, licence)
+        num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
+        _move(written.parent, path, pathlib.Path(folder, "replaced"))
+    seconds = time.perf_counter() - begin
+    return ExportResult(path, format, precision, num_bytes, **comparison, seconds=seconds)
+
+
+def _known_format(path, format):
+    if format is None:
+        format = runtimes.format_of(path)
+    if format not in FORMATS:
+        near = difflib.get_close_matches(str(format), FORMATS, 1, 0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown format {format!r}.{hint} Known: {', '.join(FORMATS)}.")
+    row = FORMATS[format]
+    if row.suffix and path.suffix != row.suffix:
+        raise ValueError(
+            f"Expected a path that ends in {row.suffix} for the format {format!r}, received '{path}'."
+        )
+    return format, row
+
+
+def _check_precision(format, row, precision):
+    if precision not in row.precisions:
+        raise ValueError(
+            f"Expected a precision of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}."
+        )
+
+
+def _check_target(path, format, replace):
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"The folder '{path.parent}' may not be written to. Choose another.")
+    beside = [path.with_suffix(".bin")] if format == "openvino" else []
+    if format not in ("saved_model", "litert"):
+        beside += [path.with_name(f"{path.name}{end}") for end in (".data", ".metadata.json")]
+    for target in (path, *beside):
+        _check_replaceable(target, is_folder=format == "saved_model")
+        if os.path.lexists(target) and not replace:
+            raise FileExistsError(
+                f"'{target}' is there already. Pass replace=True (--force) to write over it."
+            )
+
+
+def _check_replaceable(target, is_folder):
+    """Refuses to replace what `export` does not write: any folder but a bare SavedModel, a link to one."""
+    if target.is_symlink() and (is_folder or target.is_dir()):
+        raise FileExistsError(
+            f"'{target}' is there already: a link to '{os.readlink(target)}', which is not replaced. Name "
+            "another path, or remove the link."
+        )
+    if target.is_dir():
+        foreign = _not_of_a_saved_model(target)
+        if foreign or not (target / "saved_model.pb").is_file():
+            shown = ", ".join(foreign[:_MAX_NAMED]) + (", ..." if len(foreign) > _MAX_NAMED else "")
+            raise FileExistsError(
+                f"'{target}' is there already: a folder, and only one that holds a SavedModel and nothing "
+                f"else is replaced. It holds {len(foreign)} other files or folders{shown and ': '}{shown}. "
+                f"Name another path, such as '{target / 'model.tflite'}' for a file in it, or remove the "
+                "folder yourself."
+            )
+    elif is_folder and target.exists():
+        raise FileExistsError(
+            f"'{target}' is there already: a file, which a folder does not replace. Name another path, or "
+            "remove the file."
+        )
+
+
+def _not_of_a_saved_model(folder):
+    """Names of what lies in a folder and is not part of a SavedModel as TensorFlow and `export` write it."""
+    graph = folder / "saved_model.pb"
+    if graph.is_symlink() or not graph.is_file():
+        return sorted(path.name for path in folder.iterdir())
+    content = graph.read_bytes()
+
+    def belongs(path):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            return False
+        if path.is_dir():
+            return name in ("assets", "assets.extra", "variables")
+        if path.parent == folder / "assets":  # the graph names the files that it reads
+            return path.name.encode() in content
+        return re.fullmatch(_SAVED_MODEL_FILES, name) is not None
+
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not belongs(path))
+
+
+def _check_model(model):
+    deploy.check_built(model)
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        raise ValueError(
+            f"Expected a model with one input of images (N, H, W, C). Received: {model.name}, inputs {shape}."
+        )
+    if not isinstance(model.output_shape, tuple):
+        raise ValueError(
+            f"Expected a model with one output. Received: {model.name}, outputs {model.output_shape}. "
+            "Export keras.Model(model.input, one_output)."
+        )
+
+
+def _check_packages(format, packages):
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"The format {format!r} needs what is not installed: {', '.join(missing)}. "
+            f"Install it: pip install {' '.join(missing)}"
+        )
+
+
+def _batch_size(batch_size, row):
+    if batch_size == "default":
+        return row.batch_size
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(
+            f"Expected batch_size to be a whole number above 0, or None for any. Received: {batch_size!r}."
+        )
+    return batch_size
+
+
+def _image_size(model, image_size, row):
+    """(height, width), None for a free size."""
+    own = model.input_shape[1:3]
+    if image_size is not None:
+        return deploy.sides(image_size)
+    if None not in own:
+        return own
+    return None if row.free_size else tuple(side or DEFAULT_SIZE for side in own)
+
+
+def _calibration_images(model, calibration, size):
+    channels = model.input_shape[3]
+    height, width = size or tuple(side or DEFAULT_SIZE for side in model.input_shape[1:3])
+    if calibration is None or isinstance(calibration, (str, os.PathLike)):
+        from keras_convnext.data.calibration import calibration_images  # not when the package is imported
+
+        return calibration_images(calibration, image_size=(height, width), channels=channels)
+    images = np.asarray(calibration)
+    if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (height, width, channels):
+        raise ValueError(
+            f"Expected calibration images (n, {height}, {width}, {channels}) with pixels in 0..255, received "
+            f"an array of shape {images.shape}."
+        )
+    return np.clip(np.rint(images), 0, 255).astype("uint8")
+
+
+def _save_images(folder, images):
+    """The images for int8, with a black and a white pixel, so that the pixels' range is 0 to 255."""
+    images = images.copy()
+    images[0, 0, 0], images[0, 0, 1] = 0, 255
+    path = os.path.join(folder, "calibration.npy")
+    np.save(path, images)
+    return path
+
+
+def _write(model, request, row, folder):
+    """Writes the file here, or in a process with the backend that can."""
+    if keras.backend.backend() == row.backend:
+        try:
+            with silenced(stdout=True):
+                writers.write(model, request)
+        except (ValueError, OSError, ImportError, TypeError):
+            raise
+        except Exception as error:  # converters raise of many classes
+            raise ExportError(f"{_title(request)}: the converter failed: {error}") from error
+        return
+    try:
+        with silenced():  # Keras looks for TensorFlow here
+            model.save(os.path.join(folder, "model.keras"))
+    except Exception as error:
+        raise ExportError(
+            f"{_title(request)} needs Keras on {row.backend}, and the model could not be saved to be rebuilt "
+            f"there: {error}"
+        ) from error
+    request_path = os.path.join(folder, "request.json")
+    pathlib.Path(request_path).write_text(json.dumps(dataclasses.asdict(request)))
+    environment = os.environ | {
+        "KERAS_BACKEND": row.backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
+    package_folder = str(pathlib.Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([package_folder, environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", "from keras_convnext.exporters import main; main()", request_path],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0 or not os.path.exists(request.path):
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        said = [f"exit status {done.returncode}", *lines[-1:], *errors[-1:]][-1]
+        raise ExportError(f"{_title(request)}: the process with Keras on {row.backend} failed: {said}")
+
+
+def _title(request):
+    return f"{request.format} in {request.precision}"
+
+
+def _no_comparison():
+    nothing = float("nan")
+    return {
+        "num_images": 0,
+        "max_difference": nothing,
+        "relative_difference": nothing,
+        "agreement": nothing,
+        "milliseconds": nothing,
+        "model_milliseconds": nothing,
+    }
+
+
+def _at_size(model, size):
+    """The model, or its twin for images of that size where the model's own is another."""
+    own = model.input_shape[1:3]
+    fits = size is None or all(side in (None, wanted) for side, wanted in zip(own, size, strict=True))
+    return model if fits else deploy.deploy(model, image_size=size)
+
+
+def _compare(model, path, format, images, tolerance):
+    """Runs the file and the model on the same images; the fields of `ExportResult` that come of it."""
+    pixels = images.astype("float32")
+    try:
+        exported = runtimes.open_exported(path, format)
+        received = exported(images)
+    except ImportError:
+        raise
+    except Exception as error:  # runtimes raise of many classes
+        raise ExportError(f"The {format} file does not run: {error}. It was not kept.") from error
+    expected = np.concatenate([model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)])
+    if received.shape != expected.shape or not np.isfinite(received).all():
+        raise ExportError(
+            f"The {format} file gives an array of shape {received.shape}, finite: "
+            f"{bool(np.isfinite(received).all())}; the model one of shape {expected.shape}. It was not kept."
+        )
+    expected, received = expected.astype("float64"), received.astype("float64")
+    difference = float(np.abs(received - expected).max())
+    relative = difference / max(float(np.abs(expected).max()), 1e-30)
+    agreement = float((received.argmax(-1) == expected.argmax(-1)).mean())
+    if relative > tolerance:
+        raise ExportError(
+            f"The {format} file differs from the model by {relative:.2g} of its largest output on "
+            f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:g} is allowed. It was not "
+            "kept. Calibrate it with images of your own, choose another precision, or raise the tolerance."
+        )
+    count = exported.input_shape[0] or 1
+    batch, floats = images[:count], pixels[:count]
+    if len(batch) < count:
+        batch, floats = (np.resize(array, (count, *array.shape[1:])) for array in (batch, floats))
+    batch = batch.astype(exported.input_dtype)
+    taken = runtimes.take_turns(lambda: exported.call(batch), lambda: model.predict_on_batch(floats), 1.0)
+    milliseconds, model_milliseconds = (1000 * seconds / count for seconds in taken)
+    return {
+        "num_images": len(images),
+        "max_difference": difference,
+        "relative_difference": relative,
+        "agreement": agreement,
+        "milliseconds": milliseconds,
+        "model_milliseconds": model_milliseconds,
+    }
+
+
+def _store_metadata(path, format, model, request, labels, licence):
+    """Stores what an app needs to know: inside a LiteRT file, as a ZIP archive at its end; else beside it."""
+    metadata = {
+        "name": model.name,
+        "input": {
+            "order": "N, H, W, C",
+            "colours": "RGB" if model.input_shape[3] == 3 else "gray",
+            "range": [0, 255],
+            "dtype": "uint8" if request.precision == "int8" else "float32",
+            "image_size": request.image_size,
+            "batch_size": request.batch_size,
+            "preparation": request.preparation,
+        },
+        "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
+        "precision": request.precision,
+        "licence": licence,
+        "labels": None if labels is None else list(labels),
+    }
+    text = json.dumps(metadata, indent=1, ensure_ascii=False)
+    if format == "litert":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("metadata.json", text)
+            if labels is not None:
+                archive.writestr("labels.txt", "\n".join(labels) + "\n")
+    else:
+        file = runtimes.metadata_file(path)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+
+def _activation(model):
+    last = model.layers[-1]
+    return getattr(getattr(last, "activation", None), "__name__", "linear")
+
+
+def _move(folder, path, replaced):
+    """Moves what was written beside the path; the file that the path names comes last."""
+    for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+        target = path.with_name(written.name)
+        _check_replaceable(target, written.is_dir())  # once more, as writing takes minutes
+        if target.is_dir():
+            os.replace(target, replaced)
+        try:
+            os.replace(written, target)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
+        if replaced.exists():
+            shutil.rmtree(replaced)

@@ -1,0 +1,121 @@
+"""A table and a picture of exported files: size, agreement with the model, time."""
+
+import csv
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from keras_convnext._files import replacing_file, replacing_path
+
+COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/image", "x Keras model")
+
+
+def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
+    """Formats `export.ExportResult`s, in the order of `COLUMNS`.
+
+    "difference" is the largest of an output, in times of the model's largest output; "x Keras model" how many
+    times as fast the file is as the model, measured in turns.
+    """
+    return [
+        (
+            result.path.name,
+            result.format,
+            result.precision,
+            f"{result.num_bytes / 1e6:.2f}",
+            f"{result.relative_difference:.1e}",
+            f"{result.agreement:.1%}",
+            f"{result.milliseconds:.2f}",
+            f"{result.model_milliseconds / result.milliseconds:.2f}",
+        )
+        for result in results
+    ]
+
+
+def write_report(
+    results: Sequence[Any], folder: str | os.PathLike[str], heading: str, savings: str = ""
+) -> list[pathlib.Path]:
+    """Writes exports.csv, table.md and exports.png.
+
+    Args:
+        results: `export.ExportResult`s.
+        folder: made where it is not there.
+        heading: a line above the table and the picture, such as the model and the machine.
+        savings: what `deployment.savings` says, for the end of table.md.
+
+    Returns:
+        The paths.
+
+    Raises:
+        OSError: a file cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("exports.csv", "table.md", "exports.png")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in dataclasses.fields(results[0])])
+    writer.writerows(dataclasses.astuple(result) for result in results)
+    lines = [
+        heading,
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3),
+    ]
+    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    if savings:
+        lines += ["", "What was folded, in the model -> in the files:", "", "```", savings, "```"]
+    for path, content in zip(paths[:2], (text.getvalue(), "\n".join(lines) + "\n"), strict=True):
+        with replacing_file(path) as file:
+            file.write(content.encode())
+    _draw(results, paths[2], heading)
+    return paths
+
+
+def _draw(results, path, heading):
+    try:
+        from matplotlib import figure
+    except ImportError as error:
+        raise ImportError("The picture needs matplotlib: pip install matplotlib") from error
+
+    picture = figure.Figure(figsize=(8, 5), dpi=130, layout="constrained")
+    axes = picture.add_subplot()
+    for marker, format in zip("osD^v", dict.fromkeys(result.format for result in results), strict=False):
+        chosen = [result for result in results if result.format == format]
+        points = axes.scatter(
+            [result.num_bytes / 1e6 for result in chosen],
+            [result.milliseconds for result in chosen],
+            c=[100 * result.agreement for result in chosen],
+            cmap="RdYlGn",
+            vmin=0,
+            vmax=100,
+            s=90,
+            marker=marker,
+            edgecolors="black",
+            linewidths=0.6,
+            label=format,
+        )
+    largest = max(result.num_bytes for result in results)
+    for result in results:
+        is_right = result.num_bytes > largest / 2
+        axes.annotate(
+            f"{result.precision}, {result.agreement:.0%}",
+            (result.num_bytes / 1e6, result.milliseconds),
+            textcoords="offset points",
+            xytext=(-8 if is_right else 8, -3),
+            ha="right" if is_right else "left",
+            fontsize=7,
+        )
+    axes.set(xlabel="size, MB", ylabel="milliseconds an image")
+    axes.set_title(heading, fontsize=10)
+    axes.margins(0.15)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    picture.colorbar(points, label="images with the model's top-1, %")
+    with replacing_path(path) as temporary:
+        picture.savefig(temporary)

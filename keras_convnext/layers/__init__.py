@@ -1,0 +1,1 @@
+"""The layers that Keras lacks: norms, LayerScale, stochastic depth, fast convolutions and products."""

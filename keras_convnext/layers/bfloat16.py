@@ -1,0 +1,51 @@
+"""bfloat16 on processors that have no arithmetic for it.
+
+Before AVX-512 the libraries round partial sums to 8 bits, in the gradients above all, and take 2 to 20 times
+as long as in float32. There the products and convolutions are computed in float32.
+"""
+
+import keras
+
+from keras_convnext import _environment
+
+
+def rounded_once(function, x, *others):
+    """`function(x, *others)`; of bfloat16 in float32, the result rounded, where the processor lacks bfloat16.
+
+    The gradients too are computed in float32 and rounded once. Elsewhere, on a GPU or TPU among others, the
+    function is given the tensors as they are.
+
+    Args:
+        function: of tensors with one dtype, which gives one tensor of that dtype.
+        x: tensor, whose dtype and device decide.
+        *others: tensors.
+    """
+    if not _is_widened(x):
+        return function(x, *others)
+    wide = function(*(keras.ops.cast(value, "float32") for value in (x, *others)))
+    return keras.ops.cast(wide, "bfloat16")
+
+
+def _is_widened(x):
+    backend = keras.backend.backend()
+    return (
+        backend in ("tensorflow", "torch")  # XLA widens by itself
+        and keras.backend.standardize_dtype(x.dtype) == "bfloat16"
+        and _computes_here(x)
+        and not _environment.has_bfloat16(backend)
+    )
+
+
+def _computes_here(x):
+    """Whether the processor of this machine will compute with `x`."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        # Graphs keep the plain operators: they may run elsewhere.
+        return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    import tensorflow as tf
+
+    device = getattr(x, "device", "")
+    if not device:  # in a graph: TensorFlow places it later, on an accelerator if there is one
+        return {found.device_type for found in tf.config.list_logical_devices()} == {"CPU"}
+    return "CPU" in device.upper()

@@ -1,0 +1,267 @@
+"""The small layers of ConvNeXt that Keras lacks, each safe in 16-bit precision.
+
+All of them work on the last axis of channels-last maps (N, H, W, C), or (N, C) after pooling. Weights stay
+in float32 arithmetic under mixed policies (`autocast=False`), statistics are taken in float32, and the result
+has the layer's compute dtype.
+"""
+
+import keras
+from keras import ops
+
+_register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+
+def float32_or_wider(x):
+    """`x` in float32, or wider if it already is."""
+    if keras.backend.standardize_dtype(x.dtype) == "float32":
+        return ops.convert_to_tensor(x)
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+
+
+@_register
+class LayerNormalization(keras.layers.Layer):
+    """Layer normalisation over the channels of each position.
+
+    `y = gamma * (x - mean(x)) / sqrt(var(x) + epsilon) + beta`, mean and biased variance over the last axis.
+    Differs from `keras.layers.LayerNormalization` in two points: epsilon has the value of the official code
+    (Keras: 1e-3), and the mean is subtracted before scaling, which keeps the digits of inputs whose mean is
+    much larger than their spread.
+    Reference: Ba et al. 2016 (arXiv:1607.06450), equation 3; facebookresearch/ConvNeXt models/convnext.py,
+    class LayerNorm.
+
+    Args:
+        epsilon: float, added to the variance. Default 1e-6, the official code's.
+        affine: bool, whether to have gamma and beta. Default True; `deploy` folds them into what follows.
+
+    Call arguments:
+        x: (..., C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> y = keras.ops.convert_to_numpy(LayerNormalization()(np.array([[1.0, 3.0]])))
+        >>> [round(float(value), 3) for value in y[0]]
+        [-1.0, 1.0]
+    """
+
+    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+        self.affine = affine
+        self.gamma = self.beta = None
+
+    def build(self, input_shape):
+        if self.affine:
+            shape = (input_shape[-1],)
+            self.gamma = self.add_weight(shape=shape, initializer="ones", autocast=False, name="gamma")
+            self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+
+    def call(self, x):
+        x = float32_or_wider(x)
+        gamma, beta = (
+            (float32_or_wider(self.gamma), float32_or_wider(self.beta)) if self.affine else (None, None)
+        )
+        if keras.backend.backend() == "torch":  # one fused kernel, which subtracts first
+            import torch
+
+            y = torch.nn.functional.layer_norm(x, x.shape[-1:], gamma, beta, self.epsilon)
+            return ops.cast(y, self.compute_dtype)
+        if keras.backend.backend() == "openvino":
+            from openvino import opset13
+
+            # Its own operator; what OpenVINO makes of the formula below costs a tenth of the whole model.
+            normalised = opset13.mvn(x.output, [-1], True, self.epsilon, "INSIDE_SQRT")
+            y = type(x)(normalised.output(0))
+            y = y * gamma if self.affine else y
+        else:
+            x = x - ops.mean(x, axis=(-1,), keepdims=True)
+            factor = ops.rsqrt(ops.mean(ops.square(x), axis=(-1,), keepdims=True) + self.epsilon)
+            y = x * (factor * gamma if self.affine else factor)
+        return ops.cast(y + beta if self.affine else y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
+
+
+@_register
+class RMSNormalization(keras.layers.Layer):
+    """Root-mean-square normalisation over the channels of each position, without a bias.
+
+    `y = gamma * x / sqrt(mean(x^2) + epsilon)`.
+    Reference: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4; used by timm's `convnext_atto_rms`.
+
+    Args:
+        epsilon: float, added to the mean square. Default 1e-6, timm's.
+        affine: bool, whether to have gamma. Default True; `deploy` folds it into what follows.
+
+    Call arguments:
+        x: (..., C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+
+    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+        self.affine = affine
+        self.gamma = None
+
+    def build(self, input_shape):
+        if self.affine:
+            self.gamma = self.add_weight(
+                shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
+            )
+
+    def call(self, x):
+        x = float32_or_wider(x)
+        mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        y = x * ops.rsqrt(mean_square + self.epsilon)
+        return ops.cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
+
+
+@_register
+class SimpleNormalization(keras.layers.Layer):
+    """Scaling by the spread of the channels of each position, without centring and without a bias.
+
+    `y = gamma * x / sqrt(var(x) + epsilon)` with the unbiased variance (divisor C - 1); the mean is not
+    subtracted from `x` itself.
+    Reference: timm 1.0.31 layers/norm.py, class SimpleNorm; used by `convnext_zepto_rms` and its `_ols` twin.
+
+    Args:
+        epsilon: float, added to the variance. Default 1e-6, timm's.
+        affine: bool, whether to have gamma. Default True; `deploy` folds it into what follows.
+
+    Call arguments:
+        x: (..., C) with C > 1, any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+
+    Raises:
+        ValueError: for one channel, which has no unbiased variance.
+    """
+
+    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+        self.affine = affine
+        self.gamma = None
+
+    def build(self, input_shape):
+        if input_shape[-1] == 1:
+            raise ValueError(
+                f"SimpleNormalization needs at least 2 channels. Received: input shape {tuple(input_shape)}"
+            )
+        if self.affine:
+            self.gamma = self.add_weight(
+                shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
+            )
+
+    def call(self, x):
+        x = float32_or_wider(x)
+        centred = x - ops.mean(x, axis=-1, keepdims=True)
+        variance = ops.sum(ops.square(centred), axis=-1, keepdims=True) / (x.shape[-1] - 1)
+        y = x * ops.rsqrt(variance + self.epsilon)
+        return ops.cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
+
+
+@_register
+class GlobalResponseNormalization(keras.layers.Layer):
+    """Global response normalisation (GRN), the layer that ConvNeXt V2 adds.
+
+    `g_c = ||x_c||_2` over height and width, `n_c = g_c / (mean_c(g) + 1e-6)`,
+    `y = gamma * (x * n) + beta + x`, each sample by itself. At the start gamma and beta are 0 and the
+    layer is the identity. The norm is summed in float32 (in float16 it overflows at a root mean square of 4.6
+    on a 56x56 map), and its gradient is 0, not NaN, for a channel that is 0 everywhere.
+    Reference: Woo et al. 2023 (arXiv:2301.00808), section 3.1, equations 1-3 and algorithm 1;
+    facebookresearch/ConvNeXt-V2 models/utils.py, class GRN (no epsilon under the root).
+
+    Args:
+        epsilon: float, added to the mean norm. Default 1e-6, the official code's.
+        center: bool, whether to have beta. Default True; `deploy` folds it into what follows.
+
+    Call arguments:
+        x: (N, H, W, C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.ones((1, 2, 2, 3), "float32")
+        >>> bool(np.all(keras.ops.convert_to_numpy(GlobalResponseNormalization()(x)) == x))
+        True
+    """
+
+    def __init__(self, epsilon=1e-6, center=True, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+        self.center = center
+        self.sums_by_product = True  # on TensorFlow; LiteRT's converter wants plain sums
+        self.beta = None
+
+    def build(self, input_shape):
+        shape = (input_shape[-1],)
+        self.gamma = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="gamma")
+        if self.center:
+            self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+
+    def scale(self, x):
+        """`1 + gamma * n` in float32, (N, 1, 1, C): what each channel of each sample is multiplied by."""
+        x, gamma = float32_or_wider(x), float32_or_wider(self.gamma)
+        if keras.backend.backend() == "torch":  # the same; Keras's functions cost 20 us each in eager mode
+            import torch
+
+            norm = torch.sqrt(torch.sum(x * x, dim=(1, 2), keepdim=True).clamp_min(1e-36))
+            return torch.addcmul(
+                torch.ones_like(gamma), gamma, norm / (norm.mean(-1, keepdim=True) + self.epsilon)
+            )
+        height, width, channels = x.shape[1:]
+        known = isinstance(height, int) and isinstance(width, int)
+        if keras.backend.backend() == "tensorflow" and known and self.sums_by_product:
+            # As a product, which takes two thirds of the time of TensorFlow's reduction over two axes.
+            squares = ops.reshape(ops.square(x), (-1, height * width, channels))
+            square_sum = ops.expand_dims(ops.matmul(ops.ones((1, height * width), x.dtype), squares), 1)
+        else:
+            square_sum = ops.sum(ops.square(x), axis=(1, 2), keepdims=True)
+        norm = ops.sqrt(ops.maximum(square_sum, 1e-36))  # not of 0, where the slope is infinite
+        response = norm / (ops.mean(norm, axis=-1, keepdims=True) + self.epsilon)
+        return 1.0 + gamma * response
+
+    def call(self, x):
+        scale = self.scale(x)
+        x = float32_or_wider(x)
+        if not self.center:
+            return ops.cast(x * scale, self.compute_dtype)
+        beta = float32_or_wider(self.beta)
+        if keras.backend.backend() == "torch":
+            import torch
+
+            y = torch.addcmul(beta, x, scale)  # one pass over the widest map of the block
+        else:
+            y = x * scale + beta
+        return ops.cast(y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon, "center": self.center}

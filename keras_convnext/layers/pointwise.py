@@ -1,0 +1,264 @@
+"""The matrix products of the network, computed the fast way of each backend.
+
+`pointwise` and `pointwise_after_grn` are for the two `keras.layers.Dense` of a block, which keep what Keras
+gives them (weights, LoRA, quantisation); `PointwiseConv2D` takes their place in a model for inference only.
+`PatchConv2D` is the stem and the layers between the stages.
+"""
+
+import functools
+
+import keras
+
+from keras_convnext.layers.bfloat16 import rounded_once
+
+_register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+
+def pointwise(layer, x, activation=None):
+    """`activation(layer(x))`.
+
+    Args:
+        layer: a built `keras.layers.Dense` without an activation of its own, or a `PointwiseConv2D`.
+        x: (..., C), in the layer's compute dtype.
+        activation: a function, default none.
+
+    Returns:
+        (..., units), in the compute dtype.
+    """
+    if _is_plain(layer) and _has_own_product(x):
+        kernel, bias = _matrix_and_bias(layer, x.dtype)
+        return _product(x, kernel, bias, activation)
+    y = layer(x)
+    return y if activation is None else _activate(activation, y)
+
+
+def _is_plain(layer):
+    if isinstance(layer, PointwiseConv2D):
+        return not layer.for_litert
+    return layer.quantization_mode is None and layer.use_bias
+
+
+def _matrix_and_bias(layer, dtype):
+    """(C, D) and (D,), from a Dense layer or a 1x1 convolution."""
+    kernel, bias = (keras.ops.convert_to_tensor(value, dtype=dtype) for value in (layer.kernel, layer.bias))
+    return (keras.ops.reshape(kernel, kernel.shape[-2:]) if len(kernel.shape) == 4 else kernel), bias
+
+
+def pointwise_after_grn(layer, x, grn):
+    """`layer(grn(x))`.
+
+    TensorFlow would pass over the map twice more to scale it. Where the kernel is smaller than the map of a
+    sample, it scales the kernel for each sample instead: (x * scale + beta) @ kernel + bias is
+    x @ (scale * kernel) + (beta @ kernel + bias). (On PyTorch this gains nothing, in parts.)
+
+    Args:
+        layer: a built `keras.layers.Dense` or `PointwiseConv2D`.
+        x: (N, H, W, C), in the layer's compute dtype.
+        grn: a built `GlobalResponseNormalization`.
+
+    Returns:
+        (N, H, W, units), in the compute dtype.
+    """
+    known = all(isinstance(length, int) for length in x.shape[1:])
+    smaller = known and layer.kernel.shape[-1] < x.shape[1] * x.shape[2]
+    float32 = keras.backend.standardize_dtype(x.dtype) == "float32"
+    if not (keras.backend.backend() == "tensorflow" and smaller and _is_plain(layer) and float32):
+        return pointwise(layer, grn.call(x))
+    import tensorflow as tf
+
+    kernel, bias = _matrix_and_bias(layer, "float32")
+    kernels = keras.ops.reshape(grn.scale(x), (-1, x.shape[3], 1)) * kernel  # (N, C, units)
+    if grn.center:
+        bias = keras.ops.matmul(keras.ops.convert_to_tensor(grn.beta), kernel) + bias
+    rows = tf.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
+    y = tf.nn.bias_add(tf.matmul(rows, kernels), bias)
+    return tf.reshape(y, (-1, *x.shape[1:3], kernel.shape[-1]))
+
+
+@_register
+class PointwiseConv2D(keras.layers.Conv2D):
+    """A 1x1 convolution with bias: a Dense layer of a block, as `deploy` writes it.
+
+    Args:
+        filters: int, channels D of the result.
+        for_litert: bool. False computes it the fast way of each backend; True leaves it a convolution on
+            TensorFlow, which the LiteRT converter maps to one operator without arithmetic on shapes.
+
+    Call arguments:
+        x: (N, H, W, C), float.
+
+    Returns:
+        (N, H, W, D), in the compute dtype.
+    """
+
+    def __init__(self, filters, for_litert=False, *, name=None, dtype=None, trainable=True):
+        super().__init__(filters, 1, data_format="channels_last", name=name, dtype=dtype, trainable=trainable)
+        self.for_litert = for_litert
+
+    def call(self, x):
+        if self.for_litert:
+            return super().call(x)
+        kernel, bias = _matrix_and_bias(self, self.compute_dtype)
+        if _has_own_product(x):
+            return _product(x, kernel, bias)
+        return keras.ops.add(keras.ops.matmul(x, kernel), bias)
+
+    def get_config(self):
+        config = keras.layers.Layer.get_config(self)
+        return {**config, "filters": self.filters, "for_litert": self.for_litert}
+
+
+@_register
+class PatchConv2D(keras.layers.Conv2D):
+    """A convolution; of patches side by side, where the kernel is as large as the stride, one product.
+
+    Libraries treat such a kernel as any other: on a CPU they cost up to ten times the product of the patches
+    with the kernel, and its gradient more. Arguments, weights and result are those of `keras.layers.Conv2D`.
+    """
+
+    def call(self, x):
+        patches = self._patches(x)
+        if patches is None:
+            return super().call(x)
+        kernel, bias = (
+            keras.ops.convert_to_tensor(value, dtype=self.compute_dtype) for value in (self.kernel, self.bias)
+        )
+        return _product(patches, keras.ops.reshape(kernel, (-1, self.filters)), bias)
+
+    def convolution_op(self, x, kernel):
+        return rounded_once(super().convolution_op, x, kernel)
+
+    def _patches(self, x):
+        """(N, H / K, W / K, K * K * C); None where the plain convolution is to be taken."""
+        size = self.kernel_size[0]
+        beside = self.padding == "valid" and self.kernel_size == self.strides == (size, size)
+        plain = self.use_bias and self.groups == 1 and self.activation is keras.activations.linear
+        known = self.data_format == "channels_last" and all(isinstance(side, int) for side in x.shape[1:])
+        if not (beside and plain and known and _gains_from_patches(x)):
+            return None
+        height, width, channels = x.shape[1] // size, x.shape[2] // size, x.shape[3]
+        x = x[:, : height * size, : width * size]
+        x = keras.ops.reshape(x, (-1, height, size, width, size, channels))
+        x = keras.ops.transpose(x, (0, 1, 3, 2, 4, 5))  # (N, H / K, W / K, K, K, C)
+        return keras.ops.reshape(x, (-1, height, width, size * size * channels))
+
+
+def _gains_from_patches(x):
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    return keras.backend.backend() == "torch" and _onednn_takes(x)
+
+
+def _has_own_product(x):
+    """Whether `_product` knows a better way than Keras's for this tensor."""
+    backend = keras.backend.backend()
+    return backend == "tensorflow" or (backend == "torch" and _onednn_takes(x))
+
+
+def _product(x, kernel, bias, activation=None):
+    """`activation(x @ kernel + bias)` with x (..., C) and kernel (C, D): (..., D)."""
+    product = {"tensorflow": _tensorflow_product, "torch": _onednn_product}.get(
+        keras.backend.backend(), _plain_product
+    )
+    return rounded_once(functools.partial(product, activation=activation), x, kernel, bias)
+
+
+def _plain_product(x, kernel, bias, activation):
+    return _activate(activation, x @ kernel + bias)
+
+
+def _activate(activation, x):
+    if activation is keras.activations.gelu and keras.backend.backend() == "jax":
+        # By erf; JAX's own, by erfc, takes twice as long on a CPU and differs in the last digit.
+        wide = keras.ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+        return keras.ops.cast(0.5 * wide * (1.0 + keras.ops.erf(wide * 0.5**0.5)), x.dtype)
+    return x if activation is None else activation(x)
+
+
+def _tensorflow_product(x, kernel, bias, activation):
+    """On two axes, where TensorFlow fuses product, bias and exact GELU; on four it does not."""
+    import tensorflow as tf
+
+    y = tf.nn.bias_add(tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel), bias)
+    if activation is keras.activations.gelu:
+        y = tf.nn.gelu(y, approximate=False)
+    elif activation is not None:
+        y = activation(y)
+    if all(isinstance(length, int) for length in x.shape[1:]):
+        return tf.reshape(y, (-1, *x.shape[1:-1], kernel.shape[-1]))
+    return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [kernel.shape[-1]]], axis=0))
+
+
+def _onednn_product(x, kernel, bias, activation):
+    """On PyTorch and a CPU, with exact GELU in the same pass where no gradient is asked for.
+
+    MKL, which `torch.nn.functional.linear` calls, is half as fast on AMD's processors.
+    """
+    import torch
+
+    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad or bias.requires_grad):
+        y = _differentiable_product().apply(x.reshape(-1, x.shape[-1]), kernel, bias)
+        y = y.reshape(*x.shape[:-1], kernel.shape[-1])
+    elif activation is keras.activations.gelu:
+        return _onednn()(x, kernel.t(), bias, "gelu", [], "none")
+    else:
+        y = _onednn()(x, kernel.t(), bias, "none", [], "none")
+    return y if activation is None else activation(y)
+
+
+@functools.cache
+def _onednn():
+    """PyTorch's operator x @ weight.T + bias of oneDNN, or None where this PyTorch lacks it."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return None
+    # It has no public name. `torch.compile` builds on it; tests compare it with `linear`.
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _onednn_takes(x):
+    import torch
+
+    return (
+        not torch.compiler.is_compiling()  # graphs keep the plain operators
+        and not torch.jit.is_tracing()
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and _onednn() is not None
+        and x.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+@functools.cache
+def _differentiable_product():
+    """x @ kernel + bias by oneDNN, forward and, by itself, backward."""
+    import torch
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(x, kernel, bias):
+            return _onednn()(x, kernel.t(), bias, "none", [], "none")
+
+        @staticmethod
+        def setup_context(context, inputs, output):
+            x, kernel, bias = inputs
+            context.save_for_backward(x, kernel)
+            context.has_bias = bias is not None
+
+        @staticmethod
+        def backward(context, gradient):
+            x, kernel = context.saved_tensors
+            needs_x, needs_kernel, _ = context.needs_input_grad
+            x_gradient = kernel_gradient = None
+            if needs_x:
+                x_gradient = Product.apply(gradient, kernel.t(), None)
+            if needs_kernel and x.shape[1] <= gradient.shape[1]:
+                kernel_gradient = Product.apply(x.t(), gradient, None)
+            elif needs_kernel:  # the narrower factor in front is up to four times as fast
+                kernel_gradient = Product.apply(gradient.t(), x, None).t()
+            return x_gradient, kernel_gradient, gradient.sum(0) if context.has_bias else None
+
+    return Product

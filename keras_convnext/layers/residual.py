@@ -1,0 +1,133 @@
+"""Layers of the residual branch: LayerScale and stochastic depth."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_convnext.layers.normalization import float32_or_wider
+
+_register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+
+@_register
+class LayerScale(keras.layers.Layer):
+    """Multiplies each channel of a residual branch by a learned number.
+
+    `y = gamma * x`. The product is taken in float32: the usual start of 1e-6 has four bits left in float16.
+    Reference: Touvron et al. 2021 (arXiv:2103.17239), equation 4; Liu et al. 2022, appendix A.1.
+
+    Args:
+        init_value: float, start of gamma. Default 1e-6, as in the ConvNeXt paper.
+
+    Call arguments:
+        x: (..., C), any float dtype.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+
+    def __init__(self, init_value=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.init_value = init_value
+
+    def build(self, input_shape):
+        self.gamma = self.add_weight(
+            shape=(input_shape[-1],),
+            initializer=keras.initializers.Constant(self.init_value),
+            autocast=False,
+            name="gamma",
+        )
+
+    def call(self, x):
+        return ops.cast(float32_or_wider(x) * float32_or_wider(self.gamma), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "init_value": self.init_value}
+
+
+def _whole_batch() -> tuple[int, Any]:
+    return 1, 0
+
+
+_part_of_batch: Callable[[], tuple[int, Any]] = _whole_batch
+
+
+@contextlib.contextmanager
+def divided_batch(part: Callable[[], tuple[int, Any]]) -> Iterator[None]:
+    """Tells the layers that draw for each sample which rows of a batch they are called with.
+
+    They then draw for the whole batch and take their rows, so that several devices, each with a part of it,
+    drop what one device would drop. A backend that divides the batch itself, as JAX, needs none of this.
+
+    Args:
+        part: called where a layer is called; returns the number of equal parts of the batch and, from 0, the
+            number of the one that the layer has, an int or an integer scalar tensor.
+    """
+    global _part_of_batch
+    before, _part_of_batch = _part_of_batch, part
+    try:
+        yield
+    finally:
+        _part_of_batch = before
+
+
+@_register
+class StochasticDepth(keras.layers.Layer):
+    """Drops a residual branch for a random part of the samples while training ("drop path").
+
+    Each sample is kept with probability `1 - rate`, independently, and then divided by it, so that the
+    expected value stays the same. Outside training the layer is the identity. In `divided_batch` the draws
+    are those of the whole batch.
+    Reference: Huang et al. 2016 (arXiv:1603.09382), section 3; timm layers/drop.py, `drop_path`.
+
+    Args:
+        rate: float in [0, 1), probability of dropping a sample's branch.
+        seed: int or None, for the layer's own `keras.random.SeedGenerator`; None draws from the seed that
+            `keras.utils.set_random_seed` sets.
+
+    Call arguments:
+        x: (N, ...), any float dtype.
+        training: bool.
+
+    Returns:
+        Same shape and dtype.
+
+    Raises:
+        ValueError: when `rate` is outside [0, 1).
+    """
+
+    def __init__(self, rate, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= rate < 1:
+            raise ValueError(
+                f"StochasticDepth needs a rate in [0, 1): the share of samples to drop. Received: rate={rate}"
+            )
+        self.rate = rate
+        self.seed = seed
+        if rate > 0:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, x, training=False):
+        if not training or self.rate == 0:
+            return x
+        keep = 1.0 - self.rate
+        num_parts, part = _part_of_batch()
+        count, ones = ops.shape(x)[0], (1,) * (len(x.shape) - 1)
+        total = count if num_parts == 1 else num_parts * count
+        draw = keras.random.uniform((total, *ones), dtype="float32", seed=self.seed_generator)
+        if num_parts > 1:
+            draw = ops.slice(draw, (part * count, *(0 for _ in ones)), (count, *ones))
+        scale = ops.where(draw < keep, 1.0 / keep, 0.0)
+        return x * ops.cast(scale, x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate, "seed": self.seed}

@@ -1,0 +1,166 @@
+"""Warnings about a recipe whose values are likely a mistake."""
+
+import math
+
+from keras_convnext.training.recipe import Recipe
+from keras_convnext.variants import VARIANTS
+
+
+def warnings_for(
+    recipe: Recipe,
+    *,
+    has_weights: bool,
+    is_self_supervised: bool = False,
+    trained_size: int | None = None,
+    has_new_head: bool = True,
+    num_steps: int | None = None,
+) -> list[str]:
+    """Tell where a recipe's values don't fit the weights that it starts from.
+
+    The bounds lie between the published values for the weights at hand and those for other weights: what
+    most often goes wrong is that pretrained weights are fine-tuned with the rate of training from scratch. No
+    published recipe is warned of with its own weights.
+
+    Args:
+        recipe: the recipe.
+        has_weights: whether training starts from weights, not at random.
+        is_self_supervised: whether these come from training without labels (FCMAE), which leaves more to
+            learn and has higher published rates.
+        trained_size: side in pixels of the images that the weights were trained on, or None.
+        has_new_head: whether the classifier begins at random.
+        num_steps: optimizer steps of the whole run, or None.
+
+    Returns:
+        Sentences for people, each with the value, the published one and what to change; [] when all fits.
+
+    Example:
+        warnings_for(load_recipe("imagenet1k_convnext_tiny"), has_weights=False)     # []
+    """
+    if has_weights:
+        messages = _warnings_with_weights(recipe, is_self_supervised, trained_size, has_new_head)
+    else:
+        messages = _warnings_from_scratch(recipe)
+    return messages + _warnings_always(recipe, num_steps)
+
+
+def _warnings_with_weights(
+    recipe: Recipe, is_self_supervised: bool, trained_size: int | None, has_new_head: bool
+) -> list[str]:
+    messages = []
+    per_256 = recipe.learning_rate * 256 / recipe.batch_size
+    if recipe.trainable == "all" and is_self_supervised and per_256 > 2.5e-3:
+        messages.append(
+            f"learning_rate {recipe.learning_rate:g} at batch_size {recipe.batch_size} is {per_256:.2g} "
+            "per 256 images. Self-supervised weights were fine-tuned at 2e-4 to 1.25e-3 per 256 (Woo et "
+            f"al. 2023, tables 9 to 12). Set learning_rate = {8e-4 * recipe.batch_size / 256:.2g}."
+        )
+    if (
+        recipe.trainable == "all"
+        and not is_self_supervised
+        and (per_256 > 5e-4 or recipe.learning_rate > 1e-3)
+    ):
+        messages.append(
+            f"learning_rate {recipe.learning_rate:g} at batch_size {recipe.batch_size} is a rate for "
+            "training from scratch, which destroys what the weights have learned. They were fine-tuned "
+            "at 5e-5 with batches of 512 (Liu et al. 2022, table 6). Set learning_rate to 5e-5, and for "
+            f"few images at most to {min(1e-3, 4e-4 * recipe.batch_size / 256):.2g}."
+        )
+    if recipe.trainable == "all" and recipe.weight_decay > (0.5 if is_self_supervised else 0.1):
+        published = (
+            "0.05 to 0.3 (Woo et al. 2023, tables 9 to 12)"
+            if is_self_supervised
+            else "1e-8 (Liu et al. 2022, table 6)"
+        )
+        messages.append(
+            f"weight_decay {recipe.weight_decay:g} pulls the weights to 0 from what they were trained to "
+            f"be. Published for fine-tuning: {published}. Set weight_decay to such a value."
+        )
+    if recipe.trainable == "all" and has_new_head and recipe.head_init_scale > 0.1:
+        messages.append(
+            f"head_init_scale {recipe.head_init_scale:g} lets a random classifier send large gradients "
+            "into trained weights at the first steps. Published for fine-tuning: 0.001 (Liu et al. 2022, "
+            "table 6; Woo et al. 2023, tables 9 to 13). Set head_init_scale = 0.001."
+        )
+    if trained_size is not None and not trained_size / 2 < recipe.image_size <= 2.3 * trained_size:
+        messages.append(
+            f"image_size {recipe.image_size} is far from the {trained_size} pixels of the weights, whose "
+            "features fit objects of that size. Published fine-tuning goes from 224 to 224, 384 and 512. "
+            f"Set image_size between {trained_size // 2 + 1} and {int(2.3 * trained_size)}, or choose "
+            "weights of that size."
+        )
+    return messages
+
+
+def _warnings_from_scratch(recipe: Recipe) -> list[str]:
+    messages = []
+    per_256 = recipe.learning_rate * 256 / recipe.batch_size
+    if recipe.trainable != "all":
+        messages.append(
+            f'trainable "{recipe.trainable}" leaves the rest of the model at its random weights. Set '
+            'weights to a tag, or trainable = "all".'
+        )
+    if per_256 < 5e-5:
+        messages.append(
+            f"learning_rate {recipe.learning_rate:g} at batch_size {recipe.batch_size} is {per_256:.2g} "
+            "per 256 images, a rate for fine-tuning. Random weights were trained at 2.5e-4 per 256, that "
+            "is 4e-3 with batches of 4096 (Liu et al. 2022, table 5). Set learning_rate = "
+            f"{2.5e-4 * recipe.batch_size / 256:.2g} or set weights to a tag."
+        )
+    if recipe.learning_rate > 1e-2:
+        messages.append(
+            f"learning_rate {recipe.learning_rate:g} is high for AdamW with any batch_size. The highest "
+            "published one is 4e-3 (Liu et al. 2022, table 5). Set learning_rate to at most that."
+        )
+    if recipe.weight_decay < 1e-4:
+        messages.append(
+            f"weight_decay {recipe.weight_decay:g} is a value for fine-tuning; from random weights the "
+            "model overfits without it. Published: 0.05 (Liu et al. 2022, table 5). Set weight_decay = "
+            "0.05."
+        )
+    if recipe.layer_decay < 1:
+        messages.append(
+            f"layer_decay {recipe.layer_decay:g} slows down the first layers, which are random and have "
+            "all to learn. It is published for fine-tuning only. Set layer_decay = 1.0 or set weights to "
+            "a tag."
+        )
+    if recipe.head_init_scale < 0.1:
+        messages.append(
+            f"head_init_scale {recipe.head_init_scale:g} shrinks the first gradients of a model that is "
+            "random throughout. It is published for fine-tuning only. Set head_init_scale = 1.0 or set "
+            "weights to a tag."
+        )
+    return messages
+
+
+def _warnings_always(recipe: Recipe, num_steps: int | None) -> list[str]:
+    messages = []
+    # 224 / 176 of torchvision is the widest published; 288 / 224 is where the drop was seen.
+    if not 0.9 <= recipe.eval_image_size / recipe.image_size <= 1.28:
+        messages.append(
+            f"eval_image_size {recipe.eval_image_size} differs much from image_size {recipe.image_size}. "
+            "A model can lose points away from its training size: timm's table has "
+            "convnext_tiny.fb_in22k_ft_in1k at 82.90 with 224 pixels and at 78.95 with 288. Set "
+            f"eval_image_size between {math.ceil(0.9 * recipe.image_size)} and "
+            f"{int(1.28 * recipe.image_size)}."
+        )
+    if recipe.warmup_epochs > recipe.epochs / 4:
+        messages.append(
+            f"warmup_epochs {recipe.warmup_epochs:g} is more than a quarter of the {recipe.epochs} "
+            "epochs. The longest published one is a fifth (Woo et al. 2023, table 11). Set warmup_epochs "
+            f"to at most {recipe.epochs / 5:g}."
+        )
+    if num_steps is not None and recipe.ema_decay and num_steps * (1 - recipe.ema_decay) < 3:
+        highest = max(0.0, math.floor(1000 * (1 - 3 / num_steps)) / 1000)
+        messages.append(
+            f"ema_decay {recipe.ema_decay:g} averages over about {1 / (1 - recipe.ema_decay):.0f} steps, "
+            f"but the run has {num_steps}: its first weights would still count for "
+            f"{recipe.ema_decay**num_steps:.0%} of what is saved. The papers' 0.9999 is for runs of more "
+            f"than 30000 steps. Set ema_decay to {f'at most {highest:g}, or to ' if highest else ''}0."
+        )
+    if recipe.drop_path_rate > 0.3 and VARIANTS[recipe.architecture].parameters < 30e6:
+        messages.append(
+            f"drop_path_rate {recipe.drop_path_rate:g} is high for {recipe.architecture}. The highest "
+            "published one at its size is 0.2 (Woo et al. 2023, table 10). Set drop_path_rate to at most "
+            "0.2."
+        )
+    return messages

@@ -1,0 +1,53 @@
+"""What is changed in a model before it is fine-tuned: the scale of a new head, and which weights learn."""
+
+import keras
+import numpy as np
+
+from keras_convnext.layers.initializers import RandomNormal
+
+HEAD_LAYERS = ("head", "pre_logits")
+
+
+def scale_head(model: keras.Model, factor: float) -> None:
+    """Multiplies kernel and bias of the classifier by a factor, 0.001 when the papers fine-tune.
+
+    Reference: facebookresearch/ConvNeXt models/convnext.py, `head_init_scale`; ConvNeXt-V2 main_finetune.py
+    draws the kernel with a spread of 2e-5, which is 0.001 times the usual 0.02.
+    """
+    for variable in model.get_layer("head").weights:
+        variable.assign(keras.ops.convert_to_numpy(variable) * np.float32(factor))
+
+
+def choose_trainable(model: keras.Model, trainable: str) -> None:
+    """Decides which weights of a built model learn.
+
+    Args:
+        model: of this package, with a classifier.
+        trainable: "all"; "head" for the classifier alone; "lora:R" for the classifier and, in each block, an
+            update of rank R of the pointwise kernels (Hu et al. 2021, arXiv:2106.09685; Keras's
+            `Dense.enable_lora`), which is added to the kernels when the weights are saved.
+
+    Raises:
+        ValueError: for another word or a rank below 1.
+    """
+    kind, _, rank = trainable.partition(":")
+    is_rank = rank.isdecimal() and int(rank) > 0
+    if trainable not in ("all", "head") and not (kind == "lora" and is_rank):
+        raise ValueError(
+            "Expected trainable to be 'all', 'head' or 'lora:RANK', such as 'lora:8'. Received: "
+            f"trainable={trainable!r}"
+        )
+    if kind == "all":
+        return
+    for layer in model.layers:
+        if layer.name in HEAD_LAYERS:
+            continue
+        if kind == "head" or not hasattr(layer, "pwconv1"):
+            layer.trainable = False  # which a saved model keeps, as it does not for single weights
+        else:
+            for variable in layer.trainable_variables:
+                variable.trainable = False
+            for dense in (layer.pwconv1, layer.pwconv2):
+                # The spread of PyTorch's nn.Linear, which LoRA's A starts with; B starts at 0.
+                spread = (3 * dense.kernel.shape[0]) ** -0.5
+                dense.enable_lora(int(rank), a_initializer=RandomNormal(spread))

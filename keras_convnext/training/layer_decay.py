@@ -1,0 +1,126 @@
+"""Layer-wise learning rate decay: which group a weight belongs to."""
+
+import re
+from collections.abc import Sequence
+
+from keras_convnext._messages import unknown
+
+LAYER_DECAY_GROUPS = ("group", "single", "layer_wise", "stage_wise", "timm")
+
+_STAGES = 4
+_PLACE = re.compile(r"(?:^|/)(stages|downsample_layers)_(\d+)_(\d+)(?:/|$)")
+_NORM_PRE = re.compile(r"(?:^|/)norm_pre(?:/|$)")
+
+
+def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
+    """The layer number of each weight, as the official code counts layers for the learning-rate decay.
+
+    - "group": V1 classification and V2; 12 groups of about three blocks. Stem 0, stage 0: 1, stage 1 and the
+      downsampling before it 2, downsampling before stage 2: 3, its block j 3 + j // 3, stage 3 and the
+      downsampling before it 12, the rest 13.
+    - "single": V2; a number for each block, from 1. A downsampling, the stem too, has the number of the block
+      behind it; the rest has the next number after the last block.
+    - "layer_wise": V1 on COCO; "group" with 6 in place of 12 when stage 2 has at most nine blocks.
+    - "stage_wise": V1 on ADE20K; stem and downsamplings 0, stage i: i + 1, the rest 7 or 13 as before.
+    - "timm": timm's `param_groups_layer_decay`; "single" with 0 for the stem.
+
+    "The rest" is what the official functions fall through to: final norm, norms of a pyramid, all heads. The
+    official configurations give 6 (T) and 12 (S to XL) by hand; the border at nine blocks is mmpretrain's
+    (ee7f2e8, models/backbones/convnext.py, `get_layer_depth`).
+
+    Args:
+        paths: paths of the trainable weights, such as "stages_2_7/pwconv1/kernel", maybe with a model's name
+            in front. The depths are taken from them. Stages that do not train may be missing if they come
+            first; "single" and "timm" then count from the first block that is there.
+        groups: "group", "single", "layer_wise", "stage_wise" or "timm".
+
+    Returns:
+        List of int, one for each path.
+
+    Raises:
+        ValueError: groups is unknown, no path is of a ConvNeXt stage (the official code knows no such decay
+            for isotropic models), or the depth of a stage that matters cannot be told.
+
+    Example:
+        >>> layer_ids(["downsample_layers_0_0/kernel", "stages_2_8/norm/beta", "head/kernel"], "group")
+        [0, 5, 13]
+    """
+    places = [_PLACE.search(path) for path in paths]
+    depths = _depths(paths, places, groups)
+    return [_layer_id(path, place, groups, depths) for path, place in zip(paths, places, strict=True)]
+
+
+def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
+    """The factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
+
+    Reference: `LayerDecayValueAssigner` of optim_factory.py, with the values that main.py gives it.
+
+    Args:
+        paths: paths of the trainable weights, as for `layer_ids`.
+        groups: how layers are counted, as for `layer_ids`.
+        decay: float in (0, 1], the factor from one layer to the one before.
+
+    Returns:
+        List of float, one for each path.
+
+    Raises:
+        ValueError: as `layer_ids`.
+
+    Example:
+        >>> learning_rate_scales(["stages_3_2/dwconv/kernel", "head/kernel"], "group", 0.8)
+        [0.8, 1.0]
+    """
+    depths = _depths(paths, [_PLACE.search(path) for path in paths], groups)
+    last = _last_id(groups, depths)
+    return [float(decay) ** (last - number) for number in layer_ids(paths, groups)]
+
+
+def _depths(paths, places, groups):
+    """Blocks of each stage, 0 where none is seen; refuses what `groups` cannot be counted with."""
+    if groups not in LAYER_DECAY_GROUPS:
+        raise ValueError(unknown("layer_decay_groups", groups, LAYER_DECAY_GROUPS))
+    stages = [int(place[2]) for place in places if place]
+    if not stages or max(stages) >= _STAGES:
+        raise ValueError(
+            "Layer-wise learning-rate decay needs weights of the four stages of a ConvNeXt, with paths such "
+            "as 'stages_0_0/dwconv/kernel'; for isotropic models and others it is not defined, and a head by "
+            "itself has one rate. Set layer_decay=1.0. Received paths: "
+            f"{', '.join(map(repr, paths[:3]))}{', ...' if len(paths) > 3 else ''}"
+        )
+    depths = [0] * _STAGES
+    for place in places:
+        if place and place[1] == "stages":
+            depths[int(place[2])] = max(depths[int(place[2])], int(place[3]) + 1)
+    needed = {"group": [], "layer_wise": [2], "stage_wise": [2]}.get(groups, range(min(stages), _STAGES))
+    missing = [f"stages_{stage}_*" for stage in needed if depths[stage] == 0]
+    if missing:
+        raise ValueError(
+            f"layer_decay_groups={groups!r} counts blocks that are not among the trainable weights: "
+            f"{', '.join(missing)}. Train them too, or take layer_decay_groups='group', which counts none."
+        )
+    return depths
+
+
+def _last_id(groups, depths):
+    if groups in ("single", "timm"):
+        return sum(depths) + 1
+    return _last_group(groups, depths) + 1
+
+
+def _last_group(groups, depths):
+    return 12 if groups == "group" or depths[2] > 9 else 6
+
+
+def _layer_id(path, place, groups, depths):
+    if place is None:
+        return _last_id(groups, depths) - (1 if groups == "timm" and _NORM_PRE.search(path) else 0)
+    downsampling, stage, block = place[1] == "downsample_layers", int(place[2]), int(place[3])
+    if groups in ("single", "timm"):
+        if downsampling:
+            return 0 if groups == "timm" and stage == 0 else sum(depths[:stage]) + 1
+        return sum(depths[:stage]) + block + 1
+    if groups == "stage_wise":
+        return 0 if downsampling else stage + 1
+    if downsampling:
+        return (0, 2, 3, _last_group(groups, depths))[stage]
+    return (1, 2, 3 + block // 3, _last_group(groups, depths))[stage]

@@ -1,0 +1,202 @@
+"""The numbers and variables that make up the state of a run, and what its processes must agree in."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import pathlib
+import random
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_convnext import predictor
+from keras_convnext.data.index import Source
+from keras_convnext.evaluation.results import fingerprint
+from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.recipe_files import identity
+from keras_convnext.weights import resolve
+
+LOG_FILE = "log.csv"
+CURVES_FILE = "curves.png"
+RECIPE_FILE = "recipe.toml"
+ENVIRONMENT_FILE = "environment.json"
+RESULT_FILE = "result.json"
+FAULTS_FILE = "faults.json"
+FINAL_WEIGHTS = ("final_ema.weights.h5", "final.weights.h5")  # the first where the recipe has an average
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What a run that has ended left behind.
+
+    Attributes:
+        folder: of the run.
+        weights: file of the final weights, those of the average (EMA) where the recipe has one.
+        steps: optimizer steps of the whole run.
+        scores: the last row of the log: "loss", "val_top1", "ema_val_top1" in percent, ...
+        seconds: time of this call.
+        process: number of this process; of several, process 0 has written the files.
+    """
+
+    folder: pathlib.Path
+    weights: pathlib.Path
+    steps: int
+    scores: dict[str, Any]
+    seconds: float
+    process: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers that follow from a recipe and its data.
+
+    Attributes:
+        micro_batch_size: images that go through the model at once.
+        accumulation_steps: micro-batches of an optimizer step.
+        steps_per_epoch: optimizer steps of an epoch; what is left over is dropped.
+        total_steps: optimizer steps of the run.
+        warmup_steps: optimizer steps of the warmup.
+    """
+
+    micro_batch_size: int
+    accumulation_steps: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        return self.steps_per_epoch * self.accumulation_steps
+
+    @classmethod
+    def of(cls, recipe: Recipe, training: Source) -> "Plan":
+        """Counts the steps.
+
+        Raises:
+            ValueError: the data has fewer images than a batch.
+        """
+        steps = len(training) // recipe.batch_size
+        if steps == 0:
+            raise ValueError(
+                f"Expected at least one batch of {recipe.batch_size} images to train on, but "
+                f"'{training.path}' has {len(training)}. Choose a smaller batch_size."
+            )
+        return cls(
+            micro_batch_size=recipe.batch_size // recipe.accumulation_steps,
+            accumulation_steps=recipe.accumulation_steps,
+            steps_per_epoch=steps,
+            total_steps=recipe.epochs * steps,
+            warmup_steps=round(recipe.warmup_epochs * steps),
+        )
+
+
+# Several processes.
+
+
+@contextlib.contextmanager
+def leaving(group: Any) -> Iterator[None]:
+    """Leaves the processes of the run at the end, and tells them why where this one fails."""
+    try:
+        yield
+    except BaseException as error:
+        group.wait_for_word()
+        group.close(f"{type(error).__name__}: {error}")
+        raise
+    group.close()
+
+
+def shared_facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[str, Any]:
+    """What all processes must agree in."""
+    package = pathlib.Path(__file__).parents[1]
+    code, weights = hashlib.sha256(), hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        code.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    for variable in model.variables:
+        weights.update(engine.read(variable).tobytes())
+    backend = keras.backend.backend()
+    return {
+        "code of keras_convnext": code.hexdigest()[:16],
+        "keras": keras.__version__,
+        backend: importlib.import_module(backend).__version__,
+        "recipe": dict(identity),
+        "engine": engine.name,
+        "initial weights": weights.hexdigest()[:16],
+    }
+
+
+def run_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the result, without places of files, which may be moved between two starts."""
+    values = {key: value for key, value in identity(recipe).items() if key != "data"}
+    for key in ("weights", "teacher"):
+        if values[key] and predictor.names_file(values[key]):
+            path = resolve.existing_file(values[key])
+            values[key] = f"{path.name} of {path.stat().st_size} bytes"
+    return values
+
+
+def data_fingerprint(source: Source | None) -> str:
+    return "" if source is None else fingerprint(source)
+
+
+@contextlib.contextmanager
+def settings_of(recipe: Recipe) -> Iterator[None]:
+    """Sets precision and the seed of initial weights for the time of a run."""
+    policy, state = keras.config.dtype_policy(), random.getstate()
+    keras.config.set_dtype_policy(recipe.precision)
+    random.seed(recipe.seed)  # `layers.RandomNormal` draws from it
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(policy)
+        random.setstate(state)
+
+
+def state_variables(model: Any, student: Any) -> dict[str, Any]:
+    """All variables that a step reads and writes, by names that are the same in each process."""
+    weights = {id(v): v for v in student.weights}
+    others = [v for v in student.variables if id(v) not in weights]  # of the random generators
+    named = {f"model/{v.path}": v for v in weights.values()}
+    named |= {f"random/{number:04d}": v for number, v in enumerate(others)}
+    # The optimizer's names repeat some; its order is that of the model.
+    named |= {f"optimizer/{number:05d}/{v.name}": v for number, v in enumerate(model.optimizer.variables)}
+    return named
+
+
+def variable_bytes(variable: Any) -> int:
+    return math.prod(variable.shape) * np.dtype(keras.backend.standardize_dtype(variable.dtype)).itemsize
+
+
+def as_integer(counter: Any) -> int:
+    """The value of a counter; TensorFlow's `int` knows no variable of several devices."""
+    return int(keras.ops.convert_to_numpy(counter))
+
+
+def as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
+    """The integers of one backend in the type of another; other arrays as they are."""
+    if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
+        return array
+    return array.astype(expected[1])
+
+
+def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The scores of a run that has ended; None where steps are left."""
+    has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
+    return (
+        json.loads((folder / RESULT_FILE).read_text())
+        if has_weights and (folder / RESULT_FILE).exists()
+        else None
+    )
+
+
+def result(
+    folder: pathlib.Path, recipe: Recipe, plan: Plan, engine: Any, scores: dict[str, Any], begin: float
+) -> TrainingResult:
+    weights = folder / FINAL_WEIGHTS[0 if recipe.ema_decay else 1]
+    seconds = time.monotonic() - begin
+    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.process)

@@ -1,0 +1,113 @@
+"""The learning rate schedule of the papers: linear warmup, then a half cosine."""
+
+import math
+import numbers
+
+import keras
+from keras import ops
+
+from keras_convnext.training.optimizer import check_number
+
+_register = keras.saving.register_keras_serializable(package="keras_convnext")
+
+
+@_register
+class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises in a straight line and falls along half a cosine, step by step.
+
+    Behind the warmup the rate is `end + (peak - end) * (1 + cos(pi * i / n)) / 2`, where i counts the steps
+    behind the warmup and n is their number; from `total_steps` on it stays at `end`. The right digits survive
+    float32 up to 2^24 steps, because i and n are integers and `1 + cos` is taken as a squared sine.
+    Reference: Liu et al. 2022, table 5; `cosine_scheduler` of V1's utils.py (warmup that includes the peak),
+    `adjust_learning_rate` of V2's (warmup that does not).
+
+    Args:
+        peak: float, the highest rate. 4e-3 at a batch of 4096 in the paper.
+        total_steps: int, optimizer steps of the whole training, warmup included.
+        warmup_steps: int, steps of the warmup. Default 0.
+        start: float, rate of step 0 when there is a warmup. Default 0.
+        end: float, rate at `total_steps`. Default 1e-6, as in the official code.
+        warmup_includes_peak: bool. True: the last step of the warmup has the peak, as in V1. False: the first
+            step behind it, as in V2.
+        hold_steps: int, steps for which one rate holds: 1, or the steps of an epoch, as torchvision trains.
+
+    Call arguments:
+        step: int or integer tensor, number of optimizer steps taken so far.
+
+    Returns:
+        float32 scalar, the rate.
+
+    Raises:
+        TypeError: a number of steps is no integer, or a rate no number.
+        ValueError: a rate is negative, or the warmup longer than the training.
+
+    Example:
+        >>> schedule = WarmupCosine(4e-3, total_steps=300, warmup_steps=20)
+        >>> [f"{float(schedule(step)):.2e}" for step in (0, 19, 160, 300)]
+        ['0.00e+00', '4.00e-03', '2.00e-03', '1.00e-06']
+    """
+
+    def __init__(
+        self,
+        peak,
+        total_steps,
+        warmup_steps=0,
+        *,
+        start=0.0,
+        end=1e-6,
+        warmup_includes_peak=True,
+        hold_steps=1,
+    ):
+        super().__init__()
+        for name, rate in (("peak", peak), ("start", start), ("end", end)):
+            check_number(name, rate, "WarmupCosine", low=0.0)
+        for name, steps, least in (
+            ("total_steps", total_steps, 1),
+            ("warmup_steps", warmup_steps, 0),
+            ("hold_steps", hold_steps, 1),
+        ):
+            _check_steps(name, steps, least)
+        if warmup_steps > total_steps:
+            raise ValueError(
+                "WarmupCosine needs warmup_steps <= total_steps, for the warmup is part of the training. "
+                f"Received: warmup_steps={warmup_steps}, total_steps={total_steps}"
+            )
+        self.peak = float(peak)
+        self.total_steps = int(total_steps)
+        self.warmup_steps = int(warmup_steps)
+        self.start = float(start)
+        self.end = float(end)
+        self.warmup_includes_peak = bool(warmup_includes_peak)
+        self.hold_steps = int(hold_steps)
+
+    def __call__(self, step):
+        step = ops.cast(step, "int32")
+        step = step - step % self.hold_steps
+        cosine_steps = max(1, self.total_steps - self.warmup_steps)
+        remaining = ops.cast(ops.clip(self.total_steps - step, 0, cosine_steps), "float32")
+        # (1 + cos(pi * i / n)) / 2 = sin^2(pi / 2 * (n - i) / n), without the cancellation near the end
+        height = ops.square(ops.sin(remaining / cosine_steps * (math.pi / 2)))
+        rate = self.end + (self.peak - self.end) * height
+        if self.warmup_steps == 0:
+            return rate
+        rises = max(1, self.warmup_steps - 1 if self.warmup_includes_peak else self.warmup_steps)
+        done = ops.cast(ops.minimum(step, self.warmup_steps), "float32") / rises
+        return ops.where(step < self.warmup_steps, self.start + (self.peak - self.start) * done, rate)
+
+    def get_config(self):
+        return {
+            "peak": self.peak,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "start": self.start,
+            "end": self.end,
+            "warmup_includes_peak": self.warmup_includes_peak,
+            "hold_steps": self.hold_steps,
+        }
+
+
+def _check_steps(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"WarmupCosine needs an integer for {name}. Received: {name}={value!r}")
+    if value < least:
+        raise ValueError(f"WarmupCosine needs {name} >= {least}. Received: {name}={value}")

@@ -1,0 +1,1 @@
+"""What the trainer trains: one module a task."""

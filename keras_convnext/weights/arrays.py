@@ -1,0 +1,161 @@
+"""What all weight files share: errors, memory maps and bytes of arrays."""
+
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+# PyTorch's name of each dtype that NumPy or ml_dtypes has. "<": both formats are little-endian.
+TORCH_DTYPES: dict[str, np.dtype] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "complex64": np.dtype("<c8"),
+    "complex128": np.dtype("<c16"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int16": np.dtype("<i2"),
+    "int8": np.dtype("i1"),
+    "uint64": np.dtype("<u8"),
+    "uint32": np.dtype("<u4"),
+    "uint16": np.dtype("<u2"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+
+DAMAGED_ADVICE = "The file is damaged or incomplete: download or save it again."
+
+
+class FileFormatError(ValueError):
+    """A weight file is truncated, damaged or of a kind that cannot be read."""
+
+
+class UnsafeFileError(ValueError):
+    """A .pth file asks for code that a state dict does not need; none of it was executed."""
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Lets the system drop the memory of the file that an array is a view of, once its values are copied.
+
+    Pages that are needed again are read again. Keeps the memory of loading a model near that of the model
+    itself. Does nothing for arrays that are not memory-mapped, or where the system cannot do it.
+    """
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
+def damaged_file(path: Path, fact: str, remedy: str = DAMAGED_ADVICE) -> FileFormatError:
+    return FileFormatError(f"Cannot read '{path}': {fact}. {remedy}")
+
+
+def map_file(path: Path) -> memoryview:
+    """Maps a file read-only; the mapping lives as long as a view of it does."""
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"Expected a .pth or .safetensors file, received the directory '{path}'. Give the "
+            "path of a file in it."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'. Check the path.")
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise damaged_file(path, "it is empty (0 bytes)")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def looks_like_safetensors(start: bytes) -> bool:
+    # A header length below 4 GiB, then its JSON. Checked before the other kinds, because the first
+    # bytes of a length may read as anything: 640 reads as the start of a pickle.
+    return start[4:9] == b"\0\0\0\0{"
+
+
+def unknown_content(
+    path: Path, start: bytes, expected: str = "a .pth (zip) or .safetensors file"
+) -> FileFormatError:
+    """The error for a file that does not start as a known kind does."""
+    if start.startswith(b"version https://git-lfs"):
+        return damaged_file(
+            path,
+            "it is a Git LFS pointer, a text that stands for the file",
+            "Fetch the file itself with `git lfs pull`.",
+        )
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return damaged_file(
+            path,
+            "it is a web page, not weights",
+            "The download met an error or login page: download it again from a direct link.",
+        )
+    if start.startswith(b"\x80") and start[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"):
+        return damaged_file(
+            path,
+            "it is a bare pickle, as PyTorch wrote before version 1.6, and not a zip archive",
+            "If you trust the file, re-save it in PyTorch 1.6 or later: "
+            "torch.save(torch.load(path, map_location='cpu'), path).",
+        )
+    if path.suffix == ".safetensors":
+        if len(start) < 8:
+            return damaged_file(
+                path, f"expected at least 8 bytes (the header's length), received {len(start)}"
+            )
+        return damaged_file(
+            path,
+            f"expected 8 bytes of header length and then '{{', received {start[:9]!r}",
+        )
+    return damaged_file(
+        path,
+        f"expected {expected}, received a file that starts with {start[:16]!r}",
+        "Check that it is the file you meant and that its download was complete.",
+    )
+
+
+def is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_sizes(value: object) -> bool:
+    # 64 is the largest number of dimensions of a NumPy array.
+    return isinstance(value, list | tuple) and len(value) <= 64 and all(is_size(size) for size in value)
+
+
+def names_of_dtypes(
+    arrays: Mapping[str, np.ndarray], dtypes: dict[str, np.dtype], suffix: str
+) -> dict[str, str]:
+    """The name in a format of each array's dtype."""
+    known = {dtype: name for name, dtype in dtypes.items()}
+    names = {}
+    for name, array in arrays.items():
+        if not isinstance(name, str):
+            raise TypeError(f"Expected names of type str, received {name!r}. Convert it to str.")
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"Expected a NumPy array for {name!r}, received {type(array).__name__}. Convert it "
+                "with np.asarray."
+            )
+        dtype = array.dtype.newbyteorder("<")
+        if dtype not in known:
+            raise ValueError(
+                f"A {suffix} file cannot hold the dtype '{array.dtype}' of {name!r}. Convert it to "
+                f"one of: {', '.join(str(dtype) for dtype in known)}."
+            )
+        names[name] = known[dtype]
+    return names
+
+
+def little_endian_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order; a copy only if it is not stored so already."""
+    array = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+    return array.reshape(-1).view(np.uint8).data

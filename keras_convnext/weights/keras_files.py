@@ -1,0 +1,209 @@
+"""Reads weights that Keras wrote, ours and those of `keras.applications`: `.h5`, `.weights.h5`, `.keras`."""
+
+import contextlib
+import pathlib
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+
+import h5py
+import numpy as np
+
+from keras_convnext.weights.arrays import FileFormatError
+
+# Layer of keras.applications -> canonical name; the part in front is the model's name, free to choose.
+# Reference: keras/src/applications/convnext.py (Keras 3.15).
+_LAYERS = (
+    (r"_stem$", ("downsample_layers.0.0", "downsample_layers.0.1")),
+    (
+        r"_downsampling_block_(\d)$",
+        ("downsample_layers.{next}.0", "downsample_layers.{next}.1"),
+    ),
+    (r"_stage_(\d)_block_(\d+)_depthwise_conv$", ("stages.{0}.{1}.dwconv",)),
+    (r"_stage_(\d)_block_(\d+)_layernorm$", ("stages.{0}.{1}.norm",)),
+    (r"_stage_(\d)_block_(\d+)_pointwise_conv_(\d)$", ("stages.{0}.{1}.pwconv{2}",)),
+    (r"_stage_(\d)_block_(\d+)_layer_scale$", ("stages.{0}.{1}",)),
+    (r"_head_layernorm$|^layer_normalization(_\d+)?$", ("norm",)),
+    (r"_head_dense$", ("head",)),
+)
+
+
+def is_keras_applications(path) -> bool:
+    """Whether an `.h5`, `.weights.h5` or `.keras` file holds a ConvNeXt of `keras.applications`.
+
+    Raises:
+        FileFormatError: when the file is not what its ending says.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".keras":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                config = archive.read("config.json").decode()
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise FileFormatError(
+                f"{path} is not a Keras model file: {error}. Expected an archive written by model.save()."
+            ) from None
+        return "_stage_0_block_0_depthwise_conv" in config
+    with _open(path) as file:
+        names = _legacy_layer_names(_legacy_group(file))
+        if names:
+            return any(re.search(r"_stage_0_block_0_depthwise_conv$", name) for name in names)
+        return "layers/sequential/layers/conv2d/vars/0" in file and "layers/layer_scale" in file
+
+
+def is_bare(path) -> bool:
+    """Whether a file is an `.h5` of this package: weights that do not say which model they belong to."""
+    path = pathlib.Path(path)
+    return path.suffix == ".h5" and not is_keras_applications(path)
+
+
+def read_keras_applications(path) -> dict[str, np.ndarray]:
+    """The weights of a `keras.applications` ConvNeXt under the official code's names, in PyTorch's shapes.
+
+    Args:
+        path: a published `convnext_*.h5`, or a file from `model.save("x.h5")`,
+            `model.save_weights("x.weights.h5")` or `model.save("x.keras")`.
+
+    Returns:
+        {canonical name: array}. Depthwise kernels go from the grouped layout (7, 7, 1, C) to (C, 1, 7, 7).
+    """
+    path = pathlib.Path(path)
+    state: dict[str, np.ndarray] = {}
+    try:
+        with _open(path) as file:
+            group = _legacy_group(file)
+            layers = _legacy_layers(group) if _legacy_layer_names(group) else _current_layers(file)
+            for name, arrays in layers:
+                for key, array in _canonical(name, arrays):
+                    if key in state:
+                        raise FileFormatError(f"{path} has two layers for {key}; the second is {name!r}.")
+                    state[key] = array
+    except (KeyError, IndexError) as error:
+        raise FileFormatError(
+            f"{path} is not a plain ConvNeXt of keras.applications ({error}). If it is part of a larger "
+            "model, save it by itself."
+        ) from None
+    return state
+
+
+def load_weights(model, path) -> None:
+    """Loads weights that a model of this package wrote, with Keras's own reader.
+
+    Raises:
+        ValueError: when they are of another model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Keras warns of, it then raises
+            model.load_weights(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{path} does not fit {model.name!r}: {str(error).strip().splitlines()[0]} "
+            "Build the model with the arguments it was saved with."
+        ) from error
+
+
+@contextlib.contextmanager
+def _open(path) -> Iterator[h5py.File]:
+    with contextlib.ExitStack() as stack:
+        source = path
+        if path.suffix == ".keras":
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            source = stack.enter_context(archive.open("model.weights.h5"))
+        try:
+            file = stack.enter_context(h5py.File(source, "r"))
+        except OSError as error:
+            raise FileFormatError(
+                f"{path} is not a readable HDF5 file ({error}). Is it whole? Copy or download it again."
+            ) from None
+        yield file
+
+
+def _legacy_group(file):
+    return file.get("model_weights", file)
+
+
+def _legacy_layer_names(group) -> list[str]:
+    return [_text(name) for name in group.attrs.get("layer_names", [])]
+
+
+def _text(name) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _legacy_layers(group):
+    """(layer name, its arrays in Keras's order) of the format of Keras 2, which Keras 3 still writes."""
+    for name in _legacy_layer_names(group):
+        names = [_text(weight) for weight in group[name].attrs["weight_names"]]
+        if names:
+            yield name, [group[name][weight][()] for weight in names]
+
+
+def _current_layers(file):
+    """The same of Keras 3's format, whose layers are numbered by class, in the order they were made."""
+    layers = file["layers"]
+
+    def arrays(group):
+        variables = group["vars"]
+        return [variables[str(index)][()] for index in range(len(variables))]
+
+    def numbered(kind):
+        index = 0
+        while (name := kind if index == 0 else f"{kind}_{index}") in layers:
+            yield layers[name]
+            index += 1
+
+    dims = []
+    for stage, group in enumerate(numbered("sequential")):
+        inner = group["layers"]
+        convolution, norm = arrays(inner["conv2d"]), arrays(inner["layer_normalization"])
+        dims.append(len(convolution[1]))
+        if stage == 0:
+            yield "_stem", convolution + norm
+        else:
+            yield f"_downsampling_block_{stage - 1}", norm + convolution
+    depthwise = [arrays(group) for group in numbered("conv2d")]
+    norms = [arrays(group) for group in numbered("layer_normalization")]
+    dense = [arrays(group) for group in numbered("dense")]
+    scales = [arrays(group) for group in numbered("layer_scale")]
+    number = 0
+    for stage, dim in enumerate(dims):
+        for block in range(sum(len(bias) == dim for _, bias in depthwise)):
+            prefix = f"_stage_{stage}_block_{block}"
+            yield f"{prefix}_depthwise_conv", depthwise[number]
+            yield f"{prefix}_layernorm", norms[number]
+            yield f"{prefix}_pointwise_conv_1", dense[2 * number]
+            yield f"{prefix}_pointwise_conv_2", dense[2 * number + 1]
+            yield f"{prefix}_layer_scale", scales[number]
+            number += 1
+    yield "_head_layernorm", norms[number]
+    if len(dense) > 2 * number:
+        yield "_head_dense", dense[2 * number]
+
+
+def _canonical(layer, arrays):
+    """(canonical name, array in PyTorch's shape) of each weight of one layer."""
+    for pattern, targets in _LAYERS:
+        match = re.search(pattern, layer)
+        if match is None:
+            continue
+        numbers = [group for group in match.groups() if group and group.isdigit()]
+        following = int(numbers[0]) + 1 if numbers else 0
+        names = [target.format(*numbers, next=following) for target in targets]
+        if len(arrays) == 1:
+            yield f"{names[0]}.gamma", arrays[0]
+            return
+        for name, weight, bias in zip(names, arrays[::2], arrays[1::2], strict=True):
+            if weight.ndim == 4:
+                # (H, W, I, O) -> (O, I, H, W); the grouped (7, 7, 1, C) becomes (C, 1, 7, 7) by the same.
+                weight = weight.transpose(3, 2, 0, 1)
+            elif weight.ndim == 2:
+                weight = weight.T
+            yield f"{name}.weight", weight
+            yield f"{name}.bias", bias
+        return
+    raise FileFormatError(
+        f"The layer {layer!r}, with weights of shape {[array.shape for array in arrays]}, is none of a "
+        "ConvNeXt of keras.applications."
+    )

@@ -1,0 +1,145 @@
+"""What is known of one published weight file."""
+
+from dataclasses import dataclass
+from typing import Any
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+# Endings of the weight files that the package reads; those of PyTorch it writes too.
+TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
+
+NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license", "research-only")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One published weight file.
+
+    Evaluation preprocessing of a row: resize as `resize_mode` says, cut the centre
+    `image_size` x `image_size`, divide by 255, subtract `mean`, divide by `std`.
+
+    Args:
+        tag: "<architecture>.<pretrained tag>", unique. timm's model id for the timm rows.
+        architecture: name of the architecture, a key of `variants.VARIANTS`.
+        layout: names and shapes of the arrays inside the file. "timm", "official" (Meta V1 and V2;
+            the encoder-only V2 files are dense already and lack the final norm and the head),
+            "torchvision", "huggingface", "dinov3" (official names plus copies of the final norm),
+            "dinov3_hf", "keras_applications", "mmdet" or "mmseg" (official names behind
+            "backbone.", plus the task heads). A timm row means the file on the hub: an address at
+            dl.fbaipublicfiles.com beside it is the file that timm converted, in the official layout.
+        classes: width of the classifier; 0 when the file has none. CLIP towers: the width of the
+            image projection, which timm stores as classifier.
+        image_size: side in pixels of the square the scores `top1` and `top5` were taken at; for
+            "mmdet" the shorter side of the test images, for "mmseg" the training crop.
+        test_image_size: larger side that timm recommends for testing, or None.
+        crop: fraction `image_size` / size after the resize.
+        test_crop: the same at `test_image_size`, or None.
+        resize_mode: "shorter_side" resizes the shorter side to int(floor(image_size / crop));
+            "squash" resizes both sides to that number, which loses the aspect ratio.
+        resize_size: pixels of the shorter side where the publisher states it (torchvision), else
+            None and the formula holds.
+        interpolation: "bicubic" or "bilinear", both antialiased as in Pillow.
+        mean: per channel (RGB), for pixels in 0..1.
+        std: per channel (RGB), for pixels in 0..1.
+        licence: SPDX identifier where there is one, else the publisher's identifier.
+        dataset: what the weights were trained on, in order, e.g. "imagenet22k->imagenet1k".
+        top1: published ImageNet-1k top-1 accuracy in percent at `image_size`, or None. Packaged weights:
+            of the held-out images of their own data set, as `score_source` says.
+        top5: the same for top-5.
+        test_top1: published top-1 accuracy in percent at `test_image_size`, or None.
+        score_source: table the scores come from; "" when there is no score.
+        hub_id: repository on the Hugging Face hub, or None.
+        hub_filename: file in that repository, or None.
+        url: direct address, or None.
+        sha256: SHA-256 of the file at `url`, 64 hexadecimal digits, or None.
+        sha256_prefix: first 8 hexadecimal digits of it where the file name carries them (for
+            "dinov3": of the file that `note` names), or None.
+        state_key: key of the dictionary in the file that holds the arrays ("model", "state_dict"),
+            or None when they are at the top. A timm row means the file on the hub.
+        note: what else a user must know.
+        gated: the publisher asks for an agreement before the download.
+        packaged: name of a file in the folder `weights` of this package, which then needs no download,
+            or None.
+
+    Example:
+        row = find_checkpoint("convnext_tiny.fb_in1k")
+        row.image_size, row.crop, row.top1          # (224, 0.875, 82.066)
+        row.commercial_use                          # True
+    """
+
+    tag: str
+    architecture: str
+    layout: str
+    classes: int
+    image_size: int
+    test_image_size: int | None
+    crop: float
+    test_crop: float | None
+    resize_mode: str
+    resize_size: int | None
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    licence: str
+    dataset: str
+    top1: float | None = None
+    top5: float | None = None
+    test_top1: float | None = None
+    score_source: str = ""
+    hub_id: str | None = None
+    hub_filename: str | None = None
+    url: str | None = None
+    sha256: str | None = None
+    sha256_prefix: str | None = None
+    state_key: str | None = None
+    note: str = ""
+    gated: bool = False
+    packaged: str | None = None
+
+    @property
+    def commercial_use(self) -> bool:
+        """Whether the licence allows commercial use.
+
+        Returns:
+            False for cc-by-nc-4.0, fair-noncommercial-research-license and "research-only" (weights trained
+            on photographs that are for research and education). True otherwise, which for
+            dinov3-license still means its own conditions.
+
+        Example:
+            find_checkpoint("convnextv2_tiny.fcmae_ft_in1k").commercial_use  # False
+        """
+        return self.licence not in NON_COMMERCIAL_LICENCES
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """Where the file is: the arguments that the functions of `downloads` share."""
+        return {
+            "tag": self.tag,
+            "hub_id": self.hub_id,
+            "hub_filename": self.hub_filename,
+            "url": self.url,
+            "packaged": self.packaged,
+        }
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether the last layer is the image projection of a CLIP tower, not a classifier."""
+        return self.classes > 0 and self.dataset in ("laion2b", "laion_aesthetic")
+
+    @property
+    def downloadable(self) -> bool:
+        """Whether the table knows a place to get the file from.
+
+        Returns:
+            True when `hub_id` or `url` is set, or the file ships with the package. A `gated` file needs an
+            account there.
+
+        Example:
+            find_checkpoint("convnextv2_small.untrained").downloadable  # False
+        """
+        return any(place is not None for place in (self.hub_id, self.url, self.packaged))

@@ -1,0 +1,230 @@
+"""Reads and writes safetensors files."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from keras_convnext._files import replacing_file
+from keras_convnext.weights.arrays import (
+    TORCH_DTYPES,
+    damaged_file,
+    is_sizes,
+    little_endian_bytes,
+    looks_like_safetensors,
+    map_file,
+    names_of_dtypes,
+    unknown_content,
+)
+
+_SAFETENSORS_DTYPES: dict[str, np.dtype] = {
+    "F64": TORCH_DTYPES["float64"],
+    "F32": TORCH_DTYPES["float32"],
+    "F16": TORCH_DTYPES["float16"],
+    "BF16": TORCH_DTYPES["bfloat16"],
+    "F8_E4M3": TORCH_DTYPES["float8_e4m3fn"],
+    "F8_E4M3FNUZ": TORCH_DTYPES["float8_e4m3fnuz"],
+    "F8_E5M2": TORCH_DTYPES["float8_e5m2"],
+    "F8_E5M2FNUZ": TORCH_DTYPES["float8_e5m2fnuz"],
+    "F8_E8M0": TORCH_DTYPES["float8_e8m0fnu"],
+    "C64": TORCH_DTYPES["complex64"],
+    "I64": TORCH_DTYPES["int64"],
+    "I32": TORCH_DTYPES["int32"],
+    "I16": TORCH_DTYPES["int16"],
+    "I8": TORCH_DTYPES["int8"],
+    "U64": TORCH_DTYPES["uint64"],
+    "U32": TORCH_DTYPES["uint32"],
+    "U16": TORCH_DTYPES["uint16"],
+    "U8": TORCH_DTYPES["uint8"],
+    "BOOL": TORCH_DTYPES["bool"],
+}
+
+# The limit of the safetensors library, which refuses to read a longer header.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Reads the free-form metadata in the header of a .safetensors file.
+
+    The whole header is validated, as in `read_state_dict`.
+
+    Args:
+        path: str or path, a .safetensors file.
+
+    Returns:
+        dict of str to str, in the order of the file; empty when the file has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: the path is a directory.
+        FileFormatError: the file is not a valid .safetensors file; the message tells why.
+    """
+    path = Path(path)
+    data = map_file(path)
+    start = bytes(data[:64])
+    if not looks_like_safetensors(start):
+        raise unknown_content(path, start, "a .safetensors file")
+    return _safetensors_header(path, data)[1]
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes arrays to a .safetensors file.
+
+    The same arrays and metadata give the same bytes, whatever the order of the dictionaries: the
+    arrays are stored by decreasing item size, then by name, so each is aligned to its item size.
+    The file appears under its name only when it is complete; an earlier file is kept until then.
+
+    Args:
+        path: str or path, the file to write or to replace.
+        arrays: dict of name to array, of any shape, memory order and byte order.
+        metadata: dict of str to str kept in the header, or None for none.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: the path is a directory.
+        TypeError: a name or metadata entry is not a str, or a value is not an array.
+        ValueError: the format has no such dtype, or reserves such a name.
+    """
+    names = names_of_dtypes(arrays, _SAFETENSORS_DTYPES, ".safetensors")
+    if "__metadata__" in arrays:
+        raise ValueError(
+            "The name '__metadata__' is reserved by the .safetensors format. Rename this array, "
+            "or pass text through the `metadata` argument."
+        )
+    header: dict[str, object] = {}
+    if metadata is not None:
+        for key, value in metadata.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise TypeError(
+                    f"Expected metadata of str to str, received {key!r}: {value!r}. Convert both to str."
+                )
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    offset = 0
+    for name in order:
+        end = offset + arrays[name].nbytes
+        header[name] = {
+            "dtype": names[name],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing_file(path) as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for name in order:
+            file.write(little_endian_bytes(arrays[name]))
+
+
+def _safetensors_header(
+    path: Path, data: memoryview
+) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], dict[str, str]]:
+    """Validates a .safetensors file.
+
+    Returns:
+        The (dtype, shape, position in the file) of each tensor by name, and the metadata.
+    """
+    header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise damaged_file(
+            path,
+            f"expected a header of at most {_MAX_HEADER_BYTES} bytes, its length says {header_bytes}",
+        )
+    if 8 + header_bytes > len(data):
+        raise damaged_file(
+            path,
+            f"expected at least {8 + header_bytes} bytes (8 and a header of {header_bytes}), "
+            f"received {len(data)}",
+        )
+    try:
+        header = json.loads(
+            str(data[8 : 8 + header_bytes], "utf-8"), object_pairs_hook=_dict_without_duplicates
+        )
+    except (ValueError, RecursionError) as error:
+        raise damaged_file(path, f"its header is not valid JSON ({error})") from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise damaged_file(path, "expected '__metadata__' to map str to str in its header")
+
+    data_start = 8 + header_bytes
+    entries: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise damaged_file(path, f"expected 'dtype', 'shape' and 'data_offsets' for tensor {name!r}")
+        dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype_name, str) or dtype_name not in _SAFETENSORS_DTYPES:
+            raise damaged_file(
+                path,
+                f"tensor {name!r} has dtype {dtype_name!r}",
+                f"Known: {', '.join(_SAFETENSORS_DTYPES)}.",
+            )
+        if not is_sizes(shape):
+            raise damaged_file(
+                path, f"expected at most 64 sizes >= 0 as the shape of {name!r}, received {shape!r}"
+            )
+        if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise damaged_file(path, f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
+        dtype = _SAFETENSORS_DTYPES[dtype_name]
+        begin, end = offsets
+        expected_bytes = math.prod(shape) * dtype.itemsize
+        if end - begin != expected_bytes:
+            raise damaged_file(
+                path,
+                f"expected {expected_bytes} bytes for {name!r} ({dtype_name}, shape {shape}), its "
+                f"data_offsets {offsets} have {end - begin}",
+            )
+        entries[name] = (dtype, tuple(shape), data_start + begin)
+        spans.append((begin, end, name))
+
+    previous_end = 0
+    for begin, end, name in sorted(spans):
+        if begin < previous_end:
+            raise damaged_file(
+                path,
+                f"tensor {name!r} begins at byte {begin} of the data and overlaps another one, "
+                f"which ends at {previous_end}",
+            )
+        if begin > previous_end:
+            raise damaged_file(
+                path,
+                f"no tensor covers bytes {previous_end} to {begin} of the data, before {name!r}",
+            )
+        previous_end = end
+    if data_start + previous_end != len(data):
+        raise damaged_file(path, f"expected {data_start + previous_end} bytes in all, received {len(data)}")
+    return entries, metadata
+
+
+def safetensors_arrays(path: Path, data: memoryview) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, (dtype, shape, position) in _safetensors_header(path, data)[0].items():
+        try:
+            arrays[name] = np.ndarray(shape, dtype, buffer=data, offset=position)
+        except ValueError as error:
+            # The sizes beside a zero can be of any magnitude, and NumPy multiplies them.
+            raise damaged_file(
+                path, f"NumPy has no array of the shape {list(shape)} of {name!r} ({error})"
+            ) from error
+    return arrays
+
+
+def _dict_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} occurs twice")
+            seen.add(key)
+    return result

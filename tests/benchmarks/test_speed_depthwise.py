@@ -1,0 +1,173 @@
+"""`keras-convnext bench depthwise`: candidates are compared before they are timed, and a table comes out."""
+
+import csv
+import dataclasses
+import os
+import time
+
+import keras
+import numpy as np
+import pytest
+
+from benchmarks.speed import depthwise
+from benchmarks.speed.depthwise import Candidate, Row
+from keras_convnext import _environment
+
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
+SHAPE = (3, 5, 4, 8)
+
+
+def candidate_named(name):
+    return next(found for found in depthwise.candidates_of(BACKEND, "cpu") if found.name == name)
+
+
+def measure(candidates, dtype="float32"):
+    return depthwise.measure_shape(BACKEND, "cpu", candidates, SHAPE, dtype, rounds=2, seconds=0.004)
+
+
+def test_every_candidate_is_right_and_the_one_in_use_is_among_them():
+    candidates = [
+        found for found in depthwise.candidates_of(BACKEND, "cpu") if found.compiler != "torch.compile"
+    ]
+    rows = measure(candidates)
+    assert [row.candidate for row in rows] == [found.name for found in candidates]
+    assert sum(row.chosen for row in rows) == 1
+    without_gradient = {"oneDNN, called directly"}
+    if BACKEND == "tensorflow" and not _environment.tensorflow_has_onednn():
+        without_gradient = {"grouped Conv2D"}
+    for row in rows:
+        assert row.note == "" and row.difference < 1e-5 and row.forward > 0
+        assert (row.both is None) == (row.candidate in without_gradient)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_grouped_convolution_has_a_gradient_where_tensorflow_has_onednn(monkeypatch, onednn):
+    if BACKEND != "tensorflow":
+        pytest.skip("a candidate of TensorFlow")
+    monkeypatch.setattr(depthwise, "tensorflow_has_onednn", lambda: onednn)
+    found = {each.name: each.has_gradient for each in depthwise.candidates_of("tensorflow", "cpu")}
+    assert found.pop("grouped Conv2D") == onednn
+    assert all(found.values())
+    for each in depthwise.candidates_of("tensorflow", "gpu"):
+        assert each.has_gradient
+
+
+def test_the_candidate_in_use_is_right_in_bfloat16():
+    chosen = depthwise.candidates_of(BACKEND, "cpu")[:2]
+    rows = [row for row in measure(chosen, "bfloat16") if row.chosen]
+    assert rows[0].note == "" and 1e-6 < rows[0].difference < 0.02
+
+
+def test_what_differs_or_fails_is_marked_and_not_timed():
+    library = candidate_named("library")
+
+    def turned(x, kernel, bias, dilation):
+        return library.function(x, keras.ops.flip(kernel, 0), bias, dilation)
+
+    def fails(x, kernel, bias, dilation):
+        raise NotImplementedError("not on this device")
+
+    def cut(x, kernel, bias, dilation):
+        return library.function(x, kernel, bias, dilation)[:, 1:]
+
+    rows = measure([Candidate("turned", turned), Candidate("fails", fails), library])
+    assert [row.note for row in rows] == [
+        "differs too much: not timed",
+        "cannot run: not on this device",
+        "",
+    ]
+    assert [row.forward is None for row in rows] == [True, True, False]
+    (row,) = measure([dataclasses.replace(Candidate("cut", cut), has_gradient=False)])
+    assert row.note.startswith("cannot run") and row.forward is None
+
+
+@pytest.mark.once
+def test_nan_is_not_taken_for_equal():
+    value = np.ones((1, 2, 2, 1))
+    assert np.isnan(depthwise._difference([np.full_like(value, np.nan)], [value], "NHWC"))
+
+
+@pytest.mark.once
+def test_expected_result_by_hand():
+    x = np.zeros((1, 9, 9, 1), "float32")
+    x[0, 4, 4, 0] = 1
+    kernel = np.arange(49, dtype="float32").reshape(7, 7, 1, 1)
+    gradient = np.zeros_like(x)
+    gradient[0, 4, 4, 0] = 2
+    y, x_gradient, kernel_gradient = depthwise._expected(x, kernel, np.ones(1), gradient)
+    assert np.array_equal(y[0, 1:8, 1:8, 0], kernel[::-1, ::-1, 0, 0] + 1)  # a correlation turns the kernel
+    assert y[0, 0, 0, 0] == 1
+    assert np.array_equal(x_gradient[0, 1:8, 1:8, 0], 2 * kernel[..., 0, 0])
+    assert kernel_gradient[3, 3, 0, 0] == 2 and kernel_gradient.sum() == 2
+
+
+@pytest.mark.once
+def test_turns_go_back_and_forth_and_share_the_seconds():
+    order = []
+
+    def step(name):
+        order.append(name)
+        time.sleep(0.003)
+
+    times = depthwise.time_in_turns({"a": lambda: step("a"), "b": lambda: step("b")}, 2, 0.002)
+    assert order == ["a", "b", "b", "a"]
+    assert all(0.003 <= value < 1 for value in times.values())
+
+
+@pytest.mark.once
+def test_stage_shapes():
+    assert depthwise.stage_shapes(8) == [
+        (8, 56, 56, 96),
+        (8, 28, 28, 192),
+        (8, 14, 14, 384),
+        (8, 7, 7, 768),
+    ]
+    with pytest.raises(ValueError, match=r"32 pixels or more.*Received: 31"):
+        depthwise.stage_shapes(1, 31)
+
+
+@pytest.mark.once
+def test_wrong_words_and_a_process_that_dies():
+    with pytest.raises(ValueError, match=r"Unknown backend 'numpy'\. Known: tensorflow, jax, torch"):
+        depthwise.table("numpy", [SHAPE])
+    with pytest.raises(ValueError, match=r"Unknown dtype 'int8' of the candidates\. Known: float32"):
+        depthwise.table("jax", [SHAPE], "int8")
+    (row,) = depthwise.table("torch", [SHAPE], kernels="nowhere.py")
+    assert row.candidate == "(the process)" and "nowhere.py" in row.note
+
+
+@pytest.mark.once
+def test_table_says_what_is_used_and_what_is_missing():
+    rows = [
+        Row("jax", "cpu", "float32", (1, 2, 2, 3), "one", True, 1.0, 20.0, 1e-7),
+        Row("jax", "cpu", "float32", (1, 4, 4, 3), "one", True, 2.0, 130.0, 2e-7),
+        Row("jax", "cpu", "float32", (1, 2, 2, 3), "two", False, 3.0, None, 1e-7),
+        Row("jax", "cpu", "float32", (1, 4, 4, 3), "two", False, note="cannot run: no"),
+    ]
+    table = depthwise.as_table(rows)
+    assert table.rows == [
+        ("one *", "1 / 20", "2 / 130", "3 / 150", "2e-07", ""),
+        ("two", "3 / -", "- / -", "- / -", "1e-07", "cannot run: no"),
+    ]
+    assert "1x4x4x3" in table.markdown()
+
+
+def test_command_prints_and_writes(run, tmp_path):
+    if BACKEND != "jax":
+        pytest.skip("the command runs one process for each backend; one is enough")
+    code, out, err = run(
+        *("bench", "depthwise", "--backends", "jax", "--batch", "1", "--image-size", "32", "--rounds", "1"),
+        *("--seconds", "0.01", "--output", "speed"),
+    )
+    assert code == 0, err
+    assert "Depthwise convolution, jax on cpu, float32" in out and "shifted products *" in out
+    rows = list(csv.DictReader((tmp_path / "speed" / "depthwise.csv").open()))
+    assert {row["shape"] for row in rows} == {"1x8x8x96", "1x4x4x192", "1x2x2x384", "1x1x1x768"}
+    assert "shifted products *" in (tmp_path / "speed" / "depthwise.md").read_text()
+
+
+def test_command_prints_json(run):
+    if BACKEND != "torch":
+        pytest.skip("as above")
+    code, out, err = run("bench", "depthwise", "--backends", "torch", "--dtype", "int8", "--json")
+    assert (code, out) == (2, "") and "Unknown dtype 'int8' of the candidates" in err

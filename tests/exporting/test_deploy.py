@@ -1,0 +1,327 @@
+"""The inference twin: the same results as the model, from less."""
+
+import dataclasses
+import functools
+
+import keras
+import numpy as np
+import pytest
+from layer_contract import check_freezing, randomize, relative_error
+from peers import reduced_depths
+
+from keras_convnext import deploy, models
+from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
+from keras_convnext.exporting.deploy import InferenceBlock, deploy_for_litert, savings
+from keras_convnext.layers import normalization, pointwise
+from keras_convnext.variants import VARIANTS
+
+TOLERANCE = 1e-5  # in times of the largest output, as issue 6 asks
+BACKEND = keras.backend.backend()
+
+# architecture -> what about it is folded in its own way
+ARCHITECTURES = {
+    "convnext_atto": "LayerScale",
+    "convnextv2_atto": "GRN",
+    "convnext_tiny_hnf": "norm before the pool",
+    "convnext_large_mlp": "hidden layer in the head",
+    "convnext_zepto_rms_ols": "overlapping stem, SimpleNorm",
+    "convnext_atto_rms": "RMSNorm",
+    "convnext_isotropic_small": "no stem norm, no LayerScale",
+    "test_convnext3": "silu, kernels of three sizes",
+}
+
+
+def pixels(shape=(3, 64, 64, 3), seed=0):
+    return np.random.default_rng(seed).uniform(0, 255, shape).astype("float32")
+
+
+@functools.cache
+def built(architecture, /, **settings):
+    """A small model with every weight random."""
+    variant = VARIANTS[architecture]
+    if architecture == "convnext_large_mlp":  # narrower, for the sake of time
+        variant = dataclasses.replace(variant, dims=(24, 32, 40, 48))
+    arguments = {
+        "include_top": True,
+        "normaliser": ((0.48, 0.45, 0.4), (0.22, 0.23, 0.24)),
+        "input_tensor": None,
+        "input_shape": (64, 64, 3),
+        "pooling": None,
+        "classes": 7,
+        "classifier_activation": None,
+        "name": architecture,
+        "drop_path_rate": 0.2,
+        "output_stride": 32,
+        "pyramid_norms": False,
+        "rematerialize": False,
+        "seed": 0,
+        **settings,
+    }
+    model = models._assemble(dataclasses.replace(variant, depths=reduced_depths(architecture)), **arguments)
+    randomized(model)
+    return model
+
+
+def randomized(model):
+    """Every weight random, of a size that keeps signals near 1."""
+    generator = np.random.default_rng(0)
+    for weight in model.weights:
+        shape = tuple(weight.shape)
+        noise = generator.normal(size=shape)
+        if "kernel" in weight.name and len(shape) > 1:
+            inputs = shape[0] * shape[1] if "dwconv" in weight.path else np.prod(shape[:-1])
+            weight.assign(noise / inputs**0.5)
+        else:
+            weight.assign(0.3 * noise + ("gamma" in weight.name))
+
+
+def outputs(model, images):
+    return keras.ops.convert_to_numpy(model(images, training=False))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_twin_equals_the_model(name):
+    model = built(name)
+    twin = deploy(model)
+    images = pixels()
+    expected = outputs(model, images)
+    assert relative_error(outputs(twin, images), expected) < TOLERANCE
+    assert relative_error(outputs(twin, images[::-1]), expected) > 100 * TOLERANCE
+    assert twin.count_params() < model.count_params()
+    kinds = {type(layer) for layer in twin.layers}
+    assert not kinds & {ConvNeXtBlock, ConvNeXtV2Block}
+    assert (keras.layers.Normalization in kinds) == name.endswith("ols")  # zeros are padded behind it
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+@pytest.mark.parametrize("weight", ["norm/beta", "norm/gamma", "pwconv2/bias", "gamma", "normalization"])
+def test_a_fold_that_forgets_a_weight_is_seen(name, weight, monkeypatch):
+    """The negative control: what each fold carries over matters by far more than the tolerance."""
+    model = built(name)
+    expected = outputs(model, pixels())
+    if weight == "normalization":
+        changed = built(name, normaliser=((0.48, 0.45, 0.5), (0.22, 0.23, 0.24)))
+    else:
+        changed = keras.models.clone_model(model)
+        changed.set_weights(model.get_weights())
+        chosen = [w for w in changed.weights if w.path.endswith(weight) and "stages_2_0" in w.path]
+        assert chosen
+        for w in chosen:
+            w.assign(1.1 * keras.ops.convert_to_numpy(w) + 0.05)
+    assert relative_error(outputs(deploy(changed), pixels()), expected) > 10 * TOLERANCE
+
+
+def test_every_weight_of_the_twin_is_counted():
+    """What is gone: two a channel for each folded norm, LayerScale's gamma; GRN's beta and no gamma."""
+    for name, lost_in_a_block in (("convnext_atto", 3), ("convnextv2_atto", 2 + 4)):
+        model = built(name)
+        variant = VARIANTS[name]
+        depths = reduced_depths(name)
+        in_blocks = sum(
+            lost_in_a_block * depth * dim for depth, dim in zip(depths, variant.dims, strict=True)
+        )
+        in_norms = 2 * sum(variant.dims)  # three before the downsampling, one before the head
+        normaliser = 0  # its mean and variance are constants
+        lost = model.count_params() - deploy(model).count_params()
+        assert lost == in_blocks + in_norms + normaliser
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64, 3), (2, 96, 64, 3), (5, 70, 33, 3)])
+def test_sizes_can_be_free(shape):
+    model = built("convnextv2_atto", input_shape=(None, None, 3))
+    twin = deploy(model)
+    assert twin.input_shape == (None, None, None, 3)
+    assert relative_error(outputs(twin, pixels(shape)), outputs(model, pixels(shape))) < TOLERANCE
+
+
+def test_sizes_can_be_fixed():
+    model = built("convnext_atto")
+    twin = deploy(model, batch_size=2, image_size=(96, 64))
+    assert twin.input_shape == (2, 96, 64, 3)
+    free = built("convnext_atto", input_shape=(None, None, 3))
+    images = pixels((2, 96, 64, 3))
+    assert relative_error(outputs(twin, images), outputs(free, images)) < TOLERANCE
+
+
+def test_pyramid_and_features_keep_their_norms():
+    model = built("convnext_atto", include_top=False)
+    twin = deploy(model)
+    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
+    assert twin.get_layer("norm").affine
+    assert set(twin.pyramid_outputs) == {"P2", "P3", "P4", "P5"}
+    model = built("convnext_atto", include_top=False, pyramid_norms=True)
+    actual, expected = deploy(model)(pixels()), model(pixels())
+    for level in ("P2", "P3", "P4", "P5"):
+        arrays = (keras.ops.convert_to_numpy(maps[level]) for maps in (actual, expected))
+        assert relative_error(*arrays) < TOLERANCE
+
+
+def test_output_stride_keeps_the_norms_before_padded_convolutions():
+    model = built("convnext_atto", output_stride=8)
+    twin = deploy(model)
+    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
+    affine = {name: twin.get_layer(f"downsample_layers_{name}_0").affine for name in (1, 2, 3)}
+    assert affine == {1: False, 2: True, 3: True}
+
+
+def transfer_model(nested):
+    backbone = built("convnextv2_atto", include_top=False, pooling="avg")
+    if nested:
+        x = inputs = keras.Input((64, 64, 3))
+        x = keras.layers.RandomFlip("horizontal", seed=0)(x)
+        x = backbone(x)
+    else:
+        inputs, x = backbone.input, backbone.output
+    x = keras.layers.Dropout(0.3)(x)
+    x = keras.layers.Dense(5, name="leaves")(x * 2.0)
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_around_ours_loses_dropout_and_augmentation(nested):
+    model = transfer_model(nested)
+    twin = deploy(model)
+    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
+    kinds = {type(layer).__name__ for layer in twin.layers}
+    assert not kinds & {"Dropout", "RandomFlip"}
+    inner = next(layer for layer in twin.layers if isinstance(layer, keras.Model)) if nested else twin
+    assert "InferenceBlock" in {type(layer).__name__ for layer in inner.layers}
+
+
+def test_sequential_model_and_dense_without_bias():
+    model = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            pointwise.PatchConv2D(8, 4, 4, data_format="channels_last"),
+            normalization.LayerNormalization(),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(4, use_bias=False),
+        ]
+    )
+    randomize(model)
+    twin = deploy(model)
+    images = pixels((2, 32, 32, 3))
+    assert relative_error(outputs(twin, images), outputs(model, images)) < TOLERANCE
+    assert twin.layers[-1].use_bias  # the norm's shift needs a place
+
+
+def test_lora_is_merged():
+    model = built("convnext_atto", name="with_lora")
+    model.get_layer("head").enable_lora(2)
+    block = model.get_layer("stages_0_0")
+    block.pwconv1.enable_lora(2)
+    randomized(model)
+    twin = deploy(model)
+    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
+    assert not any("lora" in weight.name for weight in twin.weights)
+
+
+def test_report_of_operations_and_parameters():
+    model = built("test_convnext")
+    twin = deploy(model)
+    found = savings(model, twin)
+    assert found.parameters == (model.count_params(), twin.count_params())
+    totals = [sum(counts[place] for counts in found.operations.values()) for place in (0, 1)]
+    assert totals[1] <= totals[0] - sum(reduced_depths("test_convnext"))  # LayerScale of each block at least
+    lines = str(found).splitlines()
+    assert lines[:2] == [
+        f"parameters: {model.count_params():,} -> {twin.count_params():,}",
+        f"operations: {totals[0]:,} -> {totals[1]:,}",
+    ]
+    unchanged = [kind for kind, (old, new) in found.operations.items() if old == new]
+    assert unchanged and not any(line.split(":")[0].strip() in unchanged for line in lines[2:])
+
+
+def test_the_model_is_not_changed_and_shares_nothing():
+    model = built("convnext_atto")
+    before = [array.copy() for array in model.get_weights()]
+    twin = deploy(model)
+    randomize(twin)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_twin_is_saved_and_loaded(tmp_path):
+    twin = deploy(built("convnextv2_atto"))
+    twin.save(tmp_path / "twin.keras")
+    loaded = keras.saving.load_model(tmp_path / "twin.keras")
+    np.testing.assert_array_equal(outputs(loaded, pixels()), outputs(twin, pixels()))
+
+
+@pytest.mark.parametrize("response_norm", [False, True])
+def test_what_is_frozen_of_an_inference_block_stays_frozen_in_copies_and_files(response_norm):
+    make = functools.partial(InferenceBlock, dim=4, kernel_size=3, response_norm=response_norm)
+    check_freezing(make, (2, 5, 6, 4))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+def test_twin_of_a_frozen_model_is_frozen(name):
+    model = keras.models.clone_model(built(name))
+    for layer in model.layers[:-1]:
+        layer.trainable = False
+    twin = deploy(model)
+    assert [weight.path for weight in twin.trainable_weights] == ["head/kernel", "head/bias"]
+
+
+def test_litert_twin_equals_the_model():
+    for name in ("convnext_atto", "convnextv2_atto"):
+        model = built(name)
+        twin = deploy_for_litert(model, batch_size=1)
+        assert twin.input_shape == (1, 64, 64, 3)
+        image = pixels((1, 64, 64, 3))
+        assert relative_error(outputs(twin, image), outputs(model, image)) < TOLERANCE
+
+
+def test_bfloat16_policy_keeps_the_normaliser():
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = built("convnext_atto", name="in_bfloat16")
+        twin = deploy(model)
+    finally:
+        keras.config.set_dtype_policy(previous)
+    assert any(isinstance(layer, keras.layers.Normalization) for layer in twin.layers)
+    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < 0.05
+
+
+def subclassed():
+    class Wrapper(keras.Model):
+        def __init__(self):
+            super().__init__(name="wrapper")
+            self.inner = built("convnext_atto")
+
+        def call(self, x):
+            return self.inner(x)
+
+    model = Wrapper()
+    model(pixels())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "message"),
+    [
+        (lambda: keras.layers.Dense(3), {}, TypeError, "Expected a Keras model, received Dense"),
+        (lambda: keras.Sequential([keras.layers.Dense(3)]), {}, ValueError, "Expected a built model"),
+        (subclassed, {}, TypeError, r"wrapper is a subclass \(Wrapper\)"),
+        (lambda: built("convnext_atto"), {"batch_size": 0}, ValueError, "batch_size .* received 0"),
+        (lambda: built("convnext_atto"), {"image_size": "big"}, ValueError, "image_size='big'"),
+        (
+            lambda: built("convnext_atto"),
+            {"image_size": 2},
+            ValueError,
+            r"convnext_atto could not .* 2, 2, 3",
+        ),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(make, arguments, error, message):
+    with pytest.raises(error, match=message):
+        deploy(make(), **arguments)
+
+
+def test_quantised_model_is_refused():
+    model = built("convnext_atto", name="quantised")
+    model.get_layer("stages_1_0").pwconv1.quantize("int8")
+    with pytest.raises(ValueError, match=r"pwconv1 are quantised \(int8\)\. Deploy the float model"):
+        deploy(model)
