@@ -131,7 +131,8 @@ def _fine_tuning(found):
     more = " and others" if len(found.classes) > 12 else ""
     lines = [
         f"{found.num_training:,} photos of {len(found.classes)} kinds ({kinds}{more}) are learned, "
-        f"{found.num_held_out:,} held out. Both trainings have the same epochs, seed and optimizer."
+        f"{found.num_held_out:,} held out. Both trainings have the same epochs, seed, optimizer and compiled "
+        "step; the time that it takes to compile is in the first's."
     ]
     lines += [
         f"<b>{each.title}</b>: {_percent(each.held_out_accuracy[-1])} of the held-out photos are right after "
