@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         (line for line in lines if line and line["file"] in paths and copies[digests[line["file"]]] == 1),
         key=lambda line: line["file"],
     )
-    rows, fingerprints = [], []
+    rows: list[tuple[str, str, str]] = []
+    fingerprints: list[np.ndarray] = []
     for kind in CLASSES:
         folder = output / kind
         folder.mkdir(parents=True, exist_ok=True)
