@@ -611,7 +611,7 @@ def fit(
     """Trains a compiled model from given weights; a training before leaves only the compiled step."""
     model.set_weights(start)
     for variable in model.optimizer.variables:  # all begin with zeros
-        variable.assign(keras.ops.zeros_like(variable))
+        variable.assign(np.zeros(variable.shape, variable.dtype))
     _say(f"{title}:")
     begin = time.perf_counter()
     # No early stop and no choice of an epoch: the held-out photos are only counted.
