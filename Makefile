@@ -1,19 +1,19 @@
 # make demo    set everything up, classify, fine-tune and export on photographs, look at out/demo/report.html
-# make test    set everything up, check style and types, run the tests on TensorFlow, JAX and PyTorch
+# make test    set everything up, check style and types, run the first tier of tests on TensorFlow, JAX and PyTorch
 # make help    the others
 
 .DEFAULT_GOAL := help
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-slow bench bench-data bench-train clean
+.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-all bench bench-data bench-train clean
 
 help:
 	@echo "make demo                classify photographs, fine-tune on flowers, export, measure: out/demo/report.html"
 	@echo "make demo DATA=folder    the same on your own class folders; WEIGHTS=imagenet, EPOCHS=, SEED=, LIMIT= too"
-	@echo "make test                style, types, tests on TensorFlow, JAX and PyTorch"
+	@echo "make test                style, types, the tests on TensorFlow, JAX and PyTorch"
+	@echo "make test-all            the second tier too: full-size models, exports, processes, notebooks, demo, benchmarks"
 	@echo "make test-torch          the tests on one backend (also test-tensorflow, test-jax)"
-	@echo "make test-slow           full-size and wide models, simulated devices, on all backends (half an hour)"
-	@echo "make lint                style and types only; what pre-commit runs"
+	@echo "make lint                style, types and import direction only; what pre-commit runs"
 	@echo "make bench               speed on every backend, against timm and others; about an hour"
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
 	@echo "make bench-train         a step of the trainer, against the bare step (KERAS_BACKEND=... chooses)"
@@ -46,8 +46,8 @@ test-torch: setup
 test: lint
 	@.ci/test-backends
 
-test-slow: setup
-	for backend in torch tensorflow jax; do KERAS_BACKEND=$$backend $(PYTEST) -m slow -s || exit 1; done
+test-all: lint
+	@.ci/test-backends all
 
 bench-data: setup
 	.venv/bin/python benchmarks/pipeline.py "$(DATA)"

@@ -255,7 +255,7 @@ def test_a_second_training_with_the_same_step_begins_anew():
         np.testing.assert_allclose(second, first, rtol=0, atol=1e-6)
 
 
-@pytest.mark.everything
+@pytest.mark.slow
 @trains
 def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run_demo, run, small, monkeypatch):
     def refuse(*arguments, **settings):
