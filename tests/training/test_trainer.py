@@ -163,7 +163,7 @@ def test_kill_sigterm_and_a_truncated_checkpoint_do_not_change_the_final_weights
     steps = folder / "checkpoints"
     # SIGKILL, at a moment that the child knows nothing of.
     code = (
-        "from tests.test_trainer import small; from keras_convnext.training import trainer\n"
+        "from tests.training.test_trainer import small; from keras_convnext.training import trainer\n"
         f"trainer.train(small(), {str(folder)!r}, progress=False)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=RECIPES.parent, stderr=subprocess.DEVNULL)
