@@ -308,7 +308,7 @@ def _block(step: Step, name: str, side: int, dim: int, kernel: int, gradients: i
 
 
 def _samples_in_a_chunk(step: Step, side: int) -> int:
-    """Returns the chunk that `layers.chunking` takes in training, on JAX and one CPU; else the whole batch."""
+    """Returns the chunk that `layers.chunking` takes on JAX and one CPU; elsewhere the whole batch."""
     if step.backend != "jax" or step.device != "cpu" or step.num_devices > 1:
         return step.batch
     wanted = max(1, POSITIONS // side**2)
@@ -349,8 +349,8 @@ def _maps_of_tensorflow(step: Step, batch: int, side: int, dim: int, kernel: int
     Inputs of the convolution and both products; the centred map and the factor of the norm; the three
     operands of GELU by erf, which is written out; the input of LayerScale. GRN before a smaller kernel keeps
     a scaled kernel a sample; else its result. The gradients of the kernels and of LayerScale are computed
-    when the layers before are already computing theirs, so a gradient map waits for each: of the convolution, the
-    second product and LayerScale.
+    when the layers before are already computing theirs, so a gradient map waits for each: of the
+    convolution, the second product and LayerScale.
     """
     size, positions = step.item_size, batch * side**2
     narrow, wide = positions * dim, positions * 4 * dim

@@ -1,6 +1,6 @@
 """Plans a run on devices that are not here: memory, bytes on the wire, operations, time.
 
-recipe, "64xh100", engine --> images of a device --> memory, exchanges, operations --> seconds, by peak figures
+recipe, "64xh100", engine --> images of a device --> memory, exchanges, operations --> seconds
 
 Nothing is built and no backend is started: all is counted from the tables of the package.
 """
@@ -256,8 +256,8 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         lines.append(
             (
                 "exchange",
-                f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices, {times}; "
-                f"{_size(exchange.wire_bytes)} sent by each",
+                f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices, "
+                f"{times}; {_size(exchange.wire_bytes)} sent by each",
             )
         )
     lines.append(("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step"))
@@ -276,8 +276,8 @@ def ring_bytes(num_bytes: int, num_devices: int) -> int:
     """Returns the bytes that each of n devices sends to add up arrays in a ring: 2 (n - 1) / n of their size.
 
     Each part of 1 / n goes round twice: to be added up, and as the sum. No way of adding up sends less.
-    Reference: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
-    section 3.
+    Reference: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+    workstations", section 3.
     """
     return 2 * (num_devices - 1) * num_bytes // num_devices
 
@@ -398,14 +398,14 @@ def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
 
 
 def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
-    """Returns whether a batch can be made of so many micro-batches, each of equal parts; mixing takes pairs."""
+    """Returns whether a batch divides into micro-batches of equal parts; mixing takes pairs of images."""
     micro_batch, rest = divmod(recipe.batch_size, accumulation_steps)
     pairs = bool(recipe.mixup or recipe.cutmix)
     return rest == 0 and micro_batch % num_parts == 0 and not (pairs and micro_batch % 2)
 
 
 def _data_of(recipe: Recipe) -> tuple[int | None, int]:
-    """Counts training images and classes, of the data that is there, else of the set that the title names last."""
+    """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
     if recipe.data:
         splits = sources.list_splits(recipe.data)
         source = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
@@ -419,7 +419,7 @@ def _data_of(recipe: Recipe) -> tuple[int | None, int]:
 
 
 def _teacher_bytes(recipe: Recipe) -> int:
-    """Counts the bytes of a teacher, which every device has; 0 for one in a file, which is not opened here."""
+    """Counts the bytes of a teacher, which every device has; a file is not opened and counts 0."""
     try:
         row = catalog.find_checkpoint(recipe.teacher) if recipe.teacher else None
     except ValueError:
