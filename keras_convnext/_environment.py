@@ -1,4 +1,4 @@
-"""What this process runs on: version, switches of the environment, installed backends, processor."""
+"""Tells what this process runs on: version, switches of the environment, installed backends, processor."""
 
 import contextlib
 import datetime
@@ -16,9 +16,16 @@ __version__ = "0.1.0"
 EXTRAS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch", "openvino": "export"}  # of this package
 BACKENDS = ("tensorflow", "jax", "torch")  # in the order in which one is taken
 
+BUSY_LOAD = 0.5  # of other work, for each core
+
+# Of these, as /proc/cpuinfo names them, oneDNN has bfloat16 kernels that add up in float32.
+_FLAGS_FOR_BFLOAT16 = {"avx512f", "avx_ne_convert", "bf16"}
+# Values of ONEDNN_MAX_CPU_ISA with which it has none.
+_CAPS_BELOW_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI"}
+
 
 def is_installed(package: str) -> bool:
-    """Whether a top-level package can be imported; a folder without code, as pip may leave one, cannot."""
+    """Returns whether a package can be imported; a folder without code, as pip may leave one, cannot."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -39,7 +46,7 @@ def choose_backend() -> None:
     path = _settings_path()
     in_settings = _backend_in(path)
     asked = os.environ.get("KERAS_BACKEND")
-    wanted = asked or in_settings or "tensorflow"
+    wanted = wanted_backend()
     if wanted not in EXTRAS or is_installed(wanted):
         return  # Keras knows its other backends and refuses what is none
     installed = [name for name in BACKENDS if is_installed(name)]
@@ -60,42 +67,22 @@ def choose_backend() -> None:
     os.environ["KERAS_BACKEND"] = installed[0]
 
 
+def wanted_backend() -> str:
+    """Returns the backend that Keras would take: KERAS_BACKEND, what keras.json names, else TensorFlow."""
+    return os.environ.get("KERAS_BACKEND") or _backend_in(_settings_path()) or "tensorflow"
+
+
 def install_command(backend: str) -> str:
-    """What a person runs to install a backend."""
+    """Returns the command that installs a backend."""
     return f"pip install 'keras-convnext[{EXTRAS[backend]}]'"
 
 
-def _settings_path() -> str:
-    """Where Keras keeps its settings."""
-    home = os.path.expanduser("~")
-    folder = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")
-    return os.path.expanduser(os.path.join(os.environ.get("KERAS_HOME", folder), "keras.json"))
-
-
-def _backend_in(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-    except (OSError, ValueError):
-        return None
-    backend = settings.get("backend") if isinstance(settings, dict) else None
-    return backend if isinstance(backend, str) else None
-
-
 def is_set(variable: str) -> bool:
-    """Whether a switch in the environment is on: KERAS_CONVNEXT_QUIET, _OFFLINE or _DEBUG.
+    """Returns whether a switch in the environment is on: KERAS_CONVNEXT_QUIET, _OFFLINE or _DEBUG.
 
     Unset, empty, "0", "false", "no" and "off", in any case, are off; everything else is on.
     """
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
-
-
-BUSY_LOAD = 0.5  # of other work, for each core
-
-# Of these, as /proc/cpuinfo names them, oneDNN has bfloat16 kernels that add up in float32.
-_FLAGS_FOR_BFLOAT16 = {"avx512f", "avx_ne_convert", "bf16"}
-# Values of ONEDNN_MAX_CPU_ISA with which it has none.
-_CAPS_BELOW_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI"}
 
 
 def machine() -> dict[str, str]:
@@ -126,10 +113,6 @@ def busy_warning(facts: dict[str, str]) -> str:
     )
 
 
-def _load() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
 def commit() -> str:
     """Returns the commit of a checkout, with "-dirty" when files were changed; "" when installed."""
     folder = pathlib.Path(__file__).parents[1]
@@ -149,15 +132,6 @@ def cpu_name() -> str:
 def cpu_flags() -> frozenset[str]:
     """Returns what the processor can do, as Linux names it ("avx2", "avx512_bf16"); nothing elsewhere."""
     return frozenset((_in_cpuinfo("flags") or _in_cpuinfo("Features")).split())  # the latter on Arm
-
-
-def _in_cpuinfo(field: str) -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name.strip() == field:
-                return value.strip()
-    return ""
 
 
 @functools.cache
@@ -193,3 +167,33 @@ def tensorflow_has_onednn() -> bool:
     except ImportError:
         return False
     return _pywrap_util_port.IsMklEnabled()
+
+
+def _settings_path() -> str:
+    """Returns the path of the file in which Keras keeps its settings."""
+    home = os.path.expanduser("~")
+    folder = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")
+    return os.path.expanduser(os.path.join(os.environ.get("KERAS_HOME", folder), "keras.json"))
+
+
+def _backend_in(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except (OSError, ValueError):
+        return None
+    backend = settings.get("backend") if isinstance(settings, dict) else None
+    return backend if isinstance(backend, str) else None
+
+
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def _in_cpuinfo(field: str) -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""

@@ -1,4 +1,4 @@
-"""Writing a file in one step, so that neither a kill nor a full disk leaves half of it."""
+"""Writes a file in one step, so that neither a kill nor a full disk leaves half of it, and locks files."""
 
 import contextlib
 import errno
@@ -11,36 +11,6 @@ from typing import BinaryIO
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-def try_lock(file: BinaryIO) -> bool:
-    """Takes the lock if it is free; closing the file, or the end of the process, releases it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            return False
-    else:
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Makes a rename survive a power cut, where the system can."""
-    if sys.platform != "win32":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -102,3 +72,39 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes the content of a file in one step; see `replacing_file`."""
+    with replacing_file(path) as file:
+        file.write(content)
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Takes the lock if it is free; closing the file, or the end of the process, releases it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+    else:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename survive a power cut, where the system can."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,7 +1,11 @@
 """What every test process needs before its first import, and how the tests of the command line run it."""
 
+import contextlib
+import io
 import os
+import pathlib
 import tempfile
+import typing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_CONVNEXT_QUIET", "1")
@@ -27,6 +31,7 @@ for _name in ("nms", "qnms"):
 
 torch.set_num_threads(2)
 
+RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "TF_ENABLE_ONEDNN_OPTS", "XLA_FLAGS")
 
@@ -110,3 +115,38 @@ def refused(run):
         return err
 
     return refused
+
+
+class SmokeRun(typing.NamedTuple):
+    """What one training of recipes/smoke.toml by the command left and printed."""
+
+    folder: pathlib.Path
+    code: int
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """One training of recipes/smoke.toml, for all tests that only look at what a run left."""
+    from keras_convnext.cli import main
+
+    folder, printed = tmp_path_factory.mktemp("smoke") / "run", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = main.main(["train", str(RECIPES / "smoke.toml"), "--out", str(folder), "--quiet"])
+    return SmokeRun(folder, code, printed.getvalue())
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """100 of the digits of recipes/digits to train on and 40 to validate, in the same layout."""
+    from keras_convnext.data import prepare, sources
+
+    folder = tmp_path_factory.mktemp("few_digits")
+    for split, count in (("train", 10), ("validation", 4)):
+        source = sources.open_source(RECIPES / "digits", split)
+        for label, name in enumerate(source.classes):
+            (folder / "images" / split / name).mkdir(parents=True)
+            for number in (source.labels == label).nonzero()[0][:count]:
+                (folder / "images" / split / name / f"{number}.png").write_bytes(source.read(number))
+    prepare.prepare(folder / "images", folder / "records", workers=1)
+    return folder / "records"

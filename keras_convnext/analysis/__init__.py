@@ -1,1 +1,1 @@
-"""Arithmetic about models and runs: operations, memory, time. Nothing here builds a model."""
+"""Counts operations, memory and time of models and runs from their architecture, without building them."""

@@ -1,4 +1,4 @@
-"""Devices whose memory and speed are known, and how a user names them."""
+"""The table of devices whose memory and speed are known, and the reader of "64xh100"."""
 
 import difflib
 import re
@@ -56,6 +56,7 @@ DEVICES: dict[str, Device] = {
     # What products and copies reached, not a peak; links as copies, for simulated devices.
     "cpu": Device("cpu", 0.471e12, 0.471e12, 16e9, 45.5e9, 22e9, 1024, 22e9, "two cores of an AMD EPYC, measured, benchmarks/speed/table.md; memory assumed"),
 }
+# fmt: on
 
 
 def parse_devices(text: str) -> tuple[int, str]:

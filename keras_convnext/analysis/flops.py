@@ -1,4 +1,4 @@
-"""Operations and bytes of each part of a model, counted from its architecture."""
+"""Counts the operations and bytes of each part of a model from its architecture."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ class Part:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations: two a multiply-add."""
+        """Floating-point operations: two for each multiply-add."""
         return 2 * self.multiply_adds
 
     def num_bytes(self, dtype: str) -> int:
@@ -44,12 +44,12 @@ def parts(variant: Variant, image_size: int = 224, batch: int = 1) -> list[Part]
     The maps that move at least, each once: a block reads its input for the depthwise convolution and writes
     the result, reads that for the MLP, reads its input again for the sum and writes the sum. The hidden map
     of the MLP, four times as wide, is not counted, nor is another pass for norms and activations: a fused
-    program keeps these in registers and caches. (GRN of V2 needs sums over the hidden map before it can go
-    on, so a program for V2 does not reach this with large maps.) Weights count once, those of norms,
+    program keeps these in registers and caches. (GRN of V2 needs sums over the whole hidden map first, so a
+    program for V2 does not reach this with large maps.) Weights count once, those of norms,
     LayerScale and GRN too.
 
     Args:
-        variant: a row of `variants.VARIANTS`.
+        variant: one of `variants.VARIANTS`.
         image_size: side of the square images in pixels.
         batch: number of images.
 
@@ -112,6 +112,11 @@ def parts(variant: Variant, image_size: int = 224, batch: int = 1) -> list[Part]
     return counted
 
 
+def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1) -> int:
+    """Counts the multiply-adds of a model, 4.46e9 for ConvNeXt-T at 224 pixels."""
+    return sum(part.multiply_adds for part in parts(variant, image_size, batch))
+
+
 def _stem(variant: Variant, image_size: int, batch: int, norm_weights: int) -> tuple[int, Part]:
     """Returns the side of the first map and the work up to it."""
     dim, pixels = variant.dims[0], 3 * image_size**2
@@ -137,8 +142,3 @@ def _stem(variant: Variant, image_size: int, batch: int, norm_weights: int) -> t
         batch * (pixels + 2 * middle**2 * width + side**2 * dim),
     )
     return side, part
-
-
-def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1) -> int:
-    """Multiply-adds of a model, 4.46e9 for ConvNeXt-T at 224 pixels."""
-    return sum(part.multiply_adds for part in parts(variant, image_size, batch))

@@ -1,4 +1,4 @@
-"""How much memory a training step takes on one device, counted from the architecture.
+"""Estimates the memory of a training step on one device from the architecture.
 
 shapes of the weights --> weights, average (EMA), slots, gradients
 shapes of the maps    --> what the backward pass of each layer needs of its forward pass, by backend
@@ -22,7 +22,7 @@ from keras_convnext.variants import Variant
 from keras_convnext.weights.layouts import weight_shapes
 
 FLOAT32 = 4
-POSITIONS = 2048  # of `parts`, which this module cannot import: it starts Keras
+POSITIONS = 2048  # of `layers.chunking`, which this module cannot import: it starts Keras
 SLOTS = 2  # AdamW's momentum and velocity
 
 
@@ -31,7 +31,7 @@ class Step:
     """One micro-batch of a training step on one device.
 
     Attributes:
-        variant: a row of `variants.VARIANTS`, with LayerScale as it is trained.
+        variant: one of `variants.VARIANTS`, with LayerScale as it is trained.
         batch: images that go through the device at once.
         image_size: side of the images in pixels.
         classes: outputs of the classifier.
@@ -80,7 +80,7 @@ class Layer:
     Attributes:
         name: of the layer, in the official code's words.
         kept: maps from the forward pass until its backward pass.
-        working: beside these, what the backward pass holds at once.
+        working: maps that the backward pass holds at once besides these.
         gradients: of its weights.
     """
 
@@ -102,7 +102,7 @@ class Memory:
         inputs: images and targets of a micro-batch.
         gradients: those that are there at that moment; on TensorFlow with what their update holds.
         activations: maps that are kept for the backward pass at that moment.
-        working: what the backward pass or the update of a layer holds beside these.
+        working: what the backward pass or the update of a layer holds besides these.
         moment: where that is: "forward", the name of a layer, or "update".
     """
 
@@ -131,7 +131,7 @@ class Memory:
 
 
 def count_weights(step: Step) -> tuple[int, int]:
-    """Weights of one device, and those of them that are trained.
+    """Counts the weights of one device, and those of them that are trained.
 
     Returns:
         (all, trained), in numbers. Those of LoRA are in both.
@@ -150,20 +150,14 @@ def count_weights(step: Step) -> tuple[int, int]:
     return total, trained
 
 
-def _owners(step: Step, name: str) -> int:
-    """Devices that share a weight: as in `distribution.POINTWISE_LAYOUT`."""
-    shared = (".pwconv1.weight", ".pwconv1.bias", ".grn.gamma", ".grn.beta", ".pwconv2.weight")
-    return step.model_devices if name.endswith(shared) else 1
-
-
 def estimate(step: Step) -> Memory:
-    """The memory of a step, by part, at its peak.
+    """Estimates the memory of a step, by part, at its peak.
 
     Weights, slots, averages, gradients and accumulated gradients are float32 in every precision. The update
     holds another set of gradients where these are clipped or averaged. Where neither is done and XLA compiles
     the step for one device, each weight is updated as soon as its gradient is there. TensorFlow's executor
-    begins with updates while the backward pass goes on. Of the three arrays that an update makes, the new
-    slots and weight, half are taken to be there beside the old ones: sets = 1 + 3 / 2.
+    begins with updates during the backward pass. Of the three arrays that an update makes, the new
+    slots and weight, half are taken to be there besides the old ones: sets = 1 + 3 / 2.
 
     Args:
         step: the micro-batch.
@@ -198,7 +192,7 @@ def estimate(step: Step) -> Memory:
 
 
 def layers(step: Step) -> list[Layer]:
-    """What each layer holds, from the stem to the loss.
+    """Lists what each layer holds, from the stem to the loss.
 
     Args:
         step: the micro-batch.
@@ -230,14 +224,20 @@ def layers(step: Step) -> list[Layer]:
 
 
 def first_side(variant: Variant, image_size: int) -> int:
-    """Side of the first map behind the stem."""
+    """Returns the side of the first map after the stem."""
     if variant.isotropic:
         return image_size // 16
     return image_size // 4 if variant.stem == "patch" else ((image_size + 1) // 2 + 1) // 2
 
 
+def _owners(step: Step, name: str) -> int:
+    """Returns how many devices share a weight, by `distribution.jax_engine.POINTWISE_LAYOUT`."""
+    shared = (".pwconv1.weight", ".pwconv1.bias", ".grn.gamma", ".grn.beta", ".pwconv2.weight")
+    return step.model_devices if name.endswith(shared) else 1
+
+
 def _gradient_bytes(step: Step) -> dict[str, int]:
-    """Layer -> bytes of its gradients."""
+    """Returns the bytes of the gradients of each layer, by its name."""
     found: dict[str, int] = {}
     for name, shape in weight_shapes(step.variant, step.classes).items():
         words = name.split(".")
@@ -256,12 +256,12 @@ def _gradient_bytes(step: Step) -> dict[str, int]:
 
 
 def _frozen_or(step: Step, layer: Layer) -> Layer:
-    """Nothing, where only the head learns: no gradient goes through the body."""
+    """Empties a layer of the body where only the head learns, as no gradient goes through it."""
     return Layer(layer.name, 0, 0, 0) if step.trainable == "head" else layer
 
 
 def _norm(step: Step, positions: int, dim: int) -> int:
-    """What a norm keeps, in float32 whatever the precision, without its result.
+    """Returns the bytes that a norm keeps, in float32 whatever the precision, without its result.
 
     PyTorch's fused layer norm keeps its input, a mean and a deviation a position; the others are written out
     and keep an operand a product. XLA on a CPU also keeps the products of broadcast factors as maps.
@@ -292,13 +292,13 @@ def _stem(step: Step, weights: dict[str, int]) -> Layer:
 
 
 def _block(step: Step, name: str, side: int, dim: int, kernel: int, gradients: int) -> Layer:
-    """A block; by what its backward pass needs, of its input or of all of its maps."""
+    """Returns a block, with its input or all of its maps kept, whichever its backward pass needs."""
     positions = step.batch * side**2
     whole, working = _maps(step, step.batch, side, dim, kernel)
     x = step.item_size * positions * dim
-    samples = _samples_in_a_part(step, side)
+    samples = _samples_in_a_chunk(step, side)
     if samples < step.batch:
-        # A loop over parts: its input, and its result, which XLA allots before the backward pass begins.
+        # A loop over chunks: its input, and its result, which XLA allots before the backward pass begins.
         kept, inner = _maps(step, samples, side, dim, kernel)
         return Layer(name, FLOAT32 * positions * dim + x, kept + inner, gradients)
     # XLA on a CPU drops the barriers of `jax.checkpoint`, and merges what is to be computed again.
@@ -307,8 +307,8 @@ def _block(step: Step, name: str, side: int, dim: int, kernel: int, gradients: i
     return Layer(name, whole, working, gradients)
 
 
-def _samples_in_a_part(step: Step, side: int) -> int:
-    """As `parts.in_parts`, in training: on JAX and one CPU."""
+def _samples_in_a_chunk(step: Step, side: int) -> int:
+    """Returns the chunk that `layers.chunking` takes on JAX and one CPU; elsewhere the whole batch."""
     if step.backend != "jax" or step.device != "cpu" or step.num_devices > 1:
         return step.batch
     wanted = max(1, POSITIONS // side**2)
@@ -316,7 +316,7 @@ def _samples_in_a_part(step: Step, side: int) -> int:
 
 
 def _maps(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
-    """Bytes of the maps of a block that are kept, and of those that its backward pass adds."""
+    """Returns the bytes of the maps of a block that are kept, and of those that its backward pass adds."""
     if step.uses_xla:
         return _maps_of_xla(step, batch, side, dim, kernel)
     maps = {"torch": _maps_of_torch, "tensorflow": _maps_of_tensorflow}[step.backend]
@@ -324,7 +324,7 @@ def _maps(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int
 
 
 def _maps_of_torch(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
-    """What autograd saves, the same on a CPU and a GPU.
+    """Counts what autograd saves, the same on a CPU and a GPU.
 
     Inputs of the convolution, the norm, both products and GELU; of LayerScale in float32; of GRN, whose sums
     and product are in float32, its input (a copy for each of the two in 16 bits). In 16 bits the kernels too.
@@ -344,13 +344,13 @@ def _maps_of_torch(step: Step, batch: int, side: int, dim: int, kernel: int) -> 
 
 
 def _maps_of_tensorflow(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
-    """What the gradient functions of TensorFlow's operators read, without XLA.
+    """Counts what the gradient functions of TensorFlow's operators read, without XLA.
 
     Inputs of the convolution and both products; the centred map and the factor of the norm; the three
     operands of GELU by erf, which is written out; the input of LayerScale. GRN before a smaller kernel keeps
     a scaled kernel a sample; else its result. The gradients of the kernels and of LayerScale are computed
-    when the layers before have already gone on, so a gradient map waits for each: of the convolution, the
-    second product and LayerScale.
+    when the layers before are already computing theirs, so a gradient map waits for each: of the
+    convolution, the second product and LayerScale.
     """
     size, positions = step.item_size, batch * side**2
     narrow, wide = positions * dim, positions * 4 * dim
@@ -369,7 +369,7 @@ def _maps_of_tensorflow(step: Step, batch: int, side: int, dim: int, kernel: int
 
 
 def _maps_of_xla(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
-    """What is alive at the peak of the program that XLA compiles.
+    """Counts what is alive at the peak of the program that XLA compiles.
 
     The block's input, the convolution's, the norm's and the products' results, GELU's input, its erf and its
     result; of GRN its result; of LayerScale its input. On a CPU the convolution keeps its padded input, and

@@ -1,17 +1,15 @@
-"""What a recipe takes on devices that are not here: memory, bytes on the wire, operations, time.
+"""Plans a run on devices that are not here: memory, bytes on the wire, operations, time.
 
-recipe, "64xh100", engine --> images of a device --> memory, exchanges, operations --> seconds, by peak figures
+recipe, "64xh100", engine --> images of a device --> memory, exchanges, operations --> seconds
 
 Nothing is built and no backend is started: all is counted from the tables of the package.
 """
 
 import dataclasses
-import json
 import math
-import os
-import pathlib
 from dataclasses import dataclass
 
+from keras_convnext._environment import BACKENDS, wanted_backend
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
 from keras_convnext.analysis.flops import CLASSES, multiply_adds
@@ -23,7 +21,6 @@ from keras_convnext.weights import catalog
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
 KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step takes on the devices that were named.
+    """The memory, exchanges, operations and time of a training step on the devices that were named.
 
     Attributes:
         device: a key of `DEVICES`.
@@ -134,7 +131,7 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
     images, classes = _data_of(recipe)
     num_parts = num_devices // model_devices
     device = DEVICES[name]
-    backend = ENGINES[engine] if ENGINES.get(engine) in ("jax", "torch", "tensorflow") else default_backend()
+    backend = ENGINES[engine] if ENGINES.get(engine) in BACKENDS else wanted_backend()
     if device.kind == "tpu" and backend == "torch":
         raise ValueError(
             "Expected the backend jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax."
@@ -209,7 +206,7 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 
 
 def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
-    """A plan as lines for people: (title, text)."""
+    """Returns a plan as lines to print: (title, text)."""
     found = plan.memory
     lines = [("devices", f"{plan.num_devices} x {plan.device}, engine {plan.engine}, backend {plan.backend}")]
     share = f"{plan.images_per_device} images through a device at once"
@@ -259,8 +256,8 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         lines.append(
             (
                 "exchange",
-                f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices, {times}; "
-                f"{_size(exchange.wire_bytes)} sent by each",
+                f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices, "
+                f"{times}; {_size(exchange.wire_bytes)} sent by each",
             )
         )
     lines.append(("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step"))
@@ -275,46 +272,18 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
     return lines
 
 
-def _advice(plan: Plan) -> list[str]:
-    own, least = plan.recipe_accumulation_steps, plan.smallest_accumulation_steps
-    if least is None:
-        other = "" if plan.rematerialize else "; try --set rematerialize=true, a lower precision"
-        return [f"no number of micro-batches fits the memory{other}, or larger devices"]
-    if plan.accumulation_steps != own:
-        return [f"the recipe's accumulation_steps={own} does not fit: --set accumulation_steps={least}"]
-    if least < own:
-        return [f"fewer and larger micro-batches fit: --set accumulation_steps={least}"]
-    return []
-
-
-def _size(num_bytes: float) -> str:
-    """Bytes in GB or MB, of 1000."""
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
-
-
-def default_backend() -> str:
-    """The backend that Keras would take, without starting it: KERAS_BACKEND, its settings file, TensorFlow."""
-    if os.environ.get("KERAS_BACKEND"):
-        return os.environ["KERAS_BACKEND"]
-    home = pathlib.Path(os.environ.get("KERAS_HOME") or pathlib.Path.home() / ".keras")
-    try:
-        return str(json.loads((home / "keras.json").read_text())["backend"])
-    except (OSError, ValueError, KeyError):
-        return "tensorflow"
-
-
 def ring_bytes(num_bytes: int, num_devices: int) -> int:
-    """Bytes that each of n devices sends to add up arrays in a ring: 2 (n - 1) / n of their size.
+    """Returns the bytes that each of n devices sends to add up arrays in a ring: 2 (n - 1) / n of their size.
 
     Each part of 1 / n goes round twice: to be added up, and as the sum. No way of adding up sends less.
-    Reference: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
-    section 3.
+    Reference: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+    workstations", section 3.
     """
     return 2 * (num_devices - 1) * num_bytes // num_devices
 
 
 def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange, ...]:
-    """What devices add up among each other in an optimizer step.
+    """Lists what devices add up among each other in an optimizer step.
 
     Gradients, float32, among those that have different images: in each micro-batch, as XLA divides the
     program of one. Where devices share the pointwise kernels, each block adds up its result, and on the way
@@ -350,11 +319,11 @@ def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange,
 def step_flops(
     variant: Variant, image_size: int, batch_size: int, classes: int = 1000, rematerialize: bool = False
 ) -> int:
-    """Floating-point operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
+    """Counts the operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
 
     The backward pass has two products for each of the forward pass, for the gradients of the map and of the
-    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted
-    (`bench.work.parts`).
+    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted,
+    see `flops.parts`.
     """
     operations = multiply_adds(variant, image_size, batch_size)
     operations += batch_size * variant.dims[-1] * (classes - CLASSES)
@@ -369,7 +338,7 @@ def step_seconds(
     device: Device,
     fraction: float,
 ) -> dict[str, float]:
-    """Seconds of an optimizer step, its parts one after the other: a rough bound, not a measurement.
+    """Bounds the seconds of an optimizer step, its parts one after the other; this is no measurement.
 
     - "products": operations of a device / (fraction x peak FLOP/s).
     - "maps": bytes / (fraction x bandwidth): each map that is kept is written and read in the forward pass,
@@ -405,10 +374,10 @@ def step_seconds(
 
 
 def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
-    """The engine, and how many devices share the pointwise kernels."""
+    """Returns the engine, and how many devices share the pointwise kernels."""
     engine = recipe.distribution.engine
     if engine == "auto" and num_devices > 1:
-        own = [name for name, backend in ENGINES.items() if backend == default_backend()]
+        own = [name for name, backend in ENGINES.items() if backend == wanted_backend()]
         engine = own[0] if own else "data_parallel"
     elif engine == "auto":
         engine = "none"
@@ -429,14 +398,14 @@ def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
 
 
 def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
-    """Whether a batch can be made of so many micro-batches, each of equal parts; mixing takes pairs."""
+    """Returns whether a batch divides into micro-batches of equal parts; mixing takes pairs of images."""
     micro_batch, rest = divmod(recipe.batch_size, accumulation_steps)
     pairs = bool(recipe.mixup or recipe.cutmix)
     return rest == 0 and micro_batch % num_parts == 0 and not (pairs and micro_batch % 2)
 
 
 def _data_of(recipe: Recipe) -> tuple[int | None, int]:
-    """Training images and classes: of the data that is there, else of the set that the title names last."""
+    """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
     if recipe.data:
         splits = sources.list_splits(recipe.data)
         source = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
@@ -450,9 +419,26 @@ def _data_of(recipe: Recipe) -> tuple[int | None, int]:
 
 
 def _teacher_bytes(recipe: Recipe) -> int:
-    """Weights of the teacher of a distillation, which every device has; 0 for one in a file, not opened here."""
+    """Counts the bytes of a teacher, which every device has; a file is not opened and counts 0."""
     try:
         row = catalog.find_checkpoint(recipe.teacher) if recipe.teacher else None
     except ValueError:
         return 0
     return 0 if row is None else memory.FLOAT32 * VARIANTS[row.architecture].parameters
+
+
+def _advice(plan: Plan) -> list[str]:
+    own, least = plan.recipe_accumulation_steps, plan.smallest_accumulation_steps
+    if least is None:
+        other = "" if plan.rematerialize else "; try --set rematerialize=true, a lower precision"
+        return [f"no number of micro-batches fits the memory{other}, or larger devices"]
+    if plan.accumulation_steps != own:
+        return [f"the recipe's accumulation_steps={own} does not fit: --set accumulation_steps={least}"]
+    if least < own:
+        return [f"fewer and larger micro-batches fit: --set accumulation_steps={least}"]
+    return []
+
+
+def _size(num_bytes: float) -> str:
+    """Writes bytes in GB or MB, of 1000."""
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Pictures of a run's log: loss, scores and learning rate by epoch."""
+"""Draws the log of a run: loss, scores, learning rate and speed by epoch."""
 
 import difflib
 import importlib.util
@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_convnext.training.logs import Value, read_csv, replace
+from keras_convnext._files import replace_file
+from keras_convnext.training.logs import Value, read_csv
 
 # Panel of the picture -> label by column.
 _PANELS = {
@@ -21,7 +22,6 @@ _ORDER = ("training", "validation", "validation, EMA")  # of the colours
 # Okabe and Ito's palette, which colour-blind readers can tell apart (https://jfly.uni-koeln.de/color/).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKED_EPOCHS = 40  # up to here each epoch gets a dot
-
 
 _NO_MATPLOTLIB = (
     "Curves are drawn with matplotlib, which is not installed. Run pip install 'keras-convnext[data]'."
@@ -169,4 +169,4 @@ def _finish(axes: Any) -> None:
 def _save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
-    replace(path, file.getvalue())
+    replace_file(path, file.getvalue())

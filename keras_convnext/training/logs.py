@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a CSV, pictures of its curves, TensorBoard and a line on stderr.
+"""Reports a run while it trains: a CSV, events for TensorBoard and a line on stderr.
 
 The names of the columns, in the CSV and in TensorBoard:
 
@@ -8,7 +8,7 @@ The names of the columns, in the CSV and in TensorBoard:
 - val_top1, ema_val_top1: accuracy in percent;
 - learning_rate: of the last step; images_per_second: of training.
 
-Other columns are kept in the CSV and left out of the picture.
+Other columns are kept in the CSV and left out of the picture that `curves` draws.
 """
 
 import collections
@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from keras_convnext._environment import is_set
-from keras_convnext._files import replacing_file
+from keras_convnext._files import replace_file
 
 Value = float | int | str
 
@@ -74,7 +74,7 @@ class CsvLog:
         """Appends a row.
 
         Args:
-            row: value by column. "epoch" must be there, above that of the row before.
+            row: value by column. "epoch" must be there, above that of the previous row.
 
         Raises:
             TypeError: a value is neither a number nor text.
@@ -104,7 +104,7 @@ class CsvLog:
         writer.writerow(columns or ["epoch"])
         for row in self.rows:
             writer.writerow([_text(row[column]) if column in row else "" for column in columns])
-        replace(self.path, text.getvalue().encode())
+        replace_file(self.path, text.getvalue().encode())
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
@@ -216,7 +216,7 @@ class TensorBoardLog:
 class Progress:
     """The line on stderr that says how far a run is, how fast, and how long it will take.
 
-    On a terminal it is rewritten up to five times a second and an epoch leaves one line behind. Elsewhere,
+    On a terminal it is rewritten up to five times a second, and one line of each epoch stays. Elsewhere,
     as in the log of a batch system, there is one line an epoch, and one every five minutes within it.
     `KERAS_CONVNEXT_QUIET` in the environment has the effect of `quiet`.
 
@@ -410,8 +410,3 @@ def _duration(seconds: float) -> str:
 
 def _speed(images_per_second: float) -> str:
     return f"{images_per_second:.{0 if images_per_second >= 10 else 1}f} images/s"
-
-
-def replace(path: str | os.PathLike[str], content: bytes) -> None:
-    with replacing_file(path) as file:
-        file.write(content)

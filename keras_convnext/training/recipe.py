@@ -1,21 +1,20 @@
-"""What a training run is made of: one TOML file in which every key is present, and flat but for one table.
+"""A training recipe: a TOML file in which every key is written out, flat but for one table.
 
 A published recipe is a file of the folder `recipes`; the same values as a frozen `Recipe` are what
-`trainer.train` takes. Nothing here needs a Keras backend, so a recipe is read and checked before one starts.
+`trainer.train` takes. Nothing here needs a Keras backend, so a recipe is checked before one starts.
 """
 
-import dataclasses
 import difflib
-import json
 import math
 import os
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS
+from keras_convnext.training.toml_fields import mistyped, toml_value, values_by_key
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.catalog import find_checkpoint
 from keras_convnext.weights.published import WEIGHT_SUFFIXES
@@ -24,12 +23,11 @@ Pair = tuple[float, float]
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 SCHEDULE_UNITS = ("step", "epoch")
-LAYER_DECAY_GROUPS = ("group", "single", "layer_wise", "stage_wise", "timm")
 POLICIES = ("none", "rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shorter_side", "squash")
 
-# How a step is divided among devices, and the backend that does so; `distribution.py` has the engines.
+# How a step is divided among devices, and the backend that does so; `distribution.choose` has the engines.
 ENGINES = {
     "auto": "any backend",
     "none": "any backend",
@@ -74,7 +72,7 @@ class Recipe:
     al. 2023 (arXiv:2301.00808), appendix A, with the field's names for them.
 
     Args:
-        title: str, one line for people.
+        title: str, one line that a reader knows the recipe by.
         reference: str, paper and table, or where else the values come from.
         architecture: str, a key of `variants.VARIANTS`.
         weights: str, what the model starts from: a tag, the path of a weight file, or "" for random weights.
@@ -132,7 +130,7 @@ class Recipe:
         distillation_temperature: float above 0, that both outputs are divided by.
         seed: int from 0 up, of weights, order, augmentation and drop path.
         checkpoint_minutes: float, time between two checkpoints within an epoch; 0 for none within an epoch.
-        keep_checkpoints: int, how many of the last checkpoints are kept, at least 1, beside the best.
+        keep_checkpoints: int, how many of the last checkpoints are kept, at least 1, besides the best.
         distribution: `Distribution`, the devices; on the command line `--set distribution.engine=...`.
 
     Raises:
@@ -207,7 +205,7 @@ class Recipe:
             raise ValueError(
                 f"Expected distribution=Distribution(engine=...), received {self.distribution!r}."
             )
-        values = values_text(self)
+        values = values_by_key(self)
         problems = mistyped(values, Recipe) or out_of_range(values) or conflicts(values)
         if problems:
             raise ValueError(listed(None, problems))
@@ -215,7 +213,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Interval:
-    """The numbers that a key may have, and their words in messages."""
+    """The range of numbers that a key may have, and its words in messages."""
 
     low: float
     high: float = math.inf
@@ -294,99 +292,8 @@ _CHOICES = {
 _PAIR_LIMITS = {"crop_scale": 1.0, "crop_ratio": math.inf}
 
 
-def tables_of(cls: type) -> dict[str, type]:
-    """The fields of a dataclass that are dataclasses themselves, tables of its file."""
-    types = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    return {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}
-
-
-def field_types(cls: type) -> dict[str, Any]:
-    """The type of each key; a key of a table stands after the table's name and a dot."""
-    types, tables = typing.get_type_hints(cls), tables_of(cls)
-    keys: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        if field.name in tables:
-            keys |= {f"{field.name}.{key}": kind for key, kind in field_types(tables[field.name]).items()}
-        else:
-            keys[field.name] = types[field.name]
-    return keys
-
-
-def flat_fields(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Values with those of known tables taken out of them, by "table.key"."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in tables_of(cls) and dataclasses.is_dataclass(value):
-            value = values_text(value)
-        if key in tables_of(cls) and isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-def values_text(recipe: Any) -> dict[str, Any]:
-    """The values by key, those of a table by "table.key"."""
-    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    return flat_fields(fields, type(recipe))
-
-
-def listed(path: str | os.PathLike[str] | None, problems: list[str]) -> str:
-    received = "one" if path is None else f"'{path}'"
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = "".join(f"\n  {problem}" for problem in problems)
-    return f"Expected a recipe in which every key is known and fits, received {received} with {count}:{lines}"
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    if kind is float:
-        return is_number(value) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, tuple):
-            return False
-        is_long = len(value) > 0 if Ellipsis in kinds else len(value) == len(kinds)
-        return is_long and all(_is_of(item, kinds[0]) for item in value)
-    return isinstance(value, kind)
-
-
-def words(kind: Any) -> str:
-    names = {str: "text in quotes", int: "an integer", float: "a number", bool: "true or false"}
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        count = "a list" if Ellipsis in kinds else f"a list of {len(kinds)}"
-        return f"{count}, each {names[kinds[0]]}"
-    return names[kind]
-
-
-def mistyped(values: Mapping[str, Any], cls: type) -> list[str]:
-    types = field_types(cls)
-    return [
-        f"{key}: expected {words(types[key])}, received {toml_value(value)}"
-        for key, value in values.items()
-        if not _is_of(value, types[key])
-    ]
-
-
-def toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(toml_value, value))}]"
-    return repr(value)
-
-
 def out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """Lists the values outside the range of their key, one sentence each."""
     problems = []
     for key, value in values.items():
         expected = None
@@ -416,7 +323,7 @@ def out_of_range(values: Mapping[str, Any]) -> list[str]:
 
 
 def conflicts(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with values that are right each by itself."""
+    """Lists the values that are right each by itself but do not go together."""
     problems = []
     variant = VARIANTS[values["architecture"]]
     if variant.version == 2 and values["layer_scale_init_value"]:
@@ -466,6 +373,14 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
     problems += _unknown_tag("weights", values["weights"], values["architecture"])
     problems += _unknown_tag("teacher", values["teacher"], None)
     return problems
+
+
+def listed(path: str | os.PathLike[str] | None, problems: list[str]) -> str:
+    """Writes the message that lists all problems of a recipe."""
+    received = "one" if path is None else f"'{path}'"
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    return f"Expected a recipe in which every key is known and fits, received {received} with {count}:{lines}"
 
 
 def _unknown_tag(key: str, value: str, architecture: str | None) -> list[str]:

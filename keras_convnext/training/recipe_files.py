@@ -1,4 +1,4 @@
-"""Reads and writes recipes as TOML, with overrides by key."""
+"""Finds, reads and writes recipes as TOML files, with overrides by key, and tells one run from another."""
 
 import atexit
 import difflib
@@ -15,20 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from keras_convnext._messages import unknown
-from keras_convnext.training.recipe import (
-    OF_FEATURES,
-    Recipe,
-    conflicts,
+from keras_convnext.training.recipe import OF_FEATURES, Recipe, conflicts, listed, out_of_range
+from keras_convnext.training.toml_fields import (
     field_types,
     flat_fields,
     is_number,
-    listed,
     mistyped,
-    out_of_range,
     tables_of,
     toml_value,
-    values_text,
-    words,
+    type_words,
+    values_by_key,
 )
 
 # What may differ between two starts of one run: none of these changes a weight by more than rounding.
@@ -95,7 +91,7 @@ def replaced(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     Example:
         replaced(load_recipe("smoke"), {"epochs": 1, "distribution.engine": "none"})
     """
-    values = values_text(recipe)
+    values = values_by_key(recipe)
     changes = flat_fields(changes, Recipe)
     problems = [_unknown_key(key, value, list(values)) for key, value in changes.items() if key not in values]
     if problems:
@@ -128,41 +124,6 @@ def read_fields(path: str | os.PathLike[str], cls: type, overrides: Mapping[str,
     raise ValueError(listed(path, problems))
 
 
-def _read(path: Path, cls: type, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values of a file and of `overrides` by key, converted, and what is wrong with keys and types."""
-    types = field_types(cls)
-    given = flat_fields(_parse(path), cls)
-    problems = [_unknown_key(key, value, list(types)) for key, value in given.items() if key not in types]
-    for key, value in overrides.items():
-        if key in types:
-            given[key] = _from_text(value, types[key]) if isinstance(value, str) else value
-        else:
-            problems.append(f"{_unknown_key(key, value, list(types))} (it was given as an override)")
-    given = _defaults(cls) | given
-    problems += [f"{name}: missing, expected {words(types[name])}" for name in types if name not in given]
-    values = {name: _converted(given[name], types[name]) for name in types if name in given}
-    return values, problems + mistyped(values, cls)
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """The values of the tables that a file leaves out."""
-    return {
-        f"{name}.{key}": value
-        for name, table in tables_of(cls).items()
-        for key, value in values_text(table()).items()
-    }
-
-
-def _made(cls: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass of flat values."""
-    plain = {key: value for key, value in values.items() if "." not in key}
-    for name, table in tables_of(cls).items():
-        prefix = f"{name}."
-        inner = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-        plain[name] = table(**inner)
-    return cls(**plain)
-
-
 def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
     """Return the file of a recipe: of a path itself, of a bare name the published one.
 
@@ -193,35 +154,13 @@ def known_recipes() -> list[str]:
 def recipes_folder() -> Path:
     """Return the folder of the published recipes and their small data sets, `digits` and `flowers`.
 
-    It lies in the package where that is installed, and beside it in the repository. Of a package that is
+    It lies in the package where that is installed, and next to it in the repository. Of a package that is
     imported from a zip file a copy in a temporary folder is returned, which is removed when the process ends.
     """
     inside = _inside()
     if not inside.is_dir():
         return Path(__file__).resolve().parents[2] / "recipes"
     return inside if isinstance(inside, Path) else _unpacked()
-
-
-def _inside() -> Traversable:
-    return importlib.resources.files("keras_convnext") / "recipes"
-
-
-@functools.cache
-def _unpacked() -> Path:
-    temporary = tempfile.mkdtemp(prefix="keras_convnext_recipes_")
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    _copy(_inside(), Path(temporary))
-    return Path(temporary)
-
-
-def _copy(folder: Traversable, target: Path) -> None:
-    """Copies what is in a folder; `importlib.resources.as_file` takes files only before Python 3.12."""
-    target.mkdir(exist_ok=True)
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            _copy(entry, target / entry.name)
-        else:
-            (target / entry.name).write_bytes(entry.read_bytes())
 
 
 def to_toml(recipe: Any) -> str:
@@ -238,7 +177,7 @@ def to_toml(recipe: Any) -> str:
     """
     lines: list[str] = []
     table = ""
-    for key, value in values_text(recipe).items():
+    for key, value in values_by_key(recipe).items():
         before, (table, _, key) = table, key.rpartition(".")
         if table != before:
             lines += ["", f"[{table}]"]
@@ -258,7 +197,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         The values by key.
     """
     values = {
-        key: value for key, value in values_text(recipe).items() if key.partition(".")[0] not in _NOT_IDENTITY
+        key: value
+        for key, value in values_by_key(recipe).items()
+        if key.partition(".")[0] not in _NOT_IDENTITY
     }
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -301,6 +242,43 @@ def _parse(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def _read(path: Path, cls: type, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values of a file and of `overrides` by key, converted, and what is wrong with them."""
+    types = field_types(cls)
+    given = flat_fields(_parse(path), cls)
+    problems = [_unknown_key(key, value, list(types)) for key, value in given.items() if key not in types]
+    for key, value in overrides.items():
+        if key in types:
+            given[key] = _from_text(value, types[key]) if isinstance(value, str) else value
+        else:
+            problems.append(f"{_unknown_key(key, value, list(types))} (it was given as an override)")
+    given = _defaults(cls) | given
+    problems += [
+        f"{name}: missing, expected {type_words(types[name])}" for name in types if name not in given
+    ]
+    values = {name: _converted(given[name], types[name]) for name in types if name in given}
+    return values, problems + mistyped(values, cls)
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Returns the default values of tables, which a file may leave out."""
+    return {
+        f"{name}.{key}": value
+        for name, table in tables_of(cls).items()
+        for key, value in values_by_key(table()).items()
+    }
+
+
+def _made(cls: type, values: Mapping[str, Any]) -> Any:
+    """Makes a dataclass of flat values."""
+    plain = {key: value for key, value in values.items() if "." not in key}
+    for name, table in tables_of(cls).items():
+        prefix = f"{name}."
+        inner = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        plain[name] = table(**inner)
+    return cls(**plain)
+
+
 def _unknown_key(key: str, value: Any, names: list[str]) -> str:
     if isinstance(value, dict):
         tables = sorted({name.partition(".")[0] for name in names if "." in name})
@@ -311,7 +289,7 @@ def _unknown_key(key: str, value: Any, names: list[str]) -> str:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """The value as its type has it where that loses nothing, else as it is."""
+    """Converts a value to its type where that loses nothing, else returns it as it is."""
     if kind is float and is_number(value):
         return float(value)
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
@@ -320,7 +298,7 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """The value that a text of the command line means; the text itself where it has no such meaning."""
+    """Reads a text of the command line as its type; returns the text where it cannot be read so."""
     stripped = text.strip()
     if kind is str:
         return text
@@ -333,3 +311,25 @@ def _from_text(text: str, kind: Any) -> Any:
         return kind(stripped)
     except ValueError:
         return text
+
+
+def _inside() -> Traversable:
+    return importlib.resources.files("keras_convnext") / "recipes"
+
+
+@functools.cache
+def _unpacked() -> Path:
+    temporary = tempfile.mkdtemp(prefix="keras_convnext_recipes_")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    _copy(_inside(), Path(temporary))
+    return Path(temporary)
+
+
+def _copy(folder: Traversable, target: Path) -> None:
+    """Copies what is in a folder; `importlib.resources.as_file` takes files only before Python 3.12."""
+    target.mkdir(exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            _copy(entry, target / entry.name)
+        else:
+            (target / entry.name).write_bytes(entry.read_bytes())

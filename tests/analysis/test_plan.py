@@ -156,7 +156,7 @@ def recipe_for(architecture, engine):
 def test_exchanges_are_those_of_the_compiled_step():
     out = run_child(
         "-c",
-        "from tests.test_planning import exchanges_of_compiled_steps as f; f()",
+        "from tests.analysis.test_plan import exchanges_of_compiled_steps as f; f()",
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
     compiled = json.loads(re.search("exchanges (.*)", out)[1])
@@ -261,6 +261,6 @@ def test_the_command_answers_without_a_backend(run):
     facts = json.loads(out)
     assert (code, facts["images_per_device"], facts["steps_per_epoch"]) == (0, 64, 312)
     assert facts["exchanges"][0]["wire_bytes"] == 2 * 63 * 28_589_128 * 4 // 64
-    script = f"import sys; sys.argv = ['keras-convnext', *{words}]\n"
-    script += "from keras_convnext import cli; cli.main(); print('keras' in sys.modules)"
+    script = f"import sys, keras_convnext_main; sys.argv = ['keras-convnext', *{words}]\n"
+    script += "keras_convnext_main.main(); print('keras' in sys.modules)"
     assert run_child("-c", script).splitlines()[-1] == "False"

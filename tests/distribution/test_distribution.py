@@ -175,7 +175,7 @@ def run_child(words, environment):
 
 
 def run_here(function, folder, environment):
-    code = f"from tests.test_distribution import {function} as f; f({str(folder)!r})"
+    code = f"from tests.distribution.test_distribution import {function} as f; f({str(folder)!r})"
     run_child(["-c", code], environment)
 
 

@@ -208,7 +208,7 @@ def command_of(folder, **changes):
 
 def noting_of(folder, engine):
     code = (
-        "from tests.test_distribution import train\n"
+        "from tests.distribution.test_distribution import train\n"
         f"train({str(folder)!r}, distribution__engine={engine!r}, batch_size={SHORT['batch_size']})"
     )
     return ["-c", code]

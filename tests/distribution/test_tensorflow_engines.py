@@ -146,8 +146,8 @@ def environment_of(count=0, cluster=(), process=0):
 
 
 def words_of(function, folder):
-    code = f"import sys; sys.path.insert(0, 'tests'); from test_tensorflow_engines import {function} as f"
-    return ["-c", f"{code}; f({str(folder)!r})"]
+    path = "import sys; sys.path.insert(0, 'tests/distribution')"
+    return ["-c", f"{path}; from test_tensorflow_engines import {function} as f; f({str(folder)!r})"]
 
 
 def run_here(function, folder, count=0):

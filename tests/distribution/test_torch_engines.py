@@ -132,7 +132,9 @@ def words(folder, **changes):
 
 
 def environment(**others):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests" / "distribution"), os.environ.get("PYTHONPATH", "")]
+    )
     kept = {name: value for name, value in os.environ.items() if name != "KERAS_CONVNEXT_QUIET"}
     return kept | {"PYTHONPATH": path} | {name: str(value) for name, value in others.items()}
 

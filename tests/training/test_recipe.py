@@ -629,14 +629,14 @@ def test_a_file_in_the_working_directory_hides_no_published_name(write, tmp_path
 
 
 def test_names_of_the_data_pipeline_are_the_pipelines():
-    augment, preprocess = (
-        importlib.import_module(f"keras_convnext.data.{name}") for name in ("augment", "preprocess")
+    policies, preprocess = (
+        importlib.import_module(f"keras_convnext.data.{name}") for name in ("augment.policies", "preprocess")
     )
-    assert set(POLICIES) == set(augment.POLICIES)
+    assert set(POLICIES) == set(policies.POLICIES)
     assert set(INTERPOLATIONS) == set(preprocess.INTERPOLATIONS)
     assert set(RESIZE_MODES) == set(preprocess.RESIZE_MODES)
     for name in {*PUBLISHED, *OURS}:
-        augment.parse_policy(load_recipe(name).policy)
+        policies.parse_policy(load_recipe(name).policy)
 
 
 # Identity.
