@@ -6,6 +6,7 @@ from keras_convnext.weights.published import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    PACKAGED_TERMS,
     Checkpoint,
 )
 
@@ -260,7 +261,7 @@ def _packaged(
         score_source=f"measured here on {dataset}: benchmarks/runs/{tag}.json",
         sha256=sha256,
         packaged=f"{tag}.safetensors",
-        note=note,
+        note=f"{note}, terms in {PACKAGED_TERMS}",
     )
 
 

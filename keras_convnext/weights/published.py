@@ -13,6 +13,9 @@ HALF = (0.5, 0.5, 0.5)
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
 
+# The terms of the weights that ship with the package; the file lies next to them.
+PACKAGED_TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
+
 NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license", "research-only")
 
 
@@ -63,8 +66,8 @@ class Checkpoint:
             or None when they are at the top. A timm row means the file on the hub.
         note: what else a user must know.
         gated: the publisher asks for an agreement before the download.
-        packaged: name of a file in the folder `weights` of this package, which then needs no download,
-            or None.
+        packaged: name of a file in the folder `weights/packaged` of this package, which then needs no
+            download, or None.
 
     Example:
         row = find_checkpoint("convnext_tiny.fb_in1k")
