@@ -1,4 +1,4 @@
-"""Weights from one project's file to another's, without building a model where none is needed."""
+"""`convert` and `save_weights`: writes weights for other projects and for Keras."""
 
 import logging
 import pathlib
@@ -22,7 +22,6 @@ from keras_convnext.weights.preprocessing_metadata import DESCRIBED_SUFFIXES, Im
 from keras_convnext.weights.published import TORCH_SUFFIXES
 
 _logger = logging.getLogger("keras_convnext")
-
 
 KERAS_SUFFIXES = (".weights.h5", ".keras")
 
@@ -110,8 +109,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             _logger.warning("%s has no place for how its images are prepared; .safetensors has.", target)
             images = None
         return _write_torch(canonical, variant, target, layout, images)
-    row = described_by or catalog.default_checkpoint(variant.name)
-    projects = layouts.inspect(state).layout == "open_clip" or row.is_projection
+    published = described_by or catalog.default_checkpoint(variant.name)
+    projects = layouts.inspect(state).layout == "open_clip" or published.is_projection
     model = models.model_of(variant, canonical, images, None if projects else "softmax")
     return _write_keras(model, target, images)
 
@@ -120,7 +119,7 @@ def read_state_dict(path) -> layouts.StateDict:
     """{name: array} of any weight file, in the file's own layout; Keras models come in the canonical one.
 
     Raises:
-        ValueError: for a `.weights.h5` of this package, which does not say what model it belongs to.
+        ValueError: for a `.weights.h5` of this package, which does not say which model it belongs to.
     """
     return resolve.read_file(resolve.existing_file(path))
 

@@ -17,9 +17,9 @@ from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files, layouts, preprocessing_metadata
 from keras_convnext.weights.assign import filled, placed_values
 from keras_convnext.weights.resolve import (
-    checkpoint_of_architecture,
     existing_file,
     find_file,
+    find_published,
     inspect_state,
     is_path,
     read_file,
@@ -43,8 +43,8 @@ class ConvNeXt(keras.Model):
         """The stage outputs, as Keras tensors by level: {"P2": (N, H / 4, W / 4, C), ..., "P5": ...}.
 
         Level n has stride 2^n with the default output stride; with `output_stride` 16 or 8 the last levels
-        keep that stride. Isotropic models have one level, "P4". The maps are those behind the last block of
-        each stage, before any norm; with `pyramid_norms=True` each has its own layer norm behind it.
+        keep that stride. Isotropic models have one level, "P4". The maps are those after the last block of
+        each stage, before any norm; with `pyramid_norms=True` each is followed by a layer norm of its own.
 
         Example:
             >>> model = ConvNeXtAtto(include_top=False, weights=None, input_shape=(64, 64, 3))
@@ -93,7 +93,7 @@ def load(
             also sets the image size, the number of classes and the pixel normaliser.
         weights: "default" for the file of the tag (for an architecture: "imagenet"); None for random
             weights; another tag; or a path, then the first argument says what the file is. A file that says
-            how its images are prepared (`save_weights`) sets image size and normaliser, but not beside a tag.
+            how its images are prepared (`save_weights`) sets image size and normaliser, unless a tag does.
         include_top: None for True, unless the weights have no classifier.
         classes: None for as many as the weights have, else 1000.
         classifier_activation: "default" for "softmax", and for None where the last layer is the image
@@ -114,20 +114,20 @@ def load(
         (None, 10)
     """
     if architecture_or_tag in VARIANTS:
-        variant, checkpoint = VARIANTS[architecture_or_tag], None
+        variant, described_by = VARIANTS[architecture_or_tag], None
     elif "." in str(architecture_or_tag) or architecture_or_tag in catalog.ALIASES:
-        checkpoint = catalog.find_checkpoint(architecture_or_tag)
-        variant = VARIANTS[checkpoint.architecture]
+        described_by = catalog.find_checkpoint(architecture_or_tag)
+        variant = VARIANTS[described_by.architecture]
     else:
         raise ValueError(_messages.unknown("architecture", architecture_or_tag, VARIANTS))
     if weights == "default":
-        weights = "imagenet" if checkpoint is None else checkpoint.tag
-    row, state = checkpoint, None  # what the weights are, by the table; what is in their file
+        weights = "imagenet" if described_by is None else described_by.tag
+    published, state = described_by, None  # what the weights are, by the catalog; what is in their file
     if weights is not None and not is_path(weights):
-        row = checkpoint_of_architecture(variant, weights, include_top is not False)
-        checkpoint = checkpoint or row
+        published = find_published(variant, weights, include_top is not False)
+        described_by = described_by or published
     # outputs of the classifier; whether they are CLIP's projection
-    available, projects = (row.classes, row.is_projection) if row else (1000, False)
+    available, projects = (published.classes, published.is_projection) if published else (1000, False)
     if is_path(weights) and not keras_files.is_bare(path := existing_file(weights)):
         state = read_file(path)
         contents = inspect_state(state, path)
@@ -155,7 +155,7 @@ def load(
         rematerialize=rematerialize,
         seed=seed,
         new_head=new_head,
-        described_by=checkpoint,
+        described_by=described_by,
         state=state,
     )
 
@@ -184,31 +184,31 @@ def _build(
 ):
     """The body of every constructor; arguments as there.
 
-    `described_by` is the checkpoint whose image size and normaliser hold when `weights` is a path or None, in
-    place of what the file says; `state` what is in the file at that path, when it was read already.
+    `described_by` is the published weights whose image size and normaliser hold when `weights` is a path or
+    None, in place of what the file says; `state` is what the file holds, when it was read already.
     """
     variant = _with_layer_scale(variant, layer_scale_init_value)
     _check_arguments(variant, include_top, pooling, classes, drop_path_rate, output_stride, pyramid_norms)
-    checkpoint = path = images = None
+    published = path = images = None
     if weights is not None:
         if is_path(weights):
             path = existing_file(weights)
             images = None if described_by else preprocessing_metadata.read_images(path)
         else:
-            checkpoint = checkpoint_of_architecture(variant, weights, include_top)
-            if checkpoint.packaged and classes == IMAGENET_CLASSES:
-                classes = checkpoint.classes
-        new_head = starts_new_head(checkpoint, weights, include_top, classes, new_head)
-    if checkpoint is not None:
-        path = find_file(checkpoint)
-    row = checkpoint or described_by or images or catalog.default_checkpoint(variant.name)
-    shape = _checked_input_shape(input_shape, input_tensor, include_top, row)
+            published = find_published(variant, weights, include_top)
+            if published.packaged and classes == IMAGENET_CLASSES:
+                classes = published.classes
+        new_head = starts_new_head(published, weights, include_top, classes, new_head)
+    if published is not None:
+        path = find_file(published)
+    prepared = published or described_by or images or catalog.default_checkpoint(variant.name)
+    shape = _checked_input_shape(input_shape, input_tensor, include_top, prepared.image_size)
 
     def assemble():
         return _assemble(
             variant,
             include_top=include_top,
-            normaliser=(row.mean, row.std) if include_preprocessing else None,
+            normaliser=(prepared.mean, prepared.std) if include_preprocessing else None,
             input_tensor=input_tensor,
             input_shape=shape,
             pooling=pooling,
@@ -313,7 +313,7 @@ Reference: {reference}
 Args:
     include_top: bool, whether to end in the classifier.
     include_preprocessing: bool, whether the model itself normalises its input. Then it takes pixels in 0..255
-        (uint8 or float), and the mean and spread are those the weights were trained with.
+        (uint8 or float), and mean and standard deviation are those that the weights were trained with.
     weights: None for random weights; "imagenet" for {imagenet}; a tag (`list_weights("{name}")`), long
         or short; or the path of a file: .safetensors, .pth, .pt, .bin, .h5, .weights.h5 or .keras, of this
         or any project whose layout `convert` knows. The normaliser is then the one that the file names, else
@@ -334,7 +334,7 @@ Args:
     layer_scale_init_value: float, start of LayerScale; 0 for none; default None, as published. V1 only.
     output_stride: 8, 16 or 32; below 32 the last stages dilate instead of halving the map.
     pyramid_norms: bool. With True the model returns {{"P2": ..., "P5": ...}}, the stage maps with a layer
-        norm each, as detection and segmentation checkpoints have; needs include_top=False.
+        norm each, as published detection and segmentation weights have; needs include_top=False.
     rematerialize: bool, recompute each block in the backward pass: less memory, more time.
     seed: int or None, of the drop path.
     new_head: bool or None: True to start a new classifier on any weights, False never to; None as under
@@ -453,7 +453,7 @@ TestConvNeXt3 = _constructor("TestConvNeXt3", "test_convnext3")
 
 
 def normaliser_of(model) -> tuple[list[float], list[float]] | None:
-    """The mean and spread for each channel, for pixels in 0..1, of a model of this package; None without."""
+    """(mean, standard deviation) by channel, for pixels in 0..1, of a model; None without a normaliser."""
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.Normalization) and layer.name == "normalization":
             mean = np.ravel(layer.input_mean) / 255
@@ -462,20 +462,20 @@ def normaliser_of(model) -> tuple[list[float], list[float]] | None:
 
 
 def model_of(variant, canonical, images=None, classifier_activation="softmax"):
-    """A model with the weights of a canonical state dict, as large as they say.
+    """A model with the weights of a canonical state dict, whose classes and channels it gets.
 
-    `images` is the checkpoint or description whose image size and normaliser it gets; by default those of the
-    architecture's checkpoint.
+    `images` gives the image size and the normaliser: published weights or an `ImageDescription`; by default
+    the architecture's published weights.
     """
     contents = layouts.inspect(canonical)
-    row = images or catalog.default_checkpoint(variant.name)
-    side = row.image_size if contents.classes else None
+    prepared = images or catalog.default_checkpoint(variant.name)
+    side = prepared.image_size if contents.classes else None
 
     def assemble():
         return _assemble(
             variant,
             include_top=contents.classes > 0,
-            normaliser=(row.mean, row.std),
+            normaliser=(prepared.mean, prepared.std),
             input_tensor=None,
             input_shape=(side, side, contents.channels),
             pooling=None,
@@ -533,7 +533,7 @@ def _check_arguments(variant, include_top, pooling, classes, drop_path_rate, out
         )
 
 
-def _checked_input_shape(input_shape, input_tensor, include_top, row):
+def _checked_input_shape(input_shape, input_tensor, include_top, image_size):
     if input_tensor is not None:
         if not keras.utils.is_keras_tensor(input_tensor):
             raise ValueError(
@@ -542,7 +542,7 @@ def _checked_input_shape(input_shape, input_tensor, include_top, row):
             )
         input_shape = tuple(input_tensor.shape[1:])
     elif input_shape is None:
-        side = row.image_size if include_top else None
+        side = image_size if include_top else None
         input_shape = (side, side, 3)
     wanted = "(height, width, channels), each side None or 32 and more, at least one channel"
     if not isinstance(input_shape, Sequence) or len(input_shape) != 3:
@@ -569,7 +569,7 @@ def _is_count(value):
 
 
 def for_channels(values, channels):
-    """Mean or spread for any number of channels: the average for one, else R, G, B in turn."""
+    """Mean or standard deviation for any number of channels: the average for one, else R, G, B in turn."""
     if channels == 1:
         return [sum(values) / 3]
     return [values[channel % 3] for channel in range(channels)]

@@ -1,4 +1,4 @@
-"""A trained classifier by name or by file, with the way its images are prepared."""
+"""`open_predictor`: a trained classifier by name or by file, with the preparation of its images."""
 
 import dataclasses
 import os
@@ -67,14 +67,14 @@ def open_predictor(
         classifier_activation: "softmax", or None for logits; a `.keras` file keeps its own.
 
     Returns:
-        `TrainedClassifier`.
+        `Predictor`.
 
     Raises:
         ValueError: the name is unknown, has no classifier, or the file does not fit; the message tells.
         FileNotFoundError: no such file.
 
     Example:
-        open_classifier("convnext_tiny.fb_in22k_ft_in1k_384").preparation["crop"]   # 1.0
+        open_predictor("convnext_tiny.fb_in22k_ft_in1k_384").preparation["crop"]   # 1.0
     """
     name = None if name is None else os.fspath(name)
     if weights is None and name is not None and names_file(name):
@@ -138,7 +138,7 @@ def row_for(name: str, needs_classes: bool = False) -> Checkpoint:
 
 
 def described(path: pathlib.Path, name: str | None) -> ImageDescription | None:
-    """Returns how a file says that its images are prepared; None beside a tag, which says it instead.
+    """Returns how a file says that its images are prepared; None with a tag as name, which says it instead.
 
     Raises:
         ValueError: what the file says is damaged.
@@ -149,10 +149,10 @@ def described(path: pathlib.Path, name: str | None) -> ImageDescription | None:
 def preparation(
     row: Checkpoint | ImageDescription, image_size: int | tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Returns the arguments of `preprocess.preprocess_image` for published weights or those of a file.
+    """Returns the arguments of `preprocess.preprocess_image` for published weights or a described file.
 
     Args:
-        row: the weights, or what their file says.
+        row: the published weights, or what a weight file says of its images.
         image_size: side in pixels, or (height, width). At the size that timm recommends for testing, its
             crop for that size is used. Default: the size of the published scores.
     """

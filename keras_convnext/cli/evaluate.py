@@ -58,17 +58,17 @@ def evaluate_command(options: argparse.Namespace) -> int:
 def knn_command(options: argparse.Namespace) -> int:
     """Prints how well the nearest neighbours in a model's features classify images."""
     import_quietly("keras_convnext.evaluation.features", "tensorflow")
-    from keras_convnext.evaluation import features, nearest_neighbours
+    from keras_convnext.evaluation.nearest_neighbours import NearestNeighbours, nearest_neighbours
 
-    return _evaluate_features(options, features.NearestNeighbours, nearest_neighbours.nearest_neighbours)
+    return _evaluate_features(options, NearestNeighbours, nearest_neighbours)
 
 
 def probe_command(options: argparse.Namespace) -> int:
     """Prints how well a linear classifier on a model's features classifies images."""
     import_quietly("keras_convnext.evaluation.features", "tensorflow")
-    from keras_convnext.evaluation import features, linear_probe
+    from keras_convnext.evaluation.linear_probe import LinearProbe, linear_probe
 
-    return _evaluate_features(options, features.LinearProbe, linear_probe.linear_probe)
+    return _evaluate_features(options, LinearProbe, linear_probe)
 
 
 def _evaluate_features(options: argparse.Namespace, settings_class, function) -> int:

@@ -1,7 +1,7 @@
 """Top-1, top-5 and ReaL accuracy of a classifier: the only writer of scores.
 
 images --data.batches--> uint8 (N, H, W, 3) --model--> outputs (N, K) --columns of the data's classes-->
-rank of the label, first five classes --> Result --> a row of results.csv, files for a person (`reports`)
+rank of the label, first five classes --> Result --> a row of results.csv, pages for a reader (`report`)
 """
 
 import dataclasses
@@ -64,18 +64,8 @@ def evaluate(
     output than its label, equal outputs being ordered by their class number, so that ties do not depend on
     the backend.
 
-    Which outputs are compared, by the classes of the data:
-
-    - WordNet ids that the model's 1000, 11821 or 21841 classes contain: the outputs of these classes alone.
-      That is all of them for ImageNet on a model of 1000 classes, and 200 for ImageNet-A and -R, as in timm.
-      Of the 1000 classes ImageNet-22k lacks one and timm's 12k subset seven: their images count as wrong. (To
-      have images of few classes compared with all 1000, open them by
-      `open_source(path, classes=synset_ids(1000))`.)
-    - the numbers 0 to 999: as ImageNet's 1000 WordNet ids (ImageNetV2 as published).
-    - any others: as many as the model has outputs, class i of the data being output i. Class folders are in
-      the order of their sorted names.
-
-    Images that cannot be decoded are left out of all counts and named in `Result.faults`.
+    Which outputs are compared follows from the classes of the data, see `match_classes`. Images that cannot
+    be decoded are left out of all counts and named in `Result.faults`.
 
     Reference: ReaL accuracy: Beyer et al., "Are we done with ImageNet?" (arXiv 2006.07159): the share of
     images with at least one ReaL label of which the predicted class is a label.
@@ -94,9 +84,9 @@ def evaluate(
             do not say how they were trained, the default is that function's.
         image_size: side in pixels, in place of the tag's.
         batch_size: images in a batch of this host. Default 64. The last batch is filled up.
-        limit: evaluate only that many examples, spread evenly over the data.
+        limit: evaluate only that many examples, at equal distances in the data.
         results: CSV file to which a row is added, see `results.append_result`. Default: none.
-        output: folder for the files of `reports.write_reports`. Default: none.
+        output: folder for the files of `report.write_reports`. Default: none.
         max_faults: share of the images that may be damaged, 0 to 1.
         host: number of this host, 0 to num_hosts - 1.
         num_hosts: hosts that evaluate a part of the data each; see `results.combine`.
@@ -123,25 +113,14 @@ def evaluate(
     if output is not None:
         report.check_output(output)
     batches = import_batches()
-    if isinstance(data, Source):
-        if labels is not None:
-            raise ValueError(f"Expected labels=None beside an open source, received {labels!r}.")
-        source = data
-    else:
-        if split is None and sources.list_splits(data):
-            split = "validation"
-        source = sources.open_source(data, split, labels=labels)
-    classifier = _open(model, weights, image_size, len(source.classes), preparation)
+    source, split = _open_data(data, split, labels)
+    classifier = _open_model(model, weights, image_size, len(source.classes), preparation)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
-    columns, outputs_text = match_classes(
-        source.classes, classifier.model.output_shape[-1], classifier.class_list
-    )
+    columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
-    if limit is not None and limit < len(source):
-        chosen = np.arange(limit) * len(source) // limit
-        source = sources.take(source, chosen)
-        real = real if real is None else [real[number] for number in chosen]
+    source, real = _limited(source, real, limit)
     batch_size = batch_size or DEFAULT_BATCH_SIZE
+    settings = _settings(classifier, source, split, outputs, batch_size)
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(
         source,
@@ -151,21 +130,13 @@ def evaluate(
         faults=faults,
         **classifier.preparation,
     )
-    settings = {
-        **model_settings(classifier),
-        **environment(),
-        **data_settings(source, split),
-        **preparation_settings(classifier),
-        "outputs": outputs_text,
-        "batch_size": str(batch_size),
-    }
     shown = ImageProgress(-(-len(source) // num_hosts), progress)
     try:
         scores = run_model(classifier.model, dataset, source, columns, shown)
     except batches.tf.errors.OpError:
         if output is not None:
             report.write_faults(output, faults.report())
-        faults.check()  # says it in its own words
+        faults.check()  # raises the DataError that tells what is wrong
         raise
     result = Result(
         settings=settings,
@@ -187,7 +158,16 @@ def evaluate(
 def match_classes(
     classes: Sequence[str], num_outputs: int, class_list: int | str | None = None
 ) -> tuple[np.ndarray | None, str]:
-    """Finds the output of a model for each class of a data set; see `evaluate`.
+    """Finds the output of a model for each class of a data set.
+
+    - WordNet ids that the model's 1000, 11821 or 21841 classes contain mean the outputs of these classes
+      alone: all of them for ImageNet on a model of 1000 classes, and 200 for ImageNet-A and -R, as in timm.
+      Of the 1000 classes ImageNet-22k lacks one and timm's 12k subset seven: their images count as wrong. (To
+      have images of few classes compared with all 1000, open them by
+      `open_source(path, classes=synset_ids(1000))`.)
+    - The numbers 0 to 999 mean ImageNet's 1000 WordNet ids (ImageNetV2 as published).
+    - Of any others there must be as many as the model has outputs; class i of the data is output i. Class
+      folders are in the order of their sorted names.
 
     Args:
         classes: names of the classes of the data.
@@ -219,33 +199,6 @@ def match_classes(
     return columns, text + (f"; none for {' '.join(missing)}" if missing else "")
 
 
-def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray | None:
-    """Returns the output for each WordNet id; None when the model or the names are not ImageNet's."""
-    try:
-        outputs = {synset: number for number, synset in enumerate(class_names.synset_ids(class_list))}
-    except ValueError:
-        return None
-    columns = np.array([outputs.get(name, -1) for name in names], np.int64)
-    # The 21841 classes lack one of the 1000, the 11821 lack seven.
-    lacking = {name for name, column in zip(names, columns, strict=True) if column < 0}
-    return columns if lacking <= set(class_names.synset_ids(1000)) and (columns >= 0).any() else None
-
-
-# What is evaluated.
-
-
-def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
-        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
-        if value is not None and not is_count:
-            raise ValueError(f"Expected {name} to be a positive integer or None, received {value!r}.")
-    if num_hosts != 1 and (results is not None or output is not None):
-        raise ValueError(
-            f"Expected results=None and output=None on one of num_hosts={num_hosts} hosts, whose figures are "
-            "of a part of the data. Call combine, then append_result and write_reports."
-        )
-
-
 def import_batches() -> Any:
     """Returns the module `data.batches`, or says what it needs.
 
@@ -264,7 +217,43 @@ def import_batches() -> Any:
     return batches_module
 
 
-def _open(model, weights, image_size, num_classes, preparation) -> Predictor:
+def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray | None:
+    """Returns the output for each WordNet id; None when the model or the names are not ImageNet's."""
+    try:
+        outputs = {synset: number for number, synset in enumerate(class_names.synset_ids(class_list))}
+    except ValueError:
+        return None
+    columns = np.array([outputs.get(name, -1) for name in names], np.int64)
+    # The 21841 classes lack one of the 1000, the 11821 lack seven.
+    lacking = {name for name, column in zip(names, columns, strict=True) if column < 0}
+    return columns if lacking <= set(class_names.synset_ids(1000)) and (columns >= 0).any() else None
+
+
+def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
+        if value is not None and not is_count:
+            raise ValueError(f"Expected {name} to be a positive integer or None, received {value!r}.")
+    if num_hosts != 1 and (results is not None or output is not None):
+        raise ValueError(
+            f"Expected results=None and output=None on one of num_hosts={num_hosts} hosts, whose figures are "
+            "of a part of the data. Call combine, then append_result and write_reports."
+        )
+
+
+def _open_data(data, split, labels) -> tuple[Source, str | None]:
+    """Returns the images and the name of their split; the validation split where the data has splits."""
+    if isinstance(data, Source):
+        if labels is not None:
+            raise ValueError(f"Expected labels=None beside an open source, received {labels!r}.")
+        return data, split
+    if split is None and sources.list_splits(data):
+        split = "validation"
+    return sources.open_source(data, split, labels=labels), split
+
+
+def _open_model(model, weights, image_size, num_classes, preparation) -> Predictor:
+    """Returns the model with the preparation of its images, `preparation` being what a caller changes."""
     row = predictor.row_for(preparation) if isinstance(preparation, str) else None
     default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
     if isinstance(model, str | os.PathLike) and weights is None and runtimes.is_exported(model):
@@ -311,6 +300,26 @@ def _without_unused_classes(source: Source) -> Source:
         return source
     labels = np.searchsorted(used, source.labels).astype(np.int32)
     return dataclasses.replace(source, labels=labels, classes=names)
+
+
+def _limited(source: Source, real: list | None, limit: int | None) -> tuple[Source, list | None]:
+    """Returns `limit` examples at equal distances and their ReaL labels, or all where there are fewer."""
+    if limit is None or limit >= len(source):
+        return source, real
+    chosen = np.arange(limit) * len(source) // limit
+    return sources.take(source, chosen), None if real is None else [real[number] for number in chosen]
+
+
+def _settings(classifier: Predictor, source: Source, split, outputs: str, batch_size: int) -> dict[str, str]:
+    """Returns the columns of a row of results that are not scores."""
+    return {
+        **model_settings(classifier),
+        **environment(),
+        **data_settings(source, split),
+        **preparation_settings(classifier),
+        "outputs": outputs,
+        "batch_size": str(batch_size),
+    }
 
 
 def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:

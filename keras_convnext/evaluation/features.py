@@ -1,8 +1,8 @@
-"""How good frozen features are: by their nearest neighbours, and by a linear classifier on them.
+"""Computes the features of a frozen model, on which `nearest_neighbours` and `linear_probe` classify.
 
 images --data.batches--> pixels --model without its classifier--> features (N, C) --> k-NN or linear probe
 
-Both judge weights that have no classifier of their own, such as DINOv3's and FCMAE's, and compare others on
+Both measure weights that have no classifier of their own, such as DINOv3's and FCMAE's, and compare others on
 equal terms. Features are computed once, without augmentation, and can be kept in a folder.
 
 The feature of an image is what the classifier of the architecture would see: the last map, averaged over its
@@ -20,7 +20,7 @@ import os
 import pathlib
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -36,137 +36,6 @@ from keras_convnext.weights import keras_files, layouts, locate, resolve
 
 _CACHE_VERSION = 1
 TRAIN_BLOCK = 65536
-
-
-# What is evaluated, and how.
-
-
-@dataclasses.dataclass(frozen=True)
-class NearestNeighbours:
-    """The settings of a k-NN evaluation, as plain values.
-
-    Reference: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
-    (arXiv:1805.01978), section 3.4; numbers and temperature: facebookresearch/dino at 04c0ad9, eval_knn.py.
-
-    Args:
-        model: str, a tag, an architecture (its ImageNet weights), a weight file or a `.keras` file; "" where
-            the function is given a Keras model.
-        weights: str, a weight file in place of the model's own; "" for none.
-        data: str, path of the images, see `sources.open_source`; "" where the function is given sources.
-        train_split: str, split with the images that are compared with; "" for "train", or all where the data
-            has no splits.
-        val_split: str, split that is classified; "" for the data's validation or test split, or where there
-            is none, for a part held out of the training images.
-        validation_fraction: float in (0, 1), that part, by class and seed (`sources.hold_out`). Unused where
-            the data has a split to classify.
-        image_size: int, side in pixels; 0 for that of the weights.
-        crop: float in (0, 1], as in `preprocess.preprocess_image`; 0 for that of the weights.
-        resize_mode: "shorter_side" or "squash"; "" for that of the weights.
-        resize_size: int, pixels; 0 for that of the weights, or where a key above is set, from the crop.
-        interpolation: "bicubic" or "bilinear"; "" for that of the weights.
-        neighbours: tuple of int, the numbers of neighbours that vote. Default (10, 20, 100, 200), as DINO's;
-            20 is usually the best there.
-        temperature: float above 0, of a neighbour's vote exp(similarity / temperature). Default 0.07.
-        batch_size: int, images of one forward pass.
-        seed: int, of the part held out.
-
-    Raises:
-        ValueError: a value is outside its range; the message says which are allowed.
-
-    Example:
-        NearestNeighbours(model="convnext_tiny.dinov3_lvd1689m", data="flowers", neighbours=(20,))
-    """
-
-    model: str = ""
-    weights: str = ""
-    data: str = ""
-    train_split: str = ""
-    val_split: str = ""
-    validation_fraction: float = 0.2
-    image_size: int = 0
-    crop: float = 0.0
-    resize_mode: str = ""
-    resize_size: int = 0
-    interpolation: str = ""
-    neighbours: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = 0.07
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_common(self)
-        if not self.neighbours:
-            raise ValueError("Expected one number of neighbours or more, received none. Pass (20,).")
-        for number in self.neighbours:
-            _check_at_least("neighbours", number, 1)
-        _check_above_zero("temperature", self.temperature)
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearProbe:
-    """The settings of a linear probe, as plain values.
-
-    Reference: facebookresearch/dinov2 at 05c66df, dinov2/eval/linear.py: SGD with momentum 0.9, no weight
-    decay, a cosine to 0, kernels drawn with a deviation of 0.01, the best of many rates (given there per 256
-    images of a batch). Three things are different here: features are those of the undistorted images (there:
-    of random crops, computed anew each epoch); the rate is chosen on a part of the training images (there: on
-    the images that the score is of); a run has as many epochs of the data as are asked for.
-
-    Args:
-        model, weights, data, train_split, val_split, validation_fraction, image_size, crop, resize_mode,
-            resize_size, interpolation, batch_size: as in `NearestNeighbours`.
-        learning_rates: tuple of float above 0, the peak rates that are tried, at this `probe_batch_size`.
-            Default DINOv2's 13, 1e-5 to 0.1.
-        selection_fraction: float in (0, 1), share of the training images, by class and seed, that the rate is
-            chosen on. Then the classifier is trained on all of them with that rate.
-        epochs: int, passes over the training features. Default 100, as in facebookresearch/dino.
-        probe_batch_size: int, features of one step; all where there are fewer. Default 256.
-        momentum: float in [0, 1). Default 0.9.
-        weight_decay: float from 0 up, L2 penalty of the kernel. Default 0.
-        seed: int, of the parts held out, the first kernel and the order of the features.
-
-    Raises:
-        ValueError: a value is outside its range; the message says which are allowed.
-
-    Example:
-        LinearProbe(model="convnextv2_tiny.fcmae", data="flowers", epochs=20)
-    """
-
-    model: str = ""
-    weights: str = ""
-    data: str = ""
-    train_split: str = ""
-    val_split: str = ""
-    validation_fraction: float = 0.2
-    image_size: int = 0
-    crop: float = 0.0
-    resize_mode: str = ""
-    resize_size: int = 0
-    interpolation: str = ""
-    learning_rates: tuple[float, ...] = (
-        1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1
-    )  # fmt: skip
-    selection_fraction: float = 0.1
-    epochs: int = 100
-    probe_batch_size: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_common(self)
-        if not self.learning_rates:
-            raise ValueError("Expected one learning rate or more, received none. Pass (0.01,).")
-        for rate in self.learning_rates:
-            _check_above_zero("learning_rates", rate)
-        _check_share("selection_fraction", self.selection_fraction)
-        _check_at_least("epochs", self.epochs, 1)
-        _check_at_least("probe_batch_size", self.probe_batch_size, 1)
-        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ValueError(f"Expected momentum in [0, 1), received {self.momentum!r}. Pass 0.9.")
-        if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
-            raise ValueError(f"Expected weight_decay from 0 up, received {self.weight_decay!r}. Pass 0.0.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -209,7 +78,7 @@ class FeatureResult:
     """What an evaluation by features found.
 
     Attributes:
-        settings: the `NearestNeighbours` or `LinearProbe` that it was made by.
+        settings: the `NearestNeighbours` or `LinearProbe` of the evaluation.
         environment: text by the columns of results.csv that describe model, data, preparation and machine.
         scores: one for each number of neighbours, or for each learning rate, in the order of the settings.
         top1, top5: in percent; of k-NN those of 20 neighbours, else of the first number; of a probe those of
@@ -223,7 +92,7 @@ class FeatureResult:
         bias: float32 (classes,), likewise.
     """
 
-    settings: NearestNeighbours | LinearProbe
+    settings: Any
     environment: dict[str, str]
     scores: tuple[Score, ...]
     top1: float
@@ -249,7 +118,7 @@ class FeatureResult:
 
     def report(self) -> dict[str, Any]:
         """Returns all of it but the classifier, as JSON takes it."""
-        name = "neighbours" if isinstance(self.settings, NearestNeighbours) else "learning_rate"
+        name = "neighbours" if self.kernel is None else "learning_rate"
         scores = []
         for score in self.scores:
             row = {name: score.setting, "top1": score.top1, "top5": score.top5}
@@ -269,9 +138,6 @@ class FeatureResult:
             "advice": self.advice,
             "faults": self.faults,
         }
-
-
-# Features.
 
 
 def extract_features(
@@ -340,7 +206,7 @@ def extract_features(
             count += len(kept_numbers)
             shown.show(count)
     except batches.tf.errors.OpError:
-        faults.check()  # says it in its own words
+        faults.check()  # raises the DataError that tells what is wrong
         raise
     shown.close()
     result = Features(
@@ -360,7 +226,7 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Predi
         image_size: side in pixels; 0 for that of the weights.
 
     Returns:
-        `classifiers.TrainedClassifier`, whose model ends in features (N, C).
+        `predictor.Predictor`, whose model ends in features (N, C).
 
     Raises:
         ValueError: the name is unknown or the file does not fit; the message tells.
@@ -396,38 +262,6 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Predi
     if path is not None:
         return Predictor(model, preparation, None, path)
     return Predictor(model, preparation, row, locate.find_local(**row.address))
-
-
-def _open_keras_backbone(path: pathlib.Path, name: str, image_size: int) -> Predictor:
-    try:
-        model = without_classifier(keras.saving.load_model(path, compile=False))
-    except Exception as error:  # damaged archives and unknown layers raise of many classes
-        raise ValueError(f"{path} could not be opened as a Keras model: {error}") from error
-    row = predictor.described(path, name) or (predictor.row_for(name) if name else None)
-    default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
-    with resolve.naming(path):
-        _check_outputs_shape(model)
-    size = predictor.check_model(model, image_size or None, str(path), default_size)
-    preparation = {"image_size": size} if row is None else predictor.preparation(row, size)
-    return Predictor(model, preparation, None, path)
-
-
-def without_classifier(model: Any) -> Any:
-    """Returns the part of a model of this package in front of its classifier; other models as they are.
-
-    Args:
-        model: `keras.Model`.
-
-    Returns:
-        `keras.Model` that shares the layers of `model`.
-    """
-    if not isinstance(model, models.ConvNeXt):
-        return model
-    names = {layer.name for layer in model.layers}
-    first = next((name for name in ("pre_logits", "head") if name in names), None)
-    if first is None:
-        return model
-    return keras.Model(model.input, model.get_layer(first).input, name=model.name)
 
 
 def both_features(settings, model, data, cache, max_faults, progress):
@@ -480,7 +314,61 @@ def both_features(settings, model, data, cache, max_faults, progress):
     return *parts, environment
 
 
-def _open_parts(settings: NearestNeighbours | LinearProbe) -> tuple[Source, Source, str]:
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiplies matrices in float32: accelerators round their entries to 10 bits or fewer by default."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            yield
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        before = tf.config.experimental.tensor_float_32_execution_enabled()
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            tf.config.experimental.enable_tensor_float_32_execution(before)
+    else:
+        yield  # PyTorch's default is full precision
+
+
+def without_classifier(model: Any) -> Any:
+    """Returns the part of a model of this package in front of its classifier; other models as they are.
+
+    Args:
+        model: `keras.Model`.
+
+    Returns:
+        `keras.Model` that shares the layers of `model`.
+    """
+    if not isinstance(model, models.ConvNeXt):
+        return model
+    names = {layer.name for layer in model.layers}
+    first = next((name for name in ("pre_logits", "head") if name in names), None)
+    if first is None:
+        return model
+    return keras.Model(model.input, model.get_layer(first).input, name=model.name)
+
+
+def _open_keras_backbone(path: pathlib.Path, name: str, image_size: int) -> Predictor:
+    try:
+        model = without_classifier(keras.saving.load_model(path, compile=False))
+    except Exception as error:  # damaged archives and unknown layers raise of many classes
+        raise ValueError(f"{path} could not be opened as a Keras model: {error}") from error
+    row = predictor.described(path, name) or (predictor.row_for(name) if name else None)
+    default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
+    with resolve.naming(path):
+        _check_outputs_shape(model)
+    size = predictor.check_model(model, image_size or None, str(path), default_size)
+    preparation = {"image_size": size} if row is None else predictor.preparation(row, size)
+    return Predictor(model, preparation, None, path)
+
+
+def _open_parts(settings: Any) -> tuple[Source, Source, str]:
     """Returns the training images, those to classify, and which these are in words."""
     if not settings.data:
         raise ValueError("Expected data, received data=''. Pass the path of the images.")
@@ -512,9 +400,6 @@ def _check_outputs_shape(model: Any) -> None:
             f"Expected a model that ends in features (N, C), received outputs {shape}. Build it with "
             "include_top=False, pooling='avg'."
         )
-
-
-# Kept features.
 
 
 def _cache_key(model: Any, source: Source, preparation: dict[str, Any]) -> str:
@@ -587,57 +472,32 @@ def _write_cache(path: pathlib.Path, features: Features) -> None:
         )
 
 
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiplies matrices in float32: accelerators round their entries to 10 bits or fewer by default."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        with jax.default_matmul_precision("highest"):
-            yield
-    elif backend == "tensorflow":
-        import tensorflow as tf
-
-        before = tf.config.experimental.tensor_float_32_execution_enabled()
-        tf.config.experimental.enable_tensor_float_32_execution(False)
-        try:
-            yield
-        finally:
-            tf.config.experimental.enable_tensor_float_32_execution(before)
-    else:
-        yield  # PyTorch's default is full precision
-
-
-# Checks.
-
-
-def _check_common(settings: NearestNeighbours | LinearProbe) -> None:
-    _check_share("validation_fraction", settings.validation_fraction)
-    _check_share("crop", settings.crop, zero_for="that of the weights", up_to_one=True)
-    _check_at_least("image_size", settings.image_size, 0)
-    _check_at_least("resize_size", settings.resize_size, 0)
-    _check_at_least("batch_size", settings.batch_size, 1)
-    _check_at_least("seed", settings.seed, 0)
+def check_common_settings(settings: Any) -> None:
+    """Checks what the settings of k-NN and of the linear probe have in common."""
+    check_share("validation_fraction", settings.validation_fraction)
+    check_share("crop", settings.crop, zero_for="that of the weights", up_to_one=True)
+    check_at_least("image_size", settings.image_size, 0)
+    check_at_least("resize_size", settings.resize_size, 0)
+    check_at_least("batch_size", settings.batch_size, 1)
+    check_at_least("seed", settings.seed, 0)
     _check_choice("resize_mode", settings.resize_mode, ("shorter_side", "squash"))
     _check_choice("interpolation", settings.interpolation, tuple(preprocess.INTERPOLATIONS))
 
 
-def _check_at_least(name: str, value: object, least: int) -> None:
+def check_at_least(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Expected {name} to be a whole number from {least} up, received {value!r}.")
 
 
-def _check_above_zero(name: str, value: object) -> None:
-    if not (_is_number(value) and 0 < value < math.inf):  # type: ignore[operator]
+def check_above_zero(name: str, value: object) -> None:
+    if not (is_number(value) and 0 < value < math.inf):  # type: ignore[operator]
         raise ValueError(f"Expected {name} above 0, received {value!r}.")
 
 
-def _check_share(name: str, value: object, zero_for: str = "", up_to_one: bool = False) -> None:
-    is_number = _is_number(value)
-    if zero_for and is_number and value == 0:
+def check_share(name: str, value: object, zero_for: str = "", up_to_one: bool = False) -> None:
+    if zero_for and is_number(value) and value == 0:
         return
-    if not (is_number and (0 < value < 1 or (up_to_one and value == 1))):  # type: ignore[operator]
+    if not (is_number(value) and (0 < value < 1 or (up_to_one and value == 1))):  # type: ignore[operator]
         allowed = "above 0, up to 1" if up_to_one else "between 0 and 1, both excluded"
         also = f", or 0 for {zero_for}" if zero_for else ""
         raise ValueError(f"Expected {name} {allowed}{also}, received {value!r}.")
@@ -648,12 +508,8 @@ def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"Unknown {name} {value!r}. Known: {', '.join(known)}.")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def joined_words(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

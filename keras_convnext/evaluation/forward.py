@@ -1,4 +1,4 @@
-"""Outputs of a model over batches, and the ranks of the right classes."""
+"""Runs a model over batches, and ranks the labels among its outputs."""
 
 import datetime
 import itertools
@@ -19,9 +19,6 @@ from keras_convnext.evaluation.results import percentage
 from keras_convnext.exporting import runtimes
 
 _jax_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-# Running the model.
 
 
 def run_model(model, dataset, source: Source, columns, progress: "ImageProgress") -> dict[str, Any]:

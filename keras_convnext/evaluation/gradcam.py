@@ -1,4 +1,4 @@
-"""Grad-CAM: where in an image a classifier sees a class.
+"""Grad-CAM: a heat map of where in an image a classifier sees a class.
 
 >>> heat = gradcam.grad_cam(model, images)  # doctest: +SKIP
 >>> picture = gradcam.overlay(images[0], heat[0])  # doctest: +SKIP

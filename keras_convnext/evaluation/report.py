@@ -1,4 +1,4 @@
-"""Files that show a person where a classifier is wrong."""
+"""Writes tables and a picture that show where a classifier is wrong."""
 
 import csv
 import functools
@@ -37,7 +37,7 @@ def check_output(folder: str | os.PathLike[str]) -> None:
 
 
 def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
-    """Writes what a person looks at after an evaluation.
+    """Writes the tables and the picture of an evaluation.
 
     - predictions.csv: name, label, rank of the label (0 where right) and first five classes of each image;
     - classes.csv: number of images, top-1 and top-5 accuracy of each class in percent, its most frequent

@@ -1,4 +1,4 @@
-"""The columns of a result that say what was measured, on what and where."""
+"""The columns of a row of results that name the model, the data, the preparation and the machine."""
 
 import collections
 import datetime
@@ -19,10 +19,9 @@ from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
 
-# What a row of results says besides the scores.
-
 
 def model_settings(classifier: Predictor) -> dict[str, str]:
+    """Returns name, architecture, weights, their hash and licence, and the dtype policy."""
     row, file = classifier.row, classifier.file
     if isinstance(classifier.model, runtimes.ExportedModel) and file is not None:
         metadata = classifier.model.metadata
@@ -49,25 +48,6 @@ def model_settings(classifier: Predictor) -> dict[str, str]:
     }
 
 
-def _file_digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file, or of the names and contents of the files in a folder."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        lines = [f"{file.relative_to(path).as_posix()} {_file_digest(file)}\n" for file in files]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_of_arrays(model: Any) -> str:
-    digest = hashlib.sha256()
-    for variable in model.weights:
-        array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
-        digest.update(f"{variable.path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def environment() -> dict[str, str]:
     """Returns versions, commit and hardware, as in the columns of `results.COLUMNS`."""
     import tensorflow as tf
@@ -90,6 +70,51 @@ def environment() -> dict[str, str]:
     }
 
 
+def data_settings(source: Source, split: str | None) -> dict[str, str]:
+    """Returns kind, name, split and fingerprint of the data."""
+    parts = pathlib.Path(os.path.abspath(source.path)).parts
+    return {
+        "data_kind": source.kind,
+        # The folder of TensorFlow Datasets is named after the version, in one with the name of the set.
+        "data": "/".join(parts[-2:] if source.kind == "tfds" else parts[-1:]),
+        "split": split or "",
+        "data_sha256": fingerprint(source),
+    }
+
+
+def preparation_settings(classifier: Predictor) -> dict[str, str]:
+    """Returns how images were prepared, with the defaults of `preprocess.preprocess_image`."""
+    chosen = {"crop": 0.875, "resize_mode": "shorter_side", "resize_size": None, "interpolation": "bicubic"}
+    chosen |= classifier.preparation
+    size = chosen.pop("image_size")
+    sides = size if isinstance(size, tuple) else (size, size)
+    text = str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}"
+    return {"image_size": text} | {
+        name: "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+        for name, value in chosen.items()
+    }
+
+
+def digest_of_arrays(model: Any) -> str:
+    """Returns the SHA-256 of the names, shapes and values of all weights."""
+    digest = hashlib.sha256()
+    for variable in model.weights:
+        array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
+        digest.update(f"{variable.path} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, or of the names and contents of the files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {_file_digest(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _accelerators(backend: Any) -> str:
     """Returns the devices besides the CPU, such as "8 x NVIDIA A100-SXM4-40GB"."""
     names: list[str] = []
@@ -104,26 +129,3 @@ def _accelerators(backend: Any) -> str:
             detail.get("device_name", device.name) for detail, device in zip(details, devices, strict=True)
         ]
     return "; ".join(f"{count} x {name}" for name, count in collections.Counter(names).items())
-
-
-def data_settings(source: Source, split: str | None) -> dict[str, str]:
-    parts = pathlib.Path(os.path.abspath(source.path)).parts
-    return {
-        "data_kind": source.kind,
-        # The folder of TensorFlow Datasets is named after the version, in one with the name of the set.
-        "data": "/".join(parts[-2:] if source.kind == "tfds" else parts[-1:]),
-        "split": split or "",
-        "data_sha256": fingerprint(source),
-    }
-
-
-def preparation_settings(classifier: Predictor) -> dict[str, str]:
-    chosen = {"crop": 0.875, "resize_mode": "shorter_side", "resize_size": None, "interpolation": "bicubic"}
-    chosen |= classifier.preparation
-    size = chosen.pop("image_size")
-    sides = size if isinstance(size, tuple) else (size, size)
-    text = str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}"
-    return {"image_size": text} | {
-        name: "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-        for name, value in chosen.items()
-    }

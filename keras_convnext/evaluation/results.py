@@ -34,7 +34,7 @@ _LOCK_POLL_SECONDS = 0.05
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What a model said of each of n images.
+    """The predictions of a model for each of n images.
 
     Attributes:
         settings: text of the columns of a results row that are not scores, see `COLUMNS`.
@@ -156,7 +156,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
 def append_result(path: str | os.PathLike[str], result: Result) -> None:
     """Adds one row with all columns of `COLUMNS` to a CSV file, which is made when it is not there.
 
-    The row is written at once, behind those of other processes that write at the same time.
+    The row is written at once, after those of other processes that write at the same time.
 
     Raises:
         ValueError: the file has other columns, or the result is that of one of several hosts.

@@ -1,6 +1,6 @@
-"""`deploy`: the twin of a model for inference, equal to it within rounding and made of less.
+"""`deploy`: folds norms, scales and biases into the next layer: the same outputs from fewer operations.
 
-What training needs and inference does not is folded, in float64: the gain and shift of a norm into the layer
+What training needs and inference does not is folded in float64: the gain and shift of a norm into the layer
 that follows, LayerScale into the second pointwise layer, GRN's shift into its bias, the pixel normaliser into
 the stem. Each is a linear map before a linear map without padding in between, so the fold is exact. The norm
 of the stem keeps its gain and shift: a residual path and a padded convolution read its output.
@@ -56,7 +56,7 @@ class InferenceBlock(convnext.Composite):
 
     `x + pwconv2(grn(gelu(pwconv1(normalise(dwconv(x))))))`, where the norm has neither gain nor shift, GRN
     (of V2 only) has no shift, and the pointwise layers are 1x1 convolutions that contain the rest. It cannot
-    be trained as the block it came from.
+    be trained as the block that it was made from can.
 
     Args:
         dim: int, channels C.
@@ -66,7 +66,7 @@ class InferenceBlock(convnext.Composite):
         epsilon: float, of the norm.
         activation: "gelu" (exact), "gelu_tanh" or "silu".
         response_norm: bool, whether GRN stands between the pointwise layers, as in V2.
-        for_litert: bool, see `products.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
+        for_litert: bool, see `pointwise.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
 
     Call arguments:
         x: (N, H, W, C), float.
@@ -137,7 +137,7 @@ def deploy(
     batch_size: int | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> keras.Model:
-    """Builds the twin of a model for inference: the same results from fewer operations and weights.
+    """Builds a model for inference: the same outputs within rounding, from fewer operations and weights.
 
     Folds norms, LayerScale, GRN's shift and the pixel normaliser into the layers that follow, replaces the
     blocks' Dense layers by 1x1 convolutions, and leaves out drop path, dropout and random augmentation. Works
@@ -146,7 +146,7 @@ def deploy(
 
     Args:
         model: a built functional or sequential `keras.Model`. It is not changed, and shares no weights with
-            the twin.
+            the deployed model.
         batch_size: int to fix the number of images, None to leave it free.
         image_size: side of the images in pixels, or (height, width); None for the model's own.
 
@@ -169,11 +169,11 @@ def deploy(
 
 @dataclasses.dataclass(frozen=True)
 class Savings:
-    """What a twin is made of, beside its model.
+    """How many weights and operations a model has before and after `deploy`.
 
     Attributes:
-        parameters: numbers of weights, (model, twin).
-        operations: {kind: (in the model, in the twin)} of the graphs that this backend makes of them:
+        parameters: numbers of weights, (before, after).
+        operations: {kind: (before, after)} of the graphs that this backend makes of the models:
             TensorFlow's operations, JAX's primitives or PyTorch's exported operators, without those that
             compute nothing (constants, reads of weights, reshapes, casts to the same type).
     """
@@ -192,12 +192,12 @@ class Savings:
         return "\n".join(lines)
 
 
-def savings(model: keras.Model, twin: keras.Model) -> Savings:
-    """Counts weights and operations of a model and of its twin, on the backend in use.
+def savings(model: keras.Model, deployed: keras.Model) -> Savings:
+    """Counts weights and operations of a model and of its deployed model, on the backend in use.
 
     Args:
         model: what `deploy` was given, with one input of images.
-        twin: what it returned.
+        deployed: what it returned.
 
     Raises:
         ValueError: on a backend without graphs (NumPy, OpenVINO).
@@ -205,10 +205,10 @@ def savings(model: keras.Model, twin: keras.Model) -> Savings:
     Example:
         print(savings(model, deploy(model)))
     """
-    counts = [_operations(one) for one in (model, twin)]
+    counts = [_operations(one) for one in (model, deployed)]
     kinds = sorted({*counts[0], *counts[1]})
     return Savings(
-        (model.count_params(), twin.count_params()),
+        (model.count_params(), deployed.count_params()),
         {kind: (counts[0][kind], counts[1][kind]) for kind in kinds},
     )
 
@@ -305,13 +305,13 @@ def _deploy(model, batch_size, image_size, for_litert):
     inputs = _new_inputs(model, batch_size, image_size)
     folds, normalisers = _find_folds(model)
     bare_norms = {fold.norm.name for fold in folds.values() if fold.norm is not None}
-    twins: dict[str, Any] = {}
+    deployed_layers: dict[str, Any] = {}
     values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
 
     def vanishes(layer):
         return isinstance(layer, _TRAINING_ONLY) or layer.name in normalisers
 
-    def make_twin(layer):
+    def make(layer):
         if vanishes(layer):
             return layer  # which is not called
         if isinstance(layer, keras.Model):
@@ -319,8 +319,8 @@ def _deploy(model, batch_size, image_size, for_litert):
         if not isinstance(layer, keras.layers.Layer):  # an operation, such as a sum of tensors
             return layer
         if isinstance(layer, _BLOCKS):
-            twin, values[layer.name] = _inference_block(layer, for_litert)
-            return twin
+            block, values[layer.name] = _inference_block(layer, for_litert)
+            return block
         config = layer.get_config()
         if layer.name in bare_norms:
             return type(layer).from_config({**config, "affine": False})
@@ -332,10 +332,10 @@ def _deploy(model, batch_size, image_size, for_litert):
         values[layer.name] = layer.get_weights()
         return type(layer).from_config(config)
 
-    def twin_of(layer):
-        if layer.name not in twins:
-            twins[layer.name] = make_twin(layer)
-        return twins[layer.name]
+    def deployed_layer(layer):
+        if layer.name not in deployed_layers:
+            deployed_layers[layer.name] = make(layer)
+        return deployed_layers[layer.name]
 
     def call(layer, *args, **kwargs):
         if vanishes(layer):
@@ -344,15 +344,15 @@ def _deploy(model, batch_size, image_size, for_litert):
         return layer(*args, **kwargs)
 
     def assemble():
-        return keras.models.clone_model(model, inputs, clone_function=twin_of, call_function=call)
+        return keras.models.clone_model(model, inputs, clone_function=deployed_layer, call_function=call)
 
-    def values_of(twin):
-        for layer in twin.layers:
+    def values_of(deployed):
+        for layer in deployed.layers:
             yield from zip(layer.weights, values.get(layer.name, ()), strict=layer.name in values)
 
     for operation in model.operations:
         if isinstance(operation, keras.Model):
-            twin_of(operation)  # outside the scope in which this one's weights are only declared
+            deployed_layer(operation)  # outside the scope in which this one's weights are only declared
     try:
         return assign.filled(assemble, values_of)
     except (ValueError, TypeError) as error:
@@ -400,7 +400,7 @@ def _functional(model):
 
 
 def _new_inputs(model, batch_size, image_size):
-    """Inputs of the twin: those of the model, with other sizes where they are given."""
+    """Inputs of the deployed model: those of the model, with other sizes where they are given."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected batch_size to be a whole number above 0, received {batch_size!r}.")
     if image_size is None and batch_size is None:
@@ -460,10 +460,12 @@ def _find_folds(model):
             target = _linear_reader(layer, readers)
             # In 16 bits the mean, no longer subtracted first, would cost digits.
             if target is not None and target.compute_dtype == "float32" and _is_per_channel(layer):
-                spread = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
+                deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
                 mean = _float64(layer.mean)
                 channels = (model.input.shape[-1],)
-                scale, shift = (np.broadcast_to(v.ravel(), channels) for v in (1 / spread, -mean / spread))
+                scale, shift = (
+                    np.broadcast_to(v.ravel(), channels) for v in (1 / deviation, -mean / deviation)
+                )
                 folds[target.name] = _Fold(scale, shift)
                 normalisers.add(layer.name)
     return folds, normalisers
@@ -525,7 +527,7 @@ def _inference_block(block, for_litert):
     """The `InferenceBlock` of a block, and its weights in order."""
     response_norm = isinstance(block, convnext.ConvNeXtV2Block)
     kept = ("dim", "kernel_size", "dilation_rate", "norm", "epsilon", "activation")
-    twin = InferenceBlock(
+    folded = InferenceBlock(
         **{name: block.config[name] for name in kept},
         response_norm=response_norm,
         for_litert=for_litert,
@@ -543,4 +545,4 @@ def _inference_block(block, for_litert):
     elif block.layer_scale is not None:
         gamma = _float64(block.layer_scale.gamma)
         kernel2, bias2 = kernel2 * gamma, bias2 * gamma
-    return twin, [*weights, kernel2[None, None], bias2]
+    return folded, [*weights, kernel2[None, None], bias2]

@@ -1,4 +1,4 @@
-"""`export`: a model as a file for another runtime, checked in that runtime before it is left to its user."""
+"""`export`: writes a model as a file for another runtime, and checks the file in that runtime."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ from keras_convnext.exporting import deploy, runtimes, writers
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a format can be and what it takes to write it.
+    """One format: how its files look and what writes them.
 
     Attributes:
         suffix: of the file; "" for a folder.
@@ -34,7 +34,7 @@ class Format:
         precisions: of weights or arithmetic, the default first.
         batch_size: number of images when none is asked for; None for any.
         free_size: whether the image size can stay free.
-        quantizer: what 8 bits take besides, module -> package.
+        quantizer: what 8 bits need in addition, module -> package.
     """
 
     suffix: str
@@ -133,16 +133,16 @@ def export(
 ) -> ExportResult:
     """Writes a model for another runtime, runs what was written, and compares it with the model.
 
-    What is written is the model's inference twin (`deploy`), in float32 whatever the model's policy: it takes
-    pixels in 0..255, in the order N, H, W, C, and gives what the model gives. Where a format's converter
-    needs another backend than the one in use, a child process with that backend writes it. Nothing is left
-    behind when something fails.
+    The file holds the deployed model (`deploy`), in float32 whatever the model's policy: it takes pixels in
+    0..255, in the order N, H, W, C, and gives what the model gives. Where a format's converter needs another
+    backend than the one in use, a child process with that backend writes it. When something fails, nothing
+    stays at the path.
 
     Args:
         model: a built functional or sequential `keras.Model`, of this package or around it.
-        path: what to write: .tflite, .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (PyTorch's exported
+        path: what to write: .tflite, .onnx, .xml (OpenVINO, with a .bin next to it), .pt2 (PyTorch's exported
             program) or a folder (SavedModel). What an app needs to know of the model is stored inside a
-            LiteRT file, in the folder `assets.extra` of a SavedModel, else beside the file, as
+            LiteRT file, in the folder `assets.extra` of a SavedModel, else next to the file, as
             `<name>.metadata.json`.
         format: "litert", "onnx", "openvino", "torch" or "saved_model"; default by the path's suffix.
         precision: "float32"; "float16" (weights; LiteRT, OpenVINO); "dynamic_int8" (weights in int8,
@@ -246,10 +246,10 @@ def _check_target(path, format, replace):
         raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"The folder '{path.parent}' may not be written to. Choose another.")
-    beside = [path.with_suffix(".bin")] if format == "openvino" else []
+    others = [path.with_suffix(".bin")] if format == "openvino" else []
     if format not in ("saved_model", "litert"):
-        beside += [path.with_name(f"{path.name}{end}") for end in (".data", ".metadata.json")]
-    for target in (path, *beside):
+        others += [path.with_name(f"{path.name}{end}") for end in (".data", ".metadata.json")]
+    for target in (path, *others):
         _check_replaceable(target, is_folder=format == "saved_model")
         if os.path.lexists(target) and not replace:
             raise FileExistsError(
@@ -398,7 +398,7 @@ def _write(model, request, row, folder):
     package_folder = str(pathlib.Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([package_folder, environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", "from keras_convnext.exporters import main; main()", request_path],
+        [sys.executable, "-c", "from keras_convnext.exporting.writers import main; main()", request_path],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -430,7 +430,7 @@ def _no_comparison():
 
 
 def _at_size(model, size):
-    """The model, or its twin for images of that size where the model's own is another."""
+    """The model, or where it has another image size, the deployed model of that size."""
     own = model.input_shape[1:3]
     fits = size is None or all(side in (None, wanted) for side, wanted in zip(own, size, strict=True))
     return model if fits else deploy.deploy(model, image_size=size)
@@ -480,7 +480,7 @@ def _compare(model, path, format, images, tolerance):
 
 
 def _store_metadata(path, format, model, request, labels, licence):
-    """Stores what an app needs to know: inside a LiteRT file, as a ZIP archive at its end; else beside it."""
+    """Stores what an app needs to know: in a LiteRT file, as a ZIP archive at its end; else next to it."""
     metadata = {
         "name": model.name,
         "input": {
@@ -515,7 +515,7 @@ def _activation(model):
 
 
 def _move(folder, path, replaced):
-    """Moves what was written beside the path; the file that the path names comes last."""
+    """Moves the written files to the folder of the path; the file that the path names comes last."""
     for written in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
         target = path.with_name(written.name)
         _check_replaceable(target, written.is_dir())  # once more, as writing takes minutes

@@ -102,7 +102,7 @@ def compact(content: bytes) -> bytes:
 
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     for buffer in model.buffers:
-        if buffer.size:  # its data lies behind the tables
+        if buffer.size:  # its data follows the tables
             buffer.data = np.frombuffer(content, "uint8", buffer.size, buffer.offset)
             buffer.offset = buffer.size = 0
     builder = Sharing()

@@ -43,7 +43,7 @@ def write_report(
         results: `export.ExportResult`s.
         folder: made where it is not there.
         heading: a line above the table and the picture, such as the model and the machine.
-        savings: what `deployment.savings` says, for the end of table.md.
+        savings: the text of `deploy.savings`, for the end of table.md.
 
     Returns:
         The paths.

@@ -1,4 +1,4 @@
-"""Runs an exported file in the runtime that its users have: what `export` checks each file with."""
+"""`open_exported`: runs an exported file in the runtime of its users; `export` checks each file with it."""
 
 import dataclasses
 import importlib
@@ -24,6 +24,7 @@ RUNTIMES = {
     "openvino": ("openvino", "openvino"),
     "torch": ("torch", "torch"),
 }
+_SUFFIXES = {".tflite": "litert", ".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def metadata_file(path: pathlib.Path) -> pathlib.Path:
-    """Where the metadata of an exported file lies that has no room for it: beside it, or in a SavedModel."""
+    """Where the metadata of an exported file lies that has no room for it: next to it, or in a SavedModel."""
     if path.is_dir():
         return path / "assets.extra" / "metadata.json"
     return path.with_name(f"{path.name}.metadata.json")
@@ -157,9 +158,6 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     """Whether a name is that of a file for one of the runtimes, or of the folder of a SavedModel."""
     path = pathlib.Path(path)
     return path.suffix in _SUFFIXES or (path / "saved_model.pb").is_file()
-
-
-_SUFFIXES = {".tflite": "litert", ".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 
 
 def format_of(path: str | os.PathLike[str]) -> str:

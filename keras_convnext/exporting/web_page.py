@@ -78,7 +78,7 @@ def write_page(
             the image size free, the preparation's is used, else 224.
         output: the `.html` file to write.
         runtime: `onnxruntime-web` as a folder or a `.tgz` file, of version `RUNTIME_VERSION`. Default: the
-            cache folder (see `downloads`), to which npm fetches it at the first use.
+            cache folder (see `weights.locate`), to which npm fetches it at the first use.
         replace: bool, whether to write over what is at `output`.
 
     Returns:
@@ -151,8 +151,10 @@ def _check_model_file(path: pathlib.Path) -> int:
         raise FileNotFoundError(
             f"There is no file '{path}'. Write it first: keras-convnext export MODEL {path.name}"
         )
-    beside = path.with_name(f"{path.name}.data")  # where PyTorch puts weights that are too many for one file
-    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    external = path.with_name(
+        f"{path.name}.data"
+    )  # where PyTorch puts weights that are too many for one file
+    size = path.stat().st_size + (external.stat().st_size if external.exists() else 0)
     if size > MAX_MODEL_BYTES:
         raise ValueError(
             f"Expected a model of at most {MAX_MODEL_BYTES / 1e6:,.0f} MB, as more does not fit in a "

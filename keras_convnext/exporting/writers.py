@@ -50,7 +50,7 @@ def write(model: Any, request: Request) -> None:
 
 
 def main() -> int:
-    """Loads the model beside the request, whose path is the first argument, and writes it."""
+    """Loads the model next to the request, whose path is the first argument, and writes it."""
     _, request_path = sys.argv
     folder = pathlib.Path(request_path).parent
     values = json.loads(pathlib.Path(request_path).read_text())
@@ -68,13 +68,13 @@ def _write_saved_model(model, request):
 
     from keras_convnext.exporting.deploy import deploy
 
-    twin = deploy(model, batch_size=request.batch_size, image_size=request.image_size)
-    module = _tracked(twin)
-    shape = twin.input.shape
+    deployed = deploy(model, batch_size=request.batch_size, image_size=request.image_size)
+    module = _tracked(deployed)
+    shape = deployed.input.shape
 
     @tf.function
     def serve(images):
-        return {"outputs": twin(tf.cast(images, tf.float32), training=False)}
+        return {"outputs": deployed(tf.cast(images, tf.float32), training=False)}
 
     module.serve = serve  # takes both types
     signatures = {
@@ -86,12 +86,12 @@ def _write_saved_model(model, request):
     tf.saved_model.save(module, request.path, signatures=signatures)
 
 
-def _tracked(twin):
+def _tracked(deployed):
     """An object that TensorFlow finds the weights of a model in; in the model itself it does not find all."""
     import tensorflow as tf
 
     module = tf.Module()
-    module.weights = [variable.value for variable in twin.weights]
+    module.weights = [variable.value for variable in deployed.weights]
     return module
 
 
@@ -128,21 +128,21 @@ def _write_litert(model, request):
     from keras_convnext.exporting.deploy import deploy_for_litert
     from keras_convnext.exporting.litert_int8 import PLANS, quantized
 
-    twin = deploy_for_litert(model, batch_size=request.batch_size, image_size=request.image_size)
+    deployed = deploy_for_litert(model, batch_size=request.batch_size, image_size=request.image_size)
     input_dtype = tf.uint8 if request.precision == "int8" else tf.float32
 
-    @tf.function(input_signature=[tf.TensorSpec(twin.input.shape, input_dtype, name="images")])
+    @tf.function(input_signature=[tf.TensorSpec(deployed.input.shape, input_dtype, name="images")])
     def serve(images):
-        return twin(tf.cast(images, tf.float32), training=False)
+        return deployed(tf.cast(images, tf.float32), training=False)
 
     functions = [serve.get_concrete_function()]
-    converter = tf.lite.TFLiteConverter.from_concrete_functions(functions, _tracked(twin))
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(functions, _tracked(deployed))
     if request.precision == "float16":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.target_spec.supported_types = [tf.float16]
     content = converter.convert()
     if "int8" in request.precision:
-        images = _calibration_batches(request, twin.input.shape[0]) if request.calibration else ()
+        images = _calibration_batches(request, deployed.input.shape[0]) if request.calibration else ()
         content = quantized(content, PLANS[request.precision], images)
     pathlib.Path(request.path).write_bytes(content)
 
@@ -156,23 +156,23 @@ def _calibration_batches(request, batch_size):
 
 
 def _torch_program(model, request):
-    """A module of the twin, images to try it on, and which of their sizes are free."""
+    """A module of the deployed model, images to try it on, and which of their sizes are free."""
     import torch
 
     from keras_convnext.exporting.deploy import as_program, deploy
 
-    twin = deploy(model, batch_size=request.batch_size, image_size=request.image_size)
+    deployed = deploy(model, batch_size=request.batch_size, image_size=request.image_size)
     names = ("batch", "height", "width")
     free = {
         axis: torch.export.Dim(name, min=1 if axis == 0 else 32)
         for axis, name in enumerate(names)
-        if twin.input.shape[axis] is None
+        if deployed.input.shape[axis] is None
     }
     # 2 and 96: sizes of 1 would be taken for fixed ones.
     example = [2, 96, 128]
-    shape = [own or other for own, other in zip(twin.input.shape[:3], example, strict=True)]
+    shape = [own or other for own, other in zip(deployed.input.shape[:3], example, strict=True)]
 
-    return as_program(twin), torch.zeros(*shape, twin.input.shape[3]), (free,)
+    return as_program(deployed), torch.zeros(*shape, deployed.input.shape[3]), (free,)
 
 
 def _write_onnx(model, request):
@@ -209,13 +209,13 @@ def _write_openvino(model, request):
 
     # Keras traces a free size with images of one pixel, which the first layers take for nothing.
     traced_size = request.image_size or (224, 224)
-    twin = deploy(model, batch_size=request.batch_size, image_size=traced_size)
-    twin.export(request.path, format="openvino", verbose=False)
+    deployed = deploy(model, batch_size=request.batch_size, image_size=traced_size)
+    deployed.export(request.path, format="openvino", verbose=False)
     if request.precision == "float32" and request.image_size is not None:
         return
     graph = openvino.Core().read_model(request.path)
     if request.image_size is None:
-        graph.reshape([request.batch_size or -1, -1, -1, twin.input.shape[3]])
+        graph.reshape([request.batch_size or -1, -1, -1, deployed.input.shape[3]])
     folder, name = os.path.split(request.path)
     changed = os.path.join(folder, f"changed-{name}")
     openvino.save_model(graph, changed, compress_to_fp16=request.precision == "float16")

@@ -1,1 +1,1 @@
-"""Published weight files: the catalog, finding and downloading them, reading and writing every layout."""
+"""Published weights: the catalog, finding and downloading files, reading and writing every layout."""

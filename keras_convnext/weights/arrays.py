@@ -1,4 +1,4 @@
-"""What all weight files share: errors, memory maps and bytes of arrays."""
+"""Errors, memory maps and dtypes that the readers and writers of all weight files share."""
 
 import mmap
 import os
@@ -59,6 +59,7 @@ def release_pages(array: np.ndarray) -> None:
 
 
 def damaged_file(path: Path, fact: str, remedy: str = DAMAGED_ADVICE) -> FileFormatError:
+    """The error for a file that is not what it should be: what is wrong, and what to do about it."""
     return FileFormatError(f"Cannot read '{path}': {fact}. {remedy}")
 
 
@@ -78,6 +79,7 @@ def map_file(path: Path) -> memoryview:
 
 
 def looks_like_safetensors(start: bytes) -> bool:
+    """Whether the first bytes of a file, 9 or more, are those of a .safetensors file."""
     # A header length below 4 GiB, then its JSON. Checked before the other kinds, because the first
     # bytes of a length may read as anything: 640 reads as the start of a pickle.
     return start[4:9] == b"\0\0\0\0{"

@@ -1,4 +1,4 @@
-"""Gives the weights of a model their values, and reads them back under official names."""
+"""Gives every weight of a model its value (`filled`), and reads them back under official names."""
 
 import functools
 
@@ -6,6 +6,8 @@ import keras
 import numpy as np
 
 from keras_convnext.weights import arrays, layouts
+
+PYRAMID_NORMS = ("norm0", "norm1", "norm2", "norm3")
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:
@@ -15,8 +17,8 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
         model: made by a constructor of this package, or loaded from a file of one.
 
     Returns:
-        {canonical name: array}, in the order of the forward pass. Behind an `input_tensor` only the layers
-        of this package are taken.
+        {canonical name: array}, in the order of the forward pass. Of a model on an `input_tensor` only the
+        layers of this package are taken.
 
     Raises:
         ValueError: when the model is none of ours, or quantised. LoRA is merged.
@@ -60,9 +62,6 @@ def _canonical_name(path: str) -> str | None:
     if inner != ["grn"]:
         leaf = {"kernel": "weight", "gamma": "weight", "beta": "bias"}.get(leaf, leaf)
     return ".".join([layer, *inner, leaf])
-
-
-PYRAMID_NORMS = ("norm0", "norm1", "norm2", "norm3")
 
 
 def _to_keras(array, path):

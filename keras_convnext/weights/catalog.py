@@ -1,26 +1,7 @@
-"""Every published ConvNeXt weight file: where it is, how to read it, what it expects, how well it does.
+"""Finds published weights by their names: `CHECKPOINTS` has one row for each file.
 
-`CHECKPOINTS` is one literal table with one row per file. The rows state every fact, nothing is
-read out of a name; a tag is "<architecture>.<pretrained tag>", and the timm rows use timm's ids.
-
-The figures are copied from the sources below; only those of the weights that ship with the package
-(`_packaged`) were measured here. `score_source` of a row says where its scores come from.
-- timm 1.0.31, timm/models/convnext.py (sizes, crops, mean/std, licences, addresses) and
-  results/results-*.csv of huggingface/pytorch-image-models at commit aa4b5850 (scores)
-- facebookresearch/ConvNeXt at commit 048efcea: README.md, object_detection/README.md,
-  semantic_segmentation/README.md, datasets.py
-- facebookresearch/ConvNeXt-V2 at commit 25538957: README.md
-- torchvision/models/convnext.py
-- keras/src/applications/convnext.py (SHA-256 sums) and keras-team/keras PR #16421 (scores)
-- open-mmlab/mmpretrain at commit ee7f2e88: configs/convnext/README.md (one re-evaluation)
-- facebookresearch/dinov3 at commit 6876159a: dinov3/hub/backbones.py
-- huggingface/transformers: convert_convnext_to_pytorch.py, convert_convnextv2_to_pytorch.py
-  (repository names), image_processing_dinov3_vit.py (resize of the DINOv3 rows)
-
-Where two sources give the same weights different licences, each row keeps what its own publisher
-states: timm marks the ConvNeXt V1 files of Meta apache-2.0, Meta's own repository says MIT.
-The transformers rows carry the licence of the files they convert and the keras.applications rows
-the licence of Keras: no source above states one for those files themselves.
+A tag is "<architecture>.<pretrained tag>", and the timm rows use timm's ids. The rows, with the sources of
+their values, are in `catalog_rows`; what a row says is in `published`.
 """
 
 import fnmatch
@@ -29,10 +10,7 @@ from keras_convnext._messages import near_names, unknown
 from keras_convnext.weights.catalog_rows import ROWS
 from keras_convnext.weights.published import Checkpoint
 
-# fmt: on
-
 CHECKPOINTS: dict[str, Checkpoint] = {row.tag: row for row in ROWS}
-
 
 # timm 1.0.31, register_model_deprecations in timm/models/convnext.py.
 ALIASES: dict[str, str] = {
@@ -103,7 +81,7 @@ IMAGENET_NOTOP: dict[str, str] = {
 
 
 def find_checkpoint(name: str, architecture: str | None = None) -> Checkpoint:
-    """Finds the row that a weight name means.
+    """Finds the published weights that a name means.
 
     Args:
         name: a full tag ("convnext_tiny.fb_in1k"), a name that timm has deprecated
@@ -158,7 +136,7 @@ def list_weights(
         image_size: side in pixels. Default None: all.
         licence: licence identifier, e.g. "apache-2.0". Default None: all.
         commercial_use: whether the licence allows commercial use. Default None: both.
-        downloadable: whether the table knows where the file is. Default None: both.
+        downloadable: whether the catalog knows where the file is. Default None: both.
 
     Returns:
         The tags in the order of `CHECKPOINTS`; empty when no row meets all conditions.
@@ -189,9 +167,9 @@ def list_weights(
 
 
 def default_checkpoint(architecture: str) -> Checkpoint:
-    """The row whose image size and preparation of images hold for an architecture with any weights.
+    """The published weights whose image size and preparation hold for an architecture with any weights.
 
-    That of its ImageNet file, or the first where none was published.
+    They are its ImageNet weights, or the first in the catalog where none were published.
     """
     return CHECKPOINTS[IMAGENET[architecture] or list_weights(architecture)[0]]
 

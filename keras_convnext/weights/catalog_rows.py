@@ -1,4 +1,27 @@
-"""The table of published weight files: one row a file, with where each value comes from."""
+"""Every published ConvNeXt weight file: where it is, how to read it, what it expects, how well it does.
+
+`ROWS` is one literal table with one row for each file. The rows state every fact; nothing is read out of a
+name.
+
+The figures are copied from the sources below; only those of the weights that ship with the package
+(`_packaged`) were measured here. `score_source` of a row says where its scores come from.
+- timm 1.0.31, timm/models/convnext.py (sizes, crops, mean/std, licences, addresses) and
+  results/results-*.csv of huggingface/pytorch-image-models at commit aa4b5850 (scores)
+- facebookresearch/ConvNeXt at commit 048efcea: README.md, object_detection/README.md,
+  semantic_segmentation/README.md, datasets.py
+- facebookresearch/ConvNeXt-V2 at commit 25538957: README.md
+- torchvision/models/convnext.py
+- keras/src/applications/convnext.py (SHA-256 sums) and keras-team/keras PR #16421 (scores)
+- open-mmlab/mmpretrain at commit ee7f2e88: configs/convnext/README.md (one re-evaluation)
+- facebookresearch/dinov3 at commit 6876159a: dinov3/hub/backbones.py
+- huggingface/transformers: convert_convnext_to_pytorch.py, convert_convnextv2_to_pytorch.py
+  (repository names), image_processing_dinov3_vit.py (resize of the DINOv3 rows)
+
+Where two sources give the same weights different licences, each row keeps what its own publisher
+states: timm marks the ConvNeXt V1 files of Meta apache-2.0, Meta's own repository says MIT.
+The transformers rows carry the licence of the files they convert and the keras.applications rows
+the licence of Keras: no source above states one for those files themselves.
+"""
 
 from keras_convnext.weights.published import (
     CLIP_MEAN,
@@ -6,6 +29,7 @@ from keras_convnext.weights.published import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    PACKAGED_TERMS,
     Checkpoint,
 )
 
@@ -260,14 +284,14 @@ def _packaged(
         score_source=f"measured here on {dataset}: benchmarks/runs/{tag}.json",
         sha256=sha256,
         packaged=f"{tag}.safetensors",
-        note=note,
+        note=f"{note}, terms in {PACKAGED_TERMS}",
     )
 
 
 def _dinov3(
     tag: str, layout: str, note: str, hub_id: str | None = None, sha256_prefix: str | None = None
 ) -> Checkpoint:
-    """A DINOv3 encoder of Meta, behind an agreement. Preprocessing of its Hugging Face processor."""
+    """A DINOv3 encoder of Meta, which asks for an agreement. Preprocessing of its Hugging Face processor."""
     return Checkpoint(
         tag=tag,
         architecture=tag.split(".")[0],

@@ -1,15 +1,4 @@
-"""Brings a published weight file onto this machine and returns its path.
-
-`find_file` looks in the folders named by `KERAS_CONVNEXT_WEIGHTS_DIR`, then in the caches, and only
-then asks the network: the Hugging Face hub when the file is there, else a plain address.
-
-Environment variables:
-    KERAS_CONVNEXT_WEIGHTS_DIR: folder with files placed by hand; several separated by `os.pathsep`.
-    KERAS_CONVNEXT_CACHE: cache folder, default "<keras home>/models/keras_convnext".
-    KERAS_CONVNEXT_OFFLINE: 1 to never use the network; off as `quiet.is_set` says.
-    KERAS_CONVNEXT_QUIET: 1 to print nothing; likewise.
-    HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME: as in `huggingface_hub`, for files on the hub.
-"""
+"""Downloads one weight file: resumed after a cut, locked against other processes, compared with its hash."""
 
 import contextlib
 import email.message
@@ -117,7 +106,7 @@ def download(
                     "removed. Try again; if it fails again, the file on the server has changed."
                 )
             if sha256 is None and sha256_prefix is None:
-                # Before the file itself: a file never stands beside the record of another one.
+                # Before the file itself: a file never lies next to the record of another one.
                 _write_record(_record_path(destination), digest, destination.name)
             os.replace(part, destination)
             _discard(part)
@@ -136,7 +125,7 @@ def verify(
 
     Compares with the published hash if there is one. Else with the hash which the hub gave
     (the Hugging Face cache names large files by their SHA-256), else with the hash recorded at the
-    first download or first use: beside a file as "<name>.sha256", and for the Hugging Face cache as
+    first download or first use: next to a file as "<name>.sha256", and for the Hugging Face cache as
     "hub/<repository>/<commit>/<name>.sha256" in our cache folder, so that a new revision gets a
     record of its own. A missing record is written; where that is not permitted, nothing is.
 
@@ -380,7 +369,7 @@ def _validator(headers: email.message.Message) -> str | None:
 
 
 def _read_validator(state_path: pathlib.Path, url: str) -> str | None:
-    """Returns the validator stored beside a part of the same address, if any."""
+    """Returns the validator stored with a part of the same address, if any."""
     try:
         state = json.loads(state_path.read_text(encoding="utf-8"))
         return state["validator"] if state["url"] == url else None
@@ -398,7 +387,7 @@ def _total_of_range(headers: email.message.Message, start: int) -> int | None:
 
 
 def _discard(part: pathlib.Path) -> None:
-    """Removes a part and what is stored beside it."""
+    """Removes a part and what is stored with it."""
     part.unlink(missing_ok=True)
     part.with_name(f"{part.name}.json").unlink(missing_ok=True)
 
@@ -481,7 +470,7 @@ def _status_advice(status: int) -> str:
 def disk_error(
     error: OSError, folder: pathlib.Path, needed: int | None, variable: str
 ) -> WeightsNotFoundError:
-    """Says in our words that a file could not be written, and how to write it elsewhere."""
+    """Returns the error for a file that could not be written, which tells how to write it elsewhere."""
     reason = error.strerror or str(error)
     if error.errno in NO_SPACE:
         size = "The file" if needed is None else f"{_size_text(needed)} more"
@@ -518,7 +507,7 @@ def _say(line: str) -> None:
 
 
 def _progress(total: int | None) -> Callable[[int], None]:
-    """Returns what shows the bytes received: the Keras bar where somebody watches, else nothing."""
+    """Returns a function that shows the bytes received: the Keras bar on a terminal, else nothing."""
     is_watched = sys.stdout.isatty() or "ipykernel" in sys.modules
     if is_set("KERAS_CONVNEXT_QUIET") or not is_watched:
         return lambda received: None

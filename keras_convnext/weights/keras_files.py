@@ -1,4 +1,4 @@
-"""Reads weights that Keras wrote, ours and those of `keras.applications`: `.h5`, `.weights.h5`, `.keras`."""
+"""Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
 import contextlib
 import pathlib
@@ -53,7 +53,7 @@ def is_keras_applications(path) -> bool:
 
 
 def is_bare(path) -> bool:
-    """Whether a file is an `.h5` of this package: weights that do not say which model they belong to."""
+    """Whether a file is an `.h5` of this package: weights without the model they belong to."""
     path = pathlib.Path(path)
     return path.suffix == ".h5" and not is_keras_applications(path)
 

@@ -4,7 +4,7 @@ A state dict is a dict {name: array}. The hub of all conversions is the *canonic
 official PyTorch code, dense, in PyTorch's shapes (convolutions O, I, H, W; linear layers out, in; vectors
 1-D). A layout is one list of substitutions, canonical name -> its own name (`RULES`), and is both read and
 written with it.
-What the official code lacks has canonical names of the same style: `downsample_layers.0.2` (norm behind an
+What the official code lacks has canonical names of the same style: `downsample_layers.0.2` (the norm after an
 overlapping stem), `norm_pre`, `pre_logits`, `norm0` .. `norm3` (per-level norms of a pyramid).
 
 Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895, timm 1.0.31, torchvision
@@ -113,7 +113,7 @@ MARKERS = (
     ("official", "stem.weight"),
 )
 
-# What published files hold beside the network, by what it is. Names without the layout's prefix.
+# What published files hold besides the network, by what it is; without the layout's prefix.
 UNUSED = {
     "copies of the final norm (DINOv3, EUPE)": r"norms\.",
     "distillation projectors (EUPE)": r"projectors\.",
@@ -260,7 +260,7 @@ class Contents:
 
 
 def inspect(state: StateDict) -> Contents:
-    """Reads off a state dict what is not fixed by its architecture.
+    """Reads from a state dict what is not fixed by its architecture.
 
     Raises:
         StateDictError: when no layout fits.

@@ -1,4 +1,12 @@
-"""Finds the file of published weights: own folders, the package, caches, then a download."""
+"""Finds the file of published weights: in the package, folders of the user, caches, then on the network.
+
+Environment variables:
+    KERAS_CONVNEXT_WEIGHTS_DIR: folder with files placed by hand; several separated by `os.pathsep`.
+    KERAS_CONVNEXT_CACHE: cache folder, default "<keras home>/models/keras_convnext".
+    KERAS_CONVNEXT_OFFLINE: 1 to never use the network; off as `_environment.is_set` says.
+    KERAS_CONVNEXT_QUIET: 1 to print nothing; likewise.
+    HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME: as in `huggingface_hub`, for files on the hub.
+"""
 
 import os
 import pathlib
@@ -49,7 +57,7 @@ def find_file(
             one, else of the file on the hub.
         sha256_prefix: published first digits of the same hash, or None.
         gated: the hub asks to accept a licence first; used in messages. Default False.
-        packaged: name of a file that ships in the folder `weights` of this package, or None.
+        packaged: name of a file that ships in the folder `weights/packaged` of this package, or None.
 
     Returns:
         pathlib.Path of an existing file.
@@ -246,12 +254,8 @@ def _offline_variable(needs_hub: bool) -> str | None:
     """Returns the environment variable that forbids the download, if any."""
     if is_set("KERAS_CONVNEXT_OFFLINE"):
         return "KERAS_CONVNEXT_OFFLINE"
-    hub_is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    )  # as it reads it
+    values = ("1", "ON", "YES", "TRUE")  # those that huggingface_hub takes for true
+    hub_is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in values
     return "HF_HUB_OFFLINE" if needs_hub and hub_is_offline else None
 
 

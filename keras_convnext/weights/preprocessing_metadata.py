@@ -1,7 +1,7 @@
-"""How the images of a weight file are prepared, told by the file itself.
+"""Stores in a weight file how its images are prepared, and reads it back.
 
 A `.safetensors` file has it in its metadata, an `.h5` file in an attribute, a `.keras` file in a member of
-its archive; each as the same JSON under the same name. Other programs that read such files pass over it.
+its archive; each as the same JSON under the same name. Other programs ignore it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _INTERPOLATIONS = ("bicubic", "bilinear")
 class ImageDescription:
     """How the images of a model are prepared: resized, cut to the centre, normalised.
 
-    The defaults are those of `preprocess.preprocess_image`, and ImageNet's mean and spread.
+    The defaults are those of `preprocess.preprocess_image`, and ImageNet's mean and standard deviation.
 
     Args:
         image_size: side in pixels of the square the model sees, at least 32.
@@ -85,7 +85,7 @@ def describe(row: Checkpoint) -> ImageDescription:
     """Returns how the images of published weights are prepared.
 
     Args:
-        row: of the table, see `checkpoints.find_checkpoint`.
+        row: a row of the catalog, see `catalog.find_checkpoint`.
 
     Returns:
         `ImageDescription`, of the size of the published scores.

@@ -1,4 +1,4 @@
-"""What is known of one published weight file."""
+"""`Checkpoint`: what the catalog says of one published weight file."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,9 @@ HALF = (0.5, 0.5, 0.5)
 # Endings of the weight files that the package reads; those of PyTorch it writes too.
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
+
+# The terms of the weights that ship with the package; the file lies next to them.
+PACKAGED_TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
 
 NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license", "research-only")
 
@@ -29,9 +32,9 @@ class Checkpoint:
         layout: names and shapes of the arrays inside the file. "timm", "official" (Meta V1 and V2;
             the encoder-only V2 files are dense already and lack the final norm and the head),
             "torchvision", "huggingface", "dinov3" (official names plus copies of the final norm),
-            "dinov3_hf", "keras_applications", "mmdet" or "mmseg" (official names behind
+            "dinov3_hf", "keras_applications", "mmdet" or "mmseg" (official names after
             "backbone.", plus the task heads). A timm row means the file on the hub: an address at
-            dl.fbaipublicfiles.com beside it is the file that timm converted, in the official layout.
+            dl.fbaipublicfiles.com in it is the file that timm converted, in the official layout.
         classes: width of the classifier; 0 when the file has none. CLIP towers: the width of the
             image projection, which timm stores as classifier.
         image_size: side in pixels of the square the scores `top1` and `top5` were taken at; for
@@ -63,8 +66,8 @@ class Checkpoint:
             or None when they are at the top. A timm row means the file on the hub.
         note: what else a user must know.
         gated: the publisher asks for an agreement before the download.
-        packaged: name of a file in the folder `weights` of this package, which then needs no download,
-            or None.
+        packaged: name of a file in the folder `weights/packaged` of this package, which then needs no
+            download, or None.
 
     Example:
         row = find_checkpoint("convnext_tiny.fb_in1k")
@@ -117,7 +120,7 @@ class Checkpoint:
 
     @property
     def address(self) -> dict[str, Any]:
-        """Where the file is: the arguments that the functions of `downloads` share."""
+        """Where the file is: the arguments that `locate.find_file` and `locate.find_local` share."""
         return {
             "tag": self.tag,
             "hub_id": self.hub_id,
@@ -133,7 +136,7 @@ class Checkpoint:
 
     @property
     def downloadable(self) -> bool:
-        """Whether the table knows a place to get the file from.
+        """Whether the catalog knows a place to get the file from.
 
         Returns:
             True when `hub_id` or `url` is set, or the file ships with the package. A `gated` file needs an

@@ -1,4 +1,4 @@
-"""From a name or a path to the weights in it: which file, what it holds, what a model takes of it."""
+"""Finds the file that `weights` means, and reads from it what a model takes."""
 
 import contextlib
 import difflib
@@ -13,18 +13,90 @@ from keras_convnext.weights.assign import PYRAMID_NORMS, state_dict
 from keras_convnext.weights.published import WEIGHT_SUFFIXES
 
 _logger = logging.getLogger("keras_convnext")
-
-
 _announced_licences: set[str] = set()
 
 
-def read_canonical(state, variant, path):
-    """All that a file holds of an architecture, under canonical names; its own head and channels are kept."""
-    contents = layouts.inspect(state)
-    shapes = layouts.weight_shapes(variant, contents.classes, contents.channels, contents.pyramid_norms)
-    headless = contents.classes == 0
-    may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
-    return read_weights(state, shapes, path, may_lack, may_hold=("pre_logits",) if headless else ())
+def is_path(weights):
+    """Whether `weights` is a path rather than a tag."""
+    return isinstance(weights, os.PathLike) or (
+        isinstance(weights, str)
+        and (weights.endswith(WEIGHT_SUFFIXES) or os.sep in weights or weights.startswith(("~", ".")))
+    )
+
+
+def existing_file(weights):
+    """The path of a weight file that is there.
+
+    Raises:
+        FileNotFoundError: there is no such file; near names in its folder are listed.
+        IsADirectoryError: the path is a folder.
+        ValueError: the path does not end as weight files do.
+    """
+    path = pathlib.Path(weights).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"Expected a weight file. Received a folder: {path}")
+    if not path.exists():
+        near = ""
+        if path.parent.is_dir():
+            names = [entry.name for entry in path.parent.iterdir()]
+            found = difflib.get_close_matches(path.name, names, 3)
+            near = f" Near names in that folder: {', '.join(found)}." if found else ""
+        raise FileNotFoundError(f"No such weight file: {path}.{near}")
+    if not path.name.endswith(WEIGHT_SUFFIXES):
+        raise ValueError(f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}")
+    return path
+
+
+def find_published(variant, weights, include_top):
+    """The published weights that "imagenet" or a tag means for an architecture, as `catalog.Checkpoint`."""
+    if not isinstance(weights, str):
+        raise TypeError(
+            "weights must be None, 'imagenet', a tag or a path. Received: "
+            f"{type(weights).__name__} {weights!r}"
+        )
+    if weights == "imagenet" and not include_top and variant.name in catalog.IMAGENET_NOTOP:
+        # The file without the top is smaller; one with it serves as well when it is here already.
+        without, full = catalog.IMAGENET_NOTOP[variant.name], catalog.IMAGENET[variant.name]
+        weights = full if _is_here(full) and not _is_here(without) else without
+    return catalog.find_checkpoint(weights, architecture=variant.name)
+
+
+def find_file(published):
+    """The path of published weights, which are downloaded where they are not here yet.
+
+    A licence that forbids commercial use is logged, once each.
+    """
+    if not published.commercial_use and published.licence not in _announced_licences:
+        _announced_licences.add(published.licence)
+        _logger.warning(
+            "The weights %s are licensed %s: not for commercial use.", published.tag, published.licence
+        )
+    return locate.find_file(
+        **published.address,
+        sha256=published.sha256,
+        sha256_prefix=published.sha256_prefix,
+        gated=published.gated,
+    )
+
+
+def starts_new_head(published, weights, include_top, classes, new_head):
+    """Whether the classifier starts fresh; an error where that would surprise. See the constructors."""
+    if not include_top:
+        return False
+    if new_head is not None or published is None:
+        if new_head is False and published is not None and published.classes != classes:
+            raise ValueError(_wrong_classes(published.tag, published.classes, classes))
+        return bool(new_head)
+    if published.classes == classes:
+        return False
+    if published.classes != 0 and (weights == "imagenet" or classes == 1000):
+        raise ValueError(_wrong_classes(published.tag, published.classes, classes))
+    _logger.warning(
+        "%s: a new classifier for %d classes, with random weights, on the body of these weights.",
+        published.tag,
+        classes,
+    )
+    return True
 
 
 def read_file(path):
@@ -45,8 +117,23 @@ def read_file(path):
     return state_dict(keras.saving.load_model(path, compile=False))
 
 
+def inspect_state(state, path):
+    """`layouts.inspect` of what was read from a file; its errors name the file."""
+    with naming(path):
+        return layouts.inspect(state)
+
+
+def read_canonical(state, variant, path):
+    """All that a file holds of an architecture, under canonical names, with its own head and channels."""
+    contents = layouts.inspect(state)
+    shapes = layouts.weight_shapes(variant, contents.classes, contents.channels, contents.pyramid_norms)
+    headless = contents.classes == 0
+    may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
+    return _read(state, shapes, path, may_lack, may_hold=("pre_logits",) if headless else ())
+
+
 def read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):
-    """The canonical weights of a file that a model wants, without the others."""
+    """The weights of a file that a model takes, under canonical names, without the others."""
     contents = inspect_state(state, path)
     if include_top and not new_head and contents.classes != classes:
         if contents.classes == 0:
@@ -72,24 +159,20 @@ def read_for_model(state, variant, path, include_top, classes, channels, pyramid
         may_hold += ("norm", "norm_pre")
         if not contents.any_pyramid_norm:
             may_lack += tuple(f"{norm}." for norm in PYRAMID_NORMS)
-    return read_weights(state, shapes, path, may_lack, may_hold)
+    return _read(state, shapes, path, may_lack, may_hold)
 
 
 @contextlib.contextmanager
 def naming(path):
-    """Puts the file in front of what is said about its contents."""
+    """Puts the file in front of an error about its contents."""
     try:
         yield
     except ValueError as error:
         raise type(error)(f"{path}: {error}") from None
 
 
-def inspect_state(state, path):
-    with naming(path):
-        return layouts.inspect(state)
-
-
-def read_weights(state, shapes, path, may_lack, may_hold):
+def _read(state, shapes, path, may_lack, may_hold):
+    """`layouts.read`, with the file named in errors and what it lacks in the log."""
     with naming(path):
         values = layouts.read(state, shapes, may_lack, may_hold)
     lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
@@ -98,80 +181,8 @@ def read_weights(state, shapes, path, may_lack, may_hold):
     return values
 
 
-def is_path(weights):
-    return isinstance(weights, os.PathLike) or (
-        isinstance(weights, str)
-        and (weights.endswith(WEIGHT_SUFFIXES) or os.sep in weights or weights.startswith(("~", ".")))
-    )
-
-
-def existing_file(weights):
-    path = pathlib.Path(weights).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"Expected a weight file. Received a folder: {path}")
-    if not path.exists():
-        near = ""
-        if path.parent.is_dir():
-            names = [entry.name for entry in path.parent.iterdir()]
-            found = difflib.get_close_matches(path.name, names, 3)
-            near = f" Near names in that folder: {', '.join(found)}." if found else ""
-        raise FileNotFoundError(f"No such weight file: {path}.{near}")
-    if not path.name.endswith(WEIGHT_SUFFIXES):
-        raise ValueError(f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}")
-    return path
-
-
-def checkpoint_of_architecture(variant, weights, include_top):
-    if not isinstance(weights, str):
-        raise TypeError(
-            "weights must be None, 'imagenet', a tag or a path. Received: "
-            f"{type(weights).__name__} {weights!r}"
-        )
-    if weights == "imagenet" and not include_top and variant.name in catalog.IMAGENET_NOTOP:
-        # The file without the top is smaller; one with it serves as well when it is here already.
-        without, full = catalog.IMAGENET_NOTOP[variant.name], catalog.IMAGENET[variant.name]
-        weights = full if _is_here(full) and not _is_here(without) else without
-    return catalog.find_checkpoint(weights, architecture=variant.name)
-
-
 def _is_here(tag):
     return locate.find_local(**catalog.CHECKPOINTS[tag].address) is not None
-
-
-def find_file(checkpoint):
-    if not checkpoint.commercial_use and checkpoint.licence not in _announced_licences:
-        _announced_licences.add(checkpoint.licence)
-        _logger.warning(
-            "The weights %s are licensed %s: not for commercial use.",
-            checkpoint.tag,
-            checkpoint.licence,
-        )
-    return locate.find_file(
-        **checkpoint.address,
-        sha256=checkpoint.sha256,
-        sha256_prefix=checkpoint.sha256_prefix,
-        gated=checkpoint.gated,
-    )
-
-
-def starts_new_head(checkpoint, weights, include_top, classes, new_head):
-    """Whether the classifier starts fresh; an error where that would surprise. See the constructors."""
-    if not include_top:
-        return False
-    if new_head is not None or checkpoint is None:
-        if new_head is False and checkpoint is not None and checkpoint.classes != classes:
-            raise ValueError(_wrong_classes(checkpoint.tag, checkpoint.classes, classes))
-        return bool(new_head)
-    if checkpoint.classes == classes:
-        return False
-    if checkpoint.classes != 0 and (weights == "imagenet" or classes == 1000):
-        raise ValueError(_wrong_classes(checkpoint.tag, checkpoint.classes, classes))
-    _logger.warning(
-        "%s: a new classifier for %d classes, with random weights, on the body of these weights.",
-        checkpoint.tag,
-        classes,
-    )
-    return True
 
 
 def _wrong_classes(weights, available, classes):

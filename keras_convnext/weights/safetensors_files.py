@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files."""
+"""Reads and writes .safetensors files as NumPy arrays, without the safetensors library."""
 
 import json
 import math
@@ -207,12 +207,13 @@ def _safetensors_header(
 
 
 def safetensors_arrays(path: Path, data: memoryview) -> dict[str, np.ndarray]:
+    """Returns views of the arrays in a mapped file, which is validated first; see `read_state_dict`."""
     arrays = {}
     for name, (dtype, shape, position) in _safetensors_header(path, data)[0].items():
         try:
             arrays[name] = np.ndarray(shape, dtype, buffer=data, offset=position)
         except ValueError as error:
-            # The sizes beside a zero can be of any magnitude, and NumPy multiplies them.
+            # The sizes next to a zero can be of any magnitude, and NumPy multiplies them.
             raise damaged_file(
                 path, f"NumPy has no array of the shape {list(shape)} of {name!r} ({error})"
             ) from error

@@ -1,4 +1,4 @@
-"""Reads and writes .pth and .safetensors files as NumPy arrays, without PyTorch or pickle.
+"""Reads and writes .pth files as NumPy arrays, without PyTorch or pickle; reads .safetensors files too.
 
 A .pth file is a zip archive: `data.pkl` describes the tensors, and each storage is one uncompressed
 member. A pickle is a program, and an unpickler runs it. This module never does: `pickletools` only
@@ -71,7 +71,7 @@ _TENSOR_GLOBALS = frozenset(
     }
 )
 
-# What training scripts leave beside it (arguments, scores, schedules): nothing of it is kept.
+# Training scripts store these next to it (arguments, scores, schedules): nothing of them is kept.
 _IGNORED_GLOBALS = frozenset(
     {
         "__builtin__.set",

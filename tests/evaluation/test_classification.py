@@ -23,7 +23,7 @@ from keras_convnext.data import imagenet, sources
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.preprocess import preprocess_image, read_image
 from keras_convnext.data.sources import open_source
-from keras_convnext.evaluation import classification, report, result_columns, results
+from keras_convnext.evaluation import classification, forward, report, result_columns, results
 from keras_convnext.evaluation.classification import evaluate, match_classes
 from keras_convnext.evaluation.forward import best_classes, label_ranks
 from keras_convnext.evaluation.results import COLUMNS, append_result, combine, read_results
@@ -244,7 +244,7 @@ def test_real_labels_need_all_classes(model, tree, tmp_path):
         evaluate(model, tree, real_labels=tmp_path / "real.json")
 
 
-def test_limit_is_spread_over_the_data(model, source, result):
+def test_limited_examples_lie_at_equal_distances(model, source, result):
     part = evaluate(model, source, batch_size=4, limit=4)
     chosen = [0, 2, 4, 6]
     assert [part.source.name(number) for number in range(4)] == [source.name(number) for number in chosen]
@@ -572,14 +572,14 @@ def test_a_model_of_any_size_takes_that_of_the_tag(model, tmp_path):
     free.save(tmp_path / "free.keras")
 
     def sizes(*arguments):
-        return classification._open(*arguments).preparation["image_size"]
+        return classification._open_model(*arguments).preparation["image_size"]
 
     assert sizes(free, None, None, 1000, None) == (224, 224)
     assert sizes(free, None, None, 1000, tag) == (384, 384)
     assert sizes(free, None, 96, 1000, tag) == (96, 96)
     assert sizes(tag, tmp_path / "free.keras", None, 1000, None) == (384, 384)
     assert sizes(model, None, None, 1000, tag) == (SIZE, SIZE)
-    assert classification._open(model, None, None, 1000, tag).preparation["resize_mode"] == "squash"
+    assert classification._open_model(model, None, None, 1000, tag).preparation["resize_mode"] == "squash"
 
 
 @pytest.mark.once
@@ -650,7 +650,7 @@ def test_a_model_of_one_channel_sees_gray():
 
 @pytest.mark.once
 def test_progress_is_shown_to_a_terminal_only(model, source, monkeypatch, capsys):
-    monkeypatch.setattr(classification.time, "monotonic", iter(range(1000)).__next__)
+    monkeypatch.setattr(forward.time, "monotonic", iter(range(1000)).__next__)
     evaluate(model, source, batch_size=4)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)

@@ -25,14 +25,19 @@ from keras_convnext.evaluation import features, forward
 from keras_convnext.evaluation import linear_probe as linear_probe_module
 from keras_convnext.evaluation.features import (
     Features,
-    LinearProbe,
-    NearestNeighbours,
     extract_features,
     open_backbone,
     without_classifier,
 )
-from keras_convnext.evaluation.linear_probe import draw_rates, fit_linear, linear_probe, linear_ranks
+from keras_convnext.evaluation.linear_probe import (
+    LinearProbe,
+    draw_rates,
+    fit_linear,
+    linear_probe,
+    linear_ranks,
+)
 from keras_convnext.evaluation.nearest_neighbours import (
+    NearestNeighbours,
     count_votes,
     find_neighbours,
     nearest_neighbours,

@@ -1,4 +1,4 @@
-"""The inference twin: the same results as the model, from less."""
+"""The deployed model: the same outputs as the model, from less."""
 
 import dataclasses
 import functools
@@ -80,17 +80,17 @@ def outputs(model, images):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_twin_equals_the_model(name):
+def test_deployed_model_equals_the_model(name):
     model = built(name)
-    twin = deploy(model)
+    deployed = deploy(model)
     images = pixels()
     expected = outputs(model, images)
-    assert relative_error(outputs(twin, images), expected) < TOLERANCE
-    assert relative_error(outputs(twin, images[::-1]), expected) > 100 * TOLERANCE
-    assert twin.count_params() < model.count_params()
-    kinds = {type(layer) for layer in twin.layers}
+    assert relative_error(outputs(deployed, images), expected) < TOLERANCE
+    assert relative_error(outputs(deployed, images[::-1]), expected) > 100 * TOLERANCE
+    assert deployed.count_params() < model.count_params()
+    kinds = {type(layer) for layer in deployed.layers}
     assert not kinds & {ConvNeXtBlock, ConvNeXtV2Block}
-    assert (keras.layers.Normalization in kinds) == name.endswith("ols")  # zeros are padded behind it
+    assert (keras.layers.Normalization in kinds) == name.endswith("ols")  # zeros are padded after it
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
@@ -111,7 +111,7 @@ def test_a_fold_that_forgets_a_weight_is_seen(name, weight, monkeypatch):
     assert relative_error(outputs(deploy(changed), pixels()), expected) > 10 * TOLERANCE
 
 
-def test_every_weight_of_the_twin_is_counted():
+def test_every_weight_of_the_deployed_model_is_counted():
     """What is gone: two a channel for each folded norm, LayerScale's gamma; GRN's beta and no gamma."""
     for name, lost_in_a_block in (("convnext_atto", 3), ("convnextv2_atto", 2 + 4)):
         model = built(name)
@@ -129,26 +129,26 @@ def test_every_weight_of_the_twin_is_counted():
 @pytest.mark.parametrize("shape", [(1, 64, 64, 3), (2, 96, 64, 3), (5, 70, 33, 3)])
 def test_sizes_can_be_free(shape):
     model = built("convnextv2_atto", input_shape=(None, None, 3))
-    twin = deploy(model)
-    assert twin.input_shape == (None, None, None, 3)
-    assert relative_error(outputs(twin, pixels(shape)), outputs(model, pixels(shape))) < TOLERANCE
+    deployed = deploy(model)
+    assert deployed.input_shape == (None, None, None, 3)
+    assert relative_error(outputs(deployed, pixels(shape)), outputs(model, pixels(shape))) < TOLERANCE
 
 
 def test_sizes_can_be_fixed():
     model = built("convnext_atto")
-    twin = deploy(model, batch_size=2, image_size=(96, 64))
-    assert twin.input_shape == (2, 96, 64, 3)
+    deployed = deploy(model, batch_size=2, image_size=(96, 64))
+    assert deployed.input_shape == (2, 96, 64, 3)
     free = built("convnext_atto", input_shape=(None, None, 3))
     images = pixels((2, 96, 64, 3))
-    assert relative_error(outputs(twin, images), outputs(free, images)) < TOLERANCE
+    assert relative_error(outputs(deployed, images), outputs(free, images)) < TOLERANCE
 
 
 def test_pyramid_and_features_keep_their_norms():
     model = built("convnext_atto", include_top=False)
-    twin = deploy(model)
-    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
-    assert twin.get_layer("norm").affine
-    assert set(twin.pyramid_outputs) == {"P2", "P3", "P4", "P5"}
+    deployed = deploy(model)
+    assert relative_error(outputs(deployed, pixels()), outputs(model, pixels())) < TOLERANCE
+    assert deployed.get_layer("norm").affine
+    assert set(deployed.pyramid_outputs) == {"P2", "P3", "P4", "P5"}
     model = built("convnext_atto", include_top=False, pyramid_norms=True)
     actual, expected = deploy(model)(pixels()), model(pixels())
     for level in ("P2", "P3", "P4", "P5"):
@@ -158,9 +158,9 @@ def test_pyramid_and_features_keep_their_norms():
 
 def test_output_stride_keeps_the_norms_before_padded_convolutions():
     model = built("convnext_atto", output_stride=8)
-    twin = deploy(model)
-    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
-    affine = {name: twin.get_layer(f"downsample_layers_{name}_0").affine for name in (1, 2, 3)}
+    deployed = deploy(model)
+    assert relative_error(outputs(deployed, pixels()), outputs(model, pixels())) < TOLERANCE
+    affine = {name: deployed.get_layer(f"downsample_layers_{name}_0").affine for name in (1, 2, 3)}
     assert affine == {1: False, 2: True, 3: True}
 
 
@@ -180,11 +180,11 @@ def transfer_model(nested):
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_model_around_ours_loses_dropout_and_augmentation(nested):
     model = transfer_model(nested)
-    twin = deploy(model)
-    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
-    kinds = {type(layer).__name__ for layer in twin.layers}
+    deployed = deploy(model)
+    assert relative_error(outputs(deployed, pixels()), outputs(model, pixels())) < TOLERANCE
+    kinds = {type(layer).__name__ for layer in deployed.layers}
     assert not kinds & {"Dropout", "RandomFlip"}
-    inner = next(layer for layer in twin.layers if isinstance(layer, keras.Model)) if nested else twin
+    inner = next(layer for layer in deployed.layers if isinstance(layer, keras.Model)) if nested else deployed
     assert "InferenceBlock" in {type(layer).__name__ for layer in inner.layers}
 
 
@@ -200,10 +200,10 @@ def test_sequential_model_and_dense_without_bias():
         ]
     )
     randomize(model)
-    twin = deploy(model)
+    deployed = deploy(model)
     images = pixels((2, 32, 32, 3))
-    assert relative_error(outputs(twin, images), outputs(model, images)) < TOLERANCE
-    assert twin.layers[-1].use_bias  # the norm's shift needs a place
+    assert relative_error(outputs(deployed, images), outputs(model, images)) < TOLERANCE
+    assert deployed.layers[-1].use_bias  # the norm's shift needs a place
 
 
 def test_lora_is_merged():
@@ -212,21 +212,21 @@ def test_lora_is_merged():
     block = model.get_layer("stages_0_0")
     block.pwconv1.enable_lora(2)
     randomized(model)
-    twin = deploy(model)
-    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < TOLERANCE
-    assert not any("lora" in weight.name for weight in twin.weights)
+    deployed = deploy(model)
+    assert relative_error(outputs(deployed, pixels()), outputs(model, pixels())) < TOLERANCE
+    assert not any("lora" in weight.name for weight in deployed.weights)
 
 
 def test_report_of_operations_and_parameters():
     model = built("test_convnext")
-    twin = deploy(model)
-    found = savings(model, twin)
-    assert found.parameters == (model.count_params(), twin.count_params())
+    deployed = deploy(model)
+    found = savings(model, deployed)
+    assert found.parameters == (model.count_params(), deployed.count_params())
     totals = [sum(counts[place] for counts in found.operations.values()) for place in (0, 1)]
     assert totals[1] <= totals[0] - sum(reduced_depths("test_convnext"))  # LayerScale of each block at least
     lines = str(found).splitlines()
     assert lines[:2] == [
-        f"parameters: {model.count_params():,} -> {twin.count_params():,}",
+        f"parameters: {model.count_params():,} -> {deployed.count_params():,}",
         f"operations: {totals[0]:,} -> {totals[1]:,}",
     ]
     unchanged = [kind for kind, (old, new) in found.operations.items() if old == new]
@@ -236,17 +236,17 @@ def test_report_of_operations_and_parameters():
 def test_the_model_is_not_changed_and_shares_nothing():
     model = built("convnext_atto")
     before = [array.copy() for array in model.get_weights()]
-    twin = deploy(model)
-    randomize(twin)
+    deployed = deploy(model)
+    randomize(deployed)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
-def test_twin_is_saved_and_loaded(tmp_path):
-    twin = deploy(built("convnextv2_atto"))
-    twin.save(tmp_path / "twin.keras")
-    loaded = keras.saving.load_model(tmp_path / "twin.keras")
-    np.testing.assert_array_equal(outputs(loaded, pixels()), outputs(twin, pixels()))
+def test_deployed_model_is_saved_and_loaded(tmp_path):
+    deployed = deploy(built("convnextv2_atto"))
+    deployed.save(tmp_path / "deployed.keras")
+    loaded = keras.saving.load_model(tmp_path / "deployed.keras")
+    np.testing.assert_array_equal(outputs(loaded, pixels()), outputs(deployed, pixels()))
 
 
 @pytest.mark.parametrize("response_norm", [False, True])
@@ -256,21 +256,21 @@ def test_what_is_frozen_of_an_inference_block_stays_frozen_in_copies_and_files(r
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
-def test_twin_of_a_frozen_model_is_frozen(name):
+def test_deployed_form_of_a_frozen_model_is_frozen(name):
     model = keras.models.clone_model(built(name))
     for layer in model.layers[:-1]:
         layer.trainable = False
-    twin = deploy(model)
-    assert [weight.path for weight in twin.trainable_weights] == ["head/kernel", "head/bias"]
+    deployed = deploy(model)
+    assert [weight.path for weight in deployed.trainable_weights] == ["head/kernel", "head/bias"]
 
 
-def test_litert_twin_equals_the_model():
+def test_litert_model_equals_the_model():
     for name in ("convnext_atto", "convnextv2_atto"):
         model = built(name)
-        twin = deploy_for_litert(model, batch_size=1)
-        assert twin.input_shape == (1, 64, 64, 3)
+        deployed = deploy_for_litert(model, batch_size=1)
+        assert deployed.input_shape == (1, 64, 64, 3)
         image = pixels((1, 64, 64, 3))
-        assert relative_error(outputs(twin, image), outputs(model, image)) < TOLERANCE
+        assert relative_error(outputs(deployed, image), outputs(model, image)) < TOLERANCE
 
 
 def test_bfloat16_policy_keeps_the_normaliser():
@@ -278,11 +278,11 @@ def test_bfloat16_policy_keeps_the_normaliser():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = built("convnext_atto", name="in_bfloat16")
-        twin = deploy(model)
+        deployed = deploy(model)
     finally:
         keras.config.set_dtype_policy(previous)
-    assert any(isinstance(layer, keras.layers.Normalization) for layer in twin.layers)
-    assert relative_error(outputs(twin, pixels()), outputs(model, pixels())) < 0.05
+    assert any(isinstance(layer, keras.layers.Normalization) for layer in deployed.layers)
+    assert relative_error(outputs(deployed, pixels()), outputs(model, pixels())) < 0.05
 
 
 def subclassed():

@@ -348,9 +348,12 @@ def test_smoke_brings_its_data(smoke):
     assert pathlib.Path(smoke.data).is_dir()
 
 
-@pytest.mark.parametrize(("name", "cls"), [("knn", "NearestNeighbours"), ("linear_probe", "LinearProbe")])
-def test_recipes_of_features_have_all_their_keys_and_the_defaults(name, cls):
-    settings = getattr(importlib.import_module("keras_convnext.evaluation.features"), cls)
+@pytest.mark.parametrize(
+    ("name", "module", "cls"),
+    [("knn", "nearest_neighbours", "NearestNeighbours"), ("linear_probe", "linear_probe", "LinearProbe")],
+)
+def test_recipes_of_features_have_all_their_keys_and_the_defaults(name, module, cls):
+    settings = getattr(importlib.import_module(f"keras_convnext.evaluation.{module}"), cls)
     read = read_fields(FOLDER / f"{name}.toml", settings, {"data": "photos", "seed": "3"})
     assert read == settings(model="convnext_tiny.dinov3_lvd1689m", data="photos", seed=3)
     find_checkpoint(read.model)

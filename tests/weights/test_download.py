@@ -20,7 +20,6 @@ import urllib.request
 
 import pytest
 
-from keras_convnext import _files
 from keras_convnext.weights import download, locate
 
 pytestmark = pytest.mark.once
@@ -33,17 +32,17 @@ OTHER_SHA256 = hashlib.sha256(OTHER_BODY).hexdigest()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
-# Under the name of the command: importing the package would load Keras in every child process.
+# With the entry module of the command: without it the package would load Keras in every child process.
 CHILD = """
 import json, sys
-sys.argv[0] = "keras-convnext"
 sys.path.insert(0, sys.argv[1])
-from keras_convnext import downloads
-downloads.RETRY_WAIT_SECONDS = 0.01
+import keras_convnext_main
+from keras_convnext.weights import download, locate
+download.RETRY_WAIT_SECONDS = 0.01
 if sys.argv[3] == "without_hub":
     sys.modules["huggingface_hub"] = None
 try:
-    path = downloads.find_file(**json.loads(sys.argv[2]))
+    path = locate.find_file(**json.loads(sys.argv[2]))
     print(json.dumps({"path": str(path)}))
 except Exception as error:
     print(json.dumps({"error": type(error).__name__, "message": str(error)}))
@@ -376,7 +375,7 @@ def test_file_system_without_locks_uses_a_part_of_its_own(server, tmp_path, monk
     def no_locks(file):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(_files, "try_lock", no_locks)
+    monkeypatch.setattr(download, "try_lock", no_locks)
     server.behaviour.always_cut = 1000
     with pytest.raises(download.WeightsNotFoundError):
         locate.find_file(**arguments(server))
@@ -710,7 +709,7 @@ def test_missing_weights_folder_is_named(server, tmp_path, monkeypatch):
 
 def test_unreadable_weights_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(tmp_path))
-    monkeypatch.setattr(download.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(locate.os, "access", lambda path, mode: False)
     with pytest.raises(download.WeightsNotFoundError, match=f"'{tmp_path}', which cannot be read"):
         locate.find_file(**arguments())
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ import programs
 import pytest
 
 import keras_convnext
+from keras_convnext.cli.main import main
 from keras_convnext.data import preprocess
 from keras_convnext.data.class_names import class_names, find_class_list, synset_ids
 from keras_convnext.evaluation.classification import match_classes
@@ -30,6 +32,7 @@ from keras_convnext.weights import (
     safetensors_files,
     torch_files,
 )
+from keras_convnext.weights.published import PACKAGED_TERMS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PHOTOS = ROOT / "keras_convnext" / "data" / "photos"
@@ -167,9 +170,24 @@ def test_shipped_weights_know_what_the_photographs_show(row, monkeypatch):
 
 
 def test_every_file_of_the_folder_is_in_the_table():
-    folder = ROOT / "keras_convnext" / "weights"
-    files = {file.name for file in folder.glob("*.safetensors")}
+    files = {file.name for file in locate.PACKAGED_WEIGHTS.glob("*.safetensors")}
     assert files == {row.packaged for row in SHIPPED}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("row", SHIPPED, ids=lambda row: row.tag)
+def test_terms_of_shipped_weights_lie_beside_them_and_are_named(row, capsys):
+    terms = ROOT / PACKAGED_TERMS
+    assert terms.parent == locate.PACKAGED_WEIGHTS
+    text = terms.read_text(encoding="utf-8")
+    assert "research" in text and row.licence in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert PACKAGED_TERMS in project["project"]["license-files"]
+    shipped = project["tool"]["setuptools"]["package-data"]["keras_convnext"]
+    inside = pathlib.PurePosixPath(PACKAGED_TERMS).relative_to("keras_convnext")
+    assert any(inside.match(pattern) for pattern in shipped)
+    assert main(["info", row.tag]) == 0
+    assert PACKAGED_TERMS in capsys.readouterr().out
 
 
 # benchmarks/ship_weights.py
@@ -196,7 +214,7 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
     runs.mkdir(parents=True)
     (tmp_path / "keras_convnext").mkdir()
     record = ship_weights.ship("test_convnext2.digits", [finished_run], package=tmp_path)
-    file = tmp_path / "keras_convnext" / "weights" / "test_convnext2.digits.safetensors"
+    file = tmp_path / "keras_convnext" / "weights" / "packaged" / "test_convnext2.digits.safetensors"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"]
     assert record == json.loads((runs / "test_convnext2.digits.json").read_text())
     last = (finished_run / "log.csv").read_text().splitlines()[-1].split(",")
