@@ -2,9 +2,10 @@
 
 TAG is "<architecture>.<data set>". The weights are those of the last RUN's final.safetensors (the average,
 where the recipe has one); runs before it are those it started from, in order. The file is evaluated on the
-held-out images of the run, beside the float32 weights, and refused where rounding to float16 costs more than
-0.05 points. Written are keras_convnext/weights/TAG.safetensors, benchmarks/runs/TAG.json and, for each run,
-its log, curves and resolved recipe beside that; printed is the row for keras_convnext/checkpoints.py.
+held-out images of the run, and so are the float32 weights; it is refused where rounding to float16 costs more
+than 0.05 points. The program writes keras_convnext/weights/packaged/TAG.safetensors, benchmarks/runs/TAG.json
+and, next to that, the log, curves and resolved recipe of each run. It prints the entry for
+keras_convnext/weights/catalog_rows.py.
 
     python benchmarks/ship_weights.py convnextv2_atto.tiny_imagenet200 runs/first runs/second
 """
@@ -141,8 +142,8 @@ def ship(
         "licence": LICENCE,
         "runs": parts,
     }
-    weights = package / "keras_convnext" / "weights"
-    weights.mkdir(exist_ok=True)
+    weights = package / "keras_convnext" / "weights" / "packaged"
+    weights.mkdir(parents=True, exist_ok=True)
     replace(weights / f"{tag}.safetensors", content)
     replace(target / f"{tag}.json", (json.dumps(record, indent=1) + "\n").encode())
     return record

@@ -196,7 +196,7 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
     runs.mkdir(parents=True)
     (tmp_path / "keras_convnext").mkdir()
     record = ship_weights.ship("test_convnext2.digits", [finished_run], package=tmp_path)
-    file = tmp_path / "keras_convnext" / "weights" / "test_convnext2.digits.safetensors"
+    file = tmp_path / "keras_convnext" / "weights" / "packaged" / "test_convnext2.digits.safetensors"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"]
     assert record == json.loads((runs / "test_convnext2.digits.json").read_text())
     last = (finished_run / "log.csv").read_text().splitlines()[-1].split(",")
