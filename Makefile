@@ -56,7 +56,7 @@ bench-train: setup
 	.venv/bin/python benchmarks/trainer_overhead.py
 
 bench: setup
-	.venv/bin/keras-convnext bench all --output benchmarks/speed
+	.venv/bin/python -m benchmarks.speed all --output benchmarks/speed/results
 
 clean:
 	rm -rf .venv out

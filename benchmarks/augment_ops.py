@@ -1,4 +1,4 @@
-"""Time of the augmentation operations in a tf.data map function, beside Pillow doing the same.
+"""Time of the augmentation operations in a tf.data map function, and of Pillow doing the same.
 
 Microseconds of one core (processor time, so that other work on the machine counts less) for a photograph of
 224 x 224 pixels, magnitudes of rand-m9-mstd0.5-inc1. The last rows are that whole policy, on average one

@@ -22,7 +22,7 @@ PARTS = 64  # at most, of the lines that share the sum of the kernel's gradient
 
 
 def candidates(backend: str, device: str) -> list[Candidate]:
-    """What `benchmarks.speed.depthwise` measures beside its own: programs of 32, 64 and 128 channels."""
+    """Returns candidates for `benchmarks.speed.depthwise`: programs of 32, 64 and 128 channels."""
     return [
         Candidate(f"Pallas, {block} channels", functools.partial(depthwise, block=block))
         for block in (32, 64, 128)

@@ -17,7 +17,7 @@ REDUCTION_PROGRAMS = (
 
 
 def candidates(backend: str, device: str) -> list[Candidate]:
-    """What `benchmarks.speed.depthwise` measures beside its own: programs of 32, 64 and 128 channels."""
+    """Returns candidates for `benchmarks.speed.depthwise`: programs of 32, 64 and 128 channels."""
     return [
         Candidate(f"Triton, {block} channels", lambda *inputs, block=block: depthwise(*inputs, block=block))
         for block in (32, 64, 128)

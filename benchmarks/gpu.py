@@ -3,9 +3,9 @@
 That is all where PyTorch, JAX with CUDA, timm, ml_dtypes, h5py, rich, absl-py and Pillow are installed;
 TensorFlow is not needed, and Triton comes with PyTorch. Measures this package on PyTorch and JAX, in turns
 with timm, eager and compiled: bfloat16, inference and training, and candidates for the depthwise
-convolution, with kernels in Triton and Pallas. Writes gpu.md and gpu.csv after every case; gpu.json beside
-them holds what was measured, so that the same command goes on where it was stopped. All of it takes about an
-hour, most of which is compilation.
+convolution, with kernels in Triton and Pallas. Writes gpu.md and gpu.csv after every case; gpu.json next
+to them holds what was measured, so that the same command resumes where it was stopped. All of it takes
+about an hour, most of which is compilation.
 """
 
 import argparse
@@ -45,7 +45,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is measured: the product of the lists, every case by all contestants."""
+    """What is measured: the product of the lists, every case by all implementations."""
 
     architectures: Sequence[str]
     modes: Sequence[str]
@@ -90,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entries = _read(options.output, device)
     for number, case in enumerate(plan.cases()):
         key = {"kind": CASE} | dataclasses.asdict(case)
-        contestants = [*plan.backends, *options.against]
+        implementations = [*plan.backends, *options.against]
         if any(entry["key"] == key for entry in entries):
             print(f"{case.title}: measured before", file=sys.stderr)
             continue
         progress = Progress(f"case {number + 1} of {len(plan.cases())}")
-        found = measure(case, contestants, plan.rounds, plan.seconds, on_progress=progress.show)
+        found = measure(case, implementations, plan.rounds, plan.seconds, on_progress=progress.show)
         print(f"{report.case_table(found).text()}\n", flush=True)
         entries.append({"key": key, "found": [dataclasses.asdict(measured) for measured in found]})
         _write(options.output, device, plan, entries)
@@ -146,9 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=pathlib.Path,
-        default=FOLDER / "speed",
+        default=FOLDER / "speed" / "results",
         metavar="DIR",
-        help="default benchmarks/speed",
+        help="default benchmarks/speed/results",
     )
     return parser
 
@@ -217,7 +217,7 @@ def _csv_text(groups: Sequence[Sequence[Measurement]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     cases = [field.name for field in dataclasses.fields(Case)]
-    titles = ["contestant", *cases, "ms_per_image", *(f"times_{peer}" for peer in PEERS)]
+    titles = ["implementation", *cases, "ms_per_image", *(f"times_{peer}" for peer in PEERS)]
     titles += ["seconds", "first_seconds", "peak_bytes", "device", "versions", "problem"]
     writer.writerow(titles)
     for group in groups:
@@ -225,7 +225,7 @@ def _csv_text(groups: Sequence[Sequence[Measurement]]) -> str:
             ratios = report.ratios_of(measured, group)
             writer.writerow(
                 [
-                    measured.contestant,
+                    measured.implementation,
                     *dataclasses.astuple(measured.case),
                     f"{report.milliseconds(measured):.5g}" if measured.seconds else "",
                     *(f"{ratios[peer]:.3f}" if peer in ratios else "" for peer in PEERS),

@@ -127,8 +127,8 @@ def plan_table(name, rounds):
     model = load(name, weights=None, input_shape=(224, 224, 3), classifier_activation=None)
     random = np.random.default_rng(0)
     for variable in model.trainable_variables:
-        spread = 0.5 if "gamma" in variable.path else 0.02
-        value = random.normal(size=variable.shape) * spread + ("gamma" in variable.path)
+        deviation = 0.5 if "gamma" in variable.path else 0.02
+        value = random.normal(size=variable.shape) * deviation + ("gamma" in variable.path)
         variable.assign(value.astype("float32"))
     images = [image[None] for image in calibration_images(image_size=(224, 224))]
     files = {}
@@ -136,15 +136,15 @@ def plan_table(name, rounds):
         frames = deploy.depthwise_in_frames
         try:
             deploy.depthwise_in_frames = whole
-            files["float32, depthwise whole"] = converted_twin(model)
+            files["float32, depthwise whole"] = converted_deployed(model)
         finally:
             deploy.depthwise_in_frames = frames
-        content = files["float32"] = converted_twin(model)
+        content = files["float32"] = converted_deployed(model)
         files["dynamic int8"] = quantized(content, PLANS["dynamic_int8"])
         files["int8"] = quantized(content, PLANS["int8"], images)
         for plan, operations in OTHER_PLANS.items():
             files[plan] = quantized(content, operations, images)
-        files["int8, all operations"] = converted_twin(model, images)
+        files["int8, all operations"] = converted_deployed(model, images)
     interpreters = {plan: opened(content) for plan, content in files.items()}
     expected = outputs(interpreters["float32"], images)
     best = fastest({plan: interpreter.invoke for plan, interpreter in interpreters.items()}, rounds)
@@ -183,13 +183,17 @@ def converted(function, shape, dtype=tf.float32, images=None, tracked=None):
         return converter.convert()
 
 
-def converted_twin(model, images=None):
-    twin = deploy.deploy_for_litert(model)
+def converted_deployed(model, images=None):
+    deployed = deploy.deploy_for_litert(model)
     dtype = tf.float32 if images is not None else tf.uint8
     tracked = tf.Module()
-    tracked.weights = [variable.value for variable in twin.weights]
+    tracked.weights = [variable.value for variable in deployed.weights]
     return converted(
-        lambda x: twin(tf.cast(x, tf.float32), training=False), twin.input.shape, dtype, images, tracked
+        lambda x: deployed(tf.cast(x, tf.float32), training=False),
+        deployed.input.shape,
+        dtype,
+        images,
+        tracked,
     )
 
 

@@ -1,4 +1,4 @@
-"""Images per second of the input pipelines beside timm's loader and Keras's own layers, on the same files.
+"""Images per second of the input pipelines, of timm's loader and of Keras's own layers, on the same files.
 
     python benchmarks/pipeline.py FOLDER [--rounds 5] [--seconds 8]
 

@@ -1,4 +1,4 @@
-"""What quantisation costs in accuracy: the models of training runs beside their LiteRT files.
+"""Accuracy of the models of training runs and of their LiteRT files: the cost of quantisation.
 
 Every image of a run's validation set is classified, from the same pixels; a LiteRT file is calibrated on
 training images.
@@ -94,7 +94,7 @@ def scores(result):
 
 
 def calibration_pixels(source, preparation, count):
-    """uint8 (count, H, W, 3), spread over the training images."""
+    """uint8 (count, H, W, 3), evenly drawn from the training images."""
     from keras_convnext.data import batches, sources
 
     chosen = sources.take(source, np.arange(count) * len(source) // count)

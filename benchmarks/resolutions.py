@@ -11,7 +11,7 @@ recipes/tiny_imagenet_64.toml, but for the peak of the rate and the warmup, whic
         --cases convnextv2_atto:64/4 convnextv2_atto:48/4 convnextv2_atto:64/2 convnextv2_atto:128/4
 
 TINY_IMAGENET is what demo/prepare_tiny_imagenet.py writes. Rows go to OUTPUT/resolutions.csv as they are
-made, and the table to OUTPUT/resolutions.md. The same command goes on where it was stopped; KERAS_BACKEND
+made, and the table to OUTPUT/resolutions.md. The same command resumes where it was stopped; KERAS_BACKEND
 chooses the backend. Nothing else should run meanwhile.
 """
 

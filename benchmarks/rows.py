@@ -1,4 +1,4 @@
-"""Rows of a program here that measures for long: kept in a CSV file as they are made, and gone on with."""
+"""Rows of a long measurement: kept in a CSV file as they are made, so that the program can resume."""
 
 import csv
 import io

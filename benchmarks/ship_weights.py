@@ -2,9 +2,10 @@
 
 TAG is "<architecture>.<data set>". The weights are those of the last RUN's final.safetensors (the average,
 where the recipe has one); runs before it are those it started from, in order. The file is evaluated on the
-held-out images of the run, beside the float32 weights, and refused where rounding to float16 costs more than
-0.05 points. It writes keras_convnext/weights/packaged/TAG.safetensors, benchmarks/runs/TAG.json and, for each
-run, its log, curves and resolved recipe next to that, and prints the row for weights/catalog_rows.py.
+held-out images of the run, and so are the float32 weights; it is refused where rounding to float16 costs more
+than 0.05 points. The program writes keras_convnext/weights/packaged/TAG.safetensors, benchmarks/runs/TAG.json
+and, next to that, the log, curves and resolved recipe of each run. It prints the entry for
+keras_convnext/weights/catalog_rows.py.
 
     python benchmarks/ship_weights.py convnextv2_atto.tiny_imagenet200 runs/first runs/second
 """

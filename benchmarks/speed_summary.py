@@ -1,4 +1,4 @@
-"""Draws speed/summary.png, the picture of README.md: rows of `keras-convnext bench` in speed/bench.csv.
+"""Draws the picture of README.md, speed/results/summary.png, from the rows of speed/results/bench.csv.
 
 ConvNeXt-Tiny with batches of 8 images of 224 pixels in float32: this package and keras.applications on each
 backend, and timm in PyTorch. Bars are milliseconds an image; at those of the package stands how many times as
@@ -12,7 +12,7 @@ import csv
 import pathlib
 import sys
 
-FOLDER = pathlib.Path(__file__).resolve().parent / "speed"
+FOLDER = pathlib.Path(__file__).resolve().parent / "speed" / "results"
 CASE = {"model": "convnext_tiny", "batch": "8", "image_size": "224", "dtype": "float32"}
 MODES = ("inference", "training")
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--output",
         type=pathlib.Path,
         default=FOLDER / "summary.png",
-        help="default benchmarks/speed/summary.png",
+        help="default benchmarks/speed/results/summary.png",
     )
     output = parser.parse_args(arguments).output
     try:
@@ -42,17 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read(path: pathlib.Path) -> dict[str, dict[str, dict[str, str]]]:
-    """Reads mode -> contestant -> its first row of the case, which is that where the peers run too.
+    """Reads mode -> implementation -> its first row of the case, which is that where the peers run too.
 
     Raises:
         OSError: no such file.
-        KeyError: a contestant was not measured.
+        KeyError: an implementation was not measured.
     """
     found: dict[str, dict[str, dict[str, str]]] = {mode: {} for mode in MODES}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["mode"] in MODES and all(row[name] == value for name, value in CASE.items()):
-                found[row["mode"]].setdefault(row["contestant"], row)
+                found[row["mode"]].setdefault(row["implementation"], row)
     wanted = [*BACKENDS, *(f"keras.applications:{backend}" for backend in BACKENDS), "timm"]
     return {mode: {name: rows[name] for name in wanted} for mode, rows in found.items()}
 

@@ -1,6 +1,6 @@
 """Time of a training step by the trainer, against the bare step of Keras inside it.
 
-The trainer adds what goes on between two steps: progress, the check of the loss, the callbacks of `fit`, the
+The trainer adds work between two steps: progress, the check of the loss, the callbacks of `fit`, the
 checkpoint by time. Keras's compiled step is timed within `fit`, until its results are there; what `fit` takes
 beyond that is the overhead. So both are of the same steps, and other work on the machine changes neither side
 alone. The batch is in memory: the input pipeline is not what is measured.
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Watch(trainer._BetweenSteps):
-    """The trainer's callback, without the end of the epoch, beside a clock; the first step does not count.
+    """The trainer's callback, without the end of the epoch, and with a clock; the first step does not count.
 
     Attributes:
         inside: seconds in the compiled step, until its results were there.

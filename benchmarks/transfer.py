@@ -9,9 +9,9 @@ weights are evaluated; nothing is chosen by the score.
 
     python benchmarks/transfer.py OUTPUT --weights convnextv2_atto.tiny_imagenet200 --data flowers5=PATH
 
-Rows go to OUTPUT/transfer.csv as they are made, and the table to OUTPUT/transfer.md. The same command goes on
-where it was stopped. 18 rows of one set of some 3,500 labelled photos take about 50 minutes on two cores at
-64 pixels (V2-Atto, 300 images/s); KERAS_BACKEND chooses the backend.
+Rows go to OUTPUT/transfer.csv as they are made, and the table to OUTPUT/transfer.md. The same command
+resumes where it was stopped. 18 rows of one set of some 3,500 labelled photos take about 50 minutes on two
+cores at 64 pixels (V2-Atto, 300 images/s); KERAS_BACKEND chooses the backend.
 """
 
 import argparse
@@ -356,8 +356,8 @@ def table(rows, num_wanted, command) -> str:
 def mean_text(values, sign="") -> str:
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
 
 
 if __name__ == "__main__":

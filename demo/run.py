@@ -715,13 +715,13 @@ def look(model: keras.Model, photos: PhotoSet) -> list[ClassifiedPhoto]:
 def export_and_measure(
     model: keras.Model, model_file: pathlib.Path, photos: PhotoSet, opened: predictor.Predictor
 ) -> tuple[list[Runner], list[str]]:
-    """Writes LiteRT files beside the model's and measures them on the held-out photos.
+    """Writes LiteRT files next to the model's and measures them on the held-out photos.
 
     Returns:
         The model and its files, measured; and a line for each file that is left out, as a package is missing
         or it differs too much from the model. Nothing is measured where all are left out.
     """
-    spread = np.linspace(0, len(photos.training) - 1, min(CALIBRATION_PHOTOS, len(photos.training)))
+    places = np.linspace(0, len(photos.training) - 1, min(CALIBRATION_PHOTOS, len(photos.training)))
     calibration = photos.images[photos.training[np.argsort(photos.labels[photos.training], kind="stable")]]
     held_out, labels = photos.images[photos.held_out], photos.labels[photos.held_out]
     one = held_out[:1]
@@ -739,7 +739,7 @@ def export_and_measure(
                 path,
                 "litert",
                 precision=precision,
-                calibration=calibration[spread.round().astype(int)],
+                calibration=calibration[places.round().astype(int)],
                 labels=photos.classes,
                 licence=opened.row.licence if opened.row else None,
                 preparation={"image_size": SIDE, "crop": 1.0},

@@ -1,4 +1,4 @@
-"""The programs of benchmarks/ and demo/, which are no packages, as modules."""
+"""The programs of benchmarks/ and demo/ as modules, loaded as when they are run as scripts."""
 
 import importlib.util
 import pathlib

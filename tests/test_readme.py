@@ -311,7 +311,7 @@ def test_picture_of_speed_shows_what_the_table_says(tmp_path):
         start = lines.index(f"### convnext_tiny, {mode}, batch 8, 224 pixels, float32")
         rows = (line.split(" | ") for line in lines[start : lines.index("", start + 2)])
         rows = {cells[0].removeprefix("| "): cells for cells in rows if len(cells) > 3}
-        heads = [head.rstrip(" |") for head in rows["contestant"]]
+        heads = [head.rstrip(" |") for head in rows["implementation"]]
         for label, whose, milliseconds, text in program.bars(found[mode]):
             if whose == program.OURS:
                 cells = rows[f"ours, {label}"]

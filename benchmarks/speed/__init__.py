@@ -1,1 +1,1 @@
-"""Speed of this package beside its peers: `python -m benchmarks.speed`."""
+"""Speed of this package and of its peers, in the same run: `python -m benchmarks.speed`."""

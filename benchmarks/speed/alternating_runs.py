@@ -1,7 +1,7 @@
-"""Contestants measured in turns: one process each, of which one works at a time.
+"""Alternating runs: implementations are measured in turns, one process each, of which one works at a time.
 
-Speeds are compared within a run only, as a machine is not equally fast at all times. Every contestant has one
-turn a round, in the reversed order in every second round; a ratio is taken round by round.
+Speeds are compared within a run only, as a machine is not equally fast at all times. Every implementation
+has one turn a round, in the reversed order in every second round; a ratio is taken round by round.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ STDERR_LINES = 3  # of a worker that died, in its reason
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What a contestant took for a case.
+    """Time and memory of an implementation for a case.
 
     Attributes:
-        contestant: name, see `contestants.TITLES`.
+        implementation: name, see `implementations.TITLES`.
         case: what was run.
         seconds: of a step, one number a round: the median of the steps of that turn. Empty when it could not
             run.
@@ -41,7 +41,7 @@ class Measurement:
         problem: why it could not run, else "".
     """
 
-    contestant: str
+    implementation: str
     case: Case
     seconds: tuple[float, ...]
     first: float
@@ -58,14 +58,14 @@ class Measurement:
 
 def measure(
     case: Case,
-    contestants: Sequence[str],
+    implementations: Sequence[str],
     rounds: int = 5,
     seconds: float = 1.0,
     threads: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Measurement]:
-    """Measures contestants on one case; see `measure_entries`."""
-    return measure_entries([(name, case) for name in contestants], rounds, seconds, threads, on_progress)
+    """Measures implementations on one case; see `measure_entries`."""
+    return measure_entries([(name, case) for name in implementations], rounds, seconds, threads, on_progress)
 
 
 def measure_entries(
@@ -75,27 +75,27 @@ def measure_entries(
     threads: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Measurement]:
-    """Measures contestants in turns, each on a case of its own.
+    """Measures implementations in turns, each on a case of its own.
 
     Args:
-        entries: (contestant, case), at most one process each at a time.
+        entries: (implementation, case), at most one process each at a time.
         rounds: turns of each.
-        seconds: about how long a turn lasts; it has three steps at least, behind one that is not counted.
+        seconds: about how long a turn lasts; it has three steps at least, after one that is not counted.
         threads: cores of each, None for all.
         on_progress: called with what is done now, the number of things done and of all.
 
     Returns:
-        One for each entry, in their order. One that cannot run has a `problem`, and the others go on.
+        One for each entry, in their order. One that cannot run has a `problem`, and the others are measured.
 
     Raises:
-        ValueError: an unknown contestant.
+        ValueError: an unknown implementation.
 
     Example:
         ours, timm = measure(Case("convnext_tiny"), ["torch", "timm"])
         print(f"{ratio(ours, timm):.2f} times timm's speed")
     """
     for name, _ in entries:
-        implementations.check_contestant(name)
+        implementations.check_implementation(name)
     total = len(entries) * (rounds + 1)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="keras_convnext_bench_"))
@@ -137,7 +137,7 @@ class Worker:
     """A process that answers JSON lines; see `worker.main`.
 
     Args:
-        words: its command line behind the interpreter.
+        words: its command line after the interpreter.
         variables: of its environment, above those of this process.
     """
 
@@ -210,7 +210,7 @@ class Worker:
 
 
 class _Turn:
-    """A contestant's process and what it has measured so far."""
+    """An implementation's process and what it has measured so far."""
 
     def __init__(self, name: str, case: Case, threads: int | None, folder: str) -> None:
         self.name, self.case, self.threads, self.folder = name, case, threads, folder

@@ -1,6 +1,6 @@
-"""`keras-convnext bench`: what its words mean, and the comparison of any case."""
+"""Cases: reads the words of `python -m benchmarks.speed` and compares implementations on any case."""
 
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -26,7 +26,8 @@ DEFAULTS: dict[str, list] = {
     "image_size": [DEFAULT_IMAGE_SIZE],
     "dtype": ["float32"],
 }
-# The words that WHAT may be instead of architectures, with the defaults that differ; modules beside this one.
+# The words that WHAT may be instead of architectures, with the defaults that differ; `all` is the
+# module full_run, the others have modules of their name.
 WORDS: dict[str, dict[str, list]] = {
     "all": {},
     "depthwise": {"batch": [8]},
@@ -86,7 +87,7 @@ def dispatch(options: Namespace) -> int:
     options = resolve(options, word)
     if not word:
         return run(options)
-    module = "standard" if word == "all" else word
+    module = "full_run" if word == "all" else word
     return importlib.import_module(f"benchmarks.speed.{module}").run(options)
 
 
@@ -174,7 +175,7 @@ def run(options: Namespace) -> int:
 
 
 def entrants(backends: Sequence[str], against: Sequence[str]) -> list[str]:
-    """Contestants of a run: ours on each backend, then the peers that --against names.
+    """Implementations of a run: ours on each backend, then the peers that --against names.
 
     Example:
         >>> entrants(["jax", "torch"], ["timm", "keras.applications", "openvino"])
@@ -202,7 +203,7 @@ def _default_peers() -> list[str]:
     if importlib.util.find_spec("timm") is not None:
         return ["timm"]
     print(
-        "keras-convnext: measured without a peer: timm is not installed. Run pip install "
+        "warning: measured without a peer: timm is not installed. Run pip install "
         "'keras-convnext[bench]', or name others by --against.",
         file=sys.stderr,
     )
@@ -212,7 +213,7 @@ def _default_peers() -> list[str]:
 def measure_group(
     options: Namespace, entries: Sequence[tuple[str, Case]], title: str, table: Callable
 ) -> tuple[list[Measurement], Table]:
-    """Measures one group of contestants in turns and prints `table` of it, unless JSON is wanted."""
+    """Measures one group of implementations in turns and prints `table` of it, unless JSON is wanted."""
     show = Progress(title).show
     found = measure_entries(entries, options.rounds, options.seconds, options.threads, show)
     made = table(found)

@@ -1,6 +1,6 @@
-"""Ways to compute the depthwise convolution of the blocks, timed in turns: which one is the fastest here.
+"""Times the ways to compute the depthwise convolution of the blocks, in turns, to find the fastest here.
 
-    keras-convnext bench depthwise --backends jax,torch --batch 8 --output DIR
+    python -m benchmarks.speed depthwise --backends jax,torch --batch 8 --output DIR
 
 Each backend has a process of its own. There every candidate is first compared with an independent result,
 NumPy's in float64, then timed: the convolution by itself, and with the gradients of its input and its kernel.
@@ -32,8 +32,7 @@ from keras_convnext.variants import VARIANTS
 
 # See `worker.COMMAND`.
 COMMAND = (
-    "import sys; sys.argv[0] = 'keras-convnext'; "
-    "from benchmarks.speed import depthwise; raise SystemExit(depthwise.main())"
+    "import keras_convnext_main; from benchmarks.speed import depthwise; raise SystemExit(depthwise.main())"
 )
 
 KERNEL_SIZE = 7
@@ -96,7 +95,7 @@ class Row:
 
 
 def run(options) -> int:
-    """Runs `keras-convnext bench depthwise`.
+    """Runs `python -m benchmarks.speed depthwise`.
 
     Args:
         options: parsed words of the command line: `backends`, `batch`, `dtype`, `image_size` (lists),
@@ -375,7 +374,7 @@ def _load_kernels(path: str, backend: str, device: str) -> list[Candidate]:
 
 
 def candidates_of(backend: str, device: str) -> list[Candidate]:
-    """The candidates of a backend on a device: those of the package first, then those tried beside them."""
+    """The candidates of a backend on a device: those of the package first, then the others."""
     from keras_convnext.layers.depthwise import PATHS
 
     found = [Candidate(name, function) for name, function in PATHS[backend].items()]
@@ -628,7 +627,7 @@ _STEPS: dict[str, Callable[..., _Steps]] = {
 }
 
 
-# What is printed and written.
+# Tables and files.
 
 
 def as_table(rows: Sequence[Row]) -> Table:

@@ -1,4 +1,4 @@
-"""`keras-convnext bench all`: the standard run, and whether it shows what is claimed."""
+"""The full run, `python -m benchmarks.speed all`: fixed cases, and whether they meet the bars."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from benchmarks.speed.alternating_runs import Measurement, ratio
 from benchmarks.speed.implementations import TITLES, Case
 from benchmarks.speed.report import Table
 
-# Models, mode, batches, dtype, contestants of ours beside the backends, peers.
+# Models, mode, batches, dtype, implementations of ours besides the backends, peers.
 CASES = (
     (
         ("convnext_tiny", "convnextv2_tiny"), "inference", (1, 8), "float32",
@@ -25,7 +25,7 @@ CASES = (
 )  # fmt: skip
 V1, V2, BATCH = "convnext_tiny", "convnextv2_tiny", 8
 
-# Mode, model, batches, dtype, who of ours ("each" backend, the "best" of all, or one), peer, and how many
+# Mode, model, batches, dtype, which of ours ("each" backend, the "best" of all, or one), peer, and how many
 # times as fast as the peer at least.
 BARS = (
     ("inference", V1, (1, 8), "float32", "each", "timm", 1.0),
@@ -46,10 +46,10 @@ STAGE_BAR = 0.7  # of the floor, in each stage; start-up's bars are `startup.BAR
 
 
 def run(options: Namespace) -> int:
-    """Runs `keras-convnext bench all`: its cases, V2 beside V1, start-up, stages, then claims and bars.
+    """Runs `python -m benchmarks.speed all`: its cases, V2 and V1, start-up, stages, claims and bars.
 
     Args:
-        options: what `compare.resolve` returns. Backends, image size (one), rounds, seconds, threads, output
+        options: what `cases.resolve` returns. Backends, image size (one), rounds, seconds, threads, output
             and JSON are free, the rest is fixed.
 
     Returns:
@@ -123,25 +123,29 @@ def run(options: Namespace) -> int:
 
 
 def v2_table(found: Sequence[Measurement]) -> Table:
-    """What V2 costs, in times of V1, by contestant."""
+    """Makes the table of V2's time in times of V1's, by implementation."""
     times = {
-        (one.contestant, one.case.model): f"{report.milliseconds(one):.2f}" for one in found if one.seconds
+        (one.implementation, one.case.model): f"{report.milliseconds(one):.2f}"
+        for one in found
+        if one.seconds
     }
     return Table(
-        f"{V2} beside {V1}, in one run, {found[0].case.mode}, batch {found[0].case.batch}",
-        ("contestant", f"{V1}, ms/image", f"{V2}, ms/image", "times V1"),
+        f"{V2} and {V1} in one run, {found[0].case.mode}, batch {found[0].case.batch}",
+        ("implementation", f"{V1}, ms/image", f"{V2}, ms/image", "times V1"),
         "<>>>",
         [
             (TITLES[name], times[name, V1], times[name, V2], f"{cost:.3f}")
             for name, cost in v2_costs(found).items()
         ],
-        tuple(f"{TITLES[one.contestant]}, {one.case.model}: {one.problem}" for one in found if one.problem),
+        tuple(
+            f"{TITLES[one.implementation]}, {one.case.model}: {one.problem}" for one in found if one.problem
+        ),
     )
 
 
 def v2_costs(found: Sequence[Measurement]) -> dict[str, float]:
-    """Time of V2 in times of V1's, by contestant; of those that ran both."""
-    ran = {(one.contestant, one.case.model): one for one in found if one.seconds}
+    """Time of V2 in times of V1's, by implementation; of those that ran both."""
+    ran = {(one.implementation, one.case.model): one for one in found if one.seconds}
     return {
         name: ratio(ran[name, V1], ran[name, V2]) for name, model in ran if model == V2 and (name, V1) in ran
     }
@@ -153,11 +157,11 @@ def summary_table(
     started: Sequence[Sequence[startup.Start]],
     staged: stages.Stages,
 ) -> Table:
-    """What is claimed, the bar, what was seen.
+    """Makes the table of claims: each with its bar and the number that was seen.
 
     Args:
         image_size: of the run.
-        groups: measurements of the cases; those of V2 beside V1 last.
+        groups: measurements of the cases; those of V2 and V1 last.
         started: what `startup.table` returned, once a way of installing.
         staged: what `stages.table` returned.
     """
@@ -173,16 +177,16 @@ def summary_table(
         claim = f"{V2} in times of {V1}, inference, batch {BATCH}: {TITLES[name]}"
         rows.append((claim, f"<= {V2_COST_BAR:g}", cost, cost <= V2_COST_BAR))
     for starts in started:
-        timm = [start for start in starts if start.contestant == startup.PEER]
+        timm = [start for start in starts if start.implementation == startup.PEER]
         how = startup.ALONE if starts[0].alone else startup.INSTALLED
         for start in starts:
-            if timm and start.contestant in startup.BARS:
-                bar, seen = startup.BARS[start.contestant], startup.ratio(start, timm[0])
-                claim = f"start to first image, {how}, in times of timm's: {TITLES[start.contestant]}"
+            if timm and start.implementation in startup.BARS:
+                bar, seen = startup.BARS[start.implementation], startup.ratio(start, timm[0])
+                claim = f"start to first image, {how}, in times of timm's: {TITLES[start.implementation]}"
                 rows.append((claim, f"<= {bar:g}", seen, seen <= bar))
     for row in staged.rows:
         if row.stage.startswith("stage"):
-            claim = f"part of the floor, batch {BATCH}, {row.stage}: {TITLES[row.contestant]}"
+            claim = f"part of the floor, batch {BATCH}, {row.stage}: {TITLES[row.implementation]}"
             rows.append((claim, f">= {STAGE_BAR:g}", row.fraction, row.fraction >= STAGE_BAR))
     return Table(
         "What is claimed, and what was seen",
@@ -193,13 +197,17 @@ def summary_table(
 
 
 def _seen(case: Case, who: str, peer: str, groups: Sequence[Sequence[Measurement]]) -> dict[str, float]:
-    """How many times as fast as the peer, by contestant of ours that `who` means; NaN where not measured."""
+    """Returns how many times as fast as the peer ours are, for those that `who` means; NaN: not measured."""
     ratios: dict[str, float] = {}
     for group in groups:
         if {one.case for one in group} == {case}:
             for one in group:
-                if implementations.is_ours(one.contestant) and who in ("each", "best", one.contestant):
-                    ratios[one.contestant] = report.ratios_of(one, group).get(peer, math.nan)
+                if implementations.is_ours(one.implementation) and who in (
+                    "each",
+                    "best",
+                    one.implementation,
+                ):
+                    ratios[one.implementation] = report.ratios_of(one, group).get(peer, math.nan)
     measured = {name: seen for name, seen in ratios.items() if not math.isnan(seen)}
     if who == "best" and measured:
         best = max(measured, key=lambda name: measured[name])

@@ -1,4 +1,7 @@
-"""Whether time grows as the work does, with batch, resolution and variant: `keras-convnext bench growth`."""
+"""Time against batch, resolution and variant, and whether it grows as the work does.
+
+python -m benchmarks.speed growth
+"""
 
 import argparse
 import dataclasses
@@ -15,7 +18,7 @@ from benchmarks.speed.report import Table
 from keras_convnext.analysis.flops import multiply_adds
 from keras_convnext.variants import VARIANTS
 
-MIDDLE = Case("convnext_tiny", batch=8, image_size=224)  # what stays when one thing grows
+MIDDLE = Case("convnext_tiny", batch=8, image_size=224)  # the values that stay when one thing grows
 LIMIT = 1.5  # times the least time for the same work in a series
 FASTER = "grows faster than its work"
 SLOWER = "fixed costs show"  # on the side of less work
@@ -30,7 +33,7 @@ class Point:
 
     Attributes:
         series: what grows: "batch", "image size" or "variant".
-        contestant: backend or peer.
+        implementation: backend or peer.
         case: what was run.
         gflop: 1e9 floating-point operations an image.
         seconds: of an image, median over the rounds; NaN when it could not run.
@@ -40,7 +43,7 @@ class Point:
     """
 
     series: str
-    contestant: str
+    implementation: str
     case: Case
     gflop: float
     seconds: float
@@ -87,44 +90,44 @@ def _near(values: Sequence[Any], wanted: Any) -> Any:
 
 def table(
     series: dict[str, list[Case]],
-    contestants: Sequence[str],
+    implementations: Sequence[str],
     rounds: int = 5,
     seconds: float = 1.0,
     threads: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Point]:
-    """Measures every case of every series once, the contestants of a case in turns.
+    """Measures every case of every series once, the implementations of a case in turns.
 
     Where a process is killed, as when memory runs out, the images of that case are halved until none is; not
     where the batch is what grows.
 
     Args:
         series: what `series_cases` returns.
-        contestants: names, see `contestants.TITLES`.
+        implementations: names, see `implementations.TITLES`.
         rounds: turns of each.
         seconds: about how long a turn lasts; it has three steps at least.
         threads: cores of each, None for all.
         on_progress: called with what is done now, the number of cases done and of all.
 
     Returns:
-        The points, by series and contestant.
+        The points, by series and implementation.
     """
     distinct = list(dict.fromkeys(case for cases in series.values() for case in cases))
     measured: dict[Case, list[Measurement]] = {}
     for number, case in enumerate(distinct):
         if on_progress is not None:
             on_progress(case.title, number, len(distinct))
-        found = measure(case, contestants, rounds, seconds, threads)
+        found = measure(case, implementations, rounds, seconds, threads)
         smaller = case
         while case not in series["batch"] and smaller.batch > 1 and _was_killed(found):
             smaller = dataclasses.replace(smaller, batch=smaller.batch // 2)
-            found = measure(smaller, contestants, rounds, seconds, threads)
+            found = measure(smaller, implementations, rounds, seconds, threads)
         measured[case] = found
     if on_progress is not None:
         on_progress("done", len(distinct), len(distinct))
     points = []
     for name, cases in series.items():
-        for place in range(len(contestants)):
+        for place in range(len(implementations)):
             points += _marked([_point(name, measured[case][place]) for case in cases])
     return points
 
@@ -139,7 +142,7 @@ def _point(series: str, found: Measurement) -> Point:
     passes = 3 if case.mode == "training" else 1
     flops = 2 * passes * multiply_adds(VARIANTS[case.model], case.image_size)
     seconds = found.median / case.batch
-    return Point(series, found.contestant, case, flops / 1e9, seconds, problem=found.problem)
+    return Point(series, found.implementation, case, flops / 1e9, seconds, problem=found.problem)
 
 
 def _marked(points: Sequence[Point]) -> list[Point]:
@@ -168,11 +171,11 @@ def as_tables(points: Sequence[Point]) -> list[Table]:
                 continue
             case = point.case
             if point.problem:
-                notes.append(f"{TITLES[point.contestant]}, {case.title}: {point.problem}")
+                notes.append(f"{TITLES[point.implementation]}, {case.title}: {point.problem}")
                 continue
             rows.append(
                 (
-                    TITLES[point.contestant],
+                    TITLES[point.implementation],
                     case.model,
                     str(case.batch),
                     str(case.image_size),
@@ -185,7 +188,7 @@ def as_tables(points: Sequence[Point]) -> list[Table]:
                 )
             )
         notes.append(f"marked where ms/GFLOP is more than {LIMIT:g} times the least of its series")
-        titles = ("contestant", "model", "batch", "pixels", "GFLOP", "ms/image", "images/s", "GFLOP/s")
+        titles = ("implementation", "model", "batch", "pixels", "GFLOP", "ms/image", "images/s", "GFLOP/s")
         tables.append(
             Table(
                 f"Growth with {series}; GFLOP an image",
@@ -211,8 +214,8 @@ def plot(path: pathlib.Path, points: Sequence[Point]) -> None:
     every_axes = figure.subplots(1, len(_PANELS), sharey=True)
     for axes, (series, label) in zip(every_axes, _PANELS.items(), strict=True):
         own = [point for point in points if point.series == series and not point.problem]
-        for name in dict.fromkeys(point.contestant for point in own):
-            line = [point for point in own if point.contestant == name]
+        for name in dict.fromkeys(point.implementation for point in own):
+            line = [point for point in own if point.implementation == name]
             colour, style = _COLOURS.get(name, _PEER_COLOUR), "-" if is_ours(name) else "--"
             places, heights = [_place(point) for point in line], [point.ms_per_gflop for point in line]
             axes.plot(places, heights, style, color=colour, marker="o", markersize=4, label=TITLES[name])
@@ -267,10 +270,10 @@ def _constant(series: str, case: Case) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs `keras-convnext bench growth`.
+    """Runs `python -m benchmarks.speed growth`.
 
     Args:
-        options: what `compare.resolve` returns; one mode and one dtype.
+        options: what `cases.resolve` returns; one mode and one dtype.
 
     Returns:
         0, or 1 when nothing could run.
@@ -283,15 +286,15 @@ def run(options: argparse.Namespace) -> int:
         if len(given) > 1:
             raise ValueError(f"Expected one {name} for the growth, received {','.join(given)}.")
     where = output.begin(options)
-    contestants = entrants(options.backends, options.against)
+    implementations = entrants(options.backends, options.against)
     (mode,), (dtype,) = options.mode, options.dtype
     series = series_cases(options.architectures, options.batch, options.image_size, mode=mode, dtype=dtype)
     progress = Progress("growth")
-    points = table(series, contestants, options.rounds, options.seconds, options.threads, progress.show)
+    points = table(series, implementations, options.rounds, options.seconds, options.threads, progress.show)
     rows = [
         {
             "series": point.series,
-            "contestant": point.contestant,
+            "implementation": point.implementation,
             **dataclasses.asdict(point.case),
             "gflop_per_image": point.gflop,
             "ms_per_image": None if point.problem else 1000 * point.seconds,
@@ -303,5 +306,5 @@ def run(options: argparse.Namespace) -> int:
         for point in points
     ]
     tables = as_tables(points)
-    output.end(options, "growth", where, contestants, tables, rows, lambda path: plot(path, points))
+    output.end(options, "growth", where, implementations, tables, rows, lambda path: plot(path, points))
     return 0 if any(not point.problem for point in points) else 1

@@ -1,6 +1,7 @@
-"""Who can be measured: this package on each backend, and the peers; how each builds its model and one step.
+"""The implementations that can be measured: this package on each backend, and the peers.
 
-Everything here is imported inside the functions, so that a process holds the frameworks of one contestant.
+Each builds its model and one step of it. Frameworks are imported inside the functions, so that
+a process holds those of one implementation only.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 
@@ -19,6 +21,7 @@ from keras_convnext.exporting import runtimes
 from keras_convnext.variants import VARIANTS
 
 Step = Callable[[], object]
+ROOT = pathlib.Path(__file__).parents[2]
 
 OURS = ("tensorflow", "jax", "torch", "openvino")
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
@@ -56,7 +59,7 @@ TITLES = {
     "openvino-timm": "OpenVINO (timm's model)",
     "litert": "LiteRT (our model)",
 }
-_MODULES = {  # contestant -> modules that must be installed
+_MODULES = {  # implementation -> modules that must be installed
     "tensorflow": ("tensorflow",),
     "jax": ("jax",),
     "torch": ("torch",),
@@ -103,27 +106,27 @@ class Case:
 
 
 class NotOfferedError(ValueError):
-    """A contestant cannot run a case; the message says why."""
+    """An implementation cannot run a case; the message says why."""
 
 
-def check_contestant(name: str) -> str:
-    """Returns the name of a contestant.
+def check_implementation(name: str) -> str:
+    """Returns the name of an implementation.
 
     Raises:
         ValueError: it is none; near names are listed.
     """
     if name not in TITLES:
-        raise ValueError(unknown("contestant", name, TITLES))
+        raise ValueError(unknown("implementation", name, TITLES))
     return name
 
 
 def is_ours(name: str) -> bool:
-    """Whether a contestant is this package: on a backend of Keras, or exported from it."""
+    """Whether an implementation is this package: on a backend of Keras, or exported from it."""
     return name in OURS
 
 
 def is_exported(name: str) -> bool:
-    """Whether a contestant runs a file, which `export` writes in a process of its own."""
+    """Whether an implementation runs a file, which `export` writes in a process of its own."""
     return name in _EXPORTED
 
 
@@ -136,7 +139,7 @@ def check_offered(name: str, case: Case) -> None:
     """Checks what can be known without importing a framework.
 
     Raises:
-        NotOfferedError: a package is missing, or the contestant has no such model, mode or dtype.
+        NotOfferedError: a package is missing, or the implementation has no such model, mode or dtype.
     """
     missing = [module for module in _MODULES[name] if importlib.util.find_spec(module) is None]
     if missing:
@@ -163,11 +166,13 @@ def check_offered(name: str, case: Case) -> None:
 
 
 def environment(name: str, threads: int | None) -> dict[str, str]:
-    """Returns the environment variables of a contestant's process, above those of this one."""
+    """Returns the environment variables of an implementation's process, above those of this one."""
     backend = name.partition(":")[2] or name
     # An exported model is made by TensorFlow where it is needed anyway, else by OpenVINO itself.
     backend = {"litert": "tensorflow", "openvino": "openvino"}.get(name, backend)
     variables = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_CONVNEXT_QUIET": "1", "HF_HUB_OFFLINE": "1"}
+    # The packages of this repository, whatever the working directory is.
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     if backend in (*KERAS_BACKENDS, "openvino"):
         variables["KERAS_BACKEND"] = backend
     if threads is not None:
@@ -183,7 +188,7 @@ def limit_threads(threads: int) -> None:
 
 
 def prepare(name: str, case: Case, threads: int | None, folder: str) -> Step:
-    """Builds a contestant's model, with random weights, and returns one step of it.
+    """Builds an implementation's model, with random weights, and returns one step of it.
 
     A step has ended when its result can be read. In inference, this package and keras.applications are
     called as a user does: `predict_on_batch`, float32 NumPy pixels in 0..255 in, NumPy out. The peers get a
@@ -192,13 +197,13 @@ def prepare(name: str, case: Case, threads: int | None, folder: str) -> Step:
     sides without drop path; Keras gets NumPy images and targets in each step, the others the same tensors.
 
     Args:
-        name: contestant.
+        name: implementation.
         case: what to run.
         threads: cores to use, None for all.
         folder: with the files of `export`.
 
     Raises:
-        NotOfferedError: the contestant cannot run the case.
+        NotOfferedError: the implementation cannot run the case.
     """
     check_offered(name, case)
     if name in KERAS_BACKENDS:
@@ -215,7 +220,7 @@ def prepare(name: str, case: Case, threads: int | None, folder: str) -> Step:
 
 
 def export(name: str, case: Case, folder: str) -> None:
-    """Writes the file that a contestant of `is_exported` runs."""
+    """Writes the file that an implementation of `is_exported` runs."""
     path = os.path.join(folder, name)
     if name == "openvino":
         from keras_convnext.exporting.deploy import deploy
@@ -238,7 +243,7 @@ def export(name: str, case: Case, folder: str) -> None:
 
 
 def versions(name: str) -> dict[str, str]:
-    """Returns the versions of the packages that a contestant is made of."""
+    """Returns the versions of the packages that an implementation is made of."""
     packages = {"keras"} if is_ours(name) or name.startswith("keras.applications") else set()
     found = {}
     for module in (*_MODULES[name], *packages):
@@ -287,7 +292,7 @@ def peak_bytes() -> int:
     return units * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# What goes in.
+# Inputs.
 
 
 def pixels(case: Case) -> np.ndarray:
@@ -396,7 +401,7 @@ def _import_timm():
 
 
 def _declare_torchvision_operators() -> None:
-    """Lets a CUDA build of torchvision, the one that is published, be imported beside a CPU build of torch.
+    """Lets a CUDA build of torchvision, the one that is published, be imported with a CPU build of torch.
 
     Two of its operators are not registered then, and its import fails; ConvNeXt uses neither.
     """

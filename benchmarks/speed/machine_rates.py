@@ -1,7 +1,6 @@
-"""How much work a model is, by arithmetic, and how fast this machine does such work, by measurement.
+"""How fast this machine multiplies matrices and copies memory, measured with every library that is installed.
 
-Work is counted in multiply-adds of the convolutions and matrix products, which is what the papers and timm
-call FLOPs; one is two floating-point operations. Norms, activations and additions are not counted.
+`Rates.floor` divides the work that `keras_convnext.analysis.flops` counts by these rates.
 """
 
 import concurrent.futures
@@ -254,8 +253,10 @@ def _numpy(dtype: str) -> tuple[str, list[Way]]:
     return "cpu", ways
 
 
-# Not `python -m`, which imports the whole package, and Keras with it; see `worker.COMMAND`.
-_COMMAND = "import sys; sys.argv[0] = 'keras-convnext'; from benchmarks.speed import work; work.answer_call()"
+# See `worker.COMMAND`.
+_COMMAND = (
+    "import keras_convnext_main; from benchmarks.speed import machine_rates; machine_rates.answer_call()"
+)
 
 
 def call_in_process(
@@ -274,7 +275,7 @@ def call_in_process(
         What the function returned, as JSON gives it back.
 
     Raises:
-        turns.WorkerError: the process died; the message says what it said last.
+        alternating_runs.WorkerError: the process died; the message says what it said last.
     """
     worker = Worker(["-c", _COMMAND], implementations.environment(backend, threads))
     try:
@@ -284,7 +285,7 @@ def call_in_process(
 
 
 def answer_call() -> None:
-    """What the new process of `call_in_process` does."""
+    """Answers one call of `call_in_process`, in its new process."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # frameworks print
     call = json.loads(sys.stdin.readline())

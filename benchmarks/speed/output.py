@@ -1,4 +1,4 @@
-"""What the runs of stages, growth and start-up have in common: the lines on the machine, the files."""
+"""Output that stages, growth and start-up share: the lines on the machine, the files."""
 
 import argparse
 import csv
@@ -20,7 +20,7 @@ def begin(options: argparse.Namespace) -> dict[str, str]:
         report.check_output(options.output)
     where = machine() | {"threads": str(options.threads or "all")}
     if warning := busy_warning(where):
-        print(f"keras-convnext: {warning}", file=sys.stderr)
+        print(f"warning: {warning}", file=sys.stderr)
     return where
 
 
@@ -39,7 +39,7 @@ def end(
         options: of the command line: `output`, `json`, `rounds`, `seconds`.
         name: of the files, without suffix.
         where: what `begin` returned.
-        names: contestants that were measured, for the versions.
+        names: implementations that were measured, for the versions.
         tables: what is printed.
         rows: all numbers, by column.
         draw: writes the picture to a path.

@@ -1,4 +1,4 @@
-"""What is shown of measurements: tables as text and Markdown, a CSV file, a plot."""
+"""Measurements as tables in text and Markdown, a CSV file and a plot."""
 
 import csv
 import dataclasses
@@ -56,18 +56,18 @@ class Table:
 
 
 def case_table(measurements: Sequence[Measurement]) -> Table:
-    """Times of the contestants of one case, and how many times as fast as each peer ours are."""
+    """Times of the implementations of one case, and how many times as fast as each peer ours are."""
     peers = peer_labels(measurements)
     case = measurements[0].case
     rows, notes = [], []
     for found in measurements:
         if found.problem:
-            notes.append(f"{TITLES[found.contestant]}: {found.problem}")
+            notes.append(f"{TITLES[found.implementation]}: {found.problem}")
             continue
         ratios = ratios_of(found, measurements)
         rows.append(
             (
-                TITLES[found.contestant],
+                TITLES[found.implementation],
                 f"{milliseconds(found):.2f}",
                 f"{1000 / milliseconds(found):.2f}",
                 f"{_per_image(found, min):.2f}..{_per_image(found, max):.2f}",
@@ -78,7 +78,15 @@ def case_table(measurements: Sequence[Measurement]) -> Table:
         )
     return Table(
         case.title,
-        ("contestant", "ms/image", "images/s", "min..max", "peak MiB", "first s", *(f"x {p}" for p in peers)),
+        (
+            "implementation",
+            "ms/image",
+            "images/s",
+            "min..max",
+            "peak MiB",
+            "first s",
+            *(f"x {p}" for p in peers),
+        ),
         "<" + ">" * (5 + len(peers)),
         rows,
         tuple(notes),
@@ -94,35 +102,35 @@ def _per_image(found: Measurement, function) -> float:
     return 1000 * function(found.seconds) / found.case.batch
 
 
-def label(contestant: str) -> str:
+def label(implementation: str) -> str:
     """What a peer is called in columns and by --against: without its backend."""
-    return "openvino" if contestant == "openvino-timm" else contestant.partition(":")[0]
+    return "openvino" if implementation == "openvino-timm" else implementation.partition(":")[0]
 
 
 def peer_labels(measurements: Sequence[Measurement]) -> list[str]:
     """The peers that ran, each once, in their order."""
-    return list(dict.fromkeys(label(m.contestant) for m in measurements if _is_peer(m) and m.seconds))
+    return list(dict.fromkeys(label(m.implementation) for m in measurements if _is_peer(m) and m.seconds))
 
 
 def ratios_of(ours: Measurement, measurements: Sequence[Measurement]) -> dict[str, float]:
     """How many times as fast ours is, by peer; against keras.applications on the same backend only."""
     ratios = {}
     for peer in measurements:
-        backend = peer.contestant.partition(":")[2]
-        fits = peer.case == ours.case and backend in ("", ours.contestant)
-        if is_ours(ours.contestant) and _is_peer(peer) and fits and ours.seconds and peer.seconds:
-            ratios[label(peer.contestant)] = ratio(ours, peer)
+        backend = peer.implementation.partition(":")[2]
+        fits = peer.case == ours.case and backend in ("", ours.implementation)
+        if is_ours(ours.implementation) and _is_peer(peer) and fits and ours.seconds and peer.seconds:
+            ratios[label(peer.implementation)] = ratio(ours, peer)
     return ratios
 
 
 def _is_peer(found: Measurement) -> bool:
-    return not is_ours(found.contestant)
+    return not is_ours(found.implementation)
 
 
 def facts(found: Measurement, measurements: Sequence[Measurement]) -> dict:
-    """All that was measured of a contestant, for JSON."""
+    """All that was measured of an implementation, for JSON."""
     return {
-        "contestant": found.contestant,
+        "implementation": found.implementation,
         **dataclasses.asdict(found.case),
         "ms_per_image": milliseconds(found) if found.seconds else None,
         "images_per_second": 1000 / milliseconds(found) if found.seconds else None,
@@ -176,7 +184,7 @@ def write(
     Args:
         folder: made when it is not there.
         heading: lines on machine, versions and rounds.
-        machine: what `machine.machine` returns, for the CSV file.
+        machine: what `_environment.machine` returns, for the CSV file.
         groups: the measurements of each case.
         tables: what is printed.
     """
@@ -244,12 +252,12 @@ def plot(path: str | os.PathLike[str], groups: Sequence[Sequence[Measurement]]) 
 
 def _draw_case(axes, group: Sequence[Measurement]) -> None:
     times = [milliseconds(found) for found in group]
-    colours = [_OUR_COLOUR if is_ours(found.contestant) else _PEER_COLOUR for found in group]
+    colours = [_OUR_COLOUR if is_ours(found.implementation) else _PEER_COLOUR for found in group]
     places = range(len(group))
     axes.barh(places, times, color=colours)
-    axes.set_yticks(places, [TITLES[found.contestant] for found in group])
+    axes.set_yticks(places, [TITLES[found.implementation] for found in group])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.75 * max(times))  # room for what is written beside the bars
+    axes.set_xlim(0, 1.75 * max(times))  # room for the text next to the bars
     for place, found, time in zip(places, group, times, strict=True):
         ratios = ratios_of(found, group)
         text = ", ".join(f"{value:.2f} x {peer}" for peer, value in ratios.items())

@@ -1,4 +1,7 @@
-"""Where the time of a model goes, stage by stage, and the least it could be: `bench stages`."""
+"""Time of a model stage by stage, next to the least that this machine allows.
+
+python -m benchmarks.speed stages
+"""
 
 import argparse
 import dataclasses
@@ -31,18 +34,18 @@ class StageTime:
     """The time of one part of a model.
 
     Attributes:
-        contestant: backend.
+        implementation: backend.
         stage: "stem", "stage 1" .. "stage 4", "head" or "whole model".
         seconds: median over the rounds.
         depthwise_seconds: of this, the depthwise convolutions of all blocks; None where there are none.
-        floor_seconds: the least it could be, see `work.Rates.floor`; its two terms are
+        floor_seconds: the least it could be, see `machine_rates.Rates.floor`; its two terms are
         product_seconds: FLOPs / matmul rate, and
         copy_seconds: bytes / copy bandwidth.
         gflop: 1e9 floating-point operations.
         megabytes: 1e6 bytes that must move.
     """
 
-    contestant: str
+    implementation: str
     stage: str
     seconds: float
     depthwise_seconds: float | None
@@ -104,7 +107,7 @@ def table(
     Args:
         case: what to run, inference in "float32", "bfloat16" or "float16".
         backends: names of backends of Keras.
-        rates: what `work.measure_rates` returns for the case's dtype.
+        rates: what `machine_rates.measure_rates` returns for the case's dtype.
         rounds: turns of each stage; all of them have one before any has its second.
         seconds: about how long a turn lasts; it has three calls at least.
         threads: cores to use, None for all.
@@ -220,7 +223,7 @@ def as_table(found: Stages) -> Table:
     """What is printed."""
     rows = [
         (
-            TITLES[row.contestant],
+            TITLES[row.implementation],
             row.stage,
             f"{row.gflop:.3g}",
             f"{row.megabytes:.1f}",
@@ -234,7 +237,7 @@ def as_table(found: Stages) -> Table:
     problems = [f"{TITLES[backend]}: {reason}" for backend, reason in found.problems.items()]
     return Table(
         f"Stages of {found.case.title}",
-        ("contestant", "part", "GFLOP", "MB", "ms", "depthwise ms", "floor ms", "of the floor"),
+        ("implementation", "part", "GFLOP", "MB", "ms", "depthwise ms", "floor ms", "of the floor"),
         "<<" + 6 * ">",
         rows,
         (*found.footer, *problems),
@@ -242,10 +245,10 @@ def as_table(found: Stages) -> Table:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs `keras-convnext bench stages`.
+    """Runs `python -m benchmarks.speed stages`.
 
     Args:
-        options: what `compare.resolve` returns.
+        options: what `cases.resolve` returns.
 
     Returns:
         0, or 1 when no backend could run.

@@ -1,4 +1,7 @@
-"""From a new process to the first result, with weights in a local file: `keras-convnext bench startup`."""
+"""Start-up: seconds from a new process to the first result, with weights in a local file.
+
+python -m benchmarks.speed startup
+"""
 
 import argparse
 import dataclasses
@@ -78,7 +81,7 @@ def find_others(name, path=None, target=None):
 importlib.machinery.PathFinder.find_spec = find_others
 """
 _LIMIT = "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{threads}])\n"
-# As in contestants.py, where this is tried out; here it is known before the clock runs.
+# implementations.py finds out by trying; here it is known before the clock runs.
 _DECLARE = """\
 library = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
@@ -88,10 +91,10 @@ for name in ("nms", "qnms"):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a contestant took from nothing to its first result; medians over the rounds, in seconds.
+    """Times of an implementation from a new process to its first result; medians over the rounds, in seconds.
 
     Attributes:
-        contestant: "timm" or a backend.
+        implementation: "timm" or a backend.
         model: architecture.
         seconds: of each round: from the start of the process until the first result was known outside it.
         interpreter: of this, until Python runs the program's first line, and until its last was heard.
@@ -103,7 +106,7 @@ class Start:
         alone: whether packages that a plain installation lacks were hidden from it.
     """
 
-    contestant: str
+    implementation: str
     model: str
     seconds: tuple[float, ...] = ()
     interpreter: float = math.nan
@@ -195,7 +198,7 @@ def write_weights(model: str, path: str, image_size: int) -> None:
 
 
 def program(name: str, values: dict) -> str:
-    """The code of a contestant's process.
+    """The code of an implementation's process.
 
     Args:
         name: "timm" or a backend.
@@ -259,25 +262,25 @@ def ratio(ours: Start, peer: Start) -> float:
 
 def as_table(found: Sequence[Start]) -> Table:
     """What is printed: where the time goes, times timm's, the bar."""
-    peer = next((start for start in found if start.contestant == PEER), None)
+    peer = next((start for start in found if start.implementation == PEER), None)
     rows, notes = [], []
     for start in found:
         if start.problem:
-            notes.append(f"{TITLES[start.contestant]}: {start.problem}")
+            notes.append(f"{TITLES[start.implementation]}: {start.problem}")
             continue
         times = math.nan if peer is None else ratio(start, peer)
-        bar = BARS.get(start.contestant)
+        bar = BARS.get(start.implementation)
         cells = ("", "", "")
-        if not math.isnan(times) and start.contestant != PEER:
+        if not math.isnan(times) and start.implementation != PEER:
             verdict = "" if bar is None else "met" if times <= bar else "MISSED"
             cells = (f"{times:.2f}", "" if bar is None else f"<= {bar:g}", verdict)
         parts = (start.interpreter, start.imports, start.build, start.first, start.total)
         memory = f"{start.peak_bytes / 2**20:,.0f}" if start.peak_bytes else "-"
-        rows.append((TITLES[start.contestant], *(f"{part:.2f}" for part in parts), memory, *cells))
+        rows.append((TITLES[start.implementation], *(f"{part:.2f}" for part in parts), memory, *cells))
     return Table(
         f"{found[0].model}: seconds from a new process to the first image, weights in a local file, "
         + (ALONE if found[0].alone else INSTALLED),
-        ("contestant", "Python", "import", "build", "first", "total", "peak MiB", "x timm", "bar", ""),
+        ("implementation", "Python", "import", "build", "first", "total", "peak MiB", "x timm", "bar", ""),
         "<" + 8 * ">" + "<",
         rows,
         tuple(notes),
@@ -285,10 +288,10 @@ def as_table(found: Sequence[Start]) -> Table:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs `keras-convnext bench startup`.
+    """Runs `python -m benchmarks.speed startup`.
 
     Args:
-        options: what `compare.resolve` returns; batch, mode and dtype have no meaning here.
+        options: what `cases.resolve` returns; batch, mode and dtype have no meaning here.
 
     Returns:
         0, or 1 when no backend could run.
@@ -308,7 +311,7 @@ def run(options: argparse.Namespace) -> int:
             alone,
         )
         tables.append(as_table(found))
-        peer = next((start for start in found if start.contestant == PEER), Start(PEER, model))
+        peer = next((start for start in found if start.implementation == PEER), Start(PEER, model))
         for start in found:
             times = ratio(start, peer)
             each = json.dumps([round(seconds, 4) for seconds in start.seconds])
@@ -317,7 +320,7 @@ def run(options: argparse.Namespace) -> int:
             rows.append({key: _or_none(value) for key, value in row.items()})
     names = [*options.backends, *[PEER] * (PEER in options.against)]
     output.end(options, "startup", where, names, tables, rows)
-    return 0 if any(row["contestant"] != PEER and not row["problem"] for row in rows) else 1
+    return 0 if any(row["implementation"] != PEER and not row["problem"] for row in rows) else 1
 
 
 def _or_none(value: object) -> object:

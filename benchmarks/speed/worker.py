@@ -1,9 +1,9 @@
-"""The process of one contestant: builds its model, then runs steps when it is told to.
+"""The process of one implementation: it builds its model and runs steps when it is told to.
 
 It reads JSON lines from stdin and answers each with a line on what was stdout when it started; frameworks
-that print go to stderr. First line: {"contestant", "case", "threads", "folder", "export"}; with "export" true
-only the file of the contestant is written, {"exported": true}. Else the model is built, one step is run:
-{"ready": versions, "device"}. Then {"run": seconds} -> {"seconds": [of each step]}, {"peak": true} ->
+that print go to stderr. First line: {"implementation", "case", "threads", "folder", "export"}; with "export"
+true only the file of the implementation is written: {"exported": true}. Else the model is built and one step
+is run: {"ready": versions, "device"}. Then {"run": seconds} -> {"seconds": [of each step]}, {"peak": true} ->
 {"peak_bytes"}. Instead of any answer {"problem": why}, which is the last. The end of stdin ends it.
 """
 
@@ -20,12 +20,8 @@ from benchmarks.speed import implementations
 LEAST_STEPS = 3  # in a turn
 LONGEST_MESSAGE = 300  # characters of an error
 
-# Not `python -m`, which imports the whole package, and Keras with it, into the processes of the peers; under
-# this name the package imports nothing by itself.
-COMMAND = (
-    "import sys; sys.argv[0] = 'keras-convnext'; "
-    "from benchmarks.speed import worker; raise SystemExit(worker.main())"
-)
+# The entry module comes first: without it the package would import Keras into the processes of the peers.
+COMMAND = "import keras_convnext_main; from benchmarks.speed import worker; raise SystemExit(worker.main())"
 
 
 def main() -> int:
@@ -37,7 +33,7 @@ def main() -> int:
         print(json.dumps(facts), file=answers, flush=True)
 
     task = json.loads(sys.stdin.readline())
-    name, case = task["contestant"], implementations.Case(**task["case"])
+    name, case = task["implementation"], implementations.Case(**task["case"])
     if task["threads"] is not None:
         implementations.limit_threads(task["threads"])
     try:
@@ -69,7 +65,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _timed(step, seconds: float) -> list[float]:
-    """Seconds of each step, for about `seconds` in all, behind one that is not counted."""
+    """Seconds of each step, for about `seconds` in all, after one that is not counted."""
     step()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -80,10 +76,10 @@ def _timed(step, seconds: float) -> list[float]:
     return times
 
 
-def first_line(contestant: str, case, threads: int | None, folder: str, export: bool = False) -> dict:
+def first_line(implementation: str, case, threads: int | None, folder: str, export: bool = False) -> dict:
     """The line that tells a worker who it is."""
     return {
-        "contestant": contestant,
+        "implementation": implementation,
         "case": dataclasses.asdict(case),
         "threads": threads,
         "folder": folder,

@@ -100,7 +100,7 @@ def test_script_runs_through_on_a_cpu_and_goes_on_where_it_stopped(script):
     page = (folder / "gpu.md").read_text()
     assert "x timm" in page and "shifted products *" in page
     rows = list(csv.DictReader((folder / "gpu.csv").open()))
-    assert [row["contestant"] for row in rows] == ["jax", "timm"]
+    assert [row["implementation"] for row in rows] == ["jax", "timm"]
     assert [float(row["ms_per_image"]) > 0 for row in rows] == [True, True]
     assert float(rows[0]["times_timm"]) > 0 and rows[1]["times_timm"] == ""
     candidates = list(csv.DictReader((folder / "gpu_depthwise.csv").open()))

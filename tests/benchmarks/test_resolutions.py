@@ -1,4 +1,4 @@
-"""benchmarks/resolutions.py on digits for a second or two: cases, stems, table, and that it goes on."""
+"""benchmarks/resolutions.py on digits for a second or two: cases, stems, table, and that it resumes."""
 
 import csv
 import pathlib
@@ -20,7 +20,7 @@ def resolutions():
     return programs.load("resolutions")
 
 
-def test_it_measures_goes_on_and_refuses_other_settings(resolutions, tmp_path, capsys, monkeypatch):
+def test_it_measures_resumes_and_refuses_other_settings(resolutions, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(resolutions, "STEPS_BEFORE", 1)
     monkeypatch.setattr(resolutions, "STEPS_TIMED", 2)
 

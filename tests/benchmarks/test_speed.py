@@ -1,17 +1,29 @@
-"""`keras-convnext bench`: processes that take turns, peers that really run, tables, files, messages."""
+"""`python -m benchmarks.speed`: processes that take turns, peers that really run, tables, files, messages."""
 
 import csv
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import keras
 import psutil
 import pytest
 
-from benchmarks.speed import alternating_runs, cases, full_run, implementations, report, worker
+from benchmarks.speed import __main__ as program
+from benchmarks.speed import (
+    alternating_runs,
+    cases,
+    depthwise,
+    full_run,
+    implementations,
+    machine_rates,
+    report,
+    worker,
+)
 from benchmarks.speed.alternating_runs import Measurement, measure, measure_entries, ratio
 from benchmarks.speed.implementations import Case
 from keras_convnext import _environment
@@ -20,14 +32,39 @@ BACKEND = keras.backend.backend()
 SMALL = Case("test_convnext", batch=2, image_size=64)
 
 
-def measurement(contestant, seconds, case=SMALL, problem=""):
-    return Measurement(contestant, case, tuple(seconds), 2.0, 3 * 2**20, {"keras": "3"}, "cpu", problem)
+@pytest.fixture
+def run(capsys):
+    """Runs the program and returns (exit code, stdout, stderr)."""
+
+    def run(*words):
+        capsys.readouterr()
+        code = program.main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Runs the program, which must fail with code 2 and print one error alone, and returns the error."""
+
+    def refused(*words):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("python -m benchmarks.speed: error: ")
+        return err
+
+    return refused
+
+
+def measurement(implementation, seconds, case=SMALL, problem=""):
+    return Measurement(implementation, case, tuple(seconds), 2.0, 3 * 2**20, {"keras": "3"}, "cpu", problem)
 
 
 # Turns.
 
 
-def test_contestants_take_turns_and_each_gives_one_time_a_round():
+def test_implementations_take_turns_and_each_gives_one_time_a_round():
     shown = []
     ours, timm = measure(
         SMALL, [BACKEND, "timm"], rounds=2, seconds=0.05, on_progress=lambda *a: shown.append(a)
@@ -63,12 +100,12 @@ def test_our_model_runs_in_other_dtypes(dtype):
 @pytest.mark.once
 def test_what_a_framework_prints_does_not_reach_the_answers(monkeypatch):
     chatter = "import os; print('to stdout', flush=True); os.write(1, b'to file 1'); os.system('echo shell');"
-    loud = f"""import sys; sys.argv[0] = 'keras-convnext'
-from benchmarks.speed import contestants, worker
+    loud = f"""import keras_convnext_main
+from benchmarks.speed import implementations, worker
 def prepare(*arguments):
     {chatter}
     return lambda: print('step')
-contestants.prepare = prepare
+implementations.prepare = prepare
 raise SystemExit(worker.main())"""
     monkeypatch.setattr(worker, "COMMAND", loud)
     (found,) = measure(SMALL, ["timm"], rounds=2, seconds=0.01)
@@ -80,9 +117,9 @@ raise SystemExit(worker.main())"""
 def test_a_worker_that_is_killed_in_its_turn_is_a_row_and_the_others_go_on(monkeypatch):
     deadly = worker.COMMAND.replace(
         "raise",
-        "import os, signal; step = lambda: step.__dict__.update(n=step.__dict__.get('n', 0) + 1) or "
+        "import os, signal, sys; step = lambda: step.__dict__.update(n=step.__dict__.get('n', 0) + 1) or "
         "(step.n > 2 and os.kill(os.getpid(), signal.SIGKILL)); "
-        "worker.contestants.prepare = lambda name, *_: step if name == 'timm' else (lambda: None); raise",
+        "worker.implementations.prepare = lambda name, *_: step if name == 'timm' else (lambda: None); raise",
     )
     monkeypatch.setattr(worker, "COMMAND", deadly)
     dead, other = measure(SMALL, ["timm", "torch"], rounds=2, seconds=0.01)
@@ -102,9 +139,11 @@ def test_an_error_in_a_worker_is_its_row_and_a_crash_shows_its_last_words(monkey
         (found,) = measure(SMALL, ["timm"], rounds=1, seconds=0.01)
         return found.problem
 
-    error = "worker.contestants.prepare = lambda *_: (_ for _ in ()).throw(TypeError('\\x1b[1mno\\nsecond'))"
+    error = (
+        "worker.implementations.prepare = lambda *_: (_ for _ in ()).throw(TypeError('\\x1b[1mno\\nsecond'))"
+    )
     assert problem(error) == "TypeError: no"
-    crash = "print('out of oil', file=sys.stderr); sys.exit(7)"
+    crash = "import sys; print('out of oil', file=sys.stderr); sys.exit(7)"
     assert problem(crash) == "ended with exit code 7: out of oil"
 
 
@@ -136,7 +175,7 @@ def test_ctrl_c_ends_the_workers_and_the_command_with_130(run, monkeypatch):
 
     monkeypatch.setattr(alternating_runs.Worker, "__init__", noted)
     monkeypatch.setattr(cases.Progress, "show", lambda self, *a: interrupt(*a))
-    code, _, _ = run("bench", "test_convnext", "--backends", "torch", "--image-size", 64, "--rounds", 1)
+    code, _, _ = run("test_convnext", "--backends", "torch", "--image-size", 64, "--rounds", 1)
     assert code == 130
     assert [one.process.poll() for one in started] == [-signal.SIGKILL]
 
@@ -151,7 +190,7 @@ def test_a_ratio_is_the_median_over_the_rounds_of_pairs():
     assert ratio(ours, peer) == 1.5
 
 
-# Contestants.
+# Implementations.
 
 
 @pytest.mark.slow
@@ -160,8 +199,8 @@ def test_every_peer_runs():
     case = Case("convnext_tiny", batch=1, image_size=64)
     names = ["torchvision", "keras.applications:torch", "onnxruntime", "openvino-timm", "litert", "openvino"]
     found = measure(case, names, rounds=1, seconds=0.01)
-    assert {one.contestant: one.problem for one in found} == dict.fromkeys(names, "")
-    versions = {one.contestant: one.versions for one in found}
+    assert {one.implementation: one.problem for one in found} == dict.fromkeys(names, "")
+    versions = {one.implementation: one.versions for one in found}
     assert {"torchvision", "torch"} <= set(versions["torchvision"])
     assert "ai_edge_litert" in versions["litert"]
     assert "onnxruntime" in versions["onnxruntime"]
@@ -181,7 +220,7 @@ def test_every_peer_runs():
         ("timm", Case("convnext_tiny", "training", rematerialize=True), "does not rematerialise"),
     ],
 )
-def test_what_a_contestant_does_not_offer_is_said_without_starting_it(name, case, reason, monkeypatch):
+def test_what_a_implementation_does_not_offer_is_said_without_starting_it(name, case, reason, monkeypatch):
     monkeypatch.setattr(alternating_runs, "Worker", None)
     (found,) = measure(case, [name], rounds=1)
     assert found.problem == reason
@@ -200,18 +239,20 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 @pytest.mark.once
-def test_an_unknown_contestant_is_refused():
-    with pytest.raises(ValueError, match=r"Unknown contestant 'timm-compiled'\. Did you mean 'timm-compile'"):
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(
+        ValueError, match=r"Unknown implementation 'timm-compiled'\. Did you mean 'timm-compile'"
+    ):
         measure_entries([("timm-compiled", SMALL)])
 
 
 @pytest.mark.once
 def test_threads_limit_a_worker():
     code = (
-        "import sys; sys.argv[0] = 'keras-convnext'\n"
-        "from benchmarks.speed import contestants\n"
-        "contestants.limit_threads(1)\n"
-        "import json, torch; print(json.dumps({'cores': contestants.available_cores(), "
+        "import keras_convnext_main\n"
+        "from benchmarks.speed import implementations\n"
+        "implementations.limit_threads(1)\n"
+        "import json, torch; print(json.dumps({'cores': implementations.available_cores(), "
         "'torch': torch.get_num_threads()}))"
     )
     one = alternating_runs.Worker(["-c", code], implementations.environment("timm", 1))
@@ -252,7 +293,7 @@ def test_the_table_of_a_case_has_times_an_image_and_ratios_to_each_peer():
 
 @pytest.mark.once
 def test_csv_markdown_and_plot_are_written(tmp_path):
-    other = [measurement(one.contestant, one.seconds, Case("test_convnext", batch=1)) for one in group()]
+    other = [measurement(one.implementation, one.seconds, Case("test_convnext", batch=1)) for one in group()]
     where = _environment.machine() | {"threads": "all"}
     tables = [report.case_table(group())]
     report.write(tmp_path / "new", ["a heading"], where, [group(), other], tables)
@@ -260,7 +301,7 @@ def test_csv_markdown_and_plot_are_written(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 10
     ours, failed = rows[0], rows[1]
-    assert (ours["contestant"], ours["batch"], ours["ms_per_image"]) == ("torch", "2", "11")
+    assert (ours["implementation"], ours["batch"], ours["ms_per_image"]) == ("torch", "2", "11")
     assert (ours["times_timm"], ours["times_keras.applications"], ours["times_litert"]) == ("1", "2", "")
     assert (ours["seconds"], ours["versions"]) == ("0.020000 0.022000 0.024000", "keras==3")
     assert (failed["ms_per_image"], failed["problem"]) == ("", "TypeError: no")
@@ -322,14 +363,14 @@ def test_the_summary_says_met_missed_and_not_measured():
 @pytest.mark.once
 def test_the_command_prints_a_table_and_writes_files(run, tmp_path):
     words = ["--backends", "torch", "--batch", "1", "--image-size", "64", "--rounds", 2, "--seconds", 0.02]
-    code, out, _ = run("bench", "test_convnext", *words, "--output", tmp_path / "speed")
+    code, out, _ = run("test_convnext", *words, "--output", tmp_path / "speed")
     assert code == 0
     assert out.startswith("test_convnext, inference, batch 1, 64 pixels, float32\n")
     assert "ours, PyTorch" in out
     assert "x timm" in out
     assert "rounds: 2" in out
     assert (tmp_path / "speed" / "bench.png").exists()
-    code, out, _ = run("bench", "test_convnext", *words, "--json", "--against", "litert")
+    code, out, _ = run("test_convnext", *words, "--json", "--against", "litert")
     ours, litert = json.loads(out)["cases"][0]
     assert ours["ratios"] == {"litert": pytest.approx(litert["seconds"][0] / ours["seconds"][0], rel=5)}
     assert litert["problem"] == ""
@@ -356,7 +397,7 @@ def test_the_command_prints_a_table_and_writes_files(run, tmp_path):
     ],
 )
 def test_wrong_words_are_refused_with_what_was_expected(refused, words, message):
-    assert message in refused("bench", *words)
+    assert message in refused(*words)
 
 
 @pytest.mark.once
@@ -365,11 +406,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 ):
     monkeypatch.setattr(cases, "measure_entries", None)
     (tmp_path / "file").touch()
-    assert "file" in refused("bench", "test_convnext", "--backends", "torch", "--output", tmp_path / "file")
+    assert "file" in refused("test_convnext", "--backends", "torch", "--output", tmp_path / "file")
     monkeypatch.setattr(
         report.tempfile, "TemporaryFile", lambda dir: os.open(f"{dir}/no/folder", os.O_RDONLY)
     )
-    message = refused("bench", "test_convnext", "--backends", "torch", "--output", tmp_path)
+    message = refused("test_convnext", "--backends", "torch", "--output", tmp_path)
     assert f"Expected a folder that can be written, received {tmp_path}: No such file" in message
 
 
@@ -405,11 +446,11 @@ def test_the_standard_run_prints_its_cases_and_bars_and_writes_them(run, monkeyp
     )
     monkeypatch.setattr(cases, "measure_entries", fake)
     monkeypatch.setattr(full_run.startup, "table", lambda *a, **b: started)
-    monkeypatch.setattr(full_run.work, "measure_rates", lambda *a, **b: rates)
+    monkeypatch.setattr(full_run.machine_rates, "measure_rates", lambda *a, **b: rates)
     monkeypatch.setattr(full_run.stages, "table", lambda *a, **b: staged)
     monkeypatch.setattr(full_run.stages, "as_table", lambda found: report.Table("Stages", ("part",), "<", []))
     words = ["--backends", "torch", "--rounds", 2, "--output", tmp_path / "speed"]
-    code, out, _ = run("bench", "all", *words)
+    code, out, _ = run("all", *words)
     assert code == 0
     for case in (
         "convnext_tiny, inference, batch 1, 224 pixels, float32",
@@ -427,7 +468,51 @@ def test_the_standard_run_prints_its_cases_and_bars_and_writes_them(run, monkeyp
     assert verdicts["part of the floor, batch 8, stage 1: ours, PyTorch"] == ["0.7", "0.60", "MISSED"]
     assert (tmp_path / "speed" / "bench.png").exists()
     assert "What is claimed, and what was seen" in (tmp_path / "speed" / "table.md").read_text()
-    code, out, _ = run("bench", "all", *words[:4], "--json")
+    code, out, _ = run("all", *words[:4], "--json")
     facts = json.loads(out)
     assert len(facts["cases"]) == 7
     assert facts["stages"][0]["fraction"] == 0.6
+
+
+@pytest.mark.once
+def test_the_processes_of_peers_start_without_keras_from_any_folder(monkeypatch, tmp_path):
+    """All that the code of each kind of worker imports, but nothing of what it does then."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    environment = os.environ | implementations.environment("torch", None)
+    codes = (worker.COMMAND, depthwise.COMMAND, machine_rates._COMMAND)
+    imports = [code.rpartition("; ")[0] for code in codes]
+    for first, found in ((imports, "False\n"), (["import keras_convnext", *imports], "True\n")):
+        program = "; ".join([*first, "import sys; print('keras' in sys.modules)"])
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, found), done.stderr
+
+
+@pytest.mark.once
+def test_the_program_runs_in_a_folder_of_its_own_as_a_module(tmp_path):
+    words = ["test_convnext", "--backends", "torch", "--against", "", "--image-size", "32", "--batch", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed",
+        *words,
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--json",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(implementations.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((ours,),) = json.loads(done.stdout)["cases"]
+    assert (ours["implementation"], ours["problem"]) == ("torch", "")
+
+
+@pytest.mark.once
+def test_help_lists_every_word(capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in (*cases.WORDS, *implementations.AGAINST, *implementations.DTYPES))

@@ -1,4 +1,4 @@
-"""`keras-convnext bench depthwise`: candidates are compared before they are timed, and a table comes out."""
+"""`python -m benchmarks.speed depthwise`: candidates are compared before they are timed; the table."""
 
 import csv
 import dataclasses
@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+from benchmarks.speed import __main__ as program
 from benchmarks.speed import depthwise
 from benchmarks.speed.depthwise import Candidate, Row
 from keras_convnext import _environment
@@ -152,13 +153,12 @@ def test_table_says_what_is_used_and_what_is_missing():
     assert "1x4x4x3" in table.markdown()
 
 
-def test_command_prints_and_writes(run, tmp_path):
+def test_command_prints_and_writes(capsys, tmp_path):
     if BACKEND != "jax":
         pytest.skip("the command runs one process for each backend; one is enough")
-    code, out, err = run(
-        *("bench", "depthwise", "--backends", "jax", "--batch", "1", "--image-size", "32", "--rounds", "1"),
-        *("--seconds", "0.01", "--output", "speed"),
-    )
+    words = ["depthwise", "--backends", "jax", "--batch", "1", "--image-size", "32", "--rounds", "1"]
+    code = program.main([*words, "--seconds", "0.01", "--output", str(tmp_path / "speed")])
+    out, err = capsys.readouterr()
     assert code == 0, err
     assert "Depthwise convolution, jax on cpu, float32" in out and "shifted products *" in out
     rows = list(csv.DictReader((tmp_path / "speed" / "depthwise.csv").open()))
@@ -166,8 +166,9 @@ def test_command_prints_and_writes(run, tmp_path):
     assert "shifted products *" in (tmp_path / "speed" / "depthwise.md").read_text()
 
 
-def test_command_prints_json(run):
+def test_command_prints_json(capsys):
     if BACKEND != "torch":
         pytest.skip("as above")
-    code, out, err = run("bench", "depthwise", "--backends", "torch", "--dtype", "int8", "--json")
-    assert (code, out) == (2, "") and "Unknown dtype 'int8' of the candidates" in err
+    assert program.main(["depthwise", "--backends", "torch", "--dtype", "int8", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Unknown dtype 'int8' of the candidates" in err

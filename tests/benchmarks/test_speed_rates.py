@@ -1,4 +1,4 @@
-"""The work of a model by arithmetic, the rates of the machine, and the runs that set times beside these."""
+"""The work of a model by arithmetic, the rates of the machine, and the runs that compare times with these."""
 
 import argparse
 import csv
@@ -297,11 +297,11 @@ def test_what_grows_faster_than_its_work_is_marked(monkeypatch, options, capsys,
     printed = capsys.readouterr().out
     assert "Growth with batch" in printed
     rows = rows_of(tmp_path / "speed" / "growth.csv")
-    ours = [row for row in rows if row["contestant"] == options.backends[0]]
+    ours = [row for row in rows if row["implementation"] == options.backends[0]]
     marks = {(row["series"], row["batch"], row["image_size"]): row["mark"] for row in ours}
     assert marks["batch", "1", "64"] == growth.SLOWER
     assert marks["batch", "512", "64"] == ""
-    peers = [row for row in rows if row["contestant"] == "timm"]
+    peers = [row for row in rows if row["implementation"] == "timm"]
     assert all("SIGKILL" in row["problem"] and row["ms_per_image"] == "" for row in peers)
     # Killed at every size: halved until one image is left.
     assert {row["batch"] for row in peers if row["series"] == "image size"} == {"1"}
@@ -375,7 +375,7 @@ def test_start_up_is_measured_from_outside(options, capsys, tmp_path):
     assert "seconds from a new process to the first image" in capsys.readouterr().out
     rows = rows_of(tmp_path / "speed" / "startup.csv")
     backend = keras.backend.backend()
-    assert [(row["contestant"], row["alone"]) for row in rows] == [
+    assert [(row["implementation"], row["alone"]) for row in rows] == [
         ("timm", "False"), (backend, "False"), ("timm", "True"), (backend, "True"),
     ]  # fmt: skip
     for row in rows:

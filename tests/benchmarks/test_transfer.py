@@ -1,4 +1,4 @@
-"""benchmarks/transfer.py on a handful of digits: its parts, its steps, its table, and that it goes on."""
+"""benchmarks/transfer.py on a handful of digits: its parts, its steps, its table, and that it resumes."""
 
 import csv
 import pathlib
@@ -53,7 +53,7 @@ def test_each_seed_has_its_own_split_and_small_parts_lie_in_large_ones(transfer)
     assert sorted(np.unique(labelled.labels)) == sorted({few.labels[0], few.labels[-1]})
 
 
-def test_it_measures_goes_on_and_refuses_other_settings(transfer, weights, tmp_path, capsys):
+def test_it_measures_resumes_and_refuses_other_settings(transfer, weights, tmp_path, capsys):
     words = [tmp_path / "out", "--weights", weights, "--data", f"digits={DIGITS}", "--limit", "80"]
     words += ["--seeds", "2", "--epochs", "1", "--least-steps", "2"]
 
