@@ -3,7 +3,34 @@
 import argparse
 import dataclasses
 
-from keras_convnext.cli.shared import import_quietly, print_json, print_lines
+from keras_convnext.cli.shared import import_quietly, positive_integer, print_json, print_lines
+
+_PREPARE_EXAMPLES = """examples:
+  keras-convnext prepare imagenet/ prepared/
+  keras-convnext prepare imagenet/ prepared/ --split validation --shards 64 --verify
+  keras-convnext prepare flowers/ prepared/
+
+Writes shuffled TFRecord files of about 150 MB, with the encoded images as they are, and an index. The same
+command goes on after an interruption, and repairs damaged files."""
+
+
+def prepare_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `prepare`."""
+    parser.set_defaults(run=prepare_command)
+    parser.epilog = _PREPARE_EXAMPLES
+    parser.add_argument("source", metavar="SOURCE", help="what evaluate takes as --data")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write to")
+    parser.add_argument("--split", metavar="NAME", help="default all")
+    parser.add_argument("--labels", metavar="FILE", help="'file,label' lines for a folder without classes")
+    parser.add_argument(
+        "--shards", type=positive_integer, metavar="N", help="files of a split, default by size"
+    )
+    parser.add_argument(
+        "--workers", type=positive_integer, metavar="N", help="threads, default one a processor"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
+    parser.add_argument("--verify", action="store_true", help="read all back and compare")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def prepare_command(options: argparse.Namespace) -> int:
@@ -37,6 +64,27 @@ def prepare_command(options: argparse.Namespace) -> int:
         lines.append(("verified", "every file has the SHA-256 of the manifest"))
     print_lines(summary.output, lines)
     return 0
+
+
+_LOOK_EXAMPLES = """examples:
+  keras-convnext look flowers/ sheet.png
+  keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3"""
+
+
+def look_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `look`."""
+    parser.set_defaults(run=look_command)
+    parser.epilog = _LOOK_EXAMPLES
+    parser.add_argument("data", metavar="DATA", help="what evaluate takes as --data")
+    parser.add_argument("output", metavar="OUTPUT", help="the PNG to write")
+    parser.add_argument("--split", metavar="NAME", help="train, validation; needed where there are several")
+    parser.add_argument(
+        "--policy",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="NAME",
+        help="RandAugment, AutoAugment or TrivialAugment, default rand-m9-mstd0.5-inc1",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the batch, default 0")
 
 
 def look_command(options: argparse.Namespace) -> int:

@@ -6,9 +6,72 @@ import pathlib
 import sys
 
 from keras_convnext.cli.predict import read_labels
-from keras_convnext.cli.shared import complain, import_quietly, names_file, print_json, print_table
+from keras_convnext.cli.shared import (
+    complain,
+    import_quietly,
+    names_file,
+    positive_batch_size,
+    positive_integer,
+    print_json,
+    print_table,
+)
 from keras_convnext.cli.weights import size_text
 from keras_convnext.data import class_names
+
+_EXPORT_EXAMPLES = """examples:
+  keras-convnext export convnext_tiny.fb_in1k tiny.tflite --precision dynamic_int8
+  keras-convnext export my_leaves.keras leaves.onnx
+  keras-convnext export my_leaves.safetensors leaves.tflite --precision int8 --calibration leaves/
+  keras-convnext export convnext_tiny.fb_in1k exported/ --format litert,onnx --precision all --report report/
+
+MODEL is a tag, an architecture or a file. The file's suffix tells the format: .tflite (LiteRT), .onnx, .xml
+(OpenVINO), .pt2 (PyTorch), none for a SavedModel. Several formats or precisions, or "all", go to a folder.
+Every file takes pixels in 0..255 in the order N, H, W, C, and is run and compared with the model before it is
+kept. --calibration is a folder of images or a data set; by default, crops of three photographs."""
+
+
+def export_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `export`."""
+    parser.set_defaults(run=export_command)
+    parser.epilog = _EXPORT_EXAMPLES
+    parser.add_argument("model", metavar="MODEL", help="tag, architecture, weight file or .keras file")
+    parser.add_argument("output", metavar="OUTPUT", help="the file, or a folder for several")
+    parser.add_argument(
+        "--format",
+        metavar="NAMES",
+        help="saved_model, litert, onnx, openvino, torch, or all; default by suffix",
+    )
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        metavar="NAMES",
+        help="float32, float16, dynamic_int8, int8, or all; default float32",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_batch_size,
+        default="default",
+        metavar="N",
+        help="images in a call, or any; default 1 for LiteRT, any for the others",
+    )
+    parser.add_argument(
+        "--image-size", type=positive_integer, metavar="N", help="pixels, default the weights' own"
+    )
+    parser.add_argument(
+        "--calibration", metavar="PATH", help="images for the check and for int8, default three photographs"
+    )
+    parser.add_argument("--labels", metavar="FILE", help="text file with the name of a class in each line")
+    parser.add_argument("--logits", action="store_true", help="leave out the softmax")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="difference allowed, in times of the largest output; default by precision",
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not run what was written")
+    parser.add_argument("--report", metavar="DIR", help="folder for a table and a picture")
+    parser.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def export_command(options: argparse.Namespace) -> int:
@@ -91,6 +154,29 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
             targets.append((format, precision, output / f"{stem}_{precision}{suffix}"))
     output.mkdir(parents=True, exist_ok=True)
     return targets
+
+
+_PAGE_EXAMPLES = """examples:
+  keras-convnext export convnext_atto.d2_in1k atto.onnx
+  keras-convnext page atto.onnx atto.html
+  keras-convnext page leaves.onnx leaves.html --runtime onnxruntime-web-1.30.0.tgz
+
+MODEL is a .onnx file that `keras-convnext export` wrote, with its .metadata.json beside it. OUTPUT is one
+file with the model and all it needs to run: open it with a double click, offline too, and drop a picture on
+it, or put it on a server of static files. npm fetches ONNX Runtime Web at the first use; without npm, pass
+--runtime what `npm pack` wrote on another machine."""
+
+
+def page_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `page`."""
+    parser.set_defaults(run=page_command)
+    parser.epilog = _PAGE_EXAMPLES
+    parser.add_argument("model", metavar="MODEL", help=".onnx file that export wrote")
+    parser.add_argument("output", metavar="OUTPUT", help="the .html file")
+    parser.add_argument(
+        "--runtime", metavar="DIR", help="onnxruntime-web as a folder or a .tgz file; default by npm, once"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
 
 
 def page_command(options: argparse.Namespace) -> int:

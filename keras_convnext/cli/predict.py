@@ -10,8 +10,52 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext.cli.shared import DEFAULT_MODEL, PROGRESS_FROM_IMAGES, import_quietly, note, print_json
+from keras_convnext.cli.shared import (
+    DEFAULT_MODEL,
+    PROGRESS_FROM_IMAGES,
+    import_quietly,
+    note,
+    positive_integer,
+    print_json,
+)
 from keras_convnext.data import class_names, preprocess
+
+_PREDICT_EXAMPLES = """examples:
+  keras-convnext predict cat.jpg
+  keras-convnext predict photographs/ --model convnext_tiny.fb_in22k_ft_in1k_384 --top 3 --json
+  keras-convnext predict cat.jpg --weights convnext_tiny_in1k.safetensors
+  keras-convnext predict leaf.jpg --weights my_leaves.keras --labels leaves.txt
+
+Without --model, a file given by --weights says itself which architecture it is, and how images are resized
+where it was written by training; else they are as for that architecture's ImageNet weights. A .keras file
+brings its own image size; it must take pixels in 0..255. Without --labels the names of the
+classes are looked for beside the file: my_leaves.labels.txt."""
+
+
+def predict_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `predict`."""
+    parser.set_defaults(run=predict_command)
+    parser.epilog = _PREDICT_EXAMPLES
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched for images"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="TAG",
+        help=f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds",
+    )
+    parser.add_argument("--weights", metavar="FILE", help="weight file, or a .keras model, to use instead")
+    parser.add_argument(
+        "--top", type=positive_integer, default=5, metavar="N", help="classes an image, default 5"
+    )
+    parser.add_argument(
+        "--image-size", type=positive_integer, metavar="N", help="pixels, default the weights' own"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_integer, default=8, metavar="N", help="images, default 8"
+    )
+    parser.add_argument("--labels", metavar="FILE", help="text file with the name of a class in each line")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def predict_command(options: argparse.Namespace) -> int:

@@ -70,10 +70,12 @@ def licence_text(licence: str) -> str:
 def import_quietly(*modules: str) -> None:
     """Imports modules without the start-up lines of TensorFlow, which none of its settings silences.
 
-    Those of this package import Keras, whose backend is chosen before.
+    Those of this package import Keras: its backend is chosen first, and all classes of the package are
+    registered, since a .keras file may name any of them.
     """
     if any(module.startswith("keras_convnext.") for module in modules):
         _environment.choose_backend()
+        modules = ("keras_convnext._registered", *modules)
     # Its advice on retracing is for whoever wrote the program.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     with _terminal.silenced():

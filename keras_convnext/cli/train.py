@@ -4,12 +4,56 @@ import argparse
 import dataclasses
 import os
 
-from keras_convnext.cli.shared import complain, import_quietly, print_json, print_lines, recipe_overrides
+from keras_convnext.cli.shared import (
+    complain,
+    import_quietly,
+    positive_integer,
+    print_json,
+    print_lines,
+    recipe_overrides,
+)
+
+_TRAIN_EXAMPLES = """examples:
+  keras-convnext train recipes/smoke.toml --out runs/smoke
+  keras-convnext train fine_tune --data flowers/ --out runs/flowers --set epochs=10
+  keras-convnext train fine_tune --data flowers/ --out runs/head --set trainable=head
+  keras-convnext train fine_tune --data flowers/ --out runs/flowers --distribute data_parallel
+  keras-convnext train --list
+
+RECIPE is a TOML file or the name of a published recipe. --data is a folder of class folders, ImageNet's tars,
+a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. The same command goes on
+where it was stopped, by Ctrl-C, by SIGTERM, by a kill or a reboot. DIR holds log.csv, curves.png,
+tensorboard/, recipe.toml, checkpoints/, the best and the final weights: `keras-convnext predict --weights
+DIR/final.safetensors photo.jpg` uses them. KERAS_BACKEND chooses tensorflow, jax or torch."""
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `train`."""
+    parser.set_defaults(run=train_command)
+    parser.epilog = _TRAIN_EXAMPLES
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="TOML file, or a published name")
+    parser.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value of the recipe; repeatable",
+    )
+    parser.add_argument(
+        "--distribute",
+        metavar="ENGINE",
+        help="how a step is divided among devices; short for --set distribution.engine=ENGINE",
+    )
+    parser.add_argument("--workers", type=positive_integer, metavar="N", help="threads that make the batches")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--list", action="store_true", help="list the published recipes")
 
 
 def train_command(options: argparse.Namespace) -> int:
     """Trains a model by a recipe, or goes on with an interrupted run."""
-    from keras_convnext.training import failure, recipe_files, run_state, trainer
+    from keras_convnext.training import recipe_files
 
     if options.list:
         print("\n".join(recipe_files.known_recipes()))
@@ -19,6 +63,7 @@ def train_command(options: argparse.Namespace) -> int:
     # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import_quietly("keras_convnext.training.trainer", "tensorflow")
+    from keras_convnext.training import failure, run_state, trainer
 
     overrides = recipe_overrides(options.set)
     if options.distribute is not None:
@@ -51,6 +96,43 @@ def train_command(options: argparse.Namespace) -> int:
     lines.append(("curves", result.folder / run_state.CURVES_FILE))
     print_lines(f"{options.recipe}: {result.folder}", lines)
     return 0
+
+
+_PLAN_EXAMPLES = """examples:
+  keras-convnext plan imagenet1k_convnext_tiny --devices 64xh100 --set accumulation_steps=1
+  keras-convnext plan imagenet22k_convnext_xlarge --devices 16xa100-40 --set precision=mixed_bfloat16
+  keras-convnext plan recipes/smoke.toml --devices 8xcpu --engine model_parallel --json
+
+Nothing is trained or built: all is counted from the architecture. DEVICES are a number and a name: h100,
+h200, a100-40, a100-80, v100, l4, rtx4090, tpu-v3, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, cpu. Memory is what a
+step holds at its peak, without the framework and its libraries (measured on a CPU: benchmarks/memory.md).
+Time is a rough bound from the makers' peak figures, of which --fraction is taken; it was not measured on any
+of these devices. KERAS_BACKEND chooses whose program is counted."""
+
+
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `plan`."""
+    parser.set_defaults(run=plan_command)
+    parser.epilog = _PLAN_EXAMPLES
+    parser.add_argument("recipe", metavar="RECIPE", help="TOML file, or a published name")
+    parser.add_argument(
+        "--devices", required=True, metavar="DEVICES", help="number and name, such as 64xh100; see below"
+    )
+    parser.add_argument(
+        "--engine", metavar="ENGINE", help="short for --set distribution.engine=ENGINE; default the recipe's"
+    )
+    parser.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value of the recipe; repeatable",
+    )
+    parser.add_argument(
+        "--fraction", type=float, default=0.4, metavar="X", help="of the peak figures, default 0.4"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def plan_command(options: argparse.Namespace) -> int:

@@ -23,6 +23,30 @@ from keras_convnext.weights import catalog, layouts, locate, safetensors_files
 from keras_convnext.weights.preprocessing_metadata import ImageDescription
 from keras_convnext.weights.published import Checkpoint
 
+_LIST_EXAMPLES = """examples:
+  keras-convnext list
+  keras-convnext list "convnextv2_*" --classes 1000 --image-size 384
+  keras-convnext list convnext_tiny --commercial --downloadable
+  keras-convnext list --architectures"""
+
+
+def list_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `list`."""
+    parser.set_defaults(run=list_command)
+    parser.epilog = _LIST_EXAMPLES
+    parser.add_argument(
+        "architecture", nargs="?", metavar="ARCHITECTURE", help='name, or a pattern such as "convnextv2_*"'
+    )
+    parser.add_argument("--classes", type=int, metavar="N", help="width of the classifier, 0 for none")
+    parser.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
+    parser.add_argument("--licence", metavar="ID", help="licence identifier, such as apache-2.0")
+    parser.add_argument("--commercial", action="store_true", help="only licences that allow commercial use")
+    parser.add_argument("--downloadable", action="store_true", help="only files with a known address")
+    parser.add_argument(
+        "--architectures", action="store_true", help="the architectures of these files instead"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
 
 def list_command(options: argparse.Namespace) -> int:
     """Prints the table of weight files, or of architectures, that meet the given conditions."""
@@ -80,6 +104,20 @@ def list_command(options: argparse.Namespace) -> int:
     return 0
 
 
+_INFO_EXAMPLES = """examples:
+  keras-convnext info convnext_tiny
+  keras-convnext info convnext_tiny.fb_in22k_ft_in1k_384
+  keras-convnext info my_weights.safetensors --json"""
+
+
+def info_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `info`."""
+    parser.set_defaults(run=info_command)
+    parser.epilog = _INFO_EXAMPLES
+    parser.add_argument("name", metavar="NAME|FILE", help="architecture, tag, or path of a weight file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def info_command(options: argparse.Namespace) -> int:
     """Prints all that the tables say of an architecture or a tag, or what a weight file holds."""
     name = options.name
@@ -100,6 +138,34 @@ def info_command(options: argparse.Namespace) -> int:
         return 0
     print_lines(name, lines)
     return 0
+
+
+_CONVERT_EXAMPLES = """examples:
+  keras-convnext convert convnext_tiny_1k_224_ema.pth tiny.safetensors --layout timm
+  keras-convnext convert convnext_tiny.fb_in1k tiny.pth
+  keras-convnext convert tiny.safetensors tiny.keras"""
+
+
+def convert_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the examples of `convert`."""
+    parser.set_defaults(run=convert_command)
+    parser.epilog = _CONVERT_EXAMPLES
+    parser.add_argument("source", metavar="SOURCE", help="weight file, or a tag to download")
+    parser.add_argument(
+        "target", metavar="TARGET", help=".safetensors, .pth, .pt, .bin, .keras or .weights.h5"
+    )
+    parser.add_argument(
+        "--layout",
+        default="official",
+        metavar="NAME",
+        help=f"names and shapes to write: {', '.join(layouts.WRITABLE_LAYOUTS)}; default official",
+    )
+    parser.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="refuse a source of another architecture; a tag also sets the normaliser of a .keras target",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing TARGET")
 
 
 def convert_command(options: argparse.Namespace) -> int:
