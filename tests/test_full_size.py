@@ -1,4 +1,4 @@
-"""Base, V2 Base and XLarge at full size against timm: slow, run by `make test-slow`."""
+"""Base, V2 Base and XLarge at full size against timm: second tier."""
 
 import keras
 import peers

@@ -2,9 +2,9 @@
 
 Deep architectures are compared at reduced depth here, and some at full size in test_full_size.py. A Keras
 model of each is compiled once for the whole file; a case loads its file with the package's own `load`, and
-lends its weights to the compiled model. Every architecture is compared with timm on every backend; the other
-layouts of the widest ones by default on PyTorch only, where it takes a third of the time, and on all three
-with the slow tests.
+lends its weights to the compiled model. Every architecture is compared on every backend, with timm or, where
+timm has none, with the official code. Other layouts of it are compared on PyTorch, where nothing is compiled,
+and on all three in the second tier: a layout changes names and shapes in NumPy, not arithmetic.
 """
 
 import dataclasses
@@ -29,13 +29,11 @@ TOLERANCE = 2e-5
 CLASSES = 11
 SIZE = (64, 64)
 
-WIDE = ("large", "xlarge", "huge", "large_mlp", "xxlarge")
-
 
 def every(*names):
-    """Parameters of a test, the widest marked slow except on PyTorch."""
+    """Parameters of a test of layouts: second tier but on PyTorch, or where no other test has the name."""
     slow = () if keras.backend.backend() == "torch" else pytest.mark.slow
-    return [pytest.param(name, marks=slow if name.split("_", 1)[-1] in WIDE else ()) for name in names]
+    return [pytest.param(name, marks=() if "isotropic" in name else slow) for name in names]
 
 
 PATCH = ("tiny", "small", "base", "large")
@@ -290,7 +288,7 @@ def test_open_clip_image_tower(name, tmp_path):
     check(result, maps, peer(torch_images()) - peer.head.fc.bias)
 
 
-@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize("prefix", every("", "backbone."))
 @torch.no_grad()
 def test_detection_backbone_with_per_level_norms(prefix, tmp_path):
     name = "convnext_tiny"
@@ -319,7 +317,9 @@ def test_detection_backbone_with_per_level_norms(prefix, tmp_path):
         assert peers.relative_error(result[f"P{level + 2}"], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["save .h5", "save_weights .weights.h5", "save .keras", "without top"])
+@pytest.mark.parametrize(
+    "kind", ["save .h5", *every("save_weights .weights.h5", "save .keras", "without top")]
+)
 def test_keras_applications(kind, tmp_path):
     name = "convnext_tiny"
     peer, top = keras_applications_model("tiny", kind != "without top")
