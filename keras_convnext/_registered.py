@@ -2,4 +2,4 @@
 
 from keras_convnext import convnext, models  # noqa: F401
 from keras_convnext.exporting import deploy  # noqa: F401
-from keras_convnext.training import distillation, optimizer  # noqa: F401
+from keras_convnext.training import distillation, optimizer, schedule  # noqa: F401

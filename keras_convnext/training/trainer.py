@@ -26,6 +26,7 @@ import keras
 import numpy as np
 
 from keras_convnext.conversion import save_weights
+from keras_convnext.data.faults import MAX_FAULT_SHARE, Faults
 from keras_convnext.data.index import Source
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import classification, forward, result_columns
@@ -253,9 +254,9 @@ class _Run:
         self.images = images
         self.workers = workers
         # All are allowed to the pipeline, whose own error would come wrapped in TensorFlow's.
-        self.faults = {"train": batches.Faults(training, max_share=1.0)}
+        self.faults = {"train": Faults(training, max_share=1.0)}
         if validation is not None:
-            self.faults["validation"] = batches.Faults(validation, max_share=1.0)
+            self.faults["validation"] = Faults(validation, max_share=1.0)
         self.progress = logs.Progress(
             recipe.epochs, plan.steps_per_epoch, recipe.batch_size, quiet=not (progress and folder)
         )
@@ -528,9 +529,9 @@ class _Run:
     def _check_faults(self, split: str) -> None:
         """Stops when too many images of a split cannot be decoded, with a list of them in the folder."""
         faults = self.faults[split]
-        if len(faults) > self.batches.MAX_FAULT_SHARE * len(faults.source):
+        if len(faults) > MAX_FAULT_SHARE * len(faults.source):
             self._write_faults()
-            faults.max_share = self.batches.MAX_FAULT_SHARE
+            faults.max_share = MAX_FAULT_SHARE
             faults.check()
 
     def _write_faults(self) -> None:
