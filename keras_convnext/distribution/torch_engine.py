@@ -44,7 +44,7 @@ def join() -> watchdog.Group:
 
 
 def _place() -> tuple[int, int]:
-    """Number of this process, and of all."""
+    """Returns the rank of this process, and the number of all."""
     environment = os.environ
     count = _integer("WORLD_SIZE") if environment.get("WORLD_SIZE") else 1
     if count == 1:
@@ -138,7 +138,7 @@ class TorchEngine(Engine):
 class _Replica:
     """The training step of a model in one process of many; takes the place of the model's own.
 
-    `fit` goes on to call `train_step`, and this the model, whose forward pass goes through
+    `fit` calls `train_step`, and this the model, whose forward pass goes through
     `DistributedDataParallel`: that averages the gradients over the processes in buckets, each as soon as the
     backward pass has it, so before the optimizer accumulates, unscales or clips them. Then the sums
     that loss and metrics are made of are averaged, and `fit` reports those of the whole batch.
@@ -152,7 +152,7 @@ class _Replica:
         model.train_step, model.forward = self.train_step, self.forward
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        if self.parallel is None:  # not before: it compares shapes, and tells people nothing of use
+        if self.parallel is None:  # not before: it compares shapes, and its message does not help
             self.parallel = torch.nn.parallel.DistributedDataParallel(
                 _Pass(self.own_forward, self.model.trainable_variables), gradient_as_bucket_view=True
             )

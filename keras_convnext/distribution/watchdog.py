@@ -1,4 +1,4 @@
-"""The processes of one run: what they tell each other, and what the others do when one ends.
+"""Process group with a watchdog: gathers small values and ends all processes when one is lost.
 
 Process 0 listens, each other one has two connections to it: one for the calls of the main thread, one for a
 thread on both sides that sends a pulse. When a process ends, its connections close, and the others end within
@@ -39,8 +39,8 @@ class Group:
 
     Attributes:
         process: int, number of this one, from 0.
-        names: of all processes, for people: "process 1 (host, 4711)".
-        advice: function without arguments to a sentence for people, added when another process is lost.
+        names: of all processes, as messages have them: "process 1 (host, 4711)".
+        advice: function without arguments to the sentence that is printed when another process is lost.
     """
 
     def __init__(self, process: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
@@ -54,11 +54,11 @@ class Group:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is the process that writes files and talks to people."""
+        """Whether this is the process that writes files and prints."""
         return self.process == 0
 
     def set_advice(self, advice: Callable[[], str]) -> None:
-        """Sets what people are told, after which process was lost."""
+        """Sets the advice that is printed after the name of a lost process."""
         if self._watch is not None:
             self._watch.advice = advice
 
@@ -93,8 +93,8 @@ class Group:
         """Leaves the group, so that the others do not take the end of this process for a loss.
 
         Args:
-            failure: why the run cannot go on, for the messages of the others, which end too. "" when they end
-                by themselves.
+            failure: why the run ends, for the messages of the others, which end too. "" when they end by
+                themselves.
         """
         if self._watch is not None:
             self._watch.leave(failure)
@@ -115,6 +115,15 @@ class Group:
         for call in self._calls.values():
             call.send_bytes(content)
         return content
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Leaves the group, and tells the others why where this process fails."""
+        if error is not None:
+            self.wait_for_word()
+        self.close("" if error is None else f"{type(error).__name__}: {error}")
 
     @contextlib.contextmanager
     def _lost_is_told(self) -> Iterator[None]:
