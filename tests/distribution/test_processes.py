@@ -1,4 +1,7 @@
-"""Several processes of one run: what they share, how they end, and that JAX trains on them as on one."""
+"""Several processes of one run: what they share, how they end, and that JAX trains on them as on one.
+
+In the first tier are the group alone and what needs no other process; the runs of several processes are slow.
+"""
 
 import json
 import multiprocessing
@@ -109,8 +112,13 @@ def end_one(group, which, how):
     ("which", "how", "message"),
     [
         (1, "kill", r"process 1 \(.*\) of 3 has ended\. Start again\."),
-        (0, "kill", r"process 0 \(.*\) of 3 has ended\. Start again\."),
-        (2, "raise", r"process 2 \(.*\) of 3 stopped: ValueError: no such image\. Start again\."),
+        pytest.param(0, "kill", r"process 0 \(.*\) of 3 has ended\. Start again\.", marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            "raise",
+            r"process 2 \(.*\) of 3 stopped: ValueError: no such image\. Start again\.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_others_end_when_one_is_lost(which, how, message, capfd):
@@ -130,6 +138,7 @@ def stop_one(group):
     time.sleep(50)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_a_silent_process_is_lost(monkeypatch, capfd):
     """Its machine has no power, or the network is cut: no connection closes."""
@@ -225,8 +234,9 @@ def one(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @jax_only
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 4])
 def test_processes_train_as_one_does(one, size):
     """Drop path, mixing, erasing, accumulation, layer decay, clipping and EMA are on."""
     name = f"of_{size}"
@@ -240,6 +250,7 @@ def test_processes_train_as_one_does(one, size):
     assert scores["val_top1"] == wanted["val_top1"] and scores["ema_val_top5"] == wanted["ema_val_top5"]
 
 
+@pytest.mark.slow
 @jax_only
 def test_halves_of_a_kernel_in_the_wrong_places_would_be_noticed(one):
     shutil.copytree(one / "one", one / "wrong")
@@ -260,8 +271,9 @@ def test_pairs_of_devices_in_two_processes_divide_kernels_and_write_whole_ones(o
         np.testing.assert_allclose(array, wanted, atol=1e-5 * max(np.abs(wanted).max(), 1e-6))
 
 
+@pytest.mark.slow
 @jax_only
-@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(one, which):
     folder = one / f"killed_{which}"
     commands = [command_of(folder, checkpoint_minutes=0.01)] * 2
@@ -299,6 +311,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(one):
     assert max(int(path.name[5:13]) for path in (folder / "checkpoints").glob("step-*")) == int(step)
 
 
+@pytest.mark.slow
 @jax_only
 def test_processes_with_other_recipes_are_refused_at_the_start(tmp_path):
     commands = [command_of(tmp_path / "run"), command_of(tmp_path / "run", learning_rate=0.1)]
