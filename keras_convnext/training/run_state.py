@@ -184,4 +184,4 @@ def result(
 ) -> TrainingResult:
     weights = folder / FINAL_WEIGHTS[0 if recipe.ema_decay else 1]
     seconds = time.monotonic() - begin
-    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.process)
+    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.rank)

@@ -280,7 +280,7 @@ class _Run:
         return self.batches.eval_batches(
             source,
             batch_size=self.engine.share(self.engine.filled(min(self.plan.micro_batch_size, len(source)))),
-            host=self.engine.group.process,
+            host=self.engine.group.rank,
             num_hosts=len(self.engine.group),
             image_size=recipe.eval_image_size,
             crop=recipe.eval_crop,
@@ -296,7 +296,7 @@ class _Run:
         return self.batches.train_batches(
             self.training,
             batch_size=self.plan.micro_batch_size,
-            host=self.engine.group.process,
+            host=self.engine.group.rank,
             num_hosts=len(self.engine.group),
             image_size=recipe.image_size,
             seed=recipe.seed,

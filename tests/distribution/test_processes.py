@@ -67,11 +67,11 @@ def in_group(size, function, *arguments):
 
 
 def words_and_arrays(group):
-    arrays = group.gathered_arrays(np.full((group.process, 2), group.process, "float32"))
+    arrays = group.gathered_arrays(np.full((group.rank, 2), group.rank, "float32"))
     given = {"a": np.arange(6, dtype="int64").reshape(2, 3), "b": np.float32(2.5)} if group.is_writer else {}
     shared = group.shared_arrays({name: np.asarray(value) for name, value in given.items()})
     return (
-        group.gathered({"process": group.process}),
+        group.gathered({"process": group.rank}),
         [array.tolist() for array in arrays],
         {name: (array.tolist(), array.dtype.name) for name, array in shared.items()},
     )
@@ -90,7 +90,7 @@ def test_processes_share_words_and_arrays():
 @pytest.mark.once
 def test_one_process_is_a_group_of_its_own():
     group = watchdog.alone()
-    assert (len(group), group.process, group.is_writer) == (1, 0, True)
+    assert (len(group), group.rank, group.is_writer) == (1, 0, True)
     assert group.gathered([1]) == [[1]]
     array = np.ones(2)
     assert group.gathered_arrays(array)[0] is not array and group.shared_arrays({"a": array})["a"] is array
@@ -99,7 +99,7 @@ def test_one_process_is_a_group_of_its_own():
 def end_one(group, which, how):
     group.set_advice(lambda: "Start again.")
     group.gathered(None)
-    if group.process == which:
+    if group.rank == which:
         if how == "raise":
             group.close("ValueError: no such image")
             os._exit(1)
@@ -133,7 +133,7 @@ def test_the_others_end_when_one_is_lost(which, how, message, capfd):
 
 def stop_one(group):
     group.gathered(None)
-    if group.process == 1:
+    if group.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(50)
 

@@ -64,7 +64,7 @@ def fit(dtype="float32", outlier=0.0, is_prepared=True, optimizer=None):
         if is_prepared:
             engine.prepare(model)
         count = len(engine.group)
-        rows = np.arange(IMAGES).reshape(-1, count, BATCH // count)[:, engine.group.process].ravel()
+        rows = np.arange(IMAGES).reshape(-1, count, BATCH // count)[:, engine.group.rank].ravel()
         history = model.fit(images[rows], labels[rows], BATCH // count, 2, shuffle=False, verbose=0).history
     keras.config.set_dtype_policy("float32")
     engine.group.close()
