@@ -1,1 +1,1 @@
-"""Data and model parallelism: one engine for each backend."""
+"""Data and model parallelism: one engine for each backend, and the group of processes of a run."""

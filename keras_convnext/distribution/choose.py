@@ -1,4 +1,4 @@
-"""Devices: how one training step is divided among several. Nothing else in the package knows about them.
+"""Data and model parallelism: chooses an engine and places model, optimizer and batches on its devices.
 
 recipe's engine, devices that are there --choose--> Engine --scope--> model, optimizer and batches placed
 compiled step --collectives--> what the devices send each other
@@ -18,7 +18,7 @@ import numpy as np
 from keras_convnext.distribution import watchdog
 from keras_convnext.distribution.engine import Engine
 
-# Backend -> engines beside "auto" and "none"; the first is what "auto" takes for several devices.
+# Backend -> engines besides "auto" and "none"; the first is what "auto" takes for several devices.
 ENGINES = {
     "jax": ("data_parallel", "model_parallel"),
     "tensorflow": ("mirrored", "multi_worker_mirrored", "tpu"),
@@ -33,7 +33,7 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
     - "data_parallel" (JAX): a part of each batch to each device, weights on all, gradients summed.
     - "model_parallel" (JAX): devices in groups of `model_devices`, a part of each batch to each group. In a
       group the pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average
-      of these are divided, see `engines.on_jax.POINTWISE_LAYOUT`; the others are on all.
+      of these are divided, see `jax_engine.POINTWISE_LAYOUT`; the others are on all.
     - "mirrored" (TensorFlow): a part of each batch to each device of the process, weights on all, gradients
       summed.
     - "multi_worker_mirrored" (TensorFlow): the same for the processes that TF_CONFIG names.
@@ -103,11 +103,8 @@ def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
     return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}."
 
 
-# What an evaluation needs of the engine whose scope it is in.
-
-
 def divided(images: np.ndarray) -> Any:
-    """A batch on the devices of the engine whose scope this is; as it is where there is none.
+    """Places a batch on the devices of this scope's engine; returns it as it is where there is none.
 
     Args:
         images: (n, ...), this process's rows.
@@ -119,19 +116,19 @@ def divided(images: np.ndarray) -> Any:
 
 
 def rows(outputs: Any) -> np.ndarray:
-    """This process's rows of what a compiled function returned for `divided` images, float32."""
+    """Returns this process's rows of what a compiled function made of `divided` images, float32."""
     if keras.backend.backend() in ("jax", "tensorflow"):
         return np.asarray(_dividing().rows(outputs), "float32")
     return np.asarray(keras.ops.convert_to_numpy(outputs), "float32")
 
 
 def by_rows() -> Any:
-    """The sharding that a compiled function of JAX must give its outputs for `rows`; None for any."""
+    """Returns the sharding that a compiled function of JAX must give its outputs for `rows`; None for any."""
     return _dividing().by_rows()
 
 
 def forward(model: Any) -> Any:
-    """TensorFlow's function from `divided` images to outputs for `rows`; None outside of such a scope."""
+    """Returns TensorFlow's function from `divided` images to outputs for `rows`; None without an engine."""
     return _dividing().forward(model)
 
 
@@ -139,11 +136,8 @@ def _dividing() -> Any:
     return importlib.import_module(f"keras_convnext.distribution.{keras.backend.backend()}_engine")
 
 
-# What processes must agree in before they begin.
-
-
 def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
-    """Compares what the processes of a run are about to do.
+    """Refuses a run whose processes are about to do different things.
 
     Args:
         group: the processes.
@@ -179,7 +173,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def slow_processes(group: watchdog.Group, seconds: float) -> str:
-    """A sentence about processes that take more than twice as long as the middle one; "" if none does.
+    """Names the processes that take more than twice as long as the middle one; "" if none does.
 
     Args:
         group: the processes.

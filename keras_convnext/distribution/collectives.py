@@ -1,4 +1,4 @@
-"""Which collectives a compiled training step has, and how many bytes they carry."""
+"""Reads the collectives of a compiled training step, and how many bytes they carry; JAX."""
 
 import math
 import re
@@ -9,8 +9,6 @@ import keras
 import numpy as np
 
 from keras_convnext.distribution.choose import divided
-
-# What devices send each other.
 
 _COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 _COLLECTIVE = re.compile(rf" = (\(.*?\)|\S+) ({_COLLECTIVES})(-start)?\((.*)")
@@ -57,23 +55,6 @@ def collectives(program: str) -> list[Collective]:
     return found
 
 
-def _group_size(attributes: str) -> int:
-    """Devices of a group; XLA has three ways to write the groups."""
-    groups = _GROUPS.search(attributes)
-    if groups is None:
-        return 0
-    listed, size, axes, names = groups.groups()
-    if axes is None:
-        return int(size or len(listed.split(",")))
-    sizes = dict(axis.split("=") for axis in axes.split(","))
-    return math.prod(int(sizes.get(name.strip(), 0)) for name in names.split(","))
-
-
-def _array_bytes(kind: str, bits: str | None, shape: str) -> int:
-    count = math.prod(int(size) for size in shape.split(",") if size)
-    return count * (1 if kind == "pred" else 2 if kind == "bf16" else max(1, int(bits or 8) // 8))
-
-
 def compiled_step(model: Any, images: np.ndarray, targets: np.ndarray) -> Any:
     """Compiles the training step that `fit` makes, for a look at its program and its memory; JAX.
 
@@ -104,10 +85,27 @@ def compiled_step(model: Any, images: np.ndarray, targets: np.ndarray) -> Any:
 
 
 def step_arguments(model: Any, images: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
-    """What `compiled_step` takes: the state of a model, which it takes away, and a batch; JAX."""
+    """Returns the arguments of `compiled_step`: the state of a model, which it donates, and a batch; JAX."""
     batch = divided(images), divided(targets)
     model._symbolic_build(data_batch=batch)
     kinds = ("trainable_variables", "non_trainable_variables")
     state = [[v.value for v in getattr(model, kind)] for kind in kinds]
     state += [[v.value for v in model.optimizer.variables], [v.value for v in model.metrics_variables]]
     return tuple(state), batch
+
+
+def _group_size(attributes: str) -> int:
+    """Returns the devices of a group; XLA has three ways to write the groups."""
+    groups = _GROUPS.search(attributes)
+    if groups is None:
+        return 0
+    listed, size, axes, names = groups.groups()
+    if axes is None:
+        return int(size or len(listed.split(",")))
+    sizes = dict(axis.split("=") for axis in axes.split(","))
+    return math.prod(int(sizes.get(name.strip(), 0)) for name in names.split(","))
+
+
+def _array_bytes(kind: str, bits: str | None, shape: str) -> int:
+    count = math.prod(int(size) for size in shape.split(",") if size)
+    return count * (1 if kind == "pred" else 2 if kind == "bf16" else max(1, int(bits or 8) // 8))

@@ -1,4 +1,4 @@
-"""What an engine is: how one training step is divided among devices and processes."""
+"""The interface of an engine, and the engine of a single device."""
 
 import contextlib
 import dataclasses
@@ -12,10 +12,10 @@ from keras_convnext.distribution import watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How a step is divided among devices; made by `distribution.choose`. This one: not at all.
+    """Divides a step among devices; `choose.choose` makes one. This base class does not divide it.
 
     Attributes:
-        name: "none", or a name of `distribution.ENGINES`.
+        name: "none", or a name of `choose.ENGINES`.
         devices: names of the devices of all processes, such as "cpu:0".
         num_parts: parts that a batch is divided into. Devices may share a part, and divide its work.
         strategy: the backend's own object, None where there is none.
@@ -38,7 +38,7 @@ class Engine:
         """Makes the training step of a compiled model, whose optimizer is built, one of all devices."""
 
     def for_fit(self, batches: Any) -> Any:
-        """The batches of this process, as `fit` needs them to use all devices.
+        """Returns the batches of this process, as `fit` needs them to use all devices.
 
         Args:
             batches: `tf.data.Dataset` of (images, targets), this process's rows of each batch.
@@ -51,13 +51,13 @@ class Engine:
         yield
 
     def read(self, variable: Any) -> np.ndarray:
-        """The value of a variable, all of it, also where several devices hold parts of it."""
+        """Reads the whole value of a variable, also where several devices hold parts of it."""
         import keras
 
         return keras.ops.convert_to_numpy(variable)
 
     def describe(self, batch_size: int) -> str:
-        """One line for people: the devices, the engine, and what each device gets of a batch."""
+        """Describes in one line the devices, the engine, and what each device gets of a batch."""
         kinds = sorted({device.partition(":")[0] for device in self.devices})
         count = f"{len(self.devices)} device{'s' * (len(self.devices) > 1)} ({', '.join(kinds)})"
         if len(self.group) > 1:
@@ -94,9 +94,9 @@ class Engine:
         )
 
     def share(self, batch_size: int) -> int:
-        """Images that this process makes of a batch of so many on all."""
+        """Returns how many images of a batch this process makes."""
         return batch_size // len(self.group)
 
     def filled(self, batch_size: int) -> int:
-        """The least size from `batch_size` up that can be divided; for batches that are padded."""
+        """Returns the least size from `batch_size` up that can be divided; for batches that are padded."""
         return -(-batch_size // self.num_parts) * self.num_parts

@@ -60,10 +60,8 @@ def join() -> watchdog.Group:
 def _settings() -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize`, which finds what is left out; None for one process."""
     environment = os.environ
-    if (
-        environment.get("KERAS_CONVNEXT_PROCESSES") == "auto"
-    ):  # Cloud TPU, Kubernetes: no variable has the count
-        return {}
+    if environment.get("KERAS_CONVNEXT_PROCESSES") == "auto":
+        return {}  # Cloud TPU, Kubernetes: no variable has the count
     name = next((name for name in _COUNTS if int(environment.get(name) or 1) > 1), None)
     if name is None:
         return None
@@ -72,9 +70,8 @@ def _settings() -> dict[str, Any] | None:
         if gpus.isdecimal() and re.fullmatch(
             r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")
         ):
-            return {
-                "local_device_ids": list(range(int(gpus)))
-            }  # JAX would give the only process of a node one
+            # JAX would give the only process of a node one GPU.
+            return {"local_device_ids": list(range(int(gpus)))}
         return {}
     prefix = name.removesuffix("NUM_PROCESSES")
     address = prefix + ("COORDINATOR_ADDRESS" if prefix == "JAX_" else "JOB_ADDRESSES")
@@ -152,7 +149,7 @@ class JaxEngine(Engine):
 
 
 def divided(images: np.ndarray) -> Any:
-    """A batch on the devices of the engine whose scope this is; as it is where there is none.
+    """Places a batch on the devices of this scope's engine; returns it as it is where there is none.
 
     Args:
         images: (n, ...), this process's rows. In a run of one process any n: where it cannot be divided every
@@ -169,7 +166,7 @@ def divided(images: np.ndarray) -> Any:
 
 
 def rows(array: Any) -> np.ndarray:
-    """This process's rows of an array that is divided along its first axis; all of a run of one process."""
+    """Returns this process's rows of an array divided along its first axis; a single process has all."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
@@ -177,7 +174,7 @@ def rows(array: Any) -> np.ndarray:
 
 
 def by_rows() -> Any:
-    """The sharding of outputs that `rows` can read; None where there is no choice to make."""
+    """Returns the sharding of outputs that `rows` can read; None where there is no choice to make."""
     strategy = keras.distribution.distribution()
     if strategy is None or jax.process_count() == 1:
         return None
@@ -185,7 +182,7 @@ def by_rows() -> Any:
 
 
 def _local(array: Any) -> np.ndarray:
-    """All of an array, of which every process has all parts."""
+    """Reads all of an array, of which every process has all parts."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     whole = np.empty(array.shape, array.dtype)

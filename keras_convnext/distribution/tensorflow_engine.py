@@ -82,7 +82,7 @@ def _divide_cpu() -> None:
 
 
 def _place() -> tuple[int, list[str]] | None:
-    """Number of this process and the addresses of all, by TF_CONFIG; None for a run of one process."""
+    """Returns the rank of this process and the addresses of all, by TF_CONFIG; None for a single process."""
     text = os.environ.get("TF_CONFIG", "")
     if not text:
         return None
@@ -111,7 +111,7 @@ def _place() -> tuple[int, list[str]] | None:
 
 
 def _tell(process: int, addresses: Sequence[str], text: str) -> str:
-    """Process 0's text, at the address where TensorFlow's service will be next.
+    """Carries process 0's text to all, at the address where TensorFlow's service will be next.
 
     That service waits for the processes for an hour, in a call that lets no other thread run.
     """
@@ -133,7 +133,7 @@ def _tell(process: int, addresses: Sequence[str], text: str) -> str:
 
 
 def _tell_by_sum(text: str) -> str:
-    """Process 0's text, as a sum in which the others have zeros."""
+    """Carries process 0's text to all, as a sum in which the others have zeros."""
     strategy = _strategies["multi_worker_mirrored"]
     own = np.frombuffer(text.encode().ljust(480), np.uint8).astype(np.int32)
 
@@ -151,7 +151,7 @@ def _tell_by_sum(text: str) -> str:
 
 
 def _serve(port: int, text: str, missing: set[int], deadline: float) -> None:
-    """Gives a text to each process that tells its number."""
+    """Gives a text to each process that tells its rank."""
     try:
         server = socket.create_server(("", port))
     except OSError as error:
@@ -180,7 +180,7 @@ def _serve(port: int, text: str, missing: set[int], deadline: float) -> None:
 
 
 def devices() -> tuple[str, ...]:
-    """GPUs, else CPUs; those of all processes, of a run of many."""
+    """Lists the GPUs, else the CPUs, of all processes."""
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     count = len(tf.config.list_logical_devices(kind))
     if "multi_worker_mirrored" in _strategies:
@@ -189,7 +189,7 @@ def devices() -> tuple[str, ...]:
 
 
 def automatic() -> str:
-    """The engine for what is there."""
+    """Returns the engine of "auto": by the processes and devices that are there."""
     if "multi_worker_mirrored" in _strategies:
         return "multi_worker_mirrored"
     if os.environ.get("TPU_NAME") or tf.config.list_physical_devices("TPU"):
@@ -226,7 +226,7 @@ def tpu(
     make_resolver: Callable[[str], Any] | None = None,
     make_strategy: Callable[[Any], Any] | None = None,
 ) -> Engine:
-    """The cores of the TPU that TPU_NAME names, by default the machine's own.
+    """Makes the engine of the TPU that TPU_NAME names, by default the machine's own.
 
     Args:
         group: of one process.
@@ -301,7 +301,7 @@ class TensorFlowEngine(Engine):
 
 
 def _part() -> tuple[int, Any]:
-    """Parts of a batch, and the number of the one that the present replica has."""
+    """Returns the number of parts of a batch, and which one this replica has."""
     context = tf.distribute.get_replica_context()
     if context is None:  # outside of the replicas, where there are whole batches
         return 1, 0
@@ -309,12 +309,12 @@ def _part() -> tuple[int, Any]:
 
 
 def _summed(gradients: list[Any]) -> list[Any]:
-    """The sums over the replicas; of losses that Keras has divided by their number."""
+    """Sums gradients over the replicas; Keras has divided the losses by their number."""
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 
 
 def _everywhere(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Whether all replicas pass a check, of which Keras asks the first one only."""
+    """Makes a check that fails where any replica fails it; Keras asks the first one only."""
 
     def passed(gradients: Any) -> Any:
         context = tf.distribute.get_replica_context()
@@ -325,7 +325,7 @@ def _everywhere(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _train_step(model: Any, strategy: Any) -> Callable[[Any], dict[str, Any]]:
-    """A step of all replicas; it returns the means of their losses and metrics.
+    """Makes a step of all replicas, which returns the means of their losses and metrics.
 
     Keras makes such a function too, whose means fail for many processes.
     """
@@ -346,7 +346,7 @@ def _train_step(model: Any, strategy: Any) -> Callable[[Any], dict[str, Any]]:
 
 
 def divided(images: np.ndarray) -> Any:
-    """A batch on this process's devices of the engine whose scope this is; as it is where there is none.
+    """Places a batch on this process's devices; returns it as it is outside the scope of an engine.
 
     Args:
         images: (n, ...), this process's rows.
@@ -364,7 +364,7 @@ def divided(images: np.ndarray) -> Any:
 
 
 def rows(outputs: Any) -> np.ndarray:
-    """This process's rows of what a function of `forward` returned."""
+    """Returns this process's rows of what a function of `forward` made."""
     if not tf.distribute.has_strategy():
         return np.asarray(outputs)
     parts = tf.distribute.get_strategy().experimental_local_results(outputs)
@@ -372,7 +372,7 @@ def rows(outputs: Any) -> np.ndarray:
 
 
 def forward(model: Any) -> Callable[[Any], Any] | None:
-    """The function from `divided` images to a model's outputs; None where there is no engine's scope.
+    """Returns the function from `divided` images to a model's outputs; None outside the scope of an engine.
 
     That of Keras would gather the rows of all processes, in another order.
     """

@@ -30,12 +30,12 @@ def join() -> watchdog.Group:
     """
     is_first = not dist.is_initialized()
     if is_first:
-        number, count = _place()
-        if count == 1:
+        rank, world_size = _place()
+        if world_size == 1:
             return watchdog.alone()
         if _is_on_gpu():
             _take_own_gpu()
-        _meet(number, count)
+        _meet(rank, world_size)
     group = watchdog.join(dist.get_rank(), dist.get_world_size(), _tell)
     if is_first and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
         hosts = group.gathered(socket.gethostname())
@@ -44,7 +44,7 @@ def join() -> watchdog.Group:
 
 
 def _place() -> tuple[int, int]:
-    """Number of this process, and of all."""
+    """Returns the rank of this process, and the number of all."""
     environment = os.environ
     count = _integer("WORLD_SIZE") if environment.get("WORLD_SIZE") else 1
     if count == 1:
@@ -87,19 +87,19 @@ def _take_own_gpu() -> None:
     torch.cuda.set_device(number)
 
 
-def _meet(number: int, count: int) -> None:
+def _meet(rank: int, world_size: int) -> None:
     try:
         seconds = datetime.timedelta(seconds=watchdog.JOIN_SECONDS)
         store, _, _ = next(dist.rendezvous("env://", timeout=seconds))
         # Without a timeout of its own: process 0 may write a checkpoint for minutes while the others wait.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if _is_on_gpu() else "gloo", store=store, rank=number, world_size=count
+            "cpu:gloo,cuda:nccl" if _is_on_gpu() else "gloo", store=store, rank=rank, world_size=world_size
         )
     except dist.DistError as error:
         address = ":".join(os.environ[name] for name in _ADDRESS)
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConnectionError(
-            f"Expected {count} processes to meet at {address} ({':'.join(_ADDRESS)}) within "
+            f"Expected {world_size} processes to meet at {address} ({':'.join(_ADDRESS)}) within "
             f"{watchdog.JOIN_SECONDS:.0f} s, but: {reason}. See what the others print, and allow "
             "connections between the machines on all ports."
         ) from None
@@ -127,7 +127,7 @@ class TorchEngine(Engine):
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        with residual.divided_batch(lambda: (self.num_parts, self.group.process)):
+        with residual.divided_batch(lambda: (self.num_parts, self.group.rank)):
             yield
 
     def prepare(self, model: Any) -> None:
@@ -138,7 +138,7 @@ class TorchEngine(Engine):
 class _Replica:
     """The training step of a model in one process of many; takes the place of the model's own.
 
-    `fit` goes on to call `train_step`, and this the model, whose forward pass goes through
+    `fit` calls `train_step`, and this the model, whose forward pass goes through
     `DistributedDataParallel`: that averages the gradients over the processes in buckets, each as soon as the
     backward pass has it, so before the optimizer accumulates, unscales or clips them. Then the sums
     that loss and metrics are made of are averaged, and `fit` reports those of the whole batch.
@@ -152,7 +152,7 @@ class _Replica:
         model.train_step, model.forward = self.train_step, self.forward
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        if self.parallel is None:  # not before: it compares shapes, and tells people nothing of use
+        if self.parallel is None:  # not before: it compares shapes, and its message does not help
             self.parallel = torch.nn.parallel.DistributedDataParallel(
                 _Pass(self.own_forward, self.model.trainable_variables), gradient_as_bucket_view=True
             )

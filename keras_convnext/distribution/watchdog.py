@@ -1,4 +1,4 @@
-"""The processes of one run: what they tell each other, and what the others do when one ends.
+"""Process group with a watchdog: gathers small values and ends all processes when one is lost.
 
 Process 0 listens, each other one has two connections to it: one for the calls of the main thread, one for a
 thread on both sides that sends a pulse. When a process ends, its connections close, and the others end within
@@ -38,13 +38,13 @@ class Group:
     Every method but `is_writer` is called by all processes, in the same order.
 
     Attributes:
-        process: int, number of this one, from 0.
-        names: of all processes, for people: "process 1 (host, 4711)".
-        advice: function without arguments to a sentence for people, added when another process is lost.
+        rank: int, number of this process, from 0.
+        names: of all processes, as messages have them: "process 1 (host, 4711)".
+        advice: function without arguments to the sentence that is printed when another process is lost.
     """
 
-    def __init__(self, process: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
-        self.process = process
+    def __init__(self, rank: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
+        self.rank = rank
         self.names = tuple(names)
         self._calls = dict(calls)
         self._watch = watch
@@ -54,11 +54,11 @@ class Group:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this is the process that writes files and talks to people."""
-        return self.process == 0
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
 
     def set_advice(self, advice: Callable[[], str]) -> None:
-        """Sets what people are told, after which process was lost."""
+        """Sets the advice that is printed after the name of a lost process."""
         if self._watch is not None:
             self._watch.advice = advice
 
@@ -93,8 +93,8 @@ class Group:
         """Leaves the group, so that the others do not take the end of this process for a loss.
 
         Args:
-            failure: why the run cannot go on, for the messages of the others, which end too. "" when they end
-                by themselves.
+            failure: why the run ends, for the messages of the others, which end too. "" when they end by
+                themselves.
         """
         if self._watch is not None:
             self._watch.leave(failure)
@@ -115,6 +115,15 @@ class Group:
         for call in self._calls.values():
             call.send_bytes(content)
         return content
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Leaves the group, and tells the others why where this process fails."""
+        if error is not None:
+            self.wait_for_word()
+        self.close("" if error is None else f"{type(error).__name__}: {error}")
 
     @contextlib.contextmanager
     def _lost_is_told(self) -> Iterator[None]:
@@ -140,12 +149,12 @@ def alone() -> Group:
     return Group(0, [_name(0)], {}, None)
 
 
-def join(process: int, num_processes: int, tell: Callable[[str], str]) -> Group:
+def join(rank: int, world_size: int, tell: Callable[[str], str]) -> Group:
     """Connects the processes of a run.
 
     Args:
-        process: number of this one, from 0.
-        num_processes: of the run.
+        rank: number of this process, from 0.
+        world_size: number of all processes of the run.
         tell: carries a text of at most 480 ASCII characters from process 0 to all, by the backend: called by
             each process once, with "" by the others than 0; returns the text.
 
@@ -155,13 +164,13 @@ def join(process: int, num_processes: int, tell: Callable[[str], str]) -> Group:
     Raises:
         ConnectionError: the others did not connect within `JOIN_SECONDS`, or process 0 cannot be reached.
     """
-    if num_processes == 1:
+    if world_size == 1:
         return alone()
-    if process == 0:
+    if rank == 0:
         key = os.urandom(16)
-        with connections.Listener(("", 0), backlog=4 * num_processes, authkey=key) as listener:
+        with connections.Listener(("", 0), backlog=4 * world_size, authkey=key) as listener:
             tell(json.dumps({"hosts": _own_hosts(), "port": listener.address[1], "key": key.hex()}))
-            calls, pulses, names = _accepted(listener, num_processes)
+            calls, pulses, names = _accepted(listener, world_size)
         group_names = [_name(0), *(names[number] for number in sorted(names))]
         for call in calls.values():
             call.send_bytes(json.dumps(group_names).encode())
@@ -170,14 +179,14 @@ def join(process: int, num_processes: int, tell: Callable[[str], str]) -> Group:
         ends = []
         for kind in ("call", "pulse"):
             ends.append(_connected(told["hosts"], told["port"], bytes.fromhex(told["key"])))
-            ends[-1].send_bytes(json.dumps([kind, process, _name(process)]).encode())
+            ends[-1].send_bytes(json.dumps([kind, rank, _name(rank)]).encode())
         calls, pulses = {0: ends[0]}, {0: ends[1]}
         group_names = json.loads(ends[0].recv_bytes())
-    return Group(process, group_names, dict(sorted(calls.items())), _Watch(pulses, group_names))
+    return Group(rank, group_names, dict(sorted(calls.items())), _Watch(pulses, group_names))
 
 
-def _name(process: int) -> str:
-    return f"process {process} ({socket.gethostname()}, {os.getpid()})"
+def _name(rank: int) -> str:
+    return f"process {rank} ({socket.gethostname()}, {os.getpid()})"
 
 
 def _own_hosts() -> list[str]:
@@ -189,7 +198,7 @@ def _own_hosts() -> list[str]:
     return [host[:100] for host in (*hosts, "127.0.0.1")]
 
 
-def _accepted(listener: connections.Listener, num_processes: int) -> tuple[dict, dict, dict]:
+def _accepted(listener: connections.Listener, world_size: int) -> tuple[dict, dict, dict]:
     """Waits for both connections of each other process."""
     calls: dict[int, Any] = {}
     pulses: dict[int, Any] = {}
@@ -206,14 +215,14 @@ def _accepted(listener: connections.Listener, num_processes: int) -> tuple[dict,
 
     threading.Thread(target=accept, daemon=True).start()
     deadline = time.monotonic() + JOIN_SECONDS
-    while len(calls) + len(pulses) < 2 * (num_processes - 1):
+    while len(calls) + len(pulses) < 2 * (world_size - 1):
         try:
             end, (kind, number, name) = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             is_complete.set()
-            missing = sorted(set(range(1, num_processes)) - (calls.keys() & pulses.keys()))
+            missing = sorted(set(range(1, world_size)) - (calls.keys() & pulses.keys()))
             raise ConnectionError(
-                f"Expected {num_processes - 1} other processes to connect to {_name(0)} within "
+                f"Expected {world_size - 1} other processes to connect to {_name(0)} within "
                 f"{JOIN_SECONDS:.0f} s, but {', '.join(map(str, missing))} did not. Allow connections "
                 "between the machines on all ports, and see what the missing ones print."
             ) from None

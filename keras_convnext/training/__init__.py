@@ -1,4 +1,4 @@
-"""Training: recipes as data, an optimizer that does what the papers do, runs that survive a kill.
+"""Training: recipes as data, the papers' optimizer, runs that survive a kill.
 
 >>> from keras_convnext.training import train
 >>> result = train("smoke", "runs/smoke")  # doctest: +SKIP
@@ -23,7 +23,7 @@ __all__ = sorted(_PLACES)
 
 
 def __getattr__(name):
-    """Imports what is asked for: the optimizer needs Keras alone, training the input pipeline too."""
+    """Imports a name when it is first used: the optimizer needs Keras alone, `train` TensorFlow too."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

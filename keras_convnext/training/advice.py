@@ -31,7 +31,7 @@ def warnings_for(
         num_steps: optimizer steps of the whole run, or None.
 
     Returns:
-        Sentences for people, each with the value, the published one and what to change; [] when all fits.
+        Sentences to print, each with the value, the published one and what to change; [] when all fits.
 
     Example:
         warnings_for(load_recipe("imagenet1k_convnext_tiny"), has_weights=False)     # []

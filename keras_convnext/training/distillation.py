@@ -56,7 +56,7 @@ class Distillation(keras.layers.Layer):
 
 
 def with_teacher(student, teacher, weight: float, temperature: float) -> keras.Model:
-    """A model to train in place of the student, whose weights it shares; the teacher's stay as they are.
+    """Makes a model to train in place of the student, whose weights it shares; the teacher is frozen.
 
     Args:
         student, teacher: models of the same images, to logits (N, K).

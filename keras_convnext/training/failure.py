@@ -1,4 +1,4 @@
-"""What ends a run early: signals, numbers that are not finite."""
+"""The exceptions that end a run early, and what helps to find numbers that are not finite."""
 
 import io
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run can go on
+class Interrupted(Exception):  # noqa: N818 - not an error: the run can be resumed
     """A signal asked the run to stop; a checkpoint of the last step is written.
 
     Attributes:
@@ -29,6 +29,7 @@ class NonFiniteError(ValueError):
 
 
 def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Lists the arrays that hold NaN or infinity."""
     return [
         name
         for name, array in arrays.items()

@@ -1,4 +1,4 @@
-"""What is changed in a model before it is fine-tuned: the scale of a new head, and which weights learn."""
+"""Prepares a model for fine-tuning: scales a new head, and chooses which weights learn."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ def scale_head(model: keras.Model, factor: float) -> None:
     """Multiplies kernel and bias of the classifier by a factor, 0.001 when the papers fine-tune.
 
     Reference: facebookresearch/ConvNeXt models/convnext.py, `head_init_scale`; ConvNeXt-V2 main_finetune.py
-    draws the kernel with a spread of 2e-5, which is 0.001 times the usual 0.02.
+    draws the kernel with a standard deviation of 2e-5, which is 0.001 times the usual 0.02.
     """
     for variable in model.get_layer("head").weights:
         variable.assign(keras.ops.convert_to_numpy(variable) * np.float32(factor))
@@ -48,6 +48,6 @@ def choose_trainable(model: keras.Model, trainable: str) -> None:
             for variable in layer.trainable_variables:
                 variable.trainable = False
             for dense in (layer.pwconv1, layer.pwconv2):
-                # The spread of PyTorch's nn.Linear, which LoRA's A starts with; B starts at 0.
-                spread = (3 * dense.kernel.shape[0]) ** -0.5
-                dense.enable_lora(int(rank), a_initializer=RandomNormal(spread))
+                # The standard deviation of PyTorch's nn.Linear, which LoRA's A starts with; B starts at 0.
+                deviation = (3 * dense.kernel.shape[0]) ** -0.5
+                dense.enable_lora(int(rank), a_initializer=RandomNormal(deviation))

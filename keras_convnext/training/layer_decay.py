@@ -13,13 +13,13 @@ _NORM_PRE = re.compile(r"(?:^|/)norm_pre(?:/|$)")
 
 
 def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
-    """The layer number of each weight, as the official code counts layers for the learning-rate decay.
+    """Returns the layer number of each weight, as the official code counts for the learning-rate decay.
 
     - "group": V1 classification and V2; 12 groups of about three blocks. Stem 0, stage 0: 1, stage 1 and the
       downsampling before it 2, downsampling before stage 2: 3, its block j 3 + j // 3, stage 3 and the
       downsampling before it 12, the rest 13.
     - "single": V2; a number for each block, from 1. A downsampling, the stem too, has the number of the block
-      behind it; the rest has the next number after the last block.
+      after it; the rest has the next number after the last block.
     - "layer_wise": V1 on COCO; "group" with 6 in place of 12 when stage 2 has at most nine blocks.
     - "stage_wise": V1 on ADE20K; stem and downsamplings 0, stage i: i + 1, the rest 7 or 13 as before.
     - "timm": timm's `param_groups_layer_decay`; "single" with 0 for the stem.
@@ -51,7 +51,7 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
 
 
 def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
-    """The factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
+    """Returns the factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
 
     Reference: `LayerDecayValueAssigner` of optim_factory.py, with the values that main.py gives it.
 

@@ -1,4 +1,4 @@
-"""The optimizer of the ConvNeXt papers as one Keras optimizer, and its learning-rate schedule.
+"""The optimizer of the ConvNeXt papers as one Keras optimizer.
 
 `AdamW` joins what the papers' training code takes from six places: torch.optim.AdamW, weight decay on kernels
 only, layer-wise learning-rate decay, clipping, gradient accumulation and a moving average of the weights. It
@@ -21,7 +21,6 @@ from keras_convnext._messages import unknown
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS, learning_rate_scales
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
-
 
 _NO_DECAY = ("bias", "gamma", "beta")
 
@@ -320,7 +319,7 @@ class AdamW(keras.optimizers.AdamW):
 def ema_weights(model: keras.Model) -> Iterator[None]:
     """Puts the moving averages into a model for the time of a `with` block.
 
-    Behind the block the model has its own weights again, bit for bit, also when the block raises. The
+    After the block the model has its own weights again, bit for bit, also when the block raises. The
     averages do not change. Weights that do not train have no average and stay. No training inside the block.
 
     Args:

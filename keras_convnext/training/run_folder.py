@@ -42,7 +42,6 @@ from keras_convnext.weights.torch_files import read_state_dict
 
 _logger = logging.getLogger("keras_convnext")
 
-
 RUN_FILE = "run.json"
 BEST_FILE = "best.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -311,7 +310,7 @@ class RunFolder:
 
         Args:
             name: str, path in the folder, such as "final.weights.h5".
-            function: called with a path beside the final one, which ends in `name`, so that a library
+            function: called with a path next to the final one, which ends in `name`, so that a library
                 that tells the format from it writes the right one.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The numbers and variables that make up the state of a run, and what its processes must agree in."""
+"""What makes up a run: its files, its step counts, the identity that decides its result, its variables."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ FINAL_WEIGHTS = ("final_ema.weights.h5", "final.weights.h5")  # the first where 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a run that has ended left behind.
+    """The files and scores of a run that has ended.
 
     Attributes:
         folder: of the run.
@@ -41,7 +41,7 @@ class TrainingResult:
         steps: optimizer steps of the whole run.
         scores: the last row of the log: "loss", "val_top1", "ema_val_top1" in percent, ...
         seconds: time of this call.
-        process: number of this process; of several, process 0 has written the files.
+        process: rank of this process; of several, process 0 has written the files.
     """
 
     folder: pathlib.Path
@@ -54,7 +54,7 @@ class TrainingResult:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The numbers that follow from a recipe and its data.
+    """The batch sizes and step counts that follow from a recipe and its data.
 
     Attributes:
         micro_batch_size: images that go through the model at once.
@@ -96,23 +96,8 @@ class Plan:
         )
 
 
-# Several processes.
-
-
-@contextlib.contextmanager
-def leaving(group: Any) -> Iterator[None]:
-    """Leaves the processes of the run at the end, and tells them why where this one fails."""
-    try:
-        yield
-    except BaseException as error:
-        group.wait_for_word()
-        group.close(f"{type(error).__name__}: {error}")
-        raise
-    group.close()
-
-
 def shared_facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[str, Any]:
-    """What all processes must agree in."""
+    """Returns what all processes of a run must agree in, see `choose.check_agreement`."""
     package = pathlib.Path(__file__).parents[1]
     code, weights = hashlib.sha256(), hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -131,7 +116,7 @@ def shared_facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[s
 
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result, without places of files, which may be moved between two starts."""
+    """Returns what decides the result; not the places of files, which may be moved between two starts."""
     values = {key: value for key, value in identity(recipe).items() if key != "data"}
     for key in ("weights", "teacher"):
         if values[key] and predictor.names_file(values[key]):
@@ -149,7 +134,7 @@ def settings_of(recipe: Recipe) -> Iterator[None]:
     """Sets precision and the seed of initial weights for the time of a run."""
     policy, state = keras.config.dtype_policy(), random.getstate()
     keras.config.set_dtype_policy(recipe.precision)
-    random.seed(recipe.seed)  # `layers.RandomNormal` draws from it
+    random.seed(recipe.seed)  # `layers.initializers.RandomNormal` draws from it
     try:
         yield
     finally:
@@ -158,7 +143,7 @@ def settings_of(recipe: Recipe) -> Iterator[None]:
 
 
 def state_variables(model: Any, student: Any) -> dict[str, Any]:
-    """All variables that a step reads and writes, by names that are the same in each process."""
+    """Returns all variables that a step reads and writes, by names that are the same in each process."""
     weights = {id(v): v for v in student.weights}
     others = [v for v in student.variables if id(v) not in weights]  # of the random generators
     named = {f"model/{v.path}": v for v in weights.values()}
@@ -173,19 +158,19 @@ def variable_bytes(variable: Any) -> int:
 
 
 def as_integer(counter: Any) -> int:
-    """The value of a counter; TensorFlow's `int` knows no variable of several devices."""
+    """Reads a counter; `int` fails for TensorFlow's variables on several devices."""
     return int(keras.ops.convert_to_numpy(counter))
 
 
 def as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
-    """The integers of one backend in the type of another; other arrays as they are."""
+    """Converts the integers of one backend to the type of another; returns other arrays as they are."""
     if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
         return array
     return array.astype(expected[1])
 
 
 def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The scores of a run that has ended; None where steps are left."""
+    """Returns the scores of a run that has ended; None where steps are left."""
     has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
     return (
         json.loads((folder / RESULT_FILE).read_text())
@@ -199,4 +184,4 @@ def result(
 ) -> TrainingResult:
     weights = folder / FINAL_WEIGHTS[0 if recipe.ema_decay else 1]
     seconds = time.monotonic() - begin
-    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.process)
+    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.rank)

@@ -15,8 +15,8 @@ _register = keras.saving.register_keras_serializable(package="keras_convnext")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that rises in a straight line and falls along half a cosine, step by step.
 
-    Behind the warmup the rate is `end + (peak - end) * (1 + cos(pi * i / n)) / 2`, where i counts the steps
-    behind the warmup and n is their number; from `total_steps` on it stays at `end`. The right digits survive
+    After the warmup the rate is `end + (peak - end) * (1 + cos(pi * i / n)) / 2`, where i counts the steps
+    after the warmup and n is their number; from `total_steps` on it stays at `end`. The right digits survive
     float32 up to 2^24 steps, because i and n are integers and `1 + cos` is taken as a squared sine.
     Reference: Liu et al. 2022, table 5; `cosine_scheduler` of V1's utils.py (warmup that includes the peak),
     `adjust_learning_rate` of V2's (warmup that does not).
@@ -28,7 +28,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         start: float, rate of step 0 when there is a warmup. Default 0.
         end: float, rate at `total_steps`. Default 1e-6, as in the official code.
         warmup_includes_peak: bool. True: the last step of the warmup has the peak, as in V1. False: the first
-            step behind it, as in V2.
+            step after it, as in V2.
         hold_steps: int, steps for which one rate holds: 1, or the steps of an epoch, as torchvision trains.
 
     Call arguments:

@@ -1,4 +1,4 @@
-"""One training run, from a recipe to weights, that can be killed at any time and goes on by the same call.
+"""Trains a model by a recipe, in a run that can be killed at any time and is resumed by the same call.
 
 recipe --> data, model, optimizer --> compile --> fit, with one callback between the steps:
 after each step: is the loss finite, is a checkpoint due, was a signal received
@@ -26,6 +26,7 @@ import keras
 import numpy as np
 
 from keras_convnext.conversion import save_weights
+from keras_convnext.data.faults import MAX_FAULT_SHARE, Faults
 from keras_convnext.data.index import Source
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import classification, forward, result_columns
@@ -55,7 +56,6 @@ from keras_convnext.training.run_state import (
     as_integers,
     data_fingerprint,
     ended_result,
-    leaving,
     result,
     run_identity,
     settings_of,
@@ -75,7 +75,6 @@ from keras_convnext.weights import preprocessing_metadata
 
 _logger = logging.getLogger("keras_convnext")
 
-
 _SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
 _SECONDS_TO_AGREE, _MAX_STEPS_TO_AGREE = 1.0, 1000
 _BATCHES_TO_TIME = 4
@@ -92,7 +91,7 @@ def train(
     workers: int | None = None,
     progress: bool = True,
 ) -> TrainingResult:
-    """Trains a model as a recipe says, or goes on where an earlier call with the same recipe was stopped.
+    """Trains a model as a recipe says, or resumes where an earlier call with the same recipe was stopped.
 
     Into the folder go recipe.toml (all values, after `overrides`), environment.json, log.csv (one row an
     epoch), curves.png, tensorboard/, checkpoints/, and weights: best.weights.h5 (of the epoch with the best
@@ -106,7 +105,7 @@ def train(
     Args:
         recipe: a `Recipe`, the path of a TOML file or the name of a published one.
         output: folder of the run; made when it is not there.
-        data: in place of the recipe's, see `sources.open_source`.
+        data: in place of the recipe's, see `data.sources.open_source`.
         overrides: values in place of the recipe's, by key.
         workers: threads of the input pipeline, the default is the number of CPU cores. Does not change what
             they make.
@@ -121,7 +120,7 @@ def train(
         RunFolderError: the folder is another run's, cannot be written, or the disk is too small.
         NonFiniteError: the loss is NaN or infinite. The step, its images and a list of the weights that are
             not finite are in a folder `nonfinite-step-...`; the last checkpoint is from before.
-        Interrupted: by a signal; the same call goes on.
+        Interrupted: by a signal; the same call resumes the run.
         ImportError: TensorFlow, which reads the images, or matplotlib, which draws the curves, is not
             installed.
 
@@ -134,12 +133,12 @@ def train(
     curves.check_drawing()
     chosen = _chosen_recipe(recipe, data, overrides)
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
-    with leaving(engine.group), settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
+    with engine.group, settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
         engine.check_batch(chosen.batch_size, chosen.accumulation_steps)
         training, validation = open_data(chosen)
         plan = Plan.of(chosen, training)
-        row, available = describe_weights(chosen)
-        images = evaluated_images(chosen, row)
+        trained, available = describe_weights(chosen)
+        images = evaluated_images(chosen, trained)
         student, new_head = build_model(chosen, len(training.classes), available)
         model = compile_model(chosen, student, plan)
         engine.prepare(model)
@@ -180,7 +179,7 @@ def train(
                 chosen,
                 has_weights=bool(chosen.weights),
                 is_self_supervised=bool(chosen.weights) and available == 0,
-                trained_size=None if row is None else row.image_size,
+                trained_size=None if trained is None else trained.image_size,
                 has_new_head=new_head,
                 num_steps=plan.total_steps,
             )
@@ -204,9 +203,6 @@ def train(
         return result(path, chosen, plan, engine, scores, begin)
 
 
-# Recipe and data.
-
-
 def _chosen_recipe(given, data, overrides) -> Recipe:
     changes = dict(overrides or {})
     if data is not None:
@@ -219,11 +215,8 @@ def _chosen_recipe(given, data, overrides) -> Recipe:
     return chosen
 
 
-# The run.
-
-
 class _Run:
-    """A run that is being made: what is done, and what is due between two steps."""
+    """A run in progress: its model and data, what is done, and what is due between two steps."""
 
     def __init__(
         self,
@@ -253,9 +246,9 @@ class _Run:
         self.images = images
         self.workers = workers
         # All are allowed to the pipeline, whose own error would come wrapped in TensorFlow's.
-        self.faults = {"train": batches.Faults(training, max_share=1.0)}
+        self.faults = {"train": Faults(training, max_share=1.0)}
         if validation is not None:
-            self.faults["validation"] = batches.Faults(validation, max_share=1.0)
+            self.faults["validation"] = Faults(validation, max_share=1.0)
         self.progress = logs.Progress(
             recipe.epochs, plan.steps_per_epoch, recipe.batch_size, quiet=not (progress and folder)
         )
@@ -287,7 +280,7 @@ class _Run:
         return self.batches.eval_batches(
             source,
             batch_size=self.engine.share(self.engine.filled(min(self.plan.micro_batch_size, len(source)))),
-            host=self.engine.group.process,
+            host=self.engine.group.rank,
             num_hosts=len(self.engine.group),
             image_size=recipe.eval_image_size,
             crop=recipe.eval_crop,
@@ -303,7 +296,7 @@ class _Run:
         return self.batches.train_batches(
             self.training,
             batch_size=self.plan.micro_batch_size,
-            host=self.engine.group.process,
+            host=self.engine.group.rank,
             num_hosts=len(self.engine.group),
             image_size=recipe.image_size,
             seed=recipe.seed,
@@ -339,7 +332,7 @@ class _Run:
         return self.done // self.plan.micro_batches_per_epoch
 
     def resume(self) -> None:
-        """Takes up the newest checkpoint, or writes what a new run begins with."""
+        """Loads the newest checkpoint, or writes what a new run begins with."""
         arrays, state = self._latest()
         if state is None:
             if self.folder:
@@ -375,7 +368,7 @@ class _Run:
         self.progress.say(f"goes on after step {self.step} of {self.plan.total_steps}")
 
     def _latest(self) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-        """The newest checkpoint, as the process that writes finds it."""
+        """Returns the newest checkpoint, as the process that writes finds it, to all processes."""
         arrays, state = (self.folder and self.folder.latest()) or ({}, None)
         state = self.engine.group.gathered(state)[0]
         return self.engine.group.shared_arrays(arrays), state
@@ -403,13 +396,13 @@ class _Run:
             _logger.warning("%s", slow)
 
     def fit(self) -> None:
-        """Makes the steps that are left. An epoch that was interrupted is a `fit` of its own."""
+        """Trains the steps that are left. The rest of an interrupted epoch is a `fit` of its own."""
         if self.folder:
             self.tensorboard = logs.TensorBoardLog(
                 self.folder.path / "tensorboard", purge_step=self.step + 1 if self.done else None
             )
         if self.epoch > self.epochs_logged:
-            self.end_epoch()  # the run was stopped behind the last step of an epoch
+            self.end_epoch()  # the run was stopped after the last step of an epoch
         while self.epoch < self.recipe.epochs:
             per_epoch = self.plan.micro_batches_per_epoch
             left = per_epoch - self.done % per_epoch
@@ -424,7 +417,7 @@ class _Run:
             )
 
     def end_batch(self, in_fit: int, means: Mapping[str, float]) -> None:
-        """What is due after a micro-batch.
+        """Does what is due after a micro-batch: checks, progress, signals, a checkpoint.
 
         Args:
             in_fit: micro-batches of the epoch that this `fit` has made.
@@ -474,7 +467,7 @@ class _Run:
         )
 
     def end_epoch(self) -> None:
-        """Validation, log, curves, best weights and a checkpoint."""
+        """Evaluates, logs, draws the curves, writes the best weights and a checkpoint."""
         epoch, count = self.epoch, self.plan.micro_batches_per_epoch
         inner = optimizer.inner_optimizer(self.model.optimizer)
         row: dict[str, Any] = {
@@ -528,9 +521,9 @@ class _Run:
     def _check_faults(self, split: str) -> None:
         """Stops when too many images of a split cannot be decoded, with a list of them in the folder."""
         faults = self.faults[split]
-        if len(faults) > self.batches.MAX_FAULT_SHARE * len(faults.source):
+        if len(faults) > MAX_FAULT_SHARE * len(faults.source):
             self._write_faults()
-            faults.max_share = self.batches.MAX_FAULT_SHARE
+            faults.max_share = MAX_FAULT_SHARE
             faults.check()
 
     def _write_faults(self) -> None:
@@ -589,7 +582,7 @@ class _Run:
         return {name: self.engine.read(v) for name, v in variables.items()}
 
     def _non_finite(self, what: str) -> NonFiniteError:
-        """Writes what a person needs to find the cause, and returns the error to raise."""
+        """Writes the batch and a report that help to find the cause, and returns the error to raise."""
         step = (self.done - 1) // self.plan.accumulation_steps + 1
         name = f"nonfinite-step-{step:08d}"
         self.progress.close()
@@ -648,7 +641,7 @@ class _Run:
 
 
 class _BetweenSteps(keras.callbacks.Callback):
-    """Tells a run what `fit` has done."""
+    """Keras callback that hands batch and epoch ends to the run."""
 
     def __init__(self, run: _Run) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from keras_convnext.training.recipe import ENGINES
 
 FOLDER = pathlib.Path(__file__).parents[2] / "recipes" / "launch"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.is_file())
+IN_THE_FIRST_TIER = "slurm_jax.sbatch"
 WORDS = ["imagenet1k_convnext_tiny", "/shared/imagenet", "/shared/a run"]
 PRINTING = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
 PROGRAMS = {
@@ -70,7 +71,10 @@ def started(path, folder):
     return json.loads(ended.stdout)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == IN_THE_FIRST_TIER else pytest.mark.slow) for name in FILES],
+)
 def test_a_launch_file_starts_our_command_where_processes_find_each_other(name, tmp_path):
     words, environment = started(FOLDER / name, tmp_path)
     options = main._parser().parse_args(words)
@@ -90,6 +94,7 @@ def test_a_launch_file_starts_our_command_where_processes_find_each_other(name, 
         assert found == {f"KERAS_DISTRIBUTION_{key}": value for key, value in expected.items()}
 
 
+@pytest.mark.slow
 def test_a_wrong_option_in_a_launch_file_would_be_noticed(tmp_path, capsys):
     path = tmp_path / "slurm.sbatch"
     path.write_text((FOLDER / "slurm_jax.sbatch").read_text().replace("--out", "--output"))

@@ -1,4 +1,7 @@
-"""Several processes of one run: what they share, how they end, and that JAX trains on them as on one."""
+"""Several processes of one run: what they share, how they end, and that JAX trains on them as on one.
+
+In the first tier are the group alone and what needs no other process; the runs of several processes are slow.
+"""
 
 import json
 import multiprocessing
@@ -64,11 +67,11 @@ def in_group(size, function, *arguments):
 
 
 def words_and_arrays(group):
-    arrays = group.gathered_arrays(np.full((group.process, 2), group.process, "float32"))
+    arrays = group.gathered_arrays(np.full((group.rank, 2), group.rank, "float32"))
     given = {"a": np.arange(6, dtype="int64").reshape(2, 3), "b": np.float32(2.5)} if group.is_writer else {}
     shared = group.shared_arrays({name: np.asarray(value) for name, value in given.items()})
     return (
-        group.gathered({"process": group.process}),
+        group.gathered({"process": group.rank}),
         [array.tolist() for array in arrays],
         {name: (array.tolist(), array.dtype.name) for name, array in shared.items()},
     )
@@ -87,7 +90,7 @@ def test_processes_share_words_and_arrays():
 @pytest.mark.once
 def test_one_process_is_a_group_of_its_own():
     group = watchdog.alone()
-    assert (len(group), group.process, group.is_writer) == (1, 0, True)
+    assert (len(group), group.rank, group.is_writer) == (1, 0, True)
     assert group.gathered([1]) == [[1]]
     array = np.ones(2)
     assert group.gathered_arrays(array)[0] is not array and group.shared_arrays({"a": array})["a"] is array
@@ -96,7 +99,7 @@ def test_one_process_is_a_group_of_its_own():
 def end_one(group, which, how):
     group.set_advice(lambda: "Start again.")
     group.gathered(None)
-    if group.process == which:
+    if group.rank == which:
         if how == "raise":
             group.close("ValueError: no such image")
             os._exit(1)
@@ -109,8 +112,13 @@ def end_one(group, which, how):
     ("which", "how", "message"),
     [
         (1, "kill", r"process 1 \(.*\) of 3 has ended\. Start again\."),
-        (0, "kill", r"process 0 \(.*\) of 3 has ended\. Start again\."),
-        (2, "raise", r"process 2 \(.*\) of 3 stopped: ValueError: no such image\. Start again\."),
+        pytest.param(0, "kill", r"process 0 \(.*\) of 3 has ended\. Start again\.", marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            "raise",
+            r"process 2 \(.*\) of 3 stopped: ValueError: no such image\. Start again\.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_others_end_when_one_is_lost(which, how, message, capfd):
@@ -125,11 +133,12 @@ def test_the_others_end_when_one_is_lost(which, how, message, capfd):
 
 def stop_one(group):
     group.gathered(None)
-    if group.process == 1:
+    if group.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(50)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_a_silent_process_is_lost(monkeypatch, capfd):
     """Its machine has no power, or the network is cut: no connection closes."""
@@ -225,8 +234,9 @@ def one(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @jax_only
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 4])
 def test_processes_train_as_one_does(one, size):
     """Drop path, mixing, erasing, accumulation, layer decay, clipping and EMA are on."""
     name = f"of_{size}"
@@ -240,6 +250,7 @@ def test_processes_train_as_one_does(one, size):
     assert scores["val_top1"] == wanted["val_top1"] and scores["ema_val_top5"] == wanted["ema_val_top5"]
 
 
+@pytest.mark.slow
 @jax_only
 def test_halves_of_a_kernel_in_the_wrong_places_would_be_noticed(one):
     shutil.copytree(one / "one", one / "wrong")
@@ -260,8 +271,9 @@ def test_pairs_of_devices_in_two_processes_divide_kernels_and_write_whole_ones(o
         np.testing.assert_allclose(array, wanted, atol=1e-5 * max(np.abs(wanted).max(), 1e-6))
 
 
+@pytest.mark.slow
 @jax_only
-@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(one, which):
     folder = one / f"killed_{which}"
     commands = [command_of(folder, checkpoint_minutes=0.01)] * 2
@@ -299,6 +311,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(one):
     assert max(int(path.name[5:13]) for path in (folder / "checkpoints").glob("step-*")) == int(step)
 
 
+@pytest.mark.slow
 @jax_only
 def test_processes_with_other_recipes_are_refused_at_the_start(tmp_path):
     commands = [command_of(tmp_path / "run"), command_of(tmp_path / "run", learning_rate=0.1)]

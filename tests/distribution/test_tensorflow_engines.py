@@ -77,7 +77,7 @@ def in_a_process_that_dies(folder):
 
     def end(run, in_fit, means):
         end_batch(run, in_fit, means)
-        if run.done == STOP + 6 and run.engine.group.process == 1:
+        if run.done == STOP + 6 and run.engine.group.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     trainer._Run.end_batch = end
@@ -87,7 +87,7 @@ def in_a_process_that_dies(folder):
 def in_a_process_again(folder):
     train(pathlib.Path(folder) / "killed")
     group = choose.choose("auto").group  # a second training of the same processes
-    assert group.gathered(group.process) == [0, 1]
+    assert group.gathered(group.rank) == [0, 1]
     group.close()
 
 

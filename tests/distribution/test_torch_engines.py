@@ -64,7 +64,7 @@ def fit(dtype="float32", outlier=0.0, is_prepared=True, optimizer=None):
         if is_prepared:
             engine.prepare(model)
         count = len(engine.group)
-        rows = np.arange(IMAGES).reshape(-1, count, BATCH // count)[:, engine.group.process].ravel()
+        rows = np.arange(IMAGES).reshape(-1, count, BATCH // count)[:, engine.group.rank].ravel()
         history = model.fit(images[rows], labels[rows], BATCH // count, 2, shuffle=False, verbose=0).history
     keras.config.set_dtype_policy("float32")
     engine.group.close()
@@ -192,6 +192,7 @@ def largest_difference(weights, others):
     return max(np.abs(np.subtract(a, b)).max() for a, b in zip(weights, others, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "optimizer"), [("plain", None), ("sgd", "sgd")])
 def test_fit_of_two_processes_is_that_of_one(fits, name, optimizer):
     """Drop path, accumulation, clipping and EMA are on, one layer is frozen; then Keras's own optimizer."""
@@ -208,12 +209,14 @@ def test_fit_of_two_processes_is_that_of_one(fits, name, optimizer):
     )
 
 
+@pytest.mark.slow
 def test_processes_that_average_nothing_part(fits):
     weights = [report["unprepared"]["weights"] for report in fits]
     assert largest_difference(*weights) > 1e-3
     assert fits[0]["unprepared"]["history"] != fits[1]["unprepared"]["history"]
 
 
+@pytest.mark.slow
 def test_an_overflow_in_one_process_skips_the_step_in_both(fits):
     expected = fit(**FITS["overflow"])["made"]
     assert expected < fit("mixed_float16")["made"]  # some are skipped
@@ -221,11 +224,13 @@ def test_an_overflow_in_one_process_skips_the_step_in_both(fits):
     assert fits[0]["overflow"]["weights"] == fits[1]["overflow"]["weights"]
 
 
+@pytest.mark.slow
 def test_several_processes_need_an_engine(fits):
     for report in fits:
         assert report["refusal"].startswith("Expected an engine for 2 processes, ddp, received 'none'")
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_share_its_cores(fits):
     for before, after in (report["threads"] for report in fits):
         assert after == max(1, before // 2)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import math
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -796,3 +799,15 @@ def test_ema_weights_names_what_is_missing():
     model.compile(AdamW(use_ema=True), "mse")
     with pytest.raises(ValueError, match=r"has no moving averages yet\. Train first"), ema_weights(model):
         pass
+
+
+@pytest.mark.once
+def test_a_saved_optimizer_is_found_by_the_import_of_the_package_alone():
+    saved = keras.saving.serialize_keras_object(AdamW(WarmupCosine(1e-3, total_steps=9), layer_decay=0.9))
+    code = "import json, sys, keras, keras_convnext\n"
+    code += "found = keras.saving.deserialize_keras_object(json.loads(sys.argv[1]))\n"
+    code += "print(type(found).__name__, found.layer_decay, type(found._learning_rate).__name__)"
+    child = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(saved)], capture_output=True, text=True, check=False
+    )
+    assert child.stdout.splitlines()[-1:] == ["AdamW 0.9 WarmupCosine"], child.stderr

@@ -17,7 +17,6 @@ from keras_convnext.training.recipe import (
     RESIZE_MODES,
     Distribution,
     Recipe,
-    field_types,
 )
 from keras_convnext.training.recipe_files import (
     difference,
@@ -28,6 +27,7 @@ from keras_convnext.training.recipe_files import (
     replaced,
     to_toml,
 )
+from keras_convnext.training.toml_fields import field_types
 from keras_convnext.weights.catalog import find_checkpoint
 
 pytestmark = pytest.mark.once

@@ -27,14 +27,12 @@ pytestmark = pytest.mark.once
 IDENTITY = {"recipe": {"learning_rate": 0.004, "seed": 0}, "data": "flowers"}
 
 # Python that has the module without Keras, which would take most of the time of a child process.
-_IMPORT = f"""
-import importlib.util, io, json, os, random, signal, sys, time
+_IMPORT = """
+import io, json, os, random, signal, sys, time
 import numpy as np
-arguments, sys.argv = sys.argv[1:], ["keras-convnext"]
-spec = importlib.util.spec_from_file_location("run_folder", {run_folder.__file__!r})
-run_folder = importlib.util.module_from_spec(spec)
-sys.modules["run_folder"] = run_folder
-spec.loader.exec_module(run_folder)
+import keras_convnext_main  # as which the package starts without Keras
+from keras_convnext.training import run_folder
+arguments = sys.argv[1:]
 if "keras" in sys.modules:
     sys.exit("run_folder.py has imported Keras")
 """

@@ -1,4 +1,4 @@
-"""Image classification: its data, model, loss and metrics."""
+"""Image classification: its data, model, loss, metrics and optimizer."""
 
 import dataclasses
 import os
@@ -46,22 +46,6 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     return training, None
 
 
-def _with_classes_of(training: Source, validation: Source) -> Source:
-    if validation.classes == training.classes:
-        return validation
-    unknown = [name for name in validation.classes if name not in training.classes]
-    if unknown:
-        raise ValueError(
-            f"Expected validation images of the {len(training.classes)} classes of the training images, "
-            f"received {len(unknown)} others, such as {unknown[0]!r}. Choose another val_split."
-        )
-    numbers = np.array([training.classes.index(name) for name in validation.classes], np.int32)
-    return dataclasses.replace(validation, labels=numbers[validation.labels], classes=list(training.classes))
-
-
-# Model and optimizer.
-
-
 def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
     """Builds the model of a recipe.
 
@@ -101,23 +85,18 @@ def describe_weights(recipe: Recipe) -> tuple[published.Checkpoint | ImageDescri
     """Returns what is known of the images of the recipe's weights, and how many classes they have."""
     if not recipe.weights:
         return None, 0
-    row = _row(recipe)
-    if row is not None:
-        return row, row.classes
+    checkpoint = _published(recipe)
+    if checkpoint is not None:
+        return checkpoint, checkpoint.classes
     path = _with_contents(recipe.weights)
     return preprocessing_metadata.read_images(path), layouts.inspect(resolve.read_file(path)).classes
 
 
-def _row(recipe: Recipe) -> published.Checkpoint | None:
-    """Returns the table's row of the recipe's weights; None for a file and for random weights."""
-    if not recipe.weights or predictor.names_file(recipe.weights):
-        return None
-    return catalog.find_checkpoint(recipe.weights, architecture=recipe.architecture)
-
-
-def evaluated_images(recipe: Recipe, row: published.Checkpoint | ImageDescription | None) -> ImageDescription:
+def evaluated_images(
+    recipe: Recipe, trained: published.Checkpoint | ImageDescription | None
+) -> ImageDescription:
     """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
-    normaliser = row or catalog.default_checkpoint(recipe.architecture)
+    normaliser = trained or catalog.default_checkpoint(recipe.architecture)
     return ImageDescription(
         image_size=recipe.eval_image_size,
         crop=recipe.eval_crop,
@@ -127,17 +106,6 @@ def evaluated_images(recipe: Recipe, row: published.Checkpoint | ImageDescriptio
         mean=normaliser.mean,
         std=normaliser.std,
     )
-
-
-def _with_contents(weights: str) -> pathlib.Path:
-    """Returns the path of a weight file that says which model it is of."""
-    path = resolve.existing_file(weights)
-    if keras_files.is_bare(path):
-        raise ValueError(
-            f"Expected weights that say what they are of, received '{path}'. Take the .safetensors file "
-            "beside it, or a .keras file."
-        )
-    return path
 
 
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
@@ -188,8 +156,39 @@ def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
     return model
 
 
+def _with_classes_of(training: Source, validation: Source) -> Source:
+    if validation.classes == training.classes:
+        return validation
+    unknown = [name for name in validation.classes if name not in training.classes]
+    if unknown:
+        raise ValueError(
+            f"Expected validation images of the {len(training.classes)} classes of the training images, "
+            f"received {len(unknown)} others, such as {unknown[0]!r}. Choose another val_split."
+        )
+    numbers = np.array([training.classes.index(name) for name in validation.classes], np.int32)
+    return dataclasses.replace(validation, labels=numbers[validation.labels], classes=list(training.classes))
+
+
+def _published(recipe: Recipe) -> published.Checkpoint | None:
+    """Returns the published file of the recipe's weights; None for a path and for random weights."""
+    if not recipe.weights or predictor.names_file(recipe.weights):
+        return None
+    return catalog.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+
+
+def _with_contents(weights: str) -> pathlib.Path:
+    """Returns the path of a weight file that says which model it is of."""
+    path = resolve.existing_file(weights)
+    if keras_files.is_bare(path):
+        raise ValueError(
+            f"Expected weights that say what they are of, received '{path}'. Take the .safetensors file "
+            "beside it, or a .keras file."
+        )
+    return path
+
+
 def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
-    """What `load` takes for a teacher: a tag, or the architecture that a file says it is of, and the file."""
+    """Returns what `load` takes for a teacher: a tag, or the architecture that a file is of, and the file."""
     if not predictor.names_file(recipe.teacher):
         return (recipe.teacher,)
     path = _with_contents(recipe.teacher)
