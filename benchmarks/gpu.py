@@ -45,7 +45,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is measured: the product of the lists, every case by all implementations."""
+    """The cases to measure: the product of the lists, every case by all implementations."""
 
     architectures: Sequence[str]
     modes: Sequence[str]
@@ -160,7 +160,7 @@ def _device_name() -> str:
 
 
 def _read(folder: pathlib.Path, device: str) -> list[dict]:
-    """What an earlier run measured on the same device."""
+    """Returns the entries that an earlier run measured on the same device."""
     path = folder / "gpu.json"
     if not path.exists():
         return []

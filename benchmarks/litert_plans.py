@@ -1,4 +1,4 @@
-"""What makes a LiteRT file fast on a CPU: depthwise kernels of each size, and plans of quantisation.
+"""Times of LiteRT on a CPU: depthwise kernels of each size, and plans of quantisation.
 
 Prints three kinds of table, times taken in turns, the shortest of each:
 1. a depthwise convolution with kernels of 3 x 3 to 9 x 9, and 7 x 7 as `depthwise_in_frames` writes it;
@@ -204,7 +204,7 @@ def opened(content):
 
 
 def parts(content):
-    """How many stretches of the graph the fast kernels take; a gap between two goes to slow ones."""
+    """Counts the stretches of the graph that the fast kernels take; a gap between two goes to slow ones."""
     plain = Interpreter(
         model_content=content,
         experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,

@@ -58,7 +58,7 @@ def read(path: pathlib.Path) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def bars(found: dict[str, dict[str, str]]) -> list[tuple[str, str, float, str]]:
-    """What is drawn, from the top: (label, whose, milliseconds, text at the bar)."""
+    """Returns the bars from the top: (label, whose, milliseconds, text at the bar)."""
     times = {name: float(row["ms_per_image"]) for name, row in found.items()}
     rows = []
     for backend, title in BACKENDS.items():

@@ -1,4 +1,4 @@
-"""What trained weights are worth on a small photo set: fine-tuned from them, and trained from scratch.
+"""Value of trained weights on a small photo set: fine-tuning from them against training from scratch.
 
 Each seed holds out its own fifth of the photos, class by class, and labels its own 1 %, 10 % and 100 % of the
 others (one photo of each class at least; the smaller part lies in the larger). On each part the same model is
@@ -37,7 +37,7 @@ STARTS = {
     "from scratch": {"learning_rate": 1e-3, "layer_decay": 1.0, "head_init_scale": 1.0, "weight_decay": 0.05},
 }
 KEY = ("data", "seed", "fraction", "start")
-# What must be as in the rows that are there already.
+# The values that must equal those of the rows that are there already.
 SETTINGS = ("data_sha256", "weights_sha256", "image_size", "epochs", "least_steps", "limit")
 MEASURED = ("labelled", "held_out", "steps", "loss", "top1", "seconds")
 FACTS = ("weights", "architecture", "backend", "backend_version", "keras", "python", "cpu", "cores", "commit",
@@ -138,7 +138,7 @@ def measure(options, arguments) -> int:
 
 
 def opened_weights(name, image_size):
-    """What all rows need to know of the weights: architecture, preparation of images, SHA-256."""
+    """Returns what all rows use of the weights: architecture, preparation of images, SHA-256."""
     import dataclasses
 
     from keras_convnext import predictor

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_convnext._files import replacing_file
-
 _WIDTH, _HEIGHT = 760, 270  # of the curves, in units of the drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 150, 12, 36  # around them
 _COLOURS = ("var(--best)", "var(--other)")
@@ -51,8 +49,7 @@ def write_page(found: Any, path: str | os.PathLike[str], command: str = "") -> p
     }
     template = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: pieces[place[1]], template)
-    with replacing_file(path) as file:
-        file.write(page.encode())
+    path.write_text(page, encoding="utf-8")
     return path
 
 

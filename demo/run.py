@@ -38,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 from demo import report
-from keras_convnext import _environment, _files, models, predictor
+from keras_convnext import _environment, models, predictor
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names, index, preprocess, sources
 from keras_convnext.evaluation import gradcam
@@ -76,7 +76,7 @@ HEAT_LEVEL = "P4"  # one value for 16 x 16 pixels; the last stage has but 3 x 3 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a demo is made of.
+    """Settings of a demo.
 
     Attributes:
         output: folder to write to, made where it is not there.
@@ -145,7 +145,7 @@ class PhotoSet:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a training went.
+    """Accuracies and time of a training.
 
     Attributes:
         title: "pretrained" or "from scratch".
@@ -354,8 +354,7 @@ def run(settings: Settings) -> Findings:
             f"{runner.title:16} {runner.num_bytes / 1e6:6.2f} MB {runner.accuracy:7.1%} right "
             f"{runner.milliseconds:8.2f} ms a photo"
         )
-    with _files.replacing_file(settings.output / "findings.json") as file:
-        file.write(json.dumps(facts(found), indent=1).encode())
+    (settings.output / "findings.json").write_text(json.dumps(facts(found), indent=1), encoding="utf-8")
     return found
 
 
@@ -417,7 +416,7 @@ def classify_photos(opened: predictor.Predictor) -> list[ClassifiedPhoto]:
 
 
 def _enlarged(image: np.ndarray, preparation: dict[str, Any]) -> np.ndarray:
-    """The part of an image that a model is shown, with more pixels for people."""
+    """The part of an image that a model is shown, with more pixels for the page."""
     scale = max(SHOWN_SIDE / preparation["image_size"], 1.0)
     side, resize_size = preparation["image_size"], preparation["resize_size"]
     changes = {"image_size": round(scale * side), "resize_size": resize_size and round(scale * resize_size)}
@@ -444,7 +443,7 @@ def _classified(
     Args:
         model: to logits.
         pictures: uint8 (N, H, W, 3).
-        shown: N arrays uint8 (h, w, 3), the same for people.
+        shown: N arrays uint8 (h, w, 3), the same with more pixels for the page.
         files: N names.
         names: of the classes.
         right: for each picture the numbers of the classes that are right.
@@ -679,10 +678,9 @@ def batches(
 def save(model: keras.Model, classes: list[str], folder: pathlib.Path) -> pathlib.Path:
     """Writes model.keras, and the names of its classes where `keras-convnext predict` looks for them."""
     path = folder / "model.keras"
-    with _files.replacing_path(path) as temporary, silenced():  # Keras looks for TensorFlow here
-        model.save(temporary)
-    with _files.replacing_file(path.with_suffix(".labels.txt")) as file:
-        file.write("".join(f"{name}\n" for name in classes).encode())
+    with silenced():  # Keras looks for TensorFlow here
+        model.save(path)
+    path.with_suffix(".labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     return path
 
 
@@ -785,7 +783,7 @@ def time_in_turns(functions: list[Callable[[], Any]], calls: int) -> list[float]
     return [statistics.median(times) for times in taken]
 
 
-# What is said.
+# Printing.
 
 
 def environment() -> dict[str, str]:

@@ -122,7 +122,7 @@ def measure_entries(
 
 
 def ratio(ours: Measurement, peer: Measurement) -> float:
-    """How many times as fast as the peer ours is: the median over the rounds; NaN where one did not run."""
+    """Returns the speed of ours in times of the peer's: the median over rounds; NaN where one did not run."""
     if not ours.seconds or not peer.seconds:
         return math.nan
     pairs = zip(peer.seconds, ours.seconds, strict=True)
@@ -185,7 +185,7 @@ class Worker:
         return line
 
     def reason(self) -> str:
-        """Why the process died, as far as it says."""
+        """Returns why the process died, as far as it says."""
         code = self.process.wait()
         if code == -signal.SIGKILL:
             return "was killed by SIGKILL: usually the system, when memory ran out"

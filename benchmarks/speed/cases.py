@@ -52,7 +52,7 @@ class Progress:
         self.is_watched = sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
 
     def show(self, what: str, done: int, total: int) -> None:
-        """What is done now, and how many turns are done of how many."""
+        """Shows what is done now, and how many turns of all are done."""
         if not self.is_watched:
             return
         seconds = time.monotonic() - self.begin

@@ -67,7 +67,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was seen of one candidate at one shape.
+    """Times and difference of one candidate at one shape.
 
     Attributes:
         backend: "tensorflow", "jax" or "torch".

@@ -162,7 +162,7 @@ def _marked(points: Sequence[Point]) -> list[Point]:
 
 
 def as_tables(points: Sequence[Point]) -> list[Table]:
-    """What is printed: a table for each series."""
+    """Makes a table for each series."""
     tables = []
     for series in dict.fromkeys(point.series for point in points):
         rows, notes = [], []
@@ -258,7 +258,7 @@ def _tick(point: Point) -> str:
 
 
 def _constant(series: str, case: Case) -> str:
-    """What does not grow in a series, in words."""
+    """Names the values that do not grow in a series."""
     words = [
         case.model if series != "variant" else "",
         case.mode,

@@ -39,7 +39,7 @@ PEERS = (
     "openvino-timm",
     "litert",
 )
-# What --against takes; the other peers of the table above are named by it too.
+# Words of --against; cases.entrants makes peers of them.
 AGAINST = ("timm", "timm-compile", "torchvision", "keras.applications", "onnxruntime", "openvino", "litert")
 MODES = ("inference", "training")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -80,7 +80,7 @@ _EXPORTED = ("openvino", "onnxruntime", "openvino-timm", "litert")  # run a file
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is run.
+    """A model and the step that is measured.
 
     Attributes:
         model: architecture, such as "convnext_tiny".
@@ -121,12 +121,12 @@ def check_implementation(name: str) -> str:
 
 
 def is_ours(name: str) -> bool:
-    """Whether an implementation is this package: on a backend of Keras, or exported from it."""
+    """Returns whether an implementation is this package: on a backend of Keras, or exported from it."""
     return name in OURS
 
 
 def is_exported(name: str) -> bool:
-    """Whether an implementation runs a file, which `export` writes in a process of its own."""
+    """Returns whether an implementation runs a file, which `export` writes in a process of its own."""
     return name in _EXPORTED
 
 

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices and copies memory, measured with every library that is installed.
+"""Rates of this machine: products of matrices and copies, measured with every installed library.
 
 `Rates.floor` divides the work that `keras_convnext.analysis.flops` counts by these rates.
 """
@@ -31,7 +31,7 @@ COPIED_BYTES = 2**28  # 256 MiB, several times the largest cache of a processor
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """What one way of multiplying matrices or of copying reached.
+    """Rate of one way to multiply matrices or to copy.
 
     Attributes:
         way: library and function, such as "torch mm".
@@ -48,7 +48,7 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What the machine reaches, with every way that is installed.
+    """Rates of the machine, by every way that is installed.
 
     Attributes:
         dtype: of the matrices.

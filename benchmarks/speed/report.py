@@ -103,7 +103,7 @@ def _per_image(found: Measurement, function) -> float:
 
 
 def label(implementation: str) -> str:
-    """What a peer is called in columns and by --against: without its backend."""
+    """Returns the name of a peer in columns and for --against: without its backend."""
     return "openvino" if implementation == "openvino-timm" else implementation.partition(":")[0]
 
 
@@ -113,7 +113,7 @@ def peer_labels(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def ratios_of(ours: Measurement, measurements: Sequence[Measurement]) -> dict[str, float]:
-    """How many times as fast ours is, by peer; against keras.applications on the same backend only."""
+    """Returns the speed of ours by peer, in times of its; keras.applications on the same backend only."""
     ratios = {}
     for peer in measurements:
         backend = peer.implementation.partition(":")[2]

@@ -79,7 +79,7 @@ class Stages:
 
     @property
     def footer(self) -> list[str]:
-        """What the floor is, with the rates that were measured."""
+        """Lines that define the floor, with the rates that were measured."""
         device = "gpu" if any(rate.device == "gpu" for rate in self.rates.products) else "cpu"
         product, copy = self.rates.matmul_rate(device), self.rates.copy_bandwidth(device)
         shape = " x ".join(str(size) for size in product.shape)
@@ -220,7 +220,7 @@ def stage_models(model: Any, variant: Variant) -> dict[str, Any]:
 
 
 def as_table(found: Stages) -> Table:
-    """What is printed."""
+    """Makes the table of the stages."""
     rows = [
         (
             TITLES[row.implementation],

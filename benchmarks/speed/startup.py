@@ -70,7 +70,7 @@ images = np.zeros((1, 3, {size}, {size}), "float32")
 with torch.inference_mode():
     result = model(torch.from_numpy(images)).softmax(-1).numpy()""",
 }
-# What `import keras` imports where it is installed, needed or not; it takes up to four seconds.
+# `import keras` imports these where they are installed, needed or not; that takes up to four seconds.
 _OPTIONAL = ("tensorflow", "jax", "torch", "scipy", "sklearn", "matplotlib", "IPython")
 _NEEDED = {"torch": ("torch",), "jax": ("jax", "scipy"), "tensorflow": ("tensorflow",), PEER: ("torch",)}
 _HIDE = """\
@@ -247,7 +247,7 @@ def _summary(name: str, model: str, rounds: Sequence[dict], problem: str, alone:
 
 
 def _lacks_operators() -> bool:
-    """Whether torchvision, which timm imports, cannot be imported as it is."""
+    """Returns whether torchvision, which timm imports, cannot be imported as it is."""
     command = [sys.executable, "-c", "import torchvision"]
     return bool(subprocess.run(command, capture_output=True, check=False).returncode)
 
@@ -261,7 +261,7 @@ def ratio(ours: Start, peer: Start) -> float:
 
 
 def as_table(found: Sequence[Start]) -> Table:
-    """What is printed: where the time goes, times timm's, the bar."""
+    """Makes the table: the time of each part, the total in times of timm's, the bar."""
     peer = next((start for start in found if start.implementation == PEER), None)
     rows, notes = [], []
     for start in found:

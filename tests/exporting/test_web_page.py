@@ -15,16 +15,17 @@ import pytest
 from PIL import Image, PngImagePlugin
 from test_deploy import randomized
 
-from keras_convnext import load
+import keras_convnext
+from keras_convnext import export, load
 from keras_convnext.data import preprocess
-from keras_convnext.exporting import export, runtimes, web_page
+from keras_convnext.exporting import runtimes, web_page
 from keras_convnext.weights import download
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # As root it has no sandbox, and without a graphics card WebGL is computed.
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--enable-unsafe-swiftshader"]
 IMAGES = pathlib.Path(__file__).parents[1] / "images"
-PACKAGED = pathlib.Path(web_page.__file__).parent / "data/photos"
+PACKAGED = pathlib.Path(keras_convnext.__file__).parent / "data/photos"
 PHOTOS = [
     *(PACKAGED / name for name in ("cat.jpg", "coffee.jpg", "rocket.jpg")),
     *(IMAGES / name for name in ("chelsea.png", "coffee.jpg", "rocket.jpg")),
