@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_convnext.layers.chunking import in_parts
+from keras_convnext.layers.chunking import in_chunks
 from keras_convnext.layers.depthwise import DepthwiseConv2D
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import (
@@ -28,7 +28,6 @@ from keras_convnext.layers.pointwise import PatchConv2D, pointwise, pointwise_af
 from keras_convnext.layers.residual import LayerScale, StochasticDepth
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
-
 
 INITIALIZER = RandomNormal(stddev=0.02)  # `_init_weights` of models/convnext.py; biases start at 0
 
@@ -53,7 +52,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def _pointwise_dtype(block):
-    """What a block's configuration adds when quantize() has given its pointwise layers another policy."""
+    """Returns what a block's configuration adds when quantize() gave its pointwise layers another policy."""
     policy = block.pwconv1.dtype_policy
     if policy == block.dtype_policy:
         return {}
@@ -189,9 +188,9 @@ class ConvNeXtBlock(Composite):
 
     def call(self, x, training=None):
         if not training:
-            return in_parts(lambda x: x + self.branch(x), x, 4 * self.dim)
+            return in_chunks(lambda x: x + self.branch(x), x, 4 * self.dim)
         branch = keras.remat(self.branch) if self.rematerialize else self.branch
-        return x + self.drop_path(in_parts(branch, x, 4 * self.dim, training=True), training=training)
+        return x + self.drop_path(in_chunks(branch, x, 4 * self.dim, training=True), training=training)
 
     def get_config(self):
         return {**super().get_config(), **_pointwise_dtype(self)}
@@ -286,16 +285,16 @@ class ConvNeXtV2Block(Composite):
 
     def call(self, x, training=None):
         if not training:
-            return in_parts(lambda x: x + self.branch(x), x, 4 * self.dim)
+            return in_chunks(lambda x: x + self.branch(x), x, 4 * self.dim)
         branch = keras.remat(self.branch) if self.rematerialize else self.branch
-        return x + self.drop_path(in_parts(branch, x, 4 * self.dim, training=True), training=training)
+        return x + self.drop_path(in_chunks(branch, x, 4 * self.dim, training=True), training=training)
 
     def get_config(self):
         return {**super().get_config(), **_pointwise_dtype(self)}
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
-    """Drop rate of each block: a straight line from 0 to `drop_path_rate`, the last block included.
+    """Returns the drop rate of each block, on a straight line from 0 to `drop_path_rate` for the last.
 
     Reference: models/convnext.py, `dp_rates`. Example: `drop_path_rates(0.2, 3)` is `[0.0, 0.1, 0.2]`.
     """
@@ -303,7 +302,7 @@ def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
 
 
 def stem(x, variant):
-    """Pixels to the first map, at a quarter of the resolution.
+    """Turns pixels into the first map, at a quarter of the resolution.
 
     "patch" is the papers' stem: 4x4 patches, side by side. The others are timm's: two 3x3 convolutions of
     stride 2 that overlap, with all channels ("overlap"), with half of them in between ("overlap_tiered"), or
@@ -311,7 +310,7 @@ def stem(x, variant):
 
     Args:
         x: (N, H, W, 3), normalised pixels.
-        variant: a row of `variants.VARIANTS`.
+        variant: one of `variants.VARIANTS`.
 
     Returns:
         (N, H / 4, W / 4, dims[0]).
@@ -332,7 +331,7 @@ def stem(x, variant):
     if variant.stem == "patch":
         x = convolution(x, dim, 4, 4)  # (N, H / 4, W / 4, C)
     else:
-        # One pixel of padding on both sides; "same" would pad only behind an even-sized map.
+        # One pixel of padding on both sides; "same" would pad an even-sized map only after its last pixel.
         x = layers.ZeroPadding2D(1, data_format="channels_last", name="stem_padding_0")(x)
         x = convolution(x, variant.stem_dim, 3, 2)  # (N, H / 2, W / 2, stem_dim)
         index += 1
@@ -345,15 +344,15 @@ def stem(x, variant):
 
 
 def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int | None):
-    """Stem and four stages of blocks, with a halving of the resolution between stages.
+    """Applies the stem and four stages of blocks, with a halving of the resolution between stages.
 
     Reference: Liu et al. 2022, table 9; models/convnext.py, class ConvNeXt. For an output stride of 16 or 8
-    the last one or two halvings become stride 1 and the blocks behind them dilate by 2 and 4; the weights
+    the last one or two halvings become stride 1 and the blocks after them dilate by 2 and 4; the weights
     stay the same (timm models/convnext.py).
 
     Args:
         x: (N, H, W, 3), normalised pixels.
-        variant: a row of `variants.VARIANTS`.
+        variant: one of `variants.VARIANTS`.
         block: function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer.
         output_stride: 8, 16 or 32.
         drop_path_rate: rate of the last block; the first has 0.
@@ -397,13 +396,13 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
 
 
 def isotropic_body(x, variant, block, drop_path_rate: float, seed: int | None):
-    """Blocks of one width on 16x16 patches, as in a plain ViT.
+    """Applies blocks of one width to 16x16 patches, as in a plain ViT.
 
     Reference: Liu et al. 2022, section 3.3; models/convnext_isotropic.py, class ConvNeXtIsotropic.
 
     Args:
         x: (N, H, W, 3), normalised pixels.
-        variant: an isotropic row of `variants.VARIANTS`.
+        variant: an isotropic one of `variants.VARIANTS`.
         block: function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer.
         drop_path_rate: rate of the last block; the first has 0.
         seed: int or None; block number i gets seed + i.
@@ -426,7 +425,7 @@ def isotropic_body(x, variant, block, drop_path_rate: float, seed: int | None):
 
 
 def pool(x, kind: str, dtype):
-    """Mean ("avg") or maximum ("max") over the map: (N, H, W, C) -> (N, C)."""
+    """Takes the mean ("avg") or maximum ("max") over the map: (N, H, W, C) -> (N, C)."""
     pooling = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[kind]
     return pooling(data_format="channels_last", dtype=dtype, name=f"{kind}_pool")(x)
 
@@ -440,7 +439,7 @@ def final_norm(x, variant, pooling: str | None, dtype):
 
     Args:
         x: (N, H, W, C), the last stage's output.
-        variant: a row of `variants.VARIANTS`; its `head` is meant above.
+        variant: one of `variants.VARIANTS`; the cases above are those of its `head`.
         pooling: "avg", "max" or None.
         dtype: float32 or wider; 16-bit sums over a map lose digits.
 
@@ -456,7 +455,7 @@ def final_norm(x, variant, pooling: str | None, dtype):
 
 
 def classifier(x, variant, classes: int, activation, dtype):
-    """Logits, or what `activation` makes of them: (N, C) -> (N, classes).
+    """Computes logits, or what `activation` makes of them: (N, C) -> (N, classes).
 
     An "mlp" head has a hidden layer with exact GELU in front, as wide as its input (timm
     layers/classifier.py, NormMlpClassifierHead).

@@ -1,6 +1,6 @@
 """The architectures of the family: one literal table, one row each.
 
-Sources, by row prefix:
+Sources, by the beginning of the name:
   convnext_tiny .. xlarge       Liu et al. 2022 (arXiv:2201.03545), appendix A.4; facebookresearch/ConvNeXt
                                 models/convnext.py at 048efce
   convnext_isotropic_*          the same paper, section 3.3; models/convnext_isotropic.py at 048efce

@@ -27,7 +27,7 @@ def calibration_images(
 
     Args:
         source: a folder of images, at any depth; one image; or a data set as `evaluate` takes it. Images are
-            taken evenly spread over it and prepared as for evaluation. None for random crops of three
+            taken at even distances from it and prepared as for evaluation. None for random crops of three
             photographs that come with the package, the same at each call: enough to check a file and to
             calibrate it roughly; images of your own kind calibrate better.
         image_size: (height, width) in pixels.
@@ -83,12 +83,12 @@ def _prepared(
     path = pathlib.Path(source)
     if path.suffix.lower() in preprocess.IMAGE_SUFFIXES or (path.is_dir() and _holds_images(path)):
         files: Sequence[pathlib.Path] = preprocess.find_images(path)
-        decoded = (preprocess.read_image(file) for file in _spread(files, count))
+        decoded = (preprocess.read_image(file) for file in _evenly(files, count))
     else:
         data = sources.open_source(source, split)
         decoded = (
             preprocess.decode_image(data.read(number), data.name(number))
-            for number in _spread(range(len(data)), count)
+            for number in _evenly(range(len(data)), count)
         )
     return [preprocess.preprocess_image(image, image_size=image_size) for image in decoded]
 
@@ -101,7 +101,7 @@ def _holds_images(folder: pathlib.Path) -> bool:
     )
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
     """`count` of the items, or all, at even distances."""
     places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[place] for place in places]

@@ -2,7 +2,7 @@
 
 Facts: the class lists and names that timm 1.0.31 carries (timm/data/_info, Apache-2.0,
 copyright Ross Wightman). The names are the words of WordNet synsets: WordNet 3.0 Copyright 2006
-by Princeton University. All rights reserved. NOTICE.txt beside this file has the full notice.
+by Princeton University. All rights reserved. NOTICE.txt next to this file has the full notice.
 
 imagenet_names.txt.gz holds one line a synset, sorted by synset id:
 "<synset id>\t<membership>\t<name>", where membership is the sum of 1 (ImageNet-1k), 2 (the 12k
@@ -23,7 +23,7 @@ def find_class_list(dataset: str, classes: int) -> int | str | None:
     """Finds the class list of a classifier.
 
     Args:
-        dataset: what it was trained on, as `checkpoints.Checkpoint.dataset` says; "" where nobody knows.
+        dataset: what it was trained on, as `weights.catalog` says; "" where that is not known.
         classes: its width.
 
     Returns:

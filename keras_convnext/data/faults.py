@@ -1,4 +1,4 @@
-"""Damaged images: counted, named, and an error above a share of them."""
+"""Counts and names the damaged images of a data set, and raises an error when there are too many."""
 
 import threading
 

@@ -1,4 +1,7 @@
-"""ImageNet as it is downloaded: the tar files and their labels."""
+"""ImageNet as it is downloaded: its two tar files, the labels of its validation images, ReaL's labels.
+
+The tars are indexed without unpacking them.
+"""
 
 import csv
 import dataclasses
@@ -20,8 +23,8 @@ from keras_convnext.data.index import (
     Source,
     SourceError,
     cached_index,
+    first_few,
     is_image,
-    some_of,
 )
 from keras_convnext.data.records import examples, feature_values
 
@@ -32,6 +35,66 @@ _TAR_MD5 = {
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
 }
+
+
+def split_of_tar(path: str) -> str:
+    """Tells ImageNet's two tars apart by their first member."""
+    with open(path, "rb", buffering=0) as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise SourceError(
+                f"Expected an uncompressed tar, but '{path}' is compressed with GZIP. Run gunzip on it."
+            )
+        for member in _members(file, 0, os.fstat(file.fileno()).st_size, path):
+            name = os.path.basename(member.name)
+            if name.endswith(".tar"):
+                return "train"
+            if VALIDATION_NAME.fullmatch(name):
+                return "validation"
+            raise SourceError(
+                "Expected ILSVRC2012_img_train.tar (a tar of class tars) or ILSVRC2012_img_val.tar, but "
+                f"'{path}' begins with '{member.name}'. Unpack other archives and pass the folder."
+            )
+    raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
+
+
+def open_tar(path: str, split: str, labels: str | os.PathLike[str] | None) -> Source:
+    """Indexes one of ImageNet's two tars; `labels` is a label file for the validation images, or None."""
+    if split == "train":
+        if labels is not None:
+            raise SourceError(
+                f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
+            )
+        return cached_index(path, "tar", split, [path], lambda: _scan_train_tar(path))
+    return with_labels(cached_index(path, "tar", split, [path], lambda: _scan_validation_tar(path)), labels)
+
+
+def with_labels(source: Source, path: str | os.PathLike[str] | None) -> Source:
+    """Returns a source with labels from a label file or, for validation images, the published ones."""
+    names = [source.name(number) for number in range(len(source))]
+    is_validation = all(VALIDATION_NAME.fullmatch(os.path.basename(name)) for name in names)
+    if path is None:
+        by_number, origin = _published_validation_labels()
+        values = [by_number[_validation_number(name, len(by_number), origin) - 1] for name in names]
+    else:
+        values = _labels_from_file(path, names, is_validation)
+    if all(value.isascii() and value.isdecimal() for value in values):
+        numbers = [int(value) for value in values]
+        if is_validation and max(numbers) >= 1000:
+            raise SourceError(
+                f"Expected class numbers from 0 to 999 in '{path}', received {max(numbers)}. The numbers of "
+                "ImageNet's development kit (1 to 1000) are in another order: pass WordNet ids."
+            )
+        if max(numbers) >= MAX_NUMBERED_CLASSES:
+            raise SourceError(
+                f"Expected class numbers below {MAX_NUMBERED_CLASSES} in '{path}', received {max(numbers)}."
+            )
+        classes = class_names.synset_ids(1000) if is_validation else [str(n) for n in range(max(numbers) + 1)]
+    else:
+        known = set(class_names.synset_ids(1000))
+        classes = sorted(known if is_validation and known.issuperset(values) else set(values))
+        positions = {name: number for number, name in enumerate(classes)}
+        numbers = [positions[value] for value in values]
+    return dataclasses.replace(source, labels=np.array(numbers, np.int32), classes=classes)
 
 
 def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
@@ -96,26 +159,6 @@ def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None)
     return [tuple(lists[number - 1]) for number in numbers]
 
 
-def split_of_tar(path: str) -> str:
-    """Tells ImageNet's two tars apart by their first member."""
-    with open(path, "rb", buffering=0) as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise SourceError(
-                f"Expected an uncompressed tar, but '{path}' is compressed with GZIP. Run gunzip on it."
-            )
-        for member in _members(file, 0, os.fstat(file.fileno()).st_size, path):
-            name = os.path.basename(member.name)
-            if name.endswith(".tar"):
-                return "train"
-            if VALIDATION_NAME.fullmatch(name):
-                return "validation"
-            raise SourceError(
-                "Expected ILSVRC2012_img_train.tar (a tar of class tars) or ILSVRC2012_img_val.tar, but "
-                f"'{path}' begins with '{member.name}'. Unpack other archives and pass the folder."
-            )
-    raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
-
-
 def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfile.TarInfo]:
     """Yields the regular files of the tar that lies between two bytes of a file, but hidden ones.
 
@@ -149,16 +192,6 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
         )
 
 
-def open_tar(path: str, split: str, labels: str | os.PathLike[str] | None) -> Source:
-    if split == "train":
-        if labels is not None:
-            raise SourceError(
-                f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
-            )
-        return cached_index(path, "tar", split, [path], lambda: _scan_train_tar(path))
-    return labelled(cached_index(path, "tar", split, [path], lambda: _scan_validation_tar(path)), labels)
-
-
 def _scan_train_tar(path: str) -> Source:
     columns = IndexBuilder()
     with open(path, "rb", buffering=0) as file:
@@ -168,7 +201,7 @@ def _scan_train_tar(path: str) -> Source:
         if wrong or not tars:
             raise SourceError(
                 f"Expected one tar a class in '{path}', such as n01440764.tar, received "
-                f"{some_of(wrong) or 'an empty archive'}. Pass ILSVRC2012_img_train.tar as published."
+                f"{first_few(wrong) or 'an empty archive'}. Pass ILSVRC2012_img_train.tar as published."
             )
         synsets = [os.path.basename(tar.name).removesuffix(".tar") for tar in tars]
         classes = sorted(set(synsets))
@@ -237,35 +270,6 @@ def _published_validation_labels() -> tuple[list[str], str]:
     )
 
 
-def labelled(source: Source, path: str | os.PathLike[str] | None) -> Source:
-    """Returns a source with labels from a label file or, for validation images, the published ones."""
-    names = [source.name(number) for number in range(len(source))]
-    is_validation = all(VALIDATION_NAME.fullmatch(os.path.basename(name)) for name in names)
-    if path is None:
-        by_number, origin = _published_validation_labels()
-        values = [by_number[_validation_number(name, len(by_number), origin) - 1] for name in names]
-    else:
-        values = _labels_from_file(path, names, is_validation)
-    if all(value.isascii() and value.isdecimal() for value in values):
-        numbers = [int(value) for value in values]
-        if is_validation and max(numbers) >= 1000:
-            raise SourceError(
-                f"Expected class numbers from 0 to 999 in '{path}', received {max(numbers)}. The numbers of "
-                "ImageNet's development kit (1 to 1000) are in another order: pass WordNet ids."
-            )
-        if max(numbers) >= MAX_NUMBERED_CLASSES:
-            raise SourceError(
-                f"Expected class numbers below {MAX_NUMBERED_CLASSES} in '{path}', received {max(numbers)}."
-            )
-        classes = class_names.synset_ids(1000) if is_validation else [str(n) for n in range(max(numbers) + 1)]
-    else:
-        known = set(class_names.synset_ids(1000))
-        classes = sorted(known if is_validation and known.issuperset(values) else set(values))
-        positions = {name: number for number, name in enumerate(classes)}
-        numbers = [positions[value] for value in values]
-    return dataclasses.replace(source, labels=np.array(numbers, np.int32), classes=classes)
-
-
 def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validation: bool) -> list[str]:
     """Returns the label of each name, as it is written in a label file."""
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -300,11 +304,12 @@ def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validat
     missing = [name for name, label in zip(names, labels, strict=True) if label is None]
     if missing:
         raise SourceError(
-            f"Expected a label for every image, but '{path}' has none for {len(missing)}: {some_of(missing)}."
+            f"Expected a label for every image, but '{path}' has none for {len(missing)}: "
+            f"{first_few(missing)}."
         )
     unknown = sorted(given.keys() - set(names) - set(map(os.path.basename, names)))
     if unknown:
         raise SourceError(
-            f"'{path}' has labels for {len(unknown)} files that are not there: {some_of(unknown)}."
+            f"'{path}' has labels for {len(unknown)} files that are not there: {first_few(unknown)}."
         )
     return [label for label in labels if label is not None]

@@ -1,4 +1,8 @@
-"""The index of a data set: where each image lies and its label, and its cache on disk."""
+"""The index of a data set: where each image lies and which label it has.
+
+`Source` is what every layout is opened as. `IndexBuilder` makes one example by example, and the index of
+large files is kept on disk.
+"""
 
 import array
 import dataclasses
@@ -23,8 +27,6 @@ MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
 CACHED_BYTES = 1 << 30  # files below this size are scanned in about a second, so their index is not kept
 MAX_NUMBERED_CLASSES = 100_000  # larger folder names made of digits are names (dates, ids), not class numbers
 
-# The splits and the other names they go by. What was asked first is looked for first.
-SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
 _ARRAYS = ("file_numbers", "offsets", "lengths", "labels", "name_text", "name_ends")
 
 
@@ -92,19 +94,38 @@ class Source:
         return content
 
 
-def is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def read_json(folder: str, name: str) -> dict:
-    path = os.path.join(folder, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
+def with_classes(source: Source, classes: list[str]) -> Source:
+    """Returns a source whose labels are positions in another list of class names."""
+    present = np.unique(source.labels)
+    positions = {name: number for number, name in enumerate(classes)}
+    unknown = [source.classes[number] for number in present if source.classes[number] not in positions]
+    are_numbers = all(name.isdecimal() and int(name) == n for n, name in enumerate(source.classes))
+    if unknown and are_numbers and len(source.classes) <= len(classes):
+        return dataclasses.replace(source, classes=classes)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], classes, 1)
+        suggestion = f" Near '{unknown[0]}' is '{near[0]}'." if near else ""
         raise SourceError(
-            f"Expected JSON in '{path}', which is damaged: {error}. Prepare the set again."
-        ) from error
+            f"Expected the classes of '{source.path}' among the {len(classes)} given, such as "
+            f"{first_few(classes)}; {len(unknown)} are not: {first_few(unknown)}.{suggestion}"
+        )
+    numbers = np.full(len(source.classes), -1, np.int32)
+    numbers[present] = [positions[source.classes[number]] for number in present]
+    return dataclasses.replace(source, labels=numbers[source.labels], classes=classes)
+
+
+def check_labels(source: Source, count: int) -> None:
+    """Raises SourceError unless all labels lie from 0 to `count` - 1."""
+    if source.labels.min() == -1:
+        raise SourceError(
+            f"Expected labels in '{source.path}', received -1: the split has none, as a test split."
+        )
+    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
+    if len(wrong):
+        raise SourceError(
+            f"Expected labels from 0 to {count - 1} in '{source.path}', received {source.labels[wrong[0]]} "
+            f"for '{source.name(int(wrong[0]))}'."
+        )
 
 
 class IndexBuilder:
@@ -139,39 +160,6 @@ class IndexBuilder:
             name_text=np.frombuffer(bytes(self.name_text), np.uint8),
             name_ends=np.array(self.name_ends, np.int64),
         )
-
-
-def check_labels(source: Source, count: int) -> None:
-    if source.labels.min() == -1:
-        raise SourceError(
-            f"Expected labels in '{source.path}', received -1: the split has none, as a test split."
-        )
-    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
-    if len(wrong):
-        raise SourceError(
-            f"Expected labels from 0 to {count - 1} in '{source.path}', received {source.labels[wrong[0]]} "
-            f"for '{source.name(int(wrong[0]))}'."
-        )
-
-
-def with_classes(source: Source, classes: list[str]) -> Source:
-    """Returns a source whose labels are positions in another list of class names."""
-    present = np.unique(source.labels)
-    positions = {name: number for number, name in enumerate(classes)}
-    unknown = [source.classes[number] for number in present if source.classes[number] not in positions]
-    are_numbers = all(name.isdecimal() and int(name) == n for n, name in enumerate(source.classes))
-    if unknown and are_numbers and len(source.classes) <= len(classes):
-        return dataclasses.replace(source, classes=classes)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], classes, 1)
-        suggestion = f" Near '{unknown[0]}' is '{near[0]}'." if near else ""
-        raise SourceError(
-            f"Expected the classes of '{source.path}' among the {len(classes)} given, such as "
-            f"{some_of(classes)}; {len(unknown)} are not: {some_of(unknown)}.{suggestion}"
-        )
-    numbers = np.full(len(source.classes), -1, np.int32)
-    numbers[present] = [positions[source.classes[number]] for number in present]
-    return dataclasses.replace(source, labels=numbers[source.labels], classes=classes)
 
 
 def write_index(path: str, source: Source, stamp: str = "") -> None:
@@ -242,17 +230,34 @@ def cached_index(path: str, kind: str, split: str, files: list[str], scan: Calla
     return source
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()
+def is_image(name: str) -> bool:
+    """Tells whether a file counts as an image: by its suffix, and hidden files do not."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def some_of(names: Sequence[str]) -> str:
+def read_json(folder: str, name: str) -> dict:
+    """Reads a JSON file of a prepared set.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise SourceError(
+            f"Expected JSON in '{path}', which is damaged: {error}. Prepare the set again."
+        ) from error
+
+
+def first_few(names: Sequence[str]) -> str:
     """Lists the first names of many."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 class Progress:
-    """One line on stderr, rewritten as work goes on; nothing when nobody watches."""
+    """One line on stderr that is rewritten while files are read; nothing where stderr is no terminal."""
 
     def __init__(self, title: str, total_bytes: int) -> None:
         self.title = title
@@ -279,3 +284,7 @@ class Progress:
     def close(self) -> None:
         if self.is_watched and self.shown > self.begin:
             print(file=sys.stderr)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()

@@ -269,7 +269,7 @@ def _filter(x: Any, support: float) -> Any:
 
 
 def _resized_size(height: Any, width: Any, scale_size: tuple[int, int], resize_mode: str) -> tuple[Any, Any]:
-    """The graph's twin of `preprocess._resized_size`."""
+    """`preprocess.resized_size` in a graph."""
     if resize_mode == "squash":
         return scale_size
     if scale_size[0] != scale_size[1]:

@@ -171,11 +171,11 @@ def preprocess_image(
             received and the ones allowed.
     """
     _check_image(image)
-    crop_size = _check_image_size(image_size)
-    scale_size = _scale_size(crop_size, crop, resize_size)
+    crop_size = check_image_size(image_size)
+    scale_size = scale_size_of(crop_size, crop, resize_size)
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"Unknown interpolation {interpolation!r}. Known: {', '.join(INTERPOLATIONS)}.")
-    height, width = _resized_size((image.shape[0], image.shape[1]), scale_size, resize_mode)
+    height, width = resized_size((image.shape[0], image.shape[1]), scale_size, resize_mode)
     resized = Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation])
     return _crop_center(np.asarray(resized), crop_size)
 
@@ -259,10 +259,10 @@ def _check_image(image: np.ndarray) -> None:
     )
 
 
-def _check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+def check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width)."""
     sizes = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-    if len(sizes) != 2 or not all(_is_positive_integer(size) for size in sizes):
+    if len(sizes) != 2 or not all(is_positive_integer(size) for size in sizes):
         raise ValueError(
             f"Expected image_size to be a positive integer or (height, width), received "
             f"{image_size!r}. Pass a number of pixels, such as 224 or (224, 320)."
@@ -270,11 +270,11 @@ def _check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[1])
 
 
-def _is_positive_integer(value: object) -> bool:
+def is_positive_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
 
 
-def _scale_size(crop_size: tuple[int, int], crop: float, resize_size: int | None) -> tuple[int, int]:
+def scale_size_of(crop_size: tuple[int, int], crop: float, resize_size: int | None) -> tuple[int, int]:
     """Return the (height, width) that the image is scaled to before the crop."""
     is_number = isinstance(crop, int | float | np.number) and not isinstance(crop, bool)
     if not is_number or not 0 < crop <= 1:
@@ -284,7 +284,7 @@ def _scale_size(crop_size: tuple[int, int], crop: float, resize_size: int | None
         )
     if resize_size is None:
         return math.floor(crop_size[0] / crop), math.floor(crop_size[1] / crop)
-    if not _is_positive_integer(resize_size):
+    if not is_positive_integer(resize_size):
         raise ValueError(
             f"Expected resize_size to be a positive integer or None, received {resize_size!r}. "
             "Pass a number of pixels, such as 236."
@@ -292,7 +292,7 @@ def _scale_size(crop_size: tuple[int, int], crop: float, resize_size: int | None
     return int(resize_size), int(resize_size)
 
 
-def _resized_size(size: tuple[int, int], scale_size: tuple[int, int], resize_mode: str) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], scale_size: tuple[int, int], resize_mode: str) -> tuple[int, int]:
     """Return the (height, width) of the resized image, rounded as timm and torchvision do."""
     if resize_mode not in RESIZE_MODES:
         raise ValueError(f"Unknown resize_mode {resize_mode!r}. Known: {', '.join(RESIZE_MODES)}.")

@@ -1,4 +1,7 @@
-"""TFRecord data sets: of tensorflow-datasets, and those that `prepare` writes."""
+"""Data sets of TFRecord files: those that `prepare` writes, those of TensorFlow Datasets, and plain ones.
+
+Each image keeps its place inside its file, so that it is read without reading the records before it.
+"""
 
 import dataclasses
 import mmap
@@ -18,14 +21,46 @@ from keras_convnext.data.index import (
     SourceError,
     cached_index,
     check_labels,
+    first_few,
     read_index,
     read_json,
-    some_of,
 )
 from keras_convnext.data.tfrecords import Range, find_records, parse_example
 
 
+def open_prepared(folder: str, split: str) -> Source:
+    """Opens a split that `prepare` wrote, by its own index."""
+    entry = read_manifest(folder)["splits"][split]
+    for shard in [*entry["shards"], entry["index"]]:
+        path = os.path.join(folder, shard["name"])
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size != shard["size"]:
+            raise SourceError(
+                f"Expected {shard['size']} bytes in '{path}', received {size}. Run prepare again: it writes "
+                "what is missing."
+            )
+    files = [os.path.join(folder, shard["name"]) for shard in entry["shards"]]
+    return read_index(os.path.join(folder, entry["index"]["name"]), folder, "prepared", files)
+
+
+def read_manifest(folder: str) -> dict:
+    """Reads the manifest of a folder that `prepare` wrote.
+
+    Raises:
+        SourceError: it is damaged or of another version.
+    """
+    manifest = read_json(folder, MANIFEST)
+    if manifest.get("format") != "keras_convnext" or manifest.get("version") != INDEX_VERSION:
+        raise SourceError(
+            "Expected a folder written by this version of prepare (format keras_convnext, version "
+            f"{INDEX_VERSION}), but '{folder}' has format {manifest.get('format')!r}, version "
+            f"{manifest.get('version')!r}. Prepare it again into another folder."
+        )
+    return manifest
+
+
 def open_tfds(folder: str, split: str) -> Source:
+    """Opens a split that TensorFlow Datasets prepared as tfrecord."""
     info = read_json(folder, "dataset_info.json")
     format_name = info.get("fileFormat", "tfrecord")
     if format_name != "tfrecord":
@@ -55,7 +90,7 @@ def open_tfds(folder: str, split: str) -> Source:
     missing = [os.path.basename(file) for file in files if not os.path.exists(file)]
     if missing:
         raise SourceError(
-            f"Expected {len(files)} files of split '{split}' in '{folder}', missing: {some_of(missing)}."
+            f"Expected {len(files)} files of split '{split}' in '{folder}', missing: {first_few(missing)}."
         )
     image, label, name = _tfds_features(folder)
     classes = _tfds_classes(folder, label)
@@ -73,37 +108,8 @@ def open_tfds(folder: str, split: str) -> Source:
     return dataclasses.replace(source, classes=classes)
 
 
-def _tfds_features(folder: str) -> tuple[str, str, str | None]:
-    """Returns the names of the image, the label and, if there is one, the file name."""
-    features = read_json(folder, "features.json").get("featuresDict", {}).get("features", {})
-    kinds = {
-        name: feature.get("pythonClassName", "").rpartition(".")[2] for name, feature in features.items()
-    }
-    images = [name for name, kind in kinds.items() if kind == "Image"]
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    # ImageNet-ReaL and its kin carry the label of ILSVRC2012 beside lists of others.
-    label = next((name for name in ("label", "original_label", *labels) if name in labels), None)
-    if label is None or len(images) != 1 or (len(labels) > 1 and label not in ("label", "original_label")):
-        raise SourceError(
-            f"Expected one Image and one ClassLabel in '{folder}', received "
-            f"{', '.join(f'{name} ({kind})' for name, kind in kinds.items())}. Only classification sets can "
-            "be read."
-        )
-    names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
-    return images[0], label, names[0] if names else None
-
-
-def _tfds_classes(folder: str, label: str) -> list[str]:
-    path = os.path.join(folder, f"{label}.labels.txt")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    feature = read_json(folder, "features.json")["featuresDict"]["features"][label]
-    return [str(number) for number in range(int(feature["classLabel"]["numClasses"]))]
-
-
 def open_records(path: str, files: list[str], first_label: int | None) -> Source:
-    """Opens TFRecords that nothing describes."""
+    """Opens TFRecords without a description; `first_label` as for `sources.open_source`."""
     source = cached_index(path, "tfrecord", "", files, lambda: _scan_records(path, "tfrecord", files))
     if source.classes:  # the records have image/class/synset
         return source
@@ -139,12 +145,42 @@ def examples(files: list[str]) -> Iterator[tuple[int, str, mmap.mmap, dict[str, 
 
 
 def feature_values(features: dict, name: str, path: str) -> list:
+    """Returns the values of a feature of a record, which must have it."""
     if name not in features:
         raise SourceError(
             f"Expected the feature '{name}' in every record of '{path}', received "
             f"{', '.join(sorted(features))}."
         )
     return features[name]
+
+
+def _tfds_features(folder: str) -> tuple[str, str, str | None]:
+    """Returns the names of the image, the label and, if there is one, the file name."""
+    features = read_json(folder, "features.json").get("featuresDict", {}).get("features", {})
+    kinds = {
+        name: feature.get("pythonClassName", "").rpartition(".")[2] for name, feature in features.items()
+    }
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    # ImageNet-ReaL and its kin carry the label of ILSVRC2012 next to lists of others.
+    label = next((name for name in ("label", "original_label", *labels) if name in labels), None)
+    if label is None or len(images) != 1 or (len(labels) > 1 and label not in ("label", "original_label")):
+        raise SourceError(
+            f"Expected one Image and one ClassLabel in '{folder}', received "
+            f"{', '.join(f'{name} ({kind})' for name, kind in kinds.items())}. Only classification sets can "
+            "be read."
+        )
+    names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
+    return images[0], label, names[0] if names else None
+
+
+def _tfds_classes(folder: str, label: str) -> list[str]:
+    path = os.path.join(folder, f"{label}.labels.txt")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            return file.read().splitlines()
+    feature = read_json(folder, "features.json")["featuresDict"]["features"][label]
+    return [str(number) for number in range(int(feature["classLabel"]["numClasses"]))]
 
 
 def _scan_records(
@@ -203,33 +239,3 @@ def _one(values: list, kind: type, name: str, path: str) -> Any:
             f"Expected one value, {wanted}, for '{name}' in every record of '{path}', received {len(values)}."
         )
     return values[0]
-
-
-def read_manifest(folder: str) -> dict:
-    """Reads the manifest of a folder that `prepare` wrote.
-
-    Raises:
-        SourceError: it is damaged or of another version.
-    """
-    manifest = read_json(folder, MANIFEST)
-    if manifest.get("format") != "keras_convnext" or manifest.get("version") != INDEX_VERSION:
-        raise SourceError(
-            "Expected a folder written by this version of prepare (format keras_convnext, version "
-            f"{INDEX_VERSION}), but '{folder}' has format {manifest.get('format')!r}, version "
-            f"{manifest.get('version')!r}. Prepare it again into another folder."
-        )
-    return manifest
-
-
-def open_prepared(folder: str, split: str) -> Source:
-    entry = read_manifest(folder)["splits"][split]
-    for shard in [*entry["shards"], entry["index"]]:
-        path = os.path.join(folder, shard["name"])
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size != shard["size"]:
-            raise SourceError(
-                f"Expected {shard['size']} bytes in '{path}', received {size}. Run prepare again: it writes "
-                "what is missing."
-            )
-    files = [os.path.join(folder, shard["name"]) for shard in entry["shards"]]
-    return read_index(os.path.join(folder, entry["index"]["name"]), folder, "prepared", files)

@@ -1,4 +1,4 @@
-"""Where the images of a data set lie: one index of byte ranges for every layout.
+"""Opens a data set of any layout as one index of byte ranges.
 
 `open_source` lists the images under a path without decoding, unpacking or copying them. Each example is a
 file, a first byte, a number of bytes and a label, so that a pipeline reads any example at random.
@@ -16,20 +16,22 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from keras_convnext.data.imagenet import TARS, VALIDATION_NAME, labelled, open_tar, split_of_tar
+from keras_convnext.data.imagenet import TARS, VALIDATION_NAME, open_tar, split_of_tar, with_labels
 from keras_convnext.data.index import (
     MANIFEST,
     MAX_NUMBERED_CLASSES,
-    SPLITS,
     Source,
     SourceError,
+    first_few,
     is_image,
     read_json,
-    some_of,
     with_classes,
 )
 from keras_convnext.data.preprocess import IMAGE_SUFFIXES
 from keras_convnext.data.records import open_prepared, open_records, open_tfds, read_manifest
+
+# The splits and the other names they go by. What was asked first is looked for first.
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
 
 _SHARD_NAME = re.compile(
     r"(?P<split>.*?)[-.]?(?:tfrecords?-)?(?P<number>\d{5})-of-(?P<count>\d{5})(?:\.tfrecords?)?"
@@ -130,6 +132,11 @@ def list_splits(path: str | os.PathLike[str]) -> list[str]:
         SourceError: nothing usable is at the path.
     """
     return [name for name in _locate(os.fspath(path))[1] if name is not None]
+
+
+def canonical_split(name: str) -> str | None:
+    """Returns "train", "validation" or "test" for a split's name or one it goes by, else None."""
+    return next((split for split, names in SPLITS.items() if name in names), None)
 
 
 def take(source: Source, numbers: Sequence[int] | np.ndarray) -> Source:
@@ -290,11 +297,6 @@ def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | N
     raise SourceError(f"No split '{split}' in '{path}'.{suggestion} Known: {known}.{missing}")
 
 
-def canonical_split(name: str) -> str | None:
-    """Returns "train", "validation" or "test" for a split's name or one it goes by, else None."""
-    return next((split for split, names in SPLITS.items() if name in names), None)
-
-
 def _list_folder(path: str) -> tuple[list[str], list[str]]:
     """Returns the sorted names of the folders and images in a folder; links count as what they lead to."""
     folders, images = [], []
@@ -396,7 +398,7 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None) -> Source:
         if not files:
             raise SourceError(f"Expected images below the folder '{path}', found none.")
         source = _files_source(path, files, np.zeros(len(files), np.int32), [])
-        return labelled(source, labels)
+        return with_labels(source, labels)
     if not folders and flat:
         raise SourceError(
             f"Expected one folder a class in '{path}', received {len(flat)} images without folders, such as "
@@ -413,7 +415,7 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None) -> Source:
     if empty:
         raise SourceError(
             f"Expected images in every class folder of '{path}', found none in {len(empty)}: "
-            f"{some_of(empty)}. Remove the folders that are no classes, or add their images."
+            f"{first_few(empty)}. Remove the folders that are no classes, or add their images."
         )
     classes, numbers = _number_classes(path, folders)
     files = [file for found in images for file in found]
@@ -429,7 +431,7 @@ def _number_classes(path: str, folders: list[str]) -> tuple[list[str], list[int]
         return folders, list(range(len(folders)))
     if len(set(numbers)) < len(numbers):
         raise SourceError(
-            f"Two class folders of '{path}' stand for one number: {some_of(folders)}. Rename one."
+            f"Two class folders of '{path}' stand for one number: {first_few(folders)}. Rename one."
         )
     classes = [str(number) for number in range(max(numbers) + 1)]
     for name, number in zip(folders, numbers, strict=True):

@@ -1,6 +1,6 @@
 """Reads and writes TFRecord files of tf.train.Example without TensorFlow.
 
-A TFRecord file is a row of records: length (uint64, little-endian), masked CRC-32C of those eight bytes,
+A TFRecord file is a sequence of records: length (uint64, little-endian), masked CRC-32C of those eight bytes,
 the record, masked CRC-32C of the record. Reference: tensorflow/core/lib/io/record_writer.h and, for the
 protocol buffers, tensorflow/core/example/example.proto and feature.proto (field numbers below).
 """
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 
 HEADER_BYTES = 12  # before a record: length and its checksum
-FOOTER_BYTES = 4  # behind it: its checksum
+FOOTER_BYTES = 4  # after it: its checksum
 
 # A file that is read in bytes, or a record of it.
 Buffer = bytes | mmap.mmap
@@ -163,7 +163,7 @@ def _fields(buffer: Buffer, within: Range) -> Iterator[tuple[int, Range | int]]:
         else:
             raise ValueError(f"wire type {wire_type} at byte {start}")
         if start > end:
-            raise ValueError(f"a field ends behind its message, at byte {start}")
+            raise ValueError(f"a field ends after its message, at byte {start}")
         yield key >> 3, value
 
 
@@ -197,7 +197,7 @@ def _signed(value: int) -> int:
 
 
 def _read_varint(buffer: Buffer, start: int) -> tuple[int, int]:
-    """Returns the integer and the byte behind it."""
+    """Returns the integer and the place of the byte after it."""
     value = shift = 0
     while True:
         byte = buffer[start]

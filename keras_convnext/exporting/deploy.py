@@ -15,7 +15,7 @@ import numpy as np
 from keras import tree
 
 from keras_convnext import convnext, models
-from keras_convnext.layers.chunking import in_parts
+from keras_convnext.layers.chunking import in_chunks
 from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
 from keras_convnext.layers.normalization import (
     GlobalResponseNormalization,
@@ -128,7 +128,7 @@ class InferenceBlock(convnext.Composite):
         return pointwise_after_grn(self.pwconv2, x, self.grn)
 
     def call(self, x):
-        return in_parts(lambda x: x + self.branch(x), x, 4 * self.dim)
+        return in_chunks(lambda x: x + self.branch(x), x, 4 * self.dim)
 
 
 def deploy(

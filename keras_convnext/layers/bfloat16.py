@@ -1,7 +1,7 @@
-"""bfloat16 on processors that have no arithmetic for it.
+"""Computes in float32 on processors that have no arithmetic for bfloat16.
 
 Before AVX-512 the libraries round partial sums to 8 bits, in the gradients above all, and take 2 to 20 times
-as long as in float32. There the products and convolutions are computed in float32.
+as long as in float32. So matrix products and convolutions are computed in float32 there.
 """
 
 import keras
@@ -10,7 +10,7 @@ from keras_convnext import _environment
 
 
 def rounded_once(function, x, *others):
-    """`function(x, *others)`; of bfloat16 in float32, the result rounded, where the processor lacks bfloat16.
+    """Returns `function(x, *others)`; where the processor lacks bfloat16, computed in float32 and rounded.
 
     The gradients too are computed in float32 and rounded once. Elsewhere, on a GPU or TPU among others, the
     function is given the tensors as they are.

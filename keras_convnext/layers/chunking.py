@@ -2,21 +2,21 @@
 
 import keras
 
-# On PyTorch, by the bytes of a block's widest map. One above WHOLE is fresh memory at every step (the C
+# On PyTorch, by the bytes of a block's widest map. One above WHOLE_BYTES is fresh memory at every step (the C
 # library hands large pieces back to the system), and its first touch costs more than the arithmetic on it;
-# PART keeps close to a second-level cache. Measured at batch 8: 8 MiB give convnextv2_tiny a tenth.
-WHOLE = 8 * 2**20
-PART = 5 * 2**20
+# CHUNK_BYTES keeps close to a second-level cache. Measured at batch 8: 8 MiB give convnextv2_tiny a tenth.
+WHOLE_BYTES = 8 * 2**20
+CHUNK_BYTES = 5 * 2**20
 # On JAX, by the positions N * H * W of the map, whatever its width: above some 3,000 XLA's program for
-# depthwise convolution and norm becomes up to three times slower than its parts together. Measured on
+# depthwise convolution and norm becomes up to three times slower than its chunks together. Measured on
 # convnext_atto, nano, tiny and base at batch 2 to 32 (56 x 56 a sample, 28 x 28 two, 14 x 14 eight).
 POSITIONS = 2048
 
 
-def in_parts(function, x, hidden_channels: int, training: bool = False):
-    """`function(x)`, on a CPU a few samples at a time where that is faster.
+def in_chunks(function, x, hidden_channels: int, training: bool = False):
+    """Applies `function` to chunks of the batch on a CPU, where that keeps the widest map in the cache.
 
-    In training only JAX does so. It then computes a part once more in the backward pass instead of keeping
+    In training only JAX does so. It then computes a chunk once more in the backward pass instead of keeping
     its maps, which is faster too, and saves memory.
 
     Args:
@@ -29,39 +29,39 @@ def in_parts(function, x, hidden_channels: int, training: bool = False):
         (N, H, W, C).
     """
     backend = keras.backend.backend()
-    samples = x.shape[0] if backend == "torch" and training else _samples_in_a_part(x, hidden_channels)
+    samples = x.shape[0] if backend == "torch" and training else _samples_in_a_chunk(x, hidden_channels)
     if samples == x.shape[0]:
         return function(x)
     if backend == "torch":
         import torch
 
-        return torch.cat([function(part) for part in x.split(samples)])
+        return torch.cat([function(chunk) for chunk in x.split(samples)])
     import jax
 
-    parts = x.reshape(-1, samples, *x.shape[1:])
-    return jax.lax.map(jax.checkpoint(function) if training else function, parts).reshape(x.shape)
+    chunks = x.reshape(-1, samples, *x.shape[1:])
+    return jax.lax.map(jax.checkpoint(function) if training else function, chunks).reshape(x.shape)
 
 
-def _samples_in_a_part(x, hidden_channels):
-    """How many of the N samples to run at a time: N, or a divisor of it on JAX."""
+def _samples_in_a_chunk(x, hidden_channels):
+    """Returns how many of the N samples to run at a time: N, or a divisor of it on JAX."""
     if not _on_a_cpu_that_gains(x):
         return x.shape[0]
     samples, height, width, _ = x.shape
-    if keras.backend.backend() == "jax":  # one program for all parts
+    if keras.backend.backend() == "jax":  # one program for all chunks
         wanted = max(1, POSITIONS // (height * width))
         return max(divisor for divisor in range(1, min(wanted, samples) + 1) if samples % divisor == 0)
     itemsize = 2 if "16" in keras.backend.standardize_dtype(x.dtype) else 4
     sample_bytes = height * width * hidden_channels * itemsize
-    if samples * sample_bytes <= WHOLE:
+    if samples * sample_bytes <= WHOLE_BYTES:
         return samples
-    return min(max(1, PART // sample_bytes), samples)
+    return min(max(1, CHUNK_BYTES // sample_bytes), samples)
 
 
 def _on_a_cpu_that_gains(x):
     if keras.backend.backend() == "jax":
         import jax
 
-        # Sizes of an exported program may be symbols, and a batch that devices share has its parts.
+        # Sizes of an exported program may be symbols, and a batch that devices share is divided already.
         is_shared = keras.distribution.distribution() is not None
         is_known = all(isinstance(size, int) for size in x.shape)
         return jax.default_backend() == "cpu" and is_known and not is_shared

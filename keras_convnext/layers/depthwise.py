@@ -109,7 +109,7 @@ def depthwise_in_frames(layer, x):
 
 
 def device_kind(x) -> str:
-    """The kind of device that computes with `x`: "cpu", "gpu" or "tpu"."""
+    """Returns the kind of device that computes with `x`: "cpu", "gpu" or "tpu"."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -120,10 +120,10 @@ def device_kind(x) -> str:
 
 
 def chosen_path(backend: str, device: str) -> str:
-    """The name of the way that `DepthwiseConv2D` computes on a backend and a kind of device.
+    """Names the way in which `DepthwiseConv2D` computes on a backend and a kind of device.
 
     The choice is made whenever the layer is traced, so a saved model takes the right one wherever it is
-    loaded. `keras-convnext bench depthwise` prints what each one costs.
+    loaded. `python -m benchmarks.speed depthwise` prints what each one costs.
 
     Args:
         backend: "tensorflow", "jax" or "torch"; others have the library's only.
@@ -139,7 +139,7 @@ def _jax_shifted_products():
     import jax.numpy as jnp
 
     def shifted(x, size, dilation):
-        """The padded map behind each tap of the kernel, row by row."""
+        """The padded map as each tap of the kernel sees it, row by row."""
         height, width = x.shape[1:3]
         margin = (size - 1) * dilation // 2
         source = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))

@@ -1,4 +1,4 @@
-"""Weight initializers."""
+"""The initial values of kernels."""
 
 import random
 
@@ -19,7 +19,7 @@ class RandomNormal(keras.initializers.Initializer):
     Args:
         stddev: float. Default 0.02, as the official code initialises all its kernels. (It truncates at +-2,
             100 standard deviations, which is no truncation; `TruncatedNormal(0.02)` of Keras cuts at 2
-            standard deviations and shrinks the spread to 0.0176.)
+            standard deviations, which shrinks the standard deviation of the result to 0.0176.)
         seed: int for the same values at every call, None for new ones, which follow
             `keras.utils.set_random_seed`.
     """

@@ -1,4 +1,4 @@
-"""The small layers of ConvNeXt that Keras lacks, each safe in 16-bit precision.
+"""The norms of the family and global response normalisation, each safe in 16-bit precision.
 
 All of them work on the last axis of channels-last maps (N, H, W, C), or (N, C) after pooling. Weights stay
 in float32 arithmetic under mixed policies (`autocast=False`), statistics are taken in float32, and the result
@@ -11,13 +11,6 @@ from keras import ops
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
-def float32_or_wider(x):
-    """`x` in float32, or wider if it already is."""
-    if keras.backend.standardize_dtype(x.dtype) == "float32":
-        return ops.convert_to_tensor(x)
-    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-
-
 @_register
 class LayerNormalization(keras.layers.Layer):
     """Layer normalisation over the channels of each position.
@@ -25,7 +18,7 @@ class LayerNormalization(keras.layers.Layer):
     `y = gamma * (x - mean(x)) / sqrt(var(x) + epsilon) + beta`, mean and biased variance over the last axis.
     Differs from `keras.layers.LayerNormalization` in two points: epsilon has the value of the official code
     (Keras: 1e-3), and the mean is subtracted before scaling, which keeps the digits of inputs whose mean is
-    much larger than their spread.
+    much larger than their standard deviation.
     Reference: Ba et al. 2016 (arXiv:1607.06450), equation 3; facebookresearch/ConvNeXt models/convnext.py,
     class LayerNorm.
 
@@ -133,11 +126,12 @@ class RMSNormalization(keras.layers.Layer):
 
 @_register
 class SimpleNormalization(keras.layers.Layer):
-    """Scaling by the spread of the channels of each position, without centring and without a bias.
+    """Division by the standard deviation over the channels of each position, without centring or bias.
 
     `y = gamma * x / sqrt(var(x) + epsilon)` with the unbiased variance (divisor C - 1); the mean is not
     subtracted from `x` itself.
-    Reference: timm 1.0.31 layers/norm.py, class SimpleNorm; used by `convnext_zepto_rms` and its `_ols` twin.
+    Reference: timm 1.0.31 layers/norm.py, class SimpleNorm; used by `convnext_zepto_rms` and
+    `convnext_zepto_rms_ols`.
 
     Args:
         epsilon: float, added to the variance. Default 1e-6, timm's.
@@ -265,3 +259,10 @@ class GlobalResponseNormalization(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon, "center": self.center}
+
+
+def float32_or_wider(x):
+    """`x` in float32, or wider if it already is."""
+    if keras.backend.standardize_dtype(x.dtype) == "float32":
+        return ops.convert_to_tensor(x)
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))

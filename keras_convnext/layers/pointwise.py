@@ -32,24 +32,13 @@ def pointwise(layer, x, activation=None):
     return y if activation is None else _activate(activation, y)
 
 
-def _is_plain(layer):
-    if isinstance(layer, PointwiseConv2D):
-        return not layer.for_litert
-    return layer.quantization_mode is None and layer.use_bias
-
-
-def _matrix_and_bias(layer, dtype):
-    """(C, D) and (D,), from a Dense layer or a 1x1 convolution."""
-    kernel, bias = (keras.ops.convert_to_tensor(value, dtype=dtype) for value in (layer.kernel, layer.bias))
-    return (keras.ops.reshape(kernel, kernel.shape[-2:]) if len(kernel.shape) == 4 else kernel), bias
-
-
 def pointwise_after_grn(layer, x, grn):
     """`layer(grn(x))`.
 
     TensorFlow would pass over the map twice more to scale it. Where the kernel is smaller than the map of a
     sample, it scales the kernel for each sample instead: (x * scale + beta) @ kernel + bias is
-    x @ (scale * kernel) + (beta @ kernel + bias). (On PyTorch this gains nothing, in parts.)
+    x @ (scale * kernel) + (beta @ kernel + bias). (On PyTorch, where the map
+    comes in chunks, this gains nothing.)
 
     Args:
         layer: a built `keras.layers.Dense` or `PointwiseConv2D`.
@@ -131,16 +120,28 @@ class PatchConv2D(keras.layers.Conv2D):
     def _patches(self, x):
         """(N, H / K, W / K, K * K * C); None where the plain convolution is to be taken."""
         size = self.kernel_size[0]
-        beside = self.padding == "valid" and self.kernel_size == self.strides == (size, size)
+        side_by_side = self.padding == "valid" and self.kernel_size == self.strides == (size, size)
         plain = self.use_bias and self.groups == 1 and self.activation is keras.activations.linear
         known = self.data_format == "channels_last" and all(isinstance(side, int) for side in x.shape[1:])
-        if not (beside and plain and known and _gains_from_patches(x)):
+        if not (side_by_side and plain and known and _gains_from_patches(x)):
             return None
         height, width, channels = x.shape[1] // size, x.shape[2] // size, x.shape[3]
         x = x[:, : height * size, : width * size]
         x = keras.ops.reshape(x, (-1, height, size, width, size, channels))
         x = keras.ops.transpose(x, (0, 1, 3, 2, 4, 5))  # (N, H / K, W / K, K, K, C)
         return keras.ops.reshape(x, (-1, height, width, size * size * channels))
+
+
+def _is_plain(layer):
+    if isinstance(layer, PointwiseConv2D):
+        return not layer.for_litert
+    return layer.quantization_mode is None and layer.use_bias
+
+
+def _matrix_and_bias(layer, dtype):
+    """(C, D) and (D,), from a Dense layer or a 1x1 convolution."""
+    kernel, bias = (keras.ops.convert_to_tensor(value, dtype=dtype) for value in (layer.kernel, layer.bias))
+    return (keras.ops.reshape(kernel, kernel.shape[-2:]) if len(kernel.shape) == 4 else kernel), bias
 
 
 def _gains_from_patches(x):

@@ -51,32 +51,6 @@ class LayerScale(keras.layers.Layer):
         return {**super().get_config(), "init_value": self.init_value}
 
 
-def _whole_batch() -> tuple[int, Any]:
-    return 1, 0
-
-
-_part_of_batch: Callable[[], tuple[int, Any]] = _whole_batch
-
-
-@contextlib.contextmanager
-def divided_batch(part: Callable[[], tuple[int, Any]]) -> Iterator[None]:
-    """Tells the layers that draw for each sample which rows of a batch they are called with.
-
-    They then draw for the whole batch and take their rows, so that several devices, each with a part of it,
-    drop what one device would drop. A backend that divides the batch itself, as JAX, needs none of this.
-
-    Args:
-        part: called where a layer is called; returns the number of equal parts of the batch and, from 0, the
-            number of the one that the layer has, an int or an integer scalar tensor.
-    """
-    global _part_of_batch
-    before, _part_of_batch = _part_of_batch, part
-    try:
-        yield
-    finally:
-        _part_of_batch = before
-
-
 @_register
 class StochasticDepth(keras.layers.Layer):
     """Drops a residual branch for a random part of the samples while training ("drop path").
@@ -131,3 +105,29 @@ class StochasticDepth(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}
+
+
+@contextlib.contextmanager
+def divided_batch(part: Callable[[], tuple[int, Any]]) -> Iterator[None]:
+    """Sets which slice of the global batch this replica holds, so that drop path equals that of one device.
+
+    The layers then draw for the whole batch and take the draws of their slice. JAX divides the batch itself
+    and needs none of this.
+
+    Args:
+        part: called where a layer is called; returns the number of equal slices of the batch and, from 0, the
+            number of this replica's, an int or an integer scalar tensor.
+    """
+    global _part_of_batch
+    before, _part_of_batch = _part_of_batch, part
+    try:
+        yield
+    finally:
+        _part_of_batch = before
+
+
+def _whole_batch() -> tuple[int, Any]:
+    return 1, 0
+
+
+_part_of_batch: Callable[[], tuple[int, Any]] = _whole_batch

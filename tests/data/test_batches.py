@@ -183,7 +183,7 @@ def test_training_starts_anywhere_and_does_not_depend_on_workers(sound):
 
 
 def test_the_iterator_can_be_saved_in_the_middle_of_an_epoch(sound, tmp_path):
-    """TensorFlow's own checkpoint of an iterator, beside `start_batch`."""
+    """TensorFlow's own checkpoint of an iterator, next to `start_batch`."""
     made = train_batches(sound, batch_size=8, image_size=32, workers=2)
     iterator = iter(made)
     for _ in range(4):

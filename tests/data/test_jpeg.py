@@ -62,7 +62,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_eval_image_equals_timm_on_imagenet_samples(setting):
     if not SAMPLES.is_dir():
-        pytest.skip("the ImageNet samples are not beside this repository")
+        pytest.skip("the ImageNet samples are not next to this repository")
     files = sorted(SAMPLES.iterdir())
     assert len(files) == 100
     differences = np.stack(

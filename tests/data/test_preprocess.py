@@ -95,7 +95,7 @@ def noise(height, width):
 def photograph_paths(folder_name):
     folder = PHOTOGRAPH_FOLDERS[folder_name]
     if not folder.is_dir():
-        pytest.skip(f"{folder_name} is not beside this checkout")
+        pytest.skip(f"{folder_name} is not next to this checkout")
     if folder_name != "imagenet_samples":
         return find_images(folder)
     with open(folder.parent / "labels.csv", newline="") as file:

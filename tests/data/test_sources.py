@@ -494,7 +494,7 @@ def test_label_file_for_labelled_data_is_refused(tmp_path):
 
 def test_label_file_of_the_sample_images_is_read():
     if not SAMPLES.is_dir():
-        pytest.skip("the sample images are not beside this checkout")
+        pytest.skip("the sample images are not next to this checkout")
     source = open_source(SAMPLES / "images", labels=SAMPLES / "labels.csv")
     with open(SAMPLES / "labels.csv", newline="") as file:
         expected = {row["file"]: row["wnid"] for row in csv.DictReader(file)}
@@ -1011,7 +1011,7 @@ def test_hold_out_goes_by_seed_class_and_name_alone():
     shuffled = numbered_source([50, 50], np.random.default_rng(0))
     assert names_of(shuffled) != names_of(source)  # else the next line would show nothing
     assert set(names_of(hold_out(shuffled, 0.2, seed=3)[1])) == held_out
-    # Another class beside them changes nothing.
+    # Another class next to them changes nothing.
     assert held_out <= set(names_of(hold_out(numbered_source([50, 50, 9]), 0.2, seed=3)[1]))
     # What must matter does.
     assert set(names_of(hold_out(source, 0.2, seed=4)[1])) != held_out

@@ -558,10 +558,7 @@ def test_tensorflow_has_bfloat16_where_onednn_and_the_processor_have_it(monkeypa
 @not_on_jax
 @pytest.mark.skipif("avx512f" not in _environment.cpu_flags(), reason="the processor has no AVX-512")
 def test_the_limit_of_onednn_is_heeded():
-    code = (
-        "import sys; sys.argv[0] = 'keras-convnext'; "  # without Keras
-        f"from keras_convnext import machine; print(machine.has_bfloat16({BACKEND!r}))"
-    )
+    code = f"from keras_convnext import _environment; print(_environment.has_bfloat16({BACKEND!r}))"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     answer = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -611,7 +608,7 @@ def test_grn_of_zeros_has_the_slope_of_the_limit(zero):
     if zero == "a channel":  # its norm has no slope at 0, in the mean of the norms either
         assert dgamma[1] == 0
         others = np.flatnonzero(np.arange(6) != 1)
-        plain = functools.partial(respond_beside_a_zero_channel, channels=6)
+        plain = functools.partial(respond_next_to_a_zero_channel, channels=6)
         keep = np.ix_(range(3), range(5), range(4), others)
         weights = (gamma[others], beta[others])
     else:
@@ -622,30 +619,30 @@ def test_grn_of_zeros_has_the_slope_of_the_limit(zero):
     np.testing.assert_allclose(dbeta, as_numpy(upstream).sum((0, 1, 2)), rtol=1e-4)
 
 
-def respond_beside_a_zero_channel(x, gamma, beta, channels, epsilon=1e-6):
+def respond_next_to_a_zero_channel(x, gamma, beta, channels, epsilon=1e-6):
     norm = torch.sqrt((x**2).sum((1, 2), keepdim=True))
     return gamma * (x * (norm / (norm.sum(-1, keepdim=True) / channels + epsilon))) + beta + x
 
 
-# A few samples at a time. Two maps of (7, 10, 16) in float32 make a part here.
+# A few samples at a time. Two maps of (7, 10, 16) in float32 make a chunk here.
 
 SAMPLE_BYTES = 7 * 10 * 16 * 4
-PARTS = {  # N: samples in each part
-    "jax": {1: {1}, 3: {1}, 4: {2}, 5: {1}, 6: {2}},  # one program, so parts of one size
+CHUNKS = {  # N: samples in each chunk
+    "jax": {1: {1}, 3: {1}, 4: {2}, 5: {1}, 6: {2}},  # one program, so chunks of one size
     "torch": {1: [1], 3: [2, 1], 4: [2, 2], 5: [2, 2, 1], 6: [2, 2, 2]},
     "tensorflow": {1: [1], 3: [3], 4: [4], 5: [5], 6: [6]},
 }
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    take_parts_of(2, monkeypatch)
+def small_chunks(monkeypatch):
+    take_chunks_of(2, monkeypatch)
 
 
-def take_parts_of(samples, monkeypatch):
+def take_chunks_of(samples, monkeypatch):
     """Sets the limits so that maps of (7, 10, 16) in float32 are run that many samples at a time."""
-    monkeypatch.setattr(chunking, "WHOLE", 0)
-    monkeypatch.setattr(chunking, "PART", samples * SAMPLE_BYTES + 100)
+    monkeypatch.setattr(chunking, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", samples * SAMPLE_BYTES + 100)
     monkeypatch.setattr(chunking, "POSITIONS", samples * 70 + 10)
 
 
@@ -660,18 +657,18 @@ class Recorder:
         return x * keras.ops.mean(x, axis=(1, 2), keepdims=True)
 
 
-def parted(recorder, training, dtype="float32"):
+def chunked(recorder, training, dtype="float32"):
     layer = keras.layers.Identity(dtype=dtype)
-    return Calls(layer, lambda _, x: chunking.in_parts(recorder, x, 16, training=training))
+    return Calls(layer, lambda _, x: chunking.in_chunks(recorder, x, 16, training=training))
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("samples", PARTS["torch"])
-def test_parts_give_the_result_and_gradient_of_the_whole(small_parts, samples, training):
+@pytest.mark.parametrize("samples", CHUNKS["torch"])
+def test_chunks_give_the_result_and_gradient_of_the_whole(small_chunks, samples, training):
     recorder = Recorder()
     x, upstream = sample((samples, 7, 10, 4)), sample((samples, 7, 10, 4), seed=2)
-    actual = computed(parted(recorder, training), x, upstream)
-    wanted = [samples] if BACKEND == "torch" and training else PARTS[BACKEND][samples]
+    actual = computed(chunked(recorder, training), x, upstream)
+    wanted = [samples] if BACKEND == "torch" and training else CHUNKS[BACKEND][samples]
     assert type(wanted)(recorder.sizes) == wanted
     expected = derived(lambda x: x * x.mean((1, 2), keepdim=True), x, (), upstream)
     assert max(errors(actual, expected)) < TOLERANCE
@@ -680,23 +677,23 @@ def test_parts_give_the_result_and_gradient_of_the_whole(small_parts, samples, t
         assert min(errors(actual, swapped)) > 10 * TOLERANCE
 
 
-def test_a_map_of_bfloat16_is_half_as_large_on_torch_and_has_as_many_positions_on_jax(small_parts):
+def test_a_map_of_bfloat16_is_half_as_large_on_torch_and_has_as_many_positions_on_jax(small_chunks):
     recorder = Recorder()
-    forward(parted(recorder, False, "bfloat16"), sample((8, 7, 10, 4), "bfloat16"))
+    forward(chunked(recorder, False, "bfloat16"), sample((8, 7, 10, 4), "bfloat16"))
     assert set(recorder.sizes) == {{"tensorflow": 8, "jax": 2, "torch": 4}[BACKEND]}
 
 
 def test_what_is_small_stays_whole(monkeypatch):
     recorder = Recorder()
     x = sample((5, 7, 10, 4))
-    forward(parted(recorder, False), x)
+    forward(chunked(recorder, False), x)
     assert set(recorder.sizes) == {5}
-    take_parts_of(1, monkeypatch)
+    take_chunks_of(1, monkeypatch)
     for whole, positions in ((5 * SAMPLE_BYTES, 5 * 70), (5 * SAMPLE_BYTES - 1, 5 * 70 - 1)):
         recorder.sizes.clear()
-        monkeypatch.setattr(chunking, "WHOLE", whole)
+        monkeypatch.setattr(chunking, "WHOLE_BYTES", whole)
         monkeypatch.setattr(chunking, "POSITIONS", positions)
-        forward(parted(recorder, False), x)
+        forward(chunked(recorder, False), x)
         splits = whole % SAMPLE_BYTES and BACKEND != "tensorflow"
         assert set(recorder.sizes) == ({1} if splits else {5})
 
@@ -722,10 +719,10 @@ def block_in_one(version):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("version", BLOCKS)
-def test_block_in_parts_equals_the_block_in_one_in_inference_and_training(monkeypatch, version, training):
+def test_block_in_chunks_equals_the_block_in_one_in_inference_and_training(monkeypatch, version, training):
     expected = block_in_one(version)
     sizes = samples_of_branches(monkeypatch)
-    take_parts_of(2, monkeypatch)
+    take_chunks_of(2, monkeypatch)
     actual = block_called(version, training)
     splits = BACKEND == "jax" or (BACKEND == "torch" and not training)
     assert set(sizes) == {2 if splits else 6}
@@ -746,13 +743,13 @@ def samples_of_branches(monkeypatch):
     return sizes
 
 
-def test_rematerialised_block_in_parts_has_the_same_gradients(monkeypatch):
+def test_rematerialised_block_in_chunks_has_the_same_gradients(monkeypatch):
     expected = block_in_one("v1")
-    take_parts_of(2, monkeypatch)
+    take_chunks_of(2, monkeypatch)
     assert max(errors(block_called("v1", True, rematerialize=True), expected)) < 2 * TOLERANCE
 
 
-def test_small_model_in_parts_equals_training_without_drop_path(monkeypatch):
+def test_small_model_in_chunks_equals_training_without_drop_path(monkeypatch):
     model = load(
         "test_convnext", weights=None, classes=5, input_shape=(64, 64, 3), classifier_activation=None
     )
@@ -762,11 +759,11 @@ def test_small_model_in_parts_equals_training_without_drop_path(monkeypatch):
     trained = forward(model, pixels, training=True)
     assert set(sizes) == {3}
     sizes.clear()
-    take_parts_of(0, monkeypatch)
-    in_parts = forward(model, pixels, training=False)
+    take_chunks_of(0, monkeypatch)
+    in_chunks = forward(model, pixels, training=False)
     assert set(sizes) == {3 if BACKEND == "tensorflow" else 1}
-    assert relative_error(in_parts, trained) < 10 * TOLERANCE  # some twenty layers
-    assert relative_error(np.roll(in_parts, 1, axis=0), trained) > 100 * TOLERANCE
+    assert relative_error(in_chunks, trained) < 10 * TOLERANCE  # some twenty layers
+    assert relative_error(np.roll(in_chunks, 1, axis=0), trained) > 100 * TOLERANCE
 
 
 # What holds on one backend only.
@@ -783,11 +780,11 @@ def test_pointwise_of_nothing_is_nothing(activation):
 
 
 @on_jax
-def test_only_training_is_rematerialised_on_jax(small_parts):
+def test_only_training_is_rematerialised_on_jax(small_chunks):
     import jax
 
     def program(training):
-        loss = jax.grad(lambda x: chunking.in_parts(Recorder(), x, 16, training=training).sum())
+        loss = jax.grad(lambda x: chunking.in_chunks(Recorder(), x, 16, training=training).sum())
         return str(jax.make_jaxpr(loss)(np.zeros((6, 7, 10, 4), "float32")))
 
     assert "remat" in program(True) or "checkpoint" in program(True)
@@ -799,7 +796,7 @@ def test_program_of_unknown_sizes_takes_the_whole_on_jax(monkeypatch):
     import jax
     from jax import export
 
-    take_parts_of(0, monkeypatch)
+    take_chunks_of(0, monkeypatch)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
     block = with_random_weights(BLOCKS["v1"](), (3, 4, 6, 4))
@@ -811,7 +808,7 @@ def test_program_of_unknown_sizes_takes_the_whole_on_jax(monkeypatch):
     for sizes in ("b, 8, 12, 3", "b, 2*h, 2*w, 3"):
         symbols = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), "float32")
         program = export.export(jax.jit(network))(symbols)
-        assert "while" not in program.mlir_module()  # what a loop over parts would be
+        assert "while" not in program.mlir_module()  # what a loop over chunks would be
         assert relative_error(program.call(x), jax.jit(network)(x)) < TOLERANCE
     assert "while" in jax.jit(network).lower(x).as_text()
 
@@ -900,7 +897,7 @@ def test_other_dtypes_are_left_to_keras_on_torch(products_taken, dtype):
 
 @on_torch
 def test_traced_and_compiled_programs_hold_plain_operators_on_torch(monkeypatch):
-    take_parts_of(0, monkeypatch)
+    take_chunks_of(0, monkeypatch)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
     block = with_random_weights(BLOCKS["v1"](), (3, 4, 6, 4))

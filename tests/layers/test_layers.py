@@ -116,9 +116,9 @@ def test_output_under_a_16_bit_policy_is_finite_and_close(kind, policy):
 
 
 def normalise(x, gamma, beta=0.0, epsilon=1e-6, centre=True, divisor=0, mean_square=False):
-    spread = np.mean(x**2, -1, keepdims=True) if mean_square else np.var(x, -1, ddof=divisor, keepdims=True)
+    variance = np.mean(x**2, -1, keepdims=True) if mean_square else np.var(x, -1, ddof=divisor, keepdims=True)
     top = x - np.mean(x, -1, keepdims=True) if centre else x
-    return gamma * top / np.sqrt(spread + epsilon) + beta
+    return gamma * top / np.sqrt(variance + epsilon) + beta
 
 
 NORMS = {
@@ -619,7 +619,7 @@ def test_simple_norm_of_one_channel_is_refused():
         SimpleNormalization().build((None, 1))
 
 
-def test_initialiser_has_the_spread_it_says_follows_the_global_seed_and_is_new_at_each_call():
+def test_initialiser_has_the_standard_deviation_it_says_follows_the_global_seed_and_is_new_at_each_call():
     initialiser = RandomNormal()
     keras.utils.set_random_seed(3)
     first, second = (as_numpy(initialiser((200, 300))) for _ in range(2))

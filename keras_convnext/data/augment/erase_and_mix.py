@@ -1,4 +1,4 @@
-"""Random erasing, mixup and cutmix, as timm does them."""
+"""Random erasing, mixup and CutMix, as timm does them: a plan for many examples, and what carries it out."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_convnext.data.augment.pixels import to_uint8
-from keras_convnext.data.augment.policies import Plan, whole_number
+from keras_convnext.data.augment.policies import Plan, number_below
 
 NUM_ERASE_UNIFORMS = 41
 ERASE_MODES = ("pixel", "rand", "const")
@@ -46,7 +46,7 @@ def plan_erase(
     ratio = tf.exp(low + (high - low) * ratio)
     box_height = tf.cast(tf.round(tf.sqrt(size * ratio)), tf.int32)
     box_width = tf.cast(tf.round(tf.sqrt(size / ratio)), tf.int32)
-    top, left = whole_number(top, height - box_height + 1), whole_number(left, width - box_width + 1)
+    top, left = number_below(top, height - box_height + 1), number_below(left, width - box_width + 1)
     fits = (box_height < height) & (box_width < width)  # (N, 10)
     first = tf.argmax(tf.cast(fits, tf.int32), 1)
     boxes = tf.gather(tf.stack([top, left, box_height, box_width], 2), first, batch_dims=1)
@@ -224,6 +224,6 @@ def _paste(image: tf.Tensor, patch: tf.Tensor, top: tf.Tensor, left: tf.Tensor, 
 def _cut(length: int, side: tf.Tensor, centre: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Where a CutMix box begins along one axis, and how long it is within the image."""
     cut = tf.cast(length * side, tf.int32)
-    middle = whole_number(centre, length)
+    middle = number_below(centre, length)
     start = tf.maximum(middle - cut // 2, 0)
     return start, tf.minimum(middle + (cut + 1) // 2, length) - start

@@ -1,4 +1,8 @@
-"""Image operations in TensorFlow that equal Pillow's pixel for pixel."""
+"""Image operations in TensorFlow that equal Pillow's bit for bit: uint8 (H, W, 3) to the same.
+
+The geometric operations compute in float64, as Pillow does: with a slope such as 0.27 one pixel in a hundred
+lies exactly on a level, and the rounding of the last bit decides between it and the one below.
+"""
 
 import math
 from collections.abc import Sequence
@@ -292,6 +296,11 @@ def rotate(image: tf.Tensor, angle: tf.Tensor, interpolation: str, fill: Sequenc
     return _interpolate(image, x, y, interpolation, fill)
 
 
+def to_uint8(values: tf.Tensor) -> tf.Tensor:
+    """Clip to 0..255 and drop the fraction, as Pillow does."""
+    return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
+
+
 def _size(image: tf.Tensor) -> tuple:
     """Return (height, width), numbers where they are known while tracing and scalars otherwise."""
     dynamic = tf.shape(image)
@@ -300,11 +309,6 @@ def _size(image: tf.Tensor) -> tuple:
 
 def _transpose(image: tf.Tensor) -> tf.Tensor:
     return tf.transpose(image, [1, 0, 2])
-
-
-def to_uint8(values: tf.Tensor) -> tf.Tensor:
-    """Clip to 0..255 and drop the fraction, as Pillow does."""
-    return tf.cast(tf.clip_by_value(values, 0.0, 255.0), tf.uint8)
 
 
 def _blend(degenerate: tf.Tensor | float, values: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -320,8 +324,8 @@ def _luma(values: tf.Tensor, copies: int) -> tf.Tensor:
 def _to_hsv(red: tf.Tensor, green: tf.Tensor, blue: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """Hue, saturation and value, whole numbers 0 to 255 in float32, with the mixed precision of Convert.c."""
     value = tf.maximum(tf.maximum(red, green), blue)
-    spread = value - tf.minimum(tf.minimum(red, green), blue)
-    safe = tf.maximum(spread, 1.0)
+    chroma = value - tf.minimum(tf.minimum(red, green), blue)
+    safe = tf.maximum(chroma, 1.0)
     red_gap, green_gap, blue_gap = ((value - plane) / safe for plane in (red, green, blue))
     red_wide, green_wide, blue_wide = (tf.cast(gap, tf.float64) for gap in (red_gap, green_gap, blue_gap))
     angle = tf.where(
@@ -334,11 +338,11 @@ def _to_hsv(red: tf.Tensor, green: tf.Tensor, blue: tf.Tensor) -> tuple[tf.Tenso
         ),
     )
     angle = tf.cast(tf.math.floormod(tf.cast(angle, tf.float64) / 6.0 + 1.0, 1.0), tf.float32)
-    saturation = spread / tf.maximum(value, 1.0)
+    saturation = chroma / tf.maximum(value, 1.0)
     angle, saturation = (
         tf.cast(tf.floor(tf.cast(part, tf.float64) * 255.0), tf.float32) for part in (angle, saturation)
     )
-    return tf.where(spread > 0.0, angle, 0.0), saturation, value
+    return tf.where(chroma > 0.0, angle, 0.0), saturation, value
 
 
 def _from_hsv(angle: tf.Tensor, saturation: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -1,17 +1,7 @@
-"""Training augmentation in TensorFlow graph operations, equal to Pillow's.
+"""RandAugment, AutoAugment, TrivialAugment and colour jitter: which operations an image gets, how strong.
 
-Three layers. The pixel operations (`autocontrast` to `rotate`) map uint8 (H, W, 3) to the same, and every
-bit of the result is what Pillow 13.0.0 computes on x86-64. The plans (`plan_augment`, `plan_jitter`,
-`plan_erase`, `plan_mix`) turn random numbers into decisions, for many examples at once. `apply_augment`,
-`apply_jitter`, `apply_erase` and `mix` carry a plan out. No pixel operation draws a random number, so an
-example is a pure function of its image and its row of the plan.
-
-The geometric operations compute in float64, as Pillow does: with a slope such as 0.27 one pixel in a hundred
-lies exactly on a level, and the rounding of the last bit decides between it and the one below.
-
-Facts carried over: Pillow 13.0.0 (src/libImaging: Geometry.c, Blend.c, Convert.c, Filter.c; src/PIL:
-ImageOps.py, ImageEnhance.py), timm 1.0.31 (timm/data: auto_augment.py, random_erasing.py, mixup.py) and
-torchvision 0.28.0 (transforms/autoaugment.py, transforms.py).
+`plan_augment` and `plan_jitter` decide for many examples at once; `apply_augment` and `apply_jitter` carry
+the plan of one image out.
 """
 
 import dataclasses
@@ -44,8 +34,7 @@ from keras_convnext.data.augment.pixels import (
     translate_y,
 )
 
-Plan = dict[str, tf.Tensor]
-
+Plan = dict[str, tf.Tensor]  # decisions for many examples: tensors with a common first axis
 
 # What the numbers in a plan stand for. All but the first and the last are what timm's RandAugment draws from,
 # in the order of its _RAND_TRANSFORMS.
@@ -138,7 +127,8 @@ class RandAugment:
             timm has several meanings of its magnitude.
         num_operations: draws for one image.
         magnitude: mean of the magnitude, 0 to 10.
-        magnitude_std: deviation of the normal magnitude; inf draws it uniformly from 0 to `magnitude`.
+        magnitude_std: standard deviation of the normal magnitude; inf draws it uniformly from 0 to
+            `magnitude`.
         magnitude_max: largest magnitude.
         probability: of carrying a drawn operation out.
     """
@@ -157,7 +147,7 @@ class AutoAugment:
 
     Args:
         sub_policies: for each, (level, probability, magnitude) of its operations; levels as in `RandAugment`.
-        magnitude_std: deviation of the normal magnitude.
+        magnitude_std: standard deviation of the normal magnitude.
         torchvision: whether magnitudes are torchvision's ten bins instead of timm's scale from 0 to 10.
     """
 
@@ -193,8 +183,8 @@ def parse_policy(text: str) -> Policy | None:
     """Read the name of a published augmentation.
 
     - "rand-m9-mstd0.5-inc1", timm's RandAugment. m: magnitude (10), n: operations for one image (2), p:
-      probability of each (0.5), mstd: deviation of the magnitude (0; above 100 it is uniform), mmax: largest
-      magnitude (10), inc: 1 for operations that all grow with the magnitude (0).
+      probability of each (0.5), mstd: standard deviation of the magnitude (0; above 100 it is uniform),
+      mmax: largest magnitude (10), inc: 1 for operations that all grow with the magnitude (0).
     - "original" and "v0", timm's AutoAugment; "originalr" and "v0r" posterize more, not less, with the
       magnitude. "-mstd0.5" may follow.
     - "imagenet": torchvision's AutoAugment, whose magnitudes differ from timm's.
@@ -267,7 +257,7 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
     choice, applied, strength, sign = tf.unstack(uniforms, axis=2)  # (N, num_operations) each
     negative = tf.cast(sign >= 0.5, tf.int32)
     if isinstance(policy, TrivialAugment):
-        number = whole_number(choice, len(_TRIVIAL_OPERATIONS))
+        number = number_below(choice, len(_TRIVIAL_OPERATIONS))
         table = [
             [
                 _torchvision_arguments(name, bin_, policy.num_bins, _TRIVIAL_RANGES)
@@ -275,7 +265,7 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
             ]
             for name in _TRIVIAL_OPERATIONS
         ]
-        place = tf.stack([number, whole_number(strength, policy.num_bins), negative], 2)
+        place = tf.stack([number, number_below(strength, policy.num_bins), negative], 2)
         return {
             "operation": tf.gather(_numbers(_TRIVIAL_OPERATIONS), number),
             "argument": tf.gather_nd(np.array(table, np.float64), place),
@@ -283,11 +273,11 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
 
     if isinstance(policy, RandAugment):
         rows = [[(level, policy.probability, policy.magnitude)] for level in policy.levels]
-        number = whole_number(choice, len(rows))
+        number = number_below(choice, len(rows))
         place = tf.stack([number, tf.zeros_like(number)], 2)
     else:
         rows = [list(sub_policy) for sub_policy in policy.sub_policies]
-        number = tf.repeat(whole_number(choice[:, :1], len(rows)), policy.num_operations, 1)
+        number = tf.repeat(number_below(choice[:, :1], len(rows)), policy.num_operations, 1)
         place = tf.stack([number, tf.zeros_like(number) + tf.range(policy.num_operations)], 2)
     levels = [[level for level, _, _ in row] for row in rows]
     probability = tf.gather_nd(np.array([[entry[1] for entry in row] for row in rows], np.float64), place)
@@ -487,15 +477,15 @@ def _numbers(levels: Sequence[str]) -> np.ndarray:
     return np.array([OPERATIONS.index(_operation(level)) for level in levels], np.int32)
 
 
-def whole_number(uniform: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
-    """Turn [0, 1) into 0 ... count - 1."""
+def number_below(uniform: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
+    """Turn a number in [0, 1) into a whole number from 0 to count - 1, int32."""
     return tf.cast(tf.floor(uniform * tf.cast(count, tf.float64)), tf.int32)
 
 
 def _functions(
     interpolation: str, fill: tuple[int, ...]
 ) -> list[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]]:
-    """The functions of (image, argument) behind `OPERATIONS`."""
+    """The functions of (image, argument) that `OPERATIONS` names, in its order."""
 
     def plain(operation: Callable) -> Callable:
         return lambda image, argument: operation(image)
