@@ -1,11 +1,7 @@
-"""The pages of the project: tables made from those of the package, counts, links that lead somewhere.
-
-To renew the tables, in README.md and keras_convnext/README.md: run this file.
-"""
+"""The pages of the project: their tables, counts, links and blocks of code."""
 
 import csv
 import dataclasses
-import inspect
 import json
 import pathlib
 import re
@@ -15,123 +11,19 @@ import programs
 import pytest
 from PIL import Image
 
-from keras_convnext import models
-from keras_convnext.evaluation.results import COLUMNS, IMAGENET_VALIDATION, read_results
+from keras_convnext.evaluation.results import COLUMNS, IMAGENET_VALIDATION
 from keras_convnext.training.recipe_files import known_recipes
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 
 ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = ("benchmarks", "demo", "keras_convnext", "notebooks", "recipes", "tests")  # that have pages
 README = ROOT / "README.md"
 PACKAGE_README = ROOT / "keras_convnext" / "README.md"
-RESULTS = ROOT / "benchmarks" / "results.csv"  # rows of `keras-convnext evaluate`
-FOLDERS = ("benchmarks", "demo", "keras_convnext", "notebooks", "recipes", "tests")  # that have pages
-TABLE = ("<!-- table: python tests/test_readme.py -->\n", "<!-- end of table -->")
-SIZES = ("<!-- sizes: python tests/test_readme.py -->\n", "<!-- end of sizes -->")
-SIZE_NAMES = ("Atto", "Femto", "Pico", "Nano", "Tiny", "Small", "Base", "Large", "XLarge", "Huge")
+
+make_tables = programs.load("make_tables", ROOT / "tools")
 
 pytestmark = pytest.mark.once
-
-
-def constructor_names():
-    """{architecture: name of its constructor}."""
-    functions = {name: function for name, function in vars(models).items() if inspect.isfunction(function)}
-    return {
-        inspect.signature(function).parameters["name"].default: name
-        for name, function in functions.items()
-        if "ConvNeXt" in name
-    }
-
-
-def measured(tag, path=RESULTS):
-    """The latest row of results of a published file on the whole ImageNet validation set, or None."""
-    row = catalog.CHECKPOINTS[tag]
-    # A prefix beside a file on the Hub is that of the file it was made from.
-    published = row.sha256 or (row.sha256_prefix if row.hub_id is None else None) or ""
-    found = [
-        result
-        for result in (read_results(path) if path.exists() else [])
-        if result["model"] == tag
-        and (result["data_sha256"], result["n"]) == (IMAGENET_VALIDATION, "50000")
-        and result["outputs"] == "all 1000"
-        and result["weights_sha256"].startswith(published)
-    ]
-    return max(found, key=lambda result: result["time"], default=None)
-
-
-def table(path=RESULTS) -> str:
-    """The table in Markdown; with a column of what was measured here, when anything was."""
-    names = constructor_names()
-    tags = [tag for tag in catalog.IMAGENET.values() if tag is not None]
-    is_measured = any(measured(tag, path) for tag in tags)
-    rows = [
-        '| constructor | parameters | `weights="imagenet"` | top-1 | licence |'
-        + " measured top-1 |" * is_measured,
-        "|---|--:|---|--:|---|" + "--:|" * is_measured,
-    ]
-    for name, variant in VARIANTS.items():
-        tag = catalog.IMAGENET[name]
-        cells = ["none published", "", ""]
-        if tag is not None:
-            row = catalog.CHECKPOINTS[tag]
-            cells = [f"`{tag}`", f"{row.top1:.1f} @ {row.image_size}", row.licence]
-        if is_measured:
-            result = measured(tag, path) if tag is not None else None
-            cells.append(f"{float(result['top1']):.1f} @ {result['image_size']}" if result else "")
-        rows.append("| " + " | ".join([f"`{names[name]}`", f"{variant.parameters:,}", *cells]) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def best(architecture, rows=catalog.CHECKPOINTS):
-    """(top-1 to a tenth, image size, row) of the published ImageNet-1k classifier with the highest score.
-
-    Where scores are equal to a tenth, the smaller image and then the row that stands first. None without any.
-    """
-    scores = [
-        (round(top1, 1), size, row)
-        for row in rows.values()
-        if row.architecture == architecture and row.classes == 1000
-        for top1, size in ((row.top1, row.image_size), (row.test_top1, row.test_image_size))
-        if top1 is not None and size is not None
-    ]
-    return max(scores, key=lambda score: (score[0], -score[1]), default=None)
-
-
-def sizes() -> str:
-    """The short table in Markdown, a row for each size of V1 and V2, and the licences of what it names."""
-    lines = [
-        "| size | `ConvNeXt`, million weights | top-1 @ pixels, tag "
-        "| `ConvNeXtV2`, million weights | top-1 @ pixels, tag |",
-        "|---|--:|---|--:|---|",
-    ]
-    licences: dict[bool, set[str]] = {True: set(), False: set()}
-    for name in SIZE_NAMES:
-        cells = [name]
-        for prefix in ("convnext_", "convnextv2_"):
-            architecture = prefix + name.lower()
-            score = best(architecture)
-            cells.append(f"{VARIANTS[architecture].parameters / 1e6:.1f}" if architecture in VARIANTS else "")
-            if score is None:
-                cells.append("none published" if architecture in VARIANTS else "")
-                continue
-            top1, size, row = score
-            licences[row.commercial_use].add(row.licence)
-            tag = row.tag.removeprefix(architecture + ".")
-            cells.append(f"{top1} @ {size} `{tag}`" + " NC" * (not row.commercial_use))
-        lines.append("| " + " | ".join(cells) + " |")
-    free, restricted = (", ".join(sorted(licences[allowed])) for allowed in (True, False))
-    return "\n".join(lines) + f"\n\nNC: not for commercial use ({restricted}). The others: {free}.\n"
-
-
-def between(text, marks):
-    """What stands between the two comments."""
-    assert [text.count(mark) for mark in marks] == [1, 1], f"each of {marks} must stand once"
-    return text.split(marks[0])[1].split(marks[1])[0]
-
-
-def renewed(text, marks, content):
-    """The text with `content` between the two comments."""
-    return text.replace(marks[0] + between(text, marks) + marks[1], marks[0] + content + marks[1])
 
 
 def anchors(text) -> set[str]:
@@ -179,47 +71,48 @@ def pages():
         yield path, "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
-@pytest.mark.parametrize(
-    ("path", "marks", "make"),
-    [(README, SIZES, sizes), (PACKAGE_README, TABLE, table)],
-    ids=["sizes", "table"],
-)
-def test_tables_of_architectures_are_up_to_date(path, marks, make):
-    right = make()
-    assert between(path.read_text(), marks) == right, (
-        f"run: python tests/test_readme.py; it should be\n{right}"
+def test_tables_of_architectures_are_up_to_date(tmp_path, capsys):
+    """The program that makes them would change nothing."""
+    copies = {path: tmp_path / path.parent.name / path.name for path in (README, PACKAGE_README)}
+    for path, copy in copies.items():
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
+    assert make_tables.main(*copies.values()) == 0
+    assert [copy.read_text() for copy in copies.values()] == [path.read_text() for path in copies], (
+        "run: python tools/make_tables.py"
     )
+    assert capsys.readouterr().out.count(": up to date\n") == 2
 
 
 def test_a_table_that_was_changed_by_hand_is_seen_and_renewed():
     text = README.read_text()
     changed = text.replace("85.2 @ 384", "85.9 @ 384")
-    assert changed != text and between(changed, SIZES) != sizes()
-    assert renewed(changed, SIZES, sizes()) == text
-    with pytest.raises(AssertionError, match="must stand once"):
-        renewed(text.replace(SIZES[1], ""), SIZES, sizes())
+    assert changed != text and make_tables.between(changed, make_tables.SIZES) != make_tables.sizes()
+    assert make_tables.renewed(changed, make_tables.SIZES, make_tables.sizes()) == text
+    with pytest.raises(ValueError, match="stands once"):
+        make_tables.renewed(text.replace(make_tables.SIZES[1], ""), make_tables.SIZES, make_tables.sizes())
 
 
 def test_best_published_score_is_the_highest_of_imagenet_classifiers():
     tiny = catalog.find_checkpoint("convnext_tiny.in12k_ft_in1k_384")
-    assert best("convnext_tiny") == (85.2, 384, tiny)
-    assert best("convnext_atto")[:2] == (77.0, 288)  # at the larger test size
-    base = best("convnextv2_base")[2]
+    assert make_tables.best("convnext_tiny") == (85.2, 384, tiny)
+    assert make_tables.best("convnext_atto")[:2] == (77.0, 288)  # at the larger test size
+    base = make_tables.best("convnextv2_base")[2]
     assert base.tag == "convnextv2_base.official_fcmae_ft_in22k_in1k_384"  # 87.7, where timm has 87.6
-    assert best("convnextv2_small") is None
+    assert make_tables.best("convnextv2_small") is None
     rows = {"few classes": dataclasses.replace(tiny, classes=200, top1=99.0), "tiny": tiny}
-    assert best("convnext_tiny", rows) == (85.2, 384, tiny)
+    assert make_tables.best("convnext_tiny", rows) == (85.2, 384, tiny)
     rows = {"none": dataclasses.replace(tiny, top1=None), "large": tiny}
     rows |= {"small": dataclasses.replace(tiny, image_size=224, top1=85.16), "last": tiny}
-    assert best("convnext_tiny", rows) == (85.2, 224, rows["small"])
+    assert make_tables.best("convnext_tiny", rows) == (85.2, 224, rows["small"])
 
 
 def test_short_table_has_every_size_and_marks_what_is_not_for_commerce():
-    lines = sizes().splitlines()
+    lines = make_tables.sizes().splitlines()
     rows = {name: line for line in lines[2:-2] for name in [line.split(" | ")[0].removeprefix("| ")]}
-    assert tuple(rows) == SIZE_NAMES and {line.count("|") for line in rows.values()} == {6}
+    assert tuple(rows) == make_tables.SIZE_NAMES and {line.count("|") for line in rows.values()} == {6}
     marked = {name for name, line in rows.items() if line.endswith(" NC |")}
-    assert marked == set(SIZE_NAMES) - {"Small", "XLarge"}  # none published, and no such V2
+    assert marked == set(make_tables.SIZE_NAMES) - {"Small", "XLarge"}  # none published, and no such V2
     assert all(line.count(" NC") == (name in marked) for name, line in rows.items())  # never V1
     assert lines[-1] == "NC: not for commercial use (cc-by-nc-4.0). The others: apache-2.0."
 
@@ -283,14 +176,14 @@ def test_measured_scores_are_those_of_the_published_file_on_all_images(tmp_path)
         later | {"model": "convnext_tiny.fb_in1k"},
         later | {"outputs": "200 of 1000, by WordNet id (ImageNet-A)"},
     )
-    lines = table(path).splitlines()
+    lines = make_tables.table(path).splitlines()
     assert lines[0].endswith("| licence | measured top-1 |") and lines[1].endswith("---|--:|")
     assert {line.count("|") for line in lines} == {7}
     assert [line for line in lines if line.endswith(" | 81.3 @ 224 |")] == [
         next(line for line in lines if tag in line)
     ]
-    assert table(written(good | {"n": "100"})) == table(tmp_path / "missing.csv")
-    assert " 11.1 @ 224 |" in table(written(good, later))
+    assert make_tables.table(written(good | {"n": "100"})) == make_tables.table(tmp_path / "missing.csv")
+    assert " 11.1 @ 224 |" in make_tables.table(written(good, later))
 
 
 def test_counts_of_files_are_right():
@@ -327,8 +220,3 @@ def test_picture_of_speed_shows_what_the_table_says(tmp_path):
 def test_no_placeholder_is_left():
     for path in (README, PACKAGE_README):
         assert "_TABLE" not in path.read_text()
-
-
-if __name__ == "__main__":
-    README.write_text(renewed(README.read_text(), SIZES, sizes()))
-    PACKAGE_README.write_text(renewed(PACKAGE_README.read_text(), TABLE, table()))
