@@ -137,7 +137,7 @@ def test_there_are_34_architectures():
 def test_every_public_constructor_is_of_one_architecture():
     public = {
         name
-        for name in vars(keras_convnext)
+        for name in dir(keras_convnext)
         if re.match(r"(Test)?ConvNeXt", name) and not name.endswith("Block")
     }
     assert public - {"ConvNeXt"} == {constructor_name(architecture) for architecture in VARIANTS}

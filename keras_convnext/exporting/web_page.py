@@ -151,9 +151,7 @@ def _check_model_file(path: pathlib.Path) -> int:
         raise FileNotFoundError(
             f"There is no file '{path}'. Write it first: keras-convnext export MODEL {path.name}"
         )
-    external = path.with_name(
-        f"{path.name}.data"
-    )  # where PyTorch puts weights that are too many for one file
+    external = path.with_name(f"{path.name}.data")  # where PyTorch puts weights beyond 2 GB
     size = path.stat().st_size + (external.stat().st_size if external.exists() else 0)
     if size > MAX_MODEL_BYTES:
         raise ValueError(

@@ -507,7 +507,7 @@ def _say(line: str) -> None:
 
 
 def _progress(total: int | None) -> Callable[[int], None]:
-    """Returns a function that shows the bytes received: the Keras bar on a terminal, else nothing."""
+    """Returns a function that shows the bytes received: the Keras bar on a terminal or in a notebook."""
     is_watched = sys.stdout.isatty() or "ipykernel" in sys.modules
     if is_set("KERAS_CONVNEXT_QUIET") or not is_watched:
         return lambda received: None

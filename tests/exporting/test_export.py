@@ -13,9 +13,9 @@ from layer_contract import relative_error
 from PIL import Image
 from test_deploy import pixels, randomized
 
-from keras_convnext import load
+from keras_convnext import export, load
 from keras_convnext.data import calibration, preprocess
-from keras_convnext.exporting import export, runtimes, writers
+from keras_convnext.exporting import runtimes, writers
 from keras_convnext.exporting.export import FORMATS, ExportError
 
 BACKEND = keras.backend.backend()
