@@ -80,8 +80,10 @@ def forget_tensorflow(monkeypatch):
 
     def forget_tensorflow():
         monkeypatch.setitem(sys.modules, "tensorflow", None)
-        for name in ("images", "augment", "batches", "contact_sheet"):
-            monkeypatch.delitem(sys.modules, f"keras_convnext.data.{name}", raising=False)
+        for name in ("jpeg", "augment", "batches", "contact_sheet"):
+            prefix = f"keras_convnext.data.{name}"
+            for module in [key for key in sys.modules if key == prefix or key.startswith(f"{prefix}.")]:
+                monkeypatch.delitem(sys.modules, module)
             monkeypatch.delattr(data, name, raising=False)
 
     return forget_tensorflow
@@ -168,7 +170,7 @@ def test_a_folder_that_an_uninstallation_left_is_no_package(monkeypatch, tmp_pat
 
 def test_predict_works_with_pytorch_alone_and_says_so_once(without):
     done = without(
-        "tensorflow,jax", "-m", "keras_convnext", "predict", PHOTO, "--model", PACKAGED, "--top", "1"
+        "tensorflow,jax", "-m", "keras_convnext_main", "predict", PHOTO, "--model", PACKAGED, "--top", "1"
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(rf"{PHOTO}\n +\d+\.\d\d %  \w.*\n", done.stdout)
@@ -188,7 +190,7 @@ def test_predict_works_with_pytorch_alone_and_says_so_once(without):
     ],
 )
 def test_a_command_without_its_backend_ends_with_2(without, hidden, variables, error):
-    done = without(hidden, "-m", "keras_convnext", "predict", PHOTO, "--model", PACKAGED, **variables)
+    done = without(hidden, "-m", "keras_convnext_main", "predict", PHOTO, "--model", PACKAGED, **variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("keras-convnext: error: Expected a") and done.stderr.count("\n") == 1
     assert error + "Run pip install 'keras-convnext[" in done.stderr
@@ -196,7 +198,7 @@ def test_a_command_without_its_backend_ends_with_2(without, hidden, variables, e
 
 @pytest.mark.parametrize("words", [["list"], ["predict", "--help"]])
 def test_commands_without_a_model_need_no_backend_and_name_none(without, words):
-    done = without("tensorflow,jax,torch", "-m", "keras_convnext", *words)
+    done = without("tensorflow,jax,torch", "-m", "keras_convnext_main", *words)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -237,7 +239,7 @@ def test_python_chooses_too_and_reads_images_with_pillow(without):
     code = f"""
 import keras_convnext
 from keras_convnext.data import calibration, eval_image
-from keras_convnext.gradcam import grad_cam
+from keras_convnext.evaluation.gradcam import grad_cam
 image = eval_image({str(PHOTO)!r}, 64)
 assert calibration.calibration_images(image_size=(64, 64), count=2).shape == (2, 64, 64, 3)
 assert calibration.calibration_images({str(PHOTO)!r}, image_size=(64, 64)).shape == (1, 64, 64, 3)

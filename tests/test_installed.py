@@ -17,22 +17,22 @@ pytestmark = pytest.mark.once
 
 # As the command, so that Keras is not loaded.
 READ = """
-import json, sys
-sys.argv[0] = "keras-convnext"
+import json
+import keras_convnext_main
 import keras_convnext
 from keras_convnext.data import sources
-from keras_convnext.training import recipe
+from keras_convnext.training import recipe_files
 
-folder = recipe.recipes_folder()
-digits = sources.open_source(recipe.load_recipe("smoke").data, "train")
+folder = recipe_files.recipes_folder()
+digits = sources.open_source(recipe_files.load_recipe("smoke").data, "train")
 flowers = sources.open_source(folder / "flowers")
 print(json.dumps({
     "package": keras_convnext.__file__,
     "folder": str(folder),
     "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
     "recipes": {
-        name: recipe.to_toml(recipe.load_recipe(name)).replace(str(folder), "RECIPES")
-        for name in recipe.known_recipes() if name not in ("knn", "linear_probe")
+        name: recipe_files.to_toml(recipe_files.load_recipe(name)).replace(str(folder), "RECIPES")
+        for name in recipe_files.known_recipes() if name not in ("knn", "linear_probe")
     },
     "digits": [len(digits), digits.read(7).hex()],
     "flowers": [len(flowers), flowers.read(7).hex()],
@@ -76,7 +76,7 @@ def wheel(tmp_path_factory):
     """The package as a wheel, built without a network from a copy, which the build writes into."""
     pytest.importorskip("setuptools", "77", reason="setuptools 77 or newer builds the wheel")
     copy, output = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "keras_convnext_main.py"):
         shutil.copy(ROOT / name, copy)
     for name in ("keras_convnext", "recipes"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -91,7 +91,8 @@ def test_the_repository_has_what_is_read(checkout):
 
 def test_a_wheel_holds_nothing_outside_the_package_and_no_launch_scripts(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"keras_convnext"}
+    tops = {name.partition("/")[0].partition("-")[0] for name in names}
+    assert tops == {"keras_convnext", "keras_convnext_main.py"}  # the package and the entry of its command
     assert not [name for name in names if ".data/" in name or "launch" in name]
 
 

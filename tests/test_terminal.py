@@ -56,13 +56,13 @@ def test_exceptions_pass_and_end_the_silence(capfd):
 
 QUIET = "KERAS_CONVNEXT_QUIET"
 READERS = (
-    "bench.compare.Progress",
-    "data.sources.Progress",
-    "evaluate.ImageProgress",
-    "training.logs.Progress",
-    "downloads._say",
-    "downloads._progress",
-    "browser._fetch",
+    "benchmarks.speed.cases.Progress",
+    "keras_convnext.data.index.Progress",
+    "keras_convnext.evaluation.forward.ImageProgress",
+    "keras_convnext.training.logs.Progress",
+    "keras_convnext.weights.download._say",
+    "keras_convnext.weights.download._progress",
+    "keras_convnext.exporting.web_page._fetch",
 )
 
 
@@ -74,24 +74,24 @@ class Terminal(io.StringIO):
 def is_silent(reader, tmp_path, monkeypatch):
     """Whether a reader is silent where somebody watches."""
     module = reader.rpartition(".")[0]
-    module = importlib.import_module(f"keras_convnext.{module}")
+    module = importlib.import_module(module)
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
-    if reader == "bench.compare.Progress":
+    if reader == "benchmarks.speed.cases.Progress":
         module.Progress("title").show("case", 1, 2)
-    elif reader == "data.sources.Progress":
+    elif reader == "keras_convnext.data.index.Progress":
         progress = module.Progress("title", 100)
         progress.shown = -math.inf
         progress.show(50, 1)
-    elif reader == "evaluate.ImageProgress":
+    elif reader == "keras_convnext.evaluation.forward.ImageProgress":
         progress = module.ImageProgress(100, True)
         progress.shown = -math.inf
         progress.show(50)
-    elif reader == "training.logs.Progress":
+    elif reader == "keras_convnext.training.logs.Progress":
         module.Progress(1, 1, 1).say("line")
-    elif reader == "downloads._say":
+    elif reader == "keras_convnext.weights.download._say":
         module._say("line")
-    elif reader == "downloads._progress":
+    elif reader == "keras_convnext.weights.download._progress":
         bar = types.SimpleNamespace(update=lambda received: sys.stderr.write("bar"))
         keras = types.SimpleNamespace(utils=types.SimpleNamespace(Progbar=lambda *_, **__: bar))
         monkeypatch.setitem(sys.modules, "keras", keras)

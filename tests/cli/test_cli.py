@@ -24,7 +24,7 @@ from keras_convnext.cli import predict as predict_module
 from keras_convnext.cli.predict import Classifier
 from keras_convnext.data.preprocess import preprocess_image, read_image
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import layouts, safetensors_files
+from keras_convnext.weights import catalog, layouts, safetensors_files
 from keras_convnext.weights.catalog import CHECKPOINTS, IMAGENET, list_weights
 from keras_convnext.weights.published import HALF
 
@@ -492,12 +492,34 @@ def test_wrong_usage_ends_with_2_and_help_with_0(capsys):
 
 
 @pytest.mark.once
+def test_commands_that_left_say_where_they_went(refused):
+    message = "keras-convnext: error: `keras-convnext {}` has left the command. Run {} in a checkout.\n"
+    bench = "`make bench`, or `python -m benchmarks.speed`,"
+    assert refused("bench", "all", "--output", "speed") == message.format("bench", bench)
+    assert refused("demo") == message.format("demo", "`make demo`")
+
+
+@pytest.mark.once
+def test_every_command_has_a_summary_options_and_examples(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    overview = " ".join(capsys.readouterr().out.split())
+    for name, (_, _, summary) in main.COMMANDS.items():
+        assert f"{name} {summary}" in overview
+        with pytest.raises(SystemExit) as ended:
+            main.main([name, "--help"])
+        out = capsys.readouterr().out
+        assert ended.value.code == 0 and f"\n  keras-convnext {name} " in out.partition("examples:")[2]
+        assert f"{summary[0].upper()}{summary[1:]}." in " ".join(out.split())
+
+
+@pytest.mark.once
 def test_an_interruption_and_a_bug_have_codes_of_their_own(run, monkeypatch):
     def fail_with(error):
         def fail(*_, **__):
             raise error
 
-        monkeypatch.setattr(main.checkpoints, "list_weights", fail)
+        monkeypatch.setattr(catalog, "list_weights", fail)
         return run("list")
 
     assert fail_with(KeyboardInterrupt()) == (130, "", "")
