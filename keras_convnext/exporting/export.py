@@ -398,7 +398,7 @@ def _write(model, request, row, folder):
     package_folder = str(pathlib.Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([package_folder, environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", "from keras_convnext.exporters import main; main()", request_path],
+        [sys.executable, "-c", "from keras_convnext.exporting.writers import main; main()", request_path],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
