@@ -9,30 +9,32 @@ import sys
 import zipfile
 
 import pytest
+import test_readme
 
 from keras_convnext.training import recipe_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.once
+NO_REGISTRY = ("Failed to fetch", "not found in the package registry", "the network was disabled")  # words of uv
 
 # As the command, so that Keras is not loaded.
 READ = """
-import json, sys
-sys.argv[0] = "keras-convnext"
+import json
+import keras_convnext_main
 import keras_convnext
 from keras_convnext.data import sources
-from keras_convnext.training import recipe
+from keras_convnext.training import recipe_files
 
-folder = recipe.recipes_folder()
-digits = sources.open_source(recipe.load_recipe("smoke").data, "train")
+folder = recipe_files.recipes_folder()
+digits = sources.open_source(recipe_files.load_recipe("smoke").data, "train")
 flowers = sources.open_source(folder / "flowers")
 print(json.dumps({
     "package": keras_convnext.__file__,
     "folder": str(folder),
     "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
     "recipes": {
-        name: recipe.to_toml(recipe.load_recipe(name)).replace(str(folder), "RECIPES")
-        for name in recipe.known_recipes() if name not in ("knn", "linear_probe")
+        name: recipe_files.to_toml(recipe_files.load_recipe(name)).replace(str(folder), "RECIPES")
+        for name in recipe_files.known_recipes() if name not in ("knn", "linear_probe")
     },
     "digits": [len(digits), digits.read(7).hex()],
     "flowers": [len(flowers), flowers.read(7).hex()],
@@ -76,7 +78,7 @@ def wheel(tmp_path_factory):
     """The package as a wheel, built without a network from a copy, which the build writes into."""
     pytest.importorskip("setuptools", "77", reason="setuptools 77 or newer builds the wheel")
     copy, output = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "keras_convnext_main.py"):
         shutil.copy(ROOT / name, copy)
     for name in ("keras_convnext", "recipes"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -91,7 +93,8 @@ def test_the_repository_has_what_is_read(checkout):
 
 def test_a_wheel_holds_nothing_outside_the_package_and_no_launch_scripts(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"keras_convnext"}
+    tops = {name.partition("/")[0].partition("-")[0] for name in names}
+    assert tops == {"keras_convnext", "keras_convnext_main.py"}
     assert not [name for name in names if ".data/" in name or "launch" in name]
 
 
@@ -108,3 +111,52 @@ def test_a_package_in_a_zip_file_finds_all_recipes_and_data(wheel, checkout, tmp
     folder = pathlib.Path(found.pop("folder"))
     assert found == checkout
     assert not folder.exists()  # the copy has gone with its process
+
+
+def test_a_wheel_holds_recipes_weights_and_licences_and_no_programs(wheel, checkout):
+    names = zipfile.ZipFile(wheel).namelist()
+    inside = {name.removeprefix("keras_convnext/") for name in names if name.startswith("keras_convnext/")}
+    assert {name.partition("/")[0] for name in inside}.isdisjoint(
+        {"bench", "benchmarks", "demo", "tests", "tools"}
+    )
+    assert {f"recipes/{name}" for name in checkout["files"]} <= inside
+    assert {
+        "data/NOTICE.txt",
+        "data/photos/README.md",
+        "data/photos/coffee.jpg",
+        "exporting/web/onnxruntime_licence.txt",
+        "weights/packaged/convnextv2_atto.tiny_imagenet200.safetensors",
+    } <= inside
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    sources = {path.relative_to(ROOT / "keras_convnext") for path in (ROOT / "keras_convnext").rglob("*.py")}
+    assert {path.as_posix() for path in sources} == {name for name in inside if name.endswith(".py")}
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_with_jax_runs_the_first_lines_of_the_readme(wheel, tmp_path):
+    """As a newcomer does: no backend is chosen, no network is asked once all is installed."""
+    code, printed = test_readme.first_example()
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    uv = pathlib.Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        pytest.skip("uv is not installed")
+    installed = subprocess.run(
+        [uv, "pip", "install", "--python", python, "--constraint", ROOT / "constraints.txt", f"{wheel}[jax]"],
+        capture_output=True,
+        text=True,
+    )
+    if any(words in installed.stderr for words in NO_REGISTRY):
+        pytest.skip(f"the registry does not answer: {installed.stderr[-300:]}")
+    assert installed.returncode == 0, installed.stderr
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TMPDIR")}
+    done = subprocess.run(
+        [python, "-c", code],
+        env=kept | {"HOME": str(tmp_path), "KERAS_CONVNEXT_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+    assert "Backend: jax (installed" in done.stderr
