@@ -1,4 +1,4 @@
-"""The recipes and their data, found wherever the package was installed."""
+"""What a wheel holds, and that it works wherever it is installed."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from keras_convnext.training import recipe_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.once
-NO_REGISTRY = ("Failed to fetch", "not found in the package registry", "the network was disabled")  # words of uv
+# What uv says where no registry answers.
+NO_REGISTRY = ("Failed to fetch", "not found in the package registry", "the network was disabled")
 
 # As the command, so that Keras is not loaded.
 READ = """
