@@ -1,4 +1,4 @@
-"""The recipes and their data, found wherever the package was installed."""
+"""What a wheel holds, and that it works wherever it is installed."""
 
 import json
 import os
@@ -9,11 +9,14 @@ import sys
 import zipfile
 
 import pytest
+import test_readme
 
 from keras_convnext.training import recipe_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.once
+# What uv says where no registry answers.
+NO_REGISTRY = ("Failed to fetch", "not found in the package registry", "the network was disabled")
 
 # As the command, so that Keras is not loaded.
 READ = """
@@ -109,3 +112,52 @@ def test_a_package_in_a_zip_file_finds_all_recipes_and_data(wheel, checkout, tmp
     folder = pathlib.Path(found.pop("folder"))
     assert found == checkout
     assert not folder.exists()  # the copy has gone with its process
+
+
+def test_a_wheel_holds_recipes_weights_and_licences_and_no_programs(wheel, checkout):
+    names = zipfile.ZipFile(wheel).namelist()
+    inside = {name.removeprefix("keras_convnext/") for name in names if name.startswith("keras_convnext/")}
+    assert {name.partition("/")[0] for name in inside}.isdisjoint(
+        {"bench", "benchmarks", "demo", "tests", "tools"}
+    )
+    assert {f"recipes/{name}" for name in checkout["files"]} <= inside
+    assert {
+        "data/NOTICE.txt",
+        "data/photos/README.md",
+        "data/photos/coffee.jpg",
+        "exporting/web/onnxruntime_licence.txt",
+        "weights/packaged/convnextv2_atto.tiny_imagenet200.safetensors",
+    } <= inside
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    sources = {path.relative_to(ROOT / "keras_convnext") for path in (ROOT / "keras_convnext").rglob("*.py")}
+    assert {path.as_posix() for path in sources} == {name for name in inside if name.endswith(".py")}
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_with_jax_runs_the_first_lines_of_the_readme(wheel, tmp_path):
+    """As a newcomer does: no backend is chosen, no network is asked once all is installed."""
+    code, printed = test_readme.first_example()
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    uv = pathlib.Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        pytest.skip("uv is not installed")
+    installed = subprocess.run(
+        [uv, "pip", "install", "--python", python, "--constraint", ROOT / "constraints.txt", f"{wheel}[jax]"],
+        capture_output=True,
+        text=True,
+    )
+    if any(words in installed.stderr for words in NO_REGISTRY):
+        pytest.skip(f"the registry does not answer: {installed.stderr[-300:]}")
+    assert installed.returncode == 0, installed.stderr
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TMPDIR")}
+    done = subprocess.run(
+        [python, "-c", code],
+        env=kept | {"HOME": str(tmp_path), "KERAS_CONVNEXT_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+    assert "Backend: jax (installed" in done.stderr

@@ -1,16 +1,27 @@
 """The pages of the project: their tables, counts, links and blocks of code."""
 
+import contextlib
 import csv
 import dataclasses
+import importlib
+import inspect
+import io
 import json
 import pathlib
 import re
+import shlex
+import shutil
+import tomllib
 from urllib.parse import unquote
 
+import numpy as np
 import programs
 import pytest
 from PIL import Image
 
+import keras_convnext
+from keras_convnext import models
+from keras_convnext.cli import main as cli
 from keras_convnext.evaluation.results import COLUMNS, IMAGENET_VALIDATION
 from keras_convnext.training.recipe_files import known_recipes
 from keras_convnext.variants import VARIANTS
@@ -220,3 +231,158 @@ def test_picture_of_speed_shows_what_the_table_says(tmp_path):
 def test_no_placeholder_is_left():
     for path in (README, PACKAGE_README):
         assert "_TABLE" not in path.read_text()
+
+
+def blocks(text, language) -> list[str]:
+    """The blocks of code in one language; "" for those that name none."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def first_example():
+    """(the first block of Python in README.md, what it prints)."""
+    text = README.read_text()
+    code = blocks(text, "python")[0]
+    return code, blocks(text.split(code)[1].removeprefix("```\n"), "")[0]
+
+
+def test_the_first_lines_of_python_print_what_stands_below_them(tmp_path, monkeypatch, capsys):
+    code, printed = first_example()
+    assert code.splitlines()[-1].startswith("print(") and len(code.splitlines()) < 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+
+
+def small_in_place_of_published_weights(monkeypatch):
+    """Constructors and `load` check their arguments and tags, and build a small model with random weights."""
+
+    def instead_of(function):
+        def build(*args, **settings):
+            given = inspect.signature(function).bind(*args, **settings)
+            given.apply_defaults()
+            weights = given.arguments.pop("weights")
+            name = given.arguments.pop("architecture_or_tag", None) or given.arguments.pop("name")
+            if "." in name or weights not in ("imagenet", "default", None):
+                tag = name if "." in name else f"{name}.{weights}"
+                assert tag.endswith(".pth") or catalog.find_checkpoint(tag)
+            kept = ("classes", "drop_path_rate", "include_top")
+            settings = {key: value for key, value in settings.items() if key in kept}
+            return small(weights=None, input_shape=(64, 64, 3), **settings)
+
+        return build
+
+    small = models.ConvNeXtV2Atto  # the official code has it, unlike those for tests
+    for name in ("load", *make_tables.constructor_names().values()):
+        monkeypatch.setattr(models, name, instead_of(getattr(models, name)))
+    return small
+
+
+@pytest.mark.slow
+def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
+    """With small models and data; published weights and exports are checked up to the arguments."""
+    pytest.importorskip("tensorflow", reason="batches are tf.data")
+    monkeypatch.chdir(tmp_path)
+    small = small_in_place_of_published_weights(monkeypatch)
+    exporting = importlib.import_module("keras_convnext.exporting.export")
+    exported = []
+    signature = inspect.signature(exporting.export)
+    monkeypatch.setattr(
+        exporting, "export", lambda *args, **settings: exported.append(signature.bind(*args, **settings))
+    )
+    keras_convnext.save_weights(small(weights=None), "convnext_tiny_1k_224_ema.pth", layout="official")
+    shutil.copytree(ROOT / "tests" / "images", "tests/images")
+    for number in range(8):
+        folder = pathlib.Path("imagenet/train") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy("tests/images/coffee.jpg", folder / f"{number}.jpg")
+    names = {
+        "keras_convnext": keras_convnext,
+        "images": np.zeros((4, 64, 64, 3), "uint8"),
+        "labels": np.array([0, 1, 2, 3]),
+    }
+    rest = blocks(README.read_text(), "python")[1:]
+    for code in rest:
+        if "train_batches" in code:
+            names["model"] = small(weights=None, classes=2, input_shape=(224, 224, 3))
+            names["model"].compile("sgd", "categorical_crossentropy")
+            code = code.replace("1024", "4").replace("epochs=300", "epochs=1")
+        exec(compile(code, "README.md", "exec"), names)
+    assert len(rest) == 5 and len(exported) == 2
+    assert set(names["maps"]) == {"P2", "P3", "P4", "P5"} and names["steps"] == 2
+    assert all(
+        pathlib.Path(name).stat().st_size for name in ("flowers.keras", "tiny.safetensors", "tiny.pth")
+    )
+
+
+def faults_of_command(words, root=ROOT) -> list[str]:
+    """What a command on a page names in vain: a command, an option, a recipe, a target, a program."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    if words[0] == "torchrun" and "keras_convnext" in words:
+        words = ["keras-convnext", *words[words.index("keras_convnext") + 1 :]]
+    program, *rest = words
+    if program == "make":
+        makefile = (root / "Makefile").read_text()
+        return [
+            f"no target {word}"
+            for word in rest
+            if "=" not in word and not re.search(f"^{word}:", makefile, re.MULTILINE)
+        ]
+    if program == "pip":
+        known = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = [
+            extra for word in rest for extra in re.sub(r".*\[|\].*", "", word).split(",") if "[" in word
+        ]
+        return [f"no extra {extra}" for extra in extras if extra not in known]
+    if program.endswith("python") and rest[0].endswith(".py"):
+        return [f"no program {rest[0]}"] * (not (root / rest[0]).exists())
+    if program != "keras-convnext":
+        return []
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            code = cli.main([rest[0], "--help"])
+        except SystemExit as end:
+            code = end.code
+    if code:
+        return [f"no command {rest[0]}"]
+    options = set(re.findall(r"(?<!\S)-{1,2}[\w-]+", re.sub(r"[\[\]|,]", " ", text.getvalue())))
+    faults = [f"no option {word}" for word in rest if word.startswith("-") and word not in options]
+    if rest[0] in ("train", "plan") and not rest[1].startswith("-"):
+        known = (*known_recipes(), *(f"recipes/{name}.toml" for name in known_recipes()))
+        faults += [f"no recipe {rest[1]}"] * (rest[1] not in known)
+    return faults
+
+
+def test_commands_of_the_pages_are_there():
+    seen, faults = set(), {}
+    for path, text in pages():
+        for line in "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                seen.add(words[0])
+                faults |= {
+                    f"{path.relative_to(ROOT)}: {line}": found
+                    for found in [faults_of_command(words)]
+                    if found
+                }
+    assert faults == {}
+    assert {"keras-convnext", "make", "pip", "torchrun"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("keras-convnext trian smoke", "no command trian"),
+        ("KERAS_BACKEND=jax keras-convnext list --colour red", "no option --colour"),
+        (
+            "keras-convnext train imagenet1k_convnext_tinny --out runs/x",
+            "no recipe imagenet1k_convnext_tinny",
+        ),
+        ("make tests", "no target tests"),
+        ("pip install '.[jax,cuda]'", "no extra cuda"),
+        ("python tools/no.py", "no program tools/no.py"),
+    ],
+)
+def test_a_command_that_is_not_there_is_seen(line, fault):
+    assert faults_of_command(shlex.split(line)) == [fault]
