@@ -29,7 +29,7 @@ _library = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

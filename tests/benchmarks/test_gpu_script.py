@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from programs import BENCHMARKS, load
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [  # (N, H, W, C), kernel size, dilation
     ((2, 7, 7, 40), 7, 1),
     ((1, 9, 20, 24), 7, 1),
@@ -90,7 +92,6 @@ def script(tmp_path_factory):
     return script
 
 
-@pytest.mark.slow
 @pytest.mark.once
 def test_script_runs_through_on_a_cpu_and_goes_on_where_it_stopped(script):
     words = ("--device", "cpu", "--quick", "--backends", "jax", "--against", "timm", "--modes", "inference")

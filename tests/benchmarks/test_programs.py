@@ -20,6 +20,8 @@ from programs import load
 
 from keras_convnext.data import sources
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 DEMO = ROOT / "demo"
 IMPORT_FRAMEWORKS = ("augment_ops", "gpu", "litert_plans", "trainer_overhead")
@@ -144,14 +146,12 @@ def test_prepare_tiny_imagenet_reads_the_archive(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.slow
 def test_augment_ops_prints_a_row_for_each_operation():
     out = started("benchmarks/augment_ops.py", "--images", "2", "--repeats", "1")
     assert "ours" in out and "mean" in out and "rand-m9-mstd0.5-inc1" in out
 
 
 @pytest.mark.once
-@pytest.mark.slow
 def test_exports_writes_its_table(tmp_path):
     words = (tmp_path, "--models", "test_convnext", "--backends", "torch", "--formats", "onnx")
     assert "1 files of 1" in started("benchmarks/exports.py", *words)
@@ -161,7 +161,6 @@ def test_exports_writes_its_table(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.slow
 def test_litert_plans_writes_three_kinds_of_table(tmp_path):
     started("benchmarks/litert_plans.py", "--quick", "--rounds", "1", "--output", tmp_path / "plans.md")
     text = (tmp_path / "plans.md").read_text()
@@ -169,7 +168,6 @@ def test_litert_plans_writes_three_kinds_of_table(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.slow
 def test_memory_keeps_the_rows_that_are_there(tmp_path):
     path = tmp_path / "memory.md"
     kept = "| convnext_nano | 1 | 96 | float32 | false | jax | 1 | 1 | 1.00 | - |"
@@ -181,7 +179,6 @@ def test_memory_keeps_the_rows_that_are_there(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.slow
 def test_pipeline_compares_with_timm(tmp_path):
     list(photographs(tmp_path / "photos", 8, 64))
     words = ("--rounds", "1", "--seconds", "0.1", "--roles", "ours train", "ours eval", "timm eval", "decode")
@@ -190,7 +187,6 @@ def test_pipeline_compares_with_timm(tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.slow
 def test_quantized_accuracy_has_a_row_for_each_precision(tmp_path):
     from keras_convnext.training import train
 

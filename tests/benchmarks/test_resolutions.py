@@ -12,7 +12,7 @@ import keras_convnext
 from keras_convnext.data import sources
 
 DIGITS = pathlib.Path(__file__).parents[2] / "recipes" / "digits"
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from benchmarks.speed.alternating_runs import Measurement, measure, measure_entr
 from benchmarks.speed.implementations import Case
 from keras_convnext import _environment
 
+pytestmark = pytest.mark.slow
+
 BACKEND = keras.backend.backend()
 SMALL = Case("test_convnext", batch=2, image_size=64)
 
@@ -193,7 +195,6 @@ def test_a_ratio_is_the_median_over_the_rounds_of_pairs():
 # Implementations.
 
 
-@pytest.mark.slow
 @pytest.mark.once
 def test_every_peer_runs():
     case = Case("convnext_tiny", batch=1, image_size=64)

@@ -14,6 +14,8 @@ from benchmarks.speed import depthwise
 from benchmarks.speed.depthwise import Candidate, Row
 from keras_convnext import _environment
 
+pytestmark = pytest.mark.slow
+
 BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 SHAPE = (3, 5, 4, 8)
 

@@ -17,6 +17,8 @@ from benchmarks.speed.implementations import Case
 from keras_convnext.analysis import flops
 from keras_convnext.variants import VARIANTS
 
+pytestmark = pytest.mark.slow
+
 # Multiply-adds in 1e9, as published for a side in pixels: Liu et al. 2022, tables 1 and 9 and section 3.3,
 # and the tables of facebookresearch/ConvNeXt; Woo et al. 2023 and the tables of facebookresearch/ConvNeXt-V2
 # (at 224; those at 384 and 512 are up to 0.3 % above what PyTorch counts); torchvision's weight tables.

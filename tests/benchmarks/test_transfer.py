@@ -14,7 +14,7 @@ from keras_convnext.weights.preprocessing_metadata import ImageDescription
 
 ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = ROOT / "recipes" / "digits"
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 
 @pytest.fixture(scope="module")

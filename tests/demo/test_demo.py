@@ -25,6 +25,8 @@ from keras_convnext.cli import main
 from keras_convnext.data import class_names
 from keras_convnext.exporting.export import ExportError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 FLOWERS = ROOT / "recipes" / "flowers"
 KINDS = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
@@ -255,7 +257,6 @@ def test_a_second_training_with_the_same_step_begins_anew():
         np.testing.assert_allclose(second, first, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
 @trains
 def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run_demo, run, small, monkeypatch):
     def refuse(*arguments, **settings):
@@ -448,7 +449,6 @@ def test_names_from_outside_are_escaped_on_the_page(tmp_path):
     assert "demo '<x>'" in page.text and "a & b" in page.text
 
 
-@pytest.mark.slow
 def test_the_whole_command_with_litert(tmp_path, weights):
     """In a process of its own, as it is started."""
     environment = {**os.environ, "KERAS_BACKEND": keras.backend.backend()}

@@ -31,6 +31,10 @@ NAMES = {
 # benchmarks/exports.py writes all from every backend; what a child writes is the same from each.
 HERE = {"tensorflow": tuple(FORMATS), "torch": ("litert", "onnx", "torch"), "jax": ("litert", "onnx")}
 
+FIRST_TIER = {"tensorflow": "litert", "torch": "onnx"}.get(
+    BACKEND
+)  # one format; `make test-all` has the others
+
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="one backend tells enough")
 
 
@@ -63,7 +67,10 @@ def left_in(folder):
 # Every format, from this backend.
 
 
-@pytest.mark.parametrize("format", HERE[BACKEND])
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(name, marks=() if name == FIRST_TIER else pytest.mark.slow) for name in HERE[BACKEND]],
+)
 def test_file_equals_the_model(format, model, images, tmp_path):
     path = tmp_path / NAMES[format]
     result = export(model, path, calibration=images)
@@ -89,6 +96,7 @@ def test_file_equals_the_model(format, model, images, tmp_path):
         export(model, path, calibration=images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["saved_model", "onnx", "openvino"])
 @on_tensorflow
 def test_sizes_stay_free_where_the_model_leaves_them_free(format, tmp_path):
@@ -102,6 +110,7 @@ def test_sizes_stay_free_where_the_model_leaves_them_free(format, tmp_path):
         assert relative_error(exported(few), predicted(model, few)) < 1e-4
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_sizes_can_be_chosen(tmp_path):
     model = small("test_convnext")  # not called before: a traced graph may forget the size
@@ -114,6 +123,7 @@ def test_sizes_can_be_chosen(tmp_path):
     assert relative_error(exported(few), predicted(free, few)) < 1e-4
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_a_model_in_16_bits_is_written_in_float32(model, images, tmp_path):
     previous = keras.config.dtype_policy()
@@ -133,6 +143,7 @@ def test_a_model_in_16_bits_is_written_in_float32(model, images, tmp_path):
 # SavedModel
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_signatures_take_bytes_floats_and_jpeg_files(model, tmp_path):
     import tensorflow as tf
@@ -174,6 +185,7 @@ def plain_operators():
     return OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 
 
+@pytest.mark.slow
 @on_tensorflow
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
 def test_litert_graph_has_no_shape_arithmetic_and_a_depthwise_convolution_a_block(name, tmp_path):
@@ -189,6 +201,7 @@ def test_litert_graph_has_no_shape_arithmetic_and_a_depthwise_convolution_a_bloc
     assert not any(name.startswith("Flex") for name in names)
 
 
+@pytest.mark.slow
 @on_tensorflow
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
 def test_precisions_of_litert(name, tmp_path):
@@ -220,6 +233,7 @@ def delegated(path):
     return collections.Counter(row["op_name"] for row in interpreter._get_ops_details()[alone:])
 
 
+@pytest.mark.slow
 @on_tensorflow
 @pytest.mark.parametrize("side", [32, 96])
 def test_maps_smaller_than_the_kernel_are_exported_in_every_precision(side, tmp_path):
@@ -229,6 +243,7 @@ def test_maps_smaller_than_the_kernel_are_exported_in_every_precision(side, tmp_
         assert result.relative_difference < 0.15
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_ranges_are_those_of_all_calibration_images(tmp_path):
     """One image with values ten times as large among many must not be cut off by an average."""
@@ -250,6 +265,7 @@ def test_ranges_are_those_of_all_calibration_images(tmp_path):
     assert error(images) < 0.05 < error(images[:3] + images[4:])
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_compact_writes_equal_arrays_once_and_changes_no_result(tmp_path):
     from ai_edge_litert import schema_py_generated as schema
@@ -278,6 +294,7 @@ def flatbuffers_of(table):
     return bytes(builder.Output())
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_a_fixed_batch_is_calibrated_with_as_many_images(tmp_path):
     model = small("test_convnext")
@@ -286,6 +303,7 @@ def test_a_fixed_batch_is_calibrated_with_as_many_images(tmp_path):
     assert runtimes.open_exported(tmp_path / "m.tflite").input_shape == (3, 64, 64, 3)
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_metadata_is_inside_the_litert_file(model, tmp_path):
     labels = [f"leaf {number}" for number in range(7)]
@@ -477,6 +495,7 @@ def test_a_folder_of_other_files_is_never_replaced(name, model, tmp_path):
     assert "It holds 4 other files or folders: 0, 1, 2, .... Name another path" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -527,6 +546,7 @@ def test_a_file_beside_is_replaced_only_on_request(name, model, tmp_path):
     assert left_in(tmp_path) == [name]
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_a_saved_model_is_replaced_and_what_came_meanwhile_is_not(model, images, tmp_path, monkeypatch):
     path = tmp_path / "m"
@@ -549,6 +569,7 @@ def test_a_saved_model_is_replaced_and_what_came_meanwhile_is_not(model, images,
     assert set(lies_in(path)) == {*first, "thesis.txt"} and left_in(tmp_path) == ["m"]
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_a_model_that_the_other_backend_cannot_load_is_refused(tmp_path):
     class Unknown(keras.layers.Layer):
@@ -565,6 +586,7 @@ def test_a_model_that_the_other_backend_cannot_load_is_refused(tmp_path):
 # The command
 
 
+@pytest.mark.slow
 @on_tensorflow
 def test_command_writes_several_files_and_a_report(weights_folder, run, tmp_path):
     code, out, err = run(

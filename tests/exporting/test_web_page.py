@@ -35,7 +35,7 @@ SIZE = 64
 TOLERANCE = 1e-4  # of a probability; 2e-7 where this was written, and a crop of another size gives over 0.01
 SECONDS = 120  # for a page to open, on a machine that does other things
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
 

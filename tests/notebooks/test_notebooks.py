@@ -17,6 +17,8 @@ from PIL import Image
 import keras_convnext
 from keras_convnext.weights.preprocessing_metadata import ImageDescription
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 CLASSIFY = ROOT / "notebooks" / "classify.ipynb"
 EXPORT = ROOT / "notebooks" / "export.ipynb"
@@ -137,7 +139,6 @@ def test_fine_tune_learns_crops_of_free_photos(tmp_path, monkeypatch):
 
 
 @RUNS
-@pytest.mark.slow
 @pytest.mark.skipif(not FLOWERS.is_dir(), reason="the photos of flowers are not here")
 def test_fine_tune_learns_flowers_as_it_stands_but_from_random_weights(tmp_path, monkeypatch):
     names = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
