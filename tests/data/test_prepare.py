@@ -356,7 +356,7 @@ def test_disk_that_is_full_for_the_index_is_told(tmp_path, folder, prepared, mon
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module.sources, "write_index", full)
+    monkeypatch.setattr(prepare_module, "write_index", full)
     with pytest.raises(PrepareError, match=r"No space left in '.*out'"):
         prepare(folder, tmp_path / "out", shards=7)
     monkeypatch.undo()
