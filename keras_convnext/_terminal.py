@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class _Silence(io.TextIOBase):
-    """Stands for a stream of `sys`: nothing passes while it is silent, all afterwards.
+    """Stands for a stream of `sys`: nothing passes while it is silent, everything afterwards.
 
     Loggers keep the stream that they found when they were made, TensorFlow's for example.
     """

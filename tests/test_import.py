@@ -216,7 +216,7 @@ images = np.load(folder + "/images.npy")
 for name in ("compiled", "deployed", "wrapped"):
     model = keras.models.load_model(f"{folder}/{name}.keras")
     np.save(f"{folder}/{name}.npy", model.predict(images, verbose=0))
-    print(name, type(model.optimizer).__name__)
+    print(name, type(getattr(model, "optimizer", None)).__name__)
 """
 
 

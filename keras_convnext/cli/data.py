@@ -1,4 +1,4 @@
-"""`prepare`, `look`: images on disk."""
+"""`prepare` copies a data set into shards; `look` draws what training does to its images."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ _PREPARE_EXAMPLES = """examples:
   keras-convnext prepare flowers/ prepared/
 
 Writes shuffled TFRecord files of about 150 MB, with the encoded images as they are, and an index. The same
-command goes on after an interruption, and repairs damaged files."""
+command resumes after an interruption and repairs damaged files."""
 
 
 def prepare_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`evaluate`, `knn`, `probe`: scores."""
+"""`evaluate`, `knn` and `probe` score a model on a data set."""
 
 import argparse
 

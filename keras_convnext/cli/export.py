@@ -1,4 +1,4 @@
-"""`export`, `page`: files for other runtimes."""
+"""`export` and `page` write files for other runtimes."""
 
 import argparse
 import dataclasses
@@ -140,7 +140,7 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
     if not any("," in words or words == "all" for words in (options.format or "", options.precision)):
         return [(options.format or runtimes.format_of(output), options.precision, output)]
     if options.format is None:
-        raise ValueError("Expected --format NAMES beside several precisions; OUTPUT is then a folder.")
+        raise ValueError("Expected --format NAMES with several precisions; OUTPUT is then a folder.")
     wanted = list(formats) if options.format == "all" else options.format.split(",")
     stem = pathlib.Path(options.model).stem if names_file(options.model) else options.model
     targets = []
@@ -161,7 +161,7 @@ _PAGE_EXAMPLES = """examples:
   keras-convnext page atto.onnx atto.html
   keras-convnext page leaves.onnx leaves.html --runtime onnxruntime-web-1.30.0.tgz
 
-MODEL is a .onnx file that `keras-convnext export` wrote, with its .metadata.json beside it. OUTPUT is one
+MODEL is a .onnx file that `keras-convnext export` wrote, with its .metadata.json next to it. OUTPUT is one
 file with the model and all it needs to run: open it with a double click, offline too, and drop a picture on
 it, or put it on a server of static files. npm fetches ONNX Runtime Web at the first use; without npm, pass
 --runtime what `npm pack` wrote on another machine."""

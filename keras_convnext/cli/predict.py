@@ -1,4 +1,4 @@
-"""`predict`: classes of images."""
+"""`predict` classifies images."""
 
 import argparse
 import dataclasses
@@ -29,7 +29,7 @@ _PREDICT_EXAMPLES = """examples:
 Without --model, a file given by --weights says itself which architecture it is, and how images are resized
 where it was written by training; else they are as for that architecture's ImageNet weights. A .keras file
 brings its own image size; it must take pixels in 0..255. Without --labels the names of the
-classes are looked for beside the file: my_leaves.labels.txt."""
+classes are looked for next to the file: my_leaves.labels.txt."""
 
 
 def predict_options(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def predict_command(options: argparse.Namespace) -> int:
     return 1 if results else 2
 
 
-# Images to predictions.
+# From images to predictions.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +172,8 @@ def read_labels(options: argparse.Namespace) -> list[str]:
     path = options.labels
     if path is None and options.weights is not None:
         weights = pathlib.Path(options.weights)
-        beside = (weights.with_suffix(".labels.txt"), weights.with_name(f"{weights.name}.labels.txt"))
-        path = next((candidate for candidate in beside if candidate.exists()), None)
+        candidates = (weights.with_suffix(".labels.txt"), weights.with_name(f"{weights.name}.labels.txt"))
+        path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         return []
     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()

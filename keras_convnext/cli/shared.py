@@ -1,4 +1,4 @@
-"""What several commands share: options, tables, errors."""
+"""Options, tables and error lines that several commands share."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ LICENCE_WIDTH = 15  # of the table; one identifier is longer than all others and
 
 
 def recipe_overrides(settings: Sequence[str]) -> dict[str, str]:
-    """`--set key=value` words to a dict."""
+    """Returns the `--set key=value` words as a dict."""
     for setting in settings:
         if "=" not in setting:
             raise ValueError(f"Expected --set key=value, received {setting!r}.")
@@ -52,7 +52,7 @@ def score_lines(row: dict[str, str], options: argparse.Namespace) -> list[tuple[
 
 
 def _published_text(row: dict[str, str]) -> str:
-    """What the publisher measured, where the model, the images and their size are the same."""
+    """Returns the published top-1 where the model, the images and their size are the same, else ""."""
     from keras_convnext.evaluation.results import IMAGENET_VALIDATION
 
     published = catalog.CHECKPOINTS.get(row["model"])

@@ -1,4 +1,4 @@
-"""`train`, `plan`: training runs."""
+"""`train` runs a recipe; `plan` says what a recipe takes before it runs."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ _TRAIN_EXAMPLES = """examples:
   keras-convnext train --list
 
 RECIPE is a TOML file or the name of a published recipe. --data is a folder of class folders, ImageNet's tars,
-a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. The same command goes on
+a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. The same command resumes
 where it was stopped, by Ctrl-C, by SIGTERM, by a kill or a reboot. DIR holds log.csv, curves.png,
 tensorboard/, recipe.toml, checkpoints/, the best and the final weights: `keras-convnext predict --weights
 DIR/final.safetensors photo.jpg` uses them. KERAS_BACKEND chooses tensorflow, jax or torch."""
@@ -52,7 +52,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def train_command(options: argparse.Namespace) -> int:
-    """Trains a model by a recipe, or goes on with an interrupted run."""
+    """Trains a model by a recipe, or resumes an interrupted run."""
     from keras_convnext.training import recipe_files
 
     if options.list:

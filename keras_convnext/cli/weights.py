@@ -1,4 +1,4 @@
-"""`list`, `info`, `convert`: published weights and files."""
+"""`list`, `info` and `convert` deal with published weights and weight files."""
 
 import argparse
 import dataclasses
@@ -190,7 +190,7 @@ def convert_command(options: argparse.Namespace) -> int:
     return 0
 
 
-# Facts, for --json, and lines, for a person.
+# Facts are for --json; lines are printed.
 
 
 def _variant_facts(variant: Variant) -> dict:
@@ -303,7 +303,7 @@ def _file_facts(path: pathlib.Path) -> dict:
 
 def _file_lines(facts: dict) -> list[tuple[str, object]]:
     variant = VARIANTS[facts["architecture"]]
-    prefix = f", behind {facts['prefix']!r}" if facts["prefix"] else ""
+    prefix = f", after the prefix {facts['prefix']!r}" if facts["prefix"] else ""
     lines: list[tuple[str, object]] = [
         ("architecture", f"{variant.name}, {_reference(variant)}"),
         ("layout", f"{facts['layout']}{prefix}"),
