@@ -37,6 +37,7 @@ def run_child(*words, **variables):
 # Memory.
 
 
+@pytest.mark.slow
 def test_the_estimate_is_within_15_percent_of_the_measured_peak():
     """Of sizes that are not in benchmarks/memory.md, where more are."""
     case = {"variant": "convnextv2_pico", "batch": 6, "size": 160, "precision": "float32"}
@@ -152,6 +153,7 @@ def recipe_for(architecture, engine):
     return load_recipe("smoke", changes)
 
 
+@pytest.mark.slow
 @jax_only
 def test_exchanges_are_those_of_the_compiled_step():
     out = run_child(
