@@ -542,6 +542,7 @@ def test_offline_weights_that_are_not_here_are_an_error_that_says_where_to_put_t
     assert "KERAS_CONVNEXT_WEIGHTS_DIR" in message
 
 
+@pytest.mark.once
 def test_a_licence_that_forbids_commercial_use_is_announced_once(weights_folder, tmp_path):
     tag = "convnextv2_atto.fcmae_ft_in1k"
     shapes = layouts.weight_shapes(VARIANTS["convnextv2_atto"])
