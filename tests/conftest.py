@@ -49,6 +49,15 @@ def processor() -> str:
     return f"processor: {_environment.cpu_name()}; {', '.join(words)}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """Gives tests marked one_backend to the second tier on TensorFlow and JAX, except every_backend ones."""
+    if os.environ.get("KERAS_BACKEND") != "torch":
+        for item in items:
+            if item.get_closest_marker("one_backend") and not item.get_closest_marker("every_backend"):
+                item.add_marker("slow")
+
+
 def pytest_report_header():
     return processor()
 

@@ -33,7 +33,7 @@ PHOTOGRAPHS = sorted([*IMAGES.glob("*.jpg"), *IMAGES.glob("*.png")])
 TAG = "test_convnext2.r160_in1k"
 
 
-pytestmark = pytest.mark.usefixtures("weights_folder")
+pytestmark = [pytest.mark.one_backend, pytest.mark.usefixtures("weights_folder")]
 
 
 def weights(folder):
@@ -192,6 +192,7 @@ def test_info_of_a_file_says_what_it_holds(run, peer, weights_folder):
 # predict
 
 
+@pytest.mark.every_backend
 def test_predict_equals_the_timm_pipeline(run, peer):
     code, out, err = run("predict", IMAGES, "--model", TAG, "--top", 1000, "--batch-size", 2, "--json")
     assert (code, err) == (0, "")

@@ -25,7 +25,7 @@ TAG = "test_convnext2.r160_in1k"
 NUM_IMAGES = 5
 
 
-pytestmark = pytest.mark.usefixtures("weights_folder")
+pytestmark = [pytest.mark.one_backend, pytest.mark.usefixtures("weights_folder")]
 
 
 def jpeg(number):

@@ -29,6 +29,8 @@ from keras_convnext.evaluation.forward import best_classes, label_ranks
 from keras_convnext.evaluation.results import COLUMNS, append_result, combine, read_results
 from keras_convnext.weights.catalog import CHECKPOINTS
 
+pytestmark = pytest.mark.one_backend
+
 IMAGES = pathlib.Path(__file__).parents[1] / "images"
 PHOTOGRAPHS = sorted([*IMAGES.glob("*.jpg"), *IMAGES.glob("*.png")])
 SIZE = 64
@@ -115,6 +117,7 @@ def number_of(source, place):
 # The arithmetic.
 
 
+@pytest.mark.every_backend
 def test_scores_equal_a_computation_by_hand(result, order):
     pictures = [number_of(result.source, place) for place in result.numbers]
     assert sorted(pictures) == list(range(9))  # each once, the padding of the last batch not at all

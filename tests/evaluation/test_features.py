@@ -45,6 +45,8 @@ from keras_convnext.evaluation.nearest_neighbours import (
 )
 from keras_convnext.weights import assign
 
+pytestmark = pytest.mark.one_backend
+
 IMAGES = pathlib.Path(__file__).parents[1] / "images"
 SIZE = 32
 TEMPERATURE = 0.07
@@ -92,6 +94,7 @@ def slow_rank(votes, label):
     )
 
 
+@pytest.mark.every_backend
 def test_ranks_equal_those_of_slow_loops(clouds):
     train, train_labels, queries, labels = clouds
     found = neighbour_ranks(train, train_labels, queries, labels, 6, (1, 5, 20), TEMPERATURE)
@@ -504,6 +507,7 @@ def folder(tmp_path_factory):
 NEIGHBOURS = NearestNeighbours(image_size=SIZE, neighbours=(1, 5), validation_fraction=0.25, batch_size=8)
 
 
+@pytest.mark.every_backend
 def test_features_are_those_in_front_of_the_classifier(model, backbone, folder):
     source = open_source(folder)
     found = extract_features(backbone, source, {"image_size": SIZE}, batch_size=8)

@@ -10,6 +10,8 @@ from test_models import ISOTROPIC, V1, V2, build, pixels
 
 from keras_convnext.evaluation import gradcam
 
+pytestmark = pytest.mark.one_backend
+
 IMAGES = pixels(2, 64, 64, 3)
 TOLERANCE = 2e-3
 
@@ -77,6 +79,7 @@ def numeric_gradient(model, maps, classes, activation):
     return gradient[:, None, None] / maps[0, ..., 0].size
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("architecture", [V1, V2])
 def test_heat_is_that_of_finite_differences_of_the_logit(architecture):
     model = model_of(architecture)

@@ -15,6 +15,8 @@ from keras_convnext.exporting.deploy import InferenceBlock, deploy_for_litert, s
 from keras_convnext.layers import normalization, pointwise
 from keras_convnext.variants import VARIANTS
 
+pytestmark = pytest.mark.one_backend
+
 TOLERANCE = 1e-5  # in times of the largest output, as issue 6 asks
 BACKEND = keras.backend.backend()
 
@@ -79,7 +81,14 @@ def outputs(model, images):
     return keras.ops.convert_to_numpy(model(images, training=False))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("convnext_atto", marks=pytest.mark.every_backend),
+        pytest.param("convnextv2_atto", marks=pytest.mark.every_backend),
+        *list(ARCHITECTURES)[2:],
+    ],
+)
 def test_deployed_model_equals_the_model(name):
     model = built(name)
     deployed = deploy(model)
@@ -93,6 +102,7 @@ def test_deployed_model_equals_the_model(name):
     assert (keras.layers.Normalization in kinds) == name.endswith("ols")  # zeros are padded after it
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
 @pytest.mark.parametrize("weight", ["norm/beta", "norm/gamma", "pwconv2/bias", "gamma", "normalization"])
 def test_a_fold_that_forgets_a_weight_is_seen(name, weight, monkeypatch):
@@ -242,6 +252,7 @@ def test_the_model_is_not_changed_and_shares_nothing():
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.every_backend
 def test_deployed_model_is_saved_and_loaded(tmp_path):
     deployed = deploy(built("convnextv2_atto"))
     deployed.save(tmp_path / "deployed.keras")
@@ -249,6 +260,7 @@ def test_deployed_model_is_saved_and_loaded(tmp_path):
     np.testing.assert_array_equal(outputs(loaded, pixels()), outputs(deployed, pixels()))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("response_norm", [False, True])
 def test_what_is_frozen_of_an_inference_block_stays_frozen_in_copies_and_files(response_norm):
     make = functools.partial(InferenceBlock, dim=4, kernel_size=3, response_norm=response_norm)

@@ -18,6 +18,8 @@ from keras_convnext.data import calibration, preprocess
 from keras_convnext.exporting import runtimes, writers
 from keras_convnext.exporting.export import FORMATS, ExportError
 
+pytestmark = pytest.mark.one_backend
+
 BACKEND = keras.backend.backend()
 IMAGES = pathlib.Path(__file__).parents[1] / "images"
 NAMES = {
@@ -67,6 +69,7 @@ def left_in(folder):
 # Every format, from this backend.
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(
     "format",
     [pytest.param(name, marks=() if name == FIRST_TIER else pytest.mark.slow) for name in HERE[BACKEND]],
@@ -486,6 +489,7 @@ def refused_to_replace(model, path, **settings):
     return str(caught.value)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["victim", "x.tflite", "x.onnx"])
 def test_a_folder_of_other_files_is_never_replaced(name, model, tmp_path):
     for number in range(4):
