@@ -18,6 +18,8 @@ from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import layouts, torch_files
 from keras_convnext.weights.layouts import StateDictError
 
+pytestmark = pytest.mark.one_backend
+
 CLASSES = 7
 SMALL = ("convnext_atto", "convnextv2_atto", "convnext_zepto_rms_ols", "convnext_tiny_hnf", "test_convnext3")
 
@@ -122,6 +124,7 @@ def test_torchvision_loads_our_files_strictly_and_agrees(tmp_path, small_tiny):
     assert peers.relative_error(theirs.eval()(x).numpy(), peer(x).numpy()) <= 2e-5
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
 def test_conversion_to_keras_keeps_every_bit(ending, tmp_path):
     peer = timm_model("test_convnext2")
@@ -147,6 +150,7 @@ def test_half_precision_files_load_as_float32(tmp_path):
     assert np.array_equal(head, state["head.fc.weight"].float().numpy())
 
 
+@pytest.mark.every_backend
 def test_bfloat16_files_load_into_a_bfloat16_model(tmp_path):
     peer = timm_model("test_convnext2")
     state = {key: value.bfloat16() for key, value in peer.state_dict().items()}
@@ -301,6 +305,7 @@ def test_nearest_architecture_is_named_when_none_fits():
         layouts.find_variant(state)
 
 
+@pytest.mark.every_backend
 def test_loading_draws_no_random_numbers(good_state, tmp_path, monkeypatch):
     path = peers.save(good_state, tmp_path / "in.safetensors")
 
@@ -313,6 +318,7 @@ def test_loading_draws_no_random_numbers(good_state, tmp_path, monkeypatch):
         keras_model("test_convnext2", None)
 
 
+@pytest.mark.every_backend
 def test_every_weight_has_its_value_after_loading(good_state, tmp_path):
     """Guards the private Keras attribute that `models._set_initial_values` sets."""
     model = keras_model("test_convnext2", peers.save(good_state, tmp_path / "in.safetensors"))

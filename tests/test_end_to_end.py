@@ -15,6 +15,8 @@ import keras_convnext
 from keras_convnext.data.preprocess import preprocess_image, read_image
 from keras_convnext.weights import catalog
 
+pytestmark = pytest.mark.one_backend
+
 HERE = pathlib.Path(__file__).parent
 SHARED = HERE.parents[1] / "shared" / "data" / "imagenet_samples"
 PHOTOGRAPHS = sorted((HERE / "images").glob("*.*g"))
@@ -39,7 +41,7 @@ def imagenet_samples():
     return [SHARED / "images" / pathlib.Path(row["file"]).name for row in gray + color]
 
 
-@pytest.fixture(scope="module", params=TAGS)
+@pytest.fixture(scope="module", params=[pytest.param(TAGS[0], marks=pytest.mark.every_backend), *TAGS[1:]])
 def pair(request, tmp_path_factory):
     """(checkpoint, timm model, timm transform, our model), with the same random weights."""
     tag = request.param

@@ -21,6 +21,8 @@ from keras_convnext.training import finetune
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import assign, catalog, layouts
 
+pytestmark = pytest.mark.one_backend
+
 TOLERANCE = 1e-5
 OTHER_BACKEND = "tensorflow" if keras.backend.backend() == "torch" else "torch"
 
@@ -266,6 +268,7 @@ def test_image_size_and_classes_default_to_those_of_the_weights(architecture):
 # What the arguments do
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", [V1, V2, ISOTROPIC])
 def test_top_is_norm_of_the_mean_map_and_a_softmax_classifier(name):
     model = base(name)
@@ -282,6 +285,7 @@ def test_top_is_norm_of_the_mean_map_and_a_softmax_classifier(name):
     assert relative_error(probabilities, logits) > 0.1
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_pooled_features_are_the_norm_of_the_pooled_map(pooling):
     model = share_weights(base(V1), build(V1, include_top=False, pooling=pooling))
@@ -302,6 +306,7 @@ def test_pooled_features_are_the_norm_of_the_pooled_map(pooling):
     assert relative_error(wide_features, layer_norm(wide_pooled[other], model, "norm", 1e-5)) > 10 * TOLERANCE
 
 
+@pytest.mark.every_backend
 def test_features_without_pooling_are_the_norm_of_each_position():
     model = share_weights(base(V1), build(V1, include_top=False))
     features = forward(model, IMAGES)
@@ -310,6 +315,7 @@ def test_features_without_pooling_are_the_norm_of_each_position():
     assert relative_error(features, maps(V1)["P5"]) > 0.1
 
 
+@pytest.mark.every_backend
 def test_norm_first_head_normalises_before_it_pools():
     settings = {"include_top": False, "input_shape": (64, 64, 3)}
     model = build("convnext_tiny_hnf", pooling="avg", **settings)
@@ -338,6 +344,7 @@ def test_mlp_head_has_a_hidden_layer_only_with_the_top():
     assert relative_error(probabilities, expected) < TOLERANCE
 
 
+@pytest.mark.every_backend
 def test_images_need_not_be_square_or_divisible_by_32():
     model = share_weights(base(V1), build(V1, include_top=False, input_shape=(33, 47, 3)))
     assert model.output_shape == (None, 1, 1, 32)
@@ -350,6 +357,7 @@ def test_images_need_not_be_square_or_divisible_by_32():
     np.testing.assert_array_equal(forward(model, cut), features)
 
 
+@pytest.mark.every_backend
 def test_open_input_shape_takes_images_of_several_sizes():
     model = share_weights(base(V1), build(V1, include_top=False, input_shape=(None, None, 3)))
     assert model.output_shape == (None, None, None, 32)
@@ -376,6 +384,7 @@ def test_any_number_of_channels_builds_and_is_normalised(channels):
     assert np.all(np.isfinite(forward(model, images)))
 
 
+@pytest.mark.every_backend
 def test_uint8_pixels_give_the_same_as_float_pixels():
     model = base(V1)
     as_bytes = IMAGES.astype("uint8")
@@ -384,6 +393,7 @@ def test_uint8_pixels_give_the_same_as_float_pixels():
     assert relative_error(forward(model, IMAGES), result) < TOLERANCE
 
 
+@pytest.mark.every_backend
 def test_without_preprocessing_the_caller_normalises():
     bare = share_weights(base(V1), build(V1, include_preprocessing=False))
     assert "normalization" not in [layer.name for layer in bare.layers]
@@ -394,6 +404,7 @@ def test_without_preprocessing_the_caller_normalises():
     assert relative_error(forward(bare, IMAGES), expected) > 10 * TOLERANCE
 
 
+@pytest.mark.every_backend
 def test_input_tensor_joins_layers_in_front(tmp_path):
     image = keras.Input((32, 32, 1), name="grey")
     rgb = keras.layers.Concatenate(name="to_rgb")([image, image, image])
@@ -486,6 +497,7 @@ def timm_maps(theirs, images):
     return [stage.numpy().transpose(0, 2, 3, 1) for stage in stages]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", [V1, V2])
 def test_pyramid_outputs_equal_the_stages_of_timm(name, tmp_path):
     theirs = timm_model(name, tmp_path / "weights.safetensors")
@@ -506,6 +518,7 @@ def test_pyramid_outputs_equal_the_stages_of_timm(name, tmp_path):
     assert relative_error(ours["P5"], wrong[3]) > 10 * TOLERANCE
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("stride", [8, 16])
 def test_output_stride_equals_that_of_timm(stride, tmp_path):
     import torch
@@ -578,6 +591,7 @@ def test_pyramid_norms_normalise_each_level(tmp_path):
 # Files that Keras writes
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(("name", "settings"), [(V1, {}), (V2, {}), (V1, {"drop_path_rate": 0.3, "seed": 1})])
 def test_saved_model_loads_with_the_same_outputs_and_pyramid(name, settings, tmp_path):
     model = build(name, **settings)
@@ -661,6 +675,7 @@ def step(model):
     return {weight.path for old, weight in pairs if not np.array_equal(old, as_numpy(weight.value))}
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("freeze", FREEZINGS)
 @pytest.mark.parametrize(("name", "nested"), [(V1, False), (V2, True)])
 def test_a_model_learns_the_same_weights_after_it_was_saved_or_cloned(name, nested, freeze, tmp_path):
@@ -685,6 +700,7 @@ def test_a_model_learns_the_same_weights_after_it_was_saved_or_cloned(name, nest
         np.testing.assert_array_equal(forward(copies[how], IMAGES), forward(model, IMAGES), err_msg=how)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("nested", [False, True])
 def test_fine_tuning_in_two_stages_goes_on_after_a_restart(nested, tmp_path):
     """The head alone, then the last stages too: each from a file, and what is frozen keeps its bits."""
@@ -704,6 +720,7 @@ def test_fine_tuning_in_two_stages_goes_on_after_a_restart(nested, tmp_path):
     assert step(model) == expected
 
 
+@pytest.mark.every_backend
 def test_a_backbone_that_is_frozen_by_a_word_is_frozen_after_a_restart(tmp_path):
     model = build(V2)
     finetune.choose_trainable(model, "head")
@@ -730,6 +747,7 @@ def fit(model, steps=2, **compile_settings):
     return history.history["loss"]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("policy", ["float16", "bfloat16", "mixed_float16", "mixed_bfloat16"], indirect=True)
 def test_16_bit_policy_gives_float32_probabilities_and_a_finite_loss(policy):
     model = build(V1 if "bfloat16" in policy else V2, random=False)
@@ -759,6 +777,7 @@ def losses(rate=0.5, seed=1, rematerialize=False):
     return tuple(fit(model))
 
 
+@pytest.mark.every_backend
 def test_training_with_drop_path_repeats_with_the_seed():
     first = losses(seed=1)
     losses.cache_clear()
@@ -766,20 +785,24 @@ def test_training_with_drop_path_repeats_with_the_seed():
     assert np.all(np.isfinite(first))
 
 
+@pytest.mark.every_backend
 def test_training_with_drop_path_changes_with_the_seed():
     assert losses(seed=1) != losses(seed=2)
 
 
+@pytest.mark.every_backend
 def test_training_without_drop_path_does_not_depend_on_the_seed_and_lowers_the_loss():
     first, second = losses(rate=0.0)
     assert second != first and np.isfinite(second)
     assert losses(rate=0.5)[0] != first
 
 
+@pytest.mark.every_backend
 def test_rematerialised_model_trains_with_the_same_losses():
     np.testing.assert_allclose(losses(rate=0.0, rematerialize=True), losses(rate=0.0), rtol=1e-4)
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a rule for XLA on a CPU")
 def test_tensorflow_on_a_cpu_leaves_xla_out():
     """Keras does that; under XLA the depthwise convolution would be a hundred times slower."""
@@ -788,6 +811,7 @@ def test_tensorflow_on_a_cpu_leaves_xla_out():
     assert model.jit_compile is False
 
 
+@pytest.mark.every_backend
 def test_no_layer_is_left_to_build_at_the_first_call():
     """On JAX an unbuilt layer costs an eager pass before the first step."""
     for architecture in (V1, V2, ISOTROPIC):
