@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -406,15 +407,20 @@ class _Run:
         while self.epoch < self.recipe.epochs:
             per_epoch = self.plan.micro_batches_per_epoch
             left = per_epoch - self.done % per_epoch
-            self.model.fit(
-                self.engine.for_fit(self._train_batches(self.done)),
-                steps_per_epoch=left,
-                shuffle=False,  # the pipeline does
-                initial_epoch=self.epoch,
-                epochs=self.epoch + 1 if left < per_epoch else self.recipe.epochs,
-                verbose=0,
-                callbacks=[_BetweenSteps(self)],
-            )
+            try:
+                self.model.fit(
+                    self.engine.for_fit(self._train_batches(self.done)),
+                    steps_per_epoch=left,
+                    shuffle=False,  # the pipeline does
+                    initial_epoch=self.epoch,
+                    epochs=self.epoch + 1 if left < per_epoch else self.recipe.epochs,
+                    verbose=0,
+                    callbacks=[_BetweenSteps(self)],
+                )
+            except BaseException as error:
+                # Free the iterator: if one of tf.data lives until Python ends, both wait for each other.
+                traceback.clear_frames(error.__traceback__)
+                raise
 
     def end_batch(self, in_fit: int, means: Mapping[str, float]) -> None:
         """Does what is due after a micro-batch: checks, progress, signals, a checkpoint.

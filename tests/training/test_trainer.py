@@ -197,6 +197,20 @@ def test_kill_sigterm_and_a_truncated_checkpoint_do_not_change_the_final_weights
     assert [row["loss"][:6] for row in rows_of(folder)] == [row["loss"][:6] for row in rows_of(uninterrupted)]
 
 
+@pytest.mark.one_backend
+def test_an_error_in_the_midst_of_an_epoch_ends_the_process(few_digits, tmp_path):
+    """It waited for the threads of tf.data forever, which waited for Python."""
+    code = (
+        "from tests.training.test_trainer import small; from keras_convnext.training import trainer\n"
+        "trainer._Run.end_batch = None\n"
+        f"trainer.train(small({str(few_digits)!r}), {str(tmp_path / 'run')!r}, progress=False)"
+    )
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "TypeError: 'NoneType' object is not callable"
+
+
 def test_one_step_changes_every_trained_array(uninterrupted):
     """The control of the comparison above: the checkpoint of the step before is not the same."""
     before, after = (
