@@ -220,6 +220,7 @@ for name in ("compiled", "deployed", "wrapped"):
 """
 
 
+@pytest.mark.one_backend
 def test_keras_opens_our_models_after_the_import_alone(tmp_path):
     images = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
     np.save(tmp_path / "images.npy", images)

@@ -113,10 +113,14 @@ def official_model(name):
     return peers.randomise(peers.OfficialConvNeXt(VARIANTS[name], classes=CLASSES))
 
 
+GIGABYTES = ("convnext_xlarge", "convnext_xxlarge", "convnextv2_huge")
 TIMM = [name for name in VARIANTS if "isotropic" not in name]
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.one_backend] * (name in GIGABYTES)) for name in TIMM],
+)
 @torch.no_grad()
 def test_timm(name, tmp_path):
     peer = timm_model(name)
