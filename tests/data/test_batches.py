@@ -205,10 +205,11 @@ def test_hosts_together_make_the_batches_of_one(sound, num_hosts):
         np.testing.assert_array_equal(np.concatenate([share[place] for share in shares], axis=1), expected)
 
 
-def numbers_of(source, count, **options):
+def numbers_of(source, count, interpolation="bicubic", **options):
     """Returns which example is at each place of the first batches, recognised by its pixels."""
-    known = [eval_image(source.read(n), 32, 1.0, crop_mode="squash") for n in range(len(source))]
-    whole = {"scale": (1.0, 1.0), "ratio": (1.25, 1.25), "flip": 0, **PLAIN}
+    squashed = {"crop_mode": "squash", "interpolation": interpolation}
+    known = [eval_image(source.read(n), 32, 1.0, **squashed) for n in range(len(source))]
+    whole = {"scale": (1.0, 1.0), "ratio": (1.25, 1.25), "flip": 0, "interpolation": interpolation, **PLAIN}
     images, _ = trained(source, count, **whole, **options)
     differences = np.abs(images.reshape(-1, 1, 32, 32, 3) - np.array(known)).max((2, 3, 4))
     nearest, second = np.sort(differences)[:, :2].T
@@ -223,6 +224,11 @@ def test_every_epoch_is_another_permutation_without_the_remainder(sound):
     assert all(len(set(epoch)) == 24 for epoch in numbers)
     assert len({tuple(epoch) for epoch in numbers}) == 4
     assert set(numbers.ravel()) == set(range(26))
+
+
+def test_images_to_train_on_are_resized_by_the_filter_that_is_asked_for(sound):
+    numbers = numbers_of(sound, 1)
+    np.testing.assert_array_equal(numbers_of(sound, 1, interpolation="bilinear"), numbers)
 
 
 def test_labels_stay_with_their_images(sound):

@@ -550,6 +550,21 @@ def test_a_file_beside_is_replaced_only_on_request(name, model, tmp_path):
     assert left_in(tmp_path) == [name]
 
 
+@pytest.mark.once
+def test_a_folder_in_which_someone_works_meanwhile_is_not_replaced(model, tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    saved_model(path)
+
+    def write_while_another_works(model, request, row, folder):
+        saved_model(pathlib.Path(request.path))
+        put(path / "thesis.txt")
+
+    monkeypatch.setattr("keras_convnext.exporting.export._write", write_while_another_works)
+    with pytest.raises(FileExistsError, match=r"It holds 1 other files or folders: thesis\.txt"):
+        export(model, path, check=False, replace=True)
+    assert (path / "thesis.txt").read_text() == "the only copy" and left_in(tmp_path) == ["m"]
+
+
 @pytest.mark.slow
 @on_tensorflow
 def test_a_saved_model_is_replaced_and_what_came_meanwhile_is_not(model, images, tmp_path, monkeypatch):

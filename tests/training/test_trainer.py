@@ -499,6 +499,91 @@ def test_validation_classes_are_matched_by_name():
         )
 
 
+@pytest.mark.once
+def test_the_optimizer_has_the_values_of_the_recipe():
+    rates = {"learning_rate": 0.3, "min_learning_rate": 0.02, "warmup_learning_rate": 0.01}
+    values = {"weight_decay": 0.07, "beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-7, "layer_decay": 0.6}
+    recipe = small(
+        **rates, **values, layer_decay_groups="single", clip_norm=0.5, ema_decay=0.7, schedule_unit="epoch"
+    )
+    student, _ = classification.build_model(recipe, num_classes=10, available=0)
+    plan = run_state.Plan(16, 2, steps_per_epoch=4, total_steps=12, warmup_steps=5)
+    made = classification.compile_model(recipe, student, plan).optimizer.get_config()
+    schedule = made["learning_rate"]["config"]
+    expected = values | {
+        "layer_decay_groups": "single",
+        "global_clipnorm": 0.5,
+        "clipnorm": None,
+        "clipvalue": None,
+        "use_ema": True,
+        "ema_momentum": 0.7,
+        "gradient_accumulation_steps": 2,
+    }
+    assert {name: made[name] for name in expected} == expected
+    assert schedule == {
+        "peak": 0.3,
+        "total_steps": 12,
+        "warmup_steps": 5,
+        "start": 0.01,
+        "end": 0.02,
+        "warmup_includes_peak": recipe.warmup_includes_peak,
+        "hold_steps": 4,
+    }
+
+
+@pytest.mark.once
+def test_the_batches_have_the_values_of_the_recipe(tmp_path, monkeypatch):
+    received = {}
+
+    class EnoughError(Exception):
+        pass
+
+    def recording(name, made):
+        def make(source, **arguments):
+            received[name] = arguments
+            if name == "train_batches":
+                raise EnoughError
+            return made(source, **arguments)
+
+        return make
+
+    for name in ("train_batches", "eval_batches"):
+        monkeypatch.setattr(batches, name, recording(name, getattr(batches, name)))
+    training = {
+        "image_size": 40,
+        "interpolation": "bilinear",
+        "flip": 0.3,
+        "policy": "rand-m5",
+        "color_jitter": 0.2,
+        "erase": 0.15,
+        "mixup": 0.6,
+        "cutmix": 0.7,
+        "mix_probability": 0.9,
+        "switch_probability": 0.4,
+        "label_smoothing": 0.2,
+        "repeats": 2,
+        "seed": 5,
+    }
+    evaluation = {
+        "image_size": 48,
+        "crop": 0.9,
+        "resize_mode": "squash",
+        "resize_size": 50,
+        "interpolation": "bilinear",
+    }
+    recipe = small(
+        **training,
+        crop_scale=(0.3, 0.9),
+        crop_ratio=(0.8, 1.2),
+        **{f"eval_{name}": value for name, value in evaluation.items()},
+    )
+    with pytest.raises(EnoughError):
+        trainer.train(recipe, tmp_path / "run", progress=False)
+    training |= {"scale": (0.3, 0.9), "ratio": (0.8, 1.2), "batch_size": 16, "start_batch": 0}
+    for name, expected in (("train_batches", training), ("eval_batches", evaluation)):
+        assert {key: received[name][key] for key in expected} == expected
+
+
 def test_smoke_recipe_reaches_its_accuracy(smoke_run):
     """`recipes/smoke.toml` by the command line: 97 % of 450 digits, on each backend, along the same curve."""
     assert smoke_run.code == 0
