@@ -141,11 +141,10 @@ def opened_weights(name, image_size):
     """Returns what all rows use of the weights: architecture, preparation of images, SHA-256."""
     import dataclasses
 
-    from keras_convnext import predictor
-    from keras_convnext.weights import layouts, preprocessing_metadata, resolve
+    from keras_convnext.weights import layouts, preprocessing_metadata, published, resolve
     from keras_convnext.weights.catalog import default_checkpoint, find_checkpoint
 
-    if predictor.names_file(name):
+    if published.names_file(name):
         path = resolve.existing_file(name)
         architecture = layouts.find_variant(resolve.read_file(path)).name
         images = preprocessing_metadata.read_images(path) or preprocessing_metadata.describe(

@@ -14,7 +14,7 @@ from keras_convnext.data import class_names
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog, keras_files, layouts, locate, preprocessing_metadata, resolve
 from keras_convnext.weights.preprocessing_metadata import ImageDescription
-from keras_convnext.weights.published import WEIGHT_SUFFIXES, Checkpoint
+from keras_convnext.weights.published import Checkpoint, names_file
 
 DEFAULT_SIZE = 224  # pixels, for a model that takes images of any size
 
@@ -169,11 +169,6 @@ def preparation(
         "resize_size": row.resize_size if is_published_size else None,
         "interpolation": row.interpolation,
     }
-
-
-def names_file(name: str) -> bool:
-    """Whether a name is that of a weight file rather than a tag or an architecture."""
-    return name.endswith(WEIGHT_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()
 
 
 def for_channels(images: np.ndarray, model: Any) -> np.ndarray:

@@ -320,7 +320,7 @@ def test_loading_draws_no_random_numbers(good_state, tmp_path, monkeypatch):
 
 @pytest.mark.every_backend
 def test_every_weight_has_its_value_after_loading(good_state, tmp_path):
-    """Guards the private Keras attribute that `models._set_initial_values` sets."""
+    """Guards the private Keras attribute that `assign.filled` sets."""
     model = keras_model("test_convnext2", peers.save(good_state, tmp_path / "in.safetensors"))
     canonical = keras_convnext.state_dict(model)
     written = layouts.write(canonical, VARIANTS["test_convnext2"], "timm")

@@ -56,7 +56,9 @@ def run(options: Namespace) -> int:
         The exit code, 0 whether the bars are met or not.
     """
     if len(options.image_size) > 1:
-        raise ValueError(f"Expected one --image-size for bench all, received {options.image_size}.")
+        raise ValueError(
+            f"Expected one --image-size for `python -m benchmarks.speed all`, received {options.image_size}."
+        )
     where = output.begin(options)
     size = options.image_size[0]
     groups: list[list[Measurement]] = []

@@ -1,4 +1,4 @@
-"""Plans a run on devices that are not here: memory, bytes on the wire, operations, time.
+"""Estimates memory, traffic, operations and time of a run on given devices, without running it.
 
 recipe, "64xh100", engine --> images of a device --> memory, exchanges, operations --> seconds
 

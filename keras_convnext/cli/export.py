@@ -9,7 +9,6 @@ from keras_convnext.cli.predict import read_labels
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
-    names_file,
     positive_batch_size,
     positive_integer,
     print_json,
@@ -17,6 +16,7 @@ from keras_convnext.cli.shared import (
 )
 from keras_convnext.cli.weights import size_text
 from keras_convnext.data import class_names
+from keras_convnext.weights.published import names_file
 
 _EXPORT_EXAMPLES = """examples:
   keras-convnext export convnext_tiny.fb_in1k tiny.tflite --precision dynamic_int8
@@ -66,11 +66,11 @@ def export_options(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="difference allowed, in times of the largest output; default by precision",
+        help="difference allowed, relative to the largest output; default by precision",
     )
     parser.add_argument("--no-check", action="store_true", help="do not run what was written")
     parser.add_argument("--report", metavar="DIR", help="folder for a table and a picture")
-    parser.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
+    parser.add_argument("--force", action="store_true", help="replace the file or SavedModel at OUTPUT")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -176,7 +176,7 @@ def page_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime", metavar="DIR", help="onnxruntime-web as a folder or a .tgz file; default by npm, once"
     )
-    parser.add_argument("--force", action="store_true", help="replace what is at OUTPUT")
+    parser.add_argument("--force", action="store_true", help="replace the file at OUTPUT")
 
 
 def page_command(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "evaluate_options", "measure top-1 and top-5 accuracy on a data set"),
     "prepare": ("data", "prepare_options", "copy a data set into shuffled TFRecord shards"),
     "train": ("train", "train_options", "train a model by a recipe; the same command resumes"),
-    "plan": ("train", "plan_options", "say what a recipe takes on devices, before it is trained"),
+    "plan": ("train", "plan_options", "estimate memory, traffic and time of a training run"),
     "knn": ("evaluate", "knn_options", "classify by the nearest neighbours in a frozen model's features"),
     "probe": ("evaluate", "probe_options", "train a linear classifier on a frozen model's features"),
     "look": ("data", "look_options", "draw a contact sheet of augmentations and a training batch"),
@@ -85,8 +85,8 @@ def _parser(chosen: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Returns the parser; only the chosen commands, by default all, get their options."""
     parser = argparse.ArgumentParser(
         prog="keras-convnext",
-        description="ConvNeXt V1, V2 and isotropic in Keras: which weights there are, what they see in an\n"
-        "image, and how they get to other projects.",
+        description="ConvNeXt V1, V2 and isotropic in Keras: finds and converts published weights,\n"
+        "classifies images, trains, evaluates and exports.",
         epilog="examples:\n  keras-convnext list convnext_tiny\n  keras-convnext predict cat.jpg\n\n"
         "KERAS_BACKEND chooses tensorflow, jax or torch, in place of keras.json or what is installed;\n"
         "KERAS_CONVNEXT_WEIGHTS_DIR names folders with files placed by hand; KERAS_CONVNEXT_OFFLINE=1\n"

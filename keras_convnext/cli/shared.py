@@ -5,15 +5,13 @@ import contextlib
 import importlib
 import json
 import logging
-import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
 
 from keras_convnext import _environment, _terminal
 from keras_convnext.weights import catalog
-from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES, WEIGHT_SUFFIXES, Checkpoint
+from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES, Checkpoint
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
 PROGRESS_FROM_IMAGES = 20
@@ -92,10 +90,6 @@ def positive_integer(text: str) -> int:
 
 def positive_batch_size(text: str) -> int | str | None:
     return {"any": None, "default": text}[text] if text in ("any", "default") else positive_integer(text)
-
-
-def names_file(name: str) -> bool:
-    return name.endswith(WEIGHT_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()
 
 
 def find_row(name: str) -> Checkpoint:

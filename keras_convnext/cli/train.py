@@ -14,7 +14,7 @@ from keras_convnext.cli.shared import (
 )
 
 _TRAIN_EXAMPLES = """examples:
-  keras-convnext train recipes/smoke.toml --out runs/smoke
+  keras-convnext train smoke --out runs/smoke
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --set epochs=10
   keras-convnext train fine_tune --data flowers/ --out runs/head --set trainable=head
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --distribute data_parallel
@@ -101,7 +101,7 @@ def train_command(options: argparse.Namespace) -> int:
 _PLAN_EXAMPLES = """examples:
   keras-convnext plan imagenet1k_convnext_tiny --devices 64xh100 --set accumulation_steps=1
   keras-convnext plan imagenet22k_convnext_xlarge --devices 16xa100-40 --set precision=mixed_bfloat16
-  keras-convnext plan recipes/smoke.toml --devices 8xcpu --engine model_parallel --json
+  keras-convnext plan smoke --devices 8xcpu --engine model_parallel --json
 
 Nothing is trained or built: all is counted from the architecture. DEVICES are a number and a name: h100,
 h200, a100-40, a100-80, v100, l4, rtx4090, tpu-v3, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, cpu. Memory is what a

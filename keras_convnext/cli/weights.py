@@ -11,7 +11,6 @@ from keras_convnext.cli.shared import (
     import_quietly,
     joined,
     licence_text,
-    names_file,
     print_footer,
     print_json,
     print_lines,
@@ -21,7 +20,7 @@ from keras_convnext.cli.shared import (
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, layouts, locate, safetensors_files
 from keras_convnext.weights.preprocessing_metadata import ImageDescription
-from keras_convnext.weights.published import Checkpoint
+from keras_convnext.weights.published import Checkpoint, names_file
 
 _LIST_EXAMPLES = """examples:
   keras-convnext list
@@ -251,7 +250,9 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple
         ("top-1, larger", row.test_top1, row.test_image_size),
     ):
         if score is not None:
-            lines.append((title, f"{score} % at {size}, as published: {row.score_source}"))
+            lines.append(
+                (title, f"{score} % at {size}{', as published' * (row.packaged is None)}: {row.score_source}")
+            )
     lines.append(
         ("layout", row.layout if row.state_key is None else f"{row.layout}, under {row.state_key!r}")
     )

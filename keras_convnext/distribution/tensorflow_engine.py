@@ -52,8 +52,8 @@ def join() -> watchdog.Group:
         except (RuntimeError, tf.errors.OpError) as error:
             message = (
                 "Expected to start TensorFlow's service for the processes of TF_CONFIG, before anything is "
-                f"computed, but {_first_sentence(error)}. Call train, or distribution.choose, first, and "
-                "give each process an address of its own."
+                f"computed, but {_first_sentence(error)}. Call train, or distribution.choose.choose, first, "
+                "and give each process an address of its own."
             )
             group.close(message)
             raise ValueError(message) from error
@@ -77,7 +77,7 @@ def _divide_cpu() -> None:
     except RuntimeError as error:
         raise ValueError(
             f"Expected {LOGICAL_DEVICES}={text} before TensorFlow computes anything, but {error}. Call "
-            "train, or distribution.choose, first."
+            "train, or distribution.choose.choose, first."
         ) from error
 
 

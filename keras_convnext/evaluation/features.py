@@ -32,7 +32,7 @@ from keras_convnext.data import preprocess, sources
 from keras_convnext.data.index import Source
 from keras_convnext.evaluation import classification, forward, result_columns
 from keras_convnext.predictor import Predictor
-from keras_convnext.weights import keras_files, layouts, locate, resolve
+from keras_convnext.weights import keras_files, layouts, locate, published, resolve
 
 _CACHE_VERSION = 1
 TRAIN_BLOCK = 65536
@@ -235,7 +235,7 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Predi
     Example:
         open_backbone("convnext_tiny.fb_in1k").model.output_shape      # (None, 768)
     """
-    if not weights and predictor.names_file(name):
+    if not weights and published.names_file(name):
         name, weights = "", name
     path = resolve.existing_file(weights) if weights else None
     images = None if path is None else predictor.described(path, name)

@@ -68,7 +68,7 @@ FORMATS = {
     "torch": Format(".pt2", "torch", {"torch": "torch"}, ("float32",)),
 }
 
-# Largest difference from the model, in times of its largest output, that a file may have. With random
+# Largest difference from the model, relative to its largest output, that a file may have. With random
 # weights float32 is at 1e-6, float16 at 1e-3, dynamic_int8 at 0.02 to 0.04, int8 at 0.04 to 0.12
 # (benchmarks/exports).
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "dynamic_int8": 0.15, "int8": 0.3}
@@ -95,7 +95,7 @@ class ExportResult:
         num_bytes: of all files together.
         num_images: number of images compared; 0 when nothing was.
         max_difference: largest difference of an output from the model's.
-        relative_difference: the same in times of the model's largest output.
+        relative_difference: the same relative to the model's largest output.
         agreement: share of the images with the same largest output, in [0, 1].
         milliseconds: for an image in the file's runtime, median.
         model_milliseconds: for an image in the Keras model, in turns with the file's.
@@ -157,7 +157,7 @@ def export(
         licence: of the weights, stored with the file.
         preparation: arguments of `preprocess.preprocess_image` for the SavedModel's signature "jpeg", stored
             with every file. Default: shorter side, bicubic, 0.875.
-        tolerance: largest allowed difference in times of the model's largest output; default
+        tolerance: largest allowed difference relative to the model's largest output; default
             `TOLERANCES[precision]`.
         check: bool, whether to run the file and compare; without it nothing is measured.
         replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel

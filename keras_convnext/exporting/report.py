@@ -16,7 +16,7 @@ COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/
 def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
     """Formats `export.ExportResult`s, in the order of `COLUMNS`.
 
-    "difference" is the largest of an output, in times of the model's largest output; "x Keras model" how many
+    "difference" is the largest of an output, relative to the model's largest output; "x Keras model" how many
     times as fast the file is as the model, measured in turns.
     """
     return [

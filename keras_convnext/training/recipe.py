@@ -111,7 +111,7 @@ class Recipe:
         crop_ratio: (float, float), smallest and largest width / height of the crop.
         interpolation: "bicubic" or "bilinear", of the crop and of the policy's geometric operations.
         flip: float in [0, 1], probability of exchanging left and right.
-        policy: str as `data.augment.parse_policy` reads it, such as "rand-m9-mstd0.5-inc1" or "none".
+        policy: str that `augment.policies.parse_policy` reads, such as "rand-m9-mstd0.5-inc1" or "none".
         color_jitter: float, strength of brightness, contrast and saturation jitter, 0 for none.
         erase: float in [0, 1], probability of random erasing.
         mixup: float, alpha of mixup's Beta distribution, 0 for none.

@@ -140,6 +140,8 @@ def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"Expected a recipe, received the folder '{path}'. Name a file in it, such as a .toml."
         )
+    if path.stem in known:
+        raise ValueError(f"There is no file {text!r}. The published recipe of that name is {path.stem!r}.")
     message = unknown("recipe", path.stem, known)
     raise ValueError(
         f"{message}. Expected one of these names, or the path of a TOML file; received {text!r}."

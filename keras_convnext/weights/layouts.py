@@ -397,7 +397,7 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     """A canonical state dict under the names and in the shapes of another project.
 
     Args:
-        canonical: {canonical name: array}, as `read` or `models.state_dict` return it.
+        canonical: {canonical name: array}, as `read` or `assign.state_dict` return it.
         variant: the architecture, a row of `variants.VARIANTS`.
         layout: "official", "timm", "torchvision" or "huggingface".
 

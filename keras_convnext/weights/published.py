@@ -1,5 +1,7 @@
 """`Checkpoint`: what the catalog says of one published weight file."""
 
+import os
+import pathlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,3 +148,8 @@ class Checkpoint:
             find_checkpoint("convnextv2_small.untrained").downloadable  # False
         """
         return any(place is not None for place in (self.hub_id, self.url, self.packaged))
+
+
+def names_file(name: str) -> bool:
+    """Whether a name is that of a weight file rather than a tag or an architecture."""
+    return name.endswith(WEIGHT_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()

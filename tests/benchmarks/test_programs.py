@@ -24,11 +24,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEMO = ROOT / "demo"
-IMPORT_FRAMEWORKS = ("augment_ops", "gpu", "litert_plans", "trainer_overhead")
 PROGRAMS = [
-    pytest.param(
-        path.relative_to(ROOT).as_posix(), marks=[pytest.mark.slow] * (path.stem in IMPORT_FRAMEWORKS)
-    )
+    path.relative_to(ROOT).as_posix()
     for folder in ("benchmarks", "demo")
     for path in sorted((ROOT / folder).glob("*.py"))
     if "__main__" in path.read_text()

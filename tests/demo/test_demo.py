@@ -202,11 +202,6 @@ def test_right_classes_are_classes_of_imagenet():
 # The command.
 
 
-def trains(test):
-    """Marks a test slow except on PyTorch: test_trainer.py shows that training works on each backend."""
-    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A weight file with the 1000 classes of ImageNet, whose first answer is always "espresso"."""
@@ -241,7 +236,6 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-@trains
 def test_a_second_training_with_the_same_step_begins_anew():
     photos = demo.read_photos(None, 15, 0)
     model = keras_convnext.load(
@@ -257,7 +251,6 @@ def test_a_second_training_with_the_same_step_begins_anew():
         np.testing.assert_allclose(second, first, rtol=0, atol=1e-6)
 
 
-@trains
 def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run_demo, run, small, monkeypatch):
     def refuse(*arguments, **settings):
         raise ImportError("needs ai-edge-litert. Install it: pip install ai-edge-litert")
@@ -337,7 +330,6 @@ def litert(monkeypatch):
     return calibrations
 
 
-@trains
 def test_files_are_measured_on_held_out_photos_and_calibrated_on_others(run_demo, small, litert):
     code, _, _ = run_demo(*small)
     assert code == 0
@@ -357,7 +349,6 @@ def test_files_are_measured_on_held_out_photos_and_calibrated_on_others(run_demo
     assert "table" in page.tags and "The 8-bit file is 4.0 times smaller" in page.text
 
 
-@trains
 def test_a_file_that_differs_too_much_is_a_problem_of_one_line_and_the_other_is_measured(
     run_demo, small, litert, monkeypatch
 ):

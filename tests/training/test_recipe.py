@@ -309,7 +309,7 @@ def test_header_says_where_from_how_good_on_what_and_how(name):
     text = (FOLDER / f"{name}.toml").read_text()
     header = text.split("\n\n", 1)[0]
     command = {"knn": "knn", "linear_probe": "probe"}.get(name, "train")
-    assert f"# command:   keras-convnext {command} recipes/{name}.toml " in header
+    assert f"# command:   keras-convnext {command} {name} " in header
     assert "# hardware:  " in header
     assert name == "smoke" or "# published: " in header
     assert name in OURS or "# source:    " in header

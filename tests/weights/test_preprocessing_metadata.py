@@ -211,7 +211,7 @@ def test_a_model_takes_normaliser_and_size_from_its_file_where_no_tag_says_more(
 
 
 @pytest.mark.once
-def test_open_classifier_prepares_images_as_the_file_says(files):
+def test_open_predictor_prepares_images_as_the_file_says(files):
     said, unsaid = files
     for name in (None, NAME):
         opened = predictor.open_predictor(name, said)

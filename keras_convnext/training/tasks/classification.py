@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_convnext import models, predictor
+from keras_convnext import models
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.training import distillation, finetune, optimizer, schedule
@@ -171,7 +171,7 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
 
 def _published(recipe: Recipe) -> published.Checkpoint | None:
     """Returns the published file of the recipe's weights; None for a path and for random weights."""
-    if not recipe.weights or predictor.names_file(recipe.weights):
+    if not recipe.weights or published.names_file(recipe.weights):
         return None
     return catalog.find_checkpoint(recipe.weights, architecture=recipe.architecture)
 
@@ -189,7 +189,7 @@ def _with_contents(weights: str) -> pathlib.Path:
 
 def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
     """Returns what `load` takes for a teacher: a tag, or the architecture that a file is of, and the file."""
-    if not predictor.names_file(recipe.teacher):
+    if not published.names_file(recipe.teacher):
         return (recipe.teacher,)
     path = _with_contents(recipe.teacher)
     return layouts.find_variant(resolve.read_file(path)).name, os.fspath(path)
