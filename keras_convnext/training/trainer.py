@@ -9,6 +9,7 @@ that was interrupted ends with the weights of one that was not, bit for bit on o
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -420,6 +421,7 @@ class _Run:
             except BaseException as error:
                 # Free the iterator: if one of tf.data lives until Python ends, both wait for each other.
                 traceback.clear_frames(error.__traceback__)
+                gc.collect()
                 raise
 
     def end_batch(self, in_fit: int, means: Mapping[str, float]) -> None:

@@ -156,6 +156,7 @@ def test_final_and_average_weights_differ_and_load(uninterrupted):
     assert np.abs(logits("final.weights.h5") - average).max() > 1e-3
 
 
+@pytest.mark.one_backend
 def test_kill_sigterm_and_a_truncated_checkpoint_do_not_change_the_final_weights(
     uninterrupted, few_digits, tmp_path, monkeypatch, caplog
 ):
