@@ -30,7 +30,10 @@ KERAS_FREE = (
 WITH_KERAS = {"weights.assign", "weights.resolve"}
 # Its graphs are what these are made of.
 WITH_FRAMEWORK = {
-    **{f"data.{name}": {"tensorflow"} for name in ("batches", "contact_sheet", "jpeg", "augment")},
+    **{
+        f"data.{name}": {"tensorflow"}
+        for name in ("augment", "batches", "blocks", "contact_sheet", "jpeg", "stream", "train_transform")
+    },
     "distribution.jax_engine": {"jax"},
     "distribution.tensorflow_engine": {"tensorflow"},
     "distribution.torch_engine": {"torch"},
