@@ -104,7 +104,7 @@ def test_a_run_leaves_log_curves_recipe_environment_and_weights(uninterrupted, f
     assert environment["backend"] == keras.backend.backend()
 
 
-@pytest.mark.once
+@pytest.mark.one_backend
 def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
     recipe = small()
     row = catalog.default_checkpoint("test_convnext")
@@ -273,7 +273,7 @@ def test_a_run_resumes_under_another_backend_and_makes_what_was_lost(
     assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
 
 
-@pytest.mark.once
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "changes",
     [
@@ -318,7 +318,7 @@ def test_fine_tuning_by_one_key_leaves_weights_that_others_load(
     )
 
 
-@pytest.mark.once
+@pytest.mark.one_backend
 @pytest.mark.parametrize("command", ["knn", "probe"])
 def test_features_of_a_run_are_evaluated_by_one_command(command, smoke_run, tmp_path, capsys):
     words = ["--model", str(smoke_run.folder / "final.safetensors"), "--data", str(RECIPES / "digits")]
