@@ -34,6 +34,8 @@ from keras_convnext.weights import (
 )
 from keras_convnext.weights.published import PACKAGED_TERMS
 
+pytestmark = pytest.mark.one_backend
+
 ROOT = pathlib.Path(__file__).parents[2]
 PHOTOS = ROOT / "keras_convnext" / "data" / "photos"
 TAG = "test_convnext2.tiny_imagenet200"
