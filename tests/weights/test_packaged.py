@@ -156,6 +156,7 @@ def test_shipped_file_is_what_its_record_says(row):
     assert f"{row.top1:.2f}" in readme and row.tag in readme
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("row", SHIPPED, ids=lambda row: row.tag)
 def test_shipped_weights_know_what_the_photographs_show(row, monkeypatch):
     monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
