@@ -102,10 +102,6 @@ def joined(values) -> str:
     return ", ".join(str(value) for value in values)
 
 
-def shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 3]}..."
-
-
 def note(errors: list[str], error: Exception) -> None:
     errors.append(str(error))
     complain(f"error: {error}")

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import pathlib
 
+from keras_convnext._messages import shortened
 from keras_convnext.cli.shared import (
     LICENCE_WIDTH,
     find_row,
@@ -15,7 +16,6 @@ from keras_convnext.cli.shared import (
     print_json,
     print_lines,
     print_table,
-    shortened,
 )
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, layouts, locate, safetensors_files

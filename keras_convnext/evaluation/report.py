@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext._files import replacing_file
+from keras_convnext._messages import shortened
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.index import Source
 from keras_convnext.evaluation.results import Result, percentage
@@ -159,14 +160,14 @@ def _draw_worst_classes(result: Result) -> bytes:
     title = f"{result.settings['model']}: top-1 {result.top1:.2f} % of {len(result.numbers)} images"
     figure.suptitle(title if worst else f"{title}, none is wrong", fontsize=10, parse_math=False)
     for row, (label, count, ranks) in zip(axes, worst, strict=False):
-        name = _shortened(display_name(result.source.classes[label]), 18)
+        name = shortened(display_name(result.source.classes[label]), 18)
         text = f"{name}\n{percentage(ranks < 1):.0f} % of {count}"
         row[0].text(0, 0.5, text, fontsize=9, va="center", parse_math=False)
         wrong = np.flatnonzero((result.labels == label) & (result.ranks > 0))[:WORST_IMAGES]
         for axis, place in zip(row[1:], wrong.tolist(), strict=False):
             axis.imshow(_thumbnail(result.source, int(result.numbers[place])))
             taken_for = display_name(result.source.classes[result.predictions[place, 0]])
-            axis.set_title(_shortened(taken_for, 20), fontsize=7, parse_math=False)
+            axis.set_title(shortened(taken_for, 20), fontsize=7, parse_math=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
@@ -175,10 +176,6 @@ def _draw_worst_classes(result: Result) -> bytes:
 def _thumbnail(source: Source, number: int) -> np.ndarray:
     image = preprocess.decode_image(source.read(number), source.name(number))
     return preprocess.preprocess_image(image, image_size=_THUMBNAIL, crop=1.0)
-
-
-def _shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
