@@ -123,11 +123,13 @@ def test_readers_are_silent_where_quiet_is_on(reader, value, tmp_path, monkeypat
 def test_offline_and_debug_are_read_as_quiet_is(value, is_on, tmp_path, monkeypatch, capsys):
     from keras_convnext.cli import main
     from keras_convnext.exporting import web_page
-    from keras_convnext.weights import locate
+    from keras_convnext.weights import catalog, download
 
     monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", value)
     monkeypatch.setenv("KERAS_CONVNEXT_DEBUG", value)
-    assert (locate._offline_variable(needs_hub=False) is not None) == is_on
+    without_address = catalog.find_checkpoint("convnextv2_small.untrained")
+    with pytest.raises(OSError, match="forbids downloading" if is_on else "have no published address"):
+        download.fetch(without_address)
     monkeypatch.setattr(web_page.shutil, "which", lambda program: None)
     with pytest.raises(FileNotFoundError, match="OFFLINE forbids" if is_on else "npm was not found"):
         web_page._fetch(tmp_path)

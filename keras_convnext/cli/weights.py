@@ -128,7 +128,7 @@ def info_command(options: argparse.Namespace) -> int:
         lines = _file_lines(facts)
     else:
         row = find_row(name)
-        local = locate.find_local(**row.address)
+        local = locate.find_local(row)
         facts = {**_checkpoint_facts(row), "local_file": None if local is None else str(local)}
         lines = _checkpoint_lines(row, local)
         name = row.tag

@@ -261,7 +261,7 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Predi
     preparation = predictor.preparation(images or row, size)
     if path is not None:
         return Predictor(model, preparation, None, path)
-    return Predictor(model, preparation, row, locate.find_local(**row.address))
+    return Predictor(model, preparation, row, locate.find_local(row))
 
 
 def both_features(settings, model, data, cache, max_faults, progress):

@@ -27,7 +27,7 @@ import numpy as np
 from keras_convnext import _environment, _files
 from keras_convnext.data import preprocess
 from keras_convnext.exporting import runtimes
-from keras_convnext.weights import download
+from keras_convnext.weights import locate
 
 RUNTIME_VERSION = "1.30.0"
 RUNTIME_INTEGRITY = (  # as `npm view onnxruntime-web@1.30.0 dist.integrity` says
@@ -229,7 +229,7 @@ def _elements(name: str, chunks: Iterator[bytes] | list[bytes]) -> Iterator[byte
 def _runtime_parts(runtime: str | os.PathLike[str] | None) -> dict[str, bytes]:
     """{part of the page: bytes}, each with the hash it must have."""
     if runtime is None:
-        folder = download.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
+        folder = locate.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
         found = _read_folder(folder)
         if _wrong_file(found) is None:
             return found
