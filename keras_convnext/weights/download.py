@@ -102,13 +102,13 @@ def _from_hub(published: Checkpoint) -> pathlib.Path:
     by_hand = _by_hand(published)
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ImportError as error:
         raise ImportError(
             f"The file {file} is on the Hugging Face hub, which needs the "
             f"package huggingface_hub: pip install keras-convnext[hub]. Or: {by_hand}"
         ) from error
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise _forbidden("HF_HUB_OFFLINE", published)
     try:
         return pathlib.Path(huggingface_hub.hf_hub_download(published.hub_id, published.hub_filename))
@@ -135,7 +135,7 @@ def _from_hub(published: Checkpoint) -> pathlib.Path:
         raise UnreachableError(f"{answer} for {file}. Try again later. Or: {by_hand}") from error
     except Exception as error:  # its HTTP client and hf_xet have error classes of their own
         if isinstance(error, OSError) and error.errno is not None:
-            folder = pathlib.Path(huggingface_hub.constants.HF_HUB_CACHE)
+            folder = pathlib.Path(constants.HF_HUB_CACHE)
             raise _disk_error(error, folder, None, "HF_HOME") from error
         raise UnreachableError(
             f"The Hugging Face hub did not deliver {file}: {_one_line(error)}. Try again. Or: {by_hand}"
