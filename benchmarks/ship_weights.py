@@ -27,6 +27,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_LOSS = 0.05  # points of top-1
 MAX_BYTES = 8_000_000
+TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
 LICENCE = (
     "Weights trained on photographs of ImageNet, which are for non-commercial research and education; "
     "for research use."
@@ -190,7 +191,7 @@ def replace(path: pathlib.Path, content: bytes) -> None:
 
 def row_text(record: dict[str, Any]) -> str:
     """The row for the table of weight files."""
-    from keras_convnext.weights.published import IMAGENET_MEAN, IMAGENET_STD, PACKAGED_TERMS, Checkpoint
+    from keras_convnext.weights.published import IMAGENET_MEAN, IMAGENET_STD, Checkpoint
 
     tag = record["tag"]
     cells = {
@@ -206,7 +207,7 @@ def row_text(record: dict[str, Any]) -> str:
         "std": " ".join(map(str, IMAGENET_STD)),
         "licence": "research-only",
         "score_source": f"measured here on {record['dataset']}: benchmarks/runs/{tag}.json",
-        "note": f"trained here, {record['parameters']:,} weights; for research, terms in {PACKAGED_TERMS}",
+        "note": f"trained here, {record['parameters']:,} weights; for research, terms in {TERMS}",
         "packaged": f"{tag}.safetensors",
     }
     text = io.StringIO()

@@ -6,16 +6,10 @@ from dataclasses import dataclass
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
 
 # Endings of the weight files that the package reads; those of PyTorch it writes too.
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
-
-# The terms of the weights that ship with the package; the file lies next to them.
-PACKAGED_TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
 
 NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license", "research-only")
 

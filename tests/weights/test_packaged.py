@@ -31,11 +31,11 @@ from keras_convnext.weights import (
     safetensors_files,
     torch_files,
 )
-from keras_convnext.weights.published import PACKAGED_TERMS
 
 pytestmark = pytest.mark.one_backend
 
 ROOT = pathlib.Path(__file__).parents[2]
+PACKAGED_TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
 PHOTOS = ROOT / "keras_convnext" / "data" / "photos"
 TAG = "test_convnext2.tiny_imagenet200"
 SHIPPED = [row for row in catalog.CHECKPOINTS.values() if row.packaged]
