@@ -159,7 +159,7 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
     import keras
     import numpy as np
 
-    from keras_convnext.distribution import collectives
+    from benchmarks import collectives
     from keras_convnext.training import run_state
     from keras_convnext.training.recipe_files import load_recipe
     from keras_convnext.training.tasks import classification

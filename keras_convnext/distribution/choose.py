@@ -1,13 +1,11 @@
 """Data and model parallelism: chooses an engine and places model, optimizer and batches on its devices.
 
 recipe's engine, devices that are there --choose--> Engine --scope--> model, optimizer and batches placed
-compiled step --collectives--> what the devices send each other
 
 An engine decides where a step is computed and never what: the batch of a recipe is the one of all devices
 together, so its learning rate, its schedule and its random numbers hold for any number of them.
 """
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext._messages import near_names
 from keras_convnext.distribution import watchdog
 from keras_convnext.distribution.engine import Engine
 
@@ -96,11 +95,10 @@ def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
     owners = [name for name, engines in ENGINES.items() if engine in engines]
     known = ("auto", "none", *own)
     if owners:
-        hint = f", which is an engine of {owners[0]}. Choose one of these, or set KERAS_BACKEND={owners[0]}"
+        hint = f", which is an engine of {owners[0]}. Choose one of these, or set KERAS_BACKEND={owners[0]}."
     else:
-        near = difflib.get_close_matches(engine, known, 3)
-        hint = f". Did you mean {' or '.join(map(repr, near))}?" if near else ". Choose one of these"
-    return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}."
+        hint = f".{near_names(engine, known) or ' Choose one of these.'}"
+    return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}"
 
 
 def divided(images: np.ndarray) -> Any:

@@ -413,7 +413,7 @@ def test_convert_of_a_tag_to_a_keras_model_keeps_its_image_size_and_normaliser(
 @pytest.mark.once
 def test_convert_refuses_what_it_cannot_write(refused, atto, tmp_path):
     target = tmp_path / "target.pth"
-    assert "Unknown layout to write: 'tim'. Did you mean 'timm'" in refused(
+    assert "Unknown layout to write 'tim'. Did you mean 'timm'" in refused(
         "convert", atto, target, "--layout", "tim"
     )
     assert "must end in .safetensors" in refused("convert", atto, tmp_path / "target.onnx")
