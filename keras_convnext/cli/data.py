@@ -3,9 +3,16 @@
 import argparse
 import dataclasses
 
-from keras_convnext.cli.shared import import_quietly, positive_integer, print_json, print_lines
+from keras_convnext._messages import size_text
+from keras_convnext.cli.shared import (
+    import_quietly,
+    positive_integer,
+    print_facts,
+    print_json,
+    shared_options,
+)
 
-_PREPARE_EXAMPLES = """examples:
+PREPARE_EXAMPLES = """examples:
   keras-convnext prepare imagenet/ prepared/
   keras-convnext prepare imagenet/ prepared/ --split validation --shards 64 --verify
   keras-convnext prepare flowers/ prepared/
@@ -15,9 +22,6 @@ command resumes after an interruption and repairs damaged files."""
 
 
 def prepare_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `prepare`."""
-    parser.set_defaults(run=prepare_command)
-    parser.epilog = _PREPARE_EXAMPLES
     parser.add_argument("source", metavar="SOURCE", help="what evaluate takes as --data")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write to")
     parser.add_argument("--split", metavar="NAME", help="default all")
@@ -30,7 +34,7 @@ def prepare_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
     parser.add_argument("--verify", action="store_true", help="read all back and compare")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    shared_options(parser, "--json")
 
 
 def prepare_command(options: argparse.Namespace) -> int:
@@ -53,28 +57,26 @@ def prepare_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(dataclasses.asdict(summary) | {"verified": options.verify})
         return 0
-    lines: list[tuple[str, object]] = [
-        (split, f"{images:,} images, shards: {summary.shards[split]:,}")
+    splits = {
+        split: f"{images:,} images, shards: {summary.shards[split]:,}"
         for split, images in summary.images.items()
-    ]
-    lines.append(("size", f"{summary.num_bytes / 1e6:,.1f} MB, in {summary.seconds:,.1f} s"))
-    if summary.num_kept:
-        lines.append(("kept", f"shards: {summary.num_kept:,}"))
-    if options.verify:
-        lines.append(("verified", "every file has the SHA-256 of the manifest"))
-    print_lines(summary.output, lines)
+    }
+    facts = {
+        **splits,
+        "size": f"{size_text(summary.num_bytes)}, in {summary.seconds:,.1f} s",
+        "kept": f"shards: {summary.num_kept:,}" if summary.num_kept else None,
+        "verified": "every file has the SHA-256 of the manifest" if options.verify else None,
+    }
+    print_facts(summary.output, facts.items())
     return 0
 
 
-_LOOK_EXAMPLES = """examples:
+LOOK_EXAMPLES = """examples:
   keras-convnext look flowers/ sheet.png
   keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3"""
 
 
 def look_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `look`."""
-    parser.set_defaults(run=look_command)
-    parser.epilog = _LOOK_EXAMPLES
     parser.add_argument("data", metavar="DATA", help="what evaluate takes as --data")
     parser.add_argument("output", metavar="OUTPUT", help="the PNG to write")
     parser.add_argument("--split", metavar="NAME", help="train, validation; needed where there are several")

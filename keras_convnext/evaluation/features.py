@@ -28,6 +28,7 @@ import numpy as np
 
 from keras_convnext import models, predictor
 from keras_convnext._files import replacing_file
+from keras_convnext._terminal import Progress
 from keras_convnext.data import preprocess, sources
 from keras_convnext.data.index import Source
 from keras_convnext.evaluation import classification, forward, result_columns
@@ -192,23 +193,22 @@ def extract_features(
                 return kept
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(source, batch_size=batch_size, faults=faults, **preparation)
-    shown = forward.ImageProgress(len(source), progress)
     features, labels, numbers, count = [], [], [], 0
     try:
-        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
-        for index, (batch, values) in enumerate(outputs):
-            mask = batch["mask"]
-            kept_numbers = batch["numbers"][mask]
-            forward.check_outputs(values[mask], index, kept_numbers, source)
-            features.append(values[mask])
-            labels.append(batch["labels"][mask])
-            numbers.append(kept_numbers)
-            count += len(kept_numbers)
-            shown.show(count)
+        with Progress("features", len(source), is_wanted=progress) as shown:
+            outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
+            for index, (batch, values) in enumerate(outputs):
+                mask = batch["mask"]
+                kept_numbers = batch["numbers"][mask]
+                forward.check_outputs(values[mask], index, kept_numbers, source)
+                features.append(values[mask])
+                labels.append(batch["labels"][mask])
+                numbers.append(kept_numbers)
+                count += len(kept_numbers)
+                shown.show(count)
     except batches.tf.errors.OpError:
         faults.check()  # raises the DataError that tells what is wrong
         raise
-    shown.close()
     result = Features(
         np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
     )

@@ -12,12 +12,12 @@ Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895,
 """
 
 import dataclasses
-import difflib
 import math
 import re
 
 import numpy as np
 
+from keras_convnext._messages import near_names
 from keras_convnext.variants import VARIANTS, Variant
 
 StateDict = dict[str, np.ndarray]
@@ -553,9 +553,8 @@ def _hint(state: StateDict) -> str:
 
 def _check_writable(variant: Variant, layout: str):
     if layout not in WRITABLE_LAYOUTS:
-        near = difflib.get_close_matches(str(layout), WRITABLE_LAYOUTS, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown layout to write: {layout!r}.{hint} Known: {', '.join(WRITABLE_LAYOUTS)}")
+        near = near_names(str(layout), WRITABLE_LAYOUTS)
+        raise ValueError(f"Unknown layout to write: {layout!r}.{near} Known: {', '.join(WRITABLE_LAYOUTS)}")
     reason = None
     if layout == "timm":
         if variant.isotropic:

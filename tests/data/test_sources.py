@@ -316,7 +316,7 @@ def test_tar_of_a_split_that_is_not_there_is_named(tmp_path):
 def test_missing_tensorflow_datasets_is_named_with_the_command(tmp_path, monkeypatch):
     write_validation_tar(tmp_path, [1])
     monkeypatch.setattr(imagenet_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SourceError, match=r"Run pip install 'keras-convnext\[data\]', or pass labels"):
+    with pytest.raises(SourceError, match=r"Run pip install tensorflow-datasets .*, or pass labels"):
         open_source(tmp_path)
 
 
