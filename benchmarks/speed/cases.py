@@ -199,8 +199,8 @@ def _default_peers() -> list[str]:
     if importlib.util.find_spec("timm") is not None:
         return ["timm"]
     print(
-        "warning: measured without a peer: timm is not installed. Run pip install "
-        "'keras-convnext[bench]', or name others by --against.",
+        "warning: measured without a peer: timm is not installed. Run pip install -e "
+        "'.[bench]' -c constraints.txt, or name others by --against.",
         file=sys.stderr,
     )
     return []

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import io
 import os
 import pathlib
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 
 from benchmarks.speed.alternating_runs import Measurement, ratio
 from benchmarks.speed.implementations import AGAINST, TITLES, is_ours
+from keras_convnext._environment import require
 from keras_convnext._files import replacing_file, replacing_path
 from keras_convnext._terminal import markdown_table, table_lines
 
@@ -151,11 +151,7 @@ def check_output(folder: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed.
         OSError: the folder cannot be made, or nothing can be written to it.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "The plot is drawn with matplotlib, which is not installed. Run pip install "
-            "'keras-convnext[bench]', or leave --output out."
-        )
+    require("matplotlib", "The plot")
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         tempfile.TemporaryFile(dir=folder).close()

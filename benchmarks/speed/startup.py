@@ -148,7 +148,7 @@ def table(
         threads: cores of each, None for all.
         on_progress: called with what is done now, the number of things done and of all.
         alone: whether to hide the other backends, scikit-learn and matplotlib, which Keras imports where they
-            are installed: `pip install keras-convnext[torch]` alone has none of them.
+            are installed: `pip install ".[torch]"` alone has none of them.
 
     Returns:
         timm first, then the backends.
