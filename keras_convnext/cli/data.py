@@ -6,7 +6,7 @@ import dataclasses
 from keras_convnext._messages import size_text
 from keras_convnext.cli.shared import (
     import_quietly,
-    positive_integer,
+    positive,
     print_facts,
     print_json,
     shared_options,
@@ -26,12 +26,8 @@ def prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="folder to write to")
     parser.add_argument("--split", metavar="NAME", help="default all")
     parser.add_argument("--labels", metavar="FILE", help="'file,label' lines for a folder without classes")
-    parser.add_argument(
-        "--shards", type=positive_integer, metavar="N", help="files of a split, default by size"
-    )
-    parser.add_argument(
-        "--workers", type=positive_integer, metavar="N", help="threads, default one a processor"
-    )
+    parser.add_argument("--shards", type=positive, metavar="N", help="files of a split, default by size")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads, default one a processor")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
     parser.add_argument("--verify", action="store_true", help="read all back and compare")
     shared_options(parser, "--json")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from keras_convnext.cli.shared import (
     import_quietly,
     licence_text,
-    positive_integer,
+    positive,
     print_facts,
     print_faults,
     print_json,
@@ -43,10 +43,10 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="measure ReaL accuracy too; real.json, unless the data has these labels",
     )
-    parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="images, default 64")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images, default 64")
     parser.add_argument(
         "--limit",
-        type=positive_integer,
+        type=positive,
         metavar="N",
         help="that many images only, spread evenly over the data",
     )

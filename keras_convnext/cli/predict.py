@@ -15,7 +15,7 @@ from keras_convnext.cli.shared import (
     DEFAULT_MODEL,
     import_quietly,
     note,
-    positive_integer,
+    positive,
     print_json,
     shared_options,
 )
@@ -43,12 +43,8 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
         help=f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds",
     )
     parser.add_argument("--weights", metavar="FILE", help="weight file, or a .keras model, to use instead")
-    parser.add_argument(
-        "--top", type=positive_integer, default=5, metavar="N", help="classes an image, default 5"
-    )
-    parser.add_argument(
-        "--batch-size", type=positive_integer, default=8, metavar="N", help="images, default 8"
-    )
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes an image, default 5")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images, default 8")
     shared_options(parser, "--image-size", "--labels", "--json")
 
 

@@ -18,20 +18,20 @@ DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="i
 MAX_FAULTS_SHOWN = 20
 
 
-def positive_integer(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
     return int(text)
 
 
 def positive_batch_size(text: str) -> int | str | None:
-    return {"any": None, "default": text}[text] if text in ("any", "default") else positive_integer(text)
+    return {"any": None, "default": text}[text] if text in ("any", "default") else positive(text)
 
 
 # Options of several commands.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "PATH", "help": "images, in place of the recipe's"},
-    "--image-size": {"type": positive_integer, "metavar": "N", "help": "pixels, default the weights' own"},
+    "--image-size": {"type": positive, "metavar": "N", "help": "pixels, default the weights' own"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--labels": {"metavar": "FILE", "help": "text file with the name of a class in each line"},
     "--quiet": {"action": "store_true", "help": "show no progress"},

@@ -7,7 +7,7 @@ import os
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
-    positive_integer,
+    positive,
     print_facts,
     print_json,
     recipe_overrides,
@@ -36,7 +36,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         metavar="ENGINE",
         help="how a step is divided among devices; short for --set distribution.engine=ENGINE",
     )
-    parser.add_argument("--workers", type=positive_integer, metavar="N", help="threads that make the batches")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads that make the batches")
     shared_options(parser, "--data", "--set", "--quiet")
     parser.add_argument("--list", action="store_true", help="list the published recipes")
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from keras_convnext._environment import require
-from keras_convnext._files import disk_error_text, sync_folder, try_lock
+from keras_convnext._files import disk_error_text, replace_file, sync_folder, try_lock
 from keras_convnext._terminal import Progress
 from keras_convnext.data import sources
 from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Source, SourceError, write_index
@@ -326,7 +326,7 @@ def _refuse_foreign_files(plan: _Plan) -> None:
 def _remove_leftovers(plan: _Plan) -> None:
     """Removes what a killed run was writing."""
     for name in os.listdir(plan.folder):
-        if re.fullmatch(rf"({re.escape(plan.split)}-.*|{MANIFEST})\.[0-9a-f]{{32}}\.tmp", name):
+        if re.fullmatch(rf"\.?({re.escape(plan.split)}-.*|{MANIFEST})\.([0-9a-f]{{16}}){{1,2}}\.tmp", name):
             os.remove(os.path.join(plan.folder, name))
 
 
@@ -454,17 +454,8 @@ def _is_intact(folder: str, record: dict) -> bool:
 
 
 def _write_text(path: str, text: str) -> None:
-    temporary = _temporary_name(path)
-    try:
-        with _writing(os.path.dirname(path)):
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with _writing(os.path.dirname(path)):
+        replace_file(path, text.encode())
 
 
 @contextlib.contextmanager

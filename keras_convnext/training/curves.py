@@ -1,14 +1,15 @@
 """Draws the log of a run: loss, scores, learning rate and speed by epoch."""
 
+import difflib
+import importlib.util
 import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_convnext._environment import require
 from keras_convnext._files import replace_file
-from keras_convnext.training.logs import Value
+from keras_convnext.training.logs import Value, read_csv
 
 # Panel of the picture -> label by column.
 _PANELS = {
@@ -19,8 +20,12 @@ _PANELS = {
 }
 _ORDER = ("training", "validation", "validation, EMA")  # of the colours
 # Okabe and Ito's palette, which colour-blind readers can tell apart (https://jfly.uni-koeln.de/color/).
-_COLORS = ("#0072B2", "#D55E00", "#009E73")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKED_EPOCHS = 40  # up to here each epoch gets a dot
+
+_NO_MATPLOTLIB = (
+    "Curves are drawn with matplotlib, which is not installed. Run pip install 'keras-convnext[data]'."
+)
 
 
 def check_drawing() -> None:
@@ -29,7 +34,8 @@ def check_drawing() -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    require("matplotlib", "The picture of the curves")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(_NO_MATPLOTLIB)
 
 
 def draw_curves(rows: Sequence[Mapping[str, Value]], path: str | os.PathLike[str], title: str = "") -> None:
@@ -44,11 +50,7 @@ def draw_curves(rows: Sequence[Mapping[str, Value]], path: str | os.PathLike[str
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    check_drawing()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.0, 7.2))
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure = _figure(width=11.0, height=7.2, title=title)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
     for axes, (name, labels) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
         axes.set_title(name, fontsize=10, loc="left")
@@ -60,9 +62,57 @@ def draw_curves(rows: Sequence[Mapping[str, Value]], path: str | os.PathLike[str
         _finish(axes)
         if name in ("Learning rate", "Images per second"):
             axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.lines else 1)  # else noise of 1 % fills the panel
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    replace_file(path, file.getvalue())
+    _save_figure(figure, path)
+
+
+def compare_curves(
+    paths_by_name: Mapping[str, str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    columns: Sequence[str] = ("loss", "val_top1"),
+    title: str = "",
+) -> None:
+    """Draws the curves of several runs over each other.
+
+    Args:
+        paths_by_name: CSV by the name of the run.
+        output: path of the PNG, which appears whole or not at all.
+        columns: one panel each, from left to right.
+        title: above the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no run or no column, or a run lacks a column.
+        OSError: a file cannot be read or written.
+    """
+    if not paths_by_name or not columns:
+        raise ValueError(
+            f"Expected runs and columns to draw, received {dict(paths_by_name)}, {list(columns)}."
+        )
+    runs = {name: read_csv(path) for name, path in paths_by_name.items()}
+    for name, rows in runs.items():
+        known = list(dict.fromkeys(column for row in rows for column in row))
+        for column in columns:
+            if column not in known:
+                near = difflib.get_close_matches(column, known, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                raise ValueError(
+                    f"The run '{name}' ('{paths_by_name[name]}') has no column '{column}'.{hint} "
+                    f"Known: {', '.join(known)}."
+                )
+    figure = _figure(width=5.5 * len(columns), height=4.4, title=title)
+    figure.subplots_adjust(left=0.13 / len(columns), right=0.98, top=0.85, bottom=0.11, wspace=0.2)
+    labels = {
+        column: f"{panel}, {label}" for panel, group in _PANELS.items() for column, label in group.items()
+    }
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False).flat, columns, strict=True):
+        axes.set_title(labels.get(column, column), fontsize=10, loc="left", parse_math=False)
+        for place, (name, rows) in enumerate(runs.items()):
+            epochs, values = _curve(rows, column)
+            label = f"{name}{_note(column, epochs, values)}"
+            _plot(axes, epochs, values, label, _COLORS[place % len(_COLORS)])
+        _finish(axes)
+    _save_figure(figure, output)
 
 
 def _curve(rows: Sequence[Mapping[str, Value]], column: str) -> tuple[list[int], list[float]]:
@@ -80,6 +130,18 @@ def _note(column: str, epochs: list[int], values: list[float]) -> str:
         best = max(range(len(values)), key=values.__getitem__)
         return f": best {values[best]:.2f} (epoch {epochs[best]}), last {values[-1]:.2f}"
     return f": last {values[-1]:.4g}"
+
+
+def _figure(width: float, height: float, title: str) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(_NO_MATPLOTLIB) from error
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    return figure
 
 
 def _plot(axes: Any, epochs: list[int], values: list[float], label: str, color: str) -> None:
@@ -102,3 +164,9 @@ def _finish(axes: Any) -> None:
             text.set_parse_math(False)
     else:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=9, color="0.5")
+
+
+def _save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    replace_file(path, file.getvalue())

@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from keras_convnext import _terminal
-from keras_convnext._environment import require
 from keras_convnext._files import replace_file
 
 Value = float | int | str
@@ -44,6 +43,11 @@ class CsvLog:
 
     Raises:
         ValueError: the file there is not a CSV with a column "epoch".
+
+    Example:
+        >>> log = CsvLog("log.csv")  # doctest: +SKIP
+        >>> log.resume(before_epoch=1)  # doctest: +SKIP
+        >>> log.write({"epoch": 1, "loss": 2.25})  # doctest: +SKIP
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -145,12 +149,21 @@ class TensorBoardLog:
     Raises:
         ImportError: TensorFlow is not installed.
         OSError: the folder cannot be made.
+
+    Example:
+        >>> log = TensorBoardLog("tensorboard")  # doctest: +SKIP
+        >>> log.write(100, {"loss": 2.25})  # doctest: +SKIP
+        >>> log.close()  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
-        require("tensorflow", "The log for TensorBoard")
-        import tensorflow as tf
-
+        try:
+            import tensorflow as tf
+        except ImportError as error:
+            raise ImportError(
+                "The log for TensorBoard is written with TensorFlow, which is not installed. Run "
+                "pip install tensorflow, or train without this log."
+            ) from error
         self._protos = tf.compat.v1
         self._error = tf.errors.OpError
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -265,7 +278,7 @@ class Progress:
         parts = [f"epoch {epoch}/{self.epochs}"]
         parts += [f"{name} {value:.5g}" for name, value in scalars.items()]
         speed = self.images_per_second
-        if speed is not None:
+        if speed:
             parts.append(_terminal.rate_text(speed, "images"))
             if epoch < self.epochs:
                 parts.append(
@@ -280,7 +293,7 @@ class Progress:
 
     def _seconds_left(self, epoch: int, step: int, images_per_second: float) -> tuple[float, float]:
         """Returns the seconds left of the epoch's training and of the run."""
-        epoch_seconds = self.steps * self.batch_size / max(images_per_second, 1e-9)
+        epoch_seconds = self.steps * self.batch_size / images_per_second
         left = (1 - step / self.steps) * epoch_seconds
         return left, left + (self.epochs - epoch) * (epoch_seconds + self._seconds_between_epochs)
 
@@ -288,7 +301,7 @@ class Progress:
         """Returns what is shown of a step: the first parts are those that a narrow terminal shows too."""
         parts = [f"step {step}/{self.steps}", f"loss {loss:.4f}"]
         speed = self.images_per_second
-        if speed is not None:
+        if speed:
             of_epoch, of_run = map(_terminal.duration_text, self._seconds_left(epoch, step, speed))
             parts += [_terminal.rate_text(speed, "images"), f"run {of_run} left", f"epoch {of_epoch} left"]
         return ", ".join(parts)

@@ -1,11 +1,11 @@
 """What a run tells while it trains."""
 
+import builtins
 import io
 import math
 import os
 import pathlib
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -138,6 +138,24 @@ def test_curves_show_what_the_rows_say(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_comparison_draws_each_run_and_refuses_a_column_that_a_run_lacks(tmp_path):
+    for name, count in (("first", 3), ("second", 50)):
+        log = logs.CsvLog(tmp_path / f"{name}.csv")
+        for row in rows_of(count):
+            log.write(row)
+    paths = {name: tmp_path / f"{name}.csv" for name in ("first", "second")}
+    curves.compare_curves(paths, tmp_path / "both.png", columns=("loss", "val_top1", "learning_rate"))
+    both = np.asarray(Image.open(tmp_path / "both.png").convert("RGB")).astype(int)
+    assert both.shape == (440, 1650, 3)
+    for color in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
+        assert (abs(both - color).max(-1) < 40).sum() > 100
+    with pytest.raises(ValueError, match=r"'first' .* no column 'val_top'. Did you mean 'val_top1'\? Known"):
+        curves.compare_curves(paths, tmp_path / "none.png", columns=("val_top",))
+    with pytest.raises(ValueError, match=r"Expected runs and columns to draw, received \{\}"):
+        curves.compare_curves({}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
 def events_of(folder):
     import tensorflow as tf
 
@@ -169,12 +187,19 @@ def test_tensorboard_reads_every_scalar_of_a_killed_run_and_a_restart_purges(tmp
 @pytest.mark.parametrize(
     ("package", "call", "message"),
     [
-        ("tensorflow", lambda path: logs.TensorBoardLog(path), "TensorBoard needs tensorflow, which is not"),
-        ("matplotlib", lambda path: curves.draw_curves([], path / "a.png"), "needs matplotlib, which is not"),
+        ("tensorflow", lambda path: logs.TensorBoardLog(path), "TensorFlow, which is not installed. Run pip"),
+        ("matplotlib", lambda path: curves.draw_curves([], path / "a.png"), "matplotlib, which is not"),
     ],
 )
 def test_a_missing_package_is_named(tmp_path, monkeypatch, package, call, message):
-    monkeypatch.setitem(sys.modules, package, None)
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == package:
+            raise ImportError(f"No module named '{name}'")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=message):
         call(tmp_path)
     assert not os.listdir(tmp_path)
@@ -328,13 +353,16 @@ def test_a_line_that_stays_does_not_mix_with_the_one_that_is_rewritten(clock):
     progress.say("before")
     run_epoch(progress, clock, 1, steps=1)
     progress.say("between")
-    run_epoch(progress, clock, 1, steps=1)
+    clock.now += 1
+    progress.show(1, 2, 2.5)
     progress.close()
-    lines = [line for line in plain(stream) if set(line) != {"━"}]  # of a bar that begins
+    lines = [line for line in plain(stream) if set(line) != {"━"}]  # the bar as it begins
     assert [re.sub("[━╺]+ ", "", line) for line in lines] == [
-        "before", *["epoch 1/1, step 1/100, loss 2.5000"] * 2, "between",
+        "before",
         *["epoch 1/1, step 1/100, loss 2.5000"] * 2,
-    ]  # fmt: skip
+        "between",
+        *["epoch 1/1, step 2/100, loss 2.5000, 32 images/s, run 0:01:38 left, epoch 0:01:38 left"] * 2,
+    ]
 
 
 def test_a_step_in_an_epoch_of_its_own_has_no_speed_and_no_time_left(clock):
