@@ -31,13 +31,13 @@ DIR/final.safetensors photo.jpg` uses them. KERAS_BACKEND chooses tensorflow, ja
 def train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="TOML file, or a published name")
     parser.add_argument("--out", metavar="DIR", help="folder of the run")
+    shared_options(parser, "--data", "--set", "--quiet")
     parser.add_argument(
         "--distribute",
         metavar="ENGINE",
         help="how a step is divided among devices; short for --set distribution.engine=ENGINE",
     )
     parser.add_argument("--workers", type=positive, metavar="N", help="threads that make the batches")
-    shared_options(parser, "--data", "--set", "--quiet")
     parser.add_argument("--list", action="store_true", help="list the published recipes")
 
 
@@ -105,6 +105,7 @@ of these devices. KERAS_BACKEND chooses whose program is counted."""
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="TOML file, or a published name")
+    shared_options(parser, "--data", "--set", "--json")
     parser.add_argument(
         "--devices", required=True, metavar="DEVICES", help="number and name, such as 64xh100; see below"
     )
@@ -114,7 +115,6 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fraction", type=float, default=0.4, metavar="X", help="of the peak figures, default 0.4"
     )
-    shared_options(parser, "--data", "--set", "--json")
 
 
 def plan_command(options: argparse.Namespace) -> int:

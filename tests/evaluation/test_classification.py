@@ -657,7 +657,6 @@ def test_a_model_of_one_channel_sees_gray():
 
 @pytest.mark.once
 def test_progress_is_shown_to_a_terminal_only(model, source, monkeypatch, capsys):
-    monkeypatch.setattr(forward.time, "monotonic", iter(range(1000)).__next__)
     evaluate(model, source, batch_size=4)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -667,6 +666,4 @@ def test_progress_is_shown_to_a_terminal_only(model, source, monkeypatch, capsys
     evaluate(model, source, batch_size=4, progress=False)
     assert capsys.readouterr().err == ""
     evaluate(model, source, batch_size=4)
-    lines = capsys.readouterr().err.split("\r")[1:]
-    assert [line.split(",")[0] for line in lines] == [f"{count} of 9 images" for count in (4, 8, 9)]
-    assert re.search(r"4 images/s, 0:00:01 left", lines[0])
+    assert "evaluation, 4/9 images" in capsys.readouterr().err
