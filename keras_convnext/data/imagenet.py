@@ -194,7 +194,10 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
 
 def _scan_train_tar(path: str) -> Source:
     columns, size = IndexBuilder(), os.path.getsize(path)
-    with open(path, "rb", buffering=0) as file, Progress(f"Indexing {path}", size, "MB") as progress:
+    with (
+        open(path, "rb", buffering=0) as file,
+        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
+    ):
         tars = list(_members(file, 0, size, path))
         wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
         if wrong or not tars:
@@ -224,7 +227,10 @@ def _scan_train_tar(path: str) -> Source:
 
 def _scan_validation_tar(path: str) -> Source:
     columns, size = IndexBuilder(), os.path.getsize(path)
-    with open(path, "rb", buffering=0) as file, Progress(f"Indexing {path}", size, "MB") as progress:
+    with (
+        open(path, "rb", buffering=0) as file,
+        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
+    ):
         for member in _members(file, 0, size, path):
             columns.add(0, member.offset_data, member.size, 0, os.path.basename(member.name))
             progress.show(member.offset_data, lambda: f"{len(columns.labels)} images, {progress.text()}")

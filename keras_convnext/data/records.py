@@ -198,7 +198,7 @@ def _scan_records(
     columns = IndexBuilder()
     synsets: dict[str, int] = {}
     sizes = np.cumsum([0, *map(os.path.getsize, files)])
-    with Progress(f"Indexing {path}", int(sizes[-1]), "MB") as progress:
+    with Progress(f"Indexing {os.path.basename(path)}", int(sizes[-1]), "MB") as progress:
         for number, file, content, features in examples(files):
             has_synset = image is None and "image/class/synset" in features
             image_name = image or ("image/encoded" if "image/encoded" in features else "image")

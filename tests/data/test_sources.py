@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -1125,6 +1126,7 @@ def test_index_that_cannot_be_kept_is_not_needed(tmp_path, index_cache, count_sc
 def test_progress_is_shown_to_a_terminal_only(tmp_path, monkeypatch, capsys):
     write_train_tar(tmp_path)
     monkeypatch.delenv("KERAS_CONVNEXT_QUIET", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
     for is_watched in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: is_watched)  # noqa: B023
         open_source(tmp_path)

@@ -23,7 +23,7 @@ from keras_convnext.data import imagenet, sources
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.preprocess import preprocess_image, read_image
 from keras_convnext.data.sources import open_source
-from keras_convnext.evaluation import classification, forward, report, result_columns, results
+from keras_convnext.evaluation import classification, report, result_columns, results
 from keras_convnext.evaluation.classification import evaluate, match_classes
 from keras_convnext.evaluation.forward import best_classes, label_ranks
 from keras_convnext.evaluation.results import COLUMNS, append_result, combine, read_results
