@@ -91,7 +91,7 @@ def evaluate(
         max_faults: share of the images that may be damaged, 0 to 1.
         host: number of this host, 0 to num_hosts - 1.
         num_hosts: hosts that evaluate a part of the data each; see `results.combine`.
-        progress: whether to show progress on stderr when that is a terminal.
+        progress: whether to show progress on stderr.
 
     Returns:
         `Result`.

@@ -165,7 +165,7 @@ def extract_features(
             a file says of what it is, so that those of another model, of changed images, another order or
             another backend are never taken. A damaged file is made again.
         max_faults: share of the images that may be damaged, 0 to 1.
-        progress: whether to show progress on stderr when that is a terminal.
+        progress: whether to show progress on stderr.
 
     Returns:
         `Features`.
