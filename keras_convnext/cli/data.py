@@ -6,6 +6,7 @@ import dataclasses
 from keras_convnext._messages import size_text
 from keras_convnext.cli.shared import (
     import_quietly,
+    option,
     positive,
     print_facts,
     print_json,
@@ -22,14 +23,14 @@ command resumes after an interruption and repairs damaged files."""
 
 
 def prepare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="what evaluate takes as --data")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write to")
-    parser.add_argument("--split", metavar="NAME", help="default all")
-    parser.add_argument("--labels", metavar="FILE", help="'file,label' lines for a folder without classes")
-    parser.add_argument("--shards", type=positive, metavar="N", help="files of a split, default by size")
-    parser.add_argument("--workers", type=positive, metavar="N", help="threads, default one a processor")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
-    parser.add_argument("--verify", action="store_true", help="read all back and compare")
+    option(parser, "source", "SOURCE", "what evaluate takes as --data")
+    option(parser, "output", "OUTPUT", "folder to write to")
+    option(parser, "--split", "NAME", "default all")
+    option(parser, "--labels", "FILE", "'file,label' lines for a folder without classes")
+    option(parser, "--shards", "N", "files of a split, default by size", type=positive)
+    option(parser, "--workers", "N", "threads, default one a processor", type=positive)
+    option(parser, "--seed", "N", "of the order, default 0", type=int, default=0)
+    option(parser, "--verify", None, "read all back and compare")
     shared_options(parser, "--json")
 
 
@@ -73,16 +74,17 @@ LOOK_EXAMPLES = """examples:
 
 
 def look_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="what evaluate takes as --data")
-    parser.add_argument("output", metavar="OUTPUT", help="the PNG to write")
-    parser.add_argument("--split", metavar="NAME", help="train, validation; needed where there are several")
-    parser.add_argument(
+    option(parser, "data", "DATA", "what evaluate takes as --data")
+    option(parser, "output", "OUTPUT", "the PNG to write")
+    option(parser, "--split", "NAME", "train, validation; needed where there are several")
+    option(
+        parser,
         "--policy",
+        "NAME",
+        "RandAugment, AutoAugment or TrivialAugment, default %(default)s",
         default="rand-m9-mstd0.5-inc1",
-        metavar="NAME",
-        help="RandAugment, AutoAugment or TrivialAugment, default rand-m9-mstd0.5-inc1",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the batch, default 0")
+    option(parser, "--seed", "N", "of the batch, default 0", type=int, default=0)
 
 
 def look_command(options: argparse.Namespace) -> int:

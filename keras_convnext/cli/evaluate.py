@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from keras_convnext.cli.shared import (
     import_quietly,
     licence_text,
+    option,
     positive,
     print_facts,
     print_faults,
@@ -29,35 +30,25 @@ files, and a picture of the worst classes."""
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="tag, architecture, weight file, .keras file or exported file"
-    )
-    parser.add_argument("--data", required=True, metavar="PATH", help="folder or file with the images")
-    parser.add_argument("--weights", metavar="FILE", help="weight file in place of the tag's own")
-    parser.add_argument("--split", metavar="NAME", help="default validation, where there are splits")
-    parser.add_argument("--labels", metavar="FILE", help="'file,label' lines for a folder without classes")
-    parser.add_argument(
+    option(parser, "model", "MODEL", "tag, architecture, weight file, .keras file or exported file")
+    option(parser, "--data", "PATH", "folder or file with the images", required=True)
+    option(parser, "--weights", "FILE", "weight file in place of the tag's own")
+    option(parser, "--split", "NAME", "default validation, where there are splits")
+    option(parser, "--labels", "FILE", "'file,label' lines for a folder without classes")
+    option(
+        parser,
         "--real",
+        "FILE",
+        "ReaL accuracy too, from real.json unless the data has these labels",
         nargs="?",
         const=True,
-        metavar="FILE",
-        help="measure ReaL accuracy too; real.json, unless the data has these labels",
     )
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images, default 64")
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        metavar="N",
-        help="that many images only, spread evenly over the data",
-    )
-    parser.add_argument(
-        "--max-faults", type=float, default=0.01, metavar="SHARE", help="damaged images allowed, default 0.01"
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder for CSV files and a picture")
-    parser.add_argument(
-        "--results", default="results.csv", metavar="FILE", help="file to add a row to, default results.csv"
-    )
-    parser.add_argument("--no-results", action="store_true", help="add no row")
+    option(parser, "--batch-size", "N", "images, default 64", type=positive)
+    option(parser, "--limit", "N", "that many images only, spread evenly over the data", type=positive)
+    option(parser, "--max-faults", "SHARE", "damaged images allowed, default 0.01", type=float, default=0.01)
+    option(parser, "--output", "DIR", "folder for CSV files and a picture")
+    option(parser, "--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
+    option(parser, "--no-results", None, "add no row")
     shared_options(parser, "--image-size", "--json")
 
 
@@ -142,15 +133,11 @@ def probe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_feature_options(parser: argparse.ArgumentParser, recipe: str) -> None:
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        default=recipe,
-        metavar="RECIPE",
-        help=f"TOML file, default the published {recipe}",
+    option(
+        parser, "recipe", "RECIPE", f"TOML file, default the published {recipe}", nargs="?", default=recipe
     )
-    parser.add_argument("--model", metavar="MODEL", help="tag or weight file, in place of the recipe's")
-    parser.add_argument("--cache", metavar="DIR", help="folder that keeps the features for next time")
+    option(parser, "--model", "MODEL", "tag or weight file, in place of the recipe's")
+    option(parser, "--cache", "DIR", "folder that keeps the features for next time")
     shared_options(parser, "--data", "--set", "--quiet", "--json")
 
 

@@ -11,6 +11,7 @@ from keras_convnext.cli.predict import read_labels
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
+    option,
     positive_batch_size,
     print_json,
     print_table,
@@ -32,39 +33,38 @@ kept. --calibration is a folder of images or a data set; by default, crops of th
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="tag, architecture, weight file or .keras file")
-    parser.add_argument("output", metavar="OUTPUT", help="the file, or a folder for several")
-    parser.add_argument(
-        "--format",
-        metavar="NAMES",
-        help="saved_model, litert, onnx, openvino, torch, or all; default by suffix",
+    option(parser, "model", "MODEL", "tag, architecture, weight file or .keras file")
+    option(parser, "output", "OUTPUT", "the file, or a folder for several")
+    option(
+        parser, "--format", "NAMES", "saved_model, litert, onnx, openvino, torch, or all; default by suffix"
     )
-    parser.add_argument(
+    option(
+        parser,
         "--precision",
+        "NAMES",
+        "float32, float16, dynamic_int8, int8, or all; default %(default)s",
         default="float32",
-        metavar="NAMES",
-        help="float32, float16, dynamic_int8, int8, or all; default float32",
     )
-    parser.add_argument(
+    option(
+        parser,
         "--batch-size",
+        "N",
+        "images in a call, or any; default 1 for LiteRT, any for the others",
         type=positive_batch_size,
         default="default",
-        metavar="N",
-        help="images in a call, or any; default 1 for LiteRT, any for the others",
     )
-    parser.add_argument(
-        "--calibration", metavar="PATH", help="images for the check and for int8, default three photographs"
-    )
-    parser.add_argument("--logits", action="store_true", help="leave out the softmax")
-    parser.add_argument(
+    option(parser, "--calibration", "PATH", "images for the check and for int8, default three photographs")
+    option(parser, "--logits", None, "leave out the softmax")
+    option(
+        parser,
         "--tolerance",
+        "X",
+        "difference allowed, of the largest output; default by precision",
         type=float,
-        metavar="X",
-        help="difference allowed, relative to the largest output; default by precision",
     )
-    parser.add_argument("--no-check", action="store_true", help="do not run what was written")
-    parser.add_argument("--report", metavar="DIR", help="folder for a table and a picture")
-    parser.add_argument("--force", action="store_true", help="replace the file or SavedModel at OUTPUT")
+    option(parser, "--no-check", None, "do not run what was written")
+    option(parser, "--report", "DIR", "folder for a table and a picture")
+    option(parser, "--force", None, "replace the file or SavedModel at OUTPUT")
     shared_options(parser, "--image-size", "--labels", "--json")
 
 
@@ -162,12 +162,10 @@ it, or put it on a server of static files. npm fetches ONNX Runtime Web at the f
 
 
 def page_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=".onnx file that export wrote")
-    parser.add_argument("output", metavar="OUTPUT", help="the .html file")
-    parser.add_argument(
-        "--runtime", metavar="DIR", help="onnxruntime-web as a folder or a .tgz file; default by npm, once"
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file at OUTPUT")
+    option(parser, "model", "MODEL", ".onnx file that export wrote")
+    option(parser, "output", "OUTPUT", "the .html file")
+    option(parser, "--runtime", "DIR", "onnxruntime-web as a folder or a .tgz file; default by npm, once")
+    option(parser, "--force", None, "replace the file at OUTPUT")
 
 
 def page_command(options: argparse.Namespace) -> int:

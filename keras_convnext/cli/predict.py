@@ -15,6 +15,7 @@ from keras_convnext.cli.shared import (
     DEFAULT_MODEL,
     import_quietly,
     note,
+    option,
     positive,
     print_json,
     shared_options,
@@ -34,17 +35,11 @@ classes are looked for next to the file: my_leaves.labels.txt."""
 
 
 def predict_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched for images"
-    )
-    parser.add_argument(
-        "--model",
-        metavar="TAG",
-        help=f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds",
-    )
-    parser.add_argument("--weights", metavar="FILE", help="weight file, or a .keras model, to use instead")
-    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes an image, default 5")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images, default 8")
+    option(parser, "images", "IMAGE_OR_FOLDER", "folders are searched for images", nargs="+")
+    option(parser, "--model", "TAG", f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds")
+    option(parser, "--weights", "FILE", "weight file, or a .keras model, to use instead")
+    option(parser, "--top", "N", "classes an image, default 5", type=positive, default=5)
+    option(parser, "--batch-size", "N", "images, default 8", type=positive, default=8)
     shared_options(parser, "--image-size", "--labels", "--json")
 
 

@@ -28,25 +28,26 @@ def positive_batch_size(text: str) -> int | str | None:
     return {"any": None, "default": text}[text] if text in ("any", "default") else positive(text)
 
 
-# Options of several commands.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "--data": {"metavar": "PATH", "help": "images, in place of the recipe's"},
-    "--image-size": {"type": positive, "metavar": "N", "help": "pixels, default the weights' own"},
-    "--json": {"action": "store_true", "help": "print JSON"},
-    "--labels": {"metavar": "FILE", "help": "text file with the name of a class in each line"},
-    "--quiet": {"action": "store_true", "help": "show no progress"},
-    "--set": {
-        "action": "append",
-        "default": [],
-        "metavar": "KEY=VALUE",
-        "help": "another value of the recipe; repeatable",
-    },
+def option(parser: argparse.ArgumentParser, name: str, metavar: str | None, text: str, **more: Any) -> None:
+    """Adds an option, or an argument where the name has no dashes; without a metavar it is a switch."""
+    settings = {"action": "store_true"} if metavar is None else {"metavar": metavar}
+    parser.add_argument(name, help=text, **settings | more)
+
+
+_SHARED_OPTIONS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
+    "--data": ("PATH", "images, in place of the recipe's", {}),
+    "--image-size": ("N", "pixels, default the weights' own", {"type": positive}),
+    "--json": (None, "print JSON", {}),
+    "--labels": ("FILE", "text file with the name of a class in each line", {}),
+    "--quiet": (None, "show no progress", {}),
+    "--set": ("KEY=VALUE", "another value of the recipe; repeatable", {"action": "append", "default": []}),
 }
 
 
 def shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
     for name in names:
-        parser.add_argument(name, **_OPTIONS[name])
+        metavar, text, more = _SHARED_OPTIONS[name]
+        option(parser, name, metavar, text, **more)
 
 
 def recipe_overrides(settings: Sequence[str]) -> dict[str, str]:

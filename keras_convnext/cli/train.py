@@ -7,6 +7,7 @@ import os
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
+    option,
     positive,
     print_facts,
     print_json,
@@ -29,16 +30,12 @@ DIR/final.safetensors photo.jpg` uses them. KERAS_BACKEND chooses tensorflow, ja
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="TOML file, or a published name")
-    parser.add_argument("--out", metavar="DIR", help="folder of the run")
+    option(parser, "recipe", "RECIPE", "TOML file, or a published name", nargs="?")
+    option(parser, "--out", "DIR", "folder of the run")
     shared_options(parser, "--data", "--set", "--quiet")
-    parser.add_argument(
-        "--distribute",
-        metavar="ENGINE",
-        help="how a step is divided among devices; short for --set distribution.engine=ENGINE",
-    )
-    parser.add_argument("--workers", type=positive, metavar="N", help="threads that make the batches")
-    parser.add_argument("--list", action="store_true", help="list the published recipes")
+    option(parser, "--distribute", "ENGINE", "devices of a step; short for --set distribution.engine=ENGINE")
+    option(parser, "--workers", "N", "threads that make the batches", type=positive)
+    option(parser, "--list", None, "list the published recipes")
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -104,17 +101,11 @@ of these devices. KERAS_BACKEND chooses whose program is counted."""
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="TOML file, or a published name")
+    option(parser, "recipe", "RECIPE", "TOML file, or a published name")
     shared_options(parser, "--data", "--set", "--json")
-    parser.add_argument(
-        "--devices", required=True, metavar="DEVICES", help="number and name, such as 64xh100; see below"
-    )
-    parser.add_argument(
-        "--engine", metavar="ENGINE", help="short for --set distribution.engine=ENGINE; default the recipe's"
-    )
-    parser.add_argument(
-        "--fraction", type=float, default=0.4, metavar="X", help="of the peak figures, default 0.4"
-    )
+    option(parser, "--devices", "DEVICES", "number and name, such as 64xh100; see below", required=True)
+    option(parser, "--engine", "ENGINE", "short for --set distribution.engine=ENGINE; default the recipe's")
+    option(parser, "--fraction", "X", "of the peak figures, default 0.4", type=float, default=0.4)
 
 
 def plan_command(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from keras_convnext.cli.shared import (
     import_quietly,
     joined,
     licence_text,
+    option,
     print_facts,
     print_json,
     print_table,
@@ -30,17 +31,13 @@ LIST_EXAMPLES = """examples:
 
 
 def list_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "architecture", nargs="?", metavar="ARCHITECTURE", help='name, or a pattern such as "convnextv2_*"'
-    )
-    parser.add_argument("--classes", type=int, metavar="N", help="width of the classifier, 0 for none")
-    parser.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
-    parser.add_argument("--licence", metavar="ID", help="licence identifier, such as apache-2.0")
-    parser.add_argument("--commercial", action="store_true", help="only licences that allow commercial use")
-    parser.add_argument("--downloadable", action="store_true", help="only files with a known address")
-    parser.add_argument(
-        "--architectures", action="store_true", help="the architectures of these files instead"
-    )
+    option(parser, "architecture", "ARCHITECTURE", 'name, or a pattern such as "convnextv2_*"', nargs="?")
+    option(parser, "--classes", "N", "width of the classifier, 0 for none", type=int)
+    option(parser, "--image-size", "N", "side of the images in pixels", type=int)
+    option(parser, "--licence", "ID", "licence identifier, such as apache-2.0")
+    option(parser, "--commercial", None, "only licences that allow commercial use")
+    option(parser, "--downloadable", None, "only files with a known address")
+    option(parser, "--architectures", None, "the architectures of these files instead")
     shared_options(parser, "--json")
 
 
@@ -107,7 +104,7 @@ INFO_EXAMPLES = """examples:
 
 
 def info_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME|FILE", help="architecture, tag, or path of a weight file")
+    option(parser, "name", "NAME|FILE", "architecture, tag, or path of a weight file")
     shared_options(parser, "--json")
 
 
@@ -140,22 +137,22 @@ CONVERT_EXAMPLES = """examples:
 
 
 def convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="weight file, or a tag to download")
-    parser.add_argument(
-        "target", metavar="TARGET", help=".safetensors, .pth, .pt, .bin, .keras or .weights.h5"
-    )
-    parser.add_argument(
+    option(parser, "source", "SOURCE", "weight file, or a tag to download")
+    option(parser, "target", "TARGET", ".safetensors, .pth, .pt, .bin, .keras or .weights.h5")
+    option(
+        parser,
         "--layout",
+        "NAME",
+        f"names and shapes to write: {', '.join(layouts.WRITABLE_LAYOUTS)}; default official",
         default="official",
-        metavar="NAME",
-        help=f"names and shapes to write: {', '.join(layouts.WRITABLE_LAYOUTS)}; default official",
     )
-    parser.add_argument(
+    option(
+        parser,
         "--architecture",
-        metavar="NAME",
-        help="refuse a source of another architecture; a tag also sets the normaliser of a .keras target",
+        "NAME",
+        "refuse a source of another architecture; a tag also sets the normaliser of a .keras target",
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing TARGET")
+    option(parser, "--force", None, "replace an existing TARGET")
 
 
 def convert_command(options: argparse.Namespace) -> int:
