@@ -926,7 +926,7 @@ def test_numbers_for_names_count_in_the_given_classes(tmp_path):
 
 def test_class_outside_the_given_ones_is_named(tmp_path):
     class_folders(tmp_path, ["cat", "dgo"])
-    with pytest.raises(SourceError, match=r"1 are not: dgo\. Near 'dgo' is 'dog'"):
+    with pytest.raises(SourceError, match=r"1 are not: dgo\. Did you mean 'dog'\?"):
         open_source(tmp_path, classes=["cat", "dog"])
 
 
