@@ -237,8 +237,9 @@ def fastest(runs, rounds):
 
 
 def table(header, rows):
-    lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+    from keras_convnext._terminal import markdown_table
+
+    return markdown_table(header, "<" + ">" * (len(header) - 1), rows)
 
 
 if __name__ == "__main__":

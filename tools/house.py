@@ -51,7 +51,11 @@ def measure(checkout: pathlib.Path) -> list[tuple[str, str, str]]:
     top = {name.split("/")[0] for name in trees}
     largest = max(lines, key=lines.__getitem__)
     functions = [
-        (node.end_lineno - node.lineno + 1, f"{name}:{node.lineno} {node.name}", _count_arguments(node))
+        (
+            (node.end_lineno or node.lineno) - node.lineno + 1,
+            f"{name}:{node.lineno} {node.name}",
+            _count_arguments(node),
+        )
         for name, tree in trees.items()
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
@@ -97,14 +101,15 @@ def _dotted(name: str) -> str:
 def _imported(tree: ast.Module, importer: str, trees: dict[str, ast.Module]) -> set[str]:
     """The modules of the package that a module imports, anywhere but for type checkers."""
     modules = {_dotted(name): name for name in trees}
-    found = set()
+    found: set[str] = set()
     for node in _outside_type_checking(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in modules}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in modules else node.module)
+                module = node.module or ""
+                whole = f"{module}.{alias.name}"
+                found.add(whole if whole in modules else module)
     return {modules[module] for module in found if module in modules and module not in (importer, PACKAGE)}
 
 
@@ -119,7 +124,7 @@ def _layers(checkout: pathlib.Path) -> dict[str, int]:
     """Name of a folder or module at the top -> its layer, 0 at the bottom; empty without a contract."""
     settings = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = settings.get("tool", {}).get("importlinter", {}).get("contracts", [])
-    layers = next((one["layers"] for one in contracts if one["type"] == "layers"), [])
+    layers: list[str] = next((one["layers"] for one in contracts if one["type"] == "layers"), [])
     names = [layer.replace(":", "|").split("|") for layer in layers]
     return {name.strip("() "): -number for number, layer in enumerate(names) for name in layer}
 

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_convnext._messages import near_names
+from keras_convnext._messages import flat, near_names
 from keras_convnext.distribution import watchdog
 from keras_convnext.distribution.engine import Engine
 
@@ -144,7 +144,7 @@ def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they differ, in all processes; tells which process differs from process 0, and in what.
     """
-    expected, *others = group.gathered(_flat(facts))
+    expected, *others = group.gathered(flat(facts))
     lines = []
     for number, received in enumerate(others, start=1):
         names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
@@ -158,16 +158,6 @@ def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
             f"Expected the same run in all {len(group)} processes, but {'. '.join(lines)}. Give all the same "
             "command, code and data."
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def slow_processes(group: watchdog.Group, seconds: float) -> str:

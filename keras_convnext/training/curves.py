@@ -23,9 +23,7 @@ _ORDER = ("training", "validation", "validation, EMA")  # of the colours
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKED_EPOCHS = 40  # up to here each epoch gets a dot
 
-_NO_MATPLOTLIB = (
-    "Curves are drawn with matplotlib, which is not installed. Run pip install 'keras-convnext[data]'."
-)
+_NO_MATPLOTLIB = "Curves are drawn with matplotlib, which is not installed. Run pip install matplotlib."
 
 
 def check_drawing() -> None:

@@ -242,9 +242,11 @@ def test_predict_shows_its_progress_to_a_terminal_only(run, monkeypatch, tmp_pat
     monkeypatch.setattr(Classifier, "__call__", lambda _, images: np.ones((len(images), 1), "float32"))
     assert run("predict", tmp_path, "--json")[2] == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert run("predict", tmp_path, "--json")[2] == ""  # KERAS_CONVNEXT_QUIET is set in tests
+    monkeypatch.delenv("KERAS_CONVNEXT_QUIET")
     code, out, err = run("predict", tmp_path, "--json", "--batch-size", 10)
     assert (code, len(json.loads(out))) == (0, 21)
-    assert err == "10 of 21 images\r20 of 21 images\r21 of 21 images\r\n"
+    assert "predict, 10/21 images" in err
 
 
 @pytest.mark.once
@@ -505,7 +507,7 @@ def test_every_command_has_a_summary_options_and_examples(capsys):
     with pytest.raises(SystemExit):
         main.main(["--help"])
     overview = " ".join(capsys.readouterr().out.split())
-    for name, (_, _, summary) in main.COMMANDS.items():
+    for name, (_, summary) in main.COMMANDS.items():
         assert f"{name} {summary}" in overview
         with pytest.raises(SystemExit) as ended:
             main.main([name, "--help"])

@@ -17,7 +17,7 @@ from keras_convnext.variants import VARIANTS
 
 pytestmark = pytest.mark.one_backend
 
-TOLERANCE = 1e-5  # in times of the largest output, as issue 6 asks
+TOLERANCE = 1e-5  # relative to the largest output, as issue 6 asks
 BACKEND = keras.backend.backend()
 
 # architecture -> what about it is folded in its own way
