@@ -35,6 +35,7 @@ from keras_convnext.evaluation import classification, forward, result_columns
 from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.training import curves, logs, optimizer, run_folder
 from keras_convnext.training.advice import warnings_for
+from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.failure import (
     Interrupted,
     NonFiniteError,
@@ -43,7 +44,6 @@ from keras_convnext.training.failure import (
     non_finite_names,
 )
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.run_state import (
     CURVES_FILE,
     ENVIRONMENT_FILE,
@@ -108,7 +108,8 @@ def train(
         recipe: a `Recipe`, the path of a TOML file or the name of a published one.
         output: folder of the run; made when it is not there.
         data: in place of the recipe's, see `data.sources.open_source`.
-        overrides: values in place of the recipe's, by key.
+        overrides: values in place of the recipe's, by key. With other `weights`, what follows from them is
+            derived where it is not set, and printed, see recipes/README.md.
         workers: threads of the input pipeline, the default is the number of CPU cores. Does not change what
             they make.
         progress: whether to show progress on stderr.
@@ -133,7 +134,7 @@ def train(
     begin = time.monotonic()
     batches = classification.import_batches()
     curves.check_drawing()
-    chosen = _chosen_recipe(recipe, data, overrides)
+    chosen, derived = choose_recipe(recipe, data, overrides, output)
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
     with engine.group, settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
         engine.check_batch(chosen.optimizer.batch_size, chosen.optimizer.accumulation_steps)
@@ -177,7 +178,8 @@ def train(
             progress,
         )
         if folder:
-            run.progress.say(engine.describe(plan.micro_batch_size))
+            for line in [engine.describe(plan.micro_batch_size), *derived]:
+                run.progress.say(line)
             notes = warnings_for(
                 chosen,
                 has_weights=bool(chosen.model.weights),
@@ -204,18 +206,6 @@ def train(
             run.fit()
             scores = run.finish()
         return result(path, chosen, plan, engine, scores, begin)
-
-
-def _chosen_recipe(given, data, overrides) -> Recipe:
-    changes = dict(overrides or {})
-    if data is not None:
-        changes["data"] = os.path.abspath(os.path.expanduser(data))
-    chosen = given.replaced(changes) if isinstance(given, Recipe) else load_recipe(given, changes)
-    if not chosen.data.source:
-        raise ValueError(
-            "Expected data to train on: the recipe names none. Pass data=..., or --data on the command line."
-        )
-    return chosen
 
 
 class _Run:
