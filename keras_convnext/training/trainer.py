@@ -35,6 +35,7 @@ from keras_convnext.evaluation import classification, forward, result_columns
 from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.training import curves, logs, optimizer, run_folder
 from keras_convnext.training.advice import warnings_for
+from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.failure import (
     Interrupted,
     NonFiniteError,
@@ -43,7 +44,6 @@ from keras_convnext.training.failure import (
     non_finite_names,
 )
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import load_recipe, replaced, to_toml
 from keras_convnext.training.run_state import (
     CURVES_FILE,
     ENVIRONMENT_FILE,
@@ -108,7 +108,8 @@ def train(
         recipe: a `Recipe`, the path of a TOML file or the name of a published one.
         output: folder of the run; made when it is not there.
         data: in place of the recipe's, see `data.sources.open_source`.
-        overrides: values in place of the recipe's, by key.
+        overrides: values in place of the recipe's, by key. With other `weights`, what follows from them is
+            derived where it is not set, and printed, see recipes/README.md.
         workers: threads of the input pipeline, the default is the number of CPU cores. Does not change what
             they make.
         progress: whether to show progress on stderr.
@@ -133,10 +134,10 @@ def train(
     begin = time.monotonic()
     batches = classification.import_batches()
     curves.check_drawing()
-    chosen = _chosen_recipe(recipe, data, overrides)
+    chosen, derived = choose_recipe(recipe, data, overrides, output)
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
     with engine.group, settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
-        engine.check_batch(chosen.batch_size, chosen.accumulation_steps)
+        engine.check_batch(chosen.optimizer.batch_size, chosen.optimizer.accumulation_steps)
         training, validation = open_data(chosen)
         plan = Plan.of(chosen, training)
         trained, available = describe_weights(chosen)
@@ -153,7 +154,8 @@ def train(
         path, folder, ended = pathlib.Path(os.path.expanduser(output)).absolute(), None, None
         if engine.group.is_writer:
             size = sum(variable_bytes(v) for v in state_variables(model, student).values())
-            folder = run_folder.open_run(path, identity, checkpoint_bytes=size, keep=chosen.keep_checkpoints)
+            keep = chosen.run.keep_checkpoints
+            folder = run_folder.open_run(path, identity, checkpoint_bytes=size, keep=keep)
             stack.enter_context(folder)
             ended = ended_result(path)
         ended = engine.group.gathered(ended)[0]
@@ -176,11 +178,12 @@ def train(
             progress,
         )
         if folder:
-            run.progress.say(engine.describe(plan.micro_batch_size))
+            for line in [engine.describe(plan.micro_batch_size), *derived]:
+                run.progress.say(line)
             notes = warnings_for(
                 chosen,
-                has_weights=bool(chosen.weights),
-                is_self_supervised=bool(chosen.weights) and available == 0,
+                has_weights=bool(chosen.model.weights),
+                is_self_supervised=bool(chosen.model.weights) and available == 0,
                 trained_size=None if trained is None else trained.image_size,
                 has_new_head=new_head,
                 num_steps=plan.total_steps,
@@ -192,7 +195,7 @@ def train(
                 ]
             for note in notes:
                 _logger.warning("%s", note)
-            if chosen.weights and not new_head:
+            if chosen.model.weights and not new_head:
                 run.progress.say(
                     f"The classifier of the weights is kept, for {len(training.classes)} classes."
                 )
@@ -203,18 +206,6 @@ def train(
             run.fit()
             scores = run.finish()
         return result(path, chosen, plan, engine, scores, begin)
-
-
-def _chosen_recipe(given, data, overrides) -> Recipe:
-    changes = dict(overrides or {})
-    if data is not None:
-        changes["data"] = os.path.abspath(os.path.expanduser(data))
-    chosen = replaced(given, changes) if isinstance(given, Recipe) else load_recipe(given, changes)
-    if not chosen.data:
-        raise ValueError(
-            "Expected data to train on: the recipe names none. Pass data=..., or --data on the command line."
-        )
-    return chosen
 
 
 class _Run:
@@ -252,7 +243,10 @@ class _Run:
         if validation is not None:
             self.faults["validation"] = Faults(validation, max_share=1.0)
         self.progress = logs.Progress(
-            recipe.epochs, plan.steps_per_epoch, recipe.batch_size, quiet=not (progress and folder)
+            recipe.optimizer.epochs,
+            plan.steps_per_epoch,
+            recipe.optimizer.batch_size,
+            quiet=not (progress and folder),
         )
         self.log: Any = logs.CsvLog(folder.path / LOG_FILE) if folder else None
         self.validation = None if validation is None else self._eval_batches(validation)
@@ -284,11 +278,11 @@ class _Run:
             batch_size=self.engine.share(self.engine.filled(min(self.plan.micro_batch_size, len(source)))),
             host=self.engine.group.rank,
             num_hosts=len(self.engine.group),
-            image_size=recipe.eval_image_size,
-            crop=recipe.eval_crop,
-            resize_mode=recipe.eval_resize_mode,
-            resize_size=recipe.eval_resize_size or None,
-            interpolation=recipe.eval_interpolation,
+            image_size=recipe.evaluation.eval_image_size,
+            crop=recipe.evaluation.eval_crop,
+            resize_mode=recipe.evaluation.eval_resize_mode,
+            resize_size=recipe.evaluation.eval_resize_size or None,
+            interpolation=recipe.evaluation.eval_interpolation,
             faults=self.faults["validation"],
             workers=self.workers,
         )
@@ -298,27 +292,16 @@ class _Run:
         return self.batches.train_batches(
             self.training,
             batch_size=self.plan.micro_batch_size,
-            host=self.engine.group.rank,
-            num_hosts=len(self.engine.group),
-            image_size=recipe.image_size,
-            seed=recipe.seed,
-            start_batch=start_batch,
-            batches_per_epoch=self.plan.micro_batches_per_epoch,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            interpolation=recipe.interpolation,
-            flip=recipe.flip,
-            policy=recipe.policy,
-            color_jitter=recipe.color_jitter,
-            erase=recipe.erase,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            mix_probability=recipe.mix_probability,
-            switch_probability=recipe.switch_probability,
-            label_smoothing=recipe.label_smoothing,
-            repeats=recipe.repeats,
-            mean=self.images.mean,
-            std=self.images.std,
+            image_size=recipe.model.image_size,
+            augmentation=recipe.augmentation,
+            normaliser=(self.images.mean, self.images.std),
+            seed=recipe.run.seed,
+            part=self.batches.Part(
+                start_batch=start_batch,
+                batches_per_epoch=self.plan.micro_batches_per_epoch,
+                host=self.engine.group.rank,
+                num_hosts=len(self.engine.group),
+            ),
             faults=self.faults["train"],
             workers=self.workers,
         )
@@ -338,7 +321,7 @@ class _Run:
         arrays, state = self._latest()
         if state is None:
             if self.folder:
-                self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
+                self.folder.write_text(RECIPE_FILE, self.recipe.to_toml())
                 self.folder.write_text(ENVIRONMENT_FILE, self._environment())
                 self.log.resume(before_epoch=1)
             return
@@ -362,7 +345,7 @@ class _Run:
         self.sums = dict(self.carried)
         self.epochs_logged = state["epochs_logged"]
         if self.folder:
-            self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
+            self.folder.write_text(RECIPE_FILE, self.recipe.to_toml())
             self.folder.write_text(ENVIRONMENT_FILE, self._environment())
             if state["is_best"]:  # a kill may have come before this was noted
                 self.folder.mark_best(state["step"], state["best"]["top1"])
@@ -405,7 +388,7 @@ class _Run:
             )
         if self.epoch > self.epochs_logged:
             self.end_epoch()  # the run was stopped after the last step of an epoch
-        while self.epoch < self.recipe.epochs:
+        while self.epoch < self.recipe.optimizer.epochs:
             per_epoch = self.plan.micro_batches_per_epoch
             left = per_epoch - self.done % per_epoch
             try:
@@ -414,7 +397,7 @@ class _Run:
                     steps_per_epoch=left,
                     shuffle=False,  # the pipeline does
                     initial_epoch=self.epoch,
-                    epochs=self.epoch + 1 if left < per_epoch else self.recipe.epochs,
+                    epochs=self.epoch + 1 if left < per_epoch else self.recipe.optimizer.epochs,
                     verbose=0,
                     callbacks=[_BetweenSteps(self)],
                 )
@@ -445,7 +428,7 @@ class _Run:
             self._agree_on_signals()
         if self.stop_signal:
             self._stop()
-        minutes = self.recipe.checkpoint_minutes
+        minutes = self.recipe.run.checkpoint_minutes
         if minutes and time.monotonic() - self.saved_at >= 60 * minutes:
             self.save()
 
@@ -484,7 +467,7 @@ class _Run:
             **{name: total / count for name, total in self.sums.items()},
             "learning_rate": float(inner._learning_rate(max(as_integer(inner.iterations) - 1, 0))),
         }
-        if self.recipe.precision == "mixed_float16":
+        if self.recipe.model.precision == "mixed_float16":
             row["skipped_batches"] = self.done - as_integer(inner._iterations)
             if row["skipped_batches"] == self.done:
                 raise self._non_finite("an overflow in float16 in every batch since the beginning")
@@ -492,7 +475,7 @@ class _Run:
             self.progress.status("validation")
             with contextlib.suppress(Signalled):
                 row |= self._scores("val", self.student)
-                if self.recipe.ema_decay:
+                if self.recipe.optimizer.ema_decay:
                     with optimizer.ema_weights(self.model):
                         row |= self._scores("ema_val", self.student)
             self._check_faults("validation")
@@ -512,7 +495,7 @@ class _Run:
         self.carried, self.sums = {}, {}
         is_best = self._note_best(row)
         is_due = time.monotonic() - self.saved_at >= _SECONDS_BETWEEN_EPOCH_CHECKPOINTS
-        if is_best or is_due or epoch == self.recipe.epochs:
+        if is_best or is_due or epoch == self.recipe.optimizer.epochs:
             self.save(is_best)
 
     def _scores(self, prefix: str, model: Any) -> dict[str, float]:
@@ -623,8 +606,10 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Writes the final weights and what is needed to use them."""
         self._write_weights(FINAL_WEIGHTS[1])
-        with optimizer.ema_weights(self.model) if self.recipe.ema_decay else contextlib.nullcontext():
-            if self.recipe.ema_decay:
+        with (
+            optimizer.ema_weights(self.model) if self.recipe.optimizer.ema_decay else contextlib.nullcontext()
+        ):
+            if self.recipe.optimizer.ema_decay:
                 self._write_weights(FINAL_WEIGHTS[0])
             with self.engine.whole(self.student):
                 self._write_safetensors()
@@ -642,7 +627,7 @@ class _Run:
         if self.folder is None:
             return
         # timm's layout has all architectures but the isotropic ones.
-        layout = "official" if VARIANTS[self.recipe.architecture].isotropic else "timm"
+        layout = "official" if VARIANTS[self.recipe.model.architecture].isotropic else "timm"
         self.folder.write_with(
             "final.safetensors", lambda path: save_weights(self.student, path, layout, self.images)
         )

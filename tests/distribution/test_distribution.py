@@ -17,7 +17,7 @@ from benchmarks import collectives
 from keras_convnext.cli import main
 from keras_convnext.distribution import choose
 from keras_convnext.training.recipe import ENGINES
-from keras_convnext.training.recipe_files import load_recipe, replaced
+from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.weights.torch_files import read_state_dict
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def train(folder, **changes):
     forward.validate = noting_validate
     try:
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        trainer.train(replaced(load_recipe("smoke"), CHANGES | changes), folder, progress=False)
+        trainer.train(load_recipe("smoke").replaced(CHANGES | changes), folder, progress=False)
     finally:
         trainer._Run.end_batch, trainer._Run.finish = end_batch, finish
         forward.validate = validate

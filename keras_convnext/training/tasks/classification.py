@@ -29,20 +29,21 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
         SourceError: the data or one of its splits cannot be used.
         ValueError: there is one class only, or the validation images have classes that are not trained.
     """
-    splits = sources.list_splits(recipe.data)
-    training = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
+    data = recipe.data
+    splits = sources.list_splits(data.source)
+    training = sources.open_source(data.source, (data.train_split or "train") if splits else None)
     if len(training.classes) < 2:
         raise ValueError(
             f"Expected images of two classes or more, received those of {len(training.classes)} in "
-            f"'{recipe.data}': {', '.join(training.classes)}. Name the folder that holds the class folders."
+            f"'{data.source}': {', '.join(training.classes)}. Name the folder that holds the class folders."
         )
     kinds = {sources.canonical_split(split): split for split in reversed(splits)}
-    name = recipe.val_split or kinds.get("validation") or kinds.get("test")
+    name = data.val_split or kinds.get("validation") or kinds.get("test")
     if name:
-        validation = sources.open_source(recipe.data, name)
+        validation = sources.open_source(data.source, name)
         return training, _with_classes_of(training, validation)
-    if recipe.validation_fraction:
-        return sources.hold_out(training, recipe.validation_fraction, recipe.seed)
+    if data.validation_fraction:
+        return sources.hold_out(training, data.validation_fraction, recipe.run.seed)
     return training, None
 
 
@@ -61,34 +62,34 @@ def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[A
         ValueError: the weights do not fit the architecture.
     """
     has_new_head = available != num_classes
-    variant = VARIANTS[recipe.architecture]
-    side = recipe.image_size if recipe.image_size == recipe.eval_image_size else None
+    variant = VARIANTS[recipe.model.architecture]
+    side = recipe.model.image_size if recipe.model.image_size == recipe.evaluation.eval_image_size else None
     model = models.load(
-        recipe.architecture,
-        recipe.weights or None,
+        recipe.model.architecture,
+        recipe.model.weights or None,
         classes=num_classes,
         classifier_activation=None,
         input_shape=(side, side, 3),
-        drop_path_rate=0.0 if recipe.trainable == "head" else recipe.drop_path_rate,
-        layer_scale_init_value=None if variant.version == 2 else recipe.layer_scale_init_value,
-        rematerialize=recipe.rematerialize,
-        seed=recipe.seed,
-        new_head=True if recipe.weights and has_new_head else None,
+        drop_path_rate=0.0 if recipe.model.trainable == "head" else recipe.model.drop_path_rate,
+        layer_scale_init_value=None if variant.version == 2 else recipe.model.layer_scale_init_value,
+        rematerialize=recipe.model.rematerialize,
+        seed=recipe.run.seed,
+        new_head=True if recipe.model.weights and has_new_head else None,
     )
-    if has_new_head and recipe.head_init_scale != 1:
-        finetune.scale_head(model, recipe.head_init_scale)
-    finetune.choose_trainable(model, recipe.trainable)
+    if has_new_head and recipe.model.head_init_scale != 1:
+        finetune.scale_head(model, recipe.model.head_init_scale)
+    finetune.choose_trainable(model, recipe.model.trainable)
     return model, has_new_head
 
 
 def describe_weights(recipe: Recipe) -> tuple[published.Checkpoint | ImageDescription | None, int]:
     """Returns what is known of the images of the recipe's weights, and how many classes they have."""
-    if not recipe.weights:
+    if not recipe.model.weights:
         return None, 0
     checkpoint = _published(recipe)
     if checkpoint is not None:
         return checkpoint, checkpoint.classes
-    path = _with_contents(recipe.weights)
+    path = _with_contents(recipe.model.weights)
     return preprocessing_metadata.read_images(path), layouts.inspect(resolve.read_file(path)).classes
 
 
@@ -96,13 +97,13 @@ def evaluated_images(
     recipe: Recipe, trained: published.Checkpoint | ImageDescription | None
 ) -> ImageDescription:
     """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
-    normaliser = trained or catalog.default_checkpoint(recipe.architecture)
+    normaliser = trained or catalog.default_checkpoint(recipe.model.architecture)
     return ImageDescription(
-        image_size=recipe.eval_image_size,
-        crop=recipe.eval_crop,
-        resize_mode=recipe.eval_resize_mode,
-        resize_size=recipe.eval_resize_size or None,
-        interpolation=recipe.eval_interpolation,
+        image_size=recipe.evaluation.eval_image_size,
+        crop=recipe.evaluation.eval_crop,
+        resize_mode=recipe.evaluation.eval_resize_mode,
+        resize_size=recipe.evaluation.eval_resize_size or None,
+        interpolation=recipe.evaluation.eval_interpolation,
         mean=normaliser.mean,
         std=normaliser.std,
     )
@@ -111,8 +112,8 @@ def evaluated_images(
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
     """Returns the model to fit: the student, or the student with its teacher."""
     model, share = student, 1.0
-    if recipe.teacher:
-        side = recipe.image_size
+    if recipe.distillation.teacher:
+        side = recipe.model.image_size
         teacher = models.load(
             *_teacher_words(recipe),
             input_shape=(side, side, 3),
@@ -120,32 +121,35 @@ def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
             name="teacher",
         )
         model = distillation.with_teacher(
-            student, teacher, recipe.distillation_weight, recipe.distillation_temperature
+            student,
+            teacher,
+            recipe.distillation.distillation_weight,
+            recipe.distillation.distillation_temperature,
         )
-        share = 1 - recipe.distillation_weight
-    hold = plan.steps_per_epoch if recipe.schedule_unit == "epoch" else 1
+        share = 1 - recipe.distillation.distillation_weight
+    hold = plan.steps_per_epoch if recipe.optimizer.schedule_unit == "epoch" else 1
     model.compile(
         optimizer.AdamW(
             schedule.WarmupCosine(
-                recipe.learning_rate,
+                recipe.optimizer.learning_rate,
                 plan.total_steps,
                 plan.warmup_steps,
-                start=recipe.warmup_learning_rate,
-                end=recipe.min_learning_rate,
-                warmup_includes_peak=recipe.warmup_includes_peak,
+                start=recipe.optimizer.warmup_learning_rate,
+                end=recipe.optimizer.min_learning_rate,
+                warmup_includes_peak=recipe.optimizer.warmup_includes_peak,
                 hold_steps=hold,
             ),
-            weight_decay=recipe.weight_decay,
-            beta_1=recipe.beta_1,
-            beta_2=recipe.beta_2,
-            epsilon=recipe.epsilon,
+            weight_decay=recipe.optimizer.weight_decay,
+            beta_1=recipe.optimizer.beta_1,
+            beta_2=recipe.optimizer.beta_2,
+            epsilon=recipe.optimizer.epsilon,
             # A head by itself has one rate.
-            layer_decay=1.0 if recipe.trainable == "head" else recipe.layer_decay,
-            layer_decay_groups=recipe.layer_decay_groups,
-            global_clipnorm=recipe.clip_norm or None,
+            layer_decay=1.0 if recipe.model.trainable == "head" else recipe.optimizer.layer_decay,
+            layer_decay_groups=recipe.optimizer.layer_decay_groups,
+            global_clipnorm=recipe.optimizer.clip_norm or None,
             gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,
-            use_ema=recipe.ema_decay > 0,
-            ema_momentum=recipe.ema_decay or 0.9999,
+            use_ema=recipe.optimizer.ema_decay > 0,
+            ema_momentum=recipe.optimizer.ema_decay or 0.9999,
             overwrite_after_fit=False,
         ),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True),
@@ -171,9 +175,9 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
 
 def _published(recipe: Recipe) -> published.Checkpoint | None:
     """Returns the published file of the recipe's weights; None for a path and for random weights."""
-    if not recipe.weights or published.names_file(recipe.weights):
+    if not recipe.model.weights or published.names_file(recipe.model.weights):
         return None
-    return catalog.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+    return catalog.find_checkpoint(recipe.model.weights, architecture=recipe.model.architecture)
 
 
 def _with_contents(weights: str) -> pathlib.Path:
@@ -189,7 +193,7 @@ def _with_contents(weights: str) -> pathlib.Path:
 
 def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
     """Returns what `load` takes for a teacher: a tag, or the architecture that a file is of, and the file."""
-    if not published.names_file(recipe.teacher):
-        return (recipe.teacher,)
-    path = _with_contents(recipe.teacher)
+    if not published.names_file(recipe.distillation.teacher):
+        return (recipe.distillation.teacher,)
+    path = _with_contents(recipe.distillation.teacher)
     return layouts.find_variant(resolve.read_file(path)).name, os.fspath(path)
