@@ -19,6 +19,8 @@ import keras_convnext
 from keras_convnext import models, predictor
 from keras_convnext.cli import main
 from keras_convnext.data import batches, sources
+from keras_convnext.distribution.engine import Engine
+from keras_convnext.evaluation import results
 from keras_convnext.training import failure, run_folder, run_state, trainer
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.tasks import classification
@@ -203,7 +205,7 @@ def test_an_error_in_the_midst_of_an_epoch_ends_the_process(few_digits, tmp_path
     """It waited for the threads of tf.data forever, which waited for Python."""
     code = (
         "from tests.training.test_trainer import small; from keras_convnext.training import trainer\n"
-        "trainer._Run.end_batch = None\n"
+        "trainer.Run.end_batch = None\n"
         f"trainer.train(small({str(few_digits)!r}), {str(tmp_path / 'run')!r}, progress=False)"
     )
     command = [sys.executable, "-c", code]
@@ -241,8 +243,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted, few_digi
     folder = tmp_path / "run"
     identity = {
         **run_state.run_identity(recipe),
-        "data": trainer.fingerprint(training),
-        "validation": trainer.fingerprint(validation),
+        "data": results.fingerprint(training),
+        "validation": results.fingerprint(validation),
     }
     run_folder.open_run(folder, identity, checkpoint_bytes=0).close()
     newest = max((uninterrupted / "checkpoints").glob("step-*"))
@@ -533,23 +535,21 @@ def test_the_optimizer_has_the_values_of_the_recipe():
 
 
 @pytest.mark.once
-def test_the_batches_have_the_values_of_the_recipe(tmp_path, monkeypatch):
+def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
     received = {}
 
     class EnoughError(Exception):
         pass
 
-    def recording(name, made):
+    def recording(name):
         def make(source, **arguments):
             received[name] = arguments
-            if name == "train_batches":
-                raise EnoughError
-            return made(source, **arguments)
+            raise EnoughError
 
         return make
 
     for name in ("train_batches", "eval_batches"):
-        monkeypatch.setattr(batches, name, recording(name, getattr(batches, name)))
+        monkeypatch.setattr(batches, name, recording(name))
     training = {
         "image_size": 40,
         "interpolation": "bilinear",
@@ -578,8 +578,12 @@ def test_the_batches_have_the_values_of_the_recipe(tmp_path, monkeypatch):
         crop_ratio=(0.8, 1.2),
         **{f"eval_{name}": value for name, value in evaluation.items()},
     )
+    task, engine = classification.Classification(recipe), Engine("none", ("cpu:0",))
+    data = task.open_data()
     with pytest.raises(EnoughError):
-        trainer.train(recipe, tmp_path / "run", progress=False)
+        task.train_batches(data, 0, engine)
+    with pytest.raises(EnoughError):
+        task.evaluate(None, data, engine, after_batch=lambda: None)
     training |= {"scale": (0.3, 0.9), "ratio": (0.8, 1.2), "batch_size": 16, "start_batch": 0}
     for name, expected in (("train_batches", training), ("eval_batches", evaluation)):
         assert {key: received[name][key] for key in expected} == expected
