@@ -53,15 +53,15 @@ def measured(run, num_images):
     settings = recipe_files.load_recipe(run / "recipe.toml")
     training, validation = classification.open_data(settings)
     opened = open_predictor(
-        settings.architecture,
+        settings.model.architecture,
         run / "final.safetensors",
-        image_size=settings.eval_image_size,
+        image_size=settings.evaluation.eval_image_size,
         classifier_activation=None,
     )
     prepared = {
-        "crop": settings.eval_crop,
-        "resize_mode": settings.eval_resize_mode,
-        "interpolation": settings.eval_interpolation,
+        "crop": settings.evaluation.eval_crop,
+        "resize_mode": settings.evaluation.eval_resize_mode,
+        "interpolation": settings.evaluation.eval_interpolation,
     }
     pixels = calibration_pixels(
         training, prepared | {"image_size": opened.preparation["image_size"]}, num_images
@@ -70,7 +70,7 @@ def measured(run, num_images):
     def score(model):
         return evaluate(model, validation, preparation=prepared, progress=False)
 
-    name, data = settings.architecture, pathlib.Path(settings.data).name
+    name, data = settings.model.architecture, pathlib.Path(settings.data.source).name
     plain = score(opened.model)
     size = 4 * opened.model.count_params() / 1e6
     rows = [[name, data, f"{len(plain.numbers):,}", "Keras", f"{size:.2f}", *scores(plain), "", ""]]

@@ -137,20 +137,10 @@ def trained(training, held_out, chosen, options):
     def stream():
         return batches.train_batches(
             training,
-            batch_size=recipe.batch_size,
+            batch_size=recipe.optimizer.batch_size,
             image_size=size,
             seed=options.seed,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            interpolation=recipe.interpolation,
-            flip=recipe.flip,
-            policy=recipe.policy,
-            erase=recipe.erase,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            mix_probability=recipe.mix_probability,
-            switch_probability=recipe.switch_probability,
-            label_smoothing=recipe.label_smoothing,
+            augmentation=recipe.augmentation,
         )
 
     def fit(steps):
@@ -173,9 +163,9 @@ def trained(training, held_out, chosen, options):
     model, loss, ends = fit(steps)
     lasted = (ends[-1] - ends[0]) * steps / (steps - 1)  # without the compilation in the first step
     preparation = {
-        "crop": recipe.eval_crop,
-        "resize_mode": recipe.eval_resize_mode,
-        "interpolation": recipe.eval_interpolation,
+        "crop": recipe.evaluation.eval_crop,
+        "resize_mode": recipe.evaluation.eval_resize_mode,
+        "interpolation": recipe.evaluation.eval_interpolation,
     }
     result = evaluate(model, held_out, preparation=preparation, limit=options.limit, progress=False)
     maps = [keras.ops.shape(model.get_layer(name).output)[1] for name in ("stages_0_0", "stages_3_0")]
@@ -183,8 +173,8 @@ def trained(training, held_out, chosen, options):
         "first_map": maps[0],
         "last_map": maps[1],
         "steps": steps,
-        "epochs": f"{steps * recipe.batch_size / len(training):.2f}",
-        "images_per_second": f"{steps * recipe.batch_size / lasted:.0f}",
+        "epochs": f"{steps * recipe.optimizer.batch_size / len(training):.2f}",
+        "images_per_second": f"{steps * recipe.optimizer.batch_size / lasted:.0f}",
         "loss": f"{loss:.4f}",
         "top1": f"{result.top1:.2f}",
         "top5": f"{result.top5:.2f}",
@@ -209,7 +199,7 @@ def build(chosen, recipe, classes, steps):
     model.compile(
         optimizer.AdamW(
             schedule.WarmupCosine(LEARNING_RATE, steps, warmup_steps=round(WARMUP * steps)),
-            recipe.weight_decay,
+            recipe.optimizer.weight_decay,
         ),
         keras.losses.CategoricalCrossentropy(from_logits=True),
     )

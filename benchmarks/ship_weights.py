@@ -77,18 +77,18 @@ def ship(
     run = runs[-1]
     settings = recipe_files.load_recipe(run / "recipe.toml", {"data": data} if data else None)
     architecture, _, dataset = tag.partition(".")
-    if architecture != settings.architecture or not dataset:
-        raise ValueError(f"Expected a tag '{settings.architecture}.<data set>', received {tag!r}.")
+    if architecture != settings.model.architecture or not dataset:
+        raise ValueError(f"Expected a tag '{settings.model.architecture}.<data set>', received {tag!r}.")
     _, validation = classification.open_data(settings)
     preparation = {
-        "crop": settings.eval_crop,
-        "resize_mode": settings.eval_resize_mode,
-        "interpolation": settings.eval_interpolation,
+        "crop": settings.evaluation.eval_crop,
+        "resize_mode": settings.evaluation.eval_resize_mode,
+        "interpolation": settings.evaluation.eval_interpolation,
     }
 
     def score(file: pathlib.Path) -> tuple[Any, Any]:
         opened = predictor.open_predictor(
-            architecture, file, image_size=settings.eval_image_size, classifier_activation=None
+            architecture, file, image_size=settings.evaluation.eval_image_size, classifier_activation=None
         )
         return opened, evaluate(opened.model, validation, preparation=preparation)
 
@@ -107,7 +107,7 @@ def ship(
         "commit": environment["commit"],
         "record": f"benchmarks/runs/{tag}.json",
         preprocessing_metadata.KEY: preprocessing_metadata.to_json(
-            preprocessing_metadata.ImageDescription(settings.eval_image_size, **preparation)
+            preprocessing_metadata.ImageDescription(settings.evaluation.eval_image_size, **preparation)
         ),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +131,7 @@ def ship(
         "tag": tag,
         "dataset": dataset,
         "classes": opened.model.output_shape[-1],
-        "image_size": settings.eval_image_size,
+        "image_size": settings.evaluation.eval_image_size,
         "parameters": opened.model.count_params(),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -154,11 +154,9 @@ def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict])
     from keras_convnext.training import recipe_files
 
     settings = recipe_files.load_recipe(run / "recipe.toml")
-    weights = pathlib.Path(settings.weights).name
-    settings = recipe_files.replaced(
-        settings, {"data": "", "weights": f"FOLDER/{weights}" if weights else ""}
-    )
-    replace(target / f"{name}.toml", recipe_files.to_toml(settings).encode())
+    weights = pathlib.Path(settings.model.weights).name
+    settings = settings.replaced({"data": "", "weights": f"FOLDER/{weights}" if weights else ""})
+    replace(target / f"{name}.toml", settings.to_toml().encode())
     for source, ending in (("log.csv", "csv"), ("curves.png", "png")):
         shutil.copyfile(run / source, target / f"{name}.{ending}")
     environment = json.loads((run / "environment.json").read_text())
@@ -168,9 +166,9 @@ def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict])
     last = rows[-1]
     return {
         "name": name,
-        "epochs": settings.epochs,
-        "image_size": settings.image_size,
-        "seed": settings.seed,
+        "epochs": settings.optimizer.epochs,
+        "image_size": settings.model.image_size,
+        "seed": settings.run.seed,
         "training_images": images,
         "hours": round(hours, 2),
         "final": {key: round(last[key], 4) for key in last if "top" in key or "loss" in key},

@@ -43,16 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--architecture", default="convnext_atto", help="default convnext_atto")
     options = parser.parse_args(arguments)
 
-    recipe = dataclasses.replace(
-        load_recipe("smoke"),
-        architecture=options.architecture,
-        batch_size=options.batch_size,
-        image_size=options.image_size,
-        eval_image_size=options.image_size,
-        epochs=10**6,
-        ema_decay=0.9999,
-        checkpoint_minutes=10.0,
-    )
+    changes = {
+        "architecture": options.architecture,
+        "batch_size": options.batch_size,
+        "image_size": options.image_size,
+        "eval_image_size": options.image_size,
+        "epochs": 10**6,
+        "ema_decay": 0.9999,
+        "checkpoint_minutes": 10.0,
+    }
+    recipe = load_recipe("smoke").replaced(changes)
     batch = (
         np.random.default_rng(0).uniform(0, 255, (options.batch_size, *2 * [options.image_size], 3)),
         np.eye(10)[np.arange(options.batch_size) % 10],

@@ -137,21 +137,21 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
             "Expected the backend jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax."
         )
 
-    def step(accumulation_steps, rematerialize=recipe.rematerialize):
-        scale = recipe.layer_scale_init_value or None
+    def step(accumulation_steps, rematerialize=recipe.model.rematerialize):
+        scale = recipe.model.layer_scale_init_value or None
         return memory.Step(
-            dataclasses.replace(VARIANTS[recipe.architecture], layer_scale_init_value=scale),
-            recipe.batch_size // accumulation_steps // num_parts,
-            recipe.image_size,
+            dataclasses.replace(VARIANTS[recipe.model.architecture], layer_scale_init_value=scale),
+            recipe.optimizer.batch_size // accumulation_steps // num_parts,
+            recipe.model.image_size,
             classes,
-            recipe.precision,
+            recipe.model.precision,
             backend,
             device.kind,
             rematerialize=rematerialize,
-            trainable=recipe.trainable,
-            has_average=recipe.ema_decay > 0,
+            trainable=recipe.model.trainable,
+            has_average=recipe.optimizer.ema_decay > 0,
             accumulates=accumulation_steps > 1,
-            clips=recipe.clip_norm > 0,
+            clips=recipe.optimizer.clip_norm > 0,
             num_devices=num_devices,
             model_devices=model_devices,
         )
@@ -161,41 +161,49 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 
     teacher = _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
-    possible = [n for n in range(1, recipe.batch_size + 1) if _divides(recipe, n, num_parts)]
+    possible = [n for n in range(1, recipe.optimizer.batch_size + 1) if _divides(recipe, n, num_parts)]
     if not possible:
-        unit = math.lcm(num_parts, 2) if recipe.mixup or recipe.cutmix else num_parts
-        lower = recipe.batch_size // unit * unit
+        unit = (
+            math.lcm(num_parts, 2) if recipe.augmentation.mixup or recipe.augmentation.cutmix else num_parts
+        )
+        lower = recipe.optimizer.batch_size // unit * unit
         nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
         raise ValueError(
             f"Expected a batch_size that divides into {num_parts} equal parts, as engine {engine!r} needs on "
-            f"{num_devices} devices, received {recipe.batch_size}. The nearest are {nearest}. Set "
+            f"{num_devices} devices, received {recipe.optimizer.batch_size}. The nearest are {nearest}. Set "
             "batch_size, or name fewer devices."
         )
     smallest = next((n for n in possible if total(step(n)) <= limit), None)
-    own = recipe.accumulation_steps
+    own = recipe.optimizer.accumulation_steps
     chosen = own if own in possible and total(step(own)) <= limit else smallest or possible[-1]
     used = step(chosen)
     found = memory.estimate(used)
     found = dataclasses.replace(found, weights=found.weights + teacher)
     exchanges = communication(used, chosen)
-    flops = step_flops(used.variant, recipe.image_size, recipe.batch_size, classes, recipe.rematerialize)
-    steps = None if images is None else images // recipe.batch_size
+    flops = step_flops(
+        used.variant,
+        recipe.model.image_size,
+        recipe.optimizer.batch_size,
+        classes,
+        recipe.model.rematerialize,
+    )
+    steps = None if images is None else images // recipe.optimizer.batch_size
     return Plan(
         device=name,
         num_devices=num_devices,
         engine=engine,
         backend=backend,
-        batch_size=recipe.batch_size,
+        batch_size=recipe.optimizer.batch_size,
         accumulation_steps=chosen,
         recipe_accumulation_steps=own,
         images_per_device=used.batch,
         images=images,
         classes=classes,
         steps_per_epoch=steps,
-        total_steps=None if steps is None else steps * recipe.epochs,
-        rematerialize=recipe.rematerialize,
+        total_steps=None if steps is None else steps * recipe.optimizer.epochs,
+        rematerialize=recipe.model.rematerialize,
         memory=found,
-        other_memory=total(step(chosen, not recipe.rematerialize)),
+        other_memory=total(step(chosen, not recipe.model.rematerialize)),
         memory_limit=device.memory,
         fits=found.total <= limit,
         smallest_accumulation_steps=smallest,
@@ -399,18 +407,24 @@ def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
 
 def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
     """Returns whether a batch divides into micro-batches of equal parts; mixing takes pairs of images."""
-    micro_batch, rest = divmod(recipe.batch_size, accumulation_steps)
-    pairs = bool(recipe.mixup or recipe.cutmix)
+    micro_batch, rest = divmod(recipe.optimizer.batch_size, accumulation_steps)
+    pairs = bool(recipe.augmentation.mixup or recipe.augmentation.cutmix)
     return rest == 0 and micro_batch % num_parts == 0 and not (pairs and micro_batch % 2)
 
 
 def _data_of(recipe: Recipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
-    if recipe.data:
-        splits = sources.list_splits(recipe.data)
-        source = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
-        if not recipe.val_split and recipe.validation_fraction and not set(splits) - {recipe.train_split}:
-            source, _ = sources.hold_out(source, recipe.validation_fraction, recipe.seed)
+    if recipe.data.source:
+        splits = sources.list_splits(recipe.data.source)
+        source = sources.open_source(
+            recipe.data.source, (recipe.data.train_split or "train") if splits else None
+        )
+        if (
+            not recipe.data.val_split
+            and recipe.data.validation_fraction
+            and not set(splits) - {recipe.data.train_split}
+        ):
+            source, _ = sources.hold_out(source, recipe.data.validation_fraction, recipe.run.seed)
         return len(source), len(source.classes)
     named = [name for name in KNOWN_DATA if name in recipe.title]
     if named:
@@ -421,7 +435,7 @@ def _data_of(recipe: Recipe) -> tuple[int | None, int]:
 def _teacher_bytes(recipe: Recipe) -> int:
     """Counts the bytes of a teacher, which every device has; a file is not opened and counts 0."""
     try:
-        row = catalog.find_checkpoint(recipe.teacher) if recipe.teacher else None
+        row = catalog.find_checkpoint(recipe.distillation.teacher) if recipe.distillation.teacher else None
     except ValueError:
         return 0
     return 0 if row is None else memory.FLOAT32 * VARIANTS[row.architecture].parameters

@@ -91,8 +91,10 @@ def look_command(options: argparse.Namespace) -> int:
     """Draws what the training pipeline does to images of a data set."""
     import_quietly("tensorflow")
     from keras_convnext.data import contact_sheet, sources
+    from keras_convnext.data.train_transform import Augmentation
 
+    augmentation = Augmentation(policy=options.policy)
     source = sources.open_source(options.data, options.split)
-    contact_sheet.draw(source, options.output, seed=options.seed, policy=options.policy)
+    contact_sheet.draw(source, options.output, augmentation=augmentation, seed=options.seed)
     print(f"{options.output}: operations and a training batch of {options.data}, {len(source):,} images")
     return 0

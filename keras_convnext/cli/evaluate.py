@@ -171,13 +171,13 @@ def probe_command(options: argparse.Namespace) -> int:
 
 
 def _evaluate_features(options: argparse.Namespace, settings_class, function) -> int:
-    from keras_convnext.training.recipe_files import read_fields, recipe_path
+    from keras_convnext.training.recipe_files import recipe_path
 
     overrides = recipe_overrides(options.set)
     for key in ("model", "data"):
         if getattr(options, key) is not None:
             overrides[key] = getattr(options, key)
-    settings = read_fields(recipe_path(options.recipe), settings_class, overrides)
+    settings = settings_class.read(recipe_path(options.recipe), overrides)
     if not settings.data:
         raise ValueError("Expected images: pass --data PATH, a folder of class folders for example.")
     result = function(settings, cache=options.cache, progress=not options.quiet)

@@ -60,9 +60,8 @@ def training_row(counts: Counts, model: Any, skips_batches: bool) -> dict[str, A
 def validation_row(
     task: Task, built: TaskModel, data: Datasets, engine: Engine, signals: Signals
 ) -> dict[str, float]:
-    """Returns the scores with the weights, "val_...", and with their average, "ema_val_..."; cut short by a
-    signal."""
-    row = {}
+    """Returns the scores of the weights, "val_...", and of their average, "ema_val_..."; a signal ends it."""
+    row: dict[str, float] = {}
     with contextlib.suppress(Signalled):
         for prefix, weights in (("val", contextlib.nullcontext), ("ema_val", optimizer.ema_weights)):
             if prefix == "val" or optimizer.has_ema(built.model):

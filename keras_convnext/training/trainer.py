@@ -39,7 +39,7 @@ from keras_convnext.training.failure import (
     write_faults,
 )
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import load_recipe, replaced, to_toml
+from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.run_state import (
     ENVIRONMENT_FILE,
     FINAL_WEIGHTS,
@@ -109,7 +109,7 @@ def train(
     task = Classification(chosen, workers)  # a recipe has no other task yet
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
     with engine.group, settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
-        engine.check_batch(chosen.batch_size, chosen.accumulation_steps)
+        engine.check_batch(chosen.optimizer.batch_size, chosen.optimizer.accumulation_steps)
         datasets = task.open_data()
         built = task.build_model(datasets)
         engine.prepare(built.model)
@@ -133,8 +133,8 @@ def _chosen_recipe(given, data, overrides) -> Recipe:
     changes = dict(overrides or {})
     if data is not None:
         changes["data"] = os.path.abspath(os.path.expanduser(data))
-    chosen = replaced(given, changes) if isinstance(given, Recipe) else load_recipe(given, changes)
-    if not chosen.data:
+    chosen = given.replaced(changes) if isinstance(given, Recipe) else load_recipe(given, changes)
+    if not chosen.data.source:
         raise ValueError(
             "Expected data to train on: the recipe names none. Pass data=..., or --data on the command line."
         )
@@ -151,7 +151,7 @@ def _open_folder(
     if not engine.group.is_writer:
         return None
     size = sum(variable_bytes(v) for v in state_variables(built.model, built.student).values())
-    return run_folder.open_run(path, identity, checkpoint_bytes=size, keep=recipe.keep_checkpoints)
+    return run_folder.open_run(path, identity, checkpoint_bytes=size, keep=recipe.run.keep_checkpoints)
 
 
 class Run:
@@ -182,7 +182,10 @@ class Run:
         self.signals = Signals(engine.group)
         self.log: Any = RunLog(folder, task) if folder else None
         self.progress = logs.Progress(
-            recipe.epochs, data.plan.steps_per_epoch, recipe.batch_size, quiet=not (is_shown and folder)
+            recipe.optimizer.epochs,
+            data.plan.steps_per_epoch,
+            recipe.optimizer.batch_size,
+            quiet=not (is_shown and folder),
         )
         engine.group.set_advice(self.checkpoints.advice)
 
@@ -203,7 +206,7 @@ class Run:
                 "engine": described,
                 **self.data.facts,
             }
-            self.folder.write_text(RECIPE_FILE, to_toml(self.recipe))
+            self.folder.write_text(RECIPE_FILE, self.recipe.to_toml())
             self.folder.write_text(ENVIRONMENT_FILE, json.dumps(environment, indent=1) + "\n")
             self.log.begin(self.counts)
         if is_resumed:
@@ -226,7 +229,7 @@ class Run:
         counts = self.counts
         if counts.epoch > counts.epochs_logged:
             self.end_epoch()  # the run was stopped after the last step of an epoch
-        while counts.epoch < self.recipe.epochs:
+        while counts.epoch < self.recipe.optimizer.epochs:
             per_epoch = self.plan.micro_batches_per_epoch
             left = per_epoch - counts.done % per_epoch
             try:
@@ -235,7 +238,7 @@ class Run:
                     steps_per_epoch=left,
                     shuffle=False,  # the pipeline does
                     initial_epoch=counts.epoch,
-                    epochs=counts.epoch + 1 if left < per_epoch else self.recipe.epochs,
+                    epochs=counts.epoch + 1 if left < per_epoch else self.recipe.optimizer.epochs,
                     verbose=0,
                     callbacks=[BetweenSteps(self)],
                 )
@@ -263,7 +266,7 @@ class Run:
             self.progress.show(epoch + 1, step, counts.sums["loss"] / (in_epoch + 1))
         if number := self.signals.after_step(counts.done):
             self._stop(number)
-        minutes = self.recipe.checkpoint_minutes
+        minutes = self.recipe.run.checkpoint_minutes
         if minutes and time.monotonic() - self.checkpoints.saved_at >= 60 * minutes:
             self.save()
 
@@ -280,7 +283,7 @@ class Run:
     def end_epoch(self) -> None:
         """Evaluates, logs, draws the curves, writes the best weights and a checkpoint."""
         counts, best = self.counts, self.task.best
-        skips_batches = self.recipe.precision == "mixed_float16"
+        skips_batches = self.recipe.model.precision == "mixed_float16"
         row = training_row(counts, self.built.model, skips_batches)
         if skips_batches and row["skipped_batches"] == counts.done:
             raise self._non_finite("an overflow in float16 in every batch since the beginning")
@@ -301,7 +304,7 @@ class Run:
             with self._averaged(column.startswith("ema_")):
                 self._write_weights("best.weights.h5")
         is_due = time.monotonic() - self.checkpoints.saved_at >= _SECONDS_BETWEEN_EPOCH_CHECKPOINTS
-        if column or is_due or counts.epoch == self.recipe.epochs:
+        if column or is_due or counts.epoch == self.recipe.optimizer.epochs:
             self.save(is_best=column is not None)
 
     def save(self, is_best: bool = False) -> None:
@@ -316,7 +319,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Writes the final weights and what is needed to use them; returns the scores."""
         self._write_weights(FINAL_WEIGHTS[1])
-        has_average = self.recipe.ema_decay > 0
+        has_average = self.recipe.optimizer.ema_decay > 0
         with self._averaged(has_average):
             if has_average:
                 self._write_weights(FINAL_WEIGHTS[0])

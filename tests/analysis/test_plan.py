@@ -208,7 +208,7 @@ def test_operations_are_three_or_four_times_those_of_the_forward_pass():
 @pytest.mark.parametrize("name", [name for name in known_recipes() if name not in ("knn", "linear_probe")])
 def test_every_published_recipe_has_a_plan(name):
     plan = make_plan(load_recipe(name, {} if name == "smoke" else {"data": ""}), "8xh100")
-    assert plan.fits and plan.batch_size == load_recipe(name).batch_size
+    assert plan.fits and plan.batch_size == load_recipe(name).optimizer.batch_size
     assert plan.images_per_device * plan.num_devices * plan.accumulation_steps == plan.batch_size
     if name.startswith("imagenet1k") or "_ft_1k_" in name:
         assert (plan.images, plan.classes) == (1_281_167, 1000)

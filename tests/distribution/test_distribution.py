@@ -16,7 +16,7 @@ import pytest
 from keras_convnext.cli import main
 from keras_convnext.distribution import choose, collectives
 from keras_convnext.training.recipe import ENGINES
-from keras_convnext.training.recipe_files import load_recipe, replaced
+from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.weights.torch_files import read_state_dict
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def train(folder, **changes):
     forward.validate = noting_validate
     try:
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        trainer.train(replaced(load_recipe("smoke"), CHANGES | changes), folder, progress=False)
+        trainer.train(load_recipe("smoke").replaced(CHANGES | changes), folder, progress=False)
     finally:
         trainer.Run.end_batch, trainer.Run.finish = end_batch, finish
         forward.validate = validate

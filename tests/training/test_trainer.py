@@ -19,6 +19,7 @@ import keras_convnext
 from keras_convnext import models, predictor
 from keras_convnext.cli import main
 from keras_convnext.data import batches, sources
+from keras_convnext.data.train_transform import Augmentation
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import results
 from keras_convnext.training import failure, run_folder, run_state, trainer
@@ -47,7 +48,7 @@ STEPS = 9  # 100 // 32 in each of three epochs
 
 
 def small(data=RECIPES / "digits", **changes):
-    return dataclasses.replace(load_recipe("smoke"), data=str(data), **(SMALL | changes))
+    return load_recipe("smoke").replaced({"data": str(data)} | SMALL | changes)
 
 
 def weights_of(folder):
@@ -111,7 +112,7 @@ def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
     recipe = small()
     row = catalog.default_checkpoint("test_convnext")
     expected = preprocessing_metadata.ImageDescription(
-        recipe.eval_image_size, crop=1.0, mean=row.mean, std=row.std
+        recipe.evaluation.eval_image_size, crop=1.0, mean=row.mean, std=row.std
     )
     names = ("final.safetensors", "final.weights.h5", "final_ema.weights.h5", "best.weights.h5")
     assert [preprocessing_metadata.read_images(uninterrupted / name) for name in names] == [expected] * 4
@@ -340,9 +341,9 @@ def test_nan_in_a_batch_stops_with_the_step_the_batch_and_a_dump(few_digits, tmp
     made = batches.train_batches
     bad_micro_batch = 5  # of step 3
 
-    def poisoned(source, *, start_batch=0, **arguments):
-        numbers = tf.data.Dataset.counter(start=start_batch)
-        both = tf.data.Dataset.zip(made(source, start_batch=start_batch, **arguments), numbers)
+    def poisoned(source, *, part, **arguments):
+        numbers = tf.data.Dataset.counter(start=part.start_batch)
+        both = tf.data.Dataset.zip(made(source, part=part, **arguments), numbers)
 
         def poison(batch, number):
             images, targets = batch
@@ -424,9 +425,9 @@ def test_folders_without_splits_are_divided_by_class_and_seed(tmp_path):
     assert np.bincount(validation.labels).tolist() == [2, 2]
     names = {source.name(n) for source in (training, validation) for n in range(len(source))}
     assert len(names) == 20
-    other = classification.open_data(dataclasses.replace(recipe, seed=1))[1]
+    other = classification.open_data(recipe.replaced({"seed": 1}))[1]
     assert [other.name(n) for n in range(4)] != [validation.name(n) for n in range(4)]
-    whole, none = classification.open_data(dataclasses.replace(recipe, validation_fraction=0.0))
+    whole, none = classification.open_data(recipe.replaced({"validation_fraction": 0.0}))
     assert (len(whole), none) == (20, None)
 
 
@@ -529,7 +530,7 @@ def test_the_optimizer_has_the_values_of_the_recipe():
         "warmup_steps": 5,
         "start": 0.01,
         "end": 0.02,
-        "warmup_includes_peak": recipe.warmup_includes_peak,
+        "warmup_includes_peak": recipe.optimizer.warmup_includes_peak,
         "hold_steps": 4,
     }
 
@@ -550,8 +551,9 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
 
     for name in ("train_batches", "eval_batches"):
         monkeypatch.setattr(batches, name, recording(name))
-    training = {
-        "image_size": 40,
+    augmentation = {
+        "crop_scale": (0.3, 0.9),
+        "crop_ratio": (0.8, 1.2),
         "interpolation": "bilinear",
         "flip": 0.3,
         "policy": "rand-m5",
@@ -563,8 +565,8 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
         "switch_probability": 0.4,
         "label_smoothing": 0.2,
         "repeats": 2,
-        "seed": 5,
     }
+    training = {"image_size": 40, "seed": 5}
     evaluation = {
         "image_size": 48,
         "crop": 0.9,
@@ -574,8 +576,7 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
     }
     recipe = small(
         **training,
-        crop_scale=(0.3, 0.9),
-        crop_ratio=(0.8, 1.2),
+        **augmentation,
         **{f"eval_{name}": value for name, value in evaluation.items()},
     )
     task, engine = classification.Classification(recipe), Engine("none", ("cpu:0",))
@@ -584,7 +585,8 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
         task.train_batches(data, 0, engine)
     with pytest.raises(EnoughError):
         task.evaluate(None, data, engine, after_batch=lambda: None)
-    training |= {"scale": (0.3, 0.9), "ratio": (0.8, 1.2), "batch_size": 16, "start_batch": 0}
+    training |= {"augmentation": Augmentation(**augmentation), "batch_size": 16}
+    assert received["train_batches"]["part"].start_batch == 0
     for name, expected in (("train_batches", training), ("eval_batches", evaluation)):
         assert {key: received[name][key] for key in expected} == expected
 

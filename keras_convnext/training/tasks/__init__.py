@@ -40,10 +40,10 @@ class Datasets:
     """
 
     training: Any
-    validation: Any | None
+    validation: Any
     plan: Plan
-    identity: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    identity: dict[str, Any]
+    facts: dict[str, Any]
     faults: dict[str, Faults] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class Task(Protocol):
 
 def recipe_optimizer(recipe: Recipe, plan: Plan) -> optimizer.AdamW:
     """Returns the optimizer of a recipe, with its schedule."""
-    values = recipe
+    values = recipe.optimizer
     return optimizer.AdamW(
         schedule.WarmupCosine(
             values.learning_rate,
@@ -140,7 +140,7 @@ def recipe_optimizer(recipe: Recipe, plan: Plan) -> optimizer.AdamW:
         beta_2=values.beta_2,
         epsilon=values.epsilon,
         # A head by itself has one rate.
-        layer_decay=1.0 if recipe.trainable == "head" else values.layer_decay,
+        layer_decay=1.0 if recipe.model.trainable == "head" else values.layer_decay,
         layer_decay_groups=values.layer_decay_groups,
         global_clipnorm=values.clip_norm or None,
         gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,

@@ -79,8 +79,8 @@ class Classification:
         student, has_new_head = build_model(recipe, num_classes, available)
         warnings = warnings_for(
             recipe,
-            has_weights=bool(recipe.weights),
-            is_self_supervised=bool(recipe.weights) and available == 0,
+            has_weights=bool(recipe.model.weights),
+            is_self_supervised=bool(recipe.model.weights) and available == 0,
             trained_size=None if trained is None else trained.image_size,
             has_new_head=has_new_head,
             num_steps=data.plan.total_steps,
@@ -90,36 +90,24 @@ class Classification:
                 "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
             )
         notes = []
-        if recipe.weights and not has_new_head:
+        if recipe.model.weights and not has_new_head:
             notes.append(f"The classifier of the weights is kept, for {num_classes} classes.")
         return TaskModel(compile_model(recipe, student, data.plan), student, warnings, notes)
 
     def train_batches(self, data: Datasets, start: int, engine: Engine) -> Any:
-        recipe = self.recipe
         return self._batches.train_batches(
             data.training,
             batch_size=data.plan.micro_batch_size,
-            host=engine.group.rank,
-            num_hosts=len(engine.group),
-            image_size=recipe.image_size,
-            seed=recipe.seed,
-            start_batch=start,
-            batches_per_epoch=data.plan.micro_batches_per_epoch,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            interpolation=recipe.interpolation,
-            flip=recipe.flip,
-            policy=recipe.policy,
-            color_jitter=recipe.color_jitter,
-            erase=recipe.erase,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            mix_probability=recipe.mix_probability,
-            switch_probability=recipe.switch_probability,
-            label_smoothing=recipe.label_smoothing,
-            repeats=recipe.repeats,
-            mean=self.images.mean,
-            std=self.images.std,
+            image_size=self.recipe.model.image_size,
+            augmentation=self.recipe.augmentation,
+            normaliser=(self.images.mean, self.images.std),
+            seed=self.recipe.run.seed,
+            part=self._batches.Part(
+                start_batch=start,
+                batches_per_epoch=data.plan.micro_batches_per_epoch,
+                host=engine.group.rank,
+                num_hosts=len(engine.group),
+            ),
             faults=data.faults["train"],
             workers=self.workers,
         )
@@ -139,11 +127,11 @@ class Classification:
             batch_size=engine.share(engine.filled(size)),
             host=engine.group.rank,
             num_hosts=len(engine.group),
-            image_size=recipe.eval_image_size,
-            crop=recipe.eval_crop,
-            resize_mode=recipe.eval_resize_mode,
-            resize_size=recipe.eval_resize_size or None,
-            interpolation=recipe.eval_interpolation,
+            image_size=recipe.evaluation.eval_image_size,
+            crop=recipe.evaluation.eval_crop,
+            resize_mode=recipe.evaluation.eval_resize_mode,
+            resize_size=recipe.evaluation.eval_resize_size or None,
+            interpolation=recipe.evaluation.eval_interpolation,
             faults=data.faults["validation"],
             workers=self.workers,
         )
@@ -157,7 +145,7 @@ class Classification:
 
     def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
         # timm's layout has all architectures but the isotropic ones.
-        layout = "official" if VARIANTS[self.recipe.architecture].isotropic else "timm"
+        layout = "official" if VARIANTS[self.recipe.model.architecture].isotropic else "timm"
         folder.write_with("final.safetensors", lambda path: save_weights(model, path, layout, self.images))
         folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in data.training.classes))
 
@@ -172,20 +160,21 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
         SourceError: the data or one of its splits cannot be used.
         ValueError: there is one class only, or the validation images have classes that are not trained.
     """
-    splits = sources.list_splits(recipe.data)
-    training = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
+    data = recipe.data
+    splits = sources.list_splits(data.source)
+    training = sources.open_source(data.source, (data.train_split or "train") if splits else None)
     if len(training.classes) < 2:
         raise ValueError(
             f"Expected images of two classes or more, received those of {len(training.classes)} in "
-            f"'{recipe.data}': {', '.join(training.classes)}. Name the folder that holds the class folders."
+            f"'{data.source}': {', '.join(training.classes)}. Name the folder that holds the class folders."
         )
     kinds = {sources.canonical_split(split): split for split in reversed(splits)}
-    name = recipe.val_split or kinds.get("validation") or kinds.get("test")
+    name = data.val_split or kinds.get("validation") or kinds.get("test")
     if name:
-        validation = sources.open_source(recipe.data, name)
+        validation = sources.open_source(data.source, name)
         return training, _with_classes_of(training, validation)
-    if recipe.validation_fraction:
-        return sources.hold_out(training, recipe.validation_fraction, recipe.seed)
+    if data.validation_fraction:
+        return sources.hold_out(training, data.validation_fraction, recipe.run.seed)
     return training, None
 
 
@@ -204,34 +193,34 @@ def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[A
         ValueError: the weights do not fit the architecture.
     """
     has_new_head = available != num_classes
-    variant = VARIANTS[recipe.architecture]
-    side = recipe.image_size if recipe.image_size == recipe.eval_image_size else None
+    variant = VARIANTS[recipe.model.architecture]
+    side = recipe.model.image_size if recipe.model.image_size == recipe.evaluation.eval_image_size else None
     model = models.load(
-        recipe.architecture,
-        recipe.weights or None,
+        recipe.model.architecture,
+        recipe.model.weights or None,
         classes=num_classes,
         classifier_activation=None,
         input_shape=(side, side, 3),
-        drop_path_rate=0.0 if recipe.trainable == "head" else recipe.drop_path_rate,
-        layer_scale_init_value=None if variant.version == 2 else recipe.layer_scale_init_value,
-        rematerialize=recipe.rematerialize,
-        seed=recipe.seed,
-        new_head=True if recipe.weights and has_new_head else None,
+        drop_path_rate=0.0 if recipe.model.trainable == "head" else recipe.model.drop_path_rate,
+        layer_scale_init_value=None if variant.version == 2 else recipe.model.layer_scale_init_value,
+        rematerialize=recipe.model.rematerialize,
+        seed=recipe.run.seed,
+        new_head=True if recipe.model.weights and has_new_head else None,
     )
-    if has_new_head and recipe.head_init_scale != 1:
-        finetune.scale_head(model, recipe.head_init_scale)
-    finetune.choose_trainable(model, recipe.trainable)
+    if has_new_head and recipe.model.head_init_scale != 1:
+        finetune.scale_head(model, recipe.model.head_init_scale)
+    finetune.choose_trainable(model, recipe.model.trainable)
     return model, has_new_head
 
 
 def describe_weights(recipe: Recipe) -> tuple[published.Checkpoint | ImageDescription | None, int]:
     """Returns what is known of the images of the recipe's weights, and how many classes they have."""
-    if not recipe.weights:
+    if not recipe.model.weights:
         return None, 0
     checkpoint = _published(recipe)
     if checkpoint is not None:
         return checkpoint, checkpoint.classes
-    path = _with_contents(recipe.weights)
+    path = _with_contents(recipe.model.weights)
     return preprocessing_metadata.read_images(path), layouts.inspect(resolve.read_file(path)).classes
 
 
@@ -239,13 +228,13 @@ def evaluated_images(
     recipe: Recipe, trained: published.Checkpoint | ImageDescription | None
 ) -> ImageDescription:
     """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
-    normaliser = trained or catalog.default_checkpoint(recipe.architecture)
+    normaliser = trained or catalog.default_checkpoint(recipe.model.architecture)
     return ImageDescription(
-        image_size=recipe.eval_image_size,
-        crop=recipe.eval_crop,
-        resize_mode=recipe.eval_resize_mode,
-        resize_size=recipe.eval_resize_size or None,
-        interpolation=recipe.eval_interpolation,
+        image_size=recipe.evaluation.eval_image_size,
+        crop=recipe.evaluation.eval_crop,
+        resize_mode=recipe.evaluation.eval_resize_mode,
+        resize_size=recipe.evaluation.eval_resize_size or None,
+        interpolation=recipe.evaluation.eval_interpolation,
         mean=normaliser.mean,
         std=normaliser.std,
     )
@@ -254,8 +243,8 @@ def evaluated_images(
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
     """Returns the model to fit: the student, or the student with its teacher."""
     model, share = student, 1.0
-    if recipe.teacher:
-        side = recipe.image_size
+    if recipe.distillation.teacher:
+        side = recipe.model.image_size
         teacher = models.load(
             *_teacher_words(recipe),
             input_shape=(side, side, 3),
@@ -263,9 +252,12 @@ def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
             name="teacher",
         )
         model = distillation.with_teacher(
-            student, teacher, recipe.distillation_weight, recipe.distillation_temperature
+            student,
+            teacher,
+            recipe.distillation.distillation_weight,
+            recipe.distillation.distillation_temperature,
         )
-        share = 1 - recipe.distillation_weight
+        share = 1 - recipe.distillation.distillation_weight
     model.compile(
         recipe_optimizer(recipe, plan),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True),
@@ -291,9 +283,9 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
 
 def _published(recipe: Recipe) -> published.Checkpoint | None:
     """Returns the published file of the recipe's weights; None for a path and for random weights."""
-    if not recipe.weights or published.names_file(recipe.weights):
+    if not recipe.model.weights or published.names_file(recipe.model.weights):
         return None
-    return catalog.find_checkpoint(recipe.weights, architecture=recipe.architecture)
+    return catalog.find_checkpoint(recipe.model.weights, architecture=recipe.model.architecture)
 
 
 def _with_contents(weights: str) -> pathlib.Path:
@@ -309,7 +301,7 @@ def _with_contents(weights: str) -> pathlib.Path:
 
 def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
     """Returns what `load` takes for a teacher: a tag, or the architecture that a file is of, and the file."""
-    if not published.names_file(recipe.teacher):
-        return (recipe.teacher,)
-    path = _with_contents(recipe.teacher)
+    if not published.names_file(recipe.distillation.teacher):
+        return (recipe.distillation.teacher,)
+    path = _with_contents(recipe.distillation.teacher)
     return layouts.find_variant(resolve.read_file(path)).name, os.fspath(path)
