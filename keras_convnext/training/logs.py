@@ -50,11 +50,6 @@ class CsvLog:
 
     Raises:
         ValueError: the file there is not a CSV with a column "epoch".
-
-    Example:
-        >>> log = CsvLog("log.csv")  # doctest: +SKIP
-        >>> log.resume(before_epoch=1)  # doctest: +SKIP
-        >>> log.write({"epoch": 1, "loss": 2.25})  # doctest: +SKIP
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,8 +60,7 @@ class CsvLog:
         """Drops the rows from an epoch on: what an interrupted run is about to repeat; 1 drops all."""
         kept = [row for row in self.rows if int(row["epoch"]) < before_epoch]
         if len(kept) < len(self.rows):
-            self.rows = kept
-            self._save()
+            self._save(kept)
 
     def write(self, row: Mapping[str, Value]) -> None:
         """Appends a row: value by column, with "epoch" above that of the previous row.
@@ -74,29 +68,21 @@ class CsvLog:
         Raises:
             OSError: the file cannot be written; the one that was there stands.
         """
-        plain = {column: _plain(value) for column, value in row.items()}
-        self.rows.append(plain)
-        try:
-            self._save()
-        except OSError:
-            self.rows.pop()
-            raise
+        self._save([*self.rows, {column: _plain(value) for column, value in row.items()}])
 
-    def _save(self) -> None:
-        columns = dict.fromkeys(column for row in self.rows for column in row)
+    def _save(self, rows: list[dict[str, Value]]) -> None:
+        columns = dict.fromkeys(column for row in rows for column in row)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns or ["epoch"])
-        for row in self.rows:
+        for row in rows:
             writer.writerow([_text(row[column]) if column in row else "" for column in columns])
         replace_file(self.path, text.getvalue().encode())
+        self.rows = rows
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
     """Reads the rows that `CsvLog` wrote.
-
-    Args:
-        path: of the file.
 
     Returns:
         One dictionary a row, without its empty fields. What reads as a whole number is an int, what reads as
@@ -114,7 +100,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
     if "epoch" not in columns:
         raise ValueError(
             f"Expected a CSV with a column 'epoch', received '{path}' with the columns {columns}. Move it "
-            "away, or name another file."
+            "away."
         )
     rows = []
     for number, line in enumerate(lines[1:], start=2):
@@ -122,7 +108,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
         if len(line) != len(columns) or not isinstance(row.get("epoch"), int):
             raise ValueError(
                 f"Expected {len(columns)} fields and a whole number 'epoch' in row {number} of '{path}', "
-                f"received {line}."
+                f"received {line}. Move the file away."
             )
         rows.append(row)
     return rows
@@ -142,11 +128,6 @@ class TensorBoardLog:
 
     Raises:
         OSError: the folder cannot be made.
-
-    Example:
-        >>> log = TensorBoardLog("tensorboard")  # doctest: +SKIP
-        >>> log.write(100, {"loss": 2.25})  # doctest: +SKIP
-        >>> log.close()  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
@@ -165,11 +146,7 @@ class TensorBoardLog:
             self._append(step=purge_step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends scalars.
-
-        Args:
-            step: optimizer steps since the beginning of the run.
-            scalars: value by name; kept as float32.
+        """Appends scalars, as float32, at an optimizer step of the run.
 
         Raises:
             OSError: the file cannot be written, such as on a full disk.

@@ -178,18 +178,12 @@ class RunFolder:
         """Returns the step and the value of the last `mark_best`, None if there was none.
 
         Raises:
-            RunFolderError: the file with it is damaged.
+            ValueError: the file with it is damaged.
         """
-        path = self.path / BEST_FILE
-        try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(FileNotFoundError):
+            entry = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
             return int(entry["step"]), float(entry["value"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(
-                f"'{path}' is damaged ({_one_line(error)}). Remove it: the next best one is kept again."
-            ) from error
+        return None
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint file, whole or damaged, in rising order."""
@@ -201,8 +195,7 @@ class RunFolder:
         """Reads the checkpoint of a step, all of it, and compares its checksum.
 
         Returns:
-            (arrays, state). The arrays are copies, not views of the file. The state is as JSON gives it: a
-            tuple has become a list.
+            Arrays, which are copies, not views of the file; and the state as JSON gives it.
 
         Raises:
             FileFormatError: the checkpoint is truncated or damaged; the message tells how.
@@ -298,8 +291,10 @@ class RunFolder:
         """Removes the whole checkpoints that are neither the best nor among the newest."""
         try:
             best = self.best()
-        except RunFolderError as error:
-            _logger.warning("All checkpoints stay, as it is not known which is the best: %s", error)
+        except (ValueError, KeyError, TypeError) as error:
+            _logger.warning(
+                "All checkpoints stay until there is a better one, as %s is damaged: %s", BEST_FILE, error
+            )
             return
         whole = [step for step in self.steps() if step not in self._damaged]
         for step in whole[: -self.keep]:
@@ -348,14 +343,14 @@ def check_arrays(
 
 
 def _make_folder(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RunFolderError(
-            f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another path."
-        ) from error
-    except OSError as error:
-        raise _disk_error(error, folder, None) from error
+    with _writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunFolderError(
+                f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another "
+                "path."
+            ) from error
 
 
 def _refuse_foreign_files(folder: pathlib.Path) -> None:
@@ -464,20 +459,16 @@ def _writing(folder: pathlib.Path, needed: int | None = None) -> Iterator[None]:
     except RunFolderError:
         raise
     except OSError as error:
-        raise _disk_error(error, folder, needed) from error
-
-
-def _disk_error(error: OSError, folder: pathlib.Path, needed: int | None) -> RunFolderError:
-    reason = error.strerror or str(error)
-    if error.errno in NO_SPACE:
-        return RunFolderError(
-            f"No space at '{folder}' ({reason}){_missing_text(folder, needed)}. What was there before is "
-            "kept. Free some, and start the same run again: it continues from the last checkpoint."
-        )
-    return RunFolderError(
-        f"'{folder}' cannot be written ({reason}). What was there before is kept. Make it writable, or pass "
-        "another folder."
-    )
+        reason = error.strerror or str(error)
+        if error.errno in NO_SPACE:
+            raise RunFolderError(
+                f"No space at '{folder}' ({reason}){_missing_text(folder, needed)}. What was there before is "
+                "kept. Free some, and start the same run again: it continues from the last checkpoint."
+            ) from error
+        raise RunFolderError(
+            f"'{folder}' cannot be written ({reason}). What was there before is kept. Make it writable, or "
+            "pass another folder."
+        ) from error
 
 
 def _missing_text(folder: pathlib.Path, needed: int | None) -> str:

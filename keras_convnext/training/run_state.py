@@ -168,11 +168,8 @@ def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
 def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns the scores of a run that has ended; None where steps are left."""
     has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
-    return (
-        json.loads((folder / RESULT_FILE).read_text())
-        if has_weights and (folder / RESULT_FILE).exists()
-        else None
-    )
+    path = folder / RESULT_FILE
+    return json.loads(path.read_text()) if has_weights and path.exists() else None
 
 
 def result(

@@ -179,15 +179,12 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
 
 
 def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
-    """Builds the model of a recipe.
+    """Builds the model of a recipe, pixels in 0..255 to logits, and says whether its head begins at random.
 
     Args:
         recipe: the recipe.
         num_classes: outputs of the classifier.
         available: classes of the recipe's weights; 0 where they have no classifier, or there are none.
-
-    Returns:
-        The model, pixels in 0..255 to logits; whether its classifier begins at random.
 
     Raises:
         ValueError: the weights do not fit the architecture.
