@@ -69,7 +69,7 @@ class SettingsError(ValueError):
     """Values that do not fit, with one sentence for each in `problems`."""
 
     def __init__(self, cls: type, problems: Iterable[str], received: str = "one") -> None:
-        self.problems = list(dict.fromkeys(problems))
+        self.problems, self.received = list(dict.fromkeys(problems)), received
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         lines = "".join(f"\n  {problem}" for problem in self.problems)
         super().__init__(
@@ -342,8 +342,15 @@ def _problems(cls: type[Settings], error: Any, values: Mapping[str, Any]) -> lis
     return [f"{name}: expected {expected}, received {toml_value(values[name])}"]
 
 
+def range_words(field: FieldInfo) -> str:
+    """Names the values that a field takes, as a reader of TOML does."""
+    kind = field.annotation
+    if kind in (int, float) and field.metadata:
+        return f"{_type_words(field)} {_interval(field)}"
+    return _type_words(field)
+
+
 def _type_words(field: FieldInfo) -> str:
-    """Names a type as a reader of TOML does."""
     table = _table(field)
     if table is not None:
         return f"{table.__name__}(...)"

@@ -13,7 +13,7 @@ from keras_convnext._environment import BACKENDS, wanted_backend
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
 from keras_convnext.analysis.flops import CLASSES, multiply_adds
-from keras_convnext.data import sources
+from keras_convnext.training.derived import training_images
 from keras_convnext.training.recipe import ENGINES, Recipe
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog
@@ -415,16 +415,7 @@ def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
 def _data_of(recipe: Recipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
     if recipe.data.source:
-        splits = sources.list_splits(recipe.data.source)
-        source = sources.open_source(
-            recipe.data.source, (recipe.data.train_split or "train") if splits else None
-        )
-        if (
-            not recipe.data.val_split
-            and recipe.data.validation_fraction
-            and not set(splits) - {recipe.data.train_split}
-        ):
-            source, _ = sources.hold_out(source, recipe.data.validation_fraction, recipe.run.seed)
+        source = training_images(recipe.data, recipe.run.seed)
         return len(source), len(source.classes)
     named = [name for name in KNOWN_DATA if name in recipe.title]
     if named:

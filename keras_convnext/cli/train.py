@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import shlex
 
 from keras_convnext.cli.shared import (
     complain,
@@ -17,6 +18,7 @@ _TRAIN_EXAMPLES = """examples:
   keras-convnext train smoke --out runs/smoke
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --set epochs=10
   keras-convnext train fine_tune --data flowers/ --out runs/head --set trainable=head
+  keras-convnext train fine_tune --data flowers/ --out runs/v2 --set weights=convnextv2_atto.tiny_imagenet200
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --distribute data_parallel
   keras-convnext train --list
 
@@ -24,7 +26,8 @@ RECIPE is a TOML file or the name of a published recipe. --data is a folder of c
 a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. The same command resumes
 where it was stopped, by Ctrl-C, by SIGTERM, by a kill or a reboot. DIR holds log.csv, curves.png,
 tensorboard/, recipe.toml, checkpoints/, the best and the final weights: `keras-convnext predict --weights
-DIR/final.safetensors photo.jpg` uses them. KERAS_BACKEND chooses tensorflow, jax or torch."""
+DIR/final.safetensors photo.jpg` uses them. With other weights, a tag or a file, what follows from them is
+derived where it is not set, and printed. KERAS_BACKEND chooses tensorflow, jax or torch."""
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
@@ -53,21 +56,23 @@ def train_options(parser: argparse.ArgumentParser) -> None:
 
 def train_command(options: argparse.Namespace) -> int:
     """Trains a model by a recipe, or resumes an interrupted run."""
-    from keras_convnext.training import recipe_files
+    from keras_convnext.training import derived, recipe_files
 
     if options.list:
         print("\n".join(recipe_files.known_recipes()))
         return 0
     if options.recipe is None or options.out is None:
         raise ValueError("Expected RECIPE and --out DIR; keras-convnext train --list names the recipes.")
+    overrides = recipe_overrides(options.set)
+    if options.distribute is not None:
+        overrides["distribution.engine"] = options.distribute
+    # All mistakes that can be found before a backend is loaded, which takes seconds.
+    derived.choose_recipe(options.recipe, options.data, overrides, options.out)
     # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import_quietly("keras_convnext.training.trainer", "tensorflow")
     from keras_convnext.training import failure, run_state, trainer
 
-    overrides = recipe_overrides(options.set)
-    if options.distribute is not None:
-        overrides["distribution.engine"] = options.distribute
     try:
         result = trainer.train(
             options.recipe,
@@ -92,9 +97,11 @@ def train_command(options: argparse.Namespace) -> int:
     for name, title in (("val_top1", "top-1"), ("ema_val_top1", "top-1 of the EMA")):
         if name in result.scores:
             lines.append((title, f"{result.scores[name]:.2f} %"))
-    lines.append(("weights", result.weights))
     lines.append(("curves", result.folder / run_state.CURVES_FILE))
+    weights = result.folder / "final.safetensors"
+    lines.append(("weights", weights))
     print_lines(f"{options.recipe}: {result.folder}", lines)
+    print(f"keras-convnext predict PHOTO --weights {shlex.quote(str(weights))}")
     return 0
 
 
@@ -139,14 +146,13 @@ def plan_command(options: argparse.Namespace) -> int:
     """Prints what a recipe takes on devices: memory, bytes between them, operations, time."""
     from keras_convnext.analysis import devices
     from keras_convnext.analysis.plan import describe, make_plan
-    from keras_convnext.training import recipe_files
+    from keras_convnext.training.derived import choose_recipe
 
     overrides = recipe_overrides(options.set)
     if options.engine is not None:
         overrides["distribution.engine"] = options.engine
-    if options.data is not None:
-        overrides["data"] = os.path.abspath(os.path.expanduser(options.data))
-    plan = make_plan(recipe_files.load_recipe(options.recipe, overrides), options.devices, options.fraction)
+    recipe, derived = choose_recipe(options.recipe, options.data, overrides)
+    plan = make_plan(recipe, options.devices, options.fraction)
     if options.json:
         facts = dataclasses.asdict(plan) | {
             "step_seconds": plan.step_seconds,
@@ -156,7 +162,8 @@ def plan_command(options: argparse.Namespace) -> int:
         facts["memory"]["total"] = plan.memory.total
         for fact, exchange in zip(facts["exchanges"], plan.exchanges, strict=True):
             fact["wire_bytes"] = exchange.wire_bytes
-        print_json(facts)
+        print_json(facts | {"derived": derived})
         return 0
-    print_lines(f"{options.recipe} on {options.devices}", describe(plan, options.fraction))
+    lines = [("derived", line) for line in derived] + describe(plan, options.fraction)
+    print_lines(f"{options.recipe} on {options.devices}", lines)
     return 0

@@ -28,7 +28,7 @@ from keras_convnext.data.preprocess import RESIZE_MODES
 from keras_convnext.data.train_transform import Augmentation, Interpolation
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights.catalog import find_checkpoint
+from keras_convnext.weights.catalog import ALIASES, CHECKPOINTS, find_checkpoint
 from keras_convnext.weights.published import names_file
 
 # How a step is divided among devices, and the backend that does so; `distribution.choose` has the engines.
@@ -89,6 +89,12 @@ class Optimizer(Settings):
     """AdamW and its schedule: the table [optimizer]."""
 
     epochs: Count = key("passes over the training split")
+    epochs_for_images: FromZero = key(
+        "number of images that `epochs` fits: with weights in place of the recipe's, epochs follow the data "
+        "from there; 0 where they stay",
+        0,
+        optional=True,
+    )
     batch_size: Count = key("images of one optimizer step")
     accumulation_steps: Count = key("micro-batches of one optimizer step; a divisor of `batch_size`")
     learning_rate: Positive = key("the peak, at this `batch_size`: no arithmetic follows")
@@ -252,7 +258,14 @@ def _conflicts(recipe: Recipe):
             "distillation_weight: expected above 0 with a teacher and 0 without, received "
             f"{distillation.distillation_weight!r} with teacher {toml_value(distillation.teacher)}"
         )
-    yield from _unknown_tag("weights", model.weights, model.architecture)
+    row = CHECKPOINTS.get(ALIASES.get(model.weights, model.weights))
+    if row is not None and row.architecture != model.architecture:
+        yield (
+            f"architecture: expected {row.architecture!r}, which weights {model.weights!r} are of, received "
+            f"{model.architecture!r}. Set one of the two, or none"
+        )
+    else:
+        yield from _unknown_tag("weights", model.weights, model.architecture)
     yield from _unknown_tag("teacher", distillation.teacher, None)
 
 

@@ -19,7 +19,10 @@ from keras_convnext.training.recipe import Recipe
 _OF_FEATURES = {"neighbours": "knn", "selection_fraction": "probe"}
 
 # What may differ between two starts of one run: none of these changes a weight by more than rounding.
-_NOT_IDENTITY = ("title", "reference", "checkpoint_minutes", "keep_checkpoints", "engine", "model_devices")
+_NOT_IDENTITY = {
+    "title", "reference", "epochs_for_images", "checkpoint_minutes", "keep_checkpoints", "engine",
+    "model_devices",
+}  # fmt: skip
 
 
 def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:

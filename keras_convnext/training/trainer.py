@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -29,6 +29,7 @@ from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import result_columns
 from keras_convnext.training import curves, logs, optimizer, run_folder
 from keras_convnext.training.checkpoints import Checkpoints, Counts
+from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.epochs import RunLog, note_best, training_row, validation_row
 from keras_convnext.training.failure import (
     Interrupted,
@@ -39,7 +40,6 @@ from keras_convnext.training.failure import (
     write_faults,
 )
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.run_state import (
     ENVIRONMENT_FILE,
     FINAL_WEIGHTS,
@@ -86,7 +86,8 @@ def train(
         recipe: a `Recipe`, the path of a TOML file or the name of a published one.
         output: folder of the run; made when it is not there.
         data: in place of the recipe's, see `data.sources.open_source`.
-        overrides: values in place of the recipe's, by key.
+        overrides: values in place of the recipe's, by key. With other `weights`, what follows from them is
+            derived where it is not set, and printed, see recipes/README.md.
         workers: threads of the input pipeline, by default the CPU cores; do not change what they make.
         progress: whether to show progress on stderr.
 
@@ -105,7 +106,7 @@ def train(
     """
     begin = time.monotonic()
     curves.check_drawing()
-    chosen = _chosen_recipe(recipe, data, overrides)
+    chosen, derived = choose_recipe(recipe, data, overrides, output)
     task = Classification(chosen, workers)  # a recipe has no other task yet
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
     with engine.group, settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
@@ -121,24 +122,12 @@ def train(
         if scores is None:
             run = Run(chosen, task, datasets, built, engine, folder, is_shown=progress)
             with run.signals.noted():
-                run.begin()
+                run.begin(derived)
                 run.fit()
                 scores = run.finish()
         elif folder:
             _logger.warning("The run in %s has ended; nothing is left to do.", path)
         return result(path, chosen, datasets.plan, engine, scores, begin)
-
-
-def _chosen_recipe(given, data, overrides) -> Recipe:
-    changes = dict(overrides or {})
-    if data is not None:
-        changes["data"] = os.path.abspath(os.path.expanduser(data))
-    chosen = given.replaced(changes) if isinstance(given, Recipe) else load_recipe(given, changes)
-    if not chosen.data.source:
-        raise ValueError(
-            "Expected data to train on: the recipe names none. Pass data=..., or --data on the command line."
-        )
-    return chosen
 
 
 def _open_folder(
@@ -189,11 +178,12 @@ class Run:
         )
         engine.group.set_advice(self.checkpoints.advice)
 
-    def begin(self) -> None:
-        """Says what is about to happen, and takes up the newest checkpoint if there is one."""
+    def begin(self, lines: Sequence[str] = ()) -> None:
+        """Prints the devices, `lines` and what the task says, and takes up the newest checkpoint."""
         described = self.engine.describe(self.plan.micro_batch_size)
         if self.folder:
-            self.progress.say(described)
+            for line in (described, *lines):
+                self.progress.say(line)
             for warning in self.built.warnings:
                 _logger.warning("%s", warning)
             for note in self.built.notes:
