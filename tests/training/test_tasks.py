@@ -19,7 +19,6 @@ from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer,
 from keras_convnext.weights.torch_files import read_state_dict
 
 CHANGES = {
-    "data": "photos",
     "batch_size": 16,
     "accumulation_steps": 2,
     "epochs": 3,

@@ -73,7 +73,7 @@ class TaskModel:
 
 
 class Task(Protocol):
-    """Every method but `draw` and `save` is called in all processes of a run, in the same order.
+    """The process that writes calls `draw`, `save_weights` and `save`; all processes call the others.
 
     Attributes:
         best: column of the log that decides which epoch is the best, such as "val_top1"; that of the average
