@@ -5,10 +5,8 @@ The names of the columns, in the CSV and in TensorBoard:
 - epoch: number of finished epochs, from 1; step: optimizer steps since the beginning of the run;
 - loss, val_loss, ema_val_loss: means over an epoch, of training, of validation, of validation with the
   averaged weights (EMA);
-- val_top1, ema_val_top1: accuracy in percent;
+- val_..., ema_val_...: the scores of the task, such as val_top1, in percent;
 - learning_rate: of the last step; images_per_second: of training.
-
-Other columns are kept in the CSV and left out of the picture that `curves` draws.
 """
 
 import csv
@@ -43,11 +41,6 @@ class CsvLog:
 
     Raises:
         ValueError: the file there is not a CSV with a column "epoch".
-
-    Example:
-        >>> log = CsvLog("log.csv")  # doctest: +SKIP
-        >>> log.resume(before_epoch=1)  # doctest: +SKIP
-        >>> log.write({"epoch": 1, "loss": 2.25})  # doctest: +SKIP
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -58,51 +51,29 @@ class CsvLog:
         """Drops the rows from an epoch on: what an interrupted run is about to repeat; 1 drops all."""
         kept = [row for row in self.rows if int(row["epoch"]) < before_epoch]
         if len(kept) < len(self.rows):
-            self.rows = kept
-            self._save()
+            self._save(kept)
 
     def write(self, row: Mapping[str, Value]) -> None:
-        """Appends a row.
-
-        Args:
-            row: value by column. "epoch" must be there, above that of the previous row.
+        """Appends a row: value by column, with "epoch" above that of the previous row.
 
         Raises:
-            TypeError: a value is neither a number nor text.
-            ValueError: there is no epoch, or it is not above the last.
             OSError: the file cannot be written; the one that was there stands.
         """
-        plain = {column: _plain(column, value) for column, value in row.items()}
-        epoch = plain.get("epoch")
-        if not isinstance(epoch, int):
-            raise ValueError(f"Expected a row with a whole number 'epoch', received {dict(row)}.")
-        if self.rows and epoch <= int(self.rows[-1]["epoch"]):
-            raise ValueError(
-                f"Expected an epoch above {self.rows[-1]['epoch']}, the last in '{self.path}', received "
-                f"{epoch}. To repeat it, call resume(before_epoch={epoch}) first."
-            )
-        self.rows.append(plain)
-        try:
-            self._save()
-        except OSError:
-            self.rows.pop()
-            raise
+        self._save([*self.rows, {column: _plain(value) for column, value in row.items()}])
 
-    def _save(self) -> None:
-        columns = dict.fromkeys(column for row in self.rows for column in row)
+    def _save(self, rows: list[dict[str, Value]]) -> None:
+        columns = dict.fromkeys(column for row in rows for column in row)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns or ["epoch"])
-        for row in self.rows:
+        for row in rows:
             writer.writerow([_text(row[column]) if column in row else "" for column in columns])
         replace_file(self.path, text.getvalue().encode())
+        self.rows = rows
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
     """Reads the rows that `CsvLog` wrote.
-
-    Args:
-        path: of the file.
 
     Returns:
         One dictionary a row, without its empty fields. What reads as a whole number is an int, what reads as
@@ -120,7 +91,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
     if "epoch" not in columns:
         raise ValueError(
             f"Expected a CSV with a column 'epoch', received '{path}' with the columns {columns}. Move it "
-            "away, or name another file."
+            "away."
         )
     rows = []
     for number, line in enumerate(lines[1:], start=2):
@@ -128,7 +99,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
         if len(line) != len(columns) or not isinstance(row.get("epoch"), int):
             raise ValueError(
                 f"Expected {len(columns)} fields and a whole number 'epoch' in row {number} of '{path}', "
-                f"received {line}."
+                f"received {line}. Move the file away."
             )
         rows.append(row)
     return rows
@@ -147,23 +118,12 @@ class TensorBoardLog:
             this step on. None for a run from the beginning.
 
     Raises:
-        ImportError: TensorFlow is not installed.
         OSError: the folder cannot be made.
-
-    Example:
-        >>> log = TensorBoardLog("tensorboard")  # doctest: +SKIP
-        >>> log.write(100, {"loss": 2.25})  # doctest: +SKIP
-        >>> log.close()  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
-        try:
-            import tensorflow as tf
-        except ImportError as error:
-            raise ImportError(
-                "The log for TensorBoard is written with TensorFlow, which is not installed. Run "
-                "pip install tensorflow, or train without this log."
-            ) from error
+        import tensorflow as tf
+
         self._protos = tf.compat.v1
         self._error = tf.errors.OpError
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -177,11 +137,7 @@ class TensorBoardLog:
             self._append(step=purge_step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends scalars.
-
-        Args:
-            step: optimizer steps since the beginning of the run.
-            scalars: value by name; kept as float32.
+        """Appends scalars, as float32, at an optimizer step of the run.
 
         Raises:
             OSError: the file cannot be written, such as on a full disk.
@@ -307,18 +263,11 @@ class Progress:
         return ", ".join(parts)
 
 
-def _plain(column: str, value: Any) -> Value:
+def _plain(value: Any) -> Value:
     """Returns a value as Python's own type, so that it is written alike whatever computed it."""
     if isinstance(value, str):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    raise TypeError(
-        f"Expected a number or text for the column '{column}', received {value!r} of the type "
-        f"{type(value).__name__}. Pass float(value)."
-    )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _text(value: Value) -> str:
