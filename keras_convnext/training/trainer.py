@@ -108,8 +108,7 @@ def train(
         recipe: a `Recipe`, the path of a TOML file or the name of a published one.
         output: folder of the run; made when it is not there.
         data: in place of the recipe's, see `data.sources.open_source`.
-        overrides: values in place of the recipe's, by key. With other `weights`, what follows from them is
-            derived where it is not set, and printed, see recipes/README.md.
+        overrides: values in place of the recipe's, by key; from other `weights` more follows, see `derived`.
         workers: threads of the input pipeline, the default is the number of CPU cores. Does not change what
             they make.
         progress: whether to show progress on stderr.
@@ -189,10 +188,9 @@ def train(
                 num_steps=plan.total_steps,
             )
             if validation is None:
-                notes = [
-                    *notes,
-                    "Nothing is evaluated: the data has no validation split, and validation_fraction is 0.",
-                ]
+                notes.append(
+                    "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
+                )
             for note in notes:
                 _logger.warning("%s", note)
             if chosen.model.weights and not new_head:
