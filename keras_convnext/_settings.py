@@ -6,8 +6,9 @@ name.
 """
 
 import difflib
+import functools
+import itertools
 import json
-import math
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -52,19 +53,6 @@ def one_of(
     return AfterValidator(check)
 
 
-def ordered(most: float = math.inf) -> AfterValidator:
-    """Allows (smallest, largest) above 0 only."""
-
-    def check(value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1] <= most:
-            raise ValueError(
-                f"[smallest, largest], above 0{'' if math.isinf(most) else f' and at most {most:g}'}"
-            )
-        return value
-
-    return AfterValidator(check)
-
-
 class SettingsError(ValueError):
     """Values that do not fit, with one sentence for each in `problems`."""
 
@@ -93,21 +81,17 @@ class Settings(pydantic.BaseModel):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            problems: list[str] = []
-            for one in error.errors(include_url=False):
-                problems += _problems(type(self), one, values)
-            raise SettingsError(type(self), problems) from None
+            found = [_problems(type(self), one, values) for one in error.errors(include_url=False)]
+            raise SettingsError(type(self), itertools.chain(*found)) from None
 
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
         """Returns the fields, those of tables too, by full key."""
-        found = {}
+        found: dict[str, FieldInfo] = {}
         for name, field in cls.model_fields.items():
-            inner = _table(field)
-            if inner is None:
-                found[name] = field
-            else:
-                found |= {f"{name}.{short}": one for short, one in inner.fields().items()}
+            table = _table(field)
+            inner = {} if table is None else table.fields()
+            found |= {f"{name}.{short}": one for short, one in inner.items()} or {name: field}
         return found
 
     @classmethod
@@ -127,42 +111,21 @@ class Settings(pydantic.BaseModel):
         changed, faults = cls.by_key(changes or {}, texts=True)
         problems += [f"{fault} (it was given as an override)" for fault in faults]
         given |= changed
-        for name, field in cls.fields().items():
-            if name not in given and not is_optional(field):
-                problems.append(f"{_short(name)}: missing, expected {_type_words(field)}")
-        try:
-            made = cls._made(given)
-        except SettingsError as error:
-            missing = [problem.partition(":")[0] for problem in problems if ": missing, " in problem]
-            problems += [one for one in error.problems if one.partition(":")[0] not in missing]
-        if problems:
-            raise SettingsError(cls, problems, f"'{path}'")
-        return made
+        problems += [
+            _missing(_short(name), field)
+            for name, field in cls.fields().items()
+            if name not in given and not is_optional(field)
+        ]
+        return cls._made(given, problems, f"'{path}'")
 
     def replaced(self, changes: Mapping[str, Any]) -> Self:
-        """Returns settings with other values.
-
-        Args:
-            changes: values by short or full key, or a table by its name.
-
-        Raises:
-            SettingsError: a key is unknown, or a value does not fit.
-        """
+        """Returns settings with other values, by short or full key, or a whole table by its name."""
         values, problems = self.by_key(changes)
-        if problems:
-            raise SettingsError(type(self), problems)
-        return self._made(self.values() | values)
+        return self._made(self.values() | values, problems)
 
     def values(self) -> dict[str, Any]:
         """Returns the values by full key."""
-        found: dict[str, Any] = {}
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, Settings):
-                found |= {f"{name}.{short}": inner for short, inner in value.values().items()}
-            else:
-                found[name] = value
-        return found
+        return {name: functools.reduce(getattr, name.split("."), self) for name in self.fields()}
 
     def by_short_key(self) -> dict[str, Any]:
         """Returns the values by the names of the fields."""
@@ -190,28 +153,18 @@ class Settings(pydantic.BaseModel):
         return cls.aliases.get(name) or (found[0] if len(found) == 1 else None)
 
     @classmethod
-    def _made(cls, values: Mapping[str, Any]) -> Self:
-        """Makes settings of values by full key, after all tables were tried."""
-        plain = {name: value for name, value in values.items() if "." not in name}
-        problems: list[str] = []
-        failed = []
-        for name, field in cls.model_fields.items():
-            table = _table(field)
-            if table is None:
-                continue
-            prefix = f"{name}."
-            inner = {full.removeprefix(prefix): v for full, v in values.items() if full.startswith(prefix)}
-            try:
-                plain[name] = table(**inner)
-            except SettingsError as error:
-                failed.append(name)
-                problems += error.problems
+    def _made(cls, values: Mapping[str, Any], problems: list[str], received: str = "one") -> Self:
+        """Makes settings of values by full key; lists what does not fit behind the problems so far."""
+        nested: dict[str, Any] = {name: {} for name, field in cls.model_fields.items() if _table(field)}
+        for full, value in values.items():
+            table, _, name = full.rpartition(".")
+            (nested[table] if table else nested)[name] = value
         try:
-            made = cls(**plain)
+            made = cls(**nested)
         except SettingsError as error:
-            problems += [one for one in error.problems if one.partition(":")[0] not in failed]
+            raise SettingsError(cls, [*problems, *error.problems], received) from None
         if problems:
-            raise SettingsError(cls, problems)
+            raise SettingsError(cls, problems, received)
         return made
 
     def to_toml(self) -> str:
@@ -305,21 +258,12 @@ def _from_text(value: Any, kind: Any) -> Any:
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), value)
     if typing.get_origin(kind) is tuple:
-        inner = _item_type(kind)[0]
+        inner = FieldInfo.from_annotation(typing.get_args(kind)[0]).annotation
         return tuple(_from_text(item, inner) for item in text.strip("[]").split(",") if item.strip())
     try:
         return kind(text)
     except ValueError:
         return value
-
-
-def _item_type(kind: Any) -> tuple[Any, list[Any]]:
-    """Returns the type of a tuple's items, and the bounds on them."""
-    item = typing.get_args(kind)[0]
-    if typing.get_origin(item) is not Annotated:
-        return item, []
-    inner, *metadata = typing.get_args(item)
-    return inner, [bound for one in metadata for bound in getattr(one, "metadata", [one])]
 
 
 def _problems(cls: type[Settings], error: Any, values: Mapping[str, Any]) -> list[str]:
@@ -332,44 +276,31 @@ def _problems(cls: type[Settings], error: Any, values: Mapping[str, Any]) -> lis
         return [_unknown_key(cls, name, error["input"])]
     field = cls.model_fields[name]
     if name not in values:
-        return [f"{name}: missing, expected {_type_words(field)}"]
-    if raised is not None:
-        expected = str(raised)
-    elif error["type"].startswith(("greater_than", "less_than")):
-        expected = f"a number {_interval(field)}"
-    else:
-        expected = _type_words(field)
-    return [f"{name}: expected {expected}, received {toml_value(values[name])}"]
+        return [_missing(name, field)]
+    return [f"{name}: expected {raised or range_words(field)}, received {toml_value(values[name])}"]
+
+
+def _missing(name: str, field: FieldInfo) -> str:
+    return f"{name}: missing, expected {range_words(field)}"
 
 
 def range_words(field: FieldInfo) -> str:
-    """Names the values that a field takes, as a reader of TOML does."""
-    kind = field.annotation
-    if kind in (int, float) and field.metadata:
-        return f"{_type_words(field)} {_interval(field)}"
-    return _type_words(field)
-
-
-def _type_words(field: FieldInfo) -> str:
-    table = _table(field)
-    if table is not None:
-        return f"{table.__name__}(...)"
-    names = {str: "text in quotes", int: "an integer", float: "a number", bool: "true or false"}
-    kind = field.annotation
+    """Names the values that a field takes, as a reader of TOML does: "a number in [0, 1)"."""
+    kind, bounds = field.annotation, field.metadata
+    if _table(field) is not None:
+        return "a table"
     if typing.get_origin(kind) is tuple:
-        count = "a list" if Ellipsis in typing.get_args(kind) else f"a list of {len(typing.get_args(kind))}"
-        return f"{count}, each {names[_item_type(kind)[0]]}"
-    return names[typing.cast(type, kind)]
-
-
-def _interval(field: FieldInfo) -> str:
-    is_list = typing.get_origin(field.annotation) is tuple
-    bounds = _item_type(field.annotation)[1] if is_list else field.metadata
+        item, *rest = typing.get_args(kind)
+        inner = FieldInfo.from_annotation(item)
+        return f"a list{f' of {1 + len(rest)}' if Ellipsis not in rest else ''}, each {range_words(inner)}"
+    names = {str: "text in quotes", int: "an integer", float: "a number", bool: "true or false"}
     found = {
-        name: getattr(one, name) for one in bounds for name in ("gt", "ge", "lt", "le") if hasattr(one, name)
+        key: getattr(one, key) for one in bounds for key in ("gt", "ge", "lt", "le") if hasattr(one, key)
     }
-    low = f"{found.get('gt', found.get('ge')):g}"
-    if "lt" not in found and "le" not in found:
-        return f"{'above' if 'gt' in found else 'of at least'} {low}"
+    if not found:
+        return names[typing.cast(type, kind)]
+    low, high = found.get("gt", found.get("ge")), found.get("lt", found.get("le"))
+    if high is None:
+        return f"{names[typing.cast(type, kind)]} {'above' if 'gt' in found else 'of at least'} {low:g}"
     left, right = "(" if "gt" in found else "[", ")" if "lt" in found else "]"
-    return f"in {left}{low}, {found.get('lt', found.get('le')):g}{right}"
+    return f"{names[typing.cast(type, kind)]} in {left}{low:g}, {high:g}{right}"

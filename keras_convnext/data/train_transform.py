@@ -7,6 +7,8 @@ random numbers of their places, and a method that carries out the plan of one ex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import AfterValidator
+
 from keras_convnext._settings import (
     BelowOne,
     Count,
@@ -16,7 +18,6 @@ from keras_convnext._settings import (
     Share,
     key,
     one_of,
-    ordered,
 )
 from keras_convnext.data import preprocess
 
@@ -33,6 +34,18 @@ _KnownPolicy = one_of(
 )
 
 
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("[smallest, largest], above 0")
+    return value
+
+
+def _shares(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError("[smallest, largest], above 0 and at most 1")
+    return value
+
+
 class Augmentation(Settings):
     """What training does to images: the table [augmentation] of a recipe.
 
@@ -44,10 +57,10 @@ class Augmentation(Settings):
         Augmentation(policy="none", mixup=0, cutmix=0)
     """
 
-    crop_scale: Annotated[Pair, ordered(1.0)] = key(
+    crop_scale: Annotated[Pair, AfterValidator(_shares)] = key(
         "smallest and largest area of the random crop, as shares of the image", (0.08, 1.0)
     )
-    crop_ratio: Annotated[Pair, ordered()] = key(
+    crop_ratio: Annotated[Pair, AfterValidator(_ordered)] = key(
         "smallest and largest width / height of the crop", (3 / 4, 4 / 3)
     )
     interpolation: Interpolation = key("of the crop and of the policy's geometric operations", "bicubic")

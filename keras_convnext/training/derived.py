@@ -14,11 +14,11 @@ from typing import Any
 from keras_convnext._settings import SettingsError, toml_value
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
-from keras_convnext.training.recipe import Data, Recipe
+from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import layouts
-from keras_convnext.weights.catalog import default_checkpoint, find_checkpoint
+from keras_convnext.weights.catalog import default_checkpoint
 from keras_convnext.weights.preprocessing_metadata import read_images
 from keras_convnext.weights.published import names_file
 
@@ -66,6 +66,7 @@ def choose_recipe(
     derived: _Derived = {}
     weights = changed.get("model.weights")
     if isinstance(weights, str) and weights not in ("", own.model.weights):
+        problems += unknown_tag("weights", weights, own.model.architecture)
         try:
             derived = _from_weights(own, changed)
         except (OSError, ValueError) as error:
@@ -176,7 +177,7 @@ def _facts(weights: str, architecture: str):
         name = layouts.find_variant(resolve.read_file(path)).name
         return name, read_images(path) or default_checkpoint(name)
     try:
-        row = find_checkpoint(weights, None if "." in weights else architecture)
+        row = published_row(weights, architecture)
     except ValueError:
         return None
     return row.architecture, None if row.layout in ("mmdet", "mmseg") else row

@@ -4,7 +4,7 @@ A published recipe is a file of the folder `recipes`; the same values as a froze
 `trainer.train` takes. Nothing here needs a Keras backend, so a recipe is checked before one starts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
@@ -29,7 +29,7 @@ from keras_convnext.data.train_transform import Augmentation, Interpolation
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.catalog import ALIASES, CHECKPOINTS, find_checkpoint
-from keras_convnext.weights.published import names_file
+from keras_convnext.weights.published import Checkpoint, names_file
 
 # How a step is divided among devices, and the backend that does so; `distribution.choose` has the engines.
 ENGINES = {
@@ -208,7 +208,7 @@ class Recipe(Settings):
         return self
 
 
-def _conflicts(recipe: Recipe):
+def _conflicts(recipe: Recipe) -> Iterator[str]:
     """Gives the values that are right each by itself but do not go together, one sentence each."""
     model, optimizer, distillation = recipe.model, recipe.optimizer, recipe.distillation
     variant = VARIANTS[model.architecture]
@@ -265,14 +265,21 @@ def _conflicts(recipe: Recipe):
             f"{model.architecture!r}. Set one of the two, or none"
         )
     else:
-        yield from _unknown_tag("weights", model.weights, model.architecture)
-    yield from _unknown_tag("teacher", distillation.teacher, None)
+        yield from unknown_tag("weights", model.weights, model.architecture)
+    yield from unknown_tag("teacher", distillation.teacher)
 
 
-def _unknown_tag(name: str, value: str, architecture: str | None):
+def published_row(name: str, architecture: str | None = None) -> Checkpoint:
+    """Finds published weights by a full tag, or by a short one and the architecture."""
+    is_full = "." in name or name in ALIASES
+    return find_checkpoint(name, None if is_full else architecture)
+
+
+def unknown_tag(name: str, value: str, architecture: str | None = None) -> Iterator[str]:
+    """Gives what is wrong with a value that is no tag and no path of a weight file."""
     if not value or names_file(value) or "/" in value or Path(value).exists():
         return
     try:
-        find_checkpoint(value, architecture)
+        published_row(value, architecture)
     except ValueError as error:
         yield f'{name}: expected a tag, the path of a weight file or "", received {value!r}. {error}'

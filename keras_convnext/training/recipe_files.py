@@ -123,27 +123,6 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Tell in words where two identities differ.
-
-    Args:
-        before: what `identity` returned for the first run.
-        now: the same for the second.
-
-    Returns:
-        One line for each key that differs, such as "epochs: 12 before, 3 now"; [] when they are equal.
-    """
-    lines = []
-    for key in dict.fromkeys([*before, *now]):
-        if key not in now:
-            lines.append(f"{key}: {before[key]!r} before, missing now")
-        elif key not in before:
-            lines.append(f"{key}: missing before, {now[key]!r} now")
-        elif before[key] != now[key]:
-            lines.append(f"{key}: {before[key]!r} before, {now[key]!r} now")
-    return lines
-
-
 def _inside() -> Traversable:
     return importlib.resources.files("keras_convnext") / "recipes"
 

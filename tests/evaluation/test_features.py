@@ -727,14 +727,18 @@ def test_what_is_missing_or_said_twice_is_refused(folder):
         (
             NearestNeighbours,
             {"neighbours": ()},
-            r"neighbours: expected a list, each an integer, received \[\]",
+            r"neighbours: expected a list, each an integer of at least 1, received \[\]",
         ),
-        (NearestNeighbours, {"neighbours": (20, 0)}, r"number of at least 1, received \[20, 0\]"),
+        (NearestNeighbours, {"neighbours": (20, 0)}, r"integer of at least 1, received \[20, 0\]"),
         (NearestNeighbours, {"temperature": 0.0}, "temperature: expected a number above 0, received 0.0"),
         (NearestNeighbours, {"validation_fraction": 1.0}, r"expected a number in \(0, 1\), received 1.0"),
         (NearestNeighbours, {"crop": 1.1}, r"crop: expected a number in \[0, 1\], received 1.1"),
-        (NearestNeighbours, {"batch_size": True}, "batch_size: expected an integer, received true"),
-        (NearestNeighbours, {"image_size": -1}, "image_size: expected a number of at least 0, received -1"),
+        (
+            NearestNeighbours,
+            {"batch_size": True},
+            "batch_size: expected an integer of at least 1, received true",
+        ),
+        (NearestNeighbours, {"image_size": -1}, "image_size: expected an integer of at least 0, received -1"),
         (
             NearestNeighbours,
             {"resize_mode": "squish"},
@@ -744,14 +748,22 @@ def test_what_is_missing_or_said_twice_is_refused(folder):
         (
             LinearProbe,
             {"learning_rates": ()},
-            r"learning_rates: expected a list, each a number, received \[\]",
+            r"a list, each a number above 0, received \[\]",
         ),
         (LinearProbe, {"learning_rates": (0.1, -1.0)}, r"a number above 0, received \[0.1, -1.0\]"),
         (LinearProbe, {"selection_fraction": 0}, r"selection_fraction: .* number in \(0, 1\), received 0"),
         (LinearProbe, {"epochs": 0, "seed": -1}, "2 problems:\n(.|\n)*epochs: .* at least 1, received 0"),
-        (LinearProbe, {"probe_batch_size": 2.5}, "probe_batch_size: expected an integer, received 2.5"),
+        (
+            LinearProbe,
+            {"probe_batch_size": 2.5},
+            "probe_batch_size: expected an integer of at least 1, received 2.5",
+        ),
         (LinearProbe, {"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), received 1.0"),
-        (LinearProbe, {"weight_decay": float("nan")}, "weight_decay: expected a number, received nan"),
+        (
+            LinearProbe,
+            {"weight_decay": float("nan")},
+            "weight_decay: expected a number of at least 0, received nan",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, values, message):
