@@ -271,8 +271,8 @@ def test_a_file_that_prepare_did_not_write_is_not_replaced(tmp_path, folder, tf,
 
 
 def test_leftovers_of_a_killed_run_are_removed(copied, folder, prepared):
-    for name in ("train-00002-of-00007.tfrecord", "train-index.npz", MANIFEST):
-        (copied / f"{name}.{'0123abcd' * 4}.tmp").write_bytes(b"half")
+    for name in ("train-00002-of-00007.tfrecord", ".train-index.npz", f".{MANIFEST}"):
+        (copied / f"{name}.{'0123abcd' * 2}.tmp").write_bytes(b"half")
     (copied / "notes.tmp").write_bytes(b"of the user")
     prepare(folder, copied, shards=7)
     assert all_files(copied) == all_files(prepared) | {"notes.tmp": b"of the user"}
