@@ -15,18 +15,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
 class Order:
     """Which example stands at each place of the endless stream, and which places are those of one host.
 
-    A place counts the rows of all hosts. Of each batch, host h has the h-th run of rows.
-
-    Args:
-        num_examples, batches_per_epoch: of the source, and of each permutation of it.
-        batch_size: rows of all hosts together.
-        start_batch: batches that are left out at the beginning.
-        host, num_hosts: which host this is, from 0 on, and of how many.
-        seed: of the permutations.
-        repeats: times that an example stands in succession.
-
-    Attributes:
-        rows_a_batch: rows of a batch that this host has.
+    A place counts the rows of all hosts. Of each batch, host h, from 0 on, has the h-th run of `rows_a_batch`
+    rows. The first `start_batch` batches are left out, and an example stands `repeats` times in succession.
     """
 
     def __init__(
