@@ -122,7 +122,8 @@ def test_parts_of_jax_on_a_cpu_are_those_of_the_package():
 
 def exchanges_of_compiled_steps():
     """In a child process of eight devices: bytes by group of each program."""
-    from keras_convnext.distribution import choose, collectives
+    from benchmarks import collectives
+    from keras_convnext.distribution import choose
     from keras_convnext.training import run_state
     from keras_convnext.training.tasks import classification
 

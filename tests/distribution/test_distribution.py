@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 
+from benchmarks import collectives
 from keras_convnext.cli import main
-from keras_convnext.distribution import choose, collectives
+from keras_convnext.distribution import choose
 from keras_convnext.training.recipe import ENGINES
 from keras_convnext.training.recipe_files import load_recipe, replaced
 from keras_convnext.weights.torch_files import read_state_dict
