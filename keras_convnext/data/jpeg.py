@@ -82,8 +82,9 @@ def random_resized_crop(
     `crop` is a row of `plan_crop`, `flip` a scalar bool. Returns uint8 (height, width, 3), RGB.
     """
     size = plain_jpeg_size(content)
-    top, left, *box = crop_box(size, crop, ratio)
-    axes = _Axes(box, image_size, (0, 0), image_size, _SUPPORTS[interpolation], flip, tf.float32)
+    top, left, height, width = crop_box(size, crop, ratio)
+    support = _SUPPORTS[interpolation]
+    axes = _Axes((height, width), image_size, (0, 0), image_size, support, flip, tf.float32)
     return _decode_and_resize(content, (top, left), size, axes)
 
 
