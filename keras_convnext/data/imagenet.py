@@ -100,15 +100,9 @@ def with_labels(source: Source, path: str | os.PathLike[str] | None) -> Source:
 def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
     """Finds the outputs of an ImageNet classifier that stand for some classes.
 
-    ImageNet-A and -R have images of 200 of the 1000 classes.
-
-    Args:
-        classes: names of classes.
-        num_classes: width of the classifier, such as 1000.
-
-    Returns:
-        int64 (len(classes),), position of each name in `class_names.synset_ids(num_classes)`; None when
-        there is no such list or a name is not in it.
+    ImageNet-A and -R have images of 200 of the 1000 classes. Returns int64 (len(classes),), the position of
+    each name in `class_names.synset_ids(num_classes)`; None when there is no such list or a name is not in
+    it.
     """
     try:
         positions = {synset: number for number, synset in enumerate(class_names.synset_ids(num_classes))}
@@ -120,21 +114,14 @@ def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarr
 
 
 def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None) -> list[tuple[int, ...]]:
-    """Reads the ReaL labels of ImageNet's validation images.
+    """Reads the ReaL labels of ImageNet's validation images: for each, a tuple of class numbers.
+
+    The path is that of real.json: one list of class numbers (0 to 999) an image, in the order of the numbers
+    in the names. None: the lists are in `source`, the set imagenet2012_real of TensorFlow Datasets. Images
+    with an empty tuple do not count.
 
     Reference: Beyer et al., Are we done with ImageNet? (arXiv 2006.07159);
-    github.com/google-research/reassessed-imagenet, real.json. Images with an empty tuple do not count.
-
-    Args:
-        source: the validation images, or the set imagenet2012_real of TensorFlow Datasets.
-        path: real.json: one list of class numbers (0 to 999) an image, in the order of the numbers in the
-            names. None: the lists are in `source`.
-
-    Returns:
-        list of N tuples in the order of `source`.
-
-    Raises:
-        SourceError: the file does not fit the images, or `source` has no lists.
+    github.com/google-research/reassessed-imagenet, real.json.
     """
     if path is None:
         if source.kind != "tfds":

@@ -12,10 +12,10 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -37,22 +37,13 @@ class PrepareError(SourceError):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `prepare` did.
+    """What `prepare` did."""
 
-    Attributes:
-        output: the folder.
-        images: number of images of each split.
-        shards: number of shards of each split.
-        num_bytes: bytes of all shards.
-        num_kept: shards that an earlier run had finished.
-        seconds: time this run took.
-    """
-
-    output: str
-    images: dict[str, int]
-    shards: dict[str, int]
-    num_bytes: int
-    num_kept: int
+    output: str  # the folder
+    images: dict[str, int]  # number of images of each split
+    shards: dict[str, int]  # number of shards of each split
+    num_bytes: int  # of all shards
+    num_kept: int  # shards that an earlier run had finished
     seconds: float
 
 
@@ -101,24 +92,19 @@ def prepare(
     - image/filename: bytes, name of the example in the source,
 
     in an order shuffled over all shards, so that reading shard after shard gives a good mix. Beside them are
-    "<split>-index.npz", the byte ranges that `open_source` uses, and manifest.json, with size and
-    SHA-256 of each file. The same source, seed and number of shards give the same bytes.
+    "<split>-index.npz", the byte ranges that `open_source` uses, and manifest.json, with size and SHA-256 of
+    each file. The same source, seed and number of shards give the same bytes.
 
-    A run that was killed is continued by the same call: complete shards (their SHA-256 is in the journal)
-    are kept. A finished folder is checked in the same way, and damaged shards are written again.
-    Images are read in random order, so the source should lie on a disk without seek time.
+    A run that was killed is continued by the same call: complete shards (their SHA-256 is in the journal) are
+    kept. A finished folder is checked in the same way, and damaged shards are written again. Images are read
+    in random order, so the source should lie on a disk without seek time.
 
     Args:
-        source_path: what `open_source` reads.
+        source_path, split, labels: as for `open_source`; split None is all splits.
         output: folder, made when it is not there. It may hold other splits that `prepare` wrote.
-        split: the split, as for `open_source`. Default: all of them.
-        labels: label file, as for `open_source`.
         shards: number of files a split. Default: as many as make files of about 150 MB.
         workers: threads that read and write. Default: number of processors, at most 16.
-        shuffle_seed: 0 to 2**32 - 1, seed of the order. Default 0.
-
-    Returns:
-        `Summary`.
+        shuffle_seed: 0 to 2**32 - 1, seed of the order.
 
     Raises:
         ValueError: a number is out of range.
@@ -163,13 +149,9 @@ def prepare(
 
 
 def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[str]:
-    """Compares every file of a prepared folder with the SHA-256 in its manifest.
+    """Compares a prepared folder with its manifest; returns the names of missing and differing files.
 
-    Returns:
-        names of the files that are missing or differ; empty when all is well.
-
-    Raises:
-        SourceError: the folder has no manifest, or a damaged one.
+    Raises SourceError where the folder has no manifest, or a damaged one.
     """
     output = os.fspath(output)
     if not os.path.exists(os.path.join(output, MANIFEST)):
@@ -241,7 +223,9 @@ def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed:
 def _write_split(plan: _Plan, workers: int) -> int:
     """Writes what is missing of a split; returns the number of shards that were there."""
     journal = os.path.join(plan.folder, f"{plan.split}-journal.jsonl")
-    manifest = _manifest_or_new(plan.folder)
+    manifest: dict = {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
+    if os.path.exists(os.path.join(plan.folder, MANIFEST)):
+        manifest = read_manifest(plan.folder)
     if plan.split not in manifest["splits"] and not os.path.exists(journal):
         _refuse_foreign_files(plan)
     kept = _finished_shards(plan, journal, manifest["splits"].get(plan.split), workers)
@@ -278,12 +262,6 @@ def _head(source: Source, number: int, length: int) -> bytes:
     )
 
 
-def _manifest_or_new(folder: str) -> dict:
-    if os.path.exists(os.path.join(folder, MANIFEST)):
-        return read_manifest(folder)
-    return {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
-
-
 def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
     """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
     settings, records = None, []
@@ -296,9 +274,9 @@ def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int
         settings, records = entry["settings"], entry["shards"]
     if settings is None:
         return {}
-    received = [f"{name}={plan.settings[name]}" for name in settings if settings[name] != plan.settings[name]]
-    if received:
-        expected = [f"{name}={settings[name]}" for name in settings if settings[name] != plan.settings[name]]
+    other = [name for name in settings if settings[name] != plan.settings[name]]
+    if other:
+        expected, received = ([f"{name}={of[name]}" for name in other] for of in (settings, plan.settings))
         raise PrepareError(
             f"'{plan.folder}' holds the split {plan.split} with {', '.join(expected)}: expected the same, "
             f"received {', '.join(received)} (source is a hash of names, sizes, labels and classes). Pass "
@@ -416,7 +394,7 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
 
 
 def _temporary_name(path: str) -> str:
-    return f"{path}.{uuid.uuid4().hex}.tmp"
+    return f"{path}.{secrets.token_hex(8)}.tmp"
 
 
 def _written_source(plan: _Plan) -> Source:

@@ -35,11 +35,7 @@ _HEARTBEAT_SECONDS = 100  # JAX's own; the group of processes is quicker
 
 
 def join() -> watchdog.Group:
-    """Joins the processes that the environment names; before anything is computed.
-
-    Raises:
-        ValueError: the environment is incomplete.
-    """
+    """Joins the processes that the environment names; before anything is computed."""
     settings = _settings()
     if settings is not None or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Devices of one CPU share its threads: two programs at once could wait for each other for ever.
