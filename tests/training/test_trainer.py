@@ -591,6 +591,7 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
         assert {key: received[name][key] for key in expected} == expected
 
 
+@pytest.mark.one_backend
 def test_smoke_recipe_reaches_its_accuracy(smoke_run):
     """`recipes/smoke.toml` by the command line: 97 % of 450 digits, on each backend, along the same curve."""
     assert smoke_run.code == 0
