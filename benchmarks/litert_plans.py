@@ -26,6 +26,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from keras_convnext import _environment, load
 from keras_convnext._terminal import silenced
 from keras_convnext.data.calibration import calibration_images
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy
 from keras_convnext.exporting.litert_int8 import PLANS, quantized
 from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
@@ -130,7 +131,7 @@ def plan_table(name, rounds):
         deviation = 0.5 if "gamma" in variable.path else 0.02
         value = random.normal(size=variable.shape) * deviation + ("gamma" in variable.path)
         variable.assign(value.astype("float32"))
-    images = [image[None] for image in calibration_images(image_size=(224, 224))]
+    images = [image[None] for image in calibration_images(preprocessing=Preprocessing(224))]
     files = {}
     with silenced(stdout=True):
         frames = deploy.depthwise_in_frames

@@ -130,6 +130,8 @@ def trained(training, held_out, chosen, options):
     from keras_convnext.data import batches
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.training.recipe_files import load_recipe
+    from keras_convnext.training.tasks import classification
+    from keras_convnext.weights.resolve import resolve
 
     recipe = load_recipe(RECIPE)
     size = chosen[1]
@@ -172,12 +174,9 @@ def trained(training, held_out, chosen, options):
     steps = max(2, round(60 * options.minutes / statistics.median(seconds)))
     model, loss, ends = fit(steps)
     lasted = (ends[-1] - ends[0]) * steps / (steps - 1)  # without the compilation in the first step
-    preparation = {
-        "crop": recipe.eval_crop,
-        "resize_mode": recipe.eval_resize_mode,
-        "interpolation": recipe.eval_interpolation,
-    }
-    result = evaluate(model, held_out, preparation=preparation, limit=options.limit, progress=False)
+    side = model.input_shape[1] or 224
+    preprocessing = classification.evaluated_images(recipe, resolve(recipe.architecture, None)).at(side)
+    result = evaluate(model, held_out, preprocessing=preprocessing, limit=options.limit, progress=False)
     maps = [keras.ops.shape(model.get_layer(name).output)[1] for name in ("stages_0_0", "stages_3_0")]
     return {
         "first_map": maps[0],

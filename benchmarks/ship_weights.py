@@ -69,7 +69,7 @@ def ship(
     from keras_convnext.training import logs, recipe_files
     from keras_convnext.training.tasks import classification
     from keras_convnext.variants import VARIANTS
-    from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files
+    from keras_convnext.weights import assign, layouts, preprocessing_metadata, resolve, safetensors_files
 
     for run in runs:
         if not (run / "final.safetensors").exists():
@@ -80,17 +80,13 @@ def ship(
     if architecture != settings.architecture or not dataset:
         raise ValueError(f"Expected a tag '{settings.architecture}.<data set>', received {tag!r}.")
     _, validation = classification.open_data(settings)
-    preparation = {
-        "crop": settings.eval_crop,
-        "resize_mode": settings.eval_resize_mode,
-        "interpolation": settings.eval_interpolation,
-    }
+    preprocessing = classification.evaluated_images(settings, resolve.resolve(architecture, None))
 
     def score(file: pathlib.Path) -> tuple[Any, Any]:
         opened = predictor.open_predictor(
             architecture, file, image_size=settings.eval_image_size, classifier_activation=None
         )
-        return opened, evaluate(opened.model, validation, preparation=preparation)
+        return opened, evaluate(opened.model, validation, preprocessing=preprocessing)
 
     opened, plain = score(run / "final.safetensors")
     state = assign.state_dict(opened.model)
@@ -106,9 +102,7 @@ def ship(
         "licence": LICENCE,
         "commit": environment["commit"],
         "record": f"benchmarks/runs/{tag}.json",
-        preprocessing_metadata.KEY: preprocessing_metadata.to_json(
-            preprocessing_metadata.ImageDescription(settings.eval_image_size, **preparation)
-        ),
+        preprocessing_metadata.KEY: preprocessing_metadata.to_json(preprocessing),
     }
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, f"{tag}.safetensors")

@@ -25,13 +25,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import result_columns
 from keras_convnext.evaluation.classification import import_batches
 from keras_convnext.training import run_folder, run_state, trainer
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.tasks import classification
-from keras_convnext.weights.preprocessing_metadata import ImageDescription
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             batches=import_batches(),
             training=training,
             validation=None,
-            images=ImageDescription(recipe.image_size),
+            images=Preprocessing(recipe.image_size),
             workers=1,
             progress=True,
         )

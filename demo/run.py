@@ -41,6 +41,7 @@ from demo import report
 from keras_convnext import _environment, models, predictor
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names, index, preprocess, sources
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import gradcam
 from keras_convnext.exporting import runtimes
 from keras_convnext.exporting.export import ExportError, export
@@ -61,6 +62,7 @@ TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 BEST_CLASSES = 5
 SHOWN_SIDE = 256  # pixels, the least of a photograph on the page
 SIDE = 96  # pixels, of the photos that are learned
+PREPROCESSING = Preprocessing(SIDE, crop_fraction=1.0)
 BATCH_SIZE = 16
 HELD_OUT_EVERY = 5  # photos of a class
 PHOTOS_SEEN = 1_200  # in a training without --epochs
@@ -406,8 +408,8 @@ def classify_photos(opened: predictor.Predictor) -> list[ClassifiedPhoto]:
     for file in RIGHT_NAMES:
         with importlib.resources.as_file(folder / file) as path:
             image = preprocess.read_image(path)
-        pictures.append(preprocess.preprocess_image(image, **opened.preparation))
-        shown.append(_enlarged(image, opened.preparation))
+        pictures.append(preprocess.preprocess_image(image, opened.preprocessing))
+        shown.append(_enlarged(image, opened.preprocessing))
     right = [
         {number for number, name in enumerate(names) if name.split(",")[0] in right_names}
         for right_names in RIGHT_NAMES.values()
@@ -415,12 +417,13 @@ def classify_photos(opened: predictor.Predictor) -> list[ClassifiedPhoto]:
     return _classified(opened.model, np.stack(pictures), shown, list(RIGHT_NAMES), names, right)
 
 
-def _enlarged(image: np.ndarray, preparation: dict[str, Any]) -> np.ndarray:
+def _enlarged(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """The part of an image that a model is shown, with more pixels for the page."""
-    scale = max(SHOWN_SIDE / preparation["image_size"], 1.0)
-    side, resize_size = preparation["image_size"], preparation["resize_size"]
-    changes = {"image_size": round(scale * side), "resize_size": resize_size and round(scale * resize_size)}
-    return preprocess.preprocess_image(image, **preparation | changes)
+    side, resize_size = preprocessing.size[0], preprocessing.resize_size
+    scale = max(SHOWN_SIDE / side, 1.0)
+    changes: dict[str, Any] = {"image_size": round(scale * side)}
+    changes["resize_size"] = resize_size and round(scale * resize_size)
+    return preprocess.preprocess_image(image, dataclasses.replace(preprocessing, **changes))
 
 
 def known_class_names(opened: predictor.Predictor) -> list[str]:
@@ -545,7 +548,7 @@ def _read_source(source: index.Source, share: int, seed: int) -> tuple[list, lis
             except (preprocess.ImageError, OSError) as error:
                 faults.append(str(error))
                 continue
-            images.append(preprocess.preprocess_image(image, image_size=SIDE, crop=1.0))
+            images.append(preprocess.preprocess_image(image, PREPROCESSING))
             labels.append(label)
             names.append(name)
     for fault in faults[:5]:
@@ -740,7 +743,7 @@ def export_and_measure(
                 calibration=calibration[places.round().astype(int)],
                 labels=photos.classes,
                 licence=opened.row.licence if opened.row else None,
-                preparation={"image_size": SIDE, "crop": 1.0},
+                preprocessing=PREPROCESSING,
             )
             exported = runtimes.open_exported(path)
         except (ImportError, ExportError) as error:

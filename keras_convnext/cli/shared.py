@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from keras_convnext import _environment, _terminal
 from keras_convnext.weights import catalog
-from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES, Checkpoint
+from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
 PROGRESS_FROM_IMAGES = 20
@@ -90,12 +90,6 @@ def positive_integer(text: str) -> int:
 
 def positive_batch_size(text: str) -> int | str | None:
     return {"any": None, "default": text}[text] if text in ("any", "default") else positive_integer(text)
-
-
-def find_row(name: str) -> Checkpoint:
-    if "." not in name and name not in catalog.ALIASES:
-        catalog.list_weights(name)  # an unknown architecture is an error that lists near ones
-    return catalog.find_checkpoint(name)
 
 
 def joined(values) -> str:

@@ -11,6 +11,7 @@ from keras_convnext._files import replacing_file
 from keras_convnext.data import batches, preprocess
 from keras_convnext.data.augment import erase_and_mix, policies
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 MAGNITUDES = (0, 2, 4, 6, 8, 10)
 _TILE, _GAP, _LINE = 112, 6, 14  # pixels
@@ -69,8 +70,8 @@ def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:
     boxes = erase_and_mix.plan_erase(
         np.random.default_rng(0).random((len(MAGNITUDES), 41)), 1.0, image.shape[:2]
     )
-    mean, std = batches.IMAGENET_MEAN, batches.IMAGENET_STD
-    erased = [erase_and_mix.apply_erase(image, box, (0, n), mean, std).numpy() for n, box in enumerate(boxes)]
+    noise = (IMAGENET_MEAN, IMAGENET_STD)
+    erased = [erase_and_mix.apply_erase(image, box, (0, n), *noise).numpy() for n, box in enumerate(boxes)]
     rows.append(("erasing", erased))
 
     label_width = 150

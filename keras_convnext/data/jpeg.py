@@ -11,6 +11,8 @@ import numpy as np
 import PIL
 import tensorflow as tf
 
+from keras_convnext.data.preprocessing import Preprocessing
+
 # Pillow's bound against decompression bombs, which a damaged header can exceed too.
 MAX_PIXELS = 2 * 89_478_485
 
@@ -47,22 +49,12 @@ def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
         return tf.identity(shape[0]), tf.identity(shape[1])
 
 
-def center_crop(
-    content: Any,
-    *,
-    image_size: tuple[int, int],
-    scale_size: tuple[int, int],
-    resize_mode: str,
-    interpolation: str,
-) -> Any:
+def center_crop(content: Any, preprocessing: Preprocessing) -> Any:
     """Decode, resize and crop a JPEG for evaluation: `preprocess.preprocess_image`, bit for bit.
 
     Args:
         content: scalar string tensor, the encoded image.
-        image_size: (height, width) of the result.
-        scale_size: (height, width) that the image is resized to, or to cover; at least `image_size`.
-        resize_mode: "shorter_side" or "squash", as in `preprocess.preprocess_image`.
-        interpolation: "bicubic" or "bilinear".
+        preprocessing: sizes, filter and crop; the image size is at most the scale size.
 
     Returns:
         uint8 (height, width, 3), RGB, 0 to 255.
@@ -72,14 +64,15 @@ def center_crop(
             at most `MAX_PIXELS`, or cannot be decoded.
     """
     height, width = plain_jpeg_size(content)
-    resized_height, resized_width = _resized_size(height, width, scale_size, resize_mode)
+    resized_height, resized_width = _resized_size(height, width, preprocessing)
+    image_size = preprocessing.size
     # tf.round takes a half to the even neighbour, as Python and torchvision do.
     top, left = (
         tf.cast(tf.round(tf.cast(resized - size, tf.float64) / 2), tf.int32)
         for resized, size in ((resized_height, image_size[0]), (resized_width, image_size[1]))
     )
     resized = (resized_height, resized_width)
-    axes = _Axes((height, width), resized, (top, left), image_size, _SUPPORTS[interpolation])
+    axes = _Axes((height, width), resized, (top, left), image_size, _SUPPORTS[preprocessing.interpolation])
     return _decode_and_resize(content, (0, 0), (height, width), axes)
 
 
@@ -268,9 +261,10 @@ def _filter(x: Any, support: float) -> Any:
     return tf.where(x < 1.0, near, tf.where(x < 2.0, far, 0.0))
 
 
-def _resized_size(height: Any, width: Any, scale_size: tuple[int, int], resize_mode: str) -> tuple[Any, Any]:
+def _resized_size(height: Any, width: Any, preprocessing: Preprocessing) -> tuple[Any, Any]:
     """`preprocess.resized_size` in a graph."""
-    if resize_mode == "squash":
+    scale_size = preprocessing.scale_size
+    if preprocessing.crop_mode == "squash":
         return scale_size
     if scale_size[0] != scale_size[1]:
         ratio = tf.minimum(_float(height) / scale_size[0], _float(width) / scale_size[1])

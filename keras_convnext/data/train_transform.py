@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_convnext.data import jpeg, preprocess
+from keras_convnext.data import jpeg
 from keras_convnext.data.augment import erase_and_mix, policies
 from keras_convnext.data.blocks import Rows
+from keras_convnext.data.preprocessing import INTERPOLATIONS, is_positive_integer
 from keras_convnext.data.stream import Draws
 
 
@@ -30,7 +31,7 @@ class RandomCrop:
         interpolation: str,
         flip: float,
     ) -> None:
-        check_choice("interpolation", interpolation, tuple(preprocess.INTERPOLATIONS))
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
         check_share("flip", flip)
         for name, (low, high), limit in (("scale", scale, 1.0), ("ratio", ratio, np.inf)):
             if not 0 < low <= high <= limit:
@@ -153,7 +154,7 @@ class Mix:
         self.is_on = bool(mixup or cutmix)
         self.unit = 2 if self.is_on else 1
         mix_group = batch_size if mix_group is None else mix_group
-        if not preprocess.is_positive_integer(mix_group) or batch_size % mix_group or mix_group % self.unit:
+        if not is_positive_integer(mix_group) or batch_size % mix_group or mix_group % self.unit:
             raise ValueError(
                 f"Expected mix_group to divide the {batch_size} rows of a batch"
                 f"{' and to be even' if self.is_on else ''}, received {mix_group!r}."

@@ -16,17 +16,19 @@ import numpy as np
 from keras_convnext import predictor
 from keras_convnext.data import class_names, imagenet, sources
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import report
 from keras_convnext.evaluation.forward import ImageProgress, run_model
 from keras_convnext.evaluation.result_columns import (
     data_settings,
     environment,
     model_settings,
-    preparation_settings,
+    preprocessing_settings,
 )
 from keras_convnext.evaluation.results import Result, append_result, check_complete, check_results_file
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
+from keras_convnext.weights.resolve import is_path, resolve
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -46,7 +48,7 @@ def evaluate(
     split: str | None = None,
     labels: str | os.PathLike[str] | None = None,
     real_labels: str | os.PathLike[str] | bool | None = None,
-    preparation: str | dict[str, Any] | None = None,
+    preprocessing: str | Preprocessing | None = None,
     image_size: int | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -79,10 +81,10 @@ def evaluate(
         labels: label file for a flat folder, see `sources.open_source`.
         real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of
             TensorFlow Datasets).
-        preparation: a tag whose preparation of images is used, or a dict with some of the arguments of
-            `preprocess.preprocess_image` in place of the tag's. For a Keras model and a `.keras` file, which
-            do not say how they were trained, the default is that function's.
-        image_size: side in pixels, in place of the tag's.
+        preprocessing: of the images, or a tag whose preprocessing is used, in place of the model's own. For
+            a Keras model and a `.keras` file, which do not say how they were trained, the default is that of
+            `Preprocessing`.
+        image_size: side in pixels, in place of the tag's or the preprocessing's.
         batch_size: images in a batch of this host. Default 64. The last batch is filled up.
         limit: evaluate only that many examples, at equal distances in the data.
         results: CSV file to which a row is added, see `results.append_result`. Default: none.
@@ -114,7 +116,7 @@ def evaluate(
         report.check_output(output)
     batches = import_batches()
     source, split = _open_data(data, split, labels)
-    classifier = _open_model(model, weights, image_size, len(source.classes), preparation)
+    classifier = _open_model(model, weights, image_size, len(source.classes), preprocessing)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
     columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
@@ -124,11 +126,11 @@ def evaluate(
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(
         source,
+        classifier.preprocessing,
         batch_size=batch_size,
         host=host,
         num_hosts=num_hosts,
         faults=faults,
-        **classifier.preparation,
     )
     shown = ImageProgress(-(-len(source) // num_hosts), progress)
     try:
@@ -252,34 +254,29 @@ def _open_data(data, split, labels) -> tuple[Source, str | None]:
     return sources.open_source(data, split, labels=labels), split
 
 
-def _open_model(model, weights, image_size, num_classes, preparation) -> Predictor:
-    """Returns the model with the preparation of its images, `preparation` being what a caller changes."""
-    row = predictor.row_for(preparation) if isinstance(preparation, str) else None
-    default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
-    if isinstance(model, str | os.PathLike) and weights is None and runtimes.is_exported(model):
-        classifier = _open_exported(pathlib.Path(model), image_size, default_size)
-    elif isinstance(model, str | os.PathLike):
-        classifier = predictor.open_predictor(
-            os.fspath(model), weights, image_size=image_size, classes=num_classes, classifier_activation=None
+def _open_model(model, weights, image_size, num_classes, preprocessing) -> Predictor:
+    """Returns the model with the preprocessing of its images, or what the caller passes in its place."""
+    tagged = resolve(preprocessing, None) if isinstance(preprocessing, str) else None
+    given = preprocessing if tagged is None else tagged.preprocessing
+    if given is not None and tagged is None:
+        image_size = image_size or given.image_size
+    is_named = isinstance(model, str | os.PathLike)
+    if is_named and weights is None and is_path(model) and runtimes.is_exported(model):
+        path = pathlib.Path(model)
+        exported = runtimes.open_exported(path)
+        stored = exported.metadata.get("input", {}).get("preprocessing")
+        own = None if stored is None else Preprocessing(**stored)
+        opened = predictor.predictor_of(exported, str(path), image_size, given or own, path)
+    elif is_named or weights is not None:
+        opened = predictor.open_predictor(
+            model, weights, image_size=image_size, classes=num_classes, classifier_activation=None
         )
     else:
-        if weights is not None:
-            raise ValueError(f"Expected weights=None beside a Keras model, received {weights!r}.")
-        size = predictor.check_model(model, image_size, getattr(model, "name", repr(model)), default_size)
-        classifier = Predictor(model, {"image_size": size}, None, None)
-    if row is not None:
-        preparation = predictor.preparation(row, classifier.preparation["image_size"])
-    changed = classifier.preparation | (preparation or {})
-    predictor.check_model(classifier.model, changed["image_size"], "the model")
-    return dataclasses.replace(classifier, preparation=changed)
-
-
-def _open_exported(path: pathlib.Path, image_size, default_size) -> Predictor:
-    """A file that `export` wrote, with the preparation that is stored in it."""
-    exported = runtimes.open_exported(path)
-    prepared = exported.metadata.get("input", {}).get("preparation", {})
-    size = predictor.check_model(exported, image_size, str(path), default_size)
-    return Predictor(exported, {**prepared, "image_size": size}, None, path)
+        opened = predictor.predictor_of(model, getattr(model, "name", repr(model)), image_size, given)
+    size = opened.preprocessing.image_size
+    if tagged is not None:
+        given = tagged.preprocessing_at(size)
+    return opened if given is None else dataclasses.replace(opened, preprocessing=given.at(size))
 
 
 def _synsets(classes: Sequence[str]) -> list[str]:
@@ -316,7 +313,7 @@ def _settings(classifier: Predictor, source: Source, split, outputs: str, batch_
         **model_settings(classifier),
         **environment(),
         **data_settings(source, split),
-        **preparation_settings(classifier),
+        **preprocessing_settings(classifier.preprocessing),
         "outputs": outputs,
         "batch_size": str(batch_size),
     }

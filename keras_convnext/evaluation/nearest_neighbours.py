@@ -47,7 +47,7 @@ class NearestNeighbours:
         validation_fraction: float in (0, 1), that part, by class and seed (`sources.hold_out`). Unused where
             the data has a split to classify.
         image_size: int, side in pixels; 0 for that of the weights.
-        crop: float in (0, 1], as in `preprocess.preprocess_image`; 0 for that of the weights.
+        crop: float in (0, 1], `crop_fraction` of `Preprocessing`; 0 for that of the weights.
         resize_mode: "shorter_side" or "squash"; "" for that of the weights.
         resize_size: int, pixels; 0 for that of the weights, or where a key above is set, from the crop.
         interpolation: "bicubic" or "bilinear"; "" for that of the weights.
@@ -113,7 +113,7 @@ def nearest_neighbours(
             `settings.model`. A classifier of this package gives the features in front of its classifier.
         data: (training source, source to classify) in place of `settings.data` and its splits. The second has
             the classes of the first.
-        cache: folder in which features are kept; a second call with the same model, images and preparation
+        cache: folder in which features are kept; a second call with the same model, images and preprocessing
             takes them from there, and nothing else does. Default: none are kept.
         max_faults: share of the images that may be damaged, 0 to 1.
         progress: whether to show progress on stderr when that is a terminal.

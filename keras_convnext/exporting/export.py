@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 from keras_convnext._terminal import silenced
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, runtimes, writers
 
 
@@ -126,7 +127,7 @@ def export(
     calibration: Any = None,
     labels: Sequence[str] | None = None,
     licence: str | None = None,
-    preparation: dict[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
     tolerance: float | None = None,
     check: bool = True,
     replace: bool = False,
@@ -155,8 +156,8 @@ def export(
             size, or what `calibration_images` takes. Default: crops of the package's photographs.
         labels: names of the classes, in order, stored with the file.
         licence: of the weights, stored with the file.
-        preparation: arguments of `preprocess.preprocess_image` for the SavedModel's signature "jpeg", stored
-            with every file. Default: shorter side, bicubic, 0.875.
+        preprocessing: how images are prepared: stored with every file, and done by the SavedModel's
+            signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`.
         tolerance: largest allowed difference relative to the model's largest output; default
             `TOLERANCES[precision]`.
         check: bool, whether to run the file and compare; without it nothing is measured.
@@ -192,7 +193,10 @@ def export(
     batch = _batch_size(batch_size, row)
     size = _image_size(model, image_size, row)
     model = deploy.in_float32(model)
-    images = _calibration_images(model, calibration, size) if check or precision == "int8" else None
+    preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
+    images = None
+    if check or precision == "int8":
+        images = _calibration_images(model, calibration, preprocessing)
     with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as folder:
         written = pathlib.Path(folder, "written", path.name)
         written.parent.mkdir()
@@ -203,7 +207,7 @@ def export(
             batch_size=batch,
             image_size=size,
             calibration=None,
-            preparation=dict(preparation or {}),
+            preprocessing=preprocessing,
         )
         if precision == "int8":
             request = dataclasses.replace(request, calibration=_save_images(folder, images))
@@ -344,13 +348,19 @@ def _image_size(model, image_size, row):
     return None if row.free_size else tuple(side or DEFAULT_SIZE for side in own)
 
 
-def _calibration_images(model, calibration, size):
+def _sized(preprocessing, model, size):
+    """The preprocessing for the size of the file; where a side is free, it keeps its own."""
+    own = size or model.input_shape[1:3]
+    return preprocessing.at(tuple(side or free for side, free in zip(own, preprocessing.size, strict=True)))
+
+
+def _calibration_images(model, calibration, preprocessing):
     channels = model.input_shape[3]
-    height, width = size or tuple(side or DEFAULT_SIZE for side in model.input_shape[1:3])
     if calibration is None or isinstance(calibration, (str, os.PathLike)):
         from keras_convnext.data.calibration import calibration_images  # not when the package is imported
 
-        return calibration_images(calibration, image_size=(height, width), channels=channels)
+        return calibration_images(calibration, preprocessing=preprocessing, channels=channels)
+    height, width = preprocessing.size
     images = np.asarray(calibration)
     if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (height, width, channels):
         raise ValueError(
@@ -490,7 +500,7 @@ def _store_metadata(path, format, model, request, labels, licence):
             "dtype": "uint8" if request.precision == "int8" else "float32",
             "image_size": request.image_size,
             "batch_size": request.batch_size,
-            "preparation": request.preparation,
+            "preprocessing": _without_normaliser(request.preprocessing),
         },
         "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
         "precision": request.precision,
@@ -507,6 +517,12 @@ def _store_metadata(path, format, model, request, labels, licence):
         file = runtimes.metadata_file(path)
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
+
+
+def _without_normaliser(preprocessing):
+    """What an app does: the file normalises by itself."""
+    fields = dataclasses.asdict(preprocessing)
+    return {name: value for name, value in fields.items() if name not in ("mean", "std")}
 
 
 def _activation(model):

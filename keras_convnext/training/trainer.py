@@ -181,7 +181,7 @@ def train(
                 chosen,
                 has_weights=bool(chosen.weights),
                 is_self_supervised=bool(chosen.weights) and available == 0,
-                trained_size=None if trained is None else trained.image_size,
+                trained_size=trained.preprocessing.size[0] if trained.is_described else None,
                 has_new_head=new_head,
                 num_steps=plan.total_steps,
             )
@@ -278,17 +278,12 @@ class _Run:
         return f"This process ends too. The same command on all machines goes on from {stands}."
 
     def _eval_batches(self, source: Source):
-        recipe = self.recipe
         return self.batches.eval_batches(
             source,
+            self.images,
             batch_size=self.engine.share(self.engine.filled(min(self.plan.micro_batch_size, len(source)))),
             host=self.engine.group.rank,
             num_hosts=len(self.engine.group),
-            image_size=recipe.eval_image_size,
-            crop=recipe.eval_crop,
-            resize_mode=recipe.eval_resize_mode,
-            resize_size=recipe.eval_resize_size or None,
-            interpolation=recipe.eval_interpolation,
             faults=self.faults["validation"],
             workers=self.workers,
         )
@@ -560,7 +555,7 @@ class _Run:
 
     def _save_weights(self, path: pathlib.Path) -> None:
         self.bare.save_weights(path)
-        preprocessing_metadata.add_images(path, self.images)
+        preprocessing_metadata.add_preprocessing(path, self.images)
 
     def save(self, is_best: bool = False) -> None:
         """Writes a checkpoint, unless a weight is not finite."""

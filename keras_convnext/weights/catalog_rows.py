@@ -23,12 +23,11 @@ The transformers rows carry the licence of the files they convert and the keras.
 the licence of Keras: no source above states one for those files themselves.
 """
 
+from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from keras_convnext.weights.published import (
     CLIP_MEAN,
     CLIP_STD,
     HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PACKAGED_TERMS,
     Checkpoint,
 )

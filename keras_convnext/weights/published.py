@@ -1,12 +1,10 @@
 """`Checkpoint`: what the catalog says of one published weight file."""
 
-import os
-import pathlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from keras_convnext.data.preprocessing import Preprocessing
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -121,6 +119,18 @@ class Checkpoint:
         return self.licence not in NON_COMMERCIAL_LICENCES
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """How images were prepared for the published scores."""
+        return Preprocessing.from_stored(**asdict(self))
+
+    def preprocessing_at(self, image_size: int | tuple[int, int] | None) -> Preprocessing:
+        """The same at another size; at `test_image_size` with the crop that timm recommends there."""
+        preprocessing = self.preprocessing.at(image_size)
+        if preprocessing.image_size == self.test_image_size != self.image_size and self.test_crop is not None:
+            return replace(preprocessing, crop_fraction=self.test_crop)
+        return preprocessing
+
+    @property
     def address(self) -> dict[str, Any]:
         """Where the file is: the arguments that `locate.find_file` and `locate.find_local` share."""
         return {
@@ -148,8 +158,3 @@ class Checkpoint:
             find_checkpoint("convnextv2_small.untrained").downloadable  # False
         """
         return any(place is not None for place in (self.hub_id, self.url, self.packaged))
-
-
-def names_file(name: str) -> bool:
-    """Whether a name is that of a weight file rather than a tag or an architecture."""
-    return name.endswith(WEIGHT_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()

@@ -11,8 +11,10 @@ from peers import reduced_depths
 
 from keras_convnext import deploy, models
 from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting.deploy import InferenceBlock, deploy_for_litert, savings
 from keras_convnext.layers import normalization, pointwise
+from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import VARIANTS
 
 pytestmark = pytest.mark.one_backend
@@ -45,21 +47,17 @@ def built(architecture, /, **settings):
         variant = dataclasses.replace(variant, dims=(24, 32, 40, 48))
     arguments = {
         "include_top": True,
-        "normaliser": ((0.48, 0.45, 0.4), (0.22, 0.23, 0.24)),
-        "input_tensor": None,
         "input_shape": (64, 64, 3),
-        "pooling": None,
         "classes": 7,
         "classifier_activation": None,
         "name": architecture,
         "drop_path_rate": 0.2,
-        "output_stride": 32,
-        "pyramid_norms": False,
-        "rematerialize": False,
         "seed": 0,
         **settings,
     }
-    model = models._assemble(dataclasses.replace(variant, depths=reduced_depths(architecture)), **arguments)
+    preprocessing = Preprocessing(64, mean=(0.48, 0.45, 0.4), std=(0.22, 0.23, 0.24))
+    variant = dataclasses.replace(variant, depths=reduced_depths(architecture))
+    model = models.assemble(variant, ModelOptions(**arguments), preprocessing)
     randomized(model)
     return model
 

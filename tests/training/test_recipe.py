@@ -632,12 +632,11 @@ def test_a_file_in_the_working_directory_hides_no_published_name(write, tmp_path
 
 
 def test_names_of_the_data_pipeline_are_the_pipelines():
-    policies, preprocess = (
-        importlib.import_module(f"keras_convnext.data.{name}") for name in ("augment.policies", "preprocess")
-    )
+    names = ("augment.policies", "preprocessing")
+    policies, preprocessing = (importlib.import_module(f"keras_convnext.data.{name}") for name in names)
     assert set(POLICIES) == set(policies.POLICIES)
-    assert set(INTERPOLATIONS) == set(preprocess.INTERPOLATIONS)
-    assert set(RESIZE_MODES) == set(preprocess.RESIZE_MODES)
+    assert INTERPOLATIONS == preprocessing.INTERPOLATIONS
+    assert RESIZE_MODES == preprocessing.RESIZE_MODES
     for name in {*PUBLISHED, *OURS}:
         policies.parse_policy(load_recipe(name).policy)
 

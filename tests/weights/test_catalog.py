@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from keras_convnext.weights import catalog_rows
 from keras_convnext.weights.catalog import (
     ALIASES,
@@ -20,7 +21,7 @@ from keras_convnext.weights.catalog import (
     find_checkpoint,
     list_weights,
 )
-from keras_convnext.weights.published import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
+from keras_convnext.weights.published import CLIP_MEAN, CLIP_STD, HALF
 
 pytestmark = pytest.mark.once
 

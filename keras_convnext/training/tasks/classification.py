@@ -1,8 +1,6 @@
 """Image classification: its data, model, loss, metrics and optimizer."""
 
 import dataclasses
-import os
-import pathlib
 from typing import Any
 
 import keras
@@ -11,12 +9,13 @@ import numpy as np
 from keras_convnext import models
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import distillation, finetune, optimizer, schedule
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.run_state import Plan
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import catalog, keras_files, layouts, preprocessing_metadata, published, resolve
-from keras_convnext.weights.preprocessing_metadata import ImageDescription
+from keras_convnext.weights import resolve
 
 
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
@@ -81,23 +80,17 @@ def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[A
     return model, has_new_head
 
 
-def describe_weights(recipe: Recipe) -> tuple[published.Checkpoint | ImageDescription | None, int]:
-    """Returns what is known of the images of the recipe's weights, and how many classes they have."""
-    if not recipe.weights:
-        return None, 0
-    checkpoint = _published(recipe)
-    if checkpoint is not None:
-        return checkpoint, checkpoint.classes
-    path = _with_contents(recipe.weights)
-    return preprocessing_metadata.read_images(path), layouts.inspect(resolve.read_file(path)).classes
+def describe_weights(recipe: Recipe) -> tuple[resolve.ResolvedWeights, int]:
+    """Returns the recipe's weights, and how many classes they have; 0 for random ones."""
+    source = resolve.resolve(recipe.architecture, recipe.weights or None)
+    _check_has_contents(source)
+    return source, 0 if source.is_random else source.classes
 
 
-def evaluated_images(
-    recipe: Recipe, trained: published.Checkpoint | ImageDescription | None
-) -> ImageDescription:
+def evaluated_images(recipe: Recipe, trained: resolve.ResolvedWeights) -> Preprocessing:
     """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
-    normaliser = trained or catalog.default_checkpoint(recipe.architecture)
-    return ImageDescription(
+    normaliser = trained.preprocessing
+    return Preprocessing.from_stored(
         image_size=recipe.eval_image_size,
         crop=recipe.eval_crop,
         resize_mode=recipe.eval_resize_mode,
@@ -113,12 +106,10 @@ def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
     model, share = student, 1.0
     if recipe.teacher:
         side = recipe.image_size
-        teacher = models.load(
-            *_teacher_words(recipe),
-            input_shape=(side, side, 3),
-            classifier_activation=None,
-            name="teacher",
-        )
+        source = resolve.resolve(recipe.teacher)
+        _check_has_contents(source)
+        options = ModelOptions(input_shape=(side, side, 3), classifier_activation=None, name="teacher")
+        teacher = models.build(source, options)
         model = distillation.with_teacher(
             student, teacher, recipe.distillation_weight, recipe.distillation_temperature
         )
@@ -169,27 +160,9 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
     return dataclasses.replace(validation, labels=numbers[validation.labels], classes=list(training.classes))
 
 
-def _published(recipe: Recipe) -> published.Checkpoint | None:
-    """Returns the published file of the recipe's weights; None for a path and for random weights."""
-    if not recipe.weights or published.names_file(recipe.weights):
-        return None
-    return catalog.find_checkpoint(recipe.weights, architecture=recipe.architecture)
-
-
-def _with_contents(weights: str) -> pathlib.Path:
-    """Returns the path of a weight file that says which model it is of."""
-    path = resolve.existing_file(weights)
-    if keras_files.is_bare(path):
+def _check_has_contents(source: resolve.ResolvedWeights) -> None:
+    if source.file is not None and source.is_bare:
         raise ValueError(
-            f"Expected weights that say what they are of, received '{path}'. Take the .safetensors file "
-            "beside it, or a .keras file."
+            f"Expected weights that say what they are of, received '{source.file}'. Take the .safetensors "
+            "file beside it, or a .keras file."
         )
-    return path
-
-
-def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
-    """Returns what `load` takes for a teacher: a tag, or the architecture that a file is of, and the file."""
-    if not published.names_file(recipe.teacher):
-        return (recipe.teacher,)
-    path = _with_contents(recipe.teacher)
-    return layouts.find_variant(resolve.read_file(path)).name, os.fspath(path)
