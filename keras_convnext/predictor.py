@@ -118,9 +118,8 @@ def predictor_of(
 
     Args:
         model: of (N, H, W, 3 or 1) pixels in 0..255; `name` is what errors call it.
-        image_size: side of the images, where the model leaves it free.
+        image_size: side of the images, where the model leaves it free; the other arguments as elsewhere here.
         preprocessing: of the images at any size. Default: the defaults of `Preprocessing`.
-        file, task: as in `Predictor` and `open_predictor`.
 
     Raises:
         ValueError: the model does not end in (N, classes) or (N, C), or takes images of another size.
@@ -152,14 +151,7 @@ def check_outputs(model: Any, name: str, task: str) -> None:
 
 
 def without_classifier(model: Any) -> Any:
-    """Returns the part of a model of this package in front of its classifier; other models as they are.
-
-    Args:
-        model: `keras.Model`.
-
-    Returns:
-        `keras.Model` that shares the layers of `model`.
-    """
+    """The part of a model of this package in front of its classifier; other models as they are."""
     if not isinstance(model, models.ConvNeXt):
         return model
     names = {layer.name for layer in model.layers}

@@ -49,7 +49,7 @@ class ResolvedWeights:
 
     @property
     def row(self) -> Checkpoint | None:
-        """The row of the catalog that says how images are prepared, if one was named."""
+        """The row of the catalog that says how images are prepared, if any."""
         return self.published or self.tagged
 
     @functools.cached_property
