@@ -14,7 +14,7 @@ from keras_convnext.variants import Variant
 from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files, torch_files
 from keras_convnext.weights.preprocessing_metadata import DESCRIBED_SUFFIXES
 from keras_convnext.weights.published import TORCH_SUFFIXES
-from keras_convnext.weights.resolve import ResolvedWeights, resolve
+from keras_convnext.weights.resolve import resolve
 
 _logger = logging.getLogger("keras_convnext")
 
@@ -83,9 +83,7 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         )
     if not target.parent.is_dir():
         raise FileNotFoundError(f"No such folder for the target: {target.parent}")
-    found = source
-    if not isinstance(source, ResolvedWeights):
-        found = resolve(source) if architecture is None else resolve(architecture, source)
+    found = resolve(source) if architecture is None else resolve(architecture, source)
     if found.variant != found.file_variant:
         named = architecture or found.variant.name
         raise ValueError(

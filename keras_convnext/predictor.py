@@ -67,7 +67,8 @@ def open_predictor(
     it does not say more and no name is given, as for a Keras model.
 
     Args:
-        name: tag or architecture, the path of a weight file, or a Keras model, which is taken as it is.
+        name: tag or architecture, the path of a weight file, what `resolve` returned of these, or a Keras
+            model, which is taken as it is.
         weights: a weight file or a `.keras` file; then a tag in `name` says only how images are prepared
             and normalised. Also "imagenet" or a short tag, where `name` is an architecture. Default: the
             weights of the tag, or the architecture's ImageNet weights.
@@ -86,7 +87,7 @@ def open_predictor(
     Example:
         open_predictor("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction   # 1.0
     """
-    if name is not None and not isinstance(name, str | os.PathLike):
+    if name is not None and not isinstance(name, str | os.PathLike | ResolvedWeights):
         if weights is not None:
             raise ValueError(f"Expected weights=None beside a Keras model, received {weights!r}.")
         return predictor_of(name, getattr(name, "name", repr(name)), image_size, task=task)

@@ -111,8 +111,7 @@ def export_command(options: argparse.Namespace) -> int:
             labels=labels or None,
             licence=None if opened.row is None else opened.row.licence,
             preprocessing=opened.preprocessing,
-            tolerance=options.tolerance,
-            check=not options.no_check,
+            check=False if options.no_check else True if options.tolerance is None else options.tolerance,
             replace=options.force,
         )
         results.append(result)

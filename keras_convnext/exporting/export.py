@@ -128,8 +128,7 @@ def export(
     labels: Sequence[str] | None = None,
     licence: str | None = None,
     preprocessing: Preprocessing | None = None,
-    tolerance: float | None = None,
-    check: bool = True,
+    check: bool | float = True,
     replace: bool = False,
 ) -> ExportResult:
     """Writes a model for another runtime, runs what was written, and compares it with the model.
@@ -158,9 +157,8 @@ def export(
         licence: of the weights, stored with the file.
         preprocessing: how images are prepared: stored with every file, and done by the SavedModel's
             signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`.
-        tolerance: largest allowed difference relative to the model's largest output; default
-            `TOLERANCES[precision]`.
-        check: bool, whether to run the file and compare; without it nothing is measured.
+        check: whether to run the file and compare, else nothing is measured; or as a number the largest
+            allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`.
         replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel
             and nothing else.
 
@@ -168,7 +166,7 @@ def export(
         `ExportResult`.
 
     Raises:
-        ExportError: the converter failed, or the file differs from the model by more than `tolerance`.
+        ExportError: the converter failed, or the file differs from the model by more than `check` allows.
         ValueError: an unknown format or precision, a model that is not built, sizes that do not fit.
         ImportError: a package that the format needs is missing; the message says what to install.
         FileExistsError: there is something at the path, and `replace` is False; or a folder with other
@@ -187,7 +185,8 @@ def export(
     if labels is not None and len(labels) != model.output_shape[-1]:
         raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
     _check_packages(format, row.packages_for(precision))
-    if check:
+    is_checked = check is not False
+    if is_checked:
         module, package = runtimes.RUNTIMES[format]
         _check_packages(format, {module: package})
     batch = _batch_size(batch_size, row)
@@ -195,7 +194,7 @@ def export(
     model = deploy.in_float32(model)
     preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
     images = None
-    if check or precision == "int8":
+    if is_checked or precision == "int8":
         images = _calibration_images(model, calibration, preprocessing)
     with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as folder:
         written = pathlib.Path(folder, "written", path.name)
@@ -213,8 +212,8 @@ def export(
             request = dataclasses.replace(request, calibration=_save_images(folder, images))
         _write(model, request, row, folder)
         comparison = _no_comparison()
-        if check:
-            limit = TOLERANCES[precision] if tolerance is None else tolerance
+        if is_checked:
+            limit = TOLERANCES[precision] if check is True else check
             comparison = _compare(_at_size(model, size), written, format, images, limit)
         _store_metadata(written, format, model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
@@ -470,7 +469,8 @@ def _compare(model, path, format, images, tolerance):
         raise ExportError(
             f"The {format} file differs from the model by {relative:.2g} of its largest output on "
             f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:g} is allowed. It was not "
-            "kept. Calibrate it with images of your own, choose another precision, or raise the tolerance."
+            "kept. Calibrate it with images of your own, choose another precision, or allow more: check= "
+            "(--tolerance)."
         )
     count = exported.input_shape[0] or 1
     batch, floats = images[:count], pixels[:count]

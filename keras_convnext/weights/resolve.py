@@ -236,12 +236,13 @@ class ResolvedWeights:
 
 
 def resolve(
-    name: Name | Variant | None, weights: Name | None = "default", task: str | None = None
+    name: Name | Variant | ResolvedWeights | None, weights: Name | None = "default", task: str | None = None
 ) -> ResolvedWeights:
     """Finds out what a name and its weights mean. Nothing else in the package asks that.
 
     Args:
         name: a tag, an architecture, or a weight file, which says itself what it is of; None beside a file.
+            What was resolved before is returned as it is.
         weights: "default" for the file of the tag (of an architecture: "imagenet"); None for random weights;
             another tag, long or short; or a file, then a tag as name says how its images are prepared.
         task: "classification" to refuse weights without a classifier; "features" where none is needed, so
@@ -259,6 +260,8 @@ def resolve(
     Example:
         resolve("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction      # 1.0
     """
+    if isinstance(name, ResolvedWeights):
+        return name
     named = None if name is None else meaning(name)
     if isinstance(named, pathlib.Path):
         if weights != "default":

@@ -29,6 +29,7 @@ from keras_convnext.evaluation.classification import evaluate, match_classes
 from keras_convnext.evaluation.forward import best_classes, label_ranks
 from keras_convnext.evaluation.results import COLUMNS, append_result, combine, read_results
 from keras_convnext.weights.catalog import CHECKPOINTS
+from keras_convnext.weights.resolve import resolve
 
 pytestmark = pytest.mark.one_backend
 
@@ -294,7 +295,7 @@ def test_too_many_damaged_images_are_an_error(model, pictures, tmp_path):
 
 
 def test_eight_hosts_evaluate_each_image_once(model, source, result):
-    parts = [evaluate(model, source, batch_size=4, host=host, num_hosts=8) for host in range(8)]
+    parts = [evaluate(model, source, batch_size=4, share=(host, 8)) for host in range(8)]
     assert sum(len(part.numbers) for part in parts) == 9
     assert len(parts[7].numbers) == 0 and np.isnan(parts[7].top1)
     parts = [pickle.loads(pickle.dumps(part)) for part in reversed(parts)]
@@ -317,8 +318,8 @@ def test_eight_hosts_evaluate_each_image_once(model, source, result):
 
 @pytest.mark.once
 def test_one_of_several_hosts_writes_no_files(tree):
-    with pytest.raises(ValueError, match=r"num_hosts=8 hosts.*Call combine, then append_result"):
-        evaluate("never", tree, num_hosts=8, results="never.csv")
+    with pytest.raises(ValueError, match=r"one of 8 hosts.*Call combine, then append_result"):
+        evaluate("never", tree, share=(0, 8), results="never.csv")
     with pytest.raises(ValueError, match="received none"):
         combine([])
 
@@ -579,12 +580,12 @@ def test_a_model_of_any_size_takes_that_of_the_tag(model, tmp_path):
     def sizes(*arguments):
         return classification._open_model(*arguments).preprocessing.image_size
 
-    assert sizes(free, None, None, 1000, None) == 224
-    assert sizes(free, None, None, 1000, tag) == 384
-    assert sizes(free, None, 96, 1000, tag) == 96
-    assert sizes(tag, tmp_path / "free.keras", None, 1000, None) == 384
-    assert sizes(model, None, None, 1000, tag) == SIZE
-    assert classification._open_model(model, None, None, 1000, tag).preprocessing.crop_mode == "squash"
+    assert sizes(free, 1000, None) == 224
+    assert sizes(free, 1000, 96) == 96
+    assert sizes(free, 1000, tag) == 384
+    assert sizes(resolve(tag, tmp_path / "free.keras"), 1000, None) == 384
+    assert sizes(model, 1000, tag) == SIZE
+    assert classification._open_model(model, 1000, tag).preprocessing.crop_mode == "squash"
 
 
 @pytest.mark.once
@@ -609,13 +610,11 @@ def test_what_cannot_be_evaluated_is_refused(model, tree, tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'convnext_tiny'"):
         evaluate("convnext_tinny", tree)
     with pytest.raises(ValueError, match=r"Unknown weights 'x\.y'"):
-        evaluate("x.y", tree, weights="fb_in1k")
-    with pytest.raises(ValueError, match=r"labels=None beside an open source, received 'x.csv'"):
-        evaluate(model, open_source(tree), labels="x.csv")
+        evaluate("x.y", tree)
     with pytest.raises(ValueError, match="weights=None beside a Keras model"):
-        evaluate(model, tree, weights="x.safetensors")
+        predictor.open_predictor(model, "x.safetensors")
     with pytest.raises(ValueError, match=r"test_convnext takes images of 64 x 64.*image size 96"):
-        evaluate(model, tree, image_size=96)
+        evaluate(model, tree, preprocessing=96)
     with pytest.raises(ValueError, match="test_convnext takes images of 64 x 64"):
         evaluate(model, tree, preprocessing=Preprocessing(96))
     body = keras.Model(model.input, model.layers[3].output, name="body")

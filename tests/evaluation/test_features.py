@@ -606,7 +606,7 @@ def test_kept_features_are_not_computed_again(backbone, few, tmp_path, count_run
 def test_kept_features_of_anything_else_are_not_taken(backbone, few, monkeypatch):
     keys = [features._cache_key(backbone, few, PREPROCESSING)]
     assert keys[0] == features._cache_key(backbone, few, PREPROCESSING)
-    for name, value in {"crop": 0.9, "image_size": 64, "interpolation": "bilinear"}.items():
+    for name, value in {"crop_fraction": 0.9, "image_size": 64, "interpolation": "bilinear"}.items():
         keys.append(features._cache_key(backbone, few, dataclasses.replace(PREPROCESSING, **{name: value})))
     backwards = sources.take(few, range(len(few))[::-1])
     keys.append(features._cache_key(backbone, backwards, PREPROCESSING))

@@ -464,7 +464,7 @@ def test_a_file_that_differs_is_not_kept(model, images, tmp_path):
     with pytest.raises(FileExistsError, match="is there already"):
         export(model, tmp_path / format, calibration=images)
     with pytest.raises(ExportError, match=r"differs from the model by .* is allowed. It was not kept"):
-        export(model, tmp_path / format, calibration=images, tolerance=0.0, replace=True)
+        export(model, tmp_path / format, calibration=images, check=0.0, replace=True)
     assert left_in(tmp_path) == [format]
     assert (tmp_path / format).read_text() == "old"
 

@@ -46,7 +46,7 @@ def test_a_name_that_is_a_tag_and_a_file_is_refused_with_both(tmp_path, monkeypa
     assert resolve.meaning(NAME) is VARIANTS[NAME]  # the control: a folder is no model
     (tmp_path / NAME / "saved_model.pb").touch()
     with pytest.raises(ValueError, match=rf"'{NAME}' means two things"):
-        classification._open_model(NAME, None, None, 1000, None)
+        classification._open_model(NAME, 1000, None)
     keras_convnext.TestConvNeXt2(weights=None)  # names the architecture, whatever lies here
 
 
