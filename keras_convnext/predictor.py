@@ -54,7 +54,7 @@ def open_predictor(
     name: Any = None,
     weights: str | os.PathLike | None = None,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     classes: int | None = None,
     classifier_activation: str | None = "softmax",
     task: str = "classification",
@@ -72,7 +72,7 @@ def open_predictor(
         weights: a weight file or a `.keras` file; then a tag in `name` says only how images are prepared
             and normalised. Also "imagenet" or a short tag, where `name` is an architecture. Default: the
             weights of the tag, or the architecture's ImageNet weights.
-        image_size: side of the images in pixels. Default: that of the tag or the file.
+        image_size: of the images in pixels, a side or (height, width). Default: that of the tag or the file.
         classes: classes of an `.h5` file of this package, which does not say how many it has.
         classifier_activation: "softmax", or None for logits; a model and a `.keras` file keep their own.
         task: "classification"; or "features" for the model in front of its classifier, if it has one.
@@ -110,7 +110,7 @@ def open_predictor(
 def predictor_of(
     model: Any,
     name: str,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
     file: pathlib.Path | None = None,
     task: str = "classification",
@@ -169,7 +169,9 @@ def for_channels(images: np.ndarray, model: Any) -> np.ndarray:
     return np.stack([np.asarray(PIL.Image.fromarray(image).convert("L")) for image in images])[..., None]
 
 
-def _open_keras_model(source: ResolvedWeights, image_size: int | None, task: str) -> Predictor:
+def _open_keras_model(
+    source: ResolvedWeights, image_size: int | tuple[int, int] | None, task: str
+) -> Predictor:
     path = source.path
     try:
         model = keras.saving.load_model(path, compile=False)

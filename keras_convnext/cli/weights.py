@@ -268,12 +268,12 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple
 
 
 def _file_facts(source: ResolvedWeights) -> dict:
-    from keras_convnext.weights import keras_files, preprocessing_metadata
+    from keras_convnext.weights import preprocessing_metadata
 
     path, state, contents = source.path, source.state, source.contents
     layout, metadata = contents.layout, {}
     if path.suffix in (".h5", ".keras"):
-        layout = "keras_applications" if keras_files.is_keras_applications(path) else "keras_convnext"
+        layout = "keras_applications" if source.is_keras_applications else "keras_convnext"
     elif path.suffix == ".safetensors":
         metadata = safetensors_files.read_safetensors_metadata(path)
     return {

@@ -70,8 +70,8 @@ def evaluate(
 
     Args:
         model: a tag, an architecture (its ImageNet weights), a weight file, a `.keras` file, a file that
-            `export` wrote, which its own runtime runs, or a Keras model of (N, H, W, 3) pixels in 0..255; also
-            what `weights.resolve.resolve` returned, such as of a tag and a weight file of one's own.
+            `export` wrote, which its own runtime runs, or a Keras model of (N, H, W, 3) pixels in 0..255;
+            also what `weights.resolve.resolve` returned, such as of a tag and a weight file of one's own.
         data: a path, see `sources.open_source`, or what that returns.
         split: split of `data`. Default: the validation split where the data has splits, else all.
         real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of

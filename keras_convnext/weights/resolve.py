@@ -68,11 +68,15 @@ class ResolvedWeights:
         )
 
     @functools.cached_property
-    def is_bare(self) -> bool:
-        """Whether the file is an `.h5` of this package: weights without the model they belong to."""
+    def is_keras_applications(self) -> bool:
         from keras_convnext.weights import keras_files
 
-        return self.path.suffix == ".h5" and not keras_files.is_keras_applications(self.path)
+        return self.path.suffix in (".h5", ".keras") and keras_files.is_keras_applications(self.path)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the file is an `.h5` of this package: weights without the model they belong to."""
+        return self.path.suffix == ".h5" and not self.is_keras_applications
 
     @functools.cached_property
     def state(self) -> layouts.StateDict:
@@ -90,9 +94,9 @@ class ResolvedWeights:
             from keras_convnext.weights import torch_files
 
             return torch_files.read_state_dict(self.path)
-        from keras_convnext.weights import keras_files
+        if self.is_keras_applications:
+            from keras_convnext.weights import keras_files
 
-        if keras_files.is_keras_applications(self.path):
             return keras_files.read_keras_applications(self.path)
         import keras
 
