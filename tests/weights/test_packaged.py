@@ -222,7 +222,8 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
     )
     assert record["runs"][0]["epochs"] == int(last[0]) == 1
     described = preprocessing_metadata.read_preprocessing(file)
-    assert described == Preprocessing(record["image_size"], crop_fraction=1.0)
+    half = (0.5, 0.5, 0.5)  # what the model of this architecture normalises with
+    assert described == Preprocessing(record["image_size"], crop_fraction=1.0, mean=half, std=half)
     recipe = (runs / "test_convnext2.digits.toml").read_text()
     assert os.sep + "tmp" not in recipe and 'data = ""' in recipe
     row = eval(ship_weights.row_text(record).strip().rstrip(","), {"_packaged": catalog_rows._packaged})

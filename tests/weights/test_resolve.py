@@ -38,7 +38,7 @@ def test_a_name_that_is_a_tag_and_a_file_is_refused_with_both(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for name in (NAME, TAG, "r160_in1k"):
         (tmp_path / name).touch()
-        message = rf"'{name}' means two things: the published '{NAME}.*'\./{name}' for the latter"
+        message = rf"'{name}' means two things: the published 'test_convnext.*'\./{name}' for the latter"
         with pytest.raises(ValueError, match=message):
             resolve.resolve(*([name] if name in (NAME, TAG) else [VARIANTS[NAME], name]))
         (tmp_path / name).unlink()
