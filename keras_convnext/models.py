@@ -130,14 +130,7 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
         model = layout()
         keras_files.load_weights(model, source.path)
         return model
-    values = source.values(
-        variant,
-        options.include_top,
-        options.classes,
-        options.input_shape[-1],
-        options.pyramid_norms,
-        new_head,
-    )
+    values = source.values(variant, options, new_head)
     return filled(layout, lambda model: placed_values(model, values))
 
 

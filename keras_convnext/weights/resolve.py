@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import pathlib
+from typing import Any
 
 from keras_convnext import _messages
 from keras_convnext.data.preprocessing import Preprocessing
@@ -189,21 +190,14 @@ class ResolvedWeights:
         may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
         return self._read(shapes, may_lack, may_hold=("pre_logits",) if headless else ())
 
-    def values(
-        self,
-        variant: Variant,
-        include_top: bool,
-        classes: int,
-        channels: int,
-        pyramid_norms: bool,
-        new_head: bool,
-    ) -> layouts.StateDict:
-        """The weights of the file that a model takes, under canonical names, without the others.
+    def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
+        """The weights of the file that a model of settled `ModelOptions` takes, under canonical names.
 
         Raises:
             ValueError: the file does not fit the model; the message names what is missing or wrong.
         """
         contents = self.contents
+        include_top, classes, pyramid_norms = options.include_top, options.classes, options.pyramid_norms
         if include_top and not new_head and contents.classes != classes:
             if contents.classes == 0:
                 raise ValueError(
@@ -212,7 +206,9 @@ class ResolvedWeights:
                     "on them."
                 )
             raise ValueError(_wrong_classes(self.path, contents.classes, classes))
-        shapes = layouts.weight_shapes(variant, classes if include_top else 0, channels, pyramid_norms)
+        shapes = layouts.weight_shapes(
+            variant, classes if include_top else 0, options.input_shape[-1], pyramid_norms
+        )
         may_lack: tuple[str, ...] = ()
         may_hold: tuple[str, ...] = () if include_top else ("head", "pre_logits")
         if include_top and new_head:
