@@ -1,6 +1,7 @@
 """The page that classifies pictures: headless Chromium opens it from the disk, drops files and reads it."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -138,7 +139,8 @@ class Tab:
 
     def pixels(self, content, **settings):
         """What the page would give to a model, uint8 (H, W, C)."""
-        settings = {"channels": 3, "height": SIZE, "width": SIZE, **web_page._PREPARATION, **settings}
+        defaults = dataclasses.asdict(Preprocessing(SIZE))
+        settings = {"channels": 3, "height": SIZE, "width": SIZE, **defaults, **settings}
         found = self.tab.evaluate(
             """async ([content, settings]) => {
                 const bytes = Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
