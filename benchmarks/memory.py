@@ -17,7 +17,6 @@ so that it is left out there.
 """
 
 import argparse
-import dataclasses
 import gc
 import importlib.metadata
 import itertools
@@ -159,34 +158,34 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
     import keras
     import numpy as np
 
-    from keras_convnext.distribution import collectives
+    from benchmarks import collectives
     from keras_convnext.training import run_state
     from keras_convnext.training.recipe_files import load_recipe
     from keras_convnext.training.tasks import classification
     from keras_convnext.variants import VARIANTS
 
     backend = keras.backend.backend()
-    recipe = dataclasses.replace(
-        load_recipe("smoke"),
-        architecture=variant,
-        batch_size=batch,
-        image_size=size,
-        eval_image_size=size,
-        precision=precision,
-        rematerialize=rematerialize,
-        layer_scale_init_value=VARIANTS[variant].layer_scale_init_value or 0.0,
-        drop_path_rate=0.1,
-    )
+    changes = {
+        "architecture": variant,
+        "batch_size": batch,
+        "image_size": size,
+        "eval_image_size": size,
+        "precision": precision,
+        "rematerialize": rematerialize,
+        "layer_scale_init_value": VARIANTS[variant].layer_scale_init_value or 0.0,
+        "drop_path_rate": 0.1,
+    }
+    recipe = load_recipe("smoke").replaced(changes)
 
     def built(recipe):
-        plan = run_state.Plan(recipe.batch_size, 1, 100, 100, 0)
+        plan = run_state.Plan(recipe.optimizer.batch_size, 1, 100, 100, 0)
         student, _ = classification.build_model(recipe, CLASSES)
         return classification.compile_model(recipe, student, plan), student
 
     def arrays(recipe):
-        shape = recipe.batch_size, recipe.image_size, recipe.image_size, 3
+        shape = recipe.optimizer.batch_size, recipe.model.image_size, recipe.model.image_size, 3
         images = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
-        return images, np.eye(CLASSES, dtype="float32")[np.arange(recipe.batch_size)]
+        return images, np.eye(CLASSES, dtype="float32")[np.arange(recipe.optimizer.batch_size)]
 
     with run_state.settings_of(recipe):
         if backend == "jax":
@@ -194,10 +193,8 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
             sizes = collectives.compiled_step(model, *arrays(recipe)).memory_analysis()
             shared = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
             return {"measured": shared + sizes.temp_size_in_bytes, "resident": None}
-        small = dataclasses.replace(
-            recipe, architecture="test_convnext2", batch_size=2, image_size=32, eval_image_size=32,
-            layer_scale_init_value=1e-6,
-        )  # fmt: skip
+        tiny = {"architecture": "test_convnext2", "batch_size": 2, "image_size": 32, "eval_image_size": 32}
+        small = recipe.replaced(tiny | {"layer_scale_init_value": 1e-6})
         model, _ = built(small)
         for _ in range(2):
             model.train_on_batch(*arrays(small))

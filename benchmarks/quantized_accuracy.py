@@ -17,6 +17,8 @@ PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 
 
 def main():
+    from keras_convnext._terminal import markdown_table
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,8 +30,7 @@ def main():
     options = parser.parse_args()
     rows = [row for run in options.runs for row in measured(run, options.images)]
     columns = ("model", "data", "images", "file", "MB", "top-1", "top-5", "same top-1 as the model", "change")
-    lines = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- |" + " ---: |" * 5]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines = markdown_table(columns, "<<><>>>>>", rows)
     text = "\n".join(["", facts(), "", *lines, ""]).lstrip()
     print(text)
     if options.output:
@@ -49,23 +50,22 @@ def measured(run, num_images):
     from keras_convnext.predictor import open_predictor
     from keras_convnext.training import recipe_files
     from keras_convnext.training.tasks import classification
-    from keras_convnext.weights.resolve import resolve
 
     settings = recipe_files.load_recipe(run / "recipe.toml")
     training, validation = classification.open_data(settings)
     opened = open_predictor(
-        settings.architecture,
+        settings.model.architecture,
         run / "final.safetensors",
-        image_size=settings.eval_image_size,
+        image_size=settings.evaluation.eval_image_size,
         classifier_activation=None,
     )
-    prepared = classification.evaluated_images(settings, resolve(settings.architecture, None))
+    prepared = settings.evaluation.preprocessing
     pixels = calibration_pixels(training, prepared, num_images)
 
     def score(model):
         return evaluate(model, validation, preprocessing=prepared, progress=False)
 
-    name, data = settings.architecture, pathlib.Path(settings.data).name
+    name, data = settings.model.architecture, pathlib.Path(settings.data.source).name
     plain = score(opened.model)
     size = 4 * opened.model.count_params() / 1e6
     rows = [[name, data, f"{len(plain.numbers):,}", "Keras", f"{size:.2f}", *scores(plain), "", ""]]

@@ -130,8 +130,6 @@ def trained(training, held_out, chosen, options):
     from keras_convnext.data import batches
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.training.recipe_files import load_recipe
-    from keras_convnext.training.tasks import classification
-    from keras_convnext.weights.resolve import resolve
 
     recipe = load_recipe(RECIPE)
     size = chosen[1]
@@ -139,20 +137,10 @@ def trained(training, held_out, chosen, options):
     def stream():
         return batches.train_batches(
             training,
-            batch_size=recipe.batch_size,
+            batch_size=recipe.optimizer.batch_size,
             image_size=size,
             seed=options.seed,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            interpolation=recipe.interpolation,
-            flip=recipe.flip,
-            policy=recipe.policy,
-            erase=recipe.erase,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            mix_probability=recipe.mix_probability,
-            switch_probability=recipe.switch_probability,
-            label_smoothing=recipe.label_smoothing,
+            augmentation=recipe.augmentation,
         )
 
     def fit(steps):
@@ -174,16 +162,15 @@ def trained(training, held_out, chosen, options):
     steps = max(2, round(60 * options.minutes / statistics.median(seconds)))
     model, loss, ends = fit(steps)
     lasted = (ends[-1] - ends[0]) * steps / (steps - 1)  # without the compilation in the first step
-    side = model.input_shape[1] or 224
-    preprocessing = classification.evaluated_images(recipe, resolve(recipe.architecture, None)).at(side)
+    preprocessing = recipe.evaluation.preprocessing.at(model.input_shape[1] or 224)
     result = evaluate(model, held_out, preprocessing=preprocessing, limit=options.limit, progress=False)
     maps = [keras.ops.shape(model.get_layer(name).output)[1] for name in ("stages_0_0", "stages_3_0")]
     return {
         "first_map": maps[0],
         "last_map": maps[1],
         "steps": steps,
-        "epochs": f"{steps * recipe.batch_size / len(training):.2f}",
-        "images_per_second": f"{steps * recipe.batch_size / lasted:.0f}",
+        "epochs": f"{steps * recipe.optimizer.batch_size / len(training):.2f}",
+        "images_per_second": f"{steps * recipe.optimizer.batch_size / lasted:.0f}",
         "loss": f"{loss:.4f}",
         "top1": f"{result.top1:.2f}",
         "top5": f"{result.top5:.2f}",
@@ -208,7 +195,7 @@ def build(chosen, recipe, classes, steps):
     model.compile(
         optimizer.AdamW(
             schedule.WarmupCosine(LEARNING_RATE, steps, warmup_steps=round(WARMUP * steps)),
-            recipe.weight_decay,
+            recipe.optimizer.weight_decay,
         ),
         keras.losses.CategoricalCrossentropy(from_logits=True),
     )

@@ -4,14 +4,17 @@ TAG is "<architecture>.<data set>". The weights are those of the last RUN's fina
 where the recipe has one); runs before it are those it started from, in order. The file is evaluated on the
 held-out images of the run, and so are the float32 weights; it is refused where rounding to float16 costs more
 than 0.05 points. The program writes keras_convnext/weights/packaged/TAG.safetensors, benchmarks/runs/TAG.json
-and, next to that, the log, curves and resolved recipe of each run. It prints the entry for
-keras_convnext/weights/catalog_rows.py.
+and, next to that, the log, curves and resolved recipe of each run. It prints the row for
+keras_convnext/weights/catalog.csv.
 
     python benchmarks/ship_weights.py convnextv2_atto.tiny_imagenet200 runs/first runs/second
 """
 
 import argparse
+import csv
+import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 import shutil
@@ -24,6 +27,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_LOSS = 0.05  # points of top-1
 MAX_BYTES = 8_000_000
+TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
 LICENCE = (
     "Weights trained on photographs of ImageNet, which are for non-commercial research and education; "
     "for research use."
@@ -69,7 +73,7 @@ def ship(
     from keras_convnext.training import logs, recipe_files
     from keras_convnext.training.tasks import classification
     from keras_convnext.variants import VARIANTS
-    from keras_convnext.weights import assign, layouts, preprocessing_metadata, resolve, safetensors_files
+    from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files
 
     for run in runs:
         if not (run / "final.safetensors").exists():
@@ -77,14 +81,14 @@ def ship(
     run = runs[-1]
     settings = recipe_files.load_recipe(run / "recipe.toml", {"data": data} if data else None)
     architecture, _, dataset = tag.partition(".")
-    if architecture != settings.architecture or not dataset:
-        raise ValueError(f"Expected a tag '{settings.architecture}.<data set>', received {tag!r}.")
+    if architecture != settings.model.architecture or not dataset:
+        raise ValueError(f"Expected a tag '{settings.model.architecture}.<data set>', received {tag!r}.")
     _, validation = classification.open_data(settings)
-    preprocessing = classification.evaluated_images(settings, resolve.resolve(architecture, None))
+    preprocessing = classification.Classification(settings).preprocessing
 
     def score(file: pathlib.Path) -> tuple[Any, Any]:
         opened = predictor.open_predictor(
-            architecture, file, image_size=settings.eval_image_size, classifier_activation=None
+            architecture, file, image_size=settings.evaluation.eval_image_size, classifier_activation=None
         )
         return opened, evaluate(opened.model, validation, preprocessing=preprocessing)
 
@@ -125,7 +129,7 @@ def ship(
         "tag": tag,
         "dataset": dataset,
         "classes": opened.model.output_shape[-1],
-        "image_size": settings.eval_image_size,
+        "image_size": settings.evaluation.eval_image_size,
         "parameters": opened.model.count_params(),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -148,11 +152,9 @@ def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict])
     from keras_convnext.training import recipe_files
 
     settings = recipe_files.load_recipe(run / "recipe.toml")
-    weights = pathlib.Path(settings.weights).name
-    settings = recipe_files.replaced(
-        settings, {"data": "", "weights": f"FOLDER/{weights}" if weights else ""}
-    )
-    replace(target / f"{name}.toml", recipe_files.to_toml(settings).encode())
+    weights = pathlib.Path(settings.model.weights).name
+    settings = settings.replaced({"data": "", "weights": f"FOLDER/{weights}" if weights else ""})
+    replace(target / f"{name}.toml", settings.to_toml().encode())
     for source, ending in (("log.csv", "csv"), ("curves.png", "png")):
         shutil.copyfile(run / source, target / f"{name}.{ending}")
     environment = json.loads((run / "environment.json").read_text())
@@ -162,9 +164,9 @@ def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict])
     last = rows[-1]
     return {
         "name": name,
-        "epochs": settings.epochs,
-        "image_size": settings.image_size,
-        "seed": settings.seed,
+        "epochs": settings.optimizer.epochs,
+        "image_size": settings.model.image_size,
+        "seed": settings.run.seed,
         "training_images": images,
         "hours": round(hours, 2),
         "final": {key: round(last[key], 4) for key in last if "top" in key or "loss" in key},
@@ -181,9 +183,29 @@ def replace(path: pathlib.Path, content: bytes) -> None:
 
 def row_text(record: dict[str, Any]) -> str:
     """The row for the table of weight files."""
-    cells = [record[key] for key in ("tag", "dataset", "classes", "image_size", "sha256", "top1", "top5")]
-    note = f"trained here, {record['parameters']:,} weights; for research"
-    return f"    _packaged({', '.join(repr(cell) for cell in [*cells, note])}),"
+    from keras_convnext.weights.published import IMAGENET_MEAN, IMAGENET_STD, Checkpoint
+
+    tag = record["tag"]
+    cells = {
+        name: record[name] for name in ("tag", "dataset", "classes", "image_size", "sha256", "top1", "top5")
+    }
+    cells |= {
+        "architecture": tag.partition(".")[0],
+        "layout": "timm",
+        "crop": 1.0,
+        "resize_mode": "shorter_side",
+        "interpolation": "bicubic",
+        "mean": " ".join(map(str, IMAGENET_MEAN)),
+        "std": " ".join(map(str, IMAGENET_STD)),
+        "licence": "research-only",
+        "score_source": f"measured here on {record['dataset']}: benchmarks/runs/{tag}.json",
+        "note": f"trained here, {record['parameters']:,} weights; for research, terms in {TERMS}",
+        "packaged": f"{tag}.safetensors",
+    }
+    text = io.StringIO()
+    columns = [field.name for field in dataclasses.fields(Checkpoint)]
+    csv.DictWriter(text, columns, lineterminator="").writerow(cells)
+    return text.getvalue()
 
 
 if __name__ == "__main__":

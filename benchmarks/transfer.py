@@ -217,7 +217,7 @@ def trained(source, key, steps, weights, line):
         classes=len(source.classes),
         classifier_activation=None,
         input_shape=(images.image_size, images.image_size, 3),
-        drop_path_rate=recipe.drop_path_rate,
+        drop_path_rate=recipe.model.drop_path_rate,
         seed=seed,
         new_head=True if tuned else None,
     )
@@ -235,18 +235,8 @@ def trained(source, key, steps, weights, line):
         batch_size=BATCH_SIZE,
         image_size=images.image_size,
         seed=seed,
-        scale=recipe.crop_scale,
-        ratio=recipe.crop_ratio,
-        interpolation=recipe.interpolation,
-        flip=recipe.flip,
-        policy=recipe.policy,
-        color_jitter=recipe.color_jitter,
-        erase=recipe.erase,
-        mixup=recipe.mixup,
-        cutmix=recipe.cutmix,
-        label_smoothing=recipe.label_smoothing,
-        mean=images.mean,
-        std=images.std,
+        augmentation=recipe.augmentation,
+        normaliser=(images.mean, images.std),
     )
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: line.show(step + 1))
     history = model.fit(stream, steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=[watch])

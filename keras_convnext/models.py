@@ -165,10 +165,7 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
         )
     else:
         block = functools.partial(convnext.ConvNeXtV2Block, **settings)
-    if variant.isotropic:
-        stages = [convnext.isotropic_body(x, variant, block, options.drop_path_rate, options.seed)]
-    else:
-        stages = convnext.body(x, variant, block, options.output_stride, options.drop_path_rate, options.seed)
+    stages = convnext.body(x, variant, block, options.output_stride, options.drop_path_rate, options.seed)
 
     if options.pyramid_norms:
         outputs = {

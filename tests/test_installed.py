@@ -27,14 +27,14 @@ from keras_convnext.data import sources
 from keras_convnext.training import recipe_files
 
 folder = recipe_files.recipes_folder()
-digits = sources.open_source(recipe_files.load_recipe("smoke").data, "train")
+digits = sources.open_source(recipe_files.load_recipe("smoke").data.source, "train")
 flowers = sources.open_source(folder / "flowers")
 print(json.dumps({
     "package": keras_convnext.__file__,
     "folder": str(folder),
     "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
     "recipes": {
-        name: recipe_files.to_toml(recipe_files.load_recipe(name)).replace(str(folder), "RECIPES")
+        name: recipe_files.load_recipe(name).to_toml().replace(str(folder), "RECIPES")
         for name in recipe_files.known_recipes() if name not in ("knn", "linear_probe")
     },
     "digits": [len(digits), digits.read(7).hex()],
@@ -126,6 +126,7 @@ def test_a_wheel_holds_recipes_weights_and_licences_and_no_programs(wheel, check
         "data/photos/README.md",
         "data/photos/coffee.jpg",
         "exporting/web/onnxruntime_licence.txt",
+        "weights/catalog.csv",
         "weights/packaged/convnextv2_atto.tiny_imagenet200.safetensors",
     } <= inside
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]

@@ -1,4 +1,4 @@
-"""Makes the tables of README.md and keras_convnext/README.md from those of the package.
+"""Makes the tables of README.md, keras_convnext/README.md and recipes/README.md from those of the package.
 
     python tools/make_tables.py
 
@@ -10,16 +10,20 @@ import pathlib
 import sys
 
 from keras_convnext import models
+from keras_convnext._settings import range_words
 from keras_convnext.evaluation.results import IMAGENET_VALIDATION, read_results
+from keras_convnext.training.recipe import Recipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PACKAGE_README = ROOT / "keras_convnext" / "README.md"
+RECIPES_README = ROOT / "recipes" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results.csv"  # rows of `keras-convnext evaluate`
 TABLE = ("<!-- table: python tools/make_tables.py -->\n", "<!-- end of table -->")
 SIZES = ("<!-- sizes: python tools/make_tables.py -->\n", "<!-- end of sizes -->")
+KEYS = ("<!-- keys: python tools/make_tables.py -->\n", "<!-- end of keys -->")
 SIZE_NAMES = ("Atto", "Femto", "Pico", "Nano", "Tiny", "Small", "Base", "Large", "XLarge", "Huge")
 
 
@@ -113,6 +117,18 @@ def sizes() -> str:
     return "\n".join(lines) + f"\n\nNC: not for commercial use ({restricted}). The others: {free}.\n"
 
 
+def keys() -> str:
+    """The keys of a recipe in Markdown, with the table that each stands in."""
+    rows = ["| key | value | what it is |", "|---|---|---|"]
+    table = ""
+    for name, field in Recipe.fields().items():
+        before, (table, _, key) = table, name.rpartition(".")
+        if table != before:
+            rows.append(f"| **[{table}]** | | |")
+        rows.append(f"| `{key}` | {range_words(field)} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
 def between(text, marks):
     """What stands between the two comments."""
     if [text.count(mark) for mark in marks] != [1, 1]:
@@ -125,8 +141,13 @@ def renewed(text, marks, content):
     return text.replace(marks[0] + between(text, marks) + marks[1], marks[0] + content + marks[1])
 
 
-def main(readme: pathlib.Path = README, package_readme: pathlib.Path = PACKAGE_README) -> int:
-    for path, marks, content in ((readme, SIZES, sizes()), (package_readme, TABLE, table())):
+def main(
+    readme: pathlib.Path = README,
+    package_readme: pathlib.Path = PACKAGE_README,
+    recipes_readme: pathlib.Path = RECIPES_README,
+) -> int:
+    pages = ((readme, SIZES, sizes()), (package_readme, TABLE, table()), (recipes_readme, KEYS, keys()))
+    for path, marks, content in pages:
         old = path.read_text()
         new = renewed(old, marks, content)
         if new != old:

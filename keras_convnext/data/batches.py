@@ -31,11 +31,13 @@ from keras_convnext.data.preprocessing import (
     Preprocessing,
     is_positive_integer,
 )
-from keras_convnext.data.stream import Draws, Order
-from keras_convnext.data.train_transform import Augment, Mix, RandomCrop
+from keras_convnext.data.stream import Draws, Order, Part
+from keras_convnext.data.train_transform import Augment, Augmentation, Mix, RandomCrop
 
 _PADDING = -1  # in place of an example's number
 _NEIGHBOURS = 8  # tried in place of an image that cannot be decoded
+
+_PAPERS, _WHOLE = Augmentation(), Part()
 
 
 def eval_batches(
@@ -149,44 +151,26 @@ def train_batches(
     *,
     batch_size: int,
     image_size: int | tuple[int, int] = 224,
+    augmentation: Augmentation = _PAPERS,
+    normaliser: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
     num_classes: int | None = None,
-    seed: int = 0,
-    start_batch: int = 0,
-    batches_per_epoch: int | None = None,
-    host: int = 0,
-    num_hosts: int = 1,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolation: str = "bicubic",
-    flip: float = 0.5,
-    policy: str = "rand-m9-mstd0.5-inc1",
-    color_jitter: float = 0.0,
-    erase: float = 0.25,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    mix_probability: float = 1.0,
-    switch_probability: float = 0.5,
     mix_group: int | None = None,
-    label_smoothing: float = 0.1,
-    repeats: int = 1,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    seed: int = 0,
+    part: Part = _WHOLE,
     dtype: str = "float32",
     faults: Faults | None = None,
     workers: int | None = None,
 ) -> Any:
     """Make batches for training, without end: random resized crop, flip, policy, erasing, mixup or cutmix.
 
-    The defaults are those of ConvNeXt's ImageNet-1k training (Liu et al. 2022, table 5, and the official
-    main.py). The order of the steps is timm's. An epoch is `batches_per_epoch` batches; each has its own
-    permutation of the examples, and what is left over is dropped. The stream has no end, so that no epoch
-    repeats another: `fit` needs `steps_per_epoch=steps_per_epoch(source, batch_size)`, or it runs forever.
+    The order of the steps is timm's. An epoch has its own permutation of the examples, and what is left over
+    of its batches is dropped. The stream has no end, so that no epoch repeats another: `fit` needs
+    `steps_per_epoch=steps_per_epoch(source, batch_size)`, or it runs forever.
 
     Place p of the order decides alone, with the seed, which example stands there and how it is changed. So
-    the stream is the same whatever the number of `workers`, is entered anywhere by `start_batch`, and
-    `num_hosts` hosts together make the batches of one host: host h has the h-th run of rows of each. Rows
-    2k and 2k + 1 are mixed with each other, where timm takes a batch and its reverse; the shuffle makes that
-    the same.
+    the stream is the same whatever the number of `workers`, is entered anywhere by `part.start_batch`, and
+    several hosts together make the batches of one. Rows 2k and 2k + 1 are mixed with each other, where timm
+    takes a batch and its reverse; the shuffle makes that the same.
 
     An image that cannot be decoded is noted in `faults`, and the next example of the source that can be
     stands in for it.
@@ -195,32 +179,13 @@ def train_batches(
         source: what `sources.open_source` returns.
         batch_size: examples in a batch of all hosts together.
         image_size: of the result in pixels, one side of a square or (height, width).
+        augmentation: what is done to the images; the default is that of ConvNeXt's ImageNet-1k training (Liu
+            et al. 2022, table 5, and the official main.py).
+        normaliser: (mean, std) that the model begins with, in 0..1; the noise of erasing is normal after it.
         num_classes: length of the targets, at least that of the source's classes, which is the default.
-        seed: of order and augmentation, an integer from 0 up.
-        start_batch: batches of the stream that are left out at its beginning: all batches made so far, to
-            resume after an interruption.
-        batches_per_epoch: after how many batches the next permutation begins; default `steps_per_epoch`, the
-            most that an epoch has. Gradient accumulation makes some fewer: whole multiples of its steps.
-        host: number of this host, from 0 on.
-        num_hosts: hosts that share each batch.
-        scale: smallest and largest area of the crop, as fractions of the image.
-        ratio: smallest and largest width / height of the crop.
-        interpolation: "bicubic" or "bilinear", of the crop and of the policy's geometric operations.
-        flip: probability of exchanging left and right.
-        policy: RandAugment, AutoAugment or TrivialAugment as `augment.policies.parse_policy` reads it, or
-            "none".
-        color_jitter: strength of brightness, contrast and saturation jitter, 0 for none.
-        erase: probability of random erasing with normal noise in each pixel.
-        mixup: alpha of mixup's Beta distribution, 0 for none.
-        cutmix: alpha of cutmix's Beta distribution, 0 for none.
-        mix_probability: of mixing a group at all.
-        switch_probability: of cutmix where both are on.
         mix_group: images that share one draw of mixing; default all of a batch, on whatever hosts they are.
-        label_smoothing: share of the target that is divided among all classes, 0 to 1.
-        repeats: times that an example stands in succession, with different augmentation (repeated
-            augmentation, Hoffer et al. 2020); the epoch keeps its length and sees fewer examples.
-        mean, std: of the normaliser that the model begins with, in 0..1; the noise of erasing is normal
-            after it.
+        seed: of order and augmentation, an integer from 0 up.
+        part: where the stream is entered and how it is shared among hosts; default all of it, from its start.
         dtype: "float32", or "uint8" to round and clip, for a quarter of the memory.
         faults: collects images that cannot be decoded; the default is a new collection.
         workers: blocks of images in work at a time; the default is the number of CPU cores.
@@ -228,7 +193,7 @@ def train_batches(
     Returns:
         `tf.data.Dataset` without end of (images, targets): `dtype` (n, height, width, 3), RGB, 0 to 255
         (noise in float32 goes beyond), and float32 (n, num_classes), each row with the sum 1; n is
-        batch_size / num_hosts. Iterating raises `tf.errors.OpError` with the text of `DataError` when
+        batch_size / part.num_hosts. Iterating raises `tf.errors.OpError` with the text of `DataError` when
         `faults.check` does.
 
     Raises:
@@ -236,22 +201,11 @@ def train_batches(
             received and the ones allowed.
     """
     size = Preprocessing(image_size).size
-    order = _order(source, batch_size, batches_per_epoch, start_batch, host, num_hosts, seed, repeats)
-    crop = RandomCrop(size, scale, ratio, interpolation, flip)
-    augment = Augment(size, policy, interpolation, color_jitter, erase, mean, std, dtype, seed)
-    mix = Mix(
-        size,
-        _num_targets(source, num_classes),
-        batch_size,
-        mix_group,
-        mixup,
-        cutmix,
-        mix_probability,
-        switch_probability,
-        label_smoothing,
-        seed,
-    )
-    _check_pairs(mix.unit, order.rows_a_batch, batch_size, num_hosts)
+    order = _order(source, batch_size, part, seed, augmentation.repeats)
+    crop = RandomCrop(size, augmentation)
+    augment = Augment(size, augmentation, *normaliser, dtype, seed)
+    mix = Mix(size, _num_targets(source, num_classes), batch_size, mix_group, augmentation, seed)
+    _check_pairs(mix.unit, order.rows_a_batch, batch_size, part.num_hosts)
     leave_accelerators()
     faults = Faults(source) if faults is None else faults
     plan, fast, slow = _training_examples(source, order, crop, augment, mix, faults)
@@ -264,36 +218,26 @@ def train_batches(
     return finished(batches.map(without_faults).apply(endless), workers)
 
 
-def _order(
-    source: Source,
-    batch_size: int,
-    batches_per_epoch: int | None,
-    start_batch: int,
-    host: int,
-    num_hosts: int,
-    seed: int,
-    repeats: int,
-) -> Order:
+def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int) -> Order:
     """Return the order of the examples, after a check of the arguments of `train_batches` that make it."""
     _check_count("batch_size", batch_size)
-    _check_count("repeats", repeats)
-    _check_host(host, num_hosts)
+    _check_host(part.host, part.num_hosts)
     most = steps_per_epoch(source, batch_size)
-    batches_per_epoch = most if batches_per_epoch is None else batches_per_epoch
+    batches_per_epoch = most if part.batches_per_epoch is None else part.batches_per_epoch
     _check_count("batches_per_epoch", batches_per_epoch)
     if batches_per_epoch > most:
         raise ValueError(
             f"Expected batches_per_epoch of at most {most}, which '{source.path}' has at batch_size="
             f"{batch_size}, received {batches_per_epoch}."
         )
-    if batch_size % num_hosts:
+    if batch_size % part.num_hosts:
         raise ValueError(
-            f"Expected batch_size to be a multiple of num_hosts, received {batch_size} and {num_hosts}. "
-            f"The nearest is {round(batch_size / num_hosts) * num_hosts}."
+            f"Expected batch_size to be a multiple of num_hosts, received {batch_size} and "
+            f"{part.num_hosts}. The nearest is {round(batch_size / part.num_hosts) * part.num_hosts}."
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"Expected seed to be an integer from 0 up, received {seed!r}.")
-    return Order(len(source), batches_per_epoch, batch_size, start_batch, host, num_hosts, seed, repeats)
+    return Order(len(source), batches_per_epoch, batch_size, part, seed, repeats)
 
 
 def _training_examples(

@@ -12,13 +12,21 @@ from keras_convnext.data import batches, preprocess
 from keras_convnext.data.augment import erase_and_mix, policies
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from keras_convnext.data.train_transform import Augmentation
 
 MAGNITUDES = (0, 2, 4, 6, 8, 10)
 _TILE, _GAP, _LINE = 112, 6, 14  # pixels
 _COLUMNS = 8
 
 
-def draw(source: Source, output: str | os.PathLike[str], *, seed: int = 0, **options: Any) -> None:
+def draw(
+    source: Source,
+    output: str | os.PathLike[str],
+    *,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008
+    seed: int = 0,
+    **options: Any,
+) -> None:
     """Write a contact sheet as PNG.
 
     Above stands one image under each operation of the policy, from magnitude 0 to 10, then erased; below the
@@ -27,23 +35,24 @@ def draw(source: Source, output: str | os.PathLike[str], *, seed: int = 0, **opt
     Args:
         source: what `sources.open_source` returns.
         output: path of the PNG; it appears whole or not at all.
+        augmentation: what is drawn.
         seed: of the batch, and of the choice of the image above.
-        **options: of `batches.train_batches`, such as policy or mixup.
+        **options: of `batches.train_batches`, such as image_size.
 
     Raises:
         ValueError: an option is wrong, or the source has fewer than two images.
         OSError: the picture cannot be written.
     """
-    policy = policies.parse_policy(options.get("policy", "rand-m9-mstd0.5-inc1"))
+    policy = policies.parse_policy(augmentation.policy)
     levels = policy.levels if isinstance(policy, policies.RandAugment) else policies.RandAugment().levels
     count = min(4 * _COLUMNS, len(source) // 2 * 2)
     if not count:
         raise ValueError(f"Expected at least two images to draw, received {len(source)} in '{source.path}'.")
     # Pairs, so that as many mixtures as possible are seen.
     options = {"batch_size": count, "seed": seed, "dtype": "uint8", "mix_group": 2, **options}
-    images, targets = next(iter(batches.train_batches(source, **options)))
-    plain = {"policy": "none", "erase": 0, "mixup": 0, "cutmix": 0, "color_jitter": 0}
-    sample = next(iter(batches.train_batches(source, **{**options, **plain})))[0][0].numpy()
+    images, targets = next(iter(batches.train_batches(source, augmentation=augmentation, **options)))
+    plain = augmentation.replaced({"policy": "none", "erase": 0, "mixup": 0, "cutmix": 0, "color_jitter": 0})
+    sample = next(iter(batches.train_batches(source, augmentation=plain, **options)))[0][0].numpy()
     sheets = [_operations(sample, levels), _batch(images.numpy(), targets.numpy(), source.classes)]
     sheet = Image.new(
         "RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), "white"

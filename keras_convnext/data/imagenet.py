@@ -15,11 +15,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
 from keras_convnext.data.index import (
     MAX_NUMBERED_CLASSES,
     IndexBuilder,
-    Progress,
     Source,
     SourceError,
     cached_index,
@@ -193,9 +193,11 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
 
 
 def _scan_train_tar(path: str) -> Source:
-    columns = IndexBuilder()
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    columns, size = IndexBuilder(), os.path.getsize(path)
+    with (
+        open(path, "rb", buffering=0) as file,
+        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
+    ):
         tars = list(_members(file, 0, size, path))
         wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
         if wrong or not tars:
@@ -205,7 +207,6 @@ def _scan_train_tar(path: str) -> Source:
             )
         synsets = [os.path.basename(tar.name).removesuffix(".tar") for tar in tars]
         classes = sorted(set(synsets))
-        progress = Progress(f"Indexing {path}", size)
         for synset, tar in zip(synsets, tars, strict=True):
             label, before = classes.index(synset), len(columns.labels)
             for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
@@ -216,24 +217,23 @@ def _scan_train_tar(path: str) -> Source:
                         f"'{name}'. Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
                     )
                 columns.add(0, member.offset_data, member.size, label, f"{synset}/{name}")
-                progress.show(member.offset_data, len(columns.labels))
+                progress.show(member.offset_data, lambda: f"{len(columns.labels)} images, {progress.text()}")
             if len(columns.labels) == before:
                 raise SourceError(
                     f"Expected images in {synset}.tar of '{path}', found none. Download it again."
                 )
-        progress.close()
     return columns.source(path, "tar", [path], classes)
 
 
 def _scan_validation_tar(path: str) -> Source:
-    columns = IndexBuilder()
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        progress = Progress(f"Indexing {path}", size)
+    columns, size = IndexBuilder(), os.path.getsize(path)
+    with (
+        open(path, "rb", buffering=0) as file,
+        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
+    ):
         for member in _members(file, 0, size, path):
             columns.add(0, member.offset_data, member.size, 0, os.path.basename(member.name))
-            progress.show(member.offset_data, len(columns.labels))
-        progress.close()
+            progress.show(member.offset_data, lambda: f"{len(columns.labels)} images, {progress.text()}")
     if not columns.labels:
         raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
     return columns.source(path, "tar", [path], [])
@@ -265,8 +265,8 @@ def _published_validation_labels() -> tuple[list[str], str]:
             with open(path, encoding="utf-8") as file:
                 return file.read().split(), path
     raise SourceError(
-        "Expected the labels of ImageNet's validation images, which the package tensorflow-datasets "
-        "carries, but it is not installed. Run pip install 'keras-convnext[data]', or pass labels."
+        "Expected the labels of ImageNet's validation images, which the package tensorflow-datasets carries, "
+        "but it is not installed. Run pip install tensorflow-datasets importlib_resources, or pass labels."
     )
 
 

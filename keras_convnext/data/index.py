@@ -6,20 +6,18 @@ large files is kept on disk.
 
 import array
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
 import sys
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from keras_convnext._environment import is_set
 from keras_convnext._files import replacing_file
+from keras_convnext._messages import near_names
 from keras_convnext.data.preprocess import IMAGE_SUFFIXES
 
 INDEX_VERSION = 1
@@ -103,11 +101,10 @@ def with_classes(source: Source, classes: list[str]) -> Source:
     if unknown and are_numbers and len(source.classes) <= len(classes):
         return dataclasses.replace(source, classes=classes)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], classes, 1)
-        suggestion = f" Near '{unknown[0]}' is '{near[0]}'." if near else ""
         raise SourceError(
             f"Expected the classes of '{source.path}' among the {len(classes)} given, such as "
-            f"{first_few(classes)}; {len(unknown)} are not: {first_few(unknown)}.{suggestion}"
+            f"{first_few(classes)}; {len(unknown)} are not: {first_few(unknown)}."
+            f"{near_names(unknown[0], classes, 1)}"
         )
     numbers = np.full(len(source.classes), -1, np.int32)
     numbers[present] = [positions[source.classes[number]] for number in present]
@@ -254,36 +251,6 @@ def read_json(folder: str, name: str) -> dict:
 def first_few(names: Sequence[str]) -> str:
     """Lists the first names of many."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-class Progress:
-    """One line on stderr that is rewritten while files are read; nothing where stderr is no terminal."""
-
-    def __init__(self, title: str, total_bytes: int) -> None:
-        self.title = title
-        self.total_bytes = total_bytes
-        self.begin = self.shown = time.monotonic()
-        self.is_watched = sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
-
-    def show(self, done_bytes: int, images: int) -> None:
-        now = time.monotonic()
-        if not self.is_watched or now - self.shown < 0.5:
-            return
-        self.shown = now
-        seconds = now - self.begin
-        left = seconds * (self.total_bytes / max(done_bytes, 1) - 1)
-        print(
-            f"\r{self.title}: {done_bytes / max(self.total_bytes, 1):4.0%}, {images} images, "
-            f"{images / seconds:.0f} images/s, {done_bytes / seconds / 1e6:.0f} MB/s, {left / 60:.0f} min "
-            "left \033[K",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self.is_watched and self.shown > self.begin:
-            print(file=sys.stderr)
 
 
 def _digest(value: object) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
 from keras_convnext.data.index import (
     INDEX_VERSION,
     MANIFEST,
     IndexBuilder,
-    Progress,
     Source,
     SourceError,
     cached_index,
@@ -198,30 +198,31 @@ def _scan_records(
     columns = IndexBuilder()
     synsets: dict[str, int] = {}
     sizes = np.cumsum([0, *map(os.path.getsize, files)])
-    progress = Progress(f"Indexing {path}", int(sizes[-1]))
-    for number, file, content, features in examples(files):
-        has_synset = image is None and "image/class/synset" in features
-        image_name = image or ("image/encoded" if "image/encoded" in features else "image")
-        label_name = label or ("image/class/label" if "image/class/label" in features else "label")
-        text_name = name or ("image/filename" if "image/filename" in features else "file_name")
-        start, length = _one(feature_values(features, image_name, file), tuple, image_name, file)
-        value = _one(feature_values(features, label_name, file), int, label_name, file)
-        if columns.labels and has_synset != bool(synsets):
-            raise SourceError(
-                f"Expected the feature 'image/class/synset' in every record of '{path}', or in none."
+    with Progress(f"Indexing {os.path.basename(path)}", int(sizes[-1]), "MB") as progress:
+        for number, file, content, features in examples(files):
+            has_synset = image is None and "image/class/synset" in features
+            image_name = image or ("image/encoded" if "image/encoded" in features else "image")
+            label_name = label or ("image/class/label" if "image/class/label" in features else "label")
+            text_name = name or ("image/filename" if "image/filename" in features else "file_name")
+            start, length = _one(feature_values(features, image_name, file), tuple, image_name, file)
+            value = _one(feature_values(features, label_name, file), int, label_name, file)
+            if columns.labels and has_synset != bool(synsets):
+                raise SourceError(
+                    f"Expected the feature 'image/class/synset' in every record of '{path}', or in none."
+                )
+            if has_synset:
+                first, size = _one(features["image/class/synset"], tuple, "image/class/synset", file)
+                value = synsets.setdefault(content[first : first + size].decode("utf-8"), len(synsets))
+            if not -1 <= value < 1 << 31:
+                raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {value}.")
+            text = f"{os.path.basename(file)}@{start}"
+            if text_name in features:
+                first, size = _one(features[text_name], tuple, text_name, file)
+                text = content[first : first + size].decode("utf-8", "surrogateescape")
+            columns.add(number, start, length, value, text)
+            progress.show(
+                int(sizes[number]) + start, lambda: f"{len(columns.labels)} images, {progress.text()}"
             )
-        if has_synset:
-            first, size = _one(features["image/class/synset"], tuple, "image/class/synset", file)
-            value = synsets.setdefault(content[first : first + size].decode("utf-8"), len(synsets))
-        if not -1 <= value < 1 << 31:
-            raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {value}.")
-        text = f"{os.path.basename(file)}@{start}"
-        if text_name in features:
-            first, size = _one(features[text_name], tuple, text_name, file)
-            text = content[first : first + size].decode("utf-8", "surrogateescape")
-        columns.add(number, start, length, value, text)
-        progress.show(int(sizes[number]) + start, len(columns.labels))
-    progress.close()
     if not columns.labels:
         raise SourceError(f"Expected images in '{path}', found no record in {len(files)} files.")
     classes = sorted(synsets)

@@ -6,7 +6,6 @@ Only NumPy and the standard library are used; neither TensorFlow nor TensorFlow 
 """
 
 import dataclasses
-import difflib
 import glob
 import hashlib
 import math
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from keras_convnext._messages import near_names
 from keras_convnext.data.imagenet import TARS, VALIDATION_NAME, open_tar, split_of_tar, with_labels
 from keras_convnext.data.index import (
     MANIFEST,
@@ -290,11 +290,9 @@ def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | N
             return name
     if canonical == "validation" and "test" in splits:
         return "test"
-    names = [*map(str, splits), *SPLITS]
-    near = difflib.get_close_matches(split, names, 1) if canonical is None else []
-    suggestion = f" Did you mean '{near[0]}'?" if near else ""
+    near = near_names(split, [*map(str, splits), *SPLITS], 1) if canonical is None else ""
     missing = f" Put {TARS[canonical]} there." if canonical in TARS and splits.keys() <= TARS.keys() else ""
-    raise SourceError(f"No split '{split}' in '{path}'.{suggestion} Known: {known}.{missing}")
+    raise SourceError(f"No split '{split}' in '{path}'.{near} Known: {known}.{missing}")
 
 
 def _list_folder(path: str) -> tuple[list[str], list[str]]:

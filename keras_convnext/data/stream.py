@@ -4,6 +4,7 @@ Both are functions of the seed and of the place alone, so that the stream can be
 among any number of threads and hosts.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,34 @@ import tensorflow as tf
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of an endless stream of batches that is made.
+
+    Args:
+        start_batch: batches that are left out at the beginning: all made so far, to resume.
+        batches_per_epoch: after how many batches the next permutation begins; None for the most that an epoch
+            has. Gradient accumulation makes some fewer: whole multiples of its steps.
+        host: number of this host, from 0 on.
+        num_hosts: hosts that share each batch; host h has the h-th run of rows.
+    """
+
+    start_batch: int = 0
+    batches_per_epoch: int | None = None
+    host: int = 0
+    num_hosts: int = 1
+
+
 class Order:
     """Which example stands at each place of the endless stream, and which places are those of one host.
 
     A place counts the rows of all hosts. Of each batch, host h has the h-th run of rows.
 
     Args:
-        num_examples, batches_per_epoch: of the source, and of each permutation of it.
+        num_examples: of the source.
+        batches_per_epoch: of each permutation of it.
         batch_size: rows of all hosts together.
-        start_batch: batches that are left out at the beginning.
-        host, num_hosts: which host this is, from 0 on, and of how many.
+        part: where it begins and whose it is.
         seed: of the permutations.
         repeats: times that an example stands in succession.
 
@@ -30,20 +49,12 @@ class Order:
     """
 
     def __init__(
-        self,
-        num_examples: int,
-        batches_per_epoch: int,
-        batch_size: int,
-        start_batch: int,
-        host: int,
-        num_hosts: int,
-        seed: int,
-        repeats: int,
+        self, num_examples: int, batches_per_epoch: int, batch_size: int, part: Part, seed: int, repeats: int
     ) -> None:
         self.seed = seed
-        self.rows_a_batch = batch_size // num_hosts
+        self.rows_a_batch = batch_size // part.num_hosts
         self._skipped = batch_size - self.rows_a_batch
-        self._first_place = start_batch * batch_size + host * self.rows_a_batch
+        self._first_place = part.start_batch * batch_size + part.host * self.rows_a_batch
         self._last = num_examples - 1
         self._epoch_length = batches_per_epoch * batch_size
         self._repeats = repeats

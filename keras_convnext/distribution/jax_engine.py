@@ -149,15 +149,7 @@ class JaxEngine(Engine):
 
 
 def divided(images: np.ndarray) -> Any:
-    """Places a batch on the devices of this scope's engine; returns it as it is where there is none.
-
-    Args:
-        images: (n, ...), this process's rows. In a run of one process any n: where it cannot be divided every
-            device gets all.
-
-    Returns:
-        The same values, for a compiled function of the model.
-    """
+    """`choose.divided`. In a run of one process, where n rows cannot be divided, every device gets all."""
     strategy = keras.distribution.distribution()
     if strategy is None or len(images) * jax.process_count() % strategy.num_model_replicas:
         return images

@@ -346,14 +346,7 @@ def _train_step(model: Any, strategy: Any) -> Callable[[Any], dict[str, Any]]:
 
 
 def divided(images: np.ndarray) -> Any:
-    """Places a batch on this process's devices; returns it as it is outside the scope of an engine.
-
-    Args:
-        images: (n, ...), this process's rows.
-
-    Returns:
-        The same values, for the function that `forward` returns.
-    """
+    """`choose.divided`, for the function that `forward` returns."""
     if not tf.distribute.has_strategy():
         return images
     strategy = tf.distribute.get_strategy()

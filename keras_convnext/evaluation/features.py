@@ -15,19 +15,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 import sys
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
 
 from keras_convnext import predictor
 from keras_convnext._files import replacing_file
+from keras_convnext._settings import Count, FromZero, InsideOne, Settings, Share, key, one_of
+from keras_convnext._terminal import Progress
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
@@ -35,6 +36,46 @@ from keras_convnext.evaluation import classification, forward, result_columns
 
 _CACHE_VERSION = 1
 TRAIN_BLOCK = 65536
+
+
+class FeatureSettings(Settings):
+    """What an evaluation by features is of: the keys that k-NN and the linear probe share.
+
+    In Python all have defaults; a file has every key.
+    """
+
+    model: str = key(
+        'a tag, an architecture (its ImageNet weights), a weight file or a .keras file; "" where the '
+        "function is given a Keras model",
+        "",
+    )
+    weights: str = key('a weight file in place of the model\'s own; "" for none', "")
+    data: str = key('path of the images, see `sources.open_source`; "" where they are given', "")
+    train_split: str = key(
+        'split to compare with or train on; "" for "train", or all where the data has no splits', ""
+    )
+    val_split: str = key(
+        'split that is classified; "" for the data\'s validation or test split, or where there is none, for '
+        "a part held out of the training images",
+        "",
+    )
+    validation_fraction: InsideOne = key(
+        "that part, by class and seed (`sources.hold_out`); unused where the data has a split to classify",
+        0.2,
+    )
+    image_size: FromZero = key("side in pixels; 0 for that of the weights", 0)
+    crop: Share = key("`crop_fraction` of `Preprocessing`; 0 for that of the weights", 0.0)
+    resize_mode: Annotated[str, one_of((*RESIZE_MODES, ""))] = key(
+        'shorter_side or squash; "" for that of the weights', ""
+    )
+    resize_size: FromZero = key(
+        "pixels; 0 for that of the weights, or where a key above is set, from the crop", 0
+    )
+    interpolation: Annotated[str, one_of((*INTERPOLATIONS, ""))] = key(
+        'bicubic or bilinear; "" for that of the weights', ""
+    )
+    batch_size: Count = key("images of one forward pass", 64)
+    seed: FromZero = key("of the part held out, and of what a probe draws", 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +166,7 @@ class FeatureResult:
                 row["selection_top1"] = score.selection_top1
             scores.append(row)
         return self.environment | {
-            "settings": _as_json(dataclasses.asdict(self.settings)),
+            "settings": self.settings.model_dump(mode="json"),
             name: self.chosen,
             "top1": self.top1,
             "top5": self.top5,
@@ -163,7 +204,7 @@ def extract_features(
             of a file says of what it is, so that those of another model, of changed images, another order or
             another backend are never taken. A damaged file is made again.
         max_faults: share of the images that may be damaged, 0 to 1.
-        progress: whether to show progress on stderr when that is a terminal.
+        progress: whether to show progress on stderr.
 
     Returns:
         `Features`.
@@ -191,23 +232,22 @@ def extract_features(
                 return kept
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(source, preprocessing, batch_size=batch_size, faults=faults)
-    shown = forward.ImageProgress(len(source), progress)
     features, labels, numbers, count = [], [], [], 0
     try:
-        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
-        for index, (batch, values) in enumerate(outputs):
-            mask = batch["mask"]
-            kept_numbers = batch["numbers"][mask]
-            forward.check_outputs(values[mask], index, kept_numbers, source)
-            features.append(values[mask])
-            labels.append(batch["labels"][mask])
-            numbers.append(kept_numbers)
-            count += len(kept_numbers)
-            shown.show(count)
+        with Progress("features", len(source), is_wanted=progress) as shown:
+            outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
+            for index, (batch, values) in enumerate(outputs):
+                mask = batch["mask"]
+                kept_numbers = batch["numbers"][mask]
+                forward.check_outputs(values[mask], index, kept_numbers, source)
+                features.append(values[mask])
+                labels.append(batch["labels"][mask])
+                numbers.append(kept_numbers)
+                count += len(kept_numbers)
+                shown.show(count)
     except batches.tf.errors.OpError:
         faults.check()  # raises the DataError that tells what is wrong
         raise
-    shown.close()
     result = Features(
         np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
     )
@@ -380,47 +420,3 @@ def _write_cache(path: pathlib.Path, features: Features) -> None:
             f"'{path.parent}' cannot be written ({error.strerror}).",
             file=sys.stderr,
         )
-
-
-def check_common_settings(settings: Any) -> None:
-    """Checks what the settings of k-NN and of the linear probe have in common."""
-    check_share("validation_fraction", settings.validation_fraction)
-    check_share("crop", settings.crop, zero_for="that of the weights", up_to_one=True)
-    check_at_least("image_size", settings.image_size, 0)
-    check_at_least("resize_size", settings.resize_size, 0)
-    check_at_least("batch_size", settings.batch_size, 1)
-    check_at_least("seed", settings.seed, 0)
-    _check_choice("resize_mode", settings.resize_mode, RESIZE_MODES)
-    _check_choice("interpolation", settings.interpolation, INTERPOLATIONS)
-
-
-def check_at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Expected {name} to be a whole number from {least} up, received {value!r}.")
-
-
-def check_above_zero(name: str, value: object) -> None:
-    if not (is_number(value) and 0 < value < math.inf):  # type: ignore[operator]
-        raise ValueError(f"Expected {name} above 0, received {value!r}.")
-
-
-def check_share(name: str, value: object, zero_for: str = "", up_to_one: bool = False) -> None:
-    if zero_for and is_number(value) and value == 0:
-        return
-    if not (is_number(value) and (0 < value < 1 or (up_to_one and value == 1))):  # type: ignore[operator]
-        allowed = "above 0, up to 1" if up_to_one else "between 0 and 1, both excluded"
-        also = f", or 0 for {zero_for}" if zero_for else ""
-        raise ValueError(f"Expected {name} {allowed}{also}, received {value!r}.")
-
-
-def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value and value not in known:
-        raise ValueError(f"Unknown {name} {value!r}. Known: {', '.join(known)}.")
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

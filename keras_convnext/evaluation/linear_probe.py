@@ -1,38 +1,32 @@
 """Trains a linear classifier on the features of a frozen model, and measures its accuracy."""
 
-import dataclasses
-import io
 import math
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from keras import ops
+from pydantic import Field, Strict
 
-from keras_convnext._files import replacing_file
+from keras_convnext._settings import BelowOne, Count, InsideOne, NotNegative, Positive, key
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.evaluation import forward
 from keras_convnext.evaluation.features import (
     TRAIN_BLOCK,
     FeatureResult,
+    FeatureSettings,
     Score,
     both_features,
-    check_above_zero,
-    check_at_least,
-    check_common_settings,
-    check_share,
     full_precision,
-    is_number,
 )
 from keras_convnext.evaluation.results import percentage
 
 
-@dataclasses.dataclass(frozen=True)
-class LinearProbe:
-    """The settings of a linear probe, as plain values.
+class LinearProbe(FeatureSettings):
+    """The settings of a linear probe, as plain values: those of `FeatureSettings` and six more.
 
     Reference: facebookresearch/dinov2 at 05c66df, dinov2/eval/linear.py: SGD with momentum 0.9, no weight
     decay, a cosine to 0, kernels drawn with a deviation of 0.01, the best of many rates (given there per 256
@@ -40,61 +34,28 @@ class LinearProbe:
     of random crops, computed anew each epoch); the rate is chosen on a part of the training images (there: on
     the images that the score is of); a run has as many epochs of the data as are asked for.
 
-    Args:
-        model, weights, data, train_split, val_split, validation_fraction, image_size, crop, resize_mode,
-            resize_size, interpolation, batch_size: as in `NearestNeighbours`.
-        learning_rates: tuple of float above 0, the peak rates that are tried, at this `probe_batch_size`.
-            Default DINOv2's 13, 1e-5 to 0.1.
-        selection_fraction: float in (0, 1), share of the training images, by class and seed, that the rate is
-            chosen on. Then the classifier is trained on all of them with that rate.
-        epochs: int, passes over the training features. Default 100, as in facebookresearch/dino.
-        probe_batch_size: int, features of one step; all where there are fewer. Default 256.
-        momentum: float in [0, 1). Default 0.9.
-        weight_decay: float from 0 up, L2 penalty of the kernel. Default 0.
-        seed: int, of the parts held out, the first kernel and the order of the features.
-
     Raises:
-        ValueError: a value is outside its range; the message says which are allowed.
+        ValueError: values are outside their ranges; the message lists them.
 
     Example:
         LinearProbe(model="convnextv2_tiny.fcmae", data="flowers", epochs=20)
     """
 
-    model: str = ""
-    weights: str = ""
-    data: str = ""
-    train_split: str = ""
-    val_split: str = ""
-    validation_fraction: float = 0.2
-    image_size: int = 0
-    crop: float = 0.0
-    resize_mode: str = ""
-    resize_size: int = 0
-    interpolation: str = ""
-    learning_rates: tuple[float, ...] = (
-        1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1
-    )  # fmt: skip
-    selection_fraction: float = 0.1
-    epochs: int = 100
-    probe_batch_size: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_common_settings(self)
-        if not self.learning_rates:
-            raise ValueError("Expected one learning rate or more, received none. Pass (0.01,).")
-        for rate in self.learning_rates:
-            check_above_zero("learning_rates", rate)
-        check_share("selection_fraction", self.selection_fraction)
-        check_at_least("epochs", self.epochs, 1)
-        check_at_least("probe_batch_size", self.probe_batch_size, 1)
-        if not (is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ValueError(f"Expected momentum in [0, 1), received {self.momentum!r}. Pass 0.9.")
-        if not (is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
-            raise ValueError(f"Expected weight_decay from 0 up, received {self.weight_decay!r}. Pass 0.0.")
+    learning_rates: Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)] = key(
+        "peak rates that are tried, at this `probe_batch_size`; the default is DINOv2's 13",
+        (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+    )
+    selection_fraction: InsideOne = key(
+        "share of the training images, by class and seed, that the rate is chosen on; then the classifier is "
+        "trained on all of them with that rate",
+        0.1,
+    )
+    epochs: Count = key(
+        "passes over the training features; the default is that of facebookresearch/dino", 100
+    )
+    probe_batch_size: Count = key("features of one step; all where there are fewer", 256)
+    momentum: BelowOne = key("of SGD", 0.9)
+    weight_decay: NotNegative = key("L2 penalty of the kernel", 0.0)
 
 
 def linear_probe(
@@ -290,45 +251,3 @@ def linear_ranks(
         rows = slice(begin, begin + TRAIN_BLOCK)
         ranks[rows] = forward.label_ranks(features[rows] @ kernel + bias, labels[rows])
     return ranks
-
-
-def draw_rates(result: FeatureResult, path: str | os.PathLike[str]) -> None:
-    """Draws the accuracy of a linear probe against its learning rates, as a PNG.
-
-    Args:
-        result: what `linear_probe` returns.
-        path: the file to write.
-
-    Raises:
-        ValueError: the result is not that of a probe.
-        ImportError: matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
-    if not isinstance(result.settings, LinearProbe):
-        raise ValueError(
-            "Expected the result of linear_probe, received one of nearest_neighbours, which has no rates."
-        )
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError(
-            "The picture is drawn with matplotlib, which is not installed. Run "
-            "pip install 'keras-convnext[data]'."
-        ) from error
-    rates = [score.setting for score in result.scores]
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    selection = [score.selection_top1 for score in result.scores]
-    axes.plot(rates, np.array(selection, float), "o-", label="held out of training")
-    axes.plot(rates, [score.top1 for score in result.scores], "s--", label="evaluated images")
-    axes.axvline(result.chosen, color="0.6", linewidth=1, label=f"chosen: {result.chosen:g}")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("top-1 accuracy, %")
-    axes.set_title(f"Linear probe of {result.environment['model']}: {result.top1:.2f} %", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    with replacing_file(path) as file:
-        file.write(content.getvalue())

@@ -1,24 +1,23 @@
 """Classifies images by the k nearest neighbours of their features, which a frozen model gives."""
 
-import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from keras import ops
+from pydantic import Field, Strict
 
+from keras_convnext._settings import Count, Positive, key
 from keras_convnext.data.index import Source
 from keras_convnext.evaluation import forward
 from keras_convnext.evaluation.features import (
     TRAIN_BLOCK,
     FeatureResult,
+    FeatureSettings,
     Score,
     both_features,
-    check_above_zero,
-    check_at_least,
-    check_common_settings,
     full_precision,
 )
 from keras_convnext.evaluation.results import percentage
@@ -28,65 +27,23 @@ _EXACT_BLOCK = 16  # images whose candidates are ranked exactly at a time
 _QUERY_BLOCK = 1024  # images compared at a time, so that a block of similarities takes 256 MB
 
 
-@dataclasses.dataclass(frozen=True)
-class NearestNeighbours:
-    """The settings of a k-NN evaluation, as plain values.
+class NearestNeighbours(FeatureSettings):
+    """The settings of a k-NN evaluation, as plain values: those of `FeatureSettings` and two more.
 
     Reference: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
     (arXiv:1805.01978), section 3.4; numbers and temperature: facebookresearch/dino at 04c0ad9, eval_knn.py.
 
-    Args:
-        model: str, a tag, an architecture (its ImageNet weights), a weight file or a `.keras` file; "" where
-            the function is given a Keras model.
-        weights: str, a weight file in place of the model's own; "" for none.
-        data: str, path of the images, see `sources.open_source`; "" where the function is given sources.
-        train_split: str, split with the images that are compared with; "" for "train", or all where the data
-            has no splits.
-        val_split: str, split that is classified; "" for the data's validation or test split, or where there
-            is none, for a part held out of the training images.
-        validation_fraction: float in (0, 1), that part, by class and seed (`sources.hold_out`). Unused where
-            the data has a split to classify.
-        image_size: int, side in pixels; 0 for that of the weights.
-        crop: float in (0, 1], `crop_fraction` of `Preprocessing`; 0 for that of the weights.
-        resize_mode: "shorter_side" or "squash"; "" for that of the weights.
-        resize_size: int, pixels; 0 for that of the weights, or where a key above is set, from the crop.
-        interpolation: "bicubic" or "bilinear"; "" for that of the weights.
-        neighbours: tuple of int, the numbers of neighbours that vote. Default (10, 20, 100, 200), as DINO's;
-            20 is usually the best there.
-        temperature: float above 0, of a neighbour's vote exp(similarity / temperature). Default 0.07.
-        batch_size: int, images of one forward pass.
-        seed: int, of the part held out.
-
     Raises:
-        ValueError: a value is outside its range; the message says which are allowed.
+        ValueError: values are outside their ranges; the message lists them.
 
     Example:
         NearestNeighbours(model="convnext_tiny.dinov3_lvd1689m", data="flowers", neighbours=(20,))
     """
 
-    model: str = ""
-    weights: str = ""
-    data: str = ""
-    train_split: str = ""
-    val_split: str = ""
-    validation_fraction: float = 0.2
-    image_size: int = 0
-    crop: float = 0.0
-    resize_mode: str = ""
-    resize_size: int = 0
-    interpolation: str = ""
-    neighbours: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = 0.07
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_common_settings(self)
-        if not self.neighbours:
-            raise ValueError("Expected one number of neighbours or more, received none. Pass (20,).")
-        for number in self.neighbours:
-            check_at_least("neighbours", number, 1)
-        check_above_zero("temperature", self.temperature)
+    neighbours: Annotated[tuple[Count, ...], Strict(False), Field(min_length=1)] = key(
+        "numbers of neighbours that vote; the default is DINO's, whose best is usually 20", (10, 20, 100, 200)
+    )
+    temperature: Positive = key("of a neighbour's vote exp(similarity / temperature)", 0.07)
 
 
 def nearest_neighbours(
@@ -116,7 +73,7 @@ def nearest_neighbours(
         cache: folder in which features are kept; a second call with the same model, images and preprocessing
             takes them from there, and nothing else does. Default: none are kept.
         max_faults: share of the images that may be damaged, 0 to 1.
-        progress: whether to show progress on stderr when that is a terminal.
+        progress: whether to show progress on stderr.
 
     Returns:
         `FeatureResult`.

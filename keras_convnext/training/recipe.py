@@ -1,31 +1,35 @@
-"""A training recipe: a TOML file in which every key is written out, flat but for one table.
+"""A training recipe: a TOML file in tables, in which every key is written out.
 
 A published recipe is a file of the folder `recipes`; the same values as a frozen `Recipe` are what
 `trainer.train` takes. Nothing here needs a Keras backend, so a recipe is checked before one starts.
 """
 
-import difflib
-import math
-import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Self
 
+import pydantic
+
+from keras_convnext._settings import (
+    BelowOne,
+    Count,
+    FromZero,
+    NotNegative,
+    Positive,
+    Settings,
+    SettingsError,
+    Share,
+    UpToOne,
+    key,
+    one_of,
+    toml_value,
+)
+from keras_convnext.data.preprocessing import RESIZE_MODES, Preprocessing
+from keras_convnext.data.train_transform import Augmentation, Interpolation
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS
-from keras_convnext.training.toml_fields import mistyped, toml_value, values_by_key
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights.catalog import find_checkpoint
-from keras_convnext.weights.published import WEIGHT_SUFFIXES
-
-Pair = tuple[float, float]
-
-PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
-SCHEDULE_UNITS = ("step", "epoch")
-POLICIES = ("none", "rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide")
-INTERPOLATIONS = ("bicubic", "bilinear")
-RESIZE_MODES = ("shorter_side", "squash")
+from keras_convnext.weights.catalog import ALIASES, CHECKPOINTS, find_checkpoint
+from keras_convnext.weights.published import Checkpoint
+from keras_convnext.weights.resolve import is_path
 
 # How a step is divided among devices, and the backend that does so; `distribution.choose` has the engines.
 ENGINES = {
@@ -39,99 +43,151 @@ ENGINES = {
     "ddp": "torch",
 }
 
-# Keys of the recipes in the same folder that train nothing, and the commands that take them.
-OF_FEATURES = {"neighbours": "knn", "selection_fraction": "probe"}
+Size = Annotated[int, pydantic.Field(ge=32)]  # below, the last stage of a model with stride 32 has no pixel
+_Engine = one_of(ENGINES, "one of " + ", ".join(f"{name} ({backend})" for name, backend in ENGINES.items()))
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """How a step is divided among devices: the table [distribution] of a recipe.
+def _trainable(value: str) -> str:
+    prefix, _, rank = value.partition(":")
+    if value not in ("all", "head") and not (prefix == "lora" and rank.isdecimal() and int(rank) > 0):
+        raise ValueError('"all", "head" or "lora:RANK" with a rank from 1 up, such as "lora:8"')
+    return value
+
+
+class Model(Settings):
+    """What is trained, and from where: the table [model]."""
+
+    architecture: Annotated[str, one_of(VARIANTS)] = key("a name that `keras-convnext list` knows")
+    weights: str = key('where it starts: a tag, the path of a weight file, or "" for random weights')
+    layer_scale_init_value: NotNegative = key(
+        "start of LayerScale, 0 for none; 0 for V2, which has GRN in its place"
+    )
+    drop_path_rate: BelowOne = key("of the last block; it grows linearly from 0 at the first")
+    head_init_scale: Positive = key("factor of the new classifier's initial weights; 1 leaves them")
+    image_size: Size = key("side in pixels of the training crops")
+    precision: Annotated[str, one_of(("float32", "mixed_bfloat16", "mixed_float16"))] = key(
+        "float32, mixed_bfloat16 or mixed_float16 (with loss scaling)"
+    )
+    rematerialize: bool = key("compute the blocks again in the backward pass, for less memory")
+    trainable: Annotated[str, pydantic.AfterValidator(_trainable)] = key(
+        'what learns: "all", "head" (frozen backbone) or "lora:RANK" (low-rank updates of the Dense kernels)'
+    )
+
+
+class Data(Settings):
+    """The images: the table [data]."""
+
+    source: str = key('path of the images, relative to the recipe\'s folder; "" when it must be given')
+    train_split: str = key('split to train on; "" for data without splits')
+    val_split: str = key('split that is evaluated; "" for the data\'s own, or none')
+    validation_fraction: BelowOne = key(
+        "share of the training split that is held out, by class, where there is no other split to evaluate"
+    )
+
+
+class Optimizer(Settings):
+    """AdamW and its schedule: the table [optimizer]."""
+
+    epochs: Count = key("passes over the training split")
+    epochs_for_images: FromZero = key(
+        "number of images that `epochs` fits: with weights in place of the recipe's, epochs follow the data "
+        "from there; 0 where they stay",
+        0,
+        optional=True,
+    )
+    batch_size: Count = key("images of one optimizer step")
+    accumulation_steps: Count = key("micro-batches of one optimizer step; a divisor of `batch_size`")
+    learning_rate: Positive = key("the peak, at this `batch_size`: no arithmetic follows")
+    min_learning_rate: NotNegative = key("end of the cosine")
+    warmup_epochs: NotNegative = key("length of the linear warmup in epochs")
+    warmup_learning_rate: NotNegative = key("start of the warmup")
+    warmup_includes_peak: bool = key(
+        "whether the last warmup step has the peak (V1: `linspace(start, peak, steps)`) or the first step "
+        "after it (V2: start + (peak - start) * step / steps)"
+    )
+    schedule_unit: Annotated[str, one_of(("step", "epoch"))] = key(
+        "step, or epoch for a rate that is constant within an epoch"
+    )
+    weight_decay: NotNegative = key("AdamW's; not for biases, norms, scales (one axis) or GRN")
+    beta_1: BelowOne = key("of AdamW")
+    beta_2: BelowOne = key("of AdamW")
+    epsilon: Positive = key("of AdamW")
+    clip_norm: NotNegative = key("largest norm of all gradients together, 0 for no clipping")
+    layer_decay: UpToOne = key("factor of the learning rate from a layer to the one before; 1 for none")
+    layer_decay_groups: Annotated[str, one_of(LAYER_DECAY_GROUPS)] = key(
+        "which variables are one layer: group (V1, and V2 Base and Large), single (V2), layer_wise (COCO), "
+        "stage_wise (ADE20K) or timm"
+    )
+    ema_decay: BelowOne = key("of the moving average of the weights, per step; 0 for none")
+
+
+class Evaluation(Settings):
+    """How the evaluated images are prepared: the table [evaluation]."""
+
+    eval_image_size: Size = key("side in pixels of the evaluated images")
+    eval_crop: UpToOne = key("`eval_image_size` / size after the resize")
+    eval_resize_mode: Annotated[str, one_of(RESIZE_MODES)] = key("shorter_side or squash")
+    eval_resize_size: FromZero = key("pixels after the resize; 0 for eval_image_size / eval_crop")
+    eval_interpolation: Interpolation = key("bicubic or bilinear")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The same as a `Preprocessing`, with ImageNet's mean and standard deviation."""
+        return Preprocessing.from_stored(
+            image_size=self.eval_image_size,
+            crop=self.eval_crop,
+            resize_mode=self.eval_resize_mode,
+            resize_size=self.eval_resize_size or None,
+            interpolation=self.eval_interpolation,
+        )
+
+
+class Distillation(Settings):
+    """A teacher: the table [distillation]."""
+
+    teacher: str = key('tag or path of the model whose outputs are imitated; "" for none')
+    distillation_weight: Share = key("share of the teacher's term in the loss")
+    distillation_temperature: Positive = key("what both outputs are divided by")
+
+
+class Run(Settings):
+    """The table [run]."""
+
+    seed: FromZero = key("of weights, order, augmentation and drop path")
+    checkpoint_minutes: NotNegative = key(
+        "time between two checkpoints within an epoch; 0 for none within an epoch"
+    )
+    keep_checkpoints: Count = key("how many of the last checkpoints are kept, besides the best")
+
+
+class Distribution(Settings):
+    """How a step is divided among devices: the table [distribution], which a file may leave out.
 
     It changes where things are computed, never what: batch size and learning rate stay the recipe's.
-
-    Args:
-        engine: a key of `ENGINES`. Default "auto": by the devices that are there, "none" for a single one.
-        model_devices: int, devices that share the pointwise kernels in "model_parallel"; the batch is divided
-            among groups of so many: 8 devices by 2 are four parts of the batch. Default 2.
     """
 
-    engine: str = "auto"
-    model_devices: int = 2
+    engine: Annotated[str, _Engine] = key(
+        "auto (by the devices that are there, none for a single one), none, or an engine of the backend",
+        "auto",
+        optional=True,
+    )
+    model_devices: Count = key(
+        "devices that share the pointwise kernels in model_parallel; the batch is divided among groups of so "
+        "many: 8 devices by 2 are four parts of the batch",
+        2,
+        optional=True,
+    )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One training run, as plain values.
+class Recipe(Settings):
+    """One training run, as plain values in tables.
 
-    There are no defaults: a file that lacks a key is refused, so that what is not written cannot change
-    between two versions. Only the table [distribution] may be missing, as it changes no result. Values
+    A file that lacks a key is refused, so that what is not written cannot change between two versions. Values
     outside their range raise when the object is made, so a `Recipe` that exists can be run, as far as can be
-    told without its data, weights and devices.
+    told without its data, weights and devices. The keys are described in `recipes/README.md`.
 
     Reference: the hyperparameters are those of Liu et al. 2022 (arXiv:2201.03545), appendix A, and of Woo et
     al. 2023 (arXiv:2301.00808), appendix A, with the field's names for them.
-
-    Args:
-        title: str, one line that a reader knows the recipe by.
-        reference: str, paper and table, or where else the values come from.
-        architecture: str, a key of `variants.VARIANTS`.
-        weights: str, what the model starts from: a tag, the path of a weight file, or "" for random weights.
-        layer_scale_init_value: float, start of LayerScale, 0 for none. 0 for V2, which has GRN in its place.
-        drop_path_rate: float in [0, 1), of the last block; it grows linearly from 0 at the first.
-        head_init_scale: float above 0, factor of the new classifier's initial weights; 1 leaves them.
-        image_size: int, side in pixels of the training crops, at least 32.
-        precision: "float32", "mixed_bfloat16" or "mixed_float16" (with loss scaling).
-        rematerialize: bool, compute the blocks again in the backward pass, for less memory.
-        trainable: "all", "head" (frozen backbone), or "lora:RANK" (low-rank updates of the Dense kernels).
-        data: str, path of the images, relative to the recipe's folder; "" when it must be given.
-        train_split: str, split of the data to train on; "" for data without splits.
-        val_split: str, split that is evaluated; "" for the data's own, or none.
-        validation_fraction: float in [0, 1), share of the training split that is held out, by class, where
-            there is no other split to evaluate.
-        epochs: int, passes over the training split.
-        batch_size: int, images of one optimizer step.
-        accumulation_steps: int, micro-batches of one optimizer step; a divisor of `batch_size`.
-        learning_rate: float, the peak, at this `batch_size`: no arithmetic follows.
-        min_learning_rate: float, end of the cosine.
-        warmup_epochs: float, length of the linear warmup in epochs.
-        warmup_learning_rate: float, start of the warmup.
-        warmup_includes_peak: bool, whether the last warmup step has the peak (V1: `linspace(start, peak,
-            steps)`) or the first step after it (V2: start + (peak - start) * step / steps).
-        schedule_unit: "step", or "epoch" for a rate that is constant within an epoch.
-        weight_decay: float, AdamW's; not for biases, norms, scales (one axis) or GRN.
-        beta_1: float in [0, 1), of AdamW.
-        beta_2: float in [0, 1), of AdamW.
-        epsilon: float above 0, of AdamW.
-        clip_norm: float, largest norm of all gradients together, 0 for no clipping.
-        layer_decay: float in (0, 1], factor of the learning rate from a layer to the one before; 1 for none.
-        layer_decay_groups: which variables are one layer: "group" (V1, and V2 Base and Large), "single" (V2),
-            "layer_wise" (COCO), "stage_wise" (ADE20K) or "timm".
-        ema_decay: float in [0, 1), of the moving average of the weights, per step; 0 for none.
-        crop_scale: (float, float), smallest and largest area of the random crop, as shares of the image.
-        crop_ratio: (float, float), smallest and largest width / height of the crop.
-        interpolation: "bicubic" or "bilinear", of the crop and of the policy's geometric operations.
-        flip: float in [0, 1], probability of exchanging left and right.
-        policy: str that `augment.policies.parse_policy` reads, such as "rand-m9-mstd0.5-inc1" or "none".
-        color_jitter: float, strength of brightness, contrast and saturation jitter, 0 for none.
-        erase: float in [0, 1], probability of random erasing.
-        mixup: float, alpha of mixup's Beta distribution, 0 for none.
-        cutmix: float, alpha of cutmix's Beta distribution, 0 for none.
-        mix_probability: float in [0, 1], of mixing a batch at all.
-        switch_probability: float in [0, 1], of cutmix where both are on.
-        label_smoothing: float in [0, 1), share of the target that is spread over all classes.
-        repeats: int, times that an image stands in succession in the order (repeated augmentation).
-        eval_image_size: int, side in pixels of the evaluated images, at least 32.
-        eval_crop: float in (0, 1], `eval_image_size` / size after the resize.
-        eval_resize_mode: "shorter_side" or "squash".
-        eval_resize_size: int, pixels after the resize; 0 for eval_image_size / eval_crop.
-        eval_interpolation: "bicubic" or "bilinear".
-        teacher: str, tag or path of the model whose outputs are imitated; "" for none.
-        distillation_weight: float in [0, 1], share of the teacher's term in the loss.
-        distillation_temperature: float above 0, that both outputs are divided by.
-        seed: int from 0 up, of weights, order, augmentation and drop path.
-        checkpoint_minutes: float, time between two checkpoints within an epoch; 0 for none within an epoch.
-        keep_checkpoints: int, how many of the last checkpoints are kept, at least 1, besides the best.
-        distribution: `Distribution`, the devices; on the command line `--set distribution.engine=...`.
 
     Raises:
         ValueError: a value is outside its range or two don't go together; every one of them is named, with
@@ -139,261 +195,101 @@ class Recipe:
 
     Example:
         recipe = load_recipe("smoke")
-        dataclasses.replace(recipe, epochs=1)
+        recipe.optimizer.learning_rate, recipe.replaced({"epochs": 1}).optimizer.epochs
     """
 
-    title: str
-    reference: str
-    architecture: str
-    weights: str
-    layer_scale_init_value: float
-    drop_path_rate: float
-    head_init_scale: float
-    image_size: int
-    precision: str
-    rematerialize: bool
-    trainable: str
-    data: str
-    train_split: str
-    val_split: str
-    validation_fraction: float
-    epochs: int
-    batch_size: int
-    accumulation_steps: int
-    learning_rate: float
-    min_learning_rate: float
-    warmup_epochs: float
-    warmup_learning_rate: float
-    warmup_includes_peak: bool
-    schedule_unit: str
-    weight_decay: float
-    beta_1: float
-    beta_2: float
-    epsilon: float
-    clip_norm: float
-    layer_decay: float
-    layer_decay_groups: str
-    ema_decay: float
-    crop_scale: Pair
-    crop_ratio: Pair
-    interpolation: str
-    flip: float
-    policy: str
-    color_jitter: float
-    erase: float
-    mixup: float
-    cutmix: float
-    mix_probability: float
-    switch_probability: float
-    label_smoothing: float
-    repeats: int
-    eval_image_size: int
-    eval_crop: float
-    eval_resize_mode: str
-    eval_resize_size: int
-    eval_interpolation: str
-    teacher: str
-    distillation_weight: float
-    distillation_temperature: float
-    seed: int
-    checkpoint_minutes: float
-    keep_checkpoints: int
+    aliases: ClassVar[Mapping[str, str]] = {"data": "data.source"}
+
+    title: str = key("one line that a reader knows the recipe by")
+    reference: str = key("paper and table, or where else the values come from")
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    augmentation: Augmentation
+    evaluation: Evaluation
+    distillation: Distillation
+    run: Run
     distribution: Distribution = Distribution()
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.distribution, Distribution):
-            raise ValueError(
-                f"Expected distribution=Distribution(engine=...), received {self.distribution!r}."
-            )
-        values = values_by_key(self)
-        problems = mistyped(values, Recipe) or out_of_range(values) or conflicts(values)
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = [*_conflicts(self)]
         if problems:
-            raise ValueError(listed(None, problems))
+            raise SettingsError(Recipe, problems)
+        return self
 
 
-@dataclass(frozen=True)
-class _Interval:
-    """The range of numbers that a key may have, and its words in messages."""
-
-    low: float
-    high: float = math.inf
-    without_low: bool = False
-    without_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.without_low else value >= self.low
-        return above and (value < self.high if self.without_high else value <= self.high)
-
-    def __str__(self) -> str:
-        if math.isinf(self.high):
-            return f"{'above' if self.without_low else 'of at least'} {self.low:g}"
-        left, right = "(" if self.without_low else "[", ")" if self.without_high else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
-
-
-_POSITIVE = _Interval(0, without_low=True)
-_NOT_NEGATIVE = _Interval(0)
-_SHARE = _Interval(0, 1)
-_BELOW_ONE = _Interval(0, 1, without_high=True)
-_UP_TO_ONE = _Interval(0, 1, without_low=True)
-_COUNT = _Interval(1)
-_SIZE = _Interval(32)  # below, the last stage of a model with stride 32 has no pixel
-
-_INTERVALS = {
-    "layer_scale_init_value": _NOT_NEGATIVE,
-    "drop_path_rate": _BELOW_ONE,
-    "head_init_scale": _POSITIVE,
-    "image_size": _SIZE,
-    "validation_fraction": _BELOW_ONE,
-    "epochs": _COUNT,
-    "batch_size": _COUNT,
-    "accumulation_steps": _COUNT,
-    "learning_rate": _POSITIVE,
-    "min_learning_rate": _NOT_NEGATIVE,
-    "warmup_epochs": _NOT_NEGATIVE,
-    "warmup_learning_rate": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "beta_1": _BELOW_ONE,
-    "beta_2": _BELOW_ONE,
-    "epsilon": _POSITIVE,
-    "clip_norm": _NOT_NEGATIVE,
-    "layer_decay": _UP_TO_ONE,
-    "ema_decay": _BELOW_ONE,
-    "flip": _SHARE,
-    "color_jitter": _NOT_NEGATIVE,
-    "erase": _SHARE,
-    "mixup": _NOT_NEGATIVE,
-    "cutmix": _NOT_NEGATIVE,
-    "mix_probability": _SHARE,
-    "switch_probability": _SHARE,
-    "label_smoothing": _BELOW_ONE,
-    "repeats": _COUNT,
-    "eval_image_size": _SIZE,
-    "eval_crop": _UP_TO_ONE,
-    "eval_resize_size": _NOT_NEGATIVE,
-    "distillation_weight": _SHARE,
-    "distillation_temperature": _POSITIVE,
-    "seed": _NOT_NEGATIVE,
-    "checkpoint_minutes": _NOT_NEGATIVE,
-    "keep_checkpoints": _COUNT,
-    "distribution.model_devices": _COUNT,
-}
-
-_CHOICES = {
-    "architecture": tuple(VARIANTS),
-    "precision": PRECISIONS,
-    "schedule_unit": SCHEDULE_UNITS,
-    "layer_decay_groups": LAYER_DECAY_GROUPS,
-    "interpolation": INTERPOLATIONS,
-    "eval_resize_mode": RESIZE_MODES,
-    "eval_interpolation": INTERPOLATIONS,
-}
-
-_PAIR_LIMITS = {"crop_scale": 1.0, "crop_ratio": math.inf}
-
-
-def out_of_range(values: Mapping[str, Any]) -> list[str]:
-    """Lists the values outside the range of their key, one sentence each."""
-    problems = []
-    for key, value in values.items():
-        expected = None
-        if key in _INTERVALS and value not in _INTERVALS[key]:
-            expected = f"a number {_INTERVALS[key]}"
-        elif key in _PAIR_LIMITS and not 0 < value[0] <= value[1] <= _PAIR_LIMITS[key]:
-            at_most = "" if math.isinf(_PAIR_LIMITS[key]) else f" and at most {_PAIR_LIMITS[key]:g}"
-            expected = f"[smallest, largest], above 0{at_most}"
-        elif key in _CHOICES and value not in _CHOICES[key]:
-            near = difflib.get_close_matches(value, _CHOICES[key], 3)
-            hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-            expected = f"one of {', '.join(_CHOICES[key])}{hint}"
-        elif key == "distribution.engine" and value not in ENGINES:
-            near = difflib.get_close_matches(value, ENGINES, 3)
-            hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-            known = ", ".join(f"{name} ({backend})" for name, backend in ENGINES.items())
-            expected = f"one of {known}{hint}"
-        elif key == "policy" and value.split("-")[0] not in POLICIES:
-            near = difflib.get_close_matches(value.split("-")[0], POLICIES, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            expected = f"a name that begins with one of {', '.join(POLICIES)}{hint}"
-        elif key == "trainable" and not re.fullmatch(r"all|head|lora:[1-9]\d*", value):
-            expected = '"all", "head" or "lora:RANK" with a rank from 1 up, such as "lora:8"'
-        if expected is not None:
-            problems.append(f"{key}: expected {expected}, received {toml_value(value)}")
-    return problems
-
-
-def conflicts(values: Mapping[str, Any]) -> list[str]:
-    """Lists the values that are right each by itself but do not go together."""
-    problems = []
-    variant = VARIANTS[values["architecture"]]
-    if variant.version == 2 and values["layer_scale_init_value"]:
-        problems.append(
+def _conflicts(recipe: Recipe) -> Iterator[str]:
+    """Gives the values that are right each by itself but do not go together, one sentence each."""
+    model, optimizer, distillation = recipe.model, recipe.optimizer, recipe.distillation
+    variant = VARIANTS[model.architecture]
+    if variant.version == 2 and model.layer_scale_init_value:
+        yield (
             f"layer_scale_init_value: expected 0 for {variant.name}, whose blocks have GRN in place of "
-            f"LayerScale, received {values['layer_scale_init_value']!r}"
+            f"LayerScale, received {model.layer_scale_init_value!r}"
         )
-    if variant.layer_scale_init_value and not values["layer_scale_init_value"]:
-        problems.append(
+    if variant.layer_scale_init_value and not model.layer_scale_init_value:
+        yield (
             f"layer_scale_init_value: expected above 0 for {variant.name}, whose weight files hold "
             f"LayerScale (the papers' is {variant.layer_scale_init_value!r}), received 0.0"
         )
-    if variant.isotropic and values["layer_decay"] < 1:
-        problems.append(
+    if variant.isotropic and optimizer.layer_decay < 1:
+        yield (
             f"layer_decay: expected 1 for {variant.name}, as none is published for isotropic models, "
-            f"received {values['layer_decay']!r}"
+            f"received {optimizer.layer_decay!r}"
         )
-    if values["batch_size"] % values["accumulation_steps"]:
-        problems.append(
-            f"accumulation_steps: expected a divisor of batch_size {values['batch_size']}, "
-            f"received {values['accumulation_steps']}"
+    micro_batch, rest = divmod(optimizer.batch_size, optimizer.accumulation_steps)
+    if rest:
+        yield (
+            f"accumulation_steps: expected a divisor of batch_size {optimizer.batch_size}, "
+            f"received {optimizer.accumulation_steps}"
         )
-    elif (values["mixup"] or values["cutmix"]) and values["batch_size"] // values["accumulation_steps"] % 2:
-        problems.append(
+    elif (recipe.augmentation.mixup or recipe.augmentation.cutmix) and micro_batch % 2:
+        yield (
             "batch_size: expected an even number of images in a micro-batch, as mixup and cutmix take pairs, "
-            f"received {values['batch_size']} in {values['accumulation_steps']} micro-batches"
+            f"received {optimizer.batch_size} in {optimizer.accumulation_steps} micro-batches"
         )
-    for key in ("min_learning_rate", "warmup_learning_rate"):
-        if values[key] > values["learning_rate"]:
-            problems.append(
-                f"{key}: expected at most learning_rate {values['learning_rate']!r}, received {values[key]!r}"
+    for name in ("min_learning_rate", "warmup_learning_rate"):
+        if getattr(optimizer, name) > optimizer.learning_rate:
+            yield (
+                f"{name}: expected at most learning_rate {optimizer.learning_rate!r}, "
+                f"received {getattr(optimizer, name)!r}"
             )
-    if values["warmup_epochs"] > values["epochs"]:
-        problems.append(
-            f"warmup_epochs: expected at most epochs {values['epochs']}, received {values['warmup_epochs']!r}"
+    if optimizer.warmup_epochs > optimizer.epochs:
+        yield (
+            f"warmup_epochs: expected at most epochs {optimizer.epochs}, received {optimizer.warmup_epochs!r}"
         )
-    if values["val_split"] and values["validation_fraction"]:
-        problems.append(
-            f"validation_fraction: expected 0 beside val_split {values['val_split']!r}, which is evaluated "
-            f'already, received {values["validation_fraction"]!r}. Or set val_split = ""'
+    if recipe.data.val_split and recipe.data.validation_fraction:
+        yield (
+            f"validation_fraction: expected 0 beside val_split {recipe.data.val_split!r}, which is evaluated "
+            f'already, received {recipe.data.validation_fraction!r}. Or set val_split = ""'
         )
-    if bool(values["teacher"]) != (values["distillation_weight"] > 0):
-        problems.append(
+    if bool(distillation.teacher) != (distillation.distillation_weight > 0):
+        yield (
             "distillation_weight: expected above 0 with a teacher and 0 without, received "
-            f"{values['distillation_weight']!r} with teacher {toml_value(values['teacher'])}"
+            f"{distillation.distillation_weight!r} with teacher {toml_value(distillation.teacher)}"
         )
-    problems += _unknown_tag("weights", values["weights"], values["architecture"])
-    problems += _unknown_tag("teacher", values["teacher"], None)
-    return problems
+    row = CHECKPOINTS.get(ALIASES.get(model.weights, model.weights))
+    if row is not None and row.architecture != model.architecture:
+        yield (
+            f"architecture: expected {row.architecture!r}, which weights {model.weights!r} are of, received "
+            f"{model.architecture!r}. Set one of the two, or none"
+        )
+    else:
+        yield from unknown_tag("weights", model.weights, model.architecture)
+    yield from unknown_tag("teacher", distillation.teacher)
 
 
-def listed(path: str | os.PathLike[str] | None, problems: list[str]) -> str:
-    """Writes the message that lists all problems of a recipe."""
-    received = "one" if path is None else f"'{path}'"
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = "".join(f"\n  {problem}" for problem in problems)
-    return f"Expected a recipe in which every key is known and fits, received {received} with {count}:{lines}"
+def published_row(name: str, architecture: str | None = None) -> Checkpoint:
+    """Finds published weights by a full tag, or by a short one and the architecture."""
+    is_full = "." in name or name in ALIASES
+    return find_checkpoint(name, None if is_full else architecture)
 
 
-def _unknown_tag(key: str, value: str, architecture: str | None) -> list[str]:
-    if (
-        not value
-        or "/" in value
-        or os.sep in value
-        or value.endswith(WEIGHT_SUFFIXES)
-        or Path(value).exists()
-    ):
-        return []
+def unknown_tag(name: str, value: str, architecture: str | None = None) -> Iterator[str]:
+    """Gives what is wrong with a value that is no tag and no path of a weight file."""
     try:
-        find_checkpoint(value, architecture)
+        if value and not is_path(value):
+            published_row(value, architecture)
     except ValueError as error:
-        return [f'{key}: expected a tag, the path of a weight file or "", received {value!r}. {error}']
-    return []
+        yield f'{name}: expected a tag, the path of a weight file or "", received {value!r}. {error}'

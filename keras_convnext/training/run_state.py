@@ -16,7 +16,6 @@ import keras
 import numpy as np
 
 from keras_convnext.data.index import Source
-from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import identity
 from keras_convnext.weights import resolve
@@ -80,18 +79,18 @@ class Plan:
         Raises:
             ValueError: the data has fewer images than a batch.
         """
-        steps = len(training) // recipe.batch_size
+        steps = len(training) // recipe.optimizer.batch_size
         if steps == 0:
             raise ValueError(
-                f"Expected at least one batch of {recipe.batch_size} images to train on, but "
+                f"Expected at least one batch of {recipe.optimizer.batch_size} images to train on, but "
                 f"'{training.path}' has {len(training)}. Choose a smaller batch_size."
             )
         return cls(
-            micro_batch_size=recipe.batch_size // recipe.accumulation_steps,
-            accumulation_steps=recipe.accumulation_steps,
+            micro_batch_size=recipe.optimizer.batch_size // recipe.optimizer.accumulation_steps,
+            accumulation_steps=recipe.optimizer.accumulation_steps,
             steps_per_epoch=steps,
-            total_steps=recipe.epochs * steps,
-            warmup_steps=round(recipe.warmup_epochs * steps),
+            total_steps=recipe.optimizer.epochs * steps,
+            warmup_steps=round(recipe.optimizer.warmup_epochs * steps),
         )
 
 
@@ -116,7 +115,7 @@ def shared_facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[s
 
 def run_identity(recipe: Recipe) -> dict[str, Any]:
     """Returns what decides the result; not the places of files, which may be moved between two starts."""
-    values = {key: value for key, value in identity(recipe).items() if key != "data"}
+    values = {key: value for key, value in identity(recipe).items() if key != "source"}
     for key in ("weights", "teacher"):
         if values[key] and resolve.is_path(values[key]):
             path = resolve.existing_file(values[key])
@@ -124,16 +123,12 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def data_fingerprint(source: Source | None) -> str:
-    return "" if source is None else fingerprint(source)
-
-
 @contextlib.contextmanager
 def settings_of(recipe: Recipe) -> Iterator[None]:
     """Sets precision and the seed of initial weights for the time of a run."""
     policy, state = keras.config.dtype_policy(), random.getstate()
-    keras.config.set_dtype_policy(recipe.precision)
-    random.seed(recipe.seed)  # `layers.initializers.RandomNormal` draws from it
+    keras.config.set_dtype_policy(recipe.model.precision)
+    random.seed(recipe.run.seed)  # `layers.initializers.RandomNormal` draws from it
     try:
         yield
     finally:
@@ -161,26 +156,25 @@ def as_integer(counter: Any) -> int:
     return int(keras.ops.convert_to_numpy(counter))
 
 
-def as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
-    """Converts the integers of one backend to the type of another; returns other arrays as they are."""
-    if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
-        return array
-    return array.astype(expected[1])
+def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Lists the arrays that hold NaN or infinity."""
+    return [
+        name
+        for name, array in arrays.items()
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
+    ]
 
 
 def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns the scores of a run that has ended; None where steps are left."""
     has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
-    return (
-        json.loads((folder / RESULT_FILE).read_text())
-        if has_weights and (folder / RESULT_FILE).exists()
-        else None
-    )
+    path = folder / RESULT_FILE
+    return json.loads(path.read_text()) if has_weights and path.exists() else None
 
 
 def result(
     folder: pathlib.Path, recipe: Recipe, plan: Plan, engine: Any, scores: dict[str, Any], begin: float
 ) -> TrainingResult:
-    weights = folder / FINAL_WEIGHTS[0 if recipe.ema_decay else 1]
+    weights = folder / FINAL_WEIGHTS[0 if recipe.optimizer.ema_decay else 1]
     seconds = time.monotonic() - begin
     return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.rank)

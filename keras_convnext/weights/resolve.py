@@ -15,7 +15,7 @@ from typing import Any
 from keras_convnext import _messages
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
-from keras_convnext.weights import catalog, layouts, locate, preprocessing_metadata
+from keras_convnext.weights import catalog, download, layouts, locate, preprocessing_metadata
 from keras_convnext.weights.published import WEIGHT_SUFFIXES, Checkpoint
 
 _logger = logging.getLogger("keras_convnext")
@@ -64,9 +64,7 @@ class ResolvedWeights:
         if not row.commercial_use and row.licence not in _announced_licences:
             _announced_licences.add(row.licence)
             _logger.warning("The weights %s are licensed %s: not for commercial use.", row.tag, row.licence)
-        return locate.find_file(
-            **row.address, sha256=row.sha256, sha256_prefix=row.sha256_prefix, gated=row.gated
-        )
+        return download.fetch(row)
 
     @functools.cached_property
     def is_keras_applications(self) -> bool:
@@ -376,7 +374,7 @@ def _published(variant: Variant, weights: object, task: str | None) -> Checkpoin
 
 
 def _is_here(row: Checkpoint) -> bool:
-    return locate.find_local(**row.address) is not None
+    return locate.find_local(row) is not None
 
 
 def _check_classifier(found: ResolvedWeights) -> None:

@@ -15,11 +15,13 @@ from keras_convnext.data import eval_image, sources
 from keras_convnext.data.batches import eval_batches, steps_per_epoch, train_batches
 from keras_convnext.data.faults import DataError, Faults
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.stream import Part
+from keras_convnext.data.train_transform import Augmentation
 
 pytestmark = pytest.mark.once
 
 IMAGES = pathlib.Path(__file__).parents[1] / "images"
-PLAIN = {"policy": "none", "erase": 0, "mixup": 0, "cutmix": 0, "label_smoothing": 0}
+PLAIN = Augmentation(policy="none", erase=0, mixup=0, cutmix=0, label_smoothing=0)
 
 
 def jpeg(seed: int, height: int = 40, width: int = 50) -> bytes:
@@ -122,7 +124,7 @@ def test_more_damaged_images_than_allowed_are_an_error(source):
         evaluated(source, faults=Faults(source, 0.03))
     evaluated(source, faults=Faults(source, 2 / 37))
     with pytest.raises(tf.errors.OpError, match=r"at most 0\.01 of the 37 images"):
-        list(train_batches(source, batch_size=8, image_size=32, **PLAIN).take(5))
+        list(train_batches(source, batch_size=8, image_size=32, augmentation=PLAIN).take(5))
     faults = Faults(source, 0.0)
     faults.check()
     faults.add(3, "spilt coffee")
@@ -178,7 +180,7 @@ def test_training_starts_anywhere_and_does_not_depend_on_workers(sound):
     images, targets = trained(sound, 6, **options, workers=1)
     assert images.shape == (6, 8, 32, 32, 3) and targets.shape == (6, 8, 7)
     np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
-    later = trained(sound, 2, **options, workers=5, start_batch=4)
+    later = trained(sound, 2, **options, workers=5, part=Part(start_batch=4))
     np.testing.assert_array_equal(later[0], images[4:])
     np.testing.assert_array_equal(later[1], targets[4:])
     assert (trained(sound, 1, num_classes=7, seed=6)[0] != images[0]).any()
@@ -200,19 +202,21 @@ def test_the_iterator_can_be_saved_in_the_middle_of_an_epoch(sound, tmp_path):
 
 @pytest.mark.parametrize("num_hosts", [2, 4])
 def test_hosts_together_make_the_batches_of_one(sound, num_hosts):
-    options = {"num_classes": 3, "mix_group": 2, "policy": "none"}
+    options = {"num_classes": 3, "mix_group": 2, "augmentation": Augmentation(policy="none")}
     alone = trained(sound, 4, **options)
-    shares = [trained(sound, 4, **options, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+    parts = [Part(host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+    shares = [trained(sound, 4, **options, part=part) for part in parts]
     for place, expected in enumerate(alone):
         np.testing.assert_array_equal(np.concatenate([share[place] for share in shares], axis=1), expected)
 
 
-def numbers_of(source, count, interpolation="bicubic", **options):
+def numbers_of(source, count, interpolation="bicubic", repeats=1):
     """Returns which example is at each place of the first batches, recognised by its pixels."""
     squashed = {"crop_mode": "squash", "interpolation": interpolation}
     known = [eval_image(source.read(n), 32, 1.0, **squashed) for n in range(len(source))]
-    whole = {"scale": (1.0, 1.0), "ratio": (1.25, 1.25), "flip": 0, "interpolation": interpolation, **PLAIN}
-    images, _ = trained(source, count, **whole, **options)
+    whole = {"crop_scale": (1, 1), "crop_ratio": (1.25, 1.25), "flip": 0}
+    whole = PLAIN.replaced(whole | {"interpolation": interpolation, "repeats": repeats})
+    images, _ = trained(source, count, augmentation=whole)
     differences = np.abs(images.reshape(-1, 1, 32, 32, 3) - np.array(known)).max((2, 3, 4))
     nearest, second = np.sort(differences)[:, :2].T
     assert nearest.max() <= 1 and second.min() > 10
@@ -235,7 +239,7 @@ def test_images_to_train_on_are_resized_by_the_filter_that_is_asked_for(sound):
 
 def test_labels_stay_with_their_images(sound):
     numbers = numbers_of(sound, 3)
-    _, targets = trained(sound, 3, **PLAIN)
+    _, targets = trained(sound, 3, augmentation=PLAIN)
     np.testing.assert_array_equal(targets.argmax(-1).ravel(), sound.labels[numbers])
 
 
@@ -243,21 +247,21 @@ def test_repeated_augmentation_repeats_examples_but_not_their_pixels(sound):
     numbers = numbers_of(sound, 3, repeats=4)
     np.testing.assert_array_equal(numbers.reshape(-1, 4), numbers[::4, None].repeat(4, axis=1))
     assert len(set(numbers)) == 6
-    images, _ = trained(sound, 1, repeats=4, **PLAIN)
+    images, _ = trained(sound, 1, augmentation=PLAIN.replaced({"repeats": 4}))
     assert (images[0, 0] != images[0, 1]).any()
 
 
 def test_a_damaged_image_is_replaced_by_a_neighbour_in_training(source):
     faults = Faults(source, 1.0)
-    images, targets = trained(source, 9, faults=faults, **PLAIN)
+    images, targets = trained(source, 9, faults=faults, augmentation=PLAIN)
     assert set(faults.report()) == {"c/30.jpg", "c/31.jpg"}
     assert images.std((2, 3, 4)).min() > 1  # nothing is blank
     assert (targets.sum((0, 1)) > 0).all()
 
 
 def test_uint8_is_float32_rounded_and_clipped(sound):
-    options = {"mixup": 0, "cutmix": 0}
-    exact, small = (trained(sound, 3, dtype=dtype, **options)[0] for dtype in ("float32", "uint8"))
+    plain = Augmentation(mixup=0, cutmix=0)
+    exact, small = (trained(sound, 3, dtype=dtype, augmentation=plain)[0] for dtype in ("float32", "uint8"))
     assert exact.dtype == np.float32 and small.dtype == np.uint8
     np.testing.assert_array_equal(np.clip(np.round(exact), 0, 255), small)
 
@@ -271,10 +275,9 @@ def test_the_stream_has_no_end(sound):
     [
         ({"batch_size": 0}, "Expected batch_size to be a positive integer, received 0"),
         ({"batch_size": 27}, "Expected at least one batch of 27 images, but .* has 26"),
-        ({"num_hosts": 3}, "Expected batch_size to be a multiple of num_hosts, received 8 and 3"),
-        ({"host": 2, "num_hosts": 2}, "Expected host from 0 to 1, .* received 2"),
-        ({"policy": "rand-m9-mstf0.5"}, "Unknown setting 'mstf0.5'"),
-        ({"interpolation": "lanczos"}, "Unknown interpolation 'lanczos'. Known: bicubic, bilinear"),
+        ({"part": Part(num_hosts=3)}, "Expected batch_size to be a multiple of num_hosts, received 8 and 3"),
+        ({"part": Part(host=2, num_hosts=2)}, "Expected host from 0 to 1, .* received 2"),
+        ({"augmentation": Augmentation(policy="rand-m9-mstf0.5")}, "Unknown setting 'mstf0.5'"),
         ({"dtype": "float16"}, "Unknown dtype 'float16'. Known: float32, uint8"),
         ({"num_classes": 1}, "Expected num_classes of at least 2, .* received 1"),
         (
@@ -282,14 +285,30 @@ def test_the_stream_has_no_end(sound):
             "Expected mix_group to divide the 8 rows of a batch and to be even, received 3",
         ),
         ({"seed": -1}, "Expected seed to be an integer from 0 up, received -1"),
-        ({"erase": 1.5}, r"Expected erase in \[0, 1\], received 1.5"),
-        ({"scale": (0.5, 0.2)}, r"Expected scale .* received \(0.5, 0.2\)"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, dict) else "",
 )
 def test_wrong_arguments_are_named(sound, change, message):
     with pytest.raises(ValueError, match=message):
         train_batches(sound, **{"batch_size": 8, "image_size": 32, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"interpolation": "lanczos"},
+            'interpolation: expected one of bicubic, bilinear, received "lanczos"',
+        ),
+        ({"erase": 1.5}, r"erase: expected a number in \[0, 1\], received 1.5"),
+        ({"crop_scale": (0.5, 0.2)}, r"crop_scale: expected \[smallest, largest\].* received \[0.5, 0.2\]"),
+        ({"erase": 2, "flips": 0.5}, r"2 problems:\n  .*\n  flips: unknown key, did you mean 'flip'\?"),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, dict) else "",
+)
+def test_wrong_augmentations_are_named(change, problem):
+    with pytest.raises(ValueError, match=problem):
+        Augmentation(**change)
 
 
 def test_tensorflow_leaves_the_gpu_to_another_backend(sound, monkeypatch):

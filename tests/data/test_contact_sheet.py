@@ -45,5 +45,5 @@ def test_a_sheet_that_cannot_be_drawn_says_why(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="Expected at least two images to draw, received 1 in"):
         contact_sheet.draw(sources.open_source(folder), tmp_path / "sheet.png")
     assert main.main(["look", str(folder), str(tmp_path / "sheet.png"), "--policy", "rond-m9"]) == 2
-    assert "Did you mean 'rand'?" in capsys.readouterr().err
+    assert "did you mean 'rand'?" in capsys.readouterr().err
     assert not (tmp_path / "sheet.png").exists()

@@ -73,14 +73,14 @@ def in_a_process(folder):
 
 def in_a_process_that_dies(folder):
     """Process 1 is killed behind the checkpoint of `train`."""
-    end_batch = trainer._Run.end_batch
+    end_batch = trainer.Run.end_batch
 
     def end(run, in_fit, means):
         end_batch(run, in_fit, means)
-        if run.done == STOP + 6 and run.engine.group.rank == 1:
+        if run.counts.done == STOP + 6 and run.engine.group.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer._Run.end_batch = end
+    trainer.Run.end_batch = end
     train(pathlib.Path(folder) / "killed")
 
 

@@ -1,6 +1,5 @@
 """Distillation, the scale of a new head, frozen backbones and LoRA."""
 
-import dataclasses
 import pathlib
 
 import keras
@@ -136,8 +135,8 @@ def test_lora_learns_its_updates_and_the_head_and_starts_as_the_model_was():
 
 
 def test_saved_lora_weights_are_those_of_a_plain_model(tmp_path):
-    recipe = dataclasses.replace(
-        load_recipe("smoke"), architecture="test_convnext", trainable="lora:2", data=str(RECIPES / "digits")
+    recipe = load_recipe("smoke").replaced(
+        {"architecture": "test_convnext", "trainable": "lora:2", "data": str(RECIPES / "digits")}
     )
     model, has_new_head = classification.build_model(recipe, 10)
     assert has_new_head

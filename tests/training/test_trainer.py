@@ -20,6 +20,9 @@ from keras_convnext import models, predictor
 from keras_convnext.cli import main
 from keras_convnext.data import batches, sources
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.train_transform import Augmentation
+from keras_convnext.distribution.engine import Engine
+from keras_convnext.evaluation import results
 from keras_convnext.training import failure, run_folder, run_state, trainer
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.tasks import classification
@@ -46,7 +49,7 @@ STEPS = 9  # 100 // 32 in each of three epochs
 
 
 def small(data=RECIPES / "digits", **changes):
-    return dataclasses.replace(load_recipe("smoke"), data=str(data), **(SMALL | changes))
+    return load_recipe("smoke").replaced({"data": str(data)} | SMALL | changes)
 
 
 def weights_of(folder):
@@ -109,7 +112,8 @@ def test_a_run_leaves_log_curves_recipe_environment_and_weights(uninterrupted, f
 def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
     recipe = small()
     row = catalog.default_checkpoint("test_convnext")
-    expected = Preprocessing(recipe.eval_image_size, crop_fraction=1.0, mean=row.mean, std=row.std)
+    size = recipe.evaluation.eval_image_size
+    expected = Preprocessing(size, crop_fraction=1.0, mean=row.mean, std=row.std)
     names = ("final.safetensors", "final.weights.h5", "final_ema.weights.h5", "best.weights.h5")
     found = [preprocessing_metadata.read_preprocessing(uninterrupted / name) for name in names]
     assert found == [expected] * 4
@@ -129,12 +133,12 @@ def test_training_goes_on_with_the_normaliser_of_its_weights(tmp_path):
     for images, expected in ((given, (mean, std)), (None, (row.mean, row.std))):
         keras_convnext.save_weights(body, tmp_path / "x.safetensors", "timm", preprocessing=images)
         recipe = small(weights=str(tmp_path / "x.safetensors"), eval_resize_size=40)
-        found, classes = classification.describe_weights(recipe)
-        assert (found.stored, classes) == (images, 10)
-        written = classification.evaluated_images(recipe, found)
+        task = classification.Classification(recipe)
+        assert (task.source.stored, task.source.classes) == (images, 10)
+        written = task.preprocessing
         assert (written.mean, written.std) == expected
         assert (written.image_size, written.crop_fraction, written.resize_size) == (32, 1.0, 40)
-        model, has_new_head = classification.build_model(recipe, 10, classes)
+        model, has_new_head = classification.build_model(recipe, 10, task.source)
         assert not has_new_head
         np.testing.assert_allclose(models.normaliser_of(model), expected, rtol=1e-6)
 
@@ -203,7 +207,7 @@ def test_an_error_in_the_midst_of_an_epoch_ends_the_process(few_digits, tmp_path
     """It waited for the threads of tf.data forever, which waited for Python."""
     code = (
         "from tests.training.test_trainer import small; from keras_convnext.training import trainer\n"
-        "trainer._Run.end_batch = None\n"
+        "trainer.Run.end_batch = None\n"
         f"trainer.train(small({str(few_digits)!r}), {str(tmp_path / 'run')!r}, progress=False)"
     )
     command = [sys.executable, "-c", code]
@@ -241,8 +245,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted, few_digi
     folder = tmp_path / "run"
     identity = {
         **run_state.run_identity(recipe),
-        "data": trainer.fingerprint(training),
-        "validation": trainer.fingerprint(validation),
+        "data": results.fingerprint(training),
+        "validation": results.fingerprint(validation),
     }
     run_folder.open_run(folder, identity, checkpoint_bytes=0).close()
     newest = max((uninterrupted / "checkpoints").glob("step-*"))
@@ -338,9 +342,9 @@ def test_nan_in_a_batch_stops_with_the_step_the_batch_and_a_dump(few_digits, tmp
     made = batches.train_batches
     bad_micro_batch = 5  # of step 3
 
-    def poisoned(source, *, start_batch=0, **arguments):
-        numbers = tf.data.Dataset.counter(start=start_batch)
-        both = tf.data.Dataset.zip(made(source, start_batch=start_batch, **arguments), numbers)
+    def poisoned(source, *, part, **arguments):
+        numbers = tf.data.Dataset.counter(start=part.start_batch)
+        both = tf.data.Dataset.zip(made(source, part=part, **arguments), numbers)
 
         def poison(batch, number):
             images, targets = batch
@@ -382,8 +386,8 @@ def test_a_full_disk_is_noticed_before_training(tmp_path):
 
 @pytest.mark.once
 def test_a_missing_matplotlib_is_noticed_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'keras-convnext\[data\]'"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="Run pip install matplotlib"):
         trainer.train(small(), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -422,9 +426,9 @@ def test_folders_without_splits_are_divided_by_class_and_seed(tmp_path):
     assert np.bincount(validation.labels).tolist() == [2, 2]
     names = {source.name(n) for source in (training, validation) for n in range(len(source))}
     assert len(names) == 20
-    other = classification.open_data(dataclasses.replace(recipe, seed=1))[1]
+    other = classification.open_data(recipe.replaced({"seed": 1}))[1]
     assert [other.name(n) for n in range(4)] != [validation.name(n) for n in range(4)]
-    whole, none = classification.open_data(dataclasses.replace(recipe, validation_fraction=0.0))
+    whole, none = classification.open_data(recipe.replaced({"validation_fraction": 0.0}))
     assert (len(whole), none) == (20, None)
 
 
@@ -507,7 +511,7 @@ def test_the_optimizer_has_the_values_of_the_recipe():
     recipe = small(
         **rates, **values, layer_decay_groups="single", clip_norm=0.5, ema_decay=0.7, schedule_unit="epoch"
     )
-    student, _ = classification.build_model(recipe, num_classes=10, available=0)
+    student, _ = classification.build_model(recipe, num_classes=10)
     plan = run_state.Plan(16, 2, steps_per_epoch=4, total_steps=12, warmup_steps=5)
     made = classification.compile_model(recipe, student, plan).optimizer.get_config()
     schedule = made["learning_rate"]["config"]
@@ -527,33 +531,33 @@ def test_the_optimizer_has_the_values_of_the_recipe():
         "warmup_steps": 5,
         "start": 0.01,
         "end": 0.02,
-        "warmup_includes_peak": recipe.warmup_includes_peak,
+        "warmup_includes_peak": recipe.optimizer.warmup_includes_peak,
         "hold_steps": 4,
     }
 
 
 @pytest.mark.once
-def test_the_batches_have_the_values_of_the_recipe(tmp_path, monkeypatch):
+def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
     received = {}
 
     class EnoughError(Exception):
         pass
 
-    def recording(name, made):
+    def recording(name):
         def make(source, *preprocessing, **arguments):
+            stored = [one.stored() for one in preprocessing]
             received[name] = arguments | {
-                f"eval_{k}": v for p in preprocessing for k, v in p.stored().items()
+                f"eval_{key}": value for one in stored for key, value in one.items()
             }
-            if name == "train_batches":
-                raise EnoughError
-            return made(source, *preprocessing, **arguments)
+            raise EnoughError
 
         return make
 
     for name in ("train_batches", "eval_batches"):
-        monkeypatch.setattr(batches, name, recording(name, getattr(batches, name)))
-    training = {
-        "image_size": 40,
+        monkeypatch.setattr(batches, name, recording(name))
+    augmentation = {
+        "crop_scale": (0.3, 0.9),
+        "crop_ratio": (0.8, 1.2),
         "interpolation": "bilinear",
         "flip": 0.3,
         "policy": "rand-m5",
@@ -565,8 +569,8 @@ def test_the_batches_have_the_values_of_the_recipe(tmp_path, monkeypatch):
         "switch_probability": 0.4,
         "label_smoothing": 0.2,
         "repeats": 2,
-        "seed": 5,
     }
+    training = {"image_size": 40, "seed": 5}
     evaluation = {
         "image_size": 48,
         "crop": 0.9,
@@ -576,13 +580,17 @@ def test_the_batches_have_the_values_of_the_recipe(tmp_path, monkeypatch):
     }
     recipe = small(
         **training,
-        crop_scale=(0.3, 0.9),
-        crop_ratio=(0.8, 1.2),
+        **augmentation,
         **{f"eval_{name}": value for name, value in evaluation.items()},
     )
+    task, engine = classification.Classification(recipe), Engine("none", ("cpu:0",))
+    data = task.open_data()
     with pytest.raises(EnoughError):
-        trainer.train(recipe, tmp_path / "run", progress=False)
-    training |= {"scale": (0.3, 0.9), "ratio": (0.8, 1.2), "batch_size": 16, "start_batch": 0}
+        task.train_batches(data, 0, engine)
+    with pytest.raises(EnoughError):
+        task.evaluate(None, data, engine, after_batch=lambda: None)
+    training |= {"augmentation": Augmentation(**augmentation), "batch_size": 16}
+    assert received["train_batches"]["part"].start_batch == 0
     evaluation = {f"eval_{name}": value for name, value in evaluation.items()}
     for name, expected in (("train_batches", training), ("eval_batches", evaluation)):
         assert {key: received[name][key] for key in expected} == expected

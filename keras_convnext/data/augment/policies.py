@@ -5,7 +5,6 @@ the plan of one image out.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from keras_convnext._messages import near_names
 from keras_convnext.data.augment.pixels import (
     IMAGENET_FILL,
     INTERPOLATIONS,
@@ -205,9 +205,8 @@ def parse_policy(text: str) -> Policy | None:
     """
     name, *sections = text.split("-")
     if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, 1)
-        suggestion = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown augmentation {text!r}.{suggestion} Known: {', '.join(POLICIES)}.")
+        near = near_names(name, POLICIES, 1)
+        raise ValueError(f"Unknown augmentation {text!r}.{near} Known: {', '.join(POLICIES)}.")
     known: tuple[str, ...] = ("mstd",) if name.startswith(("original", "v0")) else ()
     if name == "rand":
         known = ("m", "n", "p", "mstd", "mmax", "inc")

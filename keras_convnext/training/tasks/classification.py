@@ -1,21 +1,154 @@
-"""Image classification: its data, model, loss, metrics and optimizer."""
+"""Image classification: its data, model, loss and scores."""
 
 import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_convnext import models
+from keras_convnext.conversion import save_weights
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.distribution.engine import Engine
+from keras_convnext.evaluation import classification, forward
+from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.model_options import ModelOptions
-from keras_convnext.training import distillation, finetune, optimizer, schedule
+from keras_convnext.training import curves, distillation, finetune
+from keras_convnext.training.advice import warnings_for
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.run_state import Plan
+from keras_convnext.training.run_folder import RunFolder
+from keras_convnext.training.run_state import CURVES_FILE, Plan
+from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer, without_optimizer
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import resolve
+from keras_convnext.weights import preprocessing_metadata
+from keras_convnext.weights.resolve import ResolvedWeights, resolve
+
+
+class Classification:
+    """One class for each image: the `Task` of training and fine-tuning on ImageNet and the like.
+
+    Args:
+        recipe: what to train, and how.
+        workers: threads of the input pipeline, None for the number of CPU cores.
+
+    Raises:
+        ImportError: TensorFlow, which reads the images, is not installed.
+    """
+
+    best = "val_top1"
+
+    def __init__(self, recipe: Recipe, workers: int | None = None) -> None:
+        self.recipe = recipe
+        self.workers = workers
+        self._batches = classification.import_batches()
+        self._validation: Any = None
+
+    @functools.cached_property
+    def source(self) -> ResolvedWeights:
+        """The weights that training begins with."""
+        return recipe_weights(self.recipe)
+
+    @functools.cached_property
+    def preprocessing(self) -> Preprocessing:
+        """How the recipe's evaluation prepares images, with the normaliser of its model."""
+        trained = self.source.preprocessing
+        return dataclasses.replace(self.recipe.evaluation.preprocessing, mean=trained.mean, std=trained.std)
+
+    def open_data(self) -> Datasets:
+        training, validation = open_data(self.recipe)
+        return Datasets(
+            training,
+            validation,
+            plan=Plan.of(self.recipe, training),
+            identity={
+                "data": fingerprint(training),
+                "validation": "" if validation is None else fingerprint(validation),
+            },
+            facts={
+                "data": str(training.path),
+                "training_images": len(training),
+                "classes": len(training.classes),
+            },
+        )
+
+    def build_model(self, data: Datasets) -> TaskModel:
+        recipe, source = self.recipe, self.source
+        num_classes = len(data.training.classes)
+        student, has_new_head = build_model(recipe, num_classes, source)
+        warnings = warnings_for(
+            recipe,
+            has_weights=bool(recipe.model.weights),
+            is_self_supervised=bool(recipe.model.weights) and source.classes == 0,
+            trained_size=source.preprocessing.size[0] if source.is_described else None,
+            has_new_head=has_new_head,
+            num_steps=data.plan.total_steps,
+        )
+        if data.validation is None:
+            warnings.append(
+                "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
+            )
+        notes = []
+        if recipe.model.weights and not has_new_head:
+            notes.append(f"The classifier of the weights is kept, for {num_classes} classes.")
+        return TaskModel(compile_model(recipe, student, data.plan), student, warnings, notes)
+
+    def train_batches(self, data: Datasets, start: int, engine: Engine) -> Any:
+        return self._batches.train_batches(
+            data.training,
+            batch_size=data.plan.micro_batch_size,
+            image_size=self.recipe.model.image_size,
+            augmentation=self.recipe.augmentation,
+            normaliser=(self.preprocessing.mean, self.preprocessing.std),
+            seed=self.recipe.run.seed,
+            part=self._batches.Part(
+                start_batch=start,
+                batches_per_epoch=data.plan.micro_batches_per_epoch,
+                host=engine.group.rank,
+                num_hosts=len(engine.group),
+            ),
+            faults=data.faults["train"],
+            workers=self.workers,
+        )
+
+    def evaluate(
+        self, model: Any, data: Datasets, engine: Engine, after_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        if self._validation is None:
+            self._validation = self._eval_batches(data, engine)
+        scores = forward.validate(model, self._validation, after_batch, engine.group.gathered_arrays)
+        return {name: scores[name] for name in ("loss", "top1", "top5")}
+
+    def _eval_batches(self, data: Datasets, engine: Engine) -> Any:
+        size = min(data.plan.micro_batch_size, len(data.validation))
+        return self._batches.eval_batches(
+            data.validation,
+            self.preprocessing,
+            batch_size=engine.share(engine.filled(size)),
+            host=engine.group.rank,
+            num_hosts=len(engine.group),
+            faults=data.faults["validation"],
+            workers=self.workers,
+        )
+
+    def draw(self, rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
+        curves.draw_curves(rows, folder.path / CURVES_FILE, {"top1": "Top-1 accuracy, %"}, self.recipe.title)
+
+    def save_weights(self, model: Any, path: pathlib.Path) -> None:
+        without_optimizer(model).save_weights(path)
+        preprocessing_metadata.add_preprocessing(path, self.preprocessing)
+
+    def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
+        # timm's layout has all architectures but the isotropic ones.
+        layout = "official" if VARIANTS[self.recipe.model.architecture].isotropic else "timm"
+        folder.write_with(
+            "final.safetensors", lambda path: save_weights(model, path, layout, self.preprocessing)
+        )
+        folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in data.training.classes))
 
 
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
@@ -28,117 +161,72 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
         SourceError: the data or one of its splits cannot be used.
         ValueError: there is one class only, or the validation images have classes that are not trained.
     """
-    splits = sources.list_splits(recipe.data)
-    training = sources.open_source(recipe.data, (recipe.train_split or "train") if splits else None)
+    data = recipe.data
+    splits = sources.list_splits(data.source)
+    training = sources.open_source(data.source, (data.train_split or "train") if splits else None)
     if len(training.classes) < 2:
         raise ValueError(
             f"Expected images of two classes or more, received those of {len(training.classes)} in "
-            f"'{recipe.data}': {', '.join(training.classes)}. Name the folder that holds the class folders."
+            f"'{data.source}': {', '.join(training.classes)}. Name the folder that holds the class folders."
         )
     kinds = {sources.canonical_split(split): split for split in reversed(splits)}
-    name = recipe.val_split or kinds.get("validation") or kinds.get("test")
+    name = data.val_split or kinds.get("validation") or kinds.get("test")
     if name:
-        validation = sources.open_source(recipe.data, name)
+        validation = sources.open_source(data.source, name)
         return training, _with_classes_of(training, validation)
-    if recipe.validation_fraction:
-        return sources.hold_out(training, recipe.validation_fraction, recipe.seed)
+    if data.validation_fraction:
+        return sources.hold_out(training, data.validation_fraction, recipe.run.seed)
     return training, None
 
 
-def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
-    """Builds the model of a recipe.
+def build_model(recipe: Recipe, num_classes: int, source: ResolvedWeights | None = None) -> tuple[Any, bool]:
+    """Builds the model of a recipe, pixels in 0..255 to logits, and says whether its head begins at random.
 
     Args:
         recipe: the recipe.
         num_classes: outputs of the classifier.
-        available: classes of the recipe's weights; 0 where they have no classifier, or there are none.
-
-    Returns:
-        The model, pixels in 0..255 to logits; whether its classifier begins at random.
+        source: the recipe's weights, where they are resolved already.
 
     Raises:
         ValueError: the weights do not fit the architecture.
     """
-    has_new_head = available != num_classes
-    variant = VARIANTS[recipe.architecture]
-    side = recipe.image_size if recipe.image_size == recipe.eval_image_size else None
-    model = models.load(
-        recipe.architecture,
-        recipe.weights or None,
+    source = source or recipe_weights(recipe)
+    has_new_head = source.is_random or source.classes != num_classes
+    variant = VARIANTS[recipe.model.architecture]
+    side = recipe.model.image_size if recipe.model.image_size == recipe.evaluation.eval_image_size else None
+    options = ModelOptions(
         classes=num_classes,
         classifier_activation=None,
         input_shape=(side, side, 3),
-        drop_path_rate=0.0 if recipe.trainable == "head" else recipe.drop_path_rate,
-        layer_scale_init_value=None if variant.version == 2 else recipe.layer_scale_init_value,
-        rematerialize=recipe.rematerialize,
-        seed=recipe.seed,
-        new_head=True if recipe.weights and has_new_head else None,
+        drop_path_rate=0.0 if recipe.model.trainable == "head" else recipe.model.drop_path_rate,
+        layer_scale_init_value=None if variant.version == 2 else recipe.model.layer_scale_init_value,
+        rematerialize=recipe.model.rematerialize,
+        seed=recipe.run.seed,
+        new_head=True if has_new_head and not source.is_random else None,
     )
-    if has_new_head and recipe.head_init_scale != 1:
-        finetune.scale_head(model, recipe.head_init_scale)
-    finetune.choose_trainable(model, recipe.trainable)
+    model = models.build(source, options)
+    if has_new_head and recipe.model.head_init_scale != 1:
+        finetune.scale_head(model, recipe.model.head_init_scale)
+    finetune.choose_trainable(model, recipe.model.trainable)
     return model, has_new_head
-
-
-def describe_weights(recipe: Recipe) -> tuple[resolve.ResolvedWeights, int]:
-    """Returns the recipe's weights, and how many classes they have; 0 for random ones."""
-    source = resolve.resolve(recipe.architecture, recipe.weights or None)
-    _check_has_contents(source)
-    return source, 0 if source.is_random else source.classes
-
-
-def evaluated_images(recipe: Recipe, trained: resolve.ResolvedWeights) -> Preprocessing:
-    """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
-    normaliser = trained.preprocessing
-    return Preprocessing.from_stored(
-        image_size=recipe.eval_image_size,
-        crop=recipe.eval_crop,
-        resize_mode=recipe.eval_resize_mode,
-        resize_size=recipe.eval_resize_size or None,
-        interpolation=recipe.eval_interpolation,
-        mean=normaliser.mean,
-        std=normaliser.std,
-    )
 
 
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
     """Returns the model to fit: the student, or the student with its teacher."""
     model, share = student, 1.0
-    if recipe.teacher:
-        side = recipe.image_size
-        source = resolve.resolve(recipe.teacher)
-        _check_has_contents(source)
+    if recipe.distillation.teacher:
+        side = recipe.model.image_size
         options = ModelOptions(input_shape=(side, side, 3), classifier_activation=None, name="teacher")
-        teacher = models.build(source, options)
+        teacher = models.build(with_contents(resolve(recipe.distillation.teacher)), options)
         model = distillation.with_teacher(
-            student, teacher, recipe.distillation_weight, recipe.distillation_temperature
+            student,
+            teacher,
+            recipe.distillation.distillation_weight,
+            recipe.distillation.distillation_temperature,
         )
-        share = 1 - recipe.distillation_weight
-    hold = plan.steps_per_epoch if recipe.schedule_unit == "epoch" else 1
+        share = 1 - recipe.distillation.distillation_weight
     model.compile(
-        optimizer.AdamW(
-            schedule.WarmupCosine(
-                recipe.learning_rate,
-                plan.total_steps,
-                plan.warmup_steps,
-                start=recipe.warmup_learning_rate,
-                end=recipe.min_learning_rate,
-                warmup_includes_peak=recipe.warmup_includes_peak,
-                hold_steps=hold,
-            ),
-            weight_decay=recipe.weight_decay,
-            beta_1=recipe.beta_1,
-            beta_2=recipe.beta_2,
-            epsilon=recipe.epsilon,
-            # A head by itself has one rate.
-            layer_decay=1.0 if recipe.trainable == "head" else recipe.layer_decay,
-            layer_decay_groups=recipe.layer_decay_groups,
-            global_clipnorm=recipe.clip_norm or None,
-            gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,
-            use_ema=recipe.ema_decay > 0,
-            ema_momentum=recipe.ema_decay or 0.9999,
-            overwrite_after_fit=False,
-        ),
+        recipe_optimizer(recipe, plan),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True),
         loss_weights=None if share == 1 else [share],
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
@@ -160,9 +248,16 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
     return dataclasses.replace(validation, labels=numbers[validation.labels], classes=list(training.classes))
 
 
-def _check_has_contents(source: resolve.ResolvedWeights) -> None:
+def recipe_weights(recipe: Recipe) -> ResolvedWeights:
+    """The weights that training begins with; random ones where the recipe names none."""
+    return with_contents(resolve(recipe.model.architecture, recipe.model.weights or None))
+
+
+def with_contents(source: ResolvedWeights) -> ResolvedWeights:
+    """Refuses a weight file that does not say which model it is of."""
     if source.file is not None and source.is_bare:
         raise ValueError(
             f"Expected weights that say what they are of, received '{source.file}'. Take the .safetensors "
             "file beside it, or a .keras file."
         )
+    return source
