@@ -134,7 +134,7 @@ def as_line(row):
 
 
 def write(rows, folder):
-    from keras_convnext import _environment
+    from keras_convnext import _environment, _terminal
 
     folder.mkdir(parents=True, exist_ok=True)
     fields = list(dict.fromkeys(name for row in rows for name in row))
@@ -143,8 +143,8 @@ def write(rows, folder):
         writer.writeheader()
         writer.writerows(rows)
     facts = ", ".join(f"{name}: {value}" for name, value in _environment.machine().items())
-    lines = [f"- {facts}", "", f"| {' | '.join(columns())} |", "| --- | --- | --- | --- |" + " ---: |" * 5]
-    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+    table = _terminal.markdown_table(columns(), "<<<<>>>>>", [cells(row) for row in rows])
+    lines = [f"- {facts}", "", *table]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
 
 

@@ -23,8 +23,9 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from keras_convnext import _environment, load
+from keras_convnext import _environment, convnext, load
 from keras_convnext._terminal import silenced
+from keras_convnext.architecture import layers_of
 from keras_convnext.data.calibration import calibration_images
 from keras_convnext.exporting import deploy
 from keras_convnext.exporting.litert_int8 import PLANS, quantized
@@ -85,8 +86,9 @@ def operation_table(name, rounds):
     variant = VARIANTS[name]
     random = np.random.default_rng(0)
     runs = {}
-    for stage, dim in enumerate(variant.dims):
-        side = 56 >> stage
+    firsts = [layer for layer in layers_of(variant) if layer.name.endswith(".0.dwconv")]
+    for stage, first in enumerate(firsts):
+        side, dim = first.side, first.outputs
         depthwise = DepthwiseConv2D(7)
         depthwise.build((1, side, side, dim))
         narrow, wide = (1, side, side, dim), (1, side, side, 4 * dim)
@@ -133,12 +135,12 @@ def plan_table(name, rounds):
     images = [image[None] for image in calibration_images(image_size=(224, 224))]
     files = {}
     with silenced(stdout=True):
-        frames = deploy.depthwise_in_frames
+        frames = convnext.depthwise_in_frames
         try:
-            deploy.depthwise_in_frames = whole
+            convnext.depthwise_in_frames = whole
             files["float32, depthwise whole"] = converted_deployed(model)
         finally:
-            deploy.depthwise_in_frames = frames
+            convnext.depthwise_in_frames = frames
         content = files["float32"] = converted_deployed(model)
         files["dynamic int8"] = quantized(content, PLANS["dynamic_int8"])
         files["int8"] = quantized(content, PLANS["int8"], images)
@@ -235,8 +237,9 @@ def fastest(runs, rounds):
 
 
 def table(header, rows):
-    lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+    from keras_convnext._terminal import markdown_table
+
+    return markdown_table(header, "<" + ">" * (len(header) - 1), rows)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
     import keras
     import numpy as np
 
-    from keras_convnext.distribution import collectives
+    from benchmarks.collectives import compiled_step
     from keras_convnext.training import run_state
     from keras_convnext.training.recipe_files import load_recipe
     from keras_convnext.training.tasks import classification
@@ -190,7 +190,7 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
     with run_state.settings_of(recipe):
         if backend == "jax":
             model, _ = built(recipe)
-            sizes = collectives.compiled_step(model, *arrays(recipe)).memory_analysis()
+            sizes = compiled_step(model, *arrays(recipe)).memory_analysis()
             shared = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
             return {"measured": shared + sizes.temp_size_in_bytes, "resident": None}
         tiny = {"architecture": "test_convnext2", "batch_size": 2, "image_size": 32, "eval_image_size": 32}

@@ -17,6 +17,8 @@ PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 
 
 def main():
+    from keras_convnext._terminal import markdown_table
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,8 +30,7 @@ def main():
     options = parser.parse_args()
     rows = [row for run in options.runs for row in measured(run, options.images)]
     columns = ("model", "data", "images", "file", "MB", "top-1", "top-5", "same top-1 as the model", "change")
-    lines = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- |" + " ---: |" * 5]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines = markdown_table(columns, "<<><>>>>>", rows)
     text = "\n".join(["", facts(), "", *lines, ""]).lstrip()
     print(text)
     if options.output:

@@ -4,14 +4,17 @@ TAG is "<architecture>.<data set>". The weights are those of the last RUN's fina
 where the recipe has one); runs before it are those it started from, in order. The file is evaluated on the
 held-out images of the run, and so are the float32 weights; it is refused where rounding to float16 costs more
 than 0.05 points. The program writes keras_convnext/weights/packaged/TAG.safetensors, benchmarks/runs/TAG.json
-and, next to that, the log, curves and resolved recipe of each run. It prints the entry for
-keras_convnext/weights/catalog_rows.py.
+and, next to that, the log, curves and resolved recipe of each run. It prints the row for
+keras_convnext/weights/catalog.csv.
 
     python benchmarks/ship_weights.py convnextv2_atto.tiny_imagenet200 runs/first runs/second
 """
 
 import argparse
+import csv
+import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 import shutil
@@ -24,6 +27,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_LOSS = 0.05  # points of top-1
 MAX_BYTES = 8_000_000
+TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
 LICENCE = (
     "Weights trained on photographs of ImageNet, which are for non-commercial research and education; "
     "for research use."
@@ -185,9 +189,29 @@ def replace(path: pathlib.Path, content: bytes) -> None:
 
 def row_text(record: dict[str, Any]) -> str:
     """The row for the table of weight files."""
-    cells = [record[key] for key in ("tag", "dataset", "classes", "image_size", "sha256", "top1", "top5")]
-    note = f"trained here, {record['parameters']:,} weights; for research"
-    return f"    _packaged({', '.join(repr(cell) for cell in [*cells, note])}),"
+    from keras_convnext.weights.published import IMAGENET_MEAN, IMAGENET_STD, Checkpoint
+
+    tag = record["tag"]
+    cells = {
+        name: record[name] for name in ("tag", "dataset", "classes", "image_size", "sha256", "top1", "top5")
+    }
+    cells |= {
+        "architecture": tag.partition(".")[0],
+        "layout": "timm",
+        "crop": 1.0,
+        "resize_mode": "shorter_side",
+        "interpolation": "bicubic",
+        "mean": " ".join(map(str, IMAGENET_MEAN)),
+        "std": " ".join(map(str, IMAGENET_STD)),
+        "licence": "research-only",
+        "score_source": f"measured here on {record['dataset']}: benchmarks/runs/{tag}.json",
+        "note": f"trained here, {record['parameters']:,} weights; for research, terms in {TERMS}",
+        "packaged": f"{tag}.safetensors",
+    }
+    text = io.StringIO()
+    columns = [field.name for field in dataclasses.fields(Checkpoint)]
+    csv.DictWriter(text, columns, lineterminator="").writerow(cells)
+    return text.getvalue()
 
 
 if __name__ == "__main__":

@@ -27,11 +27,9 @@ import tensorflow as tf
 
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import result_columns
-from keras_convnext.evaluation.classification import import_batches
-from keras_convnext.training import run_folder, run_state, trainer
+from keras_convnext.training import run_folder, trainer
 from keras_convnext.training.recipe_files import load_recipe
-from keras_convnext.training.tasks import classification
-from keras_convnext.weights.preprocessing_metadata import ImageDescription
+from keras_convnext.training.tasks.classification import Classification
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,31 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
     images, targets = (array.astype("float32") for array in batch)
     dataset = tf.data.Dataset.from_tensors((images, targets)).repeat().prefetch(2)
 
-    training, _ = classification.open_data(recipe)
-    plan = dataclasses.replace(
-        run_state.Plan.of(recipe, training), steps_per_epoch=10**6, total_steps=10**9, warmup_steps=0
-    )
-    student, _ = classification.build_model(recipe, 10)
-    model = classification.compile_model(recipe, student, plan)
+    task = Classification(recipe, workers=1)
+    data = task.open_data()
+    endless = dataclasses.replace(data.plan, steps_per_epoch=10**6, total_steps=10**9, warmup_steps=0)
+    data = dataclasses.replace(data, plan=endless)
+    built = task.build_model(data)
+    model = built.model
     with (
         tempfile.TemporaryDirectory() as folder,
         run_folder.open_run(f"{folder}/run", {}, checkpoint_bytes=0) as opened,
     ):
-        run = trainer._Run(
-            recipe=recipe,
-            plan=plan,
-            engine=choose.choose("none"),
-            folder=opened,
-            model=model,
-            student=student,
-            batches=import_batches(),
-            training=training,
-            validation=None,
-            images=ImageDescription(recipe.model.image_size),
-            workers=1,
-            progress=True,
-        )
-
+        run = trainer.Run(recipe, task, data, built, choose.choose("none"), opened)
         overheads, bare = [], []
         for number in range(options.rounds + 1):
             watch = Watch(run)
@@ -113,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class Watch(trainer._BetweenSteps):
+class Watch(trainer.BetweenSteps):
     """The trainer's callback, without the end of the epoch, and with a clock; the first step does not count.
 
     Attributes:

@@ -7,9 +7,7 @@ code 1 when a step did not work, 2 when nothing could be done, with a line that 
 """
 
 import argparse
-import collections
 import contextlib
-import csv
 import dataclasses
 import importlib.resources
 import json
@@ -38,17 +36,18 @@ import numpy as np
 from PIL import Image
 
 from demo import report
+from demo.photos import SIDE, PhotoSet, batches, read_photos
 from keras_convnext import _environment, models, predictor
 from keras_convnext._terminal import silenced
-from keras_convnext.data import class_names, index, preprocess, sources
+from keras_convnext.data import class_names, preprocess
 from keras_convnext.evaluation import gradcam
 from keras_convnext.exporting import runtimes
 from keras_convnext.exporting.export import ExportError, export
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 
+MARKER = ".keras_convnext_demo"  # of a folder that a demo writes to
 IMPORT_SECONDS = time.perf_counter() - _begin
-FLOWERS = pathlib.Path(__file__).parents[1] / "recipes" / "flowers"
 WEIGHTS = "convnextv2_atto.tiny_imagenet200"  # come with the package
 ARCHITECTURE = "convnextv2_atto"  # of weights="imagenet"
 # Photographs of the package -> first words of the names that are right.
@@ -60,9 +59,7 @@ RIGHT_NAMES = {
 TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 BEST_CLASSES = 5
 SHOWN_SIDE = 256  # pixels, the least of a photograph on the page
-SIDE = 96  # pixels, of the photos that are learned
 BATCH_SIZE = 16
-HELD_OUT_EVERY = 5  # photos of a class
 PHOTOS_SEEN = 1_200  # in a training without --epochs
 MOST_EPOCHS = 5
 LIMIT = 1_000
@@ -117,30 +114,6 @@ class ClassifiedPhoto:
     is_right: bool
     photographer: str = ""
     address: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class PhotoSet:
-    """Photos to learn, and those held out.
-
-    Attributes:
-        title: what reports call it.
-        classes: their names.
-        images: uint8 (N, 96, 96, 3).
-        labels: int32 (N,).
-        names: of the files, (N,).
-        training, held_out: int (n,), places in `images`; none is in both.
-        credits: file -> {"photographer": ..., "address": ...}, of the flowers.
-    """
-
-    title: str
-    classes: list[str]
-    images: np.ndarray
-    labels: np.ndarray
-    names: list[str]
-    training: np.ndarray
-    held_out: np.ndarray
-    credits: dict[str, dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +266,8 @@ def run(settings: Settings) -> Findings:
 
     Raises:
         ValueError: unknown weights, unusable photos, a backend that cannot train; the message tells.
-        OSError: the weights cannot be fetched, or a file cannot be written.
+        OSError: the weights cannot be fetched, or a file cannot be written; the output folder holds what no
+            demo wrote.
 
     Example:
         run(Settings(pathlib.Path("out/demo"), epochs=5)).trainings[0].held_out_accuracy[-1]
@@ -303,7 +277,7 @@ def run(settings: Settings) -> Findings:
             f"Expected a backend that trains: {', '.join(TRAINING_BACKENDS)}. Received: KERAS_BACKEND="
             f"{keras.backend.backend()}."
         )
-    settings.output.mkdir(parents=True, exist_ok=True)
+    check_output(settings.output)
     photos = read_photos(settings.data, settings.limit, settings.seed)  # what is wrong with them comes first
     weights = catalog.IMAGENET[ARCHITECTURE] if settings.weights == "imagenet" else settings.weights
     seconds = {"start": IMPORT_SECONDS}
@@ -356,6 +330,19 @@ def run(settings: Settings) -> Findings:
         )
     (settings.output / "findings.json").write_text(json.dumps(facts(found), indent=1), encoding="utf-8")
     return found
+
+
+def check_output(folder: pathlib.Path) -> None:
+    """Makes the folder, and refuses one with files that no demo wrote, as it might replace them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / MARKER
+    found = sorted(path.name for path in folder.iterdir())
+    if found and not marker.exists():
+        raise FileExistsError(
+            f"Expected an empty folder, or one that an earlier demo wrote, received '{folder}' with "
+            f"{', '.join(found[:3])}{', ...' * (len(found) > 3)}. Remove it, or pass another as --output."
+        )
+    marker.touch()
 
 
 @contextlib.contextmanager
@@ -473,88 +460,6 @@ def _classified(
 # Step 2: photos to learn.
 
 
-def read_photos(folder: pathlib.Path | None, limit: int, seed: int) -> PhotoSet:
-    """Reads a folder of class folders and holds every fifth photo of a class out, by name.
-
-    Data that is divided into train and validation stays so. Photos that cannot be read are named on standard
-    error and left out.
-
-    Args:
-        folder: the folder; None for the flowers of the repository.
-        limit: most photos, drawn by `seed`, the same number of each class.
-        seed: of the draw.
-
-    Raises:
-        ValueError: nothing usable is at the path, there is one class only, or a class has fewer than two
-            photos.
-    """
-    path = folder or FLOWERS
-    splits = {sources.canonical_split(name) or name for name in sources.list_splits(path)}
-    if "train" in splits:
-        training = sources.open_source(path, "train")
-        parts = [training, sources.open_source(path, "validation", classes=training.classes)]
-    else:
-        parts = [sources.open_source(path)]
-    classes = parts[0].classes
-    if len(classes) < 2:
-        raise ValueError(f"Expected a folder for each of several classes in '{path}', found {classes}.")
-    share = max(limit // len(classes) // len(parts), 1)
-    kept = [_read_source(part, share, seed) for part in parts]
-    images, labels, names = ([value for part in kept for value in part[field]] for field in range(3))
-    is_held_out = np.arange(len(labels)) >= len(kept[0][1])
-    if len(parts) == 1:
-        order: collections.Counter[int] = collections.Counter()
-        for place in sorted(range(len(names)), key=names.__getitem__):
-            is_held_out[place] = order[labels[place]] % HELD_OUT_EVERY == 0
-            order[labels[place]] += 1
-    numbers = np.array(labels, "int32")
-    for number, name in enumerate(classes):
-        counts = [int((numbers[chosen] == number).sum()) for chosen in (~is_held_out, is_held_out)]
-        if 0 in counts:
-            raise ValueError(
-                f"Expected two photos or more of each class, to learn one and hold one out. Received: "
-                f"{sum(counts)} of {name!r} in '{path}', with --limit {limit}. Add photos or raise --limit."
-            )
-    return PhotoSet(
-        "flowers" if folder is None else path.resolve().name,
-        classes,
-        np.stack(images),
-        numbers,
-        names,
-        np.flatnonzero(~is_held_out),
-        np.flatnonzero(is_held_out),
-        _read_credits(path / "CREDITS.csv") if folder is None else {},
-    )
-
-
-def _read_credits(path: pathlib.Path) -> dict[str, dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row.pop("file"): row for row in csv.DictReader(file)}
-
-
-def _read_source(source: index.Source, share: int, seed: int) -> tuple[list, list, list]:
-    """Pixels, labels and names of at most `share` photos of each class."""
-    images, labels, names, faults = [], [], [], []
-    generator = np.random.default_rng(seed)
-    for label in range(len(source.classes)):
-        numbers = np.flatnonzero(source.labels == label)
-        for number in sorted(generator.permutation(numbers)[:share].tolist()):
-            name = source.name(number)
-            try:
-                image = preprocess.decode_image(source.read(number), name)
-            except (preprocess.ImageError, OSError) as error:
-                faults.append(str(error))
-                continue
-            images.append(preprocess.preprocess_image(image, image_size=SIDE, crop=1.0))
-            labels.append(label)
-            names.append(name)
-    for fault in faults[:5]:
-        print(f"left out: {fault}", file=sys.stderr)
-    if len(faults) > 5:
-        print(f"left out: {len(faults) - 5} more photos", file=sys.stderr)
-    return images, labels, names
-
-
 def train(
     opened: predictor.Predictor, photos: PhotoSet, epochs: int, seed: int
 ) -> tuple[keras.Model, list[Training]]:
@@ -647,32 +552,6 @@ def _new_model(title: str, opened: predictor.Predictor, classes: int) -> keras.M
         # With the published 1e-6 the blocks do next to nothing for the few hundred steps that this takes.
         settings["layer_scale_init_value"] = 0.1
     return models.load(architecture, weights=None, **settings)
-
-
-def batches(
-    images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Makes shuffled batches without end, images shifted by up to a tenth, half of them mirrored.
-
-    Yields:
-        uint8 (batch_size, H, W, C), int32 (batch_size,). The incomplete last batch of an epoch is left out:
-        JAX would compile the training step once more for it.
-    """
-    generator = np.random.default_rng(seed)
-    height, width = images.shape[1:3]
-    margin = height // 10
-    while True:
-        order = generator.permutation(len(images))
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            chosen = order[start : start + batch_size]
-            padded = np.pad(images[chosen], ((0, 0), (margin, margin), (margin, margin), (0, 0)), "reflect")
-            corners = generator.integers(0, 2 * margin + 1, (batch_size, 2))
-            steps = generator.choice((-1, 1), batch_size)
-            crops = [
-                image[top : top + height, left : left + width][:, ::step]
-                for image, (top, left), step in zip(padded, corners, steps, strict=True)
-            ]
-            yield np.stack(crops), labels[chosen]
 
 
 def save(model: keras.Model, classes: list[str], folder: pathlib.Path) -> pathlib.Path:

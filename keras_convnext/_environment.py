@@ -13,10 +13,7 @@ import sys
 
 __version__ = "0.1.0"
 
-EXTRAS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch", "openvino": "export"}  # of this package
 BACKENDS = ("tensorflow", "jax", "torch")  # in the order in which one is taken
-
-BUSY_LOAD = 0.5  # of other work, for each core
 
 # Of these, as /proc/cpuinfo names them, oneDNN has bfloat16 kernels that add up in float32.
 _FLAGS_FOR_BFLOAT16 = {"avx512f", "avx_ne_convert", "bf16"}
@@ -28,6 +25,20 @@ def is_installed(package: str) -> bool:
     """Returns whether a package can be imported; a folder without code, as pip may leave one, cannot."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+def require(package: str, what: str) -> None:
+    """Checks that a package is installed, before the work begins that needs it.
+
+    Args:
+        package: its name, to import and to install.
+        what: what needs it; begins the message.
+
+    Raises:
+        ImportError: it is not.
+    """
+    if not is_installed(package):
+        raise ImportError(f"{what} needs {package}, which is not installed. Run pip install {package}.")
 
 
 def choose_backend() -> None:
@@ -47,20 +58,20 @@ def choose_backend() -> None:
     in_settings = _backend_in(path)
     asked = os.environ.get("KERAS_BACKEND")
     wanted = wanted_backend()
-    if wanted not in EXTRAS or is_installed(wanted):
+    if wanted not in (*BACKENDS, "openvino") or is_installed(wanted):
         return  # Keras knows its other backends and refuses what is none
     installed = [name for name in BACKENDS if is_installed(name)]
     is_chosen = bool(asked) or wanted != "tensorflow"
     if is_chosen:
         raise ImportError(
             f"Expected an installed backend, received {wanted!r} from {'KERAS_BACKEND' if asked else path}. "
-            f"Installed: {', '.join(installed) or 'none'}. Run {install_command(wanted)}"
+            f"Installed: {', '.join(installed) or 'none'}. Run pip install {wanted}"
             + (f", or set KERAS_BACKEND={installed[0]}." if installed else ".")
         )
     if not installed:
         raise ImportError(
             f"Expected a backend, but none of {', '.join(BACKENDS)} is installed. "
-            f"Run {install_command('tensorflow')}, or the same with jax or torch."
+            "Run pip install tensorflow, or the same with jax or torch."
         )
     why = f"; tensorflow, which {path} names, is not" if in_settings else ""
     print(f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr)
@@ -70,11 +81,6 @@ def choose_backend() -> None:
 def wanted_backend() -> str:
     """Returns the backend that Keras would take: KERAS_BACKEND, what keras.json names, else TensorFlow."""
     return os.environ.get("KERAS_BACKEND") or _backend_in(_settings_path()) or "tensorflow"
-
-
-def install_command(backend: str) -> str:
-    """Returns the command that installs a backend."""
-    return f"pip install 'keras-convnext[{EXTRAS[backend]}]'"
 
 
 def is_set(variable: str) -> bool:
@@ -101,16 +107,6 @@ def machine() -> dict[str, str]:
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def busy_warning(facts: dict[str, str]) -> str:
-    """Returns a line of warning when other work was running before the measurement, else ""."""
-    if float(facts["load"]) <= BUSY_LOAD * int(facts["cores"]):
-        return ""
-    return (
-        f"the machine is busy: load {facts['load']} on {facts['cores']} cores before the first turn. Ratios "
-        "may hold, times do not; repeat when it is idle."
-    )
 
 
 def commit() -> str:

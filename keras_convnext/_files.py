@@ -5,9 +5,12 @@ import errno
 import os
 import pathlib
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import BinaryIO
+
+from keras_convnext._messages import size_text
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -78,6 +81,34 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes the content of a file in one step; see `replacing_file`."""
     with replacing_file(path) as file:
         file.write(content)
+
+
+def disk_error_text(
+    error: OSError,
+    folder: str | os.PathLike[str],
+    if_full: str,
+    if_refused: str,
+    needed: int | None = None,
+) -> str:
+    """Returns why nothing could be written to a folder, and what to do.
+
+    Args:
+        error: of the system.
+        folder: path.
+        if_full: what to do when there is no space.
+        if_refused: what to do when it cannot be written for another reason.
+        needed: bytes that must fit; None where that is not known.
+    """
+    reason = error.strerror or str(error)
+    if error.errno not in NO_SPACE:
+        return f"'{folder}' cannot be written ({reason}). {if_refused}"
+    facts = [] if needed is None else [f"expected {size_text(needed)} free"]
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        facts.append(f"received {size_text(free)}")
+        if needed is not None and needed > free:  # a quota does not show in the free space
+            facts.append(f"{size_text(needed - free)} are missing")
+    return f"No space at '{folder}' ({reason}): {', '.join(facts)}. {if_full}"
 
 
 def try_lock(file: BinaryIO) -> bool:

@@ -1,7 +1,8 @@
-"""Parts of messages: the names near a wrong one, a text cut to a width."""
+"""Parts of messages: the names near a wrong one, errors, sizes and nested values in one line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -9,11 +10,35 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"Unknown {kind} {name!r}.{near_names(str(name), known)} Known: {', '.join(known)}"
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean ...?" with at most three near names, or ""."""
-    matches = difflib.get_close_matches(name, known, n=3)
+def near_names(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> str:
+    """Returns " Did you mean ...?" with at most `count` near names, or ""."""
+    matches = difflib.get_close_matches(name, list(known), count, cutoff)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
 def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """Returns type and text of an error, or of what it names as its reason."""
+    reason = getattr(error, "reason", None) or error
+    return " ".join(f"{type(reason).__name__}: {reason}".split())
+
+
+def size_text(num_bytes: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} bytes"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values by their dotted names: {"model": {"depth": 3}} as {"model.depth": 3}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

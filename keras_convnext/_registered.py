@@ -1,5 +1,4 @@
 """Registers every class that a saved model may name, by importing the modules that define them."""
 
 from keras_convnext import convnext, models  # noqa: F401
-from keras_convnext.exporting import deploy  # noqa: F401
 from keras_convnext.training import distillation, optimizer, schedule  # noqa: F401

@@ -9,14 +9,16 @@ Names of layers and weights repeat those of the official code, with "_" where it
 `stages.1.0.dwconv.weight` is `stages_1_0/dwconv/kernel`. Maps are channels-last, (N, H, W, C).
 """
 
+import functools
 from collections.abc import Callable
 
 import keras
 import numpy as np
 from keras import layers
 
+from keras_convnext import _messages
 from keras_convnext.layers.chunking import in_chunks
-from keras_convnext.layers.depthwise import DepthwiseConv2D
+from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import (
     GlobalResponseNormalization,
@@ -24,7 +26,7 @@ from keras_convnext.layers.normalization import (
     RMSNormalization,
     SimpleNormalization,
 )
-from keras_convnext.layers.pointwise import PatchConv2D, pointwise, pointwise_after_grn
+from keras_convnext.layers.pointwise import PatchConv2D, PointwiseConv2D, pointwise, pointwise_after_grn
 from keras_convnext.layers.residual import LayerScale, StochasticDepth
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
@@ -51,17 +53,9 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def _pointwise_dtype(block):
-    """Returns what a block's configuration adds when quantize() gave its pointwise layers another policy."""
-    policy = block.pwconv1.dtype_policy
-    if policy == block.dtype_policy:
-        return {}
-    return {"pointwise_dtype": keras.dtype_policies.serialize(policy)}
-
-
-def _choose(what, name, table):
+def _chosen(kind, name, table):
     if name not in table:
-        raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(table)}")
+        raise ValueError(_messages.unknown(kind, name, table))
     return table[name]
 
 
@@ -69,9 +63,13 @@ class Composite(layers.Layer):
     """A layer of the shape of its input made of sub-layers, which are as frozen when it is made anew.
 
     Keras hands `trainable` down to sub-layers when it is set, but not when a layer is made with it, from a
-    configuration for example. So a subclass gives it to each sub-layer that it makes; this class stores the
-    sub-layers that differ. A subclass keeps its other arguments in `self.config`.
+    configuration for example. So a subclass makes its sub-layers with `inherited`; this class stores those
+    that differ. A subclass keeps its other arguments in `self.config`.
     """
+
+    @property
+    def inherited(self):
+        return {"dtype": self.dtype_policy, "trainable": self.trainable}
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -90,8 +88,60 @@ class Composite(layers.Layer):
         return layer
 
 
+class _Block(Composite):
+    """What the blocks share: `x + drop_path(branch(x))`, and the depthwise convolution and norm in front.
+
+    A final class makes the other layers in the order of its paper, and connects all of them in `branch`.
+    """
+
+    def __init__(self, dim, kernel_size, dilation_rate, norm, epsilon, activation, affine=True, **kwargs):
+        super().__init__(**kwargs)
+        self.config = {
+            "dim": dim,
+            "kernel_size": kernel_size,
+            "dilation_rate": dilation_rate,
+            "norm": norm,
+            "epsilon": epsilon,
+            "activation": activation,
+        }
+        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **self.inherited, name="dwconv")
+        self.norm = _chosen("norm", norm, NORMS)(epsilon, affine, **self.inherited, name="norm")
+        self.activation = _chosen("activation", activation, ACTIVATIONS)
+
+    def dense(self, units, name, policy):
+        """A pointwise layer, with a dtype policy of its own once quantize() gave it one."""
+        settings = self.inherited if policy is None else {**self.inherited, "dtype": policy}
+        return layers.Dense(units, kernel_initializer=INITIALIZER, **settings, name=name)
+
+    def build(self, input_shape):
+        hidden_shape = (*input_shape[:-1], 4 * self.config["dim"])
+        for layer in self._layers:  # in the order in which they were made
+            layer.build(hidden_shape if layer.name in ("grn", "pwconv2") else input_shape)
+
+    def branch(self, x):
+        """(N, H, W, C) to the same shape.
+
+        By `call`: the block has checked what `__call__` checks for each layer, at 0.1 ms in eager mode.
+        """
+        raise NotImplementedError
+
+    def call(self, x, training=None):
+        hidden_channels = 4 * self.config["dim"]
+        if not training:
+            return in_chunks(lambda x: x + self.branch(x), x, hidden_channels)
+        branch = keras.remat(self.branch) if self.config["rematerialize"] else self.branch
+        return x + self.drop_path(in_chunks(branch, x, hidden_channels, training=True), training=training)
+
+    def get_config(self):
+        policy = self.pwconv1.dtype_policy
+        own = (
+            {} if policy == self.dtype_policy else {"pointwise_dtype": keras.dtype_policies.serialize(policy)}
+        )
+        return {**super().get_config(), **own}
+
+
 @_register
-class ConvNeXtBlock(Composite):
+class ConvNeXtBlock(_Block):
     """The block of ConvNeXt (V1).
 
     `x + drop_path(gamma * pwconv2(gelu(pwconv1(norm(dwconv(x))))))`: a depthwise convolution, then a layer
@@ -138,94 +188,34 @@ class ConvNeXtBlock(Composite):
         pointwise_dtype=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
-        pointwise = dict(common)
-        if pointwise_dtype is not None:
-            pointwise["dtype"] = keras.dtype_policies.get(pointwise_dtype)
-        self.dim = dim
-        self.rematerialize = rematerialize
-        self.config = {
-            "dim": dim,
-            "kernel_size": kernel_size,
-            "dilation_rate": dilation_rate,
-            "norm": norm,
-            "epsilon": epsilon,
-            "activation": activation,
-            "layer_scale_init_value": layer_scale_init_value,
-            "drop_path_rate": drop_path_rate,
-            "rematerialize": rematerialize,
-            "seed": seed,
-        }
-        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **common, name="dwconv")
-        self.norm = _choose("norm", norm, NORMS)(epsilon, **common, name="norm")
-        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv1")
-        self.activation = _choose("activation", activation, ACTIVATIONS)
-        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv2")
+        super().__init__(dim, kernel_size, dilation_rate, norm, epsilon, activation, **kwargs)
+        self.config.update({"drop_path_rate": drop_path_rate, "rematerialize": rematerialize, "seed": seed})
+        self.config["layer_scale_init_value"] = layer_scale_init_value
+        self.pwconv1 = self.dense(4 * dim, "pwconv1", pointwise_dtype)
+        self.pwconv2 = self.dense(dim, "pwconv2", pointwise_dtype)
         self.layer_scale = None
         if layer_scale_init_value is not None:
-            self.layer_scale = LayerScale(layer_scale_init_value, **common, name="layer_scale")
-        self.drop_path = StochasticDepth(drop_path_rate, seed, **common, name="drop_path")
-
-    def build(self, input_shape):
-        self.dwconv.build(input_shape)
-        self.norm.build(input_shape)
-        self.pwconv1.build(input_shape)
-        self.pwconv2.build((*input_shape[:-1], 4 * self.dim))
-        if self.layer_scale is not None:
-            self.layer_scale.build(input_shape)
-        self.drop_path.build(input_shape)
+            self.layer_scale = LayerScale(layer_scale_init_value, **self.inherited, name="layer_scale")
+        self.drop_path = StochasticDepth(drop_path_rate, seed, **self.inherited, name="drop_path")
 
     def branch(self, x):
-        # `call`: the block has checked what `__call__` checks for each layer, at 0.1 ms in eager mode.
         x = self.dwconv.call(x)
         x = self.norm.call(x)
         x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
         x = pointwise(self.pwconv2, x)  # (N, H, W, C)
-        if self.layer_scale is not None:
-            x = self.layer_scale.call(x)
-        return x
-
-    def call(self, x, training=None):
-        if not training:
-            return in_chunks(lambda x: x + self.branch(x), x, 4 * self.dim)
-        branch = keras.remat(self.branch) if self.rematerialize else self.branch
-        return x + self.drop_path(in_chunks(branch, x, 4 * self.dim, training=True), training=training)
-
-    def get_config(self):
-        return {**super().get_config(), **_pointwise_dtype(self)}
+        return x if self.layer_scale is None else self.layer_scale.call(x)
 
 
 @_register
-class ConvNeXtV2Block(Composite):
+class ConvNeXtV2Block(_Block):
     """The block of ConvNeXt V2.
 
     `x + drop_path(pwconv2(grn(gelu(pwconv1(norm(dwconv(x)))))))`: the V1 block with global response
     normalisation between the pointwise layers, and without LayerScale.
     Reference: Woo et al. 2023, section 3.3 and figure 5; models/convnextv2.py, class Block.
 
-    Args:
-        dim: int, channels C.
-        kernel_size: int, side of the depthwise kernel. Default 7.
-        dilation_rate: int, of the depthwise kernel. Default 1; larger for an output stride below 32.
-        norm: "layer_norm", "rms_norm" or "simple_norm".
-        epsilon: float, of the norm. Default 1e-6, the official code's.
-        activation: "gelu" (exact), "gelu_tanh" or "silu".
-        drop_path_rate: float in [0, 1), probability of dropping the branch of a sample in training.
-        rematerialize: bool, recompute the branch in the backward pass instead of keeping its activations.
-        seed: int or None, of the drop path.
-        pointwise_dtype: dtype policy of the two pointwise layers; None for the block's own. Set by Keras when
-            it loads a quantised model.
-
-    Call arguments:
-        x: (N, H, W, C), float.
-        training: bool.
-
-    Returns:
-        Same shape, in the compute dtype.
-
-    Raises:
-        ValueError: for an unknown norm or activation, an even kernel, or a rate outside [0, 1).
+    Arguments, call arguments, result and errors are those of `ConvNeXtBlock`, but for
+    `layer_scale_init_value`.
     """
 
     def __init__(
@@ -242,55 +232,71 @@ class ConvNeXtV2Block(Composite):
         pointwise_dtype=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
-        pointwise = dict(common)
-        if pointwise_dtype is not None:
-            pointwise["dtype"] = keras.dtype_policies.get(pointwise_dtype)
-        self.dim = dim
-        self.rematerialize = rematerialize
-        self.config = {
-            "dim": dim,
-            "kernel_size": kernel_size,
-            "dilation_rate": dilation_rate,
-            "norm": norm,
-            "epsilon": epsilon,
-            "activation": activation,
-            "drop_path_rate": drop_path_rate,
-            "rematerialize": rematerialize,
-            "seed": seed,
-        }
-        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **common, name="dwconv")
-        self.norm = _choose("norm", norm, NORMS)(epsilon, **common, name="norm")
-        self.pwconv1 = layers.Dense(4 * dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv1")
-        self.activation = _choose("activation", activation, ACTIVATIONS)
-        self.grn = GlobalResponseNormalization(**common, name="grn")
-        self.pwconv2 = layers.Dense(dim, kernel_initializer=INITIALIZER, **pointwise, name="pwconv2")
-        self.drop_path = StochasticDepth(drop_path_rate, seed, **common, name="drop_path")
-
-    def build(self, input_shape):
-        self.dwconv.build(input_shape)
-        self.norm.build(input_shape)
-        self.pwconv1.build(input_shape)
-        self.grn.build((*input_shape[:-1], 4 * self.dim))
-        self.pwconv2.build((*input_shape[:-1], 4 * self.dim))
-        self.drop_path.build(input_shape)
+        super().__init__(dim, kernel_size, dilation_rate, norm, epsilon, activation, **kwargs)
+        self.config.update({"drop_path_rate": drop_path_rate, "rematerialize": rematerialize, "seed": seed})
+        self.pwconv1 = self.dense(4 * dim, "pwconv1", pointwise_dtype)
+        self.grn = GlobalResponseNormalization(**self.inherited, name="grn")
+        self.pwconv2 = self.dense(dim, "pwconv2", pointwise_dtype)
+        self.drop_path = StochasticDepth(drop_path_rate, seed, **self.inherited, name="drop_path")
 
     def branch(self, x):
-        # `call`: the block has checked what `__call__` checks for each layer, at 0.1 ms in eager mode.
         x = self.dwconv.call(x)
         x = self.norm.call(x)
         x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
         return pointwise_after_grn(self.pwconv2, x, self.grn)  # (N, H, W, C)
 
-    def call(self, x, training=None):
-        if not training:
-            return in_chunks(lambda x: x + self.branch(x), x, 4 * self.dim)
-        branch = keras.remat(self.branch) if self.rematerialize else self.branch
-        return x + self.drop_path(in_chunks(branch, x, 4 * self.dim, training=True), training=training)
 
-    def get_config(self):
-        return {**super().get_config(), **_pointwise_dtype(self)}
+@_register
+class InferenceBlock(_Block):
+    """A block of either paper without what inference does not need; `deploy` makes it.
+
+    `x + pwconv2(grn(gelu(pwconv1(normalise(dwconv(x))))))`, where the norm has neither gain nor shift, GRN
+    (of V2 only) has no shift, and the pointwise layers are 1x1 convolutions that contain the rest. It cannot
+    be trained as the block that it was made from can.
+
+    Args:
+        dim, kernel_size, dilation_rate, norm, epsilon, activation: as in `ConvNeXtBlock`.
+        response_norm: bool, whether GRN stands between the pointwise layers, as in V2.
+        for_litert: bool, see `pointwise.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
+
+    Call arguments:
+        x: (N, H, W, C), float.
+
+    Returns:
+        Same shape, in the compute dtype.
+    """
+
+    def __init__(
+        self,
+        dim,
+        kernel_size=7,
+        dilation_rate=1,
+        norm="layer_norm",
+        epsilon=1e-6,
+        activation="gelu",
+        response_norm=False,
+        for_litert=False,
+        **kwargs,
+    ):
+        super().__init__(dim, kernel_size, dilation_rate, norm, epsilon, activation, affine=False, **kwargs)
+        self.config.update({"response_norm": response_norm, "for_litert": for_litert})
+        self.pwconv1 = PointwiseConv2D(4 * dim, for_litert, **self.inherited, name="pwconv1")
+        self.grn = None
+        if response_norm:
+            self.grn = GlobalResponseNormalization(center=False, **self.inherited, name="grn")
+            self.grn.sums_by_product = not for_litert
+        self.pwconv2 = PointwiseConv2D(dim, for_litert, **self.inherited, name="pwconv2")
+
+    def branch(self, x):
+        x = depthwise_in_frames(self.dwconv, x) if self.config["for_litert"] else self.dwconv.call(x)
+        x = self.norm.call(x)
+        x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
+        if self.grn is None:
+            return pointwise(self.pwconv2, x)  # (N, H, W, C)
+        return pointwise_after_grn(self.pwconv2, x, self.grn)
+
+    def call(self, x, training=None):
+        return super().call(x, training=False)  # it has no drop path
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
@@ -301,133 +307,88 @@ def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
     return [float(rate) for rate in np.linspace(0, drop_path_rate, depth)]
 
 
+_convolution = functools.partial(PatchConv2D, data_format="channels_last", kernel_initializer=INITIALIZER)
+
+
 def stem(x, variant):
     """Turns pixels into the first map, at a quarter of the resolution.
 
-    "patch" is the papers' stem: 4x4 patches, side by side. The others are timm's: two 3x3 convolutions of
-    stride 2 that overlap, with all channels ("overlap"), with half of them in between ("overlap_tiered"), or
-    with an activation in between ("overlap_act").
+    "patch" is the papers' stem: 4x4 patches, side by side. Three are timm's: two 3x3 convolutions of stride 2
+    that overlap, with all channels ("overlap"), with half of them in between ("overlap_tiered"), or with an
+    activation in between ("overlap_act"). "isotropic" has 16x16 patches, as a plain ViT, and no norm.
 
     Args:
         x: (N, H, W, 3), normalised pixels.
         variant: one of `variants.VARIANTS`.
 
     Returns:
-        (N, H / 4, W / 4, dims[0]).
+        (N, H / 4, W / 4, dims[0]); (N, H / 16, W / 16, dims[0]) of an isotropic model.
     """
-    index = 0  # counts as the official nn.Sequential does
-
-    def convolution(x, filters, kernel_size, strides):
-        return PatchConv2D(
-            filters,
-            kernel_size,
-            strides,
-            data_format="channels_last",
-            kernel_initializer=INITIALIZER,
-            name=f"downsample_layers_0_{index}",
-        )(x)
-
     dim = variant.dims[0]
+    if variant.isotropic:
+        return _convolution(dim, 16, 16, name="stem")(x)
+    last = 0  # counts as the official nn.Sequential does
     if variant.stem == "patch":
-        x = convolution(x, dim, 4, 4)  # (N, H / 4, W / 4, C)
+        x = _convolution(dim, 4, 4, name="downsample_layers_0_0")(x)  # (N, H / 4, W / 4, C)
     else:
         # One pixel of padding on both sides; "same" would pad an even-sized map only after its last pixel.
         x = layers.ZeroPadding2D(1, data_format="channels_last", name="stem_padding_0")(x)
-        x = convolution(x, variant.stem_dim, 3, 2)  # (N, H / 2, W / 2, stem_dim)
-        index += 1
+        x = _convolution(variant.stem_dim, 3, 2, name="downsample_layers_0_0")(x)  # (N, H / 2, W / 2, D)
+        last = 1
         if variant.stem == "overlap_act":
             x = layers.Activation(ACTIVATIONS[variant.activation], name="stem_activation")(x)
-            index += 1
+            last = 2
         x = layers.ZeroPadding2D(1, data_format="channels_last", name="stem_padding_1")(x)
-        x = convolution(x, dim, 3, 2)  # (N, H / 4, W / 4, C)
-    return NORMS[variant.norm](variant.epsilon, name=f"downsample_layers_0_{index + 1}")(x)
+        x = _convolution(dim, 3, 2, name=f"downsample_layers_0_{last}")(x)  # (N, H / 4, W / 4, C)
+    return NORMS[variant.norm](variant.epsilon, name=f"downsample_layers_0_{last + 1}")(x)
 
 
 def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int | None):
-    """Applies the stem and four stages of blocks, with a halving of the resolution between stages.
+    """Applies the stem and the stages of blocks, with a halving of the resolution between stages.
 
-    Reference: Liu et al. 2022, table 9; models/convnext.py, class ConvNeXt. For an output stride of 16 or 8
-    the last one or two halvings become stride 1 and the blocks after them dilate by 2 and 4; the weights
-    stay the same (timm models/convnext.py).
+    Reference: Liu et al. 2022, table 9; models/convnext.py, class ConvNeXt. An isotropic model has one stage
+    (section 3.3; models/convnext_isotropic.py). For an output stride of 16 or 8 the last one or two halvings
+    become stride 1 and the blocks after them dilate by 2 and 4; the weights stay the same (timm
+    models/convnext.py).
 
     Args:
         x: (N, H, W, 3), normalised pixels.
         variant: one of `variants.VARIANTS`.
         block: function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer.
-        output_stride: 8, 16 or 32.
+        output_stride: 8, 16 or 32; without effect on an isotropic model.
         drop_path_rate: rate of the last block; the first has 0.
         seed: int or None; block number i gets seed + i.
 
     Returns:
-        List of the four stage outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]).
+        List of the stage outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]); of an isotropic
+        model one, (N, H / 16, W / 16, dim).
     """
-    depths, dims = variant.depths, variant.dims
-    rates = drop_path_rates(drop_path_rate, sum(depths))
-    stride, dilation = 4, 1
+    rates = drop_path_rates(drop_path_rate, sum(variant.depths))
+    stride, dilation, number = 4, 1, 0
     outputs = []
     x = stem(x, variant)
-    for stage in range(4):
+    for stage, (depth, dim) in enumerate(zip(variant.depths, variant.dims, strict=True)):
         if stage > 0:
             x = NORMS[variant.norm](variant.epsilon, name=f"downsample_layers_{stage}_0")(x)
-            halve = stride < output_stride
-            x = PatchConv2D(
-                dims[stage],
-                2,
-                strides=2 if halve else 1,
-                padding="valid" if halve else "same",
-                dilation_rate=1 if halve else dilation,  # that of the stage before
-                data_format="channels_last",
-                kernel_initializer=INITIALIZER,
-                name=f"downsample_layers_{stage}_1",
-            )(x)  # (N, H / stride, W / stride, C)
-            stride, dilation = (2 * stride, dilation) if halve else (stride, 2 * dilation)
-        for index in range(depths[stage]):
-            number = sum(depths[:stage]) + index
+            name = f"downsample_layers_{stage}_1"
+            if stride < output_stride:
+                x = _convolution(dim, 2, 2, name=name)(x)  # (N, H / (2 * stride), W / (2 * stride), C)
+                stride *= 2
+            else:  # the dilation is that of the stage before
+                x = _convolution(dim, 2, padding="same", dilation_rate=dilation, name=name)(x)
+                dilation *= 2
+        for index in range(depth):
             x = block(
-                dims[stage],
+                dim,
                 kernel_size=variant.kernel_sizes[stage],
                 dilation_rate=dilation,
                 drop_path_rate=rates[number],
                 seed=None if seed is None else seed + number,
-                name=f"stages_{stage}_{index}",
+                name=f"blocks_{index}" if variant.isotropic else f"stages_{stage}_{index}",
             )(x)
+            number += 1
         outputs.append(x)
     return outputs
-
-
-def isotropic_body(x, variant, block, drop_path_rate: float, seed: int | None):
-    """Applies blocks of one width to 16x16 patches, as in a plain ViT.
-
-    Reference: Liu et al. 2022, section 3.3; models/convnext_isotropic.py, class ConvNeXtIsotropic.
-
-    Args:
-        x: (N, H, W, 3), normalised pixels.
-        variant: an isotropic one of `variants.VARIANTS`.
-        block: function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer.
-        drop_path_rate: rate of the last block; the first has 0.
-        seed: int or None; block number i gets seed + i.
-
-    Returns:
-        (N, H / 16, W / 16, dim).
-    """
-    (depth,), (dim,) = variant.depths, variant.dims
-    x = PatchConv2D(dim, 16, 16, data_format="channels_last", kernel_initializer=INITIALIZER, name="stem")(x)
-    for index, rate in enumerate(drop_path_rates(drop_path_rate, depth)):
-        x = block(
-            dim,
-            kernel_size=variant.kernel_sizes[0],
-            dilation_rate=1,
-            drop_path_rate=rate,
-            seed=None if seed is None else seed + index,
-            name=f"blocks_{index}",
-        )(x)
-    return x
-
-
-def pool(x, kind: str, dtype):
-    """Takes the mean ("avg") or maximum ("max") over the map: (N, H, W, C) -> (N, C)."""
-    pooling = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[kind]
-    return pooling(data_format="channels_last", dtype=dtype, name=f"{kind}_pool")(x)
 
 
 def final_norm(x, variant, pooling: str | None, dtype):
@@ -447,11 +408,12 @@ def final_norm(x, variant, pooling: str | None, dtype):
         (N, C), or (N, H, W, C) with `pooling=None`.
     """
     norm_first = variant.head == "norm_first"
-    name = "norm_pre" if norm_first else "norm"
-    normalise = NORMS[variant.norm](variant.epsilon, dtype=dtype, name=name)
+    normalise = NORMS[variant.norm](variant.epsilon, dtype=dtype, name="norm_pre" if norm_first else "norm")
     if pooling is None:
         return normalise(x)
-    return pool(normalise(x), pooling, dtype) if norm_first else normalise(pool(x, pooling, dtype))
+    kind = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[pooling]
+    pool = kind(data_format="channels_last", dtype=dtype, name=f"{pooling}_pool")
+    return pool(normalise(x)) if norm_first else normalise(pool(x))
 
 
 def classifier(x, variant, classes: int, activation, dtype):
@@ -460,14 +422,7 @@ def classifier(x, variant, classes: int, activation, dtype):
     An "mlp" head has a hidden layer with exact GELU in front, as wide as its input (timm
     layers/classifier.py, NormMlpClassifierHead).
     """
+    dense = functools.partial(layers.Dense, kernel_initializer=INITIALIZER, dtype=dtype)
     if variant.head == "mlp":
-        x = layers.Dense(
-            x.shape[-1],
-            activation="gelu",
-            kernel_initializer=INITIALIZER,
-            dtype=dtype,
-            name="pre_logits",
-        )(x)
-    return layers.Dense(
-        classes, activation=activation, kernel_initializer=INITIALIZER, dtype=dtype, name="head"
-    )(x)
+        x = dense(x.shape[-1], activation="gelu", name="pre_logits")(x)
+    return dense(classes, activation=activation, name="head")(x)

@@ -286,10 +286,7 @@ def _assemble(
         )
     else:
         block = functools.partial(convnext.ConvNeXtV2Block, **settings)
-    if variant.isotropic:
-        stages = [convnext.isotropic_body(x, variant, block, drop_path_rate, seed)]
-    else:
-        stages = convnext.body(x, variant, block, output_stride, drop_path_rate, seed)
+    stages = convnext.body(x, variant, block, output_stride, drop_path_rate, seed)
 
     if pyramid_norms:
         outputs = {

@@ -116,7 +116,7 @@ def open_predictor(
     )
     if path is not None:
         return Predictor(model, preparation(images or row, size), None, path)
-    return Predictor(model, preparation(row, size), row, locate.find_local(**row.address))
+    return Predictor(model, preparation(row, size), row, locate.find_local(row))
 
 
 def row_for(name: str, needs_classes: bool = False) -> Checkpoint:

@@ -130,13 +130,11 @@ def test_a_backend_that_a_person_chose_is_not_replaced(choose, tmp_path):
                 choose(installed, asked, settings)
             assert str(refused.value) == (
                 f"Expected an installed backend, received 'torch' from {place}. Installed: {listed}. "
-                f"Run pip install 'keras-convnext[torch]'{other}"
+                f"Run pip install torch{other}"
             )
     with pytest.raises(ImportError, match=r"'tensorflow' from KERAS_BACKEND\. Installed: jax\."):
         choose(["jax"], "tensorflow")
-    with pytest.raises(
-        ImportError, match=r"pip install 'keras-convnext\[export\]', or set KERAS_BACKEND=jax"
-    ):
+    with pytest.raises(ImportError, match="pip install openvino, or set KERAS_BACKEND=jax"):
         choose(["jax"], "openvino")
 
 
@@ -145,7 +143,7 @@ def test_no_backend_at_all_is_an_error_that_says_what_to_install(choose):
         choose([])
     assert str(refused.value) == (
         "Expected a backend, but none of tensorflow, jax, torch is installed. "
-        "Run pip install 'keras-convnext[tensorflow]', or the same with jax or torch."
+        "Run pip install tensorflow, or the same with jax or torch."
     )
 
 
@@ -193,7 +191,7 @@ def test_a_command_without_its_backend_ends_with_2(without, hidden, variables, e
     done = without(hidden, "-m", "keras_convnext_main", "predict", PHOTO, "--model", PACKAGED, **variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("keras-convnext: error: Expected a") and done.stderr.count("\n") == 1
-    assert error + "Run pip install 'keras-convnext[" in done.stderr
+    assert error + "Run pip install " in done.stderr
 
 
 @pytest.mark.parametrize("words", [["list"], ["predict", "--help"]])
@@ -216,8 +214,7 @@ def test_commands_that_need_tensorflow_say_so(refused, forget_tensorflow, words)
     forget_tensorflow()
     message = refused(*(ROOT / "recipes" / "flowers" if word == "flowers" else word for word in words))
     assert "ensorFlow" in message or "tensorflow" in message
-    remedy = r"not installed\. Run pip install ('keras-convnext\[tensorflow\]'|tensorflow-cpu)\.\n$"
-    assert re.search(remedy, message)
+    assert message.endswith("not installed. Run pip install tensorflow.\n")
 
 
 def test_eval_image_gives_the_same_pixels_without_tensorflow(forget_tensorflow):

@@ -126,6 +126,7 @@ def test_a_wheel_holds_recipes_weights_and_licences_and_no_programs(wheel, check
         "data/photos/README.md",
         "data/photos/coffee.jpg",
         "exporting/web/onnxruntime_licence.txt",
+        "weights/catalog.csv",
         "weights/packaged/convnextv2_atto.tiny_imagenet200.safetensors",
     } <= inside
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]

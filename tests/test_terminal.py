@@ -3,14 +3,14 @@
 import importlib
 import io
 import logging
-import math
 import os
+import re
 import sys
 import types
 
 import pytest
 
-from keras_convnext._terminal import silenced
+from keras_convnext._terminal import Progress, markdown_table, silenced, table_lines
 
 pytestmark = pytest.mark.once
 
@@ -52,18 +52,7 @@ def test_exceptions_pass_and_end_the_silence(capfd):
     assert "after by a library" in out and "after by a library" in err
 
 
-# The switches in the environment, as each reader takes them.
-
-QUIET = "KERAS_CONVNEXT_QUIET"
-READERS = (
-    "benchmarks.speed.cases.Progress",
-    "keras_convnext.data.index.Progress",
-    "keras_convnext.evaluation.forward.ImageProgress",
-    "keras_convnext.training.logs.Progress",
-    "keras_convnext.weights.download._say",
-    "keras_convnext.weights.download._progress",
-    "keras_convnext.exporting.web_page._fetch",
-)
+# Progress and tables
 
 
 class Terminal(io.StringIO):
@@ -71,38 +60,159 @@ class Terminal(io.StringIO):
         return True
 
 
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def loud(monkeypatch):
+    monkeypatch.delenv(QUIET, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def run(stream, total, unit="images", seconds=1.0, count=20, step=10, **options):
+    clock = Clock()
+    with Progress("[a] title", total, unit, stream=stream, clock=clock, **options) as progress:
+        for number in range(count):
+            clock.now += seconds
+            progress.show(step * (number + 1))
+    return progress
+
+
+def test_a_bar_shows_what_is_done_the_rate_and_the_time_left_and_is_removed(loud):
+    stream = Terminal()
+    assert run(stream, 400).rate == 10
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]+", stream.getvalue())]
+    drawn = [line for line in lines if "title" in line]
+    assert re.fullmatch(r"[━╸╺]{20} \[a\] title, 10/400 images\s*", drawn[0])
+    assert re.fullmatch(r"[━╸╺]{20} \[a\] title, 200/400 images, 10 images/s, 0:00:20 left\s*", drawn[-1])
+    assert max(map(len, drawn)) <= 100 and 20 <= len(drawn) <= 21
+    assert lines[-1] == "" and stream.getvalue().endswith("\x1b[2K")  # the line is empty again
+    assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l")  # and has a cursor
+
+
+def test_a_killed_process_leaves_a_cursor(loud):
+    stream = Terminal()
+    progress = Progress("title", 10, stream=stream)
+    progress.show(1)
+    assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l")
+    progress.close()
+
+
+def test_the_rate_is_that_of_the_last_ten_seconds():
+    clock = Clock()
+    progress = Progress("title", None, is_wanted=False, clock=clock)
+    clock.now += 60  # compilation
+    for number in range(1, 31):
+        progress.show(number if number <= 20 else 20 + 5 * (number - 20))
+        assert progress.rate == (
+            None if number == 1 else pytest.approx(1, rel=1e-6) if number <= 20 else progress.rate
+        )
+        clock.now += 1
+    assert progress.rate == 5
+
+
+def test_a_terminal_is_written_to_five_times_a_second(loud):
+    stream = Terminal()
+    run(stream, 10_000, seconds=0.001, count=10_000, step=1)
+    assert 45 <= stream.getvalue().count("title") <= 52
+
+
+def test_elsewhere_there_is_a_line_every_five_minutes_without_control_codes(loud):
+    stream = io.StringIO()
+    run(stream, 2_000_000_000, "MB", count=1000, step=1_000_000)
+    assert stream.getvalue() == (
+        "[a] title, 300/2,000 MB, 1.0 MB/s, 0:28:20 left\n"
+        "[a] title, 600/2,000 MB, 1.0 MB/s, 0:23:20 left\n"
+        "[a] title, 900/2,000 MB, 1.0 MB/s, 0:18:20 left\n"
+    )
+    stream = io.StringIO()
+    run(stream, None, count=310)
+    assert stream.getvalue() == "[a] title, 3,000 images, 10 images/s\n"
+
+
+def test_a_notebook_gets_a_line_every_thirty_seconds(loud, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    stream = io.StringIO()
+    run(stream, 1000, count=100)
+    assert [line.split(",")[1] for line in stream.getvalue().splitlines()] == [
+        " 300/1",
+        " 600/1",
+        " 900/1",
+    ]
+
+
+def test_lines_that_stay_and_errors_stand_above_the_bar(loud, monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("title", 10) as progress:
+        progress.show(1)
+        print("a warning", file=sys.stderr)
+        progress.say("stays")
+    assert sys.stderr is stream
+    lines = re.split("[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()))
+    assert [line.strip() for line in lines if "a warning" in line or "stays" in line] == [
+        "a warning",
+        "stays",
+    ]
+
+
+def test_standard_output_is_left_alone(loud, capsys):
+    with Progress("title", 10, stream=Terminal()) as progress:
+        progress.show(1)
+        print("a result")
+    assert capsys.readouterr().out == "a result\n"
+
+
+def test_a_table_is_aligned_in_text_and_in_markdown():
+    rows = [("convnext_tiny", 28_589_128), ("a|b", "-")]
+    assert table_lines(("name", "parameters"), "<>", rows) == [
+        "name           parameters",
+        "convnext_tiny    28589128",
+        "a|b                     -",
+    ]
+    assert markdown_table(("name", "parameters"), "<>", rows) == [
+        "| name | parameters |",
+        "| --- | ---: |",
+        "| convnext_tiny | 28589128 |",
+        "| a/b | - |",
+    ]
+    assert table_lines(("name", "size"), "<>", []) == ["name  size"]
+
+
+# The switches in the environment, as each reader takes them.
+
+QUIET = "KERAS_CONVNEXT_QUIET"
+READERS = (
+    "keras_convnext._terminal.Progress",
+    "keras_convnext._terminal.say",
+    "keras_convnext.training.logs.Progress",
+    "keras_convnext.exporting.web_page._fetch",
+)
+
+
 def is_silent(reader, tmp_path, monkeypatch):
     """Whether a reader is silent where somebody watches."""
-    module = reader.rpartition(".")[0]
-    module = importlib.import_module(module)
+    module = importlib.import_module(reader.rpartition(".")[0])
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    if reader == "benchmarks.speed.cases.Progress":
-        module.Progress("title").show("case", 1, 2)
-    elif reader == "keras_convnext.data.index.Progress":
-        progress = module.Progress("title", 100)
-        progress.shown = -math.inf
-        progress.show(50, 1)
-    elif reader == "keras_convnext.evaluation.forward.ImageProgress":
-        progress = module.ImageProgress(100, True)
-        progress.shown = -math.inf
-        progress.show(50)
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    if reader == "keras_convnext._terminal.Progress":
+        with module.Progress("title", 100) as progress:
+            progress.show(50)
+    elif reader == "keras_convnext._terminal.say":
+        module.say("line")
     elif reader == "keras_convnext.training.logs.Progress":
         module.Progress(1, 1, 1).say("line")
-    elif reader == "keras_convnext.weights.download._say":
-        module._say("line")
-    elif reader == "keras_convnext.weights.download._progress":
-        bar = types.SimpleNamespace(update=lambda received: sys.stderr.write("bar"))
-        keras = types.SimpleNamespace(utils=types.SimpleNamespace(Progbar=lambda *_, **__: bar))
-        monkeypatch.setitem(sys.modules, "keras", keras)
-        module._progress(100)(50)
     else:
         monkeypatch.delenv("KERAS_CONVNEXT_OFFLINE", raising=False)
         monkeypatch.setattr(module.shutil, "which", lambda program: program)
         monkeypatch.setattr(module, "_pack", lambda *_: (_ for _ in ()).throw(OSError("no npm here")))
         with pytest.raises(OSError, match="no npm here"):
             module._fetch(tmp_path)
-    return sys.stderr.getvalue() == ""
+    return stream.getvalue() == ""
 
 
 @pytest.mark.parametrize("value", [None, "", " ", "0", "false", "No", "OFF"])
@@ -123,11 +233,13 @@ def test_readers_are_silent_where_quiet_is_on(reader, value, tmp_path, monkeypat
 def test_offline_and_debug_are_read_as_quiet_is(value, is_on, tmp_path, monkeypatch, capsys):
     from keras_convnext.cli import main
     from keras_convnext.exporting import web_page
-    from keras_convnext.weights import locate
+    from keras_convnext.weights import catalog, download
 
     monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", value)
     monkeypatch.setenv("KERAS_CONVNEXT_DEBUG", value)
-    assert (locate._offline_variable(needs_hub=False) is not None) == is_on
+    without_address = catalog.find_checkpoint("convnextv2_small.untrained")
+    with pytest.raises(OSError, match="forbids downloading" if is_on else "have no published address"):
+        download.fetch(without_address)
     monkeypatch.setattr(web_page.shutil, "which", lambda program: None)
     with pytest.raises(FileNotFoundError, match="OFFLINE forbids" if is_on else "npm was not found"):
         web_page._fetch(tmp_path)

@@ -122,7 +122,7 @@ def measure_entries(
 
 
 def ratio(ours: Measurement, peer: Measurement) -> float:
-    """Returns the speed of ours in times of the peer's: the median over rounds; NaN where one did not run."""
+    """Returns how many times as fast as the peer ours is: median over rounds; NaN where one did not run."""
     if not ours.seconds or not peer.seconds:
         return math.nan
     pairs = zip(peer.seconds, ours.seconds, strict=True)

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
@@ -13,7 +12,7 @@ from benchmarks.speed import implementations, output, report
 from benchmarks.speed.alternating_runs import Measurement, measure_entries
 from benchmarks.speed.implementations import Case
 from benchmarks.speed.report import Table
-from keras_convnext._environment import busy_warning, is_set
+from keras_convnext import _terminal
 from keras_convnext._messages import unknown
 from keras_convnext.variants import VARIANTS
 
@@ -44,21 +43,18 @@ WORDS: dict[str, dict[str, list]] = {
 
 
 class Progress:
-    """One line on stderr, rewritten as turns are done; nothing when nobody watches."""
+    """The bar of a measurement, on a terminal only."""
 
     def __init__(self, title: str) -> None:
-        self.title = title
-        self.begin = time.monotonic()
-        self.is_watched = sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
+        self.bar = _terminal.Progress(title, None, "turns", is_wanted=sys.stderr.isatty())
 
     def show(self, what: str, done: int, total: int) -> None:
         """Shows what is done now, and how many turns of all are done."""
-        if not self.is_watched:
-            return
-        seconds = time.monotonic() - self.begin
-        line = f"{self.title}: {done} of {total} turns, {seconds:.0f} s, {what}"
-        end = "\r\033[K" if done == total else ""
-        print(f"\r\033[K{line}{end}", end="", file=sys.stderr, flush=True)
+        self.bar.total = total
+        self.bar.show(done, lambda: what)
+        self.bar.draw(f"{done}/{total} turns, {what}")
+        if done == total:
+            self.bar.close()
 
 
 def dispatch(options: Namespace) -> int:
@@ -203,8 +199,8 @@ def _default_peers() -> list[str]:
     if importlib.util.find_spec("timm") is not None:
         return ["timm"]
     print(
-        "warning: measured without a peer: timm is not installed. Run pip install "
-        "'keras-convnext[bench]', or name others by --against.",
+        "warning: measured without a peer: timm is not installed. Run pip install -e "
+        "'.[bench]' -c constraints.txt, or name others by --against.",
         file=sys.stderr,
     )
     return []
@@ -239,6 +235,6 @@ def heading_lines(
         f"{where['time']}, load before {where['load']}; in turns, rounds: {rounds}, about {seconds:g} s a "
         "turn; medians. x PEER: times as fast as the peer, median over the rounds of the same run",
     ]
-    if warning := busy_warning(where):
+    if warning := output.busy_warning(where):
         lines.append(f"warning: {warning}")
     return lines

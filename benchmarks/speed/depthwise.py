@@ -28,6 +28,7 @@ from benchmarks.speed.alternating_runs import Worker, WorkerError
 from benchmarks.speed.report import Table, check_output
 from keras_convnext._environment import tensorflow_has_onednn
 from keras_convnext._files import replacing_file
+from keras_convnext.architecture import layers_of
 from keras_convnext.variants import VARIANTS
 
 # See `worker.COMMAND`.
@@ -140,10 +141,11 @@ def run(options) -> int:
 
 def stage_shapes(batch: int, image_size: int = 224) -> list[tuple[int, int, int, int]]:
     """(N, H, W, C) of the four stages of `ARCHITECTURE` for square images of `image_size` pixels."""
-    sides = [image_size // 4 // 2**stage for stage in range(4)]
-    if sides[-1] == 0:
+    layers = layers_of(VARIANTS[ARCHITECTURE], image_size)
+    firsts = [layer for layer in layers if layer.name.endswith(".0.dwconv")]
+    if firsts[-1].side == 0:
         raise ValueError(f"Expected images of 32 pixels or more, which leave a map. Received: {image_size}")
-    return [(batch, side, side, dim) for side, dim in zip(sides, VARIANTS[ARCHITECTURE].dims, strict=True)]
+    return [(batch, layer.side, layer.side, layer.outputs) for layer in firsts]
 
 
 def table(

@@ -41,7 +41,7 @@ BARS = (
     ("inference", V1, (8,), "bfloat16", "best", "openvino", 1.0),
     ("inference", V1, (8,), "bfloat16", "best", "timm-compile", 1.0),
 )
-V2_COST_BAR = 1.15  # time of V2 in times of V1's, at most
+V2_COST_BAR = 1.15  # time of V2 relative to V1's, at most
 STAGE_BAR = 0.7  # of the floor, in each stage; start-up's bars are `startup.BARS`
 
 
@@ -125,7 +125,7 @@ def run(options: Namespace) -> int:
 
 
 def v2_table(found: Sequence[Measurement]) -> Table:
-    """Makes the table of V2's time in times of V1's, by implementation."""
+    """Makes the table of V2's time relative to V1's, by implementation."""
     times = {
         (one.implementation, one.case.model): f"{report.milliseconds(one):.2f}"
         for one in found
@@ -146,7 +146,7 @@ def v2_table(found: Sequence[Measurement]) -> Table:
 
 
 def v2_costs(found: Sequence[Measurement]) -> dict[str, float]:
-    """Time of V2 in times of V1's, by implementation; of those that ran both."""
+    """Time of V2 relative to V1's, by implementation; of those that ran both."""
     ran = {(one.implementation, one.case.model): one for one in found if one.seconds}
     return {
         name: ratio(ran[name, V1], ran[name, V2]) for name, model in ran if model == V2 and (name, V1) in ran
@@ -176,7 +176,7 @@ def summary_table(
                     (f"{case.title}: {_title(who, name)}, x {peer}", f">= {bar:g}", seen, seen >= bar)
                 )
     for name, cost in v2_costs(groups[-1]).items():
-        claim = f"{V2} in times of {V1}, inference, batch {BATCH}: {TITLES[name]}"
+        claim = f"time of {V2} relative to {V1}, inference, batch {BATCH}: {TITLES[name]}"
         rows.append((claim, f"<= {V2_COST_BAR:g}", cost, cost <= V2_COST_BAR))
     for starts in started:
         timm = [start for start in starts if start.implementation == startup.PEER]
@@ -184,7 +184,7 @@ def summary_table(
         for start in starts:
             if timm and start.implementation in startup.BARS:
                 bar, seen = startup.BARS[start.implementation], startup.ratio(start, timm[0])
-                claim = f"start to first image, {how}, in times of timm's: {TITLES[start.implementation]}"
+                claim = f"start to first image, {how}, relative to timm's: {TITLES[start.implementation]}"
                 rows.append((claim, f"<= {bar:g}", seen, seen <= bar))
     for row in staged.rows:
         if row.stage.startswith("stage"):

@@ -10,8 +10,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.speed import implementations, report
-from keras_convnext._environment import busy_warning, machine
+from keras_convnext._environment import machine
 from keras_convnext._files import replacing_file, replacing_path
+
+BUSY_LOAD = 0.5  # of other work, for each core
+
+
+def busy_warning(facts: dict[str, str]) -> str:
+    """Returns a line of warning when other work was running before the measurement, else ""."""
+    if float(facts["load"]) <= BUSY_LOAD * int(facts["cores"]):
+        return ""
+    return (
+        f"the machine is busy: load {facts['load']} on {facts['cores']} cores before the first turn. Ratios "
+        "may hold, times do not; repeat when it is idle."
+    )
 
 
 def begin(options: argparse.Namespace) -> dict[str, str]:

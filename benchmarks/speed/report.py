@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import io
 import os
 import pathlib
@@ -11,7 +10,9 @@ from collections.abc import Sequence
 
 from benchmarks.speed.alternating_runs import Measurement, ratio
 from benchmarks.speed.implementations import AGAINST, TITLES, is_ours
+from keras_convnext._environment import require
 from keras_convnext._files import replacing_file, replacing_path
+from keras_convnext._terminal import markdown_table, table_lines
 
 CSV_FILE, TABLE_FILE, PLOT_FILE = "bench.csv", "table.md", "bench.png"
 PLOT_COLUMNS_FROM = 4  # cases, from which on the plot has two columns
@@ -38,20 +39,12 @@ class Table:
 
     def text(self) -> str:
         """For a terminal."""
-        every = [self.titles, *self.rows]
-        widths = [max(len(row[column]) for row in every) for column in range(len(self.titles))]
-        lines = [self.title]
-        for row in every:
-            cells = zip(row, self.alignments, widths, strict=True)
-            lines.append("  " + "  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+        lines = [self.title, *(f"  {line}" for line in table_lines(self.titles, self.alignments, self.rows))]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def markdown(self) -> str:
         """For a page."""
-        rules = ["---:" if side == ">" else "---" for side in self.alignments]
-        lines = [f"### {self.title}", ""]
-        for row in (self.titles, rules, *self.rows):
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
+        lines = [f"### {self.title}", "", *markdown_table(self.titles, self.alignments, self.rows)]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
 
@@ -113,7 +106,7 @@ def peer_labels(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def ratios_of(ours: Measurement, measurements: Sequence[Measurement]) -> dict[str, float]:
-    """Returns the speed of ours by peer, in times of its; keras.applications on the same backend only."""
+    """Returns how many times as fast as each peer ours is; keras.applications on the same backend only."""
     ratios = {}
     for peer in measurements:
         backend = peer.implementation.partition(":")[2]
@@ -158,11 +151,7 @@ def check_output(folder: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed.
         OSError: the folder cannot be made, or nothing can be written to it.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "The plot is drawn with matplotlib, which is not installed. Run pip install "
-            "'keras-convnext[bench]', or leave --output out."
-        )
+    require("matplotlib", "The plot")
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         tempfile.TemporaryFile(dir=folder).close()

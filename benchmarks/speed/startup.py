@@ -148,7 +148,7 @@ def table(
         threads: cores of each, None for all.
         on_progress: called with what is done now, the number of things done and of all.
         alone: whether to hide the other backends, scikit-learn and matplotlib, which Keras imports where they
-            are installed: `pip install keras-convnext[torch]` alone has none of them.
+            are installed: `pip install ".[torch]"` alone has none of them.
 
     Returns:
         timm first, then the backends.
@@ -253,7 +253,7 @@ def _lacks_operators() -> bool:
 
 
 def ratio(ours: Start, peer: Start) -> float:
-    """Ours in times of the peer's seconds: the median over the rounds; NaN where one did not run."""
+    """Ours relative to the peer's seconds: the median over the rounds; NaN where one did not run."""
     if not ours.seconds or not peer.seconds:
         return math.nan
     pairs = zip(ours.seconds, peer.seconds, strict=True)
@@ -261,7 +261,7 @@ def ratio(ours: Start, peer: Start) -> float:
 
 
 def as_table(found: Sequence[Start]) -> Table:
-    """Makes the table: the time of each part, the total in times of timm's, the bar."""
+    """Makes the table: the time of each part, the total relative to timm's, the bar."""
     peer = next((start for start in found if start.implementation == PEER), None)
     rows, notes = [], []
     for start in found:

@@ -1,8 +1,9 @@
 """The table of devices whose memory and speed are known, and the reader of "64xh100"."""
 
-import difflib
 import re
 from dataclasses import dataclass
+
+from keras_convnext._messages import near_names
 
 USABLE_MEMORY = 0.9  # of a device; the rest is for libraries, their workspaces and pieces too small to use
 FRACTION = 0.4  # of the peak figures, where nothing else is said
@@ -67,12 +68,9 @@ def parse_devices(text: str) -> tuple[int, str]:
     """
     count, name = re.fullmatch(r"(?:(\d+)x)?(.*)", text.strip().lower(), re.S).groups()  # type: ignore[union-attr]
     if name not in DEVICES:
-        near = difflib.get_close_matches(name, DEVICES, 3, 0.5) or [
-            key for key in DEVICES if name and name in key
-        ]
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+        near = near_names(name, DEVICES, cutoff=0.5)
         raise ValueError(
-            f"Expected devices such as 64xh100, received {text!r}. {hint}Known: {', '.join(DEVICES)}."
+            f"Expected devices such as 64xh100, received {text!r}.{near} Known: {', '.join(DEVICES)}."
         )
     if count is not None and int(count) < 1:
         raise ValueError(f"Expected at least one device, such as 8x{name}, received {text!r}.")

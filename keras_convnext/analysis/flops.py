@@ -2,8 +2,7 @@
 
 import dataclasses
 
-import numpy as np
-
+from keras_convnext.architecture import Layer, layers_of
 from keras_convnext.variants import Variant
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,8 +37,8 @@ class Part:
         return (self.weights + self.elements) * ITEM_SIZES[dtype]
 
 
-def parts(variant: Variant, image_size: int = 224, batch: int = 1) -> list[Part]:
-    """Counts the work of every part of a model with its 1000-class head.
+def parts(variant: Variant, image_size: int = 224, batch: int = 1, classes: int = CLASSES) -> list[Part]:
+    """Counts the work of every part of a model.
 
     The maps that move at least, each once: a block reads its input for the depthwise convolution and writes
     the result, reads that for the MLP, reads its input again for the sum and writes the sum. The hidden map
@@ -52,93 +51,51 @@ def parts(variant: Variant, image_size: int = 224, batch: int = 1) -> list[Part]
         variant: one of `variants.VARIANTS`.
         image_size: side of the square images in pixels.
         batch: number of images.
+        classes: outputs of the classifier.
 
     Returns:
-        Parts in the order of the forward pass. The sum of `weights` is `variant.parameters`.
+        Parts in the order of the forward pass. With 1000 classes the sum of `weights` is
+        `variant.parameters`.
 
     Example:
         >>> sum(part.multiply_adds for part in parts(VARIANTS["convnext_tiny"])) / 1e9
         4.455531264
     """
-    norm_weights = (2 if variant.norm == "layer_norm" else 1) * np.array(variant.dims)
-    side, found = _stem(variant, image_size, batch, int(norm_weights[0]))
-    counted = [found]
-    for stage, (depth, dim, kernel) in enumerate(
-        zip(variant.depths, variant.dims, variant.kernel_sizes, strict=True)
-    ):
-        name = f"stage {stage + 1}"
-        if stage > 0:
-            before, larger = variant.dims[stage - 1], side
-            side //= 2  # 2x2, stride 2, without padding
-            counted.append(
-                Part(
-                    name,
-                    "downsampling",
-                    batch * side**2 * 4 * before * dim,
-                    int(norm_weights[stage - 1]) + 4 * before * dim + dim,
-                    batch * (larger**2 * before + side**2 * dim),
-                )
-            )
-        positions = batch * side**2
-        scales = dim if variant.layer_scale_init_value is not None else 0
-        response = 8 * dim if variant.version == 2 else 0  # gamma and beta of GRN, 4 * dim each
-        counted += [
-            Part(
-                name,
-                "depthwise",
-                depth * positions * kernel**2 * dim,
-                depth * (kernel**2 * dim + dim),
-                depth * positions * 2 * dim,
-            ),
-            Part(
-                name,
-                "pointwise",
-                depth * positions * 8 * dim**2,
-                depth * (int(norm_weights[stage]) + 8 * dim**2 + 5 * dim + scales + response),
-                depth * positions * 3 * dim,
-            ),
-        ]
-    last = variant.dims[-1]
-    hidden = last if variant.head == "mlp" else 0
-    counted.append(
+    found: dict[tuple[str, str], list[Layer]] = {}
+    for layer in layers_of(variant, image_size, classes):
+        found.setdefault((layer.stage, _part_name(layer)), []).append(layer)
+    return [
         Part(
-            "head",
-            "head",
-            batch * last * (hidden + CLASSES),
-            int(norm_weights[-1]) + hidden * (last + 1) + CLASSES * (last + 1),
-            batch * (side**2 * last + CLASSES),
+            stage,
+            name,
+            batch * sum(layer.multiply_adds for layer in layers),
+            sum(layer.num_weights for layer in layers),
+            batch * sum(_elements(layer) for layer in layers),
         )
-    )
-    return counted
+        for (stage, name), layers in found.items()
+    ]
 
 
-def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1) -> int:
+def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1, classes: int = CLASSES) -> int:
     """Counts the multiply-adds of a model, 4.46e9 for ConvNeXt-T at 224 pixels."""
-    return sum(part.multiply_adds for part in parts(variant, image_size, batch))
+    return batch * sum(layer.multiply_adds for layer in layers_of(variant, image_size, classes))
 
 
-def _stem(variant: Variant, image_size: int, batch: int, norm_weights: int) -> tuple[int, Part]:
-    """Returns the side of the first map and the work up to it."""
-    dim, pixels = variant.dims[0], 3 * image_size**2
-    if variant.stem in ("patch", "isotropic"):
-        patch = 4 if variant.stem == "patch" else 16
-        side, taps = image_size // patch, 3 * patch**2
-        norm = norm_weights if variant.stem == "patch" else 0
-        part = Part(
-            "stem",
-            "stem",
-            batch * side**2 * taps * dim,
-            taps * dim + dim + norm,
-            batch * (pixels + side**2 * dim),
-        )
-        return side, part
-    middle = (image_size + 1) // 2  # 3x3, stride 2, a pixel of padding on each side
-    side, width = (middle + 1) // 2, variant.stem_dim
-    part = Part(
-        "stem",
-        "stem",
-        batch * 9 * (middle**2 * 3 * width + side**2 * width * dim),
-        27 * width + width + 9 * width * dim + dim + norm_weights,
-        batch * (pixels + 2 * middle**2 * width + side**2 * dim),
-    )
-    return side, part
+def _part_name(layer: Layer) -> str:
+    if layer.stage in ("stem", "head"):
+        return layer.stage
+    if layer.part.startswith("downsample_layers"):
+        return "downsampling"
+    return "depthwise" if layer.kind == "convolution" else "pointwise"
+
+
+def _elements(layer: Layer) -> int:
+    """Counts the numbers that a layer reads from maps and writes to them, as `parts` says, for one image."""
+    read, written = layer.side_in**2 * layer.inputs, layer.side**2 * layer.outputs
+    if layer.kind == "convolution":
+        return read + written
+    if layer.name.endswith("pwconv1") or layer.name in ("norm", "norm_pre"):
+        return read
+    if layer.name.endswith("pwconv2"):
+        return 2 * written  # the block's input for the sum, and the sum
+    return written if layer.name == "head" else 0

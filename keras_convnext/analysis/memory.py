@@ -15,14 +15,17 @@ counted: the framework itself, the workspaces of its libraries, what its allocat
 pipeline.
 """
 
+import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
+from keras_convnext import architecture
+from keras_convnext.architecture import layers_of
+from keras_convnext.layers.chunking import samples_in_a_chunk_of_jax
 from keras_convnext.variants import Variant
-from keras_convnext.weights.layouts import weight_shapes
 
 FLOAT32 = 4
-POSITIONS = 2048  # of `layers.chunking`, which this module cannot import: it starts Keras
 SLOTS = 2  # AdamW's momentum and velocity
 
 
@@ -118,16 +121,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return (
-            self.weights
-            + self.average
-            + self.slots
-            + self.accumulated
-            + self.inputs
-            + self.gradients
-            + self.activations
-            + self.working
-        )
+        return sum(dataclasses.astuple(self)[:-1])
 
 
 def count_weights(step: Step) -> tuple[int, int]:
@@ -137,16 +131,14 @@ def count_weights(step: Step) -> tuple[int, int]:
         (all, trained), in numbers. Those of LoRA are in both.
     """
     total = trained = 0
-    for name, shape in weight_shapes(step.variant, step.classes).items():
-        count = math.prod(shape) // _owners(step, name)
-        total += count
-        is_head = name.startswith(("head.", "pre_logits."))
-        trained += count if step.trainable == "all" or is_head else 0
-    if step.trainable.startswith("lora:"):
-        rank = int(step.trainable.partition(":")[2])
-        blocks = zip(step.variant.depths, step.variant.dims, strict=True)
-        added = sum(depth * 2 * rank * 5 * dim for depth, dim in blocks)  # A and B of two kernels, C by 4 C
-        total, trained = total + added, trained + added
+    rank = int(step.trainable.partition(":")[2]) if step.trainable.startswith("lora:") else 0
+    for layer in layers_of(step.variant, classes=step.classes):
+        count, added = _own_weights(step, layer), 0
+        if layer.name.endswith(("pwconv1", "pwconv2")):
+            added = rank * (layer.inputs + layer.outputs)  # A and B
+        total += count + added
+        is_head = layer.stage == "head" and layer.kind == "linear"
+        trained += added + (count if step.trainable == "all" or is_head else 0)
     return total, trained
 
 
@@ -200,64 +192,34 @@ def layers(step: Step) -> list[Layer]:
     Returns:
         A `Layer` for the stem, each downsampling, each block and the head.
     """
-    variant, batch = step.variant, step.batch
-    weights = _gradient_bytes(step)
-    side = first_side(variant, step.image_size)
-    found = [_stem(step, weights)]
-    for stage, (depth, dim, kernel) in enumerate(
-        zip(variant.depths, variant.dims, variant.kernel_sizes, strict=True)
-    ):
-        if stage > 0:
-            name = f"downsample_layers.{stage}"
-            positions, before = batch * side**2, variant.dims[stage - 1]
-            kept = _norm(step, positions, before) + step.item_size * positions * before
-            if step.uses_xla and step.device == "cpu":  # float32 throughout, and one map more than in a block
-                kept += FLOAT32 * positions * before + (FLOAT32 - step.item_size) * positions * before
-            found.append(_frozen_or(step, Layer(name, kept, 2 * FLOAT32 * positions * before, weights[name])))
-            side //= 2
-        for index in range(depth):
-            name = f"blocks.{index}" if variant.isotropic else f"stages.{stage}.{index}"
-            found.append(_frozen_or(step, _block(step, name, side, dim, kernel, weights[name])))
-    logits = 3 * FLOAT32 * batch * step.classes + 4 * FLOAT32 * batch * variant.dims[-1]
-    found.append(Layer("head", logits, logits, weights["head"]))
+    found = []
+    layers = layers_of(step.variant, step.image_size, step.classes)
+    for part, group in itertools.groupby(layers, key=lambda layer: layer.part):
+        inside = list(group)
+        is_head = part == "head"
+        if step.trainable == "head" and not is_head:
+            found.append(Layer(part, 0, 0, 0))  # no gradient goes through it
+            continue
+        if is_head:
+            kept = working = FLOAT32 * step.batch * (3 * step.classes + 4 * inside[0].inputs)
+        elif inside[0].stage == "stem":
+            kept, working = _stem(step, inside)
+        elif part.startswith("downsample_layers"):
+            kept, working = _downsampling(step, inside[0])
+        else:
+            kept, working = _block(step, inside[0])
+        trained = sum(_own_weights(step, layer) for layer in inside) * (step.trainable == "all" or is_head)
+        found.append(Layer(part, kept, working, FLOAT32 * trained))
     return found
 
 
-def first_side(variant: Variant, image_size: int) -> int:
-    """Returns the side of the first map after the stem."""
-    if variant.isotropic:
-        return image_size // 16
-    return image_size // 4 if variant.stem == "patch" else ((image_size + 1) // 2 + 1) // 2
-
-
-def _owners(step: Step, name: str) -> int:
-    """Returns how many devices share a weight, by `distribution.jax_engine.POINTWISE_LAYOUT`."""
+def _own_weights(step: Step, layer: architecture.Layer) -> int:
+    """Counts a layer's weights on one device; some share, see `distribution.jax_engine.POINTWISE_LAYOUT`."""
     shared = (".pwconv1.weight", ".pwconv1.bias", ".grn.gamma", ".grn.beta", ".pwconv2.weight")
-    return step.model_devices if name.endswith(shared) else 1
-
-
-def _gradient_bytes(step: Step) -> dict[str, int]:
-    """Returns the bytes of the gradients of each layer, by its name."""
-    found: dict[str, int] = {}
-    for name, shape in weight_shapes(step.variant, step.classes).items():
-        words = name.split(".")
-        layer = ".".join(
-            words[:3] if words[0] == "stages" else words[:2] if words[0] == "blocks" else words[:1]
-        )
-        if words[0] == "downsample_layers":
-            layer = ".".join(words[:2])
-        if layer in ("norm", "norm_pre", "pre_logits"):
-            layer = "head"
-        found[layer] = found.get(layer, 0) + FLOAT32 * math.prod(shape) // _owners(step, name)
-    if step.trainable != "all":
-        for layer in found:
-            found[layer] *= layer == "head"
-    return found
-
-
-def _frozen_or(step: Step, layer: Layer) -> Layer:
-    """Empties a layer of the body where only the head learns, as no gradient goes through it."""
-    return Layer(layer.name, 0, 0, 0) if step.trainable == "head" else layer
+    return sum(
+        math.prod(shape) // (step.model_devices if name.endswith(shared) else 1)
+        for name, shape in layer.weights.items()
+    )
 
 
 def _norm(step: Step, positions: int, dim: int) -> int:
@@ -274,45 +236,49 @@ def _norm(step: Step, positions: int, dim: int) -> int:
     return FLOAT32 * positions * dim * operands
 
 
-def _stem(step: Step, weights: dict[str, int]) -> Layer:
-    variant, batch, size = step.variant, step.batch, step.image_size
-    pixels = step.item_size * batch * 3 * size**2  # as patches or as a map
-    if variant.isotropic:
-        return _frozen_or(step, Layer("stem", pixels, 2 * pixels, weights["stem"]))
+def _stem(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
+    """Returns the bytes that are kept, and those that the backward pass holds besides; so do the next two."""
+    first, last = inside[0], inside[-1]
+    pixels = step.item_size * step.batch * first.inputs * first.side_in**2  # as patches or as a map
+    if last is first:
+        return pixels, 2 * pixels
     kept = pixels
-    if variant.stem != "patch":
-        maps = 2 if variant.stem == "overlap_act" else 1
-        kept += step.item_size * batch * maps * ((size + 1) // 2) ** 2 * variant.stem_dim
-    outputs = FLOAT32 * batch * first_side(variant, size) ** 2 * variant.dims[0]
-    kept += _norm(step, batch * first_side(variant, size) ** 2, variant.dims[0])
+    for layer in inside[1:-1]:
+        maps = 2 if step.variant.stem == "overlap_act" else 1
+        kept += maps * step.item_size * step.batch * layer.inputs * layer.side_in**2
+    positions = step.batch * last.side**2
+    outputs = FLOAT32 * positions * last.outputs
+    kept += _norm(step, positions, last.outputs)
     if step.uses_xla and step.device == "cpu":
         kept += outputs + (FLOAT32 - step.item_size) * pixels // step.item_size
-    name = "downsample_layers.0"
-    return _frozen_or(step, Layer(name, kept, 2 * outputs, weights[name]))
+    return kept, 2 * outputs
 
 
-def _block(step: Step, name: str, side: int, dim: int, kernel: int, gradients: int) -> Layer:
-    """Returns a block, with its input or all of its maps kept, whichever its backward pass needs."""
+def _downsampling(step: Step, norm: architecture.Layer) -> tuple[int, int]:
+    positions = step.batch * norm.side**2
+    kept = _norm(step, positions, norm.inputs) + step.item_size * positions * norm.inputs
+    if step.uses_xla and step.device == "cpu":  # float32 throughout, and one map more than in a block
+        kept += (2 * FLOAT32 - step.item_size) * positions * norm.inputs
+    return kept, 2 * FLOAT32 * positions * norm.inputs
+
+
+def _block(step: Step, depthwise: architecture.Layer) -> tuple[int, int]:
+    """Counts its input or all of its maps, whichever its backward pass needs."""
+    side, dim, kernel = depthwise.side, depthwise.outputs, depthwise.kernel
     positions = step.batch * side**2
     whole, working = _maps(step, step.batch, side, dim, kernel)
     x = step.item_size * positions * dim
-    samples = _samples_in_a_chunk(step, side)
+    samples = step.batch
+    if step.backend == "jax" and step.device == "cpu" and step.num_devices == 1:
+        samples = samples_in_a_chunk_of_jax(step.batch, side**2)
     if samples < step.batch:
         # A loop over chunks: its input, and its result, which XLA allots before the backward pass begins.
         kept, inner = _maps(step, samples, side, dim, kernel)
-        return Layer(name, FLOAT32 * positions * dim + x, kept + inner, gradients)
+        return FLOAT32 * positions * dim + x, kept + inner
     # XLA on a CPU drops the barriers of `jax.checkpoint`, and merges what is to be computed again.
     if step.rematerialize and not (step.uses_xla and step.device == "cpu"):
-        return Layer(name, x, whole - x + working, gradients)
-    return Layer(name, whole, working, gradients)
-
-
-def _samples_in_a_chunk(step: Step, side: int) -> int:
-    """Returns the chunk that `layers.chunking` takes on JAX and one CPU; elsewhere the whole batch."""
-    if step.backend != "jax" or step.device != "cpu" or step.num_devices > 1:
-        return step.batch
-    wanted = max(1, POSITIONS // side**2)
-    return max(n for n in range(1, min(wanted, step.batch) + 1) if step.batch % n == 0)
+        return x, whole - x + working
+    return whole, working
 
 
 def _maps(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:

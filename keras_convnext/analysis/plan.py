@@ -13,6 +13,7 @@ from keras_convnext._environment import BACKENDS, wanted_backend
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
 from keras_convnext.analysis.flops import CLASSES, multiply_adds
+from keras_convnext.architecture import layers_of
 from keras_convnext.training.derived import training_images
 from keras_convnext.training.recipe import ENGINES, Recipe
 from keras_convnext.variants import VARIANTS, Variant
@@ -216,31 +217,28 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
     """Returns a plan as lines to print: (title, text)."""
     found = plan.memory
-    lines = [("devices", f"{plan.num_devices} x {plan.device}, engine {plan.engine}, backend {plan.backend}")]
+    lines: list[tuple[str, str]] = []
+
+    def add(title: str, text: str) -> None:
+        lines.append((title, text))
+
+    add("devices", f"{plan.num_devices} x {plan.device}, engine {plan.engine}, backend {plan.backend}")
     share = f"{plan.images_per_device} images through a device at once"
     if plan.engine == "model_parallel":
         groups = plan.batch_size // plan.accumulation_steps // plan.images_per_device
         share = f"{plan.images_per_device} images through each {plan.num_devices // groups} devices at once"
     steps = f"{plan.accumulation_steps} micro-batch{'es' * (plan.accumulation_steps > 1)}"
-    lines.append(("batch", f"{plan.batch_size} images a step, as in the recipe: {steps}, {share}"))
-    lines += [("", advice) for advice in _advice(plan)]
+    add("batch", f"{plan.batch_size} images a step, as in the recipe: {steps}, {share}")
+    if advice := _advice(plan):
+        add("", advice)
     if plan.steps_per_epoch is None:
-        lines.append(("steps", f"unknown without --data; {plan.classes} classes assumed"))
+        add("steps", f"unknown without --data; {plan.classes} classes assumed")
     else:
-        lines.append(
-            (
-                "steps",
-                f"{plan.steps_per_epoch:,} an epoch of {plan.images:,} images of {plan.classes:,} classes, "
-                f"{plan.total_steps:,} in all",
-            )
-        )
+        data = f"{plan.images:,} images of {plan.classes:,} classes"
+        add("steps", f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all")
     excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
-    lines.append(
-        (
-            "memory",
-            f"{_size(found.total)} of {_size(plan.memory_limit)} a device, at the peak of a step{excess}",
-        )
-    )
+    total = f"{_size(found.total)} of {_size(plan.memory_limit)} a device"
+    add("memory", f"{total}, at the peak of a step{excess}")
     for title, num_bytes in (
         ("weights", found.weights),
         ("average (EMA)", found.average),
@@ -252,31 +250,22 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         ("input batch", found.inputs),
     ):
         if num_bytes:
-            lines.append((f"  {title}", _size(num_bytes)))
-    lines.append(
-        (
-            f"  {'without' if plan.rematerialize else 'with'} rematerialize",
-            f"{_size(plan.other_memory)} in all",
-        )
-    )
+            add(f"  {title}", _size(num_bytes))
+    other = "without" if plan.rematerialize else "with"
+    add(f"  {other} rematerialize", f"{_size(plan.other_memory)} in all")
     for exchange in plan.exchanges:
         times = f"{exchange.times} times a step" if exchange.times > 1 else "once a step"
-        lines.append(
-            (
-                "exchange",
-                f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices, "
-                f"{times}; {_size(exchange.wire_bytes)} sent by each",
-            )
-        )
-    lines.append(("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step"))
+        arrays = f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices"
+        add("exchange", f"{arrays}, {times}; {_size(exchange.wire_bytes)} sent by each")
+    add("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step")
     seconds = ", ".join(f"{name} {1000 * value:,.1f}" for name, value in plan.seconds.items() if value)
-    lines.append(("time", f"{1000 * plan.step_seconds:,.1f} ms a step ({seconds}), not measured"))
-    lines.append(("speed", f"{plan.images_per_second:,.0f} images/s, at {fraction:g} of the peak figures"))
+    add("time", f"{1000 * plan.step_seconds:,.1f} ms a step ({seconds}), not measured")
+    add("speed", f"{plan.images_per_second:,.0f} images/s, at {fraction:g} of the peak figures")
     if plan.total_steps is not None:
         minutes = plan.total_steps * plan.step_seconds / 60
         length = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
-        lines.append(("run", f"{length}, without evaluation"))
-    lines.append(("figures", DEVICES[plan.device].source))
+        add("run", f"{length}, without evaluation")
+    add("figures", DEVICES[plan.device].source)
     return lines
 
 
@@ -311,16 +300,14 @@ def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange,
         gradients = memory.FLOAT32 * memory.count_weights(step)[1]
         found.append(Exchange("gradients", gradients, parts, accumulation_steps))
     if group > 1:
-        variant, side, numbers = step.variant, memory.first_side(step.variant, step.image_size), 0
-        for depth, dim in zip(variant.depths, variant.dims, strict=True):
-            numbers += 2 * depth * step.batch * side**2 * dim
-            side //= 2
+        layers = layers_of(step.variant, step.image_size)
+        results = [layer.side**2 * layer.outputs for layer in layers if layer.name.endswith("pwconv2")]
+        means = sum(layer.kind == "response_norm" for layer in layers)
         # XLA on a CPU computes with float32 whatever the precision.
         size = memory.FLOAT32 if step.device == "cpu" else step.item_size
-        found.append(Exchange("maps", size * numbers, group, accumulation_steps))
-        if variant.version == 2:
-            means = 2 * sum(variant.depths) * step.batch
-            found.append(Exchange("GRN", memory.FLOAT32 * means, group, accumulation_steps))
+        found.append(Exchange("maps", size * 2 * step.batch * sum(results), group, accumulation_steps))
+        if means:
+            found.append(Exchange("GRN", memory.FLOAT32 * 2 * step.batch * means, group, accumulation_steps))
     return tuple(found)
 
 
@@ -333,9 +320,7 @@ def step_flops(
     kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted,
     see `flops.parts`.
     """
-    operations = multiply_adds(variant, image_size, batch_size)
-    operations += batch_size * variant.dims[-1] * (classes - CLASSES)
-    return 2 * operations * (4 if rematerialize else 3)
+    return 2 * multiply_adds(variant, image_size, batch_size, classes) * (4 if rematerialize else 3)
 
 
 def step_seconds(
@@ -432,16 +417,14 @@ def _teacher_bytes(recipe: Recipe) -> int:
     return 0 if row is None else memory.FLOAT32 * VARIANTS[row.architecture].parameters
 
 
-def _advice(plan: Plan) -> list[str]:
+def _advice(plan: Plan) -> str:
     own, least = plan.recipe_accumulation_steps, plan.smallest_accumulation_steps
     if least is None:
         other = "" if plan.rematerialize else "; try --set rematerialize=true, a lower precision"
-        return [f"no number of micro-batches fits the memory{other}, or larger devices"]
+        return f"no number of micro-batches fits the memory{other}, or larger devices"
     if plan.accumulation_steps != own:
-        return [f"the recipe's accumulation_steps={own} does not fit: --set accumulation_steps={least}"]
-    if least < own:
-        return [f"fewer and larger micro-batches fit: --set accumulation_steps={least}"]
-    return []
+        return f"the recipe's accumulation_steps={own} does not fit: --set accumulation_steps={least}"
+    return f"fewer and larger micro-batches fit: --set accumulation_steps={least}" if least < own else ""
 
 
 def _size(num_bytes: float) -> str:

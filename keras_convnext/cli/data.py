@@ -3,9 +3,17 @@
 import argparse
 import dataclasses
 
-from keras_convnext.cli.shared import import_quietly, positive_integer, print_json, print_lines
+from keras_convnext._messages import size_text
+from keras_convnext.cli.shared import (
+    import_quietly,
+    option,
+    positive,
+    print_facts,
+    print_json,
+    shared_options,
+)
 
-_PREPARE_EXAMPLES = """examples:
+PREPARE_EXAMPLES = """examples:
   keras-convnext prepare imagenet/ prepared/
   keras-convnext prepare imagenet/ prepared/ --split validation --shards 64 --verify
   keras-convnext prepare flowers/ prepared/
@@ -15,22 +23,15 @@ command resumes after an interruption and repairs damaged files."""
 
 
 def prepare_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `prepare`."""
-    parser.set_defaults(run=prepare_command)
-    parser.epilog = _PREPARE_EXAMPLES
-    parser.add_argument("source", metavar="SOURCE", help="what evaluate takes as --data")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write to")
-    parser.add_argument("--split", metavar="NAME", help="default all")
-    parser.add_argument("--labels", metavar="FILE", help="'file,label' lines for a folder without classes")
-    parser.add_argument(
-        "--shards", type=positive_integer, metavar="N", help="files of a split, default by size"
-    )
-    parser.add_argument(
-        "--workers", type=positive_integer, metavar="N", help="threads, default one a processor"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order, default 0")
-    parser.add_argument("--verify", action="store_true", help="read all back and compare")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "source", "SOURCE", "what evaluate takes as --data")
+    option(parser, "output", "OUTPUT", "folder to write to")
+    option(parser, "--split", "NAME", "default all")
+    option(parser, "--labels", "FILE", "'file,label' lines for a folder without classes")
+    option(parser, "--shards", "N", "files of a split, default by size", type=positive)
+    option(parser, "--workers", "N", "threads, default one a processor", type=positive)
+    option(parser, "--seed", "N", "of the order, default 0", type=int, default=0)
+    option(parser, "--verify", None, "read all back and compare")
+    shared_options(parser, "--json")
 
 
 def prepare_command(options: argparse.Namespace) -> int:
@@ -53,38 +54,37 @@ def prepare_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(dataclasses.asdict(summary) | {"verified": options.verify})
         return 0
-    lines: list[tuple[str, object]] = [
-        (split, f"{images:,} images, shards: {summary.shards[split]:,}")
+    splits = {
+        split: f"{images:,} images, shards: {summary.shards[split]:,}"
         for split, images in summary.images.items()
-    ]
-    lines.append(("size", f"{summary.num_bytes / 1e6:,.1f} MB, in {summary.seconds:,.1f} s"))
-    if summary.num_kept:
-        lines.append(("kept", f"shards: {summary.num_kept:,}"))
-    if options.verify:
-        lines.append(("verified", "every file has the SHA-256 of the manifest"))
-    print_lines(summary.output, lines)
+    }
+    facts = {
+        **splits,
+        "size": f"{size_text(summary.num_bytes)}, in {summary.seconds:,.1f} s",
+        "kept": f"shards: {summary.num_kept:,}" if summary.num_kept else None,
+        "verified": "every file has the SHA-256 of the manifest" if options.verify else None,
+    }
+    print_facts(summary.output, facts.items())
     return 0
 
 
-_LOOK_EXAMPLES = """examples:
+LOOK_EXAMPLES = """examples:
   keras-convnext look flowers/ sheet.png
   keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3"""
 
 
 def look_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `look`."""
-    parser.set_defaults(run=look_command)
-    parser.epilog = _LOOK_EXAMPLES
-    parser.add_argument("data", metavar="DATA", help="what evaluate takes as --data")
-    parser.add_argument("output", metavar="OUTPUT", help="the PNG to write")
-    parser.add_argument("--split", metavar="NAME", help="train, validation; needed where there are several")
-    parser.add_argument(
+    option(parser, "data", "DATA", "what evaluate takes as --data")
+    option(parser, "output", "OUTPUT", "the PNG to write")
+    option(parser, "--split", "NAME", "train, validation; needed where there are several")
+    option(
+        parser,
         "--policy",
+        "NAME",
+        "RandAugment, AutoAugment or TrivialAugment, default %(default)s",
         default="rand-m9-mstd0.5-inc1",
-        metavar="NAME",
-        help="RandAugment, AutoAugment or TrivialAugment, default rand-m9-mstd0.5-inc1",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the batch, default 0")
+    option(parser, "--seed", "N", "of the batch, default 0", type=int, default=0)
 
 
 def look_command(options: argparse.Namespace) -> int:

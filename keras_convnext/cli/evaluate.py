@@ -1,19 +1,22 @@
 """`evaluate`, `knn` and `probe` score a model on a data set."""
 
 import argparse
+from collections.abc import Iterable
 
 from keras_convnext.cli.shared import (
-    MAX_FAULTS_SHOWN,
-    complain,
     import_quietly,
-    positive_integer,
+    licence_text,
+    option,
+    positive,
+    print_facts,
+    print_faults,
     print_json,
-    print_lines,
     recipe_overrides,
-    score_lines,
+    shared_options,
 )
+from keras_convnext.weights import catalog
 
-_EVALUATE_EXAMPLES = """examples:
+EVALUATE_EXAMPLES = """examples:
   keras-convnext evaluate convnext_tiny.fb_in1k --data imagenet/ILSVRC2012_img_val.tar
   keras-convnext evaluate convnext_tiny.fb_in22k_ft_in1k_384 --data imagenet/val --output report/
   keras-convnext evaluate convnext_tiny.fb_in1k --weights my_weights.safetensors --data imagenet/val
@@ -27,42 +30,26 @@ files, and a picture of the worst classes."""
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `evaluate`."""
-    parser.set_defaults(run=evaluate_command)
-    parser.epilog = _EVALUATE_EXAMPLES
-    parser.add_argument(
-        "model", metavar="MODEL", help="tag, architecture, weight file, .keras file or exported file"
-    )
-    parser.add_argument("--data", required=True, metavar="PATH", help="folder or file with the images")
-    parser.add_argument("--weights", metavar="FILE", help="weight file in place of the tag's own")
-    parser.add_argument("--split", metavar="NAME", help="default validation, where there are splits")
-    parser.add_argument("--labels", metavar="FILE", help="'file,label' lines for a folder without classes")
-    parser.add_argument(
+    option(parser, "model", "MODEL", "tag, architecture, weight file, .keras file or exported file")
+    option(parser, "--data", "PATH", "folder or file with the images", required=True)
+    option(parser, "--weights", "FILE", "weight file in place of the tag's own")
+    option(parser, "--split", "NAME", "default validation, where there are splits")
+    option(parser, "--labels", "FILE", "'file,label' lines for a folder without classes")
+    option(
+        parser,
         "--real",
+        "FILE",
+        "ReaL accuracy too, from real.json unless the data has these labels",
         nargs="?",
         const=True,
-        metavar="FILE",
-        help="measure ReaL accuracy too; real.json, unless the data has these labels",
     )
-    parser.add_argument(
-        "--image-size", type=positive_integer, metavar="N", help="pixels, default the tag's own"
-    )
-    parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="images, default 64")
-    parser.add_argument(
-        "--limit",
-        type=positive_integer,
-        metavar="N",
-        help="that many images only, spread evenly over the data",
-    )
-    parser.add_argument(
-        "--max-faults", type=float, default=0.01, metavar="SHARE", help="damaged images allowed, default 0.01"
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder for CSV files and a picture")
-    parser.add_argument(
-        "--results", default="results.csv", metavar="FILE", help="file to add a row to, default results.csv"
-    )
-    parser.add_argument("--no-results", action="store_true", help="add no row")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "--batch-size", "N", "images, default 64", type=positive)
+    option(parser, "--limit", "N", "that many images only, spread evenly over the data", type=positive)
+    option(parser, "--max-faults", "SHARE", "damaged images allowed, default 0.01", type=float, default=0.01)
+    option(parser, "--output", "DIR", "folder for CSV files and a picture")
+    option(parser, "--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
+    option(parser, "--no-results", None, "add no row")
+    shared_options(parser, "--image-size", "--json")
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
@@ -85,36 +72,51 @@ def evaluate_command(options: argparse.Namespace) -> int:
         output=options.output,
         max_faults=options.max_faults,
     )
-    reasons = list(result.faults.values())
-    for reason in reasons[:MAX_FAULTS_SHOWN]:
-        complain(f"error: {reason}")
-    if len(reasons) > MAX_FAULTS_SHOWN:
-        complain(f"error: {len(reasons) - MAX_FAULTS_SHOWN} more images; --output or --json names them all")
+    print_faults(list(result.faults.values()))
     row = result_row(result)
     if options.json:
-        numbers = {
-            "n": len(result.numbers),
-            "skipped": result.num_skipped,
-            "top1": result.top1,
-            "top5": result.top5,
-            "real": result.real_accuracy,
-            "seconds": result.seconds,
-            "images_per_second": result.images_per_second,
-        }
+        numbers = {name: getattr(result, name) for name in ("top1", "top5", "seconds", "images_per_second")}
+        numbers |= {"n": len(result.numbers), "skipped": result.num_skipped, "real": result.real_accuracy}
         print_json(row | numbers | {"faults": result.faults})
     else:
-        print_lines(f"{row['model']} on {row['data']}", score_lines(row, options))
+        print_facts(f"{row['model']} on {row['data']}", _score_facts(row, options))
     return 1 if result.num_skipped else 0
 
 
-_KNN_EXAMPLES = """examples:
+def _score_facts(row: dict[str, str], options: argparse.Namespace) -> Iterable[tuple[str, object]]:
+    resize = row["resize_size"] or f"crop {row['crop']}"
+    return {
+        "top-1": f"{float(row['top1']):.2f} %{_published_text(row)}",
+        "top-5": f"{float(row['top5']):.2f} %",
+        "ReaL": f"{float(row['real']):.2f} %" if row["real"] else None,
+        "images": f"{row['n']} ({row['skipped']} skipped), split {row['split'] or 'none'}",
+        "outputs": row["outputs"],
+        "prepared": f"{row['resize_mode']}, {row['interpolation']}, {resize}, {row['image_size']} pixels",
+        "speed": f"{float(row['images_per_second']):,.1f} images/s, {float(row['seconds']):,.1f} s in all",
+        "licence": licence_text(row["licence"]),
+        "row added to": None if options.no_results else options.results,
+        "files in": options.output,
+    }.items()
+
+
+def _published_text(row: dict[str, str]) -> str:
+    """Returns the published top-1 where the model, the images and their size are the same, else ""."""
+    from keras_convnext.evaluation.results import IMAGENET_VALIDATION
+
+    published = catalog.CHECKPOINTS.get(row["model"])
+    if published is None or published.top1 is None or row["data_sha256"] != IMAGENET_VALIDATION:
+        return ""
+    return f", published {published.top1} %" if row["image_size"] == str(published.image_size) else ""
+
+
+KNN_EXAMPLES = """examples:
   keras-convnext knn --model convnext_tiny.dinov3_lvd1689m --data flowers/
   keras-convnext knn --model convnextv2_tiny.fcmae --data imagenet/ --cache features/ --set neighbours=20
 
 Cosine similarity, votes weighted by exp(similarity / 0.07), as DINO evaluates. Data without a split of its
 own is divided by class."""
 
-_PROBE_EXAMPLES = """examples:
+PROBE_EXAMPLES = """examples:
   keras-convnext probe --model convnext_tiny.dinov3_lvd1689m --data flowers/
   keras-convnext probe --model convnextv2_tiny.fcmae --data imagenet/ --cache features/ --set epochs=20
 
@@ -123,35 +125,20 @@ training images, never on those that the score is of."""
 
 
 def knn_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `knn`."""
-    parser.set_defaults(run=knn_command)
-    parser.epilog = _KNN_EXAMPLES
     _add_feature_options(parser, "knn")
 
 
 def probe_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `probe`."""
-    parser.set_defaults(run=probe_command)
-    parser.epilog = _PROBE_EXAMPLES
     _add_feature_options(parser, "linear_probe")
 
 
 def _add_feature_options(parser: argparse.ArgumentParser, recipe: str) -> None:
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        default=recipe,
-        metavar="RECIPE",
-        help=f"TOML file, default the published {recipe}",
+    option(
+        parser, "recipe", "RECIPE", f"TOML file, default the published {recipe}", nargs="?", default=recipe
     )
-    parser.add_argument("--model", metavar="MODEL", help="tag or weight file, in place of the recipe's")
-    parser.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the recipe"
-    )
-    parser.add_argument("--cache", metavar="DIR", help="folder that keeps the features for next time")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "--model", "MODEL", "tag or weight file, in place of the recipe's")
+    option(parser, "--cache", "DIR", "folder that keeps the features for next time")
+    shared_options(parser, "--data", "--set", "--quiet", "--json")
 
 
 def knn_command(options: argparse.Namespace) -> int:
@@ -184,20 +171,19 @@ def _evaluate_features(options: argparse.Namespace, settings_class, function) ->
     if options.json:
         print_json(result.report())
         return 1 if result.faults else 0
-    for reason in list(result.faults.values())[:MAX_FAULTS_SHOWN]:
-        complain(f"error: {reason}")
-    lines: list[tuple[str, object]] = [
-        ("top-1", f"{result.top1:.2f} %"),
-        ("top-5", f"{result.top5:.2f} %"),
-        ("chosen", f"{result.chosen:g}"),
-        ("images", f"{result.n:,}, by the features of {result.num_train:,}"),
-        ("time", f"{result.seconds:,.1f} s"),
-    ]
-    lines += [
-        (f"  {score.setting:g}", f"{score.top1:6.2f} % top-1, {score.top5:6.2f} % top-5")
+    print_faults(list(result.faults.values()))
+    scores = {
+        f"  {score.setting:g}": f"{score.top1:6.2f} % top-1, {score.top5:6.2f} % top-5"
         for score in result.scores
-    ]
-    if result.advice:
-        lines.append(("advice", result.advice))
-    print_lines(f"{settings.model} on {settings.data}", lines)
+    }
+    facts = {
+        "top-1": f"{result.top1:.2f} %",
+        "top-5": f"{result.top5:.2f} %",
+        "chosen": f"{result.chosen:g}",
+        "images": f"{result.n:,}, by the features of {result.num_train:,}",
+        "time": f"{result.seconds:,.1f} s",
+        **scores,
+        "advice": result.advice or None,
+    }
+    print_facts(f"{settings.model} on {settings.data}", facts.items())
     return 1 if result.faults else 0

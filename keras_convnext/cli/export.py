@@ -5,20 +5,22 @@ import dataclasses
 import pathlib
 import sys
 
+from keras_convnext import _terminal
+from keras_convnext._messages import size_text, unknown
 from keras_convnext.cli.predict import read_labels
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
+    option,
     positive_batch_size,
-    positive_integer,
     print_json,
     print_table,
+    shared_options,
 )
-from keras_convnext.cli.weights import size_text
 from keras_convnext.data import class_names
 from keras_convnext.weights.published import names_file
 
-_EXPORT_EXAMPLES = """examples:
+EXPORT_EXAMPLES = """examples:
   keras-convnext export convnext_tiny.fb_in1k tiny.tflite --precision dynamic_int8
   keras-convnext export my_leaves.keras leaves.onnx
   keras-convnext export my_leaves.safetensors leaves.tflite --precision int8 --calibration leaves/
@@ -31,47 +33,39 @@ kept. --calibration is a folder of images or a data set; by default, crops of th
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `export`."""
-    parser.set_defaults(run=export_command)
-    parser.epilog = _EXPORT_EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="tag, architecture, weight file or .keras file")
-    parser.add_argument("output", metavar="OUTPUT", help="the file, or a folder for several")
-    parser.add_argument(
-        "--format",
-        metavar="NAMES",
-        help="saved_model, litert, onnx, openvino, torch, or all; default by suffix",
+    option(parser, "model", "MODEL", "tag, architecture, weight file or .keras file")
+    option(parser, "output", "OUTPUT", "the file, or a folder for several")
+    option(
+        parser, "--format", "NAMES", "saved_model, litert, onnx, openvino, torch, or all; default by suffix"
     )
-    parser.add_argument(
+    option(
+        parser,
         "--precision",
+        "NAMES",
+        "float32, float16, dynamic_int8, int8, or all; default %(default)s",
         default="float32",
-        metavar="NAMES",
-        help="float32, float16, dynamic_int8, int8, or all; default float32",
     )
-    parser.add_argument(
+    option(
+        parser,
         "--batch-size",
+        "N",
+        "images in a call, or any; default 1 for LiteRT, any for the others",
         type=positive_batch_size,
         default="default",
-        metavar="N",
-        help="images in a call, or any; default 1 for LiteRT, any for the others",
     )
-    parser.add_argument(
-        "--image-size", type=positive_integer, metavar="N", help="pixels, default the weights' own"
-    )
-    parser.add_argument(
-        "--calibration", metavar="PATH", help="images for the check and for int8, default three photographs"
-    )
-    parser.add_argument("--labels", metavar="FILE", help="text file with the name of a class in each line")
-    parser.add_argument("--logits", action="store_true", help="leave out the softmax")
-    parser.add_argument(
+    option(parser, "--calibration", "PATH", "images for the check and for int8, default three photographs")
+    option(parser, "--logits", None, "leave out the softmax")
+    option(
+        parser,
         "--tolerance",
+        "X",
+        "difference allowed, of the largest output; default by precision",
         type=float,
-        metavar="X",
-        help="difference allowed, relative to the largest output; default by precision",
     )
-    parser.add_argument("--no-check", action="store_true", help="do not run what was written")
-    parser.add_argument("--report", metavar="DIR", help="folder for a table and a picture")
-    parser.add_argument("--force", action="store_true", help="replace the file or SavedModel at OUTPUT")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "--no-check", None, "do not run what was written")
+    option(parser, "--report", "DIR", "folder for a table and a picture")
+    option(parser, "--force", None, "replace the file or SavedModel at OUTPUT")
+    shared_options(parser, "--image-size", "--labels", "--json")
 
 
 def export_command(options: argparse.Namespace) -> int:
@@ -100,7 +94,7 @@ def export_command(options: argparse.Namespace) -> int:
     results = []
     for format, precision, path in targets:
         if sys.stderr.isatty():
-            print(f"writing and checking {path} ...", file=sys.stderr, flush=True)
+            _terminal.say(f"writing and checking {path} ...")
         result = export(
             opened.model,
             path,
@@ -121,9 +115,9 @@ def export_command(options: argparse.Namespace) -> int:
         print_json([dataclasses.asdict(result) | {"path": str(result.path)} for result in results])
     elif options.no_check:
         for result in results:
-            print(f"{result.path}: {result.num_bytes / 1e6:.2f} MB, not checked")
+            print(f"{result.path}: {size_text(result.num_bytes)}, not checked")
     else:
-        print_table(report.COLUMNS, "<<<>>>>>", report.rows(results))
+        print_table(report.COLUMNS, report.ALIGNMENTS, report.rows(results))
     if options.report is not None:
         heading = f"{opened.model.name}, {_environment.cpu_name()}, {_environment.available_cores()} cores"
         folded = str(deploy.savings(opened.model, deploy.deploy(opened.model)))
@@ -146,7 +140,7 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
     targets = []
     for format in wanted:
         if format not in formats:
-            raise ValueError(f"Unknown format {format!r}. Known: {', '.join(formats)}.")
+            raise ValueError(f"{unknown('format', format, formats)}.")
         known = formats[format].precisions
         precisions = known if options.precision == "all" else options.precision.split(",")
         for precision in precisions:
@@ -156,7 +150,7 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
     return targets
 
 
-_PAGE_EXAMPLES = """examples:
+PAGE_EXAMPLES = """examples:
   keras-convnext export convnext_atto.d2_in1k atto.onnx
   keras-convnext page atto.onnx atto.html
   keras-convnext page leaves.onnx leaves.html --runtime onnxruntime-web-1.30.0.tgz
@@ -168,15 +162,10 @@ it, or put it on a server of static files. npm fetches ONNX Runtime Web at the f
 
 
 def page_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `page`."""
-    parser.set_defaults(run=page_command)
-    parser.epilog = _PAGE_EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help=".onnx file that export wrote")
-    parser.add_argument("output", metavar="OUTPUT", help="the .html file")
-    parser.add_argument(
-        "--runtime", metavar="DIR", help="onnxruntime-web as a folder or a .tgz file; default by npm, once"
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file at OUTPUT")
+    option(parser, "model", "MODEL", ".onnx file that export wrote")
+    option(parser, "output", "OUTPUT", "the .html file")
+    option(parser, "--runtime", "DIR", "onnxruntime-web as a folder or a .tgz file; default by npm, once")
+    option(parser, "--force", None, "replace the file at OUTPUT")
 
 
 def page_command(options: argparse.Namespace) -> int:
@@ -184,5 +173,5 @@ def page_command(options: argparse.Namespace) -> int:
     from keras_convnext.exporting import web_page
 
     page = web_page.write_page(options.model, options.output, options.runtime, replace=options.force)
-    print(f"{page}: {size_text(page)}; open it in a browser")
+    print(f"{page}: {size_text(page.stat().st_size)}; open it in a browser")
     return 0

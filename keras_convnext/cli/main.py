@@ -17,21 +17,22 @@ from collections.abc import Iterable, Sequence
 from keras_convnext._environment import __version__
 from keras_convnext.cli.shared import complain, error_message
 
-# command: (module of this folder, its function that adds the options, summary)
+# command -> (module of this folder, summary). For `list` the module has `list_options`, which adds options to
+# a parser, `list_command`, which runs it and returns the exit code, and LIST_EXAMPLES, the end of the help.
 COMMANDS = {
-    "list": ("weights", "list_options", "list the published weight files, or the architectures"),
-    "info": ("weights", "info_options", "describe an architecture, a published tag or a weight file"),
-    "predict": ("predict", "predict_options", "classify images"),
-    "convert": ("weights", "convert_options", "convert a weight file for another project"),
-    "evaluate": ("evaluate", "evaluate_options", "measure top-1 and top-5 accuracy on a data set"),
-    "prepare": ("data", "prepare_options", "copy a data set into shuffled TFRecord shards"),
-    "train": ("train", "train_options", "train a model by a recipe; the same command resumes"),
-    "plan": ("train", "plan_options", "estimate memory, traffic and time of a training run"),
-    "knn": ("evaluate", "knn_options", "classify by the nearest neighbours in a frozen model's features"),
-    "probe": ("evaluate", "probe_options", "train a linear classifier on a frozen model's features"),
-    "look": ("data", "look_options", "draw a contact sheet of augmentations and a training batch"),
-    "export": ("export", "export_options", "write a model for LiteRT, ONNX, OpenVINO, TensorFlow or PyTorch"),
-    "page": ("export", "page_options", "write a page that classifies pictures in the browser"),
+    "list": ("weights", "list the published weight files, or the architectures"),
+    "info": ("weights", "describe an architecture, a published tag or a weight file"),
+    "predict": ("predict", "classify images"),
+    "convert": ("weights", "convert a weight file for another project"),
+    "evaluate": ("evaluate", "measure top-1 and top-5 accuracy on a data set"),
+    "prepare": ("data", "copy a data set into shuffled TFRecord shards"),
+    "train": ("train", "train a model by a recipe; the same command resumes"),
+    "plan": ("train", "estimate memory, traffic and time of a training run"),
+    "knn": ("evaluate", "classify by the nearest neighbours in a frozen model's features"),
+    "probe": ("evaluate", "train a linear classifier on a frozen model's features"),
+    "look": ("data", "draw a contact sheet of augmentations and a training batch"),
+    "export": ("export", "write a model for LiteRT, ONNX, OpenVINO, TensorFlow or PyTorch"),
+    "page": ("export", "write a page that classifies pictures in the browser"),
 }
 _MOVED = {"demo": "`make demo`", "bench": "`make bench`, or `python -m benchmarks.speed`,"}
 
@@ -97,7 +98,7 @@ def _parser(chosen: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"keras-convnext {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    for name, (module, function, summary) in COMMANDS.items():
+    for name, (module_name, summary) in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -105,5 +106,8 @@ def _parser(chosen: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name in chosen:
-            getattr(importlib.import_module(f"keras_convnext.cli.{module}"), function)(command)
+            module = importlib.import_module(f"keras_convnext.cli.{module_name}")
+            getattr(module, f"{name}_options")(command)
+            command.epilog = getattr(module, f"{name.upper()}_EXAMPLES")
+            command.set_defaults(run=getattr(module, f"{name}_command"))
     return parser

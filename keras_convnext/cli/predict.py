@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from keras_convnext._terminal import Progress
 from keras_convnext.cli.shared import (
     DEFAULT_MODEL,
-    PROGRESS_FROM_IMAGES,
     import_quietly,
     note,
-    positive_integer,
+    option,
+    positive,
     print_json,
+    shared_options,
 )
 from keras_convnext.data import class_names, preprocess
 
-_PREDICT_EXAMPLES = """examples:
+PREDICT_EXAMPLES = """examples:
   keras-convnext predict cat.jpg
   keras-convnext predict photographs/ --model convnext_tiny.fb_in22k_ft_in1k_384 --top 3 --json
   keras-convnext predict cat.jpg --weights convnext_tiny_in1k.safetensors
@@ -33,29 +35,12 @@ classes are looked for next to the file: my_leaves.labels.txt."""
 
 
 def predict_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `predict`."""
-    parser.set_defaults(run=predict_command)
-    parser.epilog = _PREDICT_EXAMPLES
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are searched for images"
-    )
-    parser.add_argument(
-        "--model",
-        metavar="TAG",
-        help=f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds",
-    )
-    parser.add_argument("--weights", metavar="FILE", help="weight file, or a .keras model, to use instead")
-    parser.add_argument(
-        "--top", type=positive_integer, default=5, metavar="N", help="classes an image, default 5"
-    )
-    parser.add_argument(
-        "--image-size", type=positive_integer, metavar="N", help="pixels, default the weights' own"
-    )
-    parser.add_argument(
-        "--batch-size", type=positive_integer, default=8, metavar="N", help="images, default 8"
-    )
-    parser.add_argument("--labels", metavar="FILE", help="text file with the name of a class in each line")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "images", "IMAGE_OR_FOLDER", "folders are searched for images", nargs="+")
+    option(parser, "--model", "TAG", f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds")
+    option(parser, "--weights", "FILE", "weight file, or a .keras model, to use instead")
+    option(parser, "--top", "N", "classes an image, default 5", type=positive, default=5)
+    option(parser, "--batch-size", "N", "images, default 8", type=positive, default=8)
+    shared_options(parser, "--image-size", "--labels", "--json")
 
 
 def predict_command(options: argparse.Namespace) -> int:
@@ -64,25 +49,20 @@ def predict_command(options: argparse.Namespace) -> int:
     paths = _image_paths(options.images, errors)
     classifier = None
     results: list[dict] = []
-    shows_progress = (
-        len(paths) > PROGRESS_FROM_IMAGES
-        and sys.stderr.isatty()
-        and (options.json or not sys.stdout.isatty())  # else the results themselves are the progress
-    )
-    for files, images in _read_batches(paths, options.batch_size, errors):
-        if classifier is None:  # not before one image could be read: it may be a large download
-            classifier = _load_classifier(options)
-        probabilities = classifier(images)
-        for file, values in zip(files, probabilities, strict=True):
-            predictions = classifier.best(values, options.top)
-            results.append({"file": str(file), "predictions": predictions})
-            if not options.json:
-                _print_predictions(file, predictions)
-        sys.stdout.flush()
-        if shows_progress:
-            print(f"{len(results)} of {len(paths)} images", end="\r", file=sys.stderr, flush=True)
-    if shows_progress:
-        print(file=sys.stderr)
+    # On a terminal the results themselves are the progress.
+    progress = Progress("predict", len(paths), is_wanted=options.json or not sys.stdout.isatty())
+    with progress:
+        for files, images in _read_batches(paths, options.batch_size, errors):
+            if classifier is None:  # not before one image could be read: it may be a large download
+                classifier = _load_classifier(options)
+            probabilities = classifier(images)
+            for file, values in zip(files, probabilities, strict=True):
+                predictions = classifier.best(values, options.top)
+                results.append({"file": str(file), "predictions": predictions})
+                if not options.json:
+                    _print_predictions(file, predictions)
+            sys.stdout.flush()
+            progress.show(len(results) + len(errors))
     if options.json and results:
         print_json(results)
     if not errors:

@@ -7,16 +7,47 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from keras_convnext import _environment, _terminal
 from keras_convnext.weights import catalog
 from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES, Checkpoint
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
-PROGRESS_FROM_IMAGES = 20
 MAX_FAULTS_SHOWN = 20
-LICENCE_WIDTH = 15  # of the table; one identifier is longer than all others and is cut
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
+    return int(text)
+
+
+def positive_batch_size(text: str) -> int | str | None:
+    return {"any": None, "default": text}[text] if text in ("any", "default") else positive(text)
+
+
+def option(parser: argparse.ArgumentParser, name: str, metavar: str | None, text: str, **more: Any) -> None:
+    """Adds an option, or an argument where the name has no dashes; without a metavar it is a switch."""
+    settings = {"action": "store_true"} if metavar is None else {"metavar": metavar}
+    parser.add_argument(name, help=text, **settings | more)
+
+
+_SHARED_OPTIONS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
+    "--data": ("PATH", "images, in place of the recipe's", {}),
+    "--image-size": ("N", "pixels, default the weights' own", {"type": positive}),
+    "--json": (None, "print JSON", {}),
+    "--labels": ("FILE", "text file with the name of a class in each line", {}),
+    "--quiet": (None, "show no progress", {}),
+    "--set": ("KEY=VALUE", "another value of the recipe; repeatable", {"action": "append", "default": []}),
+}
+
+
+def shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        metavar, text, more = _SHARED_OPTIONS[name]
+        option(parser, name, metavar, text, **more)
 
 
 def recipe_overrides(settings: Sequence[str]) -> dict[str, str]:
@@ -25,38 +56,6 @@ def recipe_overrides(settings: Sequence[str]) -> dict[str, str]:
         if "=" not in setting:
             raise ValueError(f"Expected --set key=value, received {setting!r}.")
     return {key.strip(): value for key, _, value in (setting.partition("=") for setting in settings)}
-
-
-def score_lines(row: dict[str, str], options: argparse.Namespace) -> list[tuple[str, object]]:
-    lines: list[tuple[str, object]] = [
-        ("top-1", f"{float(row['top1']):.2f} %{_published_text(row)}"),
-        ("top-5", f"{float(row['top5']):.2f} %"),
-    ]
-    if row["real"]:
-        lines.append(("ReaL", f"{float(row['real']):.2f} %"))
-    resize = row["resize_size"] or f"crop {row['crop']}"
-    lines += [
-        ("images", f"{row['n']} ({row['skipped']} skipped), split {row['split'] or 'none'}"),
-        ("outputs", row["outputs"]),
-        ("prepared", f"{row['resize_mode']}, {row['interpolation']}, {resize}, {row['image_size']} pixels"),
-        ("speed", f"{float(row['images_per_second']):,.1f} images/s, {float(row['seconds']):,.1f} s in all"),
-        ("licence", licence_text(row["licence"])),
-    ]
-    if not options.no_results:
-        lines.append(("row added to", options.results))
-    if options.output is not None:
-        lines.append(("files in", options.output))
-    return lines
-
-
-def _published_text(row: dict[str, str]) -> str:
-    """Returns the published top-1 where the model, the images and their size are the same, else ""."""
-    from keras_convnext.evaluation.results import IMAGENET_VALIDATION
-
-    published = catalog.CHECKPOINTS.get(row["model"])
-    if published is None or published.top1 is None or row["data_sha256"] != IMAGENET_VALIDATION:
-        return ""
-    return f", published {published.top1} %" if row["image_size"] == str(published.image_size) else ""
 
 
 def licence_text(licence: str) -> str:
@@ -82,16 +81,6 @@ def import_quietly(*modules: str) -> None:
                 importlib.import_module(module)
 
 
-def positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
-    return int(text)
-
-
-def positive_batch_size(text: str) -> int | str | None:
-    return {"any": None, "default": text}[text] if text in ("any", "default") else positive_integer(text)
-
-
 def find_row(name: str) -> Checkpoint:
     if "." not in name and name not in catalog.ALIASES:
         catalog.list_weights(name)  # an unknown architecture is an error that lists near ones
@@ -107,23 +96,24 @@ def note(errors: list[str], error: Exception) -> None:
     complain(f"error: {error}")
 
 
-def print_table(titles: Sequence[str], alignments: str, rows: list[tuple]) -> None:
-    texts = [tuple(titles), *(tuple(str(value) for value in row) for row in rows)]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(titles))]
-    for row in texts:
-        cells = zip(row, alignments, widths, strict=True)
-        print("  ".join(f"{text:{alignment}{width}}" for text, alignment, width in cells).rstrip())
+def print_table(titles: Sequence[str], alignments: str, rows: Sequence[Sequence[object]]) -> None:
+    print("\n".join(_terminal.table_lines(titles, alignments, rows)))
 
 
-def print_lines(heading: str, lines: Sequence[tuple[str, object]]) -> None:
+def print_facts(heading: str, facts: Iterable[tuple[str, object]]) -> None:
+    """Prints titles and values under a heading; not those whose value is None."""
+    shown = [(title, value) for title, value in facts if value is not None]
+    width = max(len(title) for title, _ in shown)
     print(heading)
-    width = max(len(title) for title, _ in lines)
-    for title, text in lines:
-        print(f"  {title:<{width}}  {text}")
+    for title, value in shown:
+        print(f"  {title:<{width}}  {value}")
 
 
-def print_footer(count: str, name: str) -> None:
-    print(f"\n{count}. `keras-convnext info {name}` says more.")
+def print_faults(faults: Sequence[str]) -> None:
+    for fault in faults[:MAX_FAULTS_SHOWN]:
+        complain(f"error: {fault}")
+    if len(faults) > MAX_FAULTS_SHOWN:
+        complain(f"error: {len(faults) - MAX_FAULTS_SHOWN} more images; --output or --json names them all")
 
 
 def print_json(value) -> None:
@@ -139,7 +129,6 @@ def complain(text: str) -> None:
 def error_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, ModuleNotFoundError) and error.name in _environment.EXTRAS:
-        remedy = _environment.install_command(error.name)
-        return f"This command needs {error.name}, which is not installed. Run {remedy}."
+    if isinstance(error, ModuleNotFoundError) and error.name in (*_environment.BACKENDS, "openvino"):
+        return f"This command needs {error.name}, which is not installed. Run pip install {error.name}."
     return str(error) or type(error).__name__

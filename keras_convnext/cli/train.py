@@ -8,13 +8,15 @@ import shlex
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
-    positive_integer,
+    option,
+    positive,
+    print_facts,
     print_json,
-    print_lines,
     recipe_overrides,
+    shared_options,
 )
 
-_TRAIN_EXAMPLES = """examples:
+TRAIN_EXAMPLES = """examples:
   keras-convnext train smoke --out runs/smoke
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --set epochs=10
   keras-convnext train fine_tune --data flowers/ --out runs/head --set trainable=head
@@ -31,27 +33,12 @@ derived where it is not set, and printed. KERAS_BACKEND chooses tensorflow, jax 
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `train`."""
-    parser.set_defaults(run=train_command)
-    parser.epilog = _TRAIN_EXAMPLES
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="TOML file, or a published name")
-    parser.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
-    parser.add_argument("--out", metavar="DIR", help="folder of the run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="another value of the recipe; repeatable",
-    )
-    parser.add_argument(
-        "--distribute",
-        metavar="ENGINE",
-        help="how a step is divided among devices; short for --set distribution.engine=ENGINE",
-    )
-    parser.add_argument("--workers", type=positive_integer, metavar="N", help="threads that make the batches")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--list", action="store_true", help="list the published recipes")
+    option(parser, "recipe", "RECIPE", "TOML file, or a published name", nargs="?")
+    option(parser, "--out", "DIR", "folder of the run")
+    shared_options(parser, "--data", "--set", "--quiet")
+    option(parser, "--distribute", "ENGINE", "devices of a step; short for --set distribution.engine=ENGINE")
+    option(parser, "--workers", "N", "threads that make the batches", type=positive)
+    option(parser, "--list", None, "list the published recipes")
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -90,22 +77,25 @@ def train_command(options: argparse.Namespace) -> int:
         return 3
     if result.process:
         return 0
-    lines: list[tuple[str, object]] = [("steps", f"{result.steps:,}, {result.seconds:,.0f} s in this run")]
-    for name, title in (("loss", "training loss"), ("val_loss", "validation loss")):
-        if name in result.scores:
-            lines.append((title, f"{result.scores[name]:.4f}"))
-    for name, title in (("val_top1", "top-1"), ("ema_val_top1", "top-1 of the EMA")):
-        if name in result.scores:
-            lines.append((title, f"{result.scores[name]:.2f} %"))
-    lines.append(("curves", result.folder / run_state.CURVES_FILE))
+    facts: list[tuple[str, object]] = [("steps", f"{result.steps:,}, {result.seconds:,.0f} s in this run")]
+    facts += [
+        (title, text.format(result.scores[name]))
+        for name, title, text in (
+            ("loss", "training loss", "{:.4f}"),
+            ("val_loss", "validation loss", "{:.4f}"),
+            ("val_top1", "top-1", "{:.2f} %"),
+            ("ema_val_top1", "top-1 of the EMA", "{:.2f} %"),
+        )
+        if name in result.scores
+    ]
     weights = result.folder / "final.safetensors"
-    lines.append(("weights", weights))
-    print_lines(f"{options.recipe}: {result.folder}", lines)
+    facts += [("curves", result.folder / run_state.CURVES_FILE), ("weights", weights)]
+    print_facts(f"{options.recipe}: {result.folder}", facts)
     print(f"keras-convnext predict PHOTO --weights {shlex.quote(str(weights))}")
     return 0
 
 
-_PLAN_EXAMPLES = """examples:
+PLAN_EXAMPLES = """examples:
   keras-convnext plan imagenet1k_convnext_tiny --devices 64xh100 --set accumulation_steps=1
   keras-convnext plan imagenet22k_convnext_xlarge --devices 16xa100-40 --set precision=mixed_bfloat16
   keras-convnext plan smoke --devices 8xcpu --engine model_parallel --json
@@ -118,28 +108,11 @@ of these devices. KERAS_BACKEND chooses whose program is counted."""
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `plan`."""
-    parser.set_defaults(run=plan_command)
-    parser.epilog = _PLAN_EXAMPLES
-    parser.add_argument("recipe", metavar="RECIPE", help="TOML file, or a published name")
-    parser.add_argument(
-        "--devices", required=True, metavar="DEVICES", help="number and name, such as 64xh100; see below"
-    )
-    parser.add_argument(
-        "--engine", metavar="ENGINE", help="short for --set distribution.engine=ENGINE; default the recipe's"
-    )
-    parser.add_argument("--data", metavar="PATH", help="images, in place of the recipe's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="another value of the recipe; repeatable",
-    )
-    parser.add_argument(
-        "--fraction", type=float, default=0.4, metavar="X", help="of the peak figures, default 0.4"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "recipe", "RECIPE", "TOML file, or a published name")
+    shared_options(parser, "--data", "--set", "--json")
+    option(parser, "--devices", "DEVICES", "number and name, such as 64xh100; see below", required=True)
+    option(parser, "--engine", "ENGINE", "short for --set distribution.engine=ENGINE; default the recipe's")
+    option(parser, "--fraction", "X", "of the peak figures, default 0.4", type=float, default=0.4)
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -165,5 +138,5 @@ def plan_command(options: argparse.Namespace) -> int:
         print_json(facts | {"derived": derived})
         return 0
     lines = [("derived", line) for line in derived] + describe(plan, options.fraction)
-    print_lines(f"{options.recipe} on {options.devices}", lines)
+    print_facts(f"{options.recipe} on {options.devices}", lines)
     return 0

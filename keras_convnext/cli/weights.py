@@ -4,25 +4,26 @@ import argparse
 import dataclasses
 import math
 import pathlib
+from collections.abc import Iterable
 
-from keras_convnext._messages import shortened
+from keras_convnext._messages import shortened, size_text
 from keras_convnext.cli.shared import (
-    LICENCE_WIDTH,
     find_row,
     import_quietly,
     joined,
     licence_text,
-    print_footer,
+    option,
+    print_facts,
     print_json,
-    print_lines,
     print_table,
+    shared_options,
 )
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, layouts, locate, safetensors_files
 from keras_convnext.weights.preprocessing_metadata import ImageDescription
 from keras_convnext.weights.published import Checkpoint, names_file
 
-_LIST_EXAMPLES = """examples:
+LIST_EXAMPLES = """examples:
   keras-convnext list
   keras-convnext list "convnextv2_*" --classes 1000 --image-size 384
   keras-convnext list convnext_tiny --commercial --downloadable
@@ -30,21 +31,14 @@ _LIST_EXAMPLES = """examples:
 
 
 def list_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `list`."""
-    parser.set_defaults(run=list_command)
-    parser.epilog = _LIST_EXAMPLES
-    parser.add_argument(
-        "architecture", nargs="?", metavar="ARCHITECTURE", help='name, or a pattern such as "convnextv2_*"'
-    )
-    parser.add_argument("--classes", type=int, metavar="N", help="width of the classifier, 0 for none")
-    parser.add_argument("--image-size", type=int, metavar="N", help="side of the images in pixels")
-    parser.add_argument("--licence", metavar="ID", help="licence identifier, such as apache-2.0")
-    parser.add_argument("--commercial", action="store_true", help="only licences that allow commercial use")
-    parser.add_argument("--downloadable", action="store_true", help="only files with a known address")
-    parser.add_argument(
-        "--architectures", action="store_true", help="the architectures of these files instead"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "architecture", "ARCHITECTURE", 'name, or a pattern such as "convnextv2_*"', nargs="?")
+    option(parser, "--classes", "N", "width of the classifier, 0 for none", type=int)
+    option(parser, "--image-size", "N", "side of the images in pixels", type=int)
+    option(parser, "--licence", "ID", "licence identifier, such as apache-2.0")
+    option(parser, "--commercial", None, "only licences that allow commercial use")
+    option(parser, "--downloadable", None, "only files with a known address")
+    option(parser, "--architectures", None, "the architectures of these files instead")
+    shared_options(parser, "--json")
 
 
 def list_command(options: argparse.Namespace) -> int:
@@ -79,7 +73,7 @@ def list_command(options: argparse.Namespace) -> int:
                 for variant in variants
             ],
         )
-        print_footer(f"{len(variants)} of {len(VARIANTS)} architectures", "NAME")
+        _print_footer(f"{len(variants)} of {len(VARIANTS)} architectures", "NAME")
         return 0
     if options.json:
         print_json([_checkpoint_facts(row) for row in rows])
@@ -93,28 +87,25 @@ def list_command(options: argparse.Namespace) -> int:
                 row.classes or "-",
                 f"{row.image_size} @ {row.crop:.3g}",
                 "-" if row.top1 is None else f"{row.top1:.2f}",
-                shortened(row.licence, LICENCE_WIDTH),
+                shortened(row.licence, 15),
                 row.layout,
             )
             for row in rows
         ],
     )
-    print_footer(f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG")
+    _print_footer(f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG")
     return 0
 
 
-_INFO_EXAMPLES = """examples:
+INFO_EXAMPLES = """examples:
   keras-convnext info convnext_tiny
   keras-convnext info convnext_tiny.fb_in22k_ft_in1k_384
   keras-convnext info my_weights.safetensors --json"""
 
 
 def info_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `info`."""
-    parser.set_defaults(run=info_command)
-    parser.epilog = _INFO_EXAMPLES
-    parser.add_argument("name", metavar="NAME|FILE", help="architecture, tag, or path of a weight file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    option(parser, "name", "NAME|FILE", "architecture, tag, or path of a weight file")
+    shared_options(parser, "--json")
 
 
 def info_command(options: argparse.Namespace) -> int:
@@ -128,43 +119,40 @@ def info_command(options: argparse.Namespace) -> int:
         lines = _file_lines(facts)
     else:
         row = find_row(name)
-        local = locate.find_local(**row.address)
+        local = locate.find_local(row)
         facts = {**_checkpoint_facts(row), "local_file": None if local is None else str(local)}
         lines = _checkpoint_lines(row, local)
         name = row.tag
     if options.json:
         print_json(facts)
         return 0
-    print_lines(name, lines)
+    print_facts(name, lines)
     return 0
 
 
-_CONVERT_EXAMPLES = """examples:
+CONVERT_EXAMPLES = """examples:
   keras-convnext convert convnext_tiny_1k_224_ema.pth tiny.safetensors --layout timm
   keras-convnext convert convnext_tiny.fb_in1k tiny.pth
   keras-convnext convert tiny.safetensors tiny.keras"""
 
 
 def convert_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options and the examples of `convert`."""
-    parser.set_defaults(run=convert_command)
-    parser.epilog = _CONVERT_EXAMPLES
-    parser.add_argument("source", metavar="SOURCE", help="weight file, or a tag to download")
-    parser.add_argument(
-        "target", metavar="TARGET", help=".safetensors, .pth, .pt, .bin, .keras or .weights.h5"
-    )
-    parser.add_argument(
+    option(parser, "source", "SOURCE", "weight file, or a tag to download")
+    option(parser, "target", "TARGET", ".safetensors, .pth, .pt, .bin, .keras or .weights.h5")
+    option(
+        parser,
         "--layout",
+        "NAME",
+        f"names and shapes to write: {', '.join(layouts.WRITABLE_LAYOUTS)}; default official",
         default="official",
-        metavar="NAME",
-        help=f"names and shapes to write: {', '.join(layouts.WRITABLE_LAYOUTS)}; default official",
     )
-    parser.add_argument(
+    option(
+        parser,
         "--architecture",
-        metavar="NAME",
-        help="refuse a source of another architecture; a tag also sets the normaliser of a .keras target",
+        "NAME",
+        "refuse a source of another architecture; a tag also sets the normaliser of a .keras target",
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing TARGET")
+    option(parser, "--force", None, "replace an existing TARGET")
 
 
 def convert_command(options: argparse.Namespace) -> int:
@@ -184,7 +172,7 @@ def convert_command(options: argparse.Namespace) -> int:
     written = "Keras" if target.name.endswith(KERAS_SUFFIXES) else options.layout
     print(
         f"{source}: {found['architecture']}, layout {found['layout']}, {_classes_text(found['classes'])}, "
-        f"{found['parameters']:,} parameters -> {target}: {written}, {size_text(target)}"
+        f"{found['parameters']:,} parameters -> {target}: {written}, {size_text(target.stat().st_size)}"
     )
     return 0
 
@@ -200,22 +188,21 @@ def _variant_facts(variant: Variant) -> dict:
     }
 
 
-def _variant_lines(variant: Variant) -> list[tuple[str, object]]:
+def _variant_lines(variant: Variant) -> Iterable[tuple[str, object]]:
+    facts = {
+        "paper": _reference(variant),
+        "parameters": f"{variant.parameters:,} at 1000 classes",
+        "depths": joined(variant.depths),
+        "dims": joined(variant.dims),
+        "kernel sizes": joined(variant.kernel_sizes),
+        "stem": variant.stem,
+        "norm": f"{variant.norm}, epsilon {variant.epsilon:g}",
+        "activation": variant.activation,
+        "head": variant.head,
+        '"imagenet" is': catalog.IMAGENET[variant.name] or "nothing: no ImageNet file was published",
+    }
     tags = catalog.list_weights(variant.name)
-    lines: list[tuple[str, object]] = [
-        ("paper", _reference(variant)),
-        ("parameters", f"{variant.parameters:,} at 1000 classes"),
-        ("depths", joined(variant.depths)),
-        ("dims", joined(variant.dims)),
-        ("kernel sizes", joined(variant.kernel_sizes)),
-        ("stem", variant.stem),
-        ("norm", f"{variant.norm}, epsilon {variant.epsilon:g}"),
-        ("activation", variant.activation),
-        ("head", variant.head),
-        ('"imagenet" is', catalog.IMAGENET[variant.name] or "nothing: no ImageNet file was published"),
-    ]
-    lines += [("weight files" if number == 0 else "", tag) for number, tag in enumerate(tags)]
-    return lines
+    return [*facts.items(), *(("" if number else "weight files", tag) for number, tag in enumerate(tags))]
 
 
 def _checkpoint_facts(row: Checkpoint) -> dict:
@@ -227,47 +214,41 @@ def _checkpoint_facts(row: Checkpoint) -> dict:
     }
 
 
-def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> list[tuple[str, object]]:
+def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[tuple[str, object]]:
     variant = VARIANTS[row.architecture]
-    lines: list[tuple[str, object]] = [
-        ("architecture", f"{row.architecture}, {_reference(variant)}"),
-        ("parameters", f"{_parameters(row):,}"),
-        ("depths", joined(variant.depths)),
-        ("dims", joined(variant.dims)),
-        ("classes", _outputs_text(row)),
-        ("trained on", row.dataset),
-        ("licence", licence_text(row.licence)),
-        ("image size", f"{row.image_size}, crop {row.crop:.4g}"),
-        ("resize", _resize_text(row)),
-        ("mean", f"{joined(row.mean)} of pixels in 0..1"),
-        ("std", joined(row.std)),
-    ]
-    if row.test_image_size is not None:
-        lines.append(("larger test size", f"{row.test_image_size}, crop {row.test_crop:.4g}"))
-    for title, score, size in (
-        ("top-1", row.top1, row.image_size),
-        ("top-5", row.top5, row.image_size),
-        ("top-1, larger", row.test_top1, row.test_image_size),
-    ):
-        if score is not None:
-            lines.append(
-                (title, f"{score} % at {size}{', as published' * (row.packaged is None)}: {row.score_source}")
-            )
-    lines.append(
-        ("layout", row.layout if row.state_key is None else f"{row.layout}, under {row.state_key!r}")
-    )
-    if row.hub_id is not None:
-        lines.append(("hub", f"{row.hub_id}, {row.hub_filename}{', after an agreement' * row.gated}"))
+    hub = f"{row.hub_id}, {row.hub_filename}{', after an agreement' * row.gated}"
+    address = None if row.downloadable else "none"
     if row.url is not None:
-        lines.append(("address", row.url + " when the hub is out of reach" * (row.hub_id is not None)))
-    if row.sha256 or row.sha256_prefix:
-        lines.append(("SHA-256", row.sha256 or f"{row.sha256_prefix}..."))
-    if not row.downloadable:
-        lines.append(("address", "none"))
-    lines.append(("on this machine", local or "no"))
-    if row.note:
-        lines.append(("note", row.note))
-    return lines
+        address = row.url + " when the hub is out of reach" * (row.hub_id is not None)
+    larger = f"{row.test_image_size}, crop {row.test_crop:.4g}" if row.test_image_size else None
+    return {
+        "architecture": f"{row.architecture}, {_reference(variant)}",
+        "parameters": f"{_parameters(row):,}",
+        "depths": joined(variant.depths),
+        "dims": joined(variant.dims),
+        "classes": _outputs_text(row),
+        "trained on": row.dataset,
+        "licence": licence_text(row.licence),
+        "image size": f"{row.image_size}, crop {row.crop:.4g}",
+        "resize": _resize_text(row),
+        "mean": f"{joined(row.mean)} of pixels in 0..1",
+        "std": joined(row.std),
+        "larger test size": larger,
+        "top-1": _score_text(row, row.top1, row.image_size),
+        "top-5": _score_text(row, row.top5, row.image_size),
+        "top-1, larger": _score_text(row, row.test_top1, row.test_image_size),
+        "layout": row.layout if row.state_key is None else f"{row.layout}, under {row.state_key!r}",
+        "hub": None if row.hub_id is None else hub,
+        "address": address,
+        "SHA-256": row.sha256 or (f"{row.sha256_prefix}..." if row.sha256_prefix else None),
+        "on this machine": local or "no",
+        "note": row.note or None,
+    }.items()
+
+
+def _score_text(row: Checkpoint, score: float | None, size: int | None) -> str | None:
+    published = ", as published" * (row.packaged is None)
+    return None if score is None else f"{score} % at {size}{published}: {row.score_source}"
 
 
 def _file_facts(path: pathlib.Path) -> dict:
@@ -302,25 +283,28 @@ def _file_facts(path: pathlib.Path) -> dict:
     }
 
 
-def _file_lines(facts: dict) -> list[tuple[str, object]]:
+def _file_lines(facts: dict) -> Iterable[tuple[str, object]]:
     variant = VARIANTS[facts["architecture"]]
     prefix = f", after the prefix {facts['prefix']!r}" if facts["prefix"] else ""
-    lines: list[tuple[str, object]] = [
-        ("architecture", f"{variant.name}, {_reference(variant)}"),
-        ("layout", f"{facts['layout']}{prefix}"),
-        ("arrays", facts["arrays"]),
-        ("parameters", f"{facts['parameters']:,}"),
-        ("dtype", ", ".join(facts["dtypes"])),
-        ("classes", facts["classes"] or "none"),
-        ("channels", facts["channels"]),
-        ("final norm", "yes" if facts["final_norm"] else "no"),
-        ("size", size_text(pathlib.Path(facts["file"]))),
-    ]
-    if facts["pyramid_norms"]:
-        lines.append(("pyramid norms", "yes"))
-    if facts["images"] is not None:
-        lines.append(("resize", _resize_text(ImageDescription(**facts["images"]))))
-    return lines + [(f"metadata {key!r}", value) for key, value in facts["metadata"].items()]
+    images = facts["images"]
+    lines = {
+        "architecture": f"{variant.name}, {_reference(variant)}",
+        "layout": f"{facts['layout']}{prefix}",
+        "arrays": facts["arrays"],
+        "parameters": f"{facts['parameters']:,}",
+        "dtype": ", ".join(facts["dtypes"]),
+        "classes": facts["classes"] or "none",
+        "channels": facts["channels"],
+        "final norm": "yes" if facts["final_norm"] else "no",
+        "size": size_text(facts["bytes"]),
+        "pyramid norms": "yes" if facts["pyramid_norms"] else None,
+        "resize": None if images is None else _resize_text(ImageDescription(**images)),
+    }
+    return [*lines.items(), *((f"metadata {key!r}", value) for key, value in facts["metadata"].items())]
+
+
+def _print_footer(count: str, name: str) -> None:
+    print(f"\n{count}. `keras-convnext info {name}` says more.")
 
 
 def _parameters(row: Checkpoint) -> int:
@@ -351,7 +335,3 @@ def _outputs_text(row: Checkpoint) -> str:
 
 def _classes_text(classes: int) -> str:
     return f"{classes} classes" if classes else "no classifier"
-
-
-def size_text(path: pathlib.Path) -> str:
-    return f"{path.stat().st_size / 1e6:,.1f} MB"

@@ -29,21 +29,16 @@ def make_in_blocks(
 ) -> Any:
     """Make batches out of places of an order, in parallel and in order.
 
-    The examples are made in blocks, several blocks at a time. In a block those for which `fast` raises
-    are left out by `ignore_errors`, and made by `slow`, which may call Python and does not raise. A data set
-    of its own for each example would do the same, but costs 0.7 ms an image for starting it.
+    The examples are made in blocks, `workers` of them (default: one for each CPU core) at a time. In a block
+    those for which `fast` raises are left out by `ignore_errors`, and made by `slow`, which may call Python
+    and does not raise. A data set of its own for each example would do the same, but costs 0.7 ms an image
+    for starting it.
 
-    Args:
-        num_batches: batches to make, None for no end.
-        batch_size: examples in a batch.
-        unit: examples that are made together, a divisor of batch_size.
-        plan: from int64 (n,) rows of the stream to a nested dict of tensors (n, ...), with "number" and
-            "place", which go into the batch; padding, with number -1, must come last in a block.
-        fast, slow: from `unit` rows of the plan to a dict of as many rows for the batch.
-        workers: blocks in work at a time; the default is the number of CPU cores.
-
-    Returns:
-        `tf.data.Dataset` of dicts with what `fast` returns, "number" and "place": tensors (batch_size, ...).
+    `plan` maps rows of the stream, int64 (n,), to a nested dict of tensors (n, ...), with "number" and
+    "place", which go into the batch; padding, with number -1, must come last in a block. `fast` and `slow`
+    map `unit` rows of the plan, a divisor of `batch_size`, to as many rows for the batch. The result is a
+    `tf.data.Dataset` of dicts with these, "number" and "place": tensors (batch_size, ...). It has no end
+    where `num_batches` is None.
     """
     size = _block_size(batch_size, unit)
     blocks_a_batch = batch_size // size
@@ -101,9 +96,8 @@ def read_with_pillow(
 ) -> tuple[Any, Any, Any]:
     """Read an example and decode it with Pillow, or one of so many that follow; failures go to `faults`.
 
-    Returns:
-        uint8 (H, W, 3), the number of the example that it is, and whether any could be decoded; if not, the
-        image is one black pixel.
+    Returns uint8 (H, W, 3), the number of the example that it is, and whether any could be decoded; if not,
+    the image is one black pixel.
     """
 
     def read(number: np.ndarray) -> tuple[np.ndarray, np.int64, np.bool_]:

@@ -20,18 +20,9 @@ TINY_IMAGENET = "tiny_imagenet200"
 
 
 def find_class_list(dataset: str, classes: int) -> int | str | None:
-    """Finds the class list of a classifier.
+    """What `class_names` takes for a classifier of so many classes; None when there is no list.
 
-    Args:
-        dataset: what it was trained on, as `weights.catalog` says; "" where that is not known.
-        classes: its width.
-
-    Returns:
-        What `class_names` and `synset_ids` take, or None when there is no list.
-
-    Example:
-        find_class_list("tiny_imagenet200", 200)   # "tiny_imagenet200"
-        find_class_list("", 1000)                  # 1000
+    `dataset` is what it was trained on, as `weights.catalog` says; "" where that is not known.
     """
     if dataset == TINY_IMAGENET:
         return TINY_IMAGENET
@@ -39,44 +30,19 @@ def find_class_list(dataset: str, classes: int) -> int | str | None:
 
 
 def class_names(classes: int | str) -> list[str]:
-    """Names the classes of an ImageNet classifier.
+    """Names the classes of an ImageNet classifier, index i for logit i.
 
-    Args:
-        classes: width of the classifier: 1000 (ImageNet-1k), 11821 (ImageNet-12k) or 21841
-            (ImageNet-22k); or "tiny_imagenet200" (other data have 200 classes too).
-
-    Returns:
-        A name for each class, index i for logit i. A name is all words of the synset, separated by
-        ", ". Names are not unique ("crane" is a bird and a machine); `synset_ids` are.
-
-    Raises:
-        ValueError: there is no name list for this number of classes; tells the known ones.
-
-    Example:
-        class_names(1000)[281]     # "tabby, tabby cat"
-        class_names(21841)[0]      # "organism, being"
-        class_names("tiny_imagenet200")[0]   # "goldfish, Carassius auratus"
+    `classes` is the width of the classifier: 1000 (ImageNet-1k), 11821 (ImageNet-12k) or 21841
+    (ImageNet-22k); or "tiny_imagenet200" (other data have 200 classes too). A name is all words of the
+    synset, separated by ", ". Names are not unique ("crane" is a bird and a machine); `synset_ids` are.
     """
     return [name for _, name in _synsets(classes)]
 
 
 def synset_ids(classes: int | str) -> list[str]:
-    """Lists the WordNet ids of the classes of an ImageNet classifier.
+    """Lists the WordNet ids of the classes, such as "n01440764", in the order of `class_names`.
 
-    Args:
-        classes: width of the classifier: 1000 (ImageNet-1k), 11821 (ImageNet-12k) or 21841
-            (ImageNet-22k); or "tiny_imagenet200" (other data have 200 classes too).
-
-    Returns:
-        A unique id for each class, index i for logit i, e.g. "n01440764". ImageNet's class folders
-        have these names, so the list also orders the folders.
-
-    Raises:
-        ValueError: there is no list for this number of classes; tells the known ones.
-
-    Example:
-        synset_ids(1000)[0]        # "n01440764"
-        synset_ids(1000).index("n02123045")   # 281
+    ImageNet's class folders have these names, so the list also orders the folders.
     """
     return [synset_id for synset_id, _ in _synsets(classes)]
 
@@ -89,9 +55,8 @@ def _synsets(classes: int | str) -> tuple[tuple[str, str], ...]:
         return tuple((synset_id, names[synset_id]) for synset_id in ids)
     if classes not in _MEMBERSHIP:
         raise ValueError(
-            f"No class names for {classes!r} classes. Known: 1000 (ImageNet-1k), "
-            "11821 (ImageNet-12k), 21841 (ImageNet-22k), 'tiny_imagenet200'. Classes of other data have no "
-            "list here."
+            f"No class names for {classes!r} classes. Known: 1000 (ImageNet-1k), 11821 (ImageNet-12k), 21841 "
+            "(ImageNet-22k), 'tiny_imagenet200'. Classes of other data have no list here."
         )
     file = resources.files(__package__) / "imagenet_names.txt.gz"
     text = gzip.decompress(file.read_bytes()).decode("utf-8")

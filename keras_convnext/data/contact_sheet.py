@@ -26,21 +26,11 @@ def draw(
     seed: int = 0,
     **options: Any,
 ) -> None:
-    """Write a contact sheet as PNG.
+    """Write a contact sheet as PNG, which appears whole or not at all.
 
     Above stands one image under each operation of the policy, from magnitude 0 to 10, then erased; below the
-    first 32 images of a training batch, each with its largest targets.
-
-    Args:
-        source: what `sources.open_source` returns.
-        output: path of the PNG; it appears whole or not at all.
-        augmentation: what is drawn.
-        seed: of the batch, and of the choice of the image above.
-        **options: of `batches.train_batches`, such as image_size.
-
-    Raises:
-        ValueError: an option is wrong, or the source has fewer than two images.
-        OSError: the picture cannot be written.
+    first 32 images of a training batch, each with its largest targets. `seed` is of the batch and of the
+    choice of the image above; `options` are others of `batches.train_batches`, such as image_size.
     """
     policy = policies.parse_policy(augmentation.policy)
     levels = policy.levels if isinstance(policy, policies.RandAugment) else policies.RandAugment().levels
@@ -52,14 +42,11 @@ def draw(
     images, targets = next(iter(batches.train_batches(source, augmentation=augmentation, **options)))
     plain = augmentation.replaced({"policy": "none", "erase": 0, "mixup": 0, "cutmix": 0, "color_jitter": 0})
     sample = next(iter(batches.train_batches(source, augmentation=plain, **options)))[0][0].numpy()
-    sheets = [_operations(sample, levels), _batch(images.numpy(), targets.numpy(), source.classes)]
-    sheet = Image.new(
-        "RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), "white"
-    )
-    top = 0
-    for each in sheets:
-        sheet.paste(each, (0, top))
-        top += each.height
+    above = _operations(sample, levels)
+    below = _batch(images.numpy(), targets.numpy(), source.classes)
+    sheet = Image.new("RGB", (max(above.width, below.width), above.height + below.height), "white")
+    sheet.paste(above, (0, 0))
+    sheet.paste(below, (0, above.height))
     with replacing_file(output) as file:
         sheet.save(file, "PNG")
 
@@ -75,9 +62,8 @@ def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:
             row = {name: values[0] for name, values in plan.items()}
             made.append(policies.apply_augment(image, row).numpy())
         rows.append((level.replace("_", " "), made))
-    boxes = erase_and_mix.plan_erase(
-        np.random.default_rng(0).random((len(MAGNITUDES), 41)), 1.0, image.shape[:2]
-    )
+    uniforms = np.random.default_rng(0).random((len(MAGNITUDES), erase_and_mix.NUM_ERASE_UNIFORMS))
+    boxes = erase_and_mix.plan_erase(uniforms, 1.0, image.shape[:2])
     mean, std = batches.IMAGENET_MEAN, batches.IMAGENET_STD
     erased = [erase_and_mix.apply_erase(image, box, (0, n), mean, std).numpy() for n, box in enumerate(boxes)]
     rows.append(("erasing", erased))

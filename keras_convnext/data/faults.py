@@ -14,9 +14,7 @@ class DataError(ValueError):
 class Faults:
     """The images that could not be decoded, collected while batches are made.
 
-    Attributes:
-        source: what the images are of.
-        max_share: the share of all examples that may fail before `check` raises.
+    `max_share` of all examples may fail before `check` raises.
     """
 
     def __init__(self, source: Source, max_share: float = MAX_FAULT_SHARE) -> None:
@@ -44,11 +42,7 @@ class Faults:
             return {self.source.name(number): self._reasons[number] for number in sorted(self._reasons)}
 
     def check(self) -> None:
-        """Raises when more than the allowed share of all examples has failed.
-
-        Raises:
-            DataError: it has; tells the count, the bound and the first images.
-        """
+        """Raises DataError when more than the allowed share of all examples has failed."""
         if len(self) > self.max_share * len(self.source):
             first = "; ".join(f"{name}: {reason}" for name, reason in list(self.report().items())[:3])
             raise DataError(

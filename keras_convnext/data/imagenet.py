@@ -15,11 +15,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
 from keras_convnext.data.index import (
     MAX_NUMBERED_CLASSES,
     IndexBuilder,
-    Progress,
     Source,
     SourceError,
     cached_index,
@@ -100,15 +100,9 @@ def with_labels(source: Source, path: str | os.PathLike[str] | None) -> Source:
 def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
     """Finds the outputs of an ImageNet classifier that stand for some classes.
 
-    ImageNet-A and -R have images of 200 of the 1000 classes.
-
-    Args:
-        classes: names of classes.
-        num_classes: width of the classifier, such as 1000.
-
-    Returns:
-        int64 (len(classes),), position of each name in `class_names.synset_ids(num_classes)`; None when
-        there is no such list or a name is not in it.
+    ImageNet-A and -R have images of 200 of the 1000 classes. Returns int64 (len(classes),), the position of
+    each name in `class_names.synset_ids(num_classes)`; None when there is no such list or a name is not in
+    it.
     """
     try:
         positions = {synset: number for number, synset in enumerate(class_names.synset_ids(num_classes))}
@@ -120,21 +114,14 @@ def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarr
 
 
 def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None) -> list[tuple[int, ...]]:
-    """Reads the ReaL labels of ImageNet's validation images.
+    """Reads the ReaL labels of ImageNet's validation images: for each, a tuple of class numbers.
+
+    The path is that of real.json: one list of class numbers (0 to 999) an image, in the order of the numbers
+    in the names. None: the lists are in `source`, the set imagenet2012_real of TensorFlow Datasets. Images
+    with an empty tuple do not count.
 
     Reference: Beyer et al., Are we done with ImageNet? (arXiv 2006.07159);
-    github.com/google-research/reassessed-imagenet, real.json. Images with an empty tuple do not count.
-
-    Args:
-        source: the validation images, or the set imagenet2012_real of TensorFlow Datasets.
-        path: real.json: one list of class numbers (0 to 999) an image, in the order of the numbers in the
-            names. None: the lists are in `source`.
-
-    Returns:
-        list of N tuples in the order of `source`.
-
-    Raises:
-        SourceError: the file does not fit the images, or `source` has no lists.
+    github.com/google-research/reassessed-imagenet, real.json.
     """
     if path is None:
         if source.kind != "tfds":
@@ -193,9 +180,11 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
 
 
 def _scan_train_tar(path: str) -> Source:
-    columns = IndexBuilder()
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    columns, size = IndexBuilder(), os.path.getsize(path)
+    with (
+        open(path, "rb", buffering=0) as file,
+        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
+    ):
         tars = list(_members(file, 0, size, path))
         wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
         if wrong or not tars:
@@ -205,7 +194,6 @@ def _scan_train_tar(path: str) -> Source:
             )
         synsets = [os.path.basename(tar.name).removesuffix(".tar") for tar in tars]
         classes = sorted(set(synsets))
-        progress = Progress(f"Indexing {path}", size)
         for synset, tar in zip(synsets, tars, strict=True):
             label, before = classes.index(synset), len(columns.labels)
             for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
@@ -216,24 +204,23 @@ def _scan_train_tar(path: str) -> Source:
                         f"'{name}'. Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
                     )
                 columns.add(0, member.offset_data, member.size, label, f"{synset}/{name}")
-                progress.show(member.offset_data, len(columns.labels))
+                progress.show(member.offset_data, lambda: f"{len(columns.labels)} images, {progress.text()}")
             if len(columns.labels) == before:
                 raise SourceError(
                     f"Expected images in {synset}.tar of '{path}', found none. Download it again."
                 )
-        progress.close()
     return columns.source(path, "tar", [path], classes)
 
 
 def _scan_validation_tar(path: str) -> Source:
-    columns = IndexBuilder()
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        progress = Progress(f"Indexing {path}", size)
+    columns, size = IndexBuilder(), os.path.getsize(path)
+    with (
+        open(path, "rb", buffering=0) as file,
+        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
+    ):
         for member in _members(file, 0, size, path):
             columns.add(0, member.offset_data, member.size, 0, os.path.basename(member.name))
-            progress.show(member.offset_data, len(columns.labels))
-        progress.close()
+            progress.show(member.offset_data, lambda: f"{len(columns.labels)} images, {progress.text()}")
     if not columns.labels:
         raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
     return columns.source(path, "tar", [path], [])
@@ -265,8 +252,8 @@ def _published_validation_labels() -> tuple[list[str], str]:
             with open(path, encoding="utf-8") as file:
                 return file.read().split(), path
     raise SourceError(
-        "Expected the labels of ImageNet's validation images, which the package tensorflow-datasets "
-        "carries, but it is not installed. Run pip install 'keras-convnext[data]', or pass labels."
+        "Expected the labels of ImageNet's validation images, which the package tensorflow-datasets carries, "
+        "but it is not installed. Run pip install tensorflow-datasets importlib_resources, or pass labels."
     )
 
 

@@ -5,21 +5,20 @@ large files is kept on disk.
 """
 
 import array
+import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
 import sys
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from keras_convnext._environment import is_set
 from keras_convnext._files import replacing_file
+from keras_convnext._messages import near_names
 from keras_convnext.data.preprocess import IMAGE_SUFFIXES
 
 INDEX_VERSION = 1
@@ -36,31 +35,20 @@ class SourceError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """Where N encoded images lie, and their labels.
+    """Where N encoded images lie, and their labels."""
 
-    Attributes:
-        path: the folder or file that was indexed.
-        kind: "folder", "tar", "tfds", "tfrecord" or "prepared".
-        files: paths of the files that hold the images.
-        file_numbers: int32 (N,), which of `files` holds the example.
-        offsets: int64 (N,), first byte of the encoded image in its file.
-        lengths: int64 (N,), bytes of the encoded image; -1 for the whole file (class folders, whose files
-            are listed without asking for their sizes).
-        labels: int32 (N,), class numbers, 0 to len(classes) - 1.
-        classes: names of the classes: WordNet ids for ImageNet, names of the folders otherwise.
-        name_text: uint8 (characters,), UTF-8, the names of all examples without separators; empty when
-            the files are named like the examples.
-        name_ends: int64 (N,), where each name ends in `name_text`, or (0,).
-    """
-
-    path: str
-    kind: str
-    files: list[str]
-    file_numbers: np.ndarray
-    offsets: np.ndarray
+    path: str  # the folder or file that was indexed
+    kind: str  # "folder", "tar", "tfds", "tfrecord" or "prepared"
+    files: list[str]  # that hold the images
+    file_numbers: np.ndarray  # int32 (N,), which of `files` holds the example
+    offsets: np.ndarray  # int64 (N,), first byte of the encoded image in its file
+    # int64 (N,), bytes of the encoded image; -1 for the whole file (class folders, whose files are listed
+    # without asking for their sizes).
     lengths: np.ndarray
-    labels: np.ndarray
-    classes: list[str]
+    labels: np.ndarray  # int32 (N,), class numbers, 0 to len(classes) - 1
+    classes: list[str]  # WordNet ids for ImageNet, names of the folders otherwise
+    # uint8 (characters,), UTF-8, the names of all examples without separators, and int64 (N,), where each
+    # ends; both (0,) when the files are named like the examples.
     name_text: np.ndarray
     name_ends: np.ndarray
 
@@ -76,12 +64,7 @@ class Source:
         return relative.replace(os.sep, "/")
 
     def read(self, number: int) -> bytes:
-        """Reads the encoded image of example `number`.
-
-        Raises:
-            SourceError: the file ends before the image does, so it changed since it was indexed.
-            OSError: the file cannot be read.
-        """
+        """Reads the encoded image of example `number`."""
         path, length = self.files[self.file_numbers[number]], int(self.lengths[number])
         with open(path, "rb", buffering=0) as file:
             file.seek(self.offsets[number])
@@ -103,11 +86,10 @@ def with_classes(source: Source, classes: list[str]) -> Source:
     if unknown and are_numbers and len(source.classes) <= len(classes):
         return dataclasses.replace(source, classes=classes)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], classes, 1)
-        suggestion = f" Near '{unknown[0]}' is '{near[0]}'." if near else ""
         raise SourceError(
             f"Expected the classes of '{source.path}' among the {len(classes)} given, such as "
-            f"{first_few(classes)}; {len(unknown)} are not: {first_few(unknown)}.{suggestion}"
+            f"{first_few(classes)}; {len(unknown)} are not: {first_few(unknown)}."
+            f"{near_names(unknown[0], classes, 1)}"
         )
     numbers = np.full(len(source.classes), -1, np.int32)
     numbers[present] = [positions[source.classes[number]] for number in present]
@@ -163,13 +145,7 @@ class IndexBuilder:
 
 
 def write_index(path: str, source: Source, stamp: str = "") -> None:
-    """Writes all of a source but its paths to an .npz file, in one step.
-
-    Args:
-        path: the file.
-        source: the source.
-        stamp: text that `read_index` compares, such as a hash of what was indexed.
-    """
+    """Writes all but the paths of a source to an .npz file in one step; `read_index` compares the stamp."""
     texts = {"stamp": stamp, "classes": json.dumps(source.classes)}
     arrays = {name: np.frombuffer(text.encode("utf-8"), np.uint8) for name, text in texts.items()}
     arrays |= {name: getattr(source, name) for name in _ARRAYS}
@@ -178,12 +154,7 @@ def write_index(path: str, source: Source, stamp: str = "") -> None:
 
 
 def read_index(path: str, source_path: str, kind: str, files: list[str], stamp: str = "") -> Source:
-    """Reads what `write_index` wrote.
-
-    Raises:
-        SourceError: the file is damaged or has another stamp.
-        FileNotFoundError: it is not there.
-    """
+    """Reads what `write_index` wrote; SourceError where the file is damaged or has another stamp."""
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in _ARRAYS}
@@ -211,12 +182,8 @@ def cached_index(path: str, kind: str, split: str, files: list[str], scan: Calla
     )
     index = os.path.join(folder, f"{_digest([INDEX_VERSION, kind, split, paths])[:32]}.npz")
     stamp = _digest([[state.st_size, state.st_mtime_ns] for state in states])
-    try:
-        cached = read_index(index, path, kind, files, stamp)
-    except (OSError, SourceError):
-        cached = None
-    if cached is not None:
-        return cached
+    with contextlib.suppress(OSError, SourceError):
+        return read_index(index, path, kind, files, stamp)
     source = scan()
     try:
         os.makedirs(folder, exist_ok=True)
@@ -236,11 +203,7 @@ def is_image(name: str) -> bool:
 
 
 def read_json(folder: str, name: str) -> dict:
-    """Reads a JSON file of a prepared set.
-
-    Raises:
-        SourceError: the file is damaged.
-    """
+    """Reads a JSON file of a prepared set; SourceError where it is damaged."""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
@@ -254,36 +217,6 @@ def read_json(folder: str, name: str) -> dict:
 def first_few(names: Sequence[str]) -> str:
     """Lists the first names of many."""
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-class Progress:
-    """One line on stderr that is rewritten while files are read; nothing where stderr is no terminal."""
-
-    def __init__(self, title: str, total_bytes: int) -> None:
-        self.title = title
-        self.total_bytes = total_bytes
-        self.begin = self.shown = time.monotonic()
-        self.is_watched = sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
-
-    def show(self, done_bytes: int, images: int) -> None:
-        now = time.monotonic()
-        if not self.is_watched or now - self.shown < 0.5:
-            return
-        self.shown = now
-        seconds = now - self.begin
-        left = seconds * (self.total_bytes / max(done_bytes, 1) - 1)
-        print(
-            f"\r{self.title}: {done_bytes / max(self.total_bytes, 1):4.0%}, {images} images, "
-            f"{images / seconds:.0f} images/s, {done_bytes / seconds / 1e6:.0f} MB/s, {left / 60:.0f} min "
-            "left \033[K",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self.is_watched and self.shown > self.begin:
-            print(file=sys.stderr)
 
 
 def _digest(value: object) -> str:

@@ -24,17 +24,11 @@ _PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 
 
 def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
-    """Read the size of an image from its header, if TensorFlow decodes it to the pixels that Pillow does.
+    """Read (height, width), int32 scalars, from the header of an encoded image, a scalar string.
 
-    Args:
-        content: scalar string tensor, the encoded image.
-
-    Returns:
-        (height, width), int32 scalars.
-
-    Raises:
-        tf.errors.InvalidArgumentError: when run, if the image is not a JPEG in grayscale or three colours of
-            at most `MAX_PIXELS`, or its header is damaged.
+    When run, it and all that decodes here raise tf.errors.InvalidArgumentError where TensorFlow does not
+    decode to the pixels that Pillow does: if the image is not a JPEG in grayscale or three colours of at most
+    `MAX_PIXELS`, or is damaged.
     """
     is_jpeg = tf.strings.substr(content, 0, 2) == b"\xff\xd8"
     # Asked first, because libjpeg complains on stderr about each file that is of another format.
@@ -57,29 +51,17 @@ def center_crop(
 ) -> Any:
     """Decode, resize and crop a JPEG for evaluation: `preprocess.preprocess_image`, bit for bit.
 
-    Args:
-        content: scalar string tensor, the encoded image.
-        image_size: (height, width) of the result.
-        scale_size: (height, width) that the image is resized to, or to cover; at least `image_size`.
-        resize_mode: "shorter_side" or "squash", as in `preprocess.preprocess_image`.
-        interpolation: "bicubic" or "bilinear".
-
-    Returns:
-        uint8 (height, width, 3), RGB, 0 to 255.
-
-    Raises:
-        tf.errors.InvalidArgumentError: when run, if the image is not a JPEG in grayscale or three colours of
-            at most `MAX_PIXELS`, or cannot be decoded.
+    `scale_size` is what the image is resized to, or to cover, (height, width), at least `image_size`. Returns
+    uint8 (height, width, 3), RGB.
     """
     height, width = plain_jpeg_size(content)
-    resized_height, resized_width = _resized_size(height, width, scale_size, resize_mode)
+    resized = _resized_size(height, width, scale_size, resize_mode)
     # tf.round takes a half to the even neighbour, as Python and torchvision do.
-    top, left = (
-        tf.cast(tf.round(tf.cast(resized - size, tf.float64) / 2), tf.int32)
-        for resized, size in ((resized_height, image_size[0]), (resized_width, image_size[1]))
+    first = tuple(
+        tf.cast(tf.round(_float(whole - size) / 2), tf.int32)
+        for whole, size in zip(resized, image_size, strict=True)
     )
-    resized = (resized_height, resized_width)
-    axes = _Axes((height, width), resized, (top, left), image_size, _SUPPORTS[interpolation])
+    axes = _Axes((height, width), resized, first, image_size, _SUPPORTS[interpolation])
     return _decode_and_resize(content, (0, 0), (height, width), axes)
 
 
@@ -97,20 +79,7 @@ def random_resized_crop(
     Training takes float32 for the sums, which is faster. On 100 ImageNet samples 5 values in 100,000 differ
     from Pillow's, all by one level; where the scale is a simple fraction, ties make it a few in 1,000.
 
-    Args:
-        content: scalar string tensor, the encoded image.
-        crop: float64 (22,), a row of `plan_crop`.
-        flip: scalar bool, whether left and right are exchanged.
-        image_size: (height, width) of the result.
-        interpolation: "bicubic" or "bilinear".
-        ratio: as in `crop_box`.
-
-    Returns:
-        uint8 (height, width, 3), RGB, 0 to 255.
-
-    Raises:
-        tf.errors.InvalidArgumentError: when run, if the image is not a JPEG in grayscale or three colours of
-            at most `MAX_PIXELS`, or cannot be decoded.
+    `crop` is a row of `plan_crop`, `flip` a scalar bool. Returns uint8 (height, width, 3), RGB.
     """
     size = plain_jpeg_size(content)
     top, left, height, width = crop_box(size, crop, ratio)
@@ -124,17 +93,13 @@ def plan_crop(
 ) -> Any:
     """Draw the boxes of random resized crops, as far as that goes without the sizes of the images.
 
+    `scale` bounds the area of a box as a fraction of the image's, `ratio` its width / height. From
+    `uniforms`, float64 (N, 22), in [0, 1), to float64 (N, 22): heights and widths of ten boxes, in units of
+    the square root of the image's area, and where between the first and the last place the box lies,
+    vertically and horizontally.
+
     Reference: Szegedy et al., "Going deeper with convolutions" (2014), section 6; timm 1.0.31,
     RandomResizedCropAndInterpolation: ten attempts at an area and the logarithm of an aspect ratio.
-
-    Args:
-        uniforms: float64 (N, 22), in [0, 1).
-        scale: smallest and largest area of the box, as fractions of the image.
-        ratio: smallest and largest width / height of the box.
-
-    Returns:
-        float64 (N, 22): heights and widths of ten boxes, in units of the square root of the image's area,
-        and where between the first and the last place the box lies, vertically and horizontally.
     """
     area = scale[0] + uniforms[:, :10] * (scale[1] - scale[0])
     low, high = np.log(ratio[0]), np.log(ratio[1])
@@ -147,13 +112,8 @@ def crop_box(
 ) -> tuple[Any, Any, Any, Any]:
     """Choose the box of a random resized crop: the first of ten that fits, or else a central one.
 
-    Args:
-        size: (height, width) of the image, int32 scalars.
-        crop: float64 (22,), a row of `plan_crop`.
-        ratio: bounds of the width / height of the central box.
-
-    Returns:
-        (top, left, height, width), int32 scalars, in pixels.
+    From (height, width) of the image and a row of `plan_crop` to (top, left, height, width), int32 scalars,
+    in pixels. `ratio` bounds the width / height of the central box.
     """
     extent = _float(tf.stack(size))  # (2,): height, width
     boxes = tf.round(tf.reshape(crop[:20], (2, 10)) * tf.sqrt(tf.reduce_prod(extent)))
@@ -177,36 +137,23 @@ def resize(
 
     A pass along each axis; every pass sums products, adds a half and truncates to uint8. With `dtype` float64
     the coefficients have Pillow's 22 binary digits, the sums are exact, and so is the result.
-
-    Args:
-        image: uint8 (H, W, 3) tensor.
-        flip: scalar bool, whether left and right are exchanged.
-        image_size: (height, width) of the result.
-        interpolation: "bicubic" or "bilinear", with antialiasing as in Pillow.
-        dtype: of the sums, tf.float32 or tf.float64.
-
-    Returns:
-        uint8 (height, width, 3) tensor.
     """
     in_size = tf.unstack(tf.shape(image)[:2])
-    support = _SUPPORTS[interpolation]
-    axes = _Axes(in_size, image_size, (0, 0), image_size, support, flip, dtype)
+    axes = _Axes(in_size, image_size, (0, 0), image_size, _SUPPORTS[interpolation], flip, dtype)
     return _resize(image, axes, 0, 0)
 
 
 class _Axes:
     """How the outputs of a resized image are made: on both axes, `count` of them from `first` on.
 
-    The outputs are taken in tiles of neighbours; all of a tile are products with one window of inputs.
-    `flip` makes the columns in the reverse order, which costs nothing here. Both axes are worked out
-    together, since so small operations cost the same for two as for one.
-    Reference: Pillow 13, src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
+    The outputs are taken in tiles of neighbours; all of a tile are products with one window of inputs. `flip`
+    makes the columns in the reverse order, which costs nothing here. Both axes, vertical then horizontal, are
+    worked out together, since so small operations cost the same for two as for one. Reference: Pillow 13,
+    src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
 
-    Attributes:
-        begin, end: int32 (2,), the inputs that are needed, on the vertical and on the horizontal axis.
-        inputs: int32 (2, tiles, window), the windows.
-        weights: `dtype` (2, tiles, _TILE, window); in float64 rounded to Pillow's 22 digits.
-        rows_first: scalar bool, the order of the passes.
+    The inputs from `begin` to `end`, int32 (2,), are needed. `inputs`, int32 (2, tiles, window), are the
+    windows, `weights`, (2, tiles, _TILE, window), those of `dtype`, in float64 rounded to Pillow's 22 digits;
+    the scalar bool `rows_first` is the order of the passes.
     """
 
     def __init__(

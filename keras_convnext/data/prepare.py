@@ -8,27 +8,27 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from keras_convnext._files import sync_folder, try_lock
+from keras_convnext._environment import require
+from keras_convnext._files import disk_error_text, replace_file, sync_folder, try_lock
+from keras_convnext._terminal import Progress
 from keras_convnext.data import sources
-from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Progress, Source, SourceError, write_index
+from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Source, SourceError, write_index
 from keras_convnext.data.records import read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PrepareError(SourceError):
@@ -37,22 +37,13 @@ class PrepareError(SourceError):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `prepare` did.
+    """What `prepare` did."""
 
-    Attributes:
-        output: the folder.
-        images: number of images of each split.
-        shards: number of shards of each split.
-        num_bytes: bytes of all shards.
-        num_kept: shards that an earlier run had finished.
-        seconds: time this run took.
-    """
-
-    output: str
-    images: dict[str, int]
-    shards: dict[str, int]
-    num_bytes: int
-    num_kept: int
+    output: str  # the folder
+    images: dict[str, int]  # number of images of each split
+    shards: dict[str, int]  # number of shards of each split
+    num_bytes: int  # of all shards
+    num_kept: int  # shards that an earlier run had finished
     seconds: float
 
 
@@ -101,24 +92,19 @@ def prepare(
     - image/filename: bytes, name of the example in the source,
 
     in an order shuffled over all shards, so that reading shard after shard gives a good mix. Beside them are
-    "<split>-index.npz", the byte ranges that `open_source` uses, and manifest.json, with size and
-    SHA-256 of each file. The same source, seed and number of shards give the same bytes.
+    "<split>-index.npz", the byte ranges that `open_source` uses, and manifest.json, with size and SHA-256 of
+    each file. The same source, seed and number of shards give the same bytes.
 
-    A run that was killed is continued by the same call: complete shards (their SHA-256 is in the journal)
-    are kept. A finished folder is checked in the same way, and damaged shards are written again.
-    Images are read in random order, so the source should lie on a disk without seek time.
+    A run that was killed is continued by the same call: complete shards (their SHA-256 is in the journal) are
+    kept. A finished folder is checked in the same way, and damaged shards are written again. Images are read
+    in random order, so the source should lie on a disk without seek time.
 
     Args:
-        source_path: what `open_source` reads.
+        source_path, split, labels: as for `open_source`; split None is all splits.
         output: folder, made when it is not there. It may hold other splits that `prepare` wrote.
-        split: the split, as for `open_source`. Default: all of them.
-        labels: label file, as for `open_source`.
         shards: number of files a split. Default: as many as make files of about 150 MB.
         workers: threads that read and write. Default: number of processors, at most 16.
-        shuffle_seed: 0 to 2**32 - 1, seed of the order. Default 0.
-
-    Returns:
-        `Summary`.
+        shuffle_seed: 0 to 2**32 - 1, seed of the order.
 
     Raises:
         ValueError: a number is out of range.
@@ -143,11 +129,7 @@ def prepare(
         raise ValueError(
             f"Expected output to be another folder than the source, received '{output}' for both."
         )
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError(
-            "Expected TensorFlow, which writes the shards, but it is not installed. Run pip install "
-            "'keras-convnext[tensorflow]'."
-        )
+    require("tensorflow", "Writing shards")
     names = sources.list_splits(source_path) if split is None else [split]
     # All are opened before one is written, so that trouble with the last one shows at once.
     opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
@@ -167,29 +149,32 @@ def prepare(
 
 
 def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[str]:
-    """Compares every file of a prepared folder with the SHA-256 in its manifest.
+    """Compares a prepared folder with its manifest; returns the names of missing and differing files.
 
-    Returns:
-        names of the files that are missing or differ; empty when all is well.
-
-    Raises:
-        SourceError: the folder has no manifest, or a damaged one.
+    Raises SourceError where the folder has no manifest, or a damaged one.
     """
     output = os.fspath(output)
     if not os.path.exists(os.path.join(output, MANIFEST)):
         raise SourceError(f"Expected {MANIFEST} in '{output}', found none. Run prepare to its end.")
     entries = read_manifest(output)["splits"].values()
     records = [record for entry in entries for record in (*entry["shards"], entry["index"])]
-    progress = Progress(f"Verifying {output}", sum(record["size"] for record in records))
-    with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(lambda record: _is_intact(output, record), records)
-        damaged, done = [], 0
+    intact = _intact(f"Verifying {output}", output, records, workers or os.cpu_count())
+    return [record["name"] for record, is_intact in zip(records, intact, strict=True) if not is_intact]
+
+
+def _intact(title: str, folder: str, records: list[dict], workers: int | None) -> list[bool]:
+    """Returns whether each file has the SHA-256 of its record."""
+    intact, done = [], 0
+    with (
+        Progress(title, sum(record["size"] for record in records), "MB") as progress,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        results = pool.map(lambda record: _is_intact(folder, record), records)
         for record, is_intact in zip(records, results, strict=True):
-            damaged += [] if is_intact else [record["name"]]
+            intact.append(is_intact)
             done += record["size"]
-            progress.show(done, 0)
-    progress.close()
-    return damaged
+            progress.show(done)
+    return intact
 
 
 def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed: int) -> _Plan:
@@ -200,14 +185,11 @@ def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed:
     fingerprint = hashlib.sha256(json.dumps(source.classes).encode("utf-8"))
     fingerprint.update(np.stack([lengths, source.labels]).astype("<i8").tobytes())
     head_sizes = np.empty(count, np.int64)
-    progress = Progress(f"Planning {split}", int(lengths.sum()))
-    done = 0
-    for number, length in enumerate(lengths.tolist()):
-        fingerprint.update(source.name(number).encode("utf-8", "surrogateescape") + b"\n")
-        head_sizes[number] = len(_head(source, number, length))
-        done += length
-        progress.show(done, number)
-    progress.close()
+    with Progress(f"Planning {split}", count) as progress:
+        for number, length in enumerate(lengths.tolist()):
+            fingerprint.update(source.name(number).encode("utf-8", "surrogateescape") + b"\n")
+            head_sizes[number] = len(_head(source, number, length))
+            progress.show(number + 1)
     if num_shards is None:
         num_shards = max(1, round(int(lengths.sum()) / SHARD_BYTES))
     if num_shards > count:
@@ -241,7 +223,9 @@ def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed:
 def _write_split(plan: _Plan, workers: int) -> int:
     """Writes what is missing of a split; returns the number of shards that were there."""
     journal = os.path.join(plan.folder, f"{plan.split}-journal.jsonl")
-    manifest = _manifest_or_new(plan.folder)
+    manifest: dict = {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
+    if os.path.exists(os.path.join(plan.folder, MANIFEST)):
+        manifest = read_manifest(plan.folder)
     if plan.split not in manifest["splits"] and not os.path.exists(journal):
         _refuse_foreign_files(plan)
     kept = _finished_shards(plan, journal, manifest["splits"].get(plan.split), workers)
@@ -278,12 +262,6 @@ def _head(source: Source, number: int, length: int) -> bytes:
     )
 
 
-def _manifest_or_new(folder: str) -> dict:
-    if os.path.exists(os.path.join(folder, MANIFEST)):
-        return read_manifest(folder)
-    return {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
-
-
 def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
     """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
     settings, records = None, []
@@ -296,26 +274,21 @@ def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int
         settings, records = entry["settings"], entry["shards"]
     if settings is None:
         return {}
-    received = [f"{name}={plan.settings[name]}" for name in settings if settings[name] != plan.settings[name]]
-    if received:
-        expected = [f"{name}={settings[name]}" for name in settings if settings[name] != plan.settings[name]]
+    other = [name for name in settings if settings[name] != plan.settings[name]]
+    if other:
+        expected, received = ([f"{name}={of[name]}" for name in other] for of in (settings, plan.settings))
         raise PrepareError(
             f"'{plan.folder}' holds the split {plan.split} with {', '.join(expected)}: expected the same, "
             f"received {', '.join(received)} (source is a hash of names, sizes, labels and classes). Pass "
             "what was passed then, or another folder."
         )
     numbers = {plan.name(shard): shard for shard in range(len(plan.ends))}
-    progress = Progress(f"Checking {plan.split}", sum(record["size"] for record in records))
-    kept, done = {}, 0
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda record: _is_intact(plan.folder, record), records)
-        for record, is_intact in zip(records, results, strict=True):
-            if is_intact:
-                kept[numbers[record["name"]]] = record
-            done += record["size"]
-            progress.show(done, 0)
-    progress.close()
-    return kept
+    intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
+    return {
+        numbers[record["name"]]: record
+        for record, is_intact in zip(records, intact, strict=True)
+        if is_intact
+    }
 
 
 def _refuse_foreign_files(plan: _Plan) -> None:
@@ -331,7 +304,7 @@ def _refuse_foreign_files(plan: _Plan) -> None:
 def _remove_leftovers(plan: _Plan) -> None:
     """Removes what a killed run was writing."""
     for name in os.listdir(plan.folder):
-        if re.fullmatch(rf"({re.escape(plan.split)}-.*|{MANIFEST})\.[0-9a-f]{{32}}\.tmp", name):
+        if re.fullmatch(rf"\.?({re.escape(plan.split)}-.*|{MANIFEST})\.([0-9a-f]{{16}}){{1,2}}\.tmp", name):
             os.remove(os.path.join(plan.folder, name))
 
 
@@ -349,9 +322,8 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
     if not shards:
         return {}
     stop, lock = threading.Event(), threading.Lock()
-    progress = Progress(
-        f"Writing {plan.split}", int(plan.lengths[np.concatenate([plan.examples(s) for s in shards])].sum())
-    )
+    num_bytes = int(plan.lengths[np.concatenate([plan.examples(s) for s in shards])].sum())
+    progress = Progress(f"Writing {plan.split}", num_bytes, "MB")
     done = [0, 0]  # bytes, images
 
     def count(num_bytes: int) -> None:
@@ -360,7 +332,7 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
         with lock:
             done[0] += num_bytes
             done[1] += 1
-            progress.show(*done)
+            progress.show(done[0], lambda: f"{done[1]} images, {progress.text()}")
 
     def write(shard: int) -> dict:
         record = _write_shard(plan, shard, count)
@@ -370,7 +342,7 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
             os.fsync(file.fileno())
         return record
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with progress, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(write, shard): shard for shard in shards}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -379,7 +351,6 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    progress.close()
     return {shard: future.result() for future, shard in futures.items()}
 
 
@@ -423,7 +394,7 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
 
 
 def _temporary_name(path: str) -> str:
-    return f"{path}.{uuid.uuid4().hex}.tmp"
+    return f"{path}.{secrets.token_hex(8)}.tmp"
 
 
 def _written_source(plan: _Plan) -> Source:
@@ -461,17 +432,8 @@ def _is_intact(folder: str, record: dict) -> bool:
 
 
 def _write_text(path: str, text: str) -> None:
-    temporary = _temporary_name(path)
-    try:
-        with _writing(os.path.dirname(path)):
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with _writing(os.path.dirname(path)):
+        replace_file(path, text.encode())
 
 
 @contextlib.contextmanager
@@ -484,12 +446,9 @@ def _writing(folder: str) -> Iterator[None]:
 
 
 def _write_error(error: OSError, folder: str) -> PrepareError:
-    if error.errno in _NO_SPACE:
-        return PrepareError(
-            f"No space left in '{folder}': {shutil.disk_usage(folder).free} bytes are free. Free some and "
-            "run prepare again: what is finished is kept."
-        )
+    kept = "run prepare again: what is finished is kept."
     return PrepareError(
-        f"'{folder}' cannot be written: {error.strerror}. Check the disk and the permissions, then run "
-        "prepare again: what is finished is kept."
+        disk_error_text(
+            error, folder, f"Free some and {kept}", f"Check the disk and the permissions, then {kept}"
+        )
     )

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
 from keras_convnext.data.index import (
     INDEX_VERSION,
     MANIFEST,
     IndexBuilder,
-    Progress,
     Source,
     SourceError,
     cached_index,
@@ -44,11 +44,7 @@ def open_prepared(folder: str, split: str) -> Source:
 
 
 def read_manifest(folder: str) -> dict:
-    """Reads the manifest of a folder that `prepare` wrote.
-
-    Raises:
-        SourceError: it is damaged or of another version.
-    """
+    """Reads the manifest of a folder; SourceError where it is damaged or of another version."""
     manifest = read_json(folder, MANIFEST)
     if manifest.get("format") != "keras_convnext" or manifest.get("version") != INDEX_VERSION:
         raise SourceError(
@@ -73,27 +69,19 @@ def open_tfds(folder: str, split: str) -> Source:
     entry = next(item for item in info["splits"] if item["name"] == split)
     counts = [int(length) for length in entry["shardLengths"]]
     template = entry.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    files = []
-    for number in range(len(counts)):
-        parts = {
-            "DATASET": info["name"],
-            "SPLIT": split,
-            "FILEFORMAT": format_name,
-            "SHARD_X_OF_Y": f"{number:05d}-of-{len(counts):05d}",
-            "SHARD_INDEX": f"{number:05d}",
-            "NUM_SHARDS": f"{len(counts):05d}",
-        }
-        name = template
-        for part, value in parts.items():
-            name = name.replace(f"{{{part}}}", value)
-        files.append(os.path.join(folder, name))
+    template = template.replace("{SHARD_X_OF_Y}", "{SHARD_INDEX}-of-{NUM_SHARDS}")
+    parts = {"DATASET": info["name"], "SPLIT": split, "FILEFORMAT": format_name}
+    parts["NUM_SHARDS"] = f"{len(counts):05d}"
+    for part, value in parts.items():
+        template = template.replace(f"{{{part}}}", value)
+    names = [template.replace("{SHARD_INDEX}", f"{number:05d}") for number in range(len(counts))]
+    files = [os.path.join(folder, name) for name in names]
     missing = [os.path.basename(file) for file in files if not os.path.exists(file)]
     if missing:
         raise SourceError(
             f"Expected {len(files)} files of split '{split}' in '{folder}', missing: {first_few(missing)}."
         )
-    image, label, name = _tfds_features(folder)
-    classes = _tfds_classes(folder, label)
+    image, label, name, classes = _tfds_features(folder)
     source = cached_index(
         folder, "tfds", split, files, lambda: _scan_records(folder, "tfds", files, image, label, name)
     )
@@ -154,8 +142,8 @@ def feature_values(features: dict, name: str, path: str) -> list:
     return features[name]
 
 
-def _tfds_features(folder: str) -> tuple[str, str, str | None]:
-    """Returns the names of the image, the label and, if there is one, the file name."""
+def _tfds_features(folder: str) -> tuple[str, str, str | None, list[str]]:
+    """Returns the features that are the image, the label and, if there is one, the file name; the classes."""
     features = read_json(folder, "features.json").get("featuresDict", {}).get("features", {})
     kinds = {
         name: feature.get("pythonClassName", "").rpartition(".")[2] for name, feature in features.items()
@@ -171,16 +159,13 @@ def _tfds_features(folder: str) -> tuple[str, str, str | None]:
             "be read."
         )
     names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
-    return images[0], label, names[0] if names else None
-
-
-def _tfds_classes(folder: str, label: str) -> list[str]:
     path = os.path.join(folder, f"{label}.labels.txt")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    feature = read_json(folder, "features.json")["featuresDict"]["features"][label]
-    return [str(number) for number in range(int(feature["classLabel"]["numClasses"]))]
+            classes = file.read().splitlines()
+    else:
+        classes = [str(number) for number in range(int(features[label]["classLabel"]["numClasses"]))]
+    return images[0], label, names[0] if names else None, classes
 
 
 def _scan_records(
@@ -198,30 +183,31 @@ def _scan_records(
     columns = IndexBuilder()
     synsets: dict[str, int] = {}
     sizes = np.cumsum([0, *map(os.path.getsize, files)])
-    progress = Progress(f"Indexing {path}", int(sizes[-1]))
-    for number, file, content, features in examples(files):
-        has_synset = image is None and "image/class/synset" in features
-        image_name = image or ("image/encoded" if "image/encoded" in features else "image")
-        label_name = label or ("image/class/label" if "image/class/label" in features else "label")
-        text_name = name or ("image/filename" if "image/filename" in features else "file_name")
-        start, length = _one(feature_values(features, image_name, file), tuple, image_name, file)
-        value = _one(feature_values(features, label_name, file), int, label_name, file)
-        if columns.labels and has_synset != bool(synsets):
-            raise SourceError(
-                f"Expected the feature 'image/class/synset' in every record of '{path}', or in none."
+    with Progress(f"Indexing {os.path.basename(path)}", int(sizes[-1]), "MB") as progress:
+        for number, file, content, features in examples(files):
+            has_synset = image is None and "image/class/synset" in features
+            image_name = image or ("image/encoded" if "image/encoded" in features else "image")
+            label_name = label or ("image/class/label" if "image/class/label" in features else "label")
+            text_name = name or ("image/filename" if "image/filename" in features else "file_name")
+            start, length = _one(feature_values(features, image_name, file), tuple, image_name, file)
+            value = _one(feature_values(features, label_name, file), int, label_name, file)
+            if columns.labels and has_synset != bool(synsets):
+                raise SourceError(
+                    f"Expected the feature 'image/class/synset' in every record of '{path}', or in none."
+                )
+            if has_synset:
+                first, size = _one(features["image/class/synset"], tuple, "image/class/synset", file)
+                value = synsets.setdefault(content[first : first + size].decode("utf-8"), len(synsets))
+            if not -1 <= value < 1 << 31:
+                raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {value}.")
+            text = f"{os.path.basename(file)}@{start}"
+            if text_name in features:
+                first, size = _one(features[text_name], tuple, text_name, file)
+                text = content[first : first + size].decode("utf-8", "surrogateescape")
+            columns.add(number, start, length, value, text)
+            progress.show(
+                int(sizes[number]) + start, lambda: f"{len(columns.labels)} images, {progress.text()}"
             )
-        if has_synset:
-            first, size = _one(features["image/class/synset"], tuple, "image/class/synset", file)
-            value = synsets.setdefault(content[first : first + size].decode("utf-8"), len(synsets))
-        if not -1 <= value < 1 << 31:
-            raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {value}.")
-        text = f"{os.path.basename(file)}@{start}"
-        if text_name in features:
-            first, size = _one(features[text_name], tuple, text_name, file)
-            text = content[first : first + size].decode("utf-8", "surrogateescape")
-        columns.add(number, start, length, value, text)
-        progress.show(int(sizes[number]) + start, len(columns.labels))
-    progress.close()
     if not columns.labels:
         raise SourceError(f"Expected images in '{path}', found no record in {len(files)} files.")
     classes = sorted(synsets)

@@ -6,7 +6,6 @@ Only NumPy and the standard library are used; neither TensorFlow nor TensorFlow 
 """
 
 import dataclasses
-import difflib
 import glob
 import hashlib
 import math
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from keras_convnext._messages import near_names
 from keras_convnext.data.imagenet import TARS, VALIDATION_NAME, open_tar, split_of_tar, with_labels
 from keras_convnext.data.index import (
     MANIFEST,
@@ -48,7 +48,8 @@ def open_source(
 ) -> Source:
     """Indexes the images of one split of a data set.
 
-    What is at the path decides; the first that fits is taken:
+    What is at the path, a local folder or file or a pattern of TFRecord files, decides; the first that fits
+    is taken:
 
     - `manifest.json`: a folder that `prepare` wrote. Classes as in the source it was made from.
     - ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar or a folder with one or both: ImageNet as published,
@@ -65,33 +66,24 @@ def open_source(
     - other images, with `labels`: a flat folder. Classes: from the label file.
 
     A folder is divided into splits when all its folders are named after splits, such as "train" and "val", or
-    two of them are.
-
-    Labels of ImageNet's validation images are those that the package tensorflow-datasets carries, by the
-    number in the file name. Integer labels of plain TFRecords without "image/class/synset" count from 0, or
-    from 1 (0 being the background, as in TensorFlow's build_imagenet_data.py) when they run from exactly 1 to
-    1000; when no label is 0 otherwise, `first_label` must say which. Hidden files and files without
-    an image suffix are ignored. An example is an image with exactly one label; ReaL's lists of labels are
-    read by `read_real_labels`.
+    two of them are. Hidden files and files without an image suffix are ignored.
 
     The index of tars and TFRecords above 1 GB is kept in "~/.cache/keras_convnext/index", or the folder named
     by KERAS_CONVNEXT_INDEX_CACHE, and made again when size or time of a file change.
 
     Args:
-        path: a local folder or file, or a pattern of TFRecord files.
-        split: "train", "validation" or "test", or a name the set uses. "val", "valid" and "training" are
-            understood. "validation" takes the test split where that is the only one for evaluation, as in
-            ImageNetV2. Default: the only split.
-        classes: the class names in the order of the labels that are wanted, such as those of the
-            training split. Some may be without images. Where the source has numbers for names, they count in
-            this list. Default: those of the source.
+        split: "train", "validation" or "test", another name that these go by ("val", "valid", "training"),
+            or one the set uses. "validation" takes the test split where that is the only one for evaluation,
+            as in ImageNetV2. Default: the only split.
+        classes: the class names in the order of the labels that are wanted, such as those of the training
+            split. Some may be without images. Where the source has numbers for names, they count here.
         labels: label file for a flat folder or for ImageNet's validation images: CSV ("file,label", further
-            columns ignored, a header is recognised), lines "file label", or for ImageNet's validation
-            images one label a line in the order of their numbers. Labels are class names, or numbers from 0.
-        first_label: 0 or 1, the number of the first class in plain TFRecords. Default: found out.
-
-    Returns:
-        `Source`.
+            columns ignored, a header is recognised), lines "file label", or for ImageNet's validation images
+            one label a line in the order of their numbers. Labels are class names, or numbers from 0.
+            Default for ImageNet's validation images: what the package tensorflow-datasets carries.
+        first_label: 0 or 1, the number of the first class in plain TFRecords without "image/class/synset".
+            Default: 1 when labels run from exactly 1 to 1000 (0 being the background, as in TensorFlow's
+            build_imagenet_data.py), else 0; where no label is 0 otherwise, it must be given.
 
     Raises:
         SourceError: nothing usable is at the path, a file is missing, truncated or damaged, a class has no
@@ -126,11 +118,7 @@ def open_source(
 
 
 def list_splits(path: str | os.PathLike[str]) -> list[str]:
-    """Lists the splits at a path under the names they have there; empty when it is not divided.
-
-    Raises:
-        SourceError: nothing usable is at the path.
-    """
+    """Lists the splits at a path under the names they have there; empty when it is not divided."""
     return [name for name in _locate(os.fspath(path))[1] if name is not None]
 
 
@@ -140,35 +128,8 @@ def canonical_split(name: str) -> str | None:
 
 
 def take(source: Source, numbers: Sequence[int] | np.ndarray) -> Source:
-    """Returns a source with some of the examples, under the same names and classes.
-
-    Args:
-        source: what `open_source` returns.
-        numbers: int (n,), places in `source`, 0 to len(source) - 1, in the order that is wanted.
-
-    Returns:
-        `Source` of n examples. Its `classes` are those of `source`, whether or not they have images left.
-
-    Raises:
-        ValueError: `numbers` is not a list of whole numbers, or one of them is out of range.
-
-    Example:
-        take(source, np.flatnonzero(source.labels == 0))     # the images of the first class
-    """
-    chosen = np.asarray(numbers)
-    if chosen.size == 0:
-        chosen = chosen.astype(np.int64)
-    if chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer):
-        raise ValueError(
-            f"Expected numbers of shape (n,) and an integer dtype, received {chosen.shape} and "
-            f"{chosen.dtype}. Pass the places of the examples, for a mask np.flatnonzero(mask)."
-        )
-    outside = chosen[(chosen < 0) | (chosen >= len(source))]
-    if len(outside):
-        raise ValueError(
-            f"Expected numbers from 0 to {len(source) - 1}, the places of the {len(source)} examples, "
-            f"received {outside[0]}."
-        )
+    """Returns a source with the examples at some places, in that order, under the same names and classes."""
+    chosen = np.asarray(numbers, np.int64)
     fields = {
         name: getattr(source, name)[chosen] for name in ("file_numbers", "offsets", "lengths", "labels")
     }
@@ -184,22 +145,11 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
 
     Of a class with n images, round(fraction * n) are held out, but at least one and at most n - 1; a class
     with a single image stays in training. Which ones depends on the seed, the name of the class and the names
-    of its images alone: neither on the order of the examples nor on other classes.
+    of its images alone: neither on the order of the examples nor on other classes. Both sources are in the
+    order of `source` and have all its `classes`.
 
-    Args:
-        source: what `open_source` returns.
-        fraction: share that is held out, in (0, 1).
-        seed: int, another seed holds out other images.
-
-    Returns:
-        (train source, held out source), each in the order of `source`. Both have all its `classes`.
-
-    Raises:
-        ValueError: `fraction` is not in (0, 1), or `seed` is not a whole number.
-        SourceError: no class has two images.
-
-    Example:
-        train, validation = hold_out(open_source("flowers"), 0.1, seed=0)
+    Raises ValueError where `fraction` is not in (0, 1) or `seed` is not a whole number, and SourceError where
+    no class has two images.
     """
     is_held_out = held_out_mask(source, fraction, seed)
     return take(source, np.flatnonzero(~is_held_out)), take(source, np.flatnonzero(is_held_out))
@@ -212,14 +162,15 @@ def held_out_mask(source: Source, fraction: float, seed: int) -> np.ndarray:
             f"Expected fraction between 0 and 1, both excluded, received {fraction!r}. Pass the share of the "
             "images that is held out, such as 0.1."
         )
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise ValueError(f"Expected seed to be a whole number, received {seed!r}. Pass one, such as 0.")
     is_held_out = np.zeros(len(source), bool)
     for label in np.unique(source.labels).tolist():
         members = np.flatnonzero(source.labels == label).tolist()
         count = min(max(math.floor(fraction * len(members) + 0.5), 1), len(members) - 1)
         prefix = f"{int(seed)}\0{source.classes[label]}\0"
-        keys = {number: _name_digest(prefix, source.name(number)) for number in members}
+        keys = {}
+        for number in members:
+            text = prefix + source.name(number)
+            keys[number] = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
         is_held_out[sorted(members, key=keys.__getitem__)[:count]] = True
     if not is_held_out.any():
         raise SourceError(
@@ -228,10 +179,6 @@ def held_out_mask(source: Source, fraction: float, seed: int) -> np.ndarray:
             "validation split."
         )
     return is_held_out
-
-
-def _name_digest(prefix: str, name: str) -> bytes:
-    return hashlib.sha256((prefix + name).encode("utf-8", "surrogateescape")).digest()
 
 
 def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
@@ -290,11 +237,9 @@ def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | N
             return name
     if canonical == "validation" and "test" in splits:
         return "test"
-    names = [*map(str, splits), *SPLITS]
-    near = difflib.get_close_matches(split, names, 1) if canonical is None else []
-    suggestion = f" Did you mean '{near[0]}'?" if near else ""
+    near = near_names(split, [*map(str, splits), *SPLITS], 1) if canonical is None else ""
     missing = f" Put {TARS[canonical]} there." if canonical in TARS and splits.keys() <= TARS.keys() else ""
-    raise SourceError(f"No split '{split}' in '{path}'.{suggestion} Known: {known}.{missing}")
+    raise SourceError(f"No split '{split}' in '{path}'.{near} Known: {known}.{missing}")
 
 
 def _list_folder(path: str) -> tuple[list[str], list[str]]:
@@ -327,18 +272,16 @@ def _images_below(folder: str) -> list[str]:
 def _find_tfds(path: str) -> str | None:
     """Returns the folder of the newest version of the one set of TensorFlow Datasets at a path, if any."""
     found = list(_tfds_folders(path, 3))
-    sets = sorted(
-        {
-            os.path.dirname(os.path.abspath(folder))
-            for folder in found
-            if os.path.abspath(folder) != os.path.abspath(path)
-        }
-    )
+    below = {os.path.abspath(folder) for folder in found} - {os.path.abspath(path)}
+    sets = sorted(set(map(os.path.dirname, below)))
     if len(sets) > 1:
         raise SourceError(
             f"'{path}' holds {len(sets)} prepared sets: pass the folder of one: {', '.join(sets)}."
         )
-    return max(found, key=_version, default=None)
+    versions = {
+        folder: [int(part) for part in re.findall(r"\d+", os.path.basename(folder))] for folder in found
+    }
+    return max(found, key=versions.__getitem__, default=None)
 
 
 def _tfds_folders(path: str, depth: int) -> Iterator[str]:
@@ -355,10 +298,6 @@ def _tfds_folders(path: str, depth: int) -> Iterator[str]:
                     folders.append(entry.path)
         for folder in folders:
             yield from _tfds_folders(folder, depth - 1)
-
-
-def _version(folder: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", os.path.basename(folder)))
 
 
 def _find_shards(path: str) -> dict[str | None, list[str]]:
@@ -424,10 +363,8 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None) -> Source:
 
 def _number_classes(path: str, folders: list[str]) -> tuple[list[str], list[int]]:
     """Returns the class names, and the class number of each folder."""
-    if not all(name.isascii() and name.isdecimal() for name in folders):
-        return folders, list(range(len(folders)))
-    numbers = [int(name) for name in folders]
-    if max(numbers) >= MAX_NUMBERED_CLASSES:
+    numbers = [int(name) for name in folders if name.isascii() and name.isdecimal()]
+    if len(numbers) < len(folders) or max(numbers) >= MAX_NUMBERED_CLASSES:
         return folders, list(range(len(folders)))
     if len(set(numbers)) < len(numbers):
         raise SourceError(

@@ -34,18 +34,8 @@ class Part:
 class Order:
     """Which example stands at each place of the endless stream, and which places are those of one host.
 
-    A place counts the rows of all hosts. Of each batch, host h has the h-th run of rows.
-
-    Args:
-        num_examples: of the source.
-        batches_per_epoch: of each permutation of it.
-        batch_size: rows of all hosts together.
-        part: where it begins and whose it is.
-        seed: of the permutations.
-        repeats: times that an example stands in succession.
-
-    Attributes:
-        rows_a_batch: rows of a batch that this host has.
+    A place counts the rows of all hosts. Of each batch, host h, from 0 on, has the h-th run of `rows_a_batch`
+    rows. The first `start_batch` batches are left out, and an example stands `repeats` times in succession.
     """
 
     def __init__(

@@ -22,23 +22,17 @@ class RecordError(ValueError):
     """A TFRecord file, or an Example in it, is damaged: which, where and what to do."""
 
 
-def _checksum_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # Castagnoli, bit-reversed
-        table.append(value)
-    return table
+def _shifted(value: int) -> int:
+    for _ in range(8):
+        value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # Castagnoli, bit-reversed
+    return value
 
 
-_TABLE = _checksum_table()
+_TABLE = [_shifted(value) for value in range(256)]
 
 
-def masked_checksum(data: bytes) -> int:
-    """The CRC-32C of some bytes, rotated and shifted as TFRecord stores it.
-
-    A loop over bytes in Python: for the headers, not for images.
-    """
+def _masked_checksum(data: bytes) -> int:
+    """The CRC-32C of a record's header, rotated and shifted as TFRecord stores it."""
     value = 0xFFFFFFFF
     for byte in data:
         value = _TABLE[(value ^ byte) & 0xFF] ^ value >> 8
@@ -47,19 +41,10 @@ def masked_checksum(data: bytes) -> int:
 
 
 def find_records(buffer: Buffer, path: str | os.PathLike[str]) -> Iterator[Range]:
-    """Finds the records of a TFRecord file by their headers.
+    """Finds (first byte, number of bytes) of each record of a TFRecord file, without header and footer.
 
     The checksum of each header is compared, that of the records is not: that would read the whole file.
-
-    Args:
-        buffer: all bytes of the file, such as a memory map.
-        path: the file, named in messages.
-
-    Yields:
-        (first byte, number of bytes) of each record, without header and footer.
-
-    Raises:
-        RecordError: the file is compressed, is no TFRecord file, is damaged or ends within a record.
+    Raises RecordError when the file is compressed, is no TFRecord file, is damaged or ends within a record.
     """
     if buffer[:2] == b"\x1f\x8b":
         raise RecordError(
@@ -72,7 +57,7 @@ def find_records(buffer: Buffer, path: str | os.PathLike[str]) -> Iterator[Range
         if len(header) < HEADER_BYTES:
             raise _truncated(path, start, size)
         length, checksum = struct.unpack("<QI", header)
-        if masked_checksum(header[:8]) != checksum:
+        if _masked_checksum(header[:8]) != checksum:
             what = "is not a TFRecord file" if start == 0 else f"is damaged at byte {start}"
             raise RecordError(
                 f"Expected the header of a TFRecord with its checksum, but '{path}' {what}. Copy or write it "
@@ -88,26 +73,18 @@ def find_records(buffer: Buffer, path: str | os.PathLike[str]) -> Iterator[Range
 def parse_example(
     buffer: Buffer, start: int, length: int, path: str | os.PathLike[str]
 ) -> dict[str, list[Range] | list[int]]:
-    """Finds the features of a serialised tf.train.Example without copying them.
+    """Finds the features of a serialised tf.train.Example, by name, without copying them.
 
-    Args:
-        buffer: bytes that hold the Example.
-        start: its first byte.
-        length: its bytes.
-        path: the file, named in messages.
-
-    Returns:
-        name to the list of values: (first byte, number of bytes) in `buffer` for bytes, int for int64.
-        Features of floats are left out.
-
-    Raises:
-        RecordError: the bytes are not an Example.
+    Values are (first byte, number of bytes) in `buffer` for bytes, int for int64; features of floats are left
+    out. Raises RecordError when the bytes are not an Example.
     """
     features: dict[str, list[Range] | list[int]] = {}
     try:
         for all_features in _ranges(buffer, (start, length), 1):  # Example.features
             for entry in _ranges(buffer, all_features, 1):  # Features.feature, a map
-                (name_start, name_length), value = _pair(buffer, entry)
+                # Where key and value of the map entry lie.
+                parts = {number: at for number, at in _fields(buffer, entry) if isinstance(at, tuple)}
+                (name_start, name_length), value = parts.get(1, (0, 0)), parts.get(2, (0, 0))
                 name = buffer[name_start : name_start + name_length].decode("utf-8")
                 for kind, values in _fields(buffer, value):
                     if kind == 1 and isinstance(values, tuple):  # Feature.bytes_list
@@ -125,11 +102,8 @@ def parse_example(
 def example_head(image_bytes: int, features: dict[str, bytes | int]) -> bytes:
     """Serialises all of an Example but its image, which comes last: `head + image` is the Example.
 
-    So the size of an Example and the place of the image in it follow from the size of the image alone.
-
-    Args:
-        image_bytes: size of the image, the feature "image/encoded".
-        features: the other features: bytes, or an integer of at least 0 for an int64.
+    So the size of an Example and the place of the image in it, the feature "image/encoded", follow from the
+    size of the image alone. Integers must not be negative.
     """
     others = b""
     for name, value in features.items():
@@ -173,27 +147,18 @@ def _ranges(buffer: Buffer, within: Range, number: int) -> Iterator[Range]:
             yield value
 
 
-def _pair(buffer: Buffer, entry: Range) -> tuple[Range, Range]:
-    """Returns where key and value of a map entry lie."""
-    parts = {number: value for number, value in _fields(buffer, entry) if isinstance(value, tuple)}
-    return parts.get(1, (0, 0)), parts.get(2, (0, 0))
-
-
 def _integers(buffer: Buffer, within: Range) -> list[int]:
+    """Returns the values of an Int64List, single ones and packed ones."""
     values: list[int] = []
     for number, value in _fields(buffer, within):
         if number == 1 and isinstance(value, int):
-            values.append(_signed(value))
+            values.append(value)
         elif number == 1 and isinstance(value, tuple):  # packed
             start, end = value[0], value[0] + value[1]
             while start < end:
                 item, start = _read_varint(buffer, start)
-                values.append(_signed(item))
-    return values
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+                values.append(item)
+    return [value - (1 << 64) if value >> 63 else value for value in values]
 
 
 def _read_varint(buffer: Buffer, start: int) -> tuple[int, int]:

@@ -1,13 +1,11 @@
 """Data and model parallelism: chooses an engine and places model, optimizer and batches on its devices.
 
 recipe's engine, devices that are there --choose--> Engine --scope--> model, optimizer and batches placed
-compiled step --collectives--> what the devices send each other
 
 An engine decides where a step is computed and never what: the batch of a recipe is the one of all devices
 together, so its learning rate, its schedule and its random numbers hold for any number of them.
 """
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext._messages import flat, near_names
 from keras_convnext.distribution import watchdog
 from keras_convnext.distribution.engine import Engine
 
@@ -45,13 +44,6 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
 
     The processes are found in the environment, as the backend's own launchers set it. Nothing may have been
     computed before.
-
-    Args:
-        engine: one of these.
-        model_devices: devices of a group in "model_parallel".
-
-    Returns:
-        `Engine`.
 
     Raises:
         ValueError: the engine is unknown or another backend's, the devices cannot be divided so, or the
@@ -93,25 +85,16 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
 
 
 def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
-    owners = [name for name, engines in ENGINES.items() if engine in engines]
     known = ("auto", "none", *own)
-    if owners:
-        hint = f", which is an engine of {owners[0]}. Choose one of these, or set KERAS_BACKEND={owners[0]}"
-    else:
-        near = difflib.get_close_matches(engine, known, 3)
-        hint = f". Did you mean {' or '.join(map(repr, near))}?" if near else ". Choose one of these"
-    return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}."
+    hint = f".{near_names(engine, known) or ' Choose one of these.'}"
+    for name, engines in ENGINES.items():
+        if engine in engines:
+            hint = f", which is an engine of {name}. Choose one of these, or set KERAS_BACKEND={name}."
+    return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}"
 
 
 def divided(images: np.ndarray) -> Any:
-    """Places a batch on the devices of this scope's engine; returns it as it is where there is none.
-
-    Args:
-        images: (n, ...), this process's rows.
-
-    Returns:
-        The same values, for a compiled function of the model.
-    """
+    """Places this process's rows of a batch, (n, ...), on the devices of this scope's engine, if any."""
     return _dividing().divided(images) if keras.backend.backend() in ("jax", "tensorflow") else images
 
 
@@ -137,16 +120,12 @@ def _dividing() -> Any:
 
 
 def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
-    """Refuses a run whose processes are about to do different things.
+    """Refuses a run whose processes are about to do different things; facts are JSON values by name.
 
-    Args:
-        group: the processes.
-        facts: JSON value by name: the recipe, the data, the code, ...; a dict is compared key by key.
-
-    Raises:
-        ValueError: they differ, in all processes; tells which process differs from process 0, and in what.
+    Raises ValueError in all processes when they differ; tells which process differs from process 0, and in
+    what.
     """
-    expected, *others = group.gathered(_flat(facts))
+    expected, *others = group.gathered(flat(facts))
     lines = []
     for number, received in enumerate(others, start=1):
         names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
@@ -162,30 +141,15 @@ def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
 def slow_processes(group: watchdog.Group, seconds: float) -> str:
     """Names the processes that take more than twice as long as the middle one; "" if none does.
 
-    Args:
-        group: the processes.
-        seconds: that the same work took in this one.
+    `seconds` is the time that the same work took in this process.
     """
     times = group.gathered(seconds)
     middle = float(np.median(times))
-    slow = [
-        f"{name} took {time:.1f} s"
-        for name, time in zip(group.names, times, strict=True)
-        if time > 2 * middle + 0.5
-    ]
+    pairs = zip(group.names, times, strict=True)
+    slow = [f"{name} took {time:.1f} s" for name, time in pairs if time > 2 * middle + 0.5]
     if not slow:
         return ""
     return (

@@ -12,20 +12,12 @@ from keras_convnext.distribution import watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Divides a step among devices; `choose.choose` makes one. This base class does not divide it.
+    """Divides a step among devices; `choose.choose` makes one. This base class does not divide it."""
 
-    Attributes:
-        name: "none", or a name of `choose.ENGINES`.
-        devices: names of the devices of all processes, such as "cpu:0".
-        num_parts: parts that a batch is divided into. Devices may share a part, and divide its work.
-        strategy: the backend's own object, None where there is none.
-        group: the processes of the run.
-    """
-
-    name: str
-    devices: tuple[str, ...]
-    num_parts: int = 1
-    strategy: Any = None
+    name: str  # "none", or a name of `choose.ENGINES`
+    devices: tuple[str, ...]  # of all processes, such as "cpu:0"
+    num_parts: int = 1  # that a batch is divided into; devices may share a part, and divide its work
+    strategy: Any = None  # the backend's own object, None where there is none
     group: watchdog.Group = dataclasses.field(default_factory=watchdog.alone)
 
     @contextlib.contextmanager
@@ -38,11 +30,7 @@ class Engine:
         """Makes the training step of a compiled model, whose optimizer is built, one of all devices."""
 
     def for_fit(self, batches: Any) -> Any:
-        """Returns the batches of this process, as `fit` needs them to use all devices.
-
-        Args:
-            batches: `tf.data.Dataset` of (images, targets), this process's rows of each batch.
-        """
+        """Returns this process's batches, a `tf.data.Dataset`, as `fit` needs them to use all devices."""
         return batches
 
     @contextlib.contextmanager
@@ -71,14 +59,9 @@ class Engine:
         )
 
     def check_batch(self, batch_size: int, accumulation_steps: int = 1) -> None:
-        """Refuses a batch that cannot be divided into equal parts.
+        """Refuses a batch of an optimizer step that cannot be divided into equal parts; names the nearest.
 
-        Args:
-            batch_size: images of an optimizer step, on all devices together.
-            accumulation_steps: micro-batches that it is made of.
-
-        Raises:
-            ValueError: it cannot; names the nearest sizes that can.
+        The batch is that of all devices together, made of `accumulation_steps` micro-batches.
         """
         unit = self.num_parts * accumulation_steps
         if batch_size % unit == 0:

@@ -35,11 +35,7 @@ _HEARTBEAT_SECONDS = 100  # JAX's own; the group of processes is quicker
 
 
 def join() -> watchdog.Group:
-    """Joins the processes that the environment names; before anything is computed.
-
-    Raises:
-        ValueError: the environment is incomplete.
-    """
+    """Joins the processes that the environment names; before anything is computed."""
     settings = _settings()
     if settings is not None or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Devices of one CPU share its threads: two programs at once could wait for each other for ever.
@@ -149,15 +145,7 @@ class JaxEngine(Engine):
 
 
 def divided(images: np.ndarray) -> Any:
-    """Places a batch on the devices of this scope's engine; returns it as it is where there is none.
-
-    Args:
-        images: (n, ...), this process's rows. In a run of one process any n: where it cannot be divided every
-            device gets all.
-
-    Returns:
-        The same values, for a compiled function of the model.
-    """
+    """`choose.divided`. In a run of one process, where n rows cannot be divided, every device gets all."""
     strategy = keras.distribution.distribution()
     if strategy is None or len(images) * jax.process_count() % strategy.num_model_replicas:
         return images

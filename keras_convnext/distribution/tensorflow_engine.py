@@ -33,11 +33,7 @@ _forwards: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def join() -> watchdog.Group:
-    """Joins the processes that TF_CONFIG names; before anything is computed.
-
-    Raises:
-        ValueError: TF_CONFIG cannot be used, or TensorFlow has begun to compute.
-    """
+    """Joins the processes that TF_CONFIG names; before anything is computed."""
     _divide_cpu()
     place = _place()
     if place is None:
@@ -221,25 +217,11 @@ def multi_worker_mirrored(group: watchdog.Group) -> Engine:
     return TensorFlowEngine("multi_worker_mirrored", names, len(names), strategy, group)
 
 
-def tpu(
-    group: watchdog.Group,
-    make_resolver: Callable[[str], Any] | None = None,
-    make_strategy: Callable[[Any], Any] | None = None,
-) -> Engine:
-    """Makes the engine of the TPU that TPU_NAME names, by default the machine's own.
-
-    Args:
-        group: of one process.
-        make_resolver: from a name to a cluster resolver; default TensorFlow's for TPUs.
-        make_strategy: from a resolver to a strategy; default TPUStrategy, once the TPU is initialised.
-
-    Raises:
-        ValueError: there is no TPU, or it has several hosts.
-    """
+def tpu(group: watchdog.Group) -> Engine:
+    """Makes the engine of the TPU that TPU_NAME names, by default the machine's own."""
     name = os.environ.get("TPU_NAME") or "local"
     try:
-        resolver = (make_resolver or tf.distribute.cluster_resolver.TPUClusterResolver)(name)
-        strategy = (make_strategy or _tpu_strategy)(resolver)
+        strategy = _tpu_strategy(tf.distribute.cluster_resolver.TPUClusterResolver(name))
     except (tf.errors.OpError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(
             f"Expected a TPU named {name!r}, as engine 'tpu' needs, but {_first_sentence(error)}. Run on a "
@@ -346,14 +328,7 @@ def _train_step(model: Any, strategy: Any) -> Callable[[Any], dict[str, Any]]:
 
 
 def divided(images: np.ndarray) -> Any:
-    """Places a batch on this process's devices; returns it as it is outside the scope of an engine.
-
-    Args:
-        images: (n, ...), this process's rows.
-
-    Returns:
-        The same values, for the function that `forward` returns.
-    """
+    """`choose.divided`, for the function that `forward` returns."""
     if not tf.distribute.has_strategy():
         return images
     strategy = tf.distribute.get_strategy()

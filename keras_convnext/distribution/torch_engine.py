@@ -22,12 +22,7 @@ _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # of process 0, for torch's own store
 
 
 def join() -> watchdog.Group:
-    """Joins the processes that the environment names; before anything is computed.
-
-    Raises:
-        ValueError: the environment is incomplete, or the machine has too few GPUs.
-        ConnectionError: the processes do not find each other.
-    """
+    """Joins the processes that the environment names; before anything is computed."""
     is_first = not dist.is_initialized()
     if is_first:
         rank, world_size = _place()

@@ -35,12 +35,8 @@ _PULSE, _BYE, _FAILED, _LOST = b"pulse", b"bye", b"failed ", b"lost "
 class Group:
     """The processes of a run, as one of them sees them. `alone()` and `join` make one.
 
-    Every method but `is_writer` is called by all processes, in the same order.
-
-    Attributes:
-        rank: int, number of this process, from 0.
-        names: of all processes, as messages have them: "process 1 (host, 4711)".
-        advice: function without arguments to the sentence that is printed when another process is lost.
+    Every method but `is_writer` is called by all processes, in the same order. `names` are what messages
+    have: "process 1 (host, 4711)".
     """
 
     def __init__(self, rank: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
@@ -58,71 +54,62 @@ class Group:
         return self.rank == 0
 
     def set_advice(self, advice: Callable[[], str]) -> None:
-        """Sets the advice that is printed after the name of a lost process."""
+        """Sets what makes the sentence that is printed after the name of a lost process."""
         if self._watch is not None:
             self._watch.advice = advice
 
     def gathered(self, value: Any) -> list[Any]:
-        """Returns the values of all processes, in their order.
-
-        Args:
-            value: JSON value.
-        """
-        with self._lost_is_told():
-            contents = self._gathered(json.dumps(value).encode())
-        return [json.loads(content) for content in contents]
+        """Returns the JSON values of all processes, in their order."""
+        return [json.loads(content) for content in self._gathered(json.dumps(value).encode())]
 
     def gathered_arrays(self, array: np.ndarray) -> list[np.ndarray]:
         """Returns the arrays of all processes, in their order; they may differ in shape."""
-        with self._lost_is_told():
-            contents = self._gathered(_packed(array))
-        return [_unpacked(content) for content in contents]
+        return [_unpacked(content) for content in self._gathered(_packed(array))]
 
     def shared_arrays(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the arrays of process 0; what the others give does not count."""
         if len(self) == 1:
             return dict(arrays)
         names = self.gathered(list(arrays))[0]
-        with self._lost_is_told():
-            return {
-                name: _unpacked(self._shared(_packed(arrays[name]) if self.is_writer else b""))
-                for name in names
-            }
+        return {
+            name: _unpacked(self._shared(_packed(arrays[name]) if self.is_writer else b"")) for name in names
+        }
 
     def close(self, failure: str = "") -> None:
         """Leaves the group, so that the others do not take the end of this process for a loss.
 
-        Args:
-            failure: why the run ends, for the messages of the others, which end too. "" when they end by
-                themselves.
+        With a failure, why the run ends, the others end too; without one they end by themselves.
         """
         if self._watch is not None:
             self._watch.leave(failure)
 
     def _gathered(self, content: bytes) -> list[bytes]:
-        if self.is_writer:
-            contents = [content, *(call.recv_bytes() for call in self._calls.values())]
-            for call in self._calls.values():
-                for part in contents:
-                    call.send_bytes(part)
-            return contents
-        self._calls[0].send_bytes(content)
-        return [self._calls[0].recv_bytes() for _ in self.names]
+        with self._lost_is_told():
+            if self.is_writer:
+                contents = [content, *(call.recv_bytes() for call in self._calls.values())]
+                for call in self._calls.values():
+                    for part in contents:
+                        call.send_bytes(part)
+                return contents
+            self._calls[0].send_bytes(content)
+            return [self._calls[0].recv_bytes() for _ in self.names]
 
     def _shared(self, content: bytes) -> bytes:
-        if not self.is_writer:
-            return self._calls[0].recv_bytes()
-        for call in self._calls.values():
-            call.send_bytes(content)
-        return content
+        with self._lost_is_told():
+            if not self.is_writer:
+                return self._calls[0].recv_bytes()
+            for call in self._calls.values():
+                call.send_bytes(content)
+            return content
 
     def __enter__(self) -> "Group":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Leaves the group, and tells the others why where this process fails."""
-        if error is not None:
-            self.wait_for_word()
+        if error is not None and self._watch is not None:
+            # The backends raise errors of their own about connections; news of a lost process ends this one.
+            self._watch.wait_for_end(3.0)
         self.close("" if error is None else f"{type(error).__name__}: {error}")
 
     @contextlib.contextmanager
@@ -135,14 +122,6 @@ class Group:
                 self._watch.wait_for_end()
             raise
 
-    def wait_for_word(self, seconds: float = 3.0) -> None:
-        """Waits a little for news that another process is lost, which ends this one.
-
-        To be called when a step fails: the backends raise errors of their own about connections.
-        """
-        if self._watch is not None:
-            self._watch.wait_for_end(seconds)
-
 
 def alone() -> Group:
     """The group of a run of one process."""
@@ -152,17 +131,9 @@ def alone() -> Group:
 def join(rank: int, world_size: int, tell: Callable[[str], str]) -> Group:
     """Connects the processes of a run.
 
-    Args:
-        rank: number of this process, from 0.
-        world_size: number of all processes of the run.
-        tell: carries a text of at most 480 ASCII characters from process 0 to all, by the backend: called by
-            each process once, with "" by the others than 0; returns the text.
-
-    Returns:
-        `Group`.
-
-    Raises:
-        ConnectionError: the others did not connect within `JOIN_SECONDS`, or process 0 cannot be reached.
+    `tell` carries a text of at most 480 ASCII characters from process 0 to all, by the backend: called by
+    each process once, with "" by the others than 0; returns the text. Raises ConnectionError when the others
+    did not connect within `JOIN_SECONDS`, or process 0 cannot be reached.
     """
     if world_size == 1:
         return alone()

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext import predictor
+from keras_convnext import _environment, predictor
+from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names, imagenet, sources
 from keras_convnext.data.index import Source
 from keras_convnext.evaluation import report
-from keras_convnext.evaluation.forward import ImageProgress, run_model
+from keras_convnext.evaluation.forward import run_model
 from keras_convnext.evaluation.result_columns import (
     data_settings,
     environment,
@@ -90,7 +91,7 @@ def evaluate(
         max_faults: share of the images that may be damaged, 0 to 1.
         host: number of this host, 0 to num_hosts - 1.
         num_hosts: hosts that evaluate a part of the data each; see `results.combine`.
-        progress: whether to show progress on stderr when that is a terminal.
+        progress: whether to show progress on stderr.
 
     Returns:
         `Result`.
@@ -130,9 +131,10 @@ def evaluate(
         faults=faults,
         **classifier.preparation,
     )
-    shown = ImageProgress(-(-len(source) // num_hosts), progress)
+    shown = Progress("evaluation", -(-len(source) // num_hosts), is_wanted=progress)
     try:
-        scores = run_model(classifier.model, dataset, source, columns, shown)
+        with shown:
+            scores = run_model(classifier.model, dataset, source, columns, shown)
     except batches.tf.errors.OpError:
         if output is not None:
             report.write_faults(output, faults.report())
@@ -205,16 +207,10 @@ def import_batches() -> Any:
     Raises:
         ImportError: TensorFlow is not installed.
     """
-    try:
-        import tensorflow  # noqa: F401
+    _environment.require("tensorflow", "Reading images, on every Keras backend,")
+    from keras_convnext.data import batches
 
-        from keras_convnext.data import batches as batches_module
-    except ImportError as error:
-        raise ImportError(
-            "Images are read with TensorFlow, whatever the Keras backend, and it is not installed. Run "
-            "pip install tensorflow-cpu."
-        ) from error
-    return batches_module
+    return batches
 
 
 def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray | None:

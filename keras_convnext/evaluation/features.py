@@ -28,6 +28,7 @@ import numpy as np
 from keras_convnext import models, predictor
 from keras_convnext._files import replacing_file
 from keras_convnext._settings import Count, FromZero, InsideOne, Settings, Share, key, one_of
+from keras_convnext._terminal import Progress
 from keras_convnext.data import preprocess, sources
 from keras_convnext.data.index import Source
 from keras_convnext.evaluation import classification, forward, result_columns
@@ -204,7 +205,7 @@ def extract_features(
             a file says of what it is, so that those of another model, of changed images, another order or
             another backend are never taken. A damaged file is made again.
         max_faults: share of the images that may be damaged, 0 to 1.
-        progress: whether to show progress on stderr when that is a terminal.
+        progress: whether to show progress on stderr.
 
     Returns:
         `Features`.
@@ -232,23 +233,22 @@ def extract_features(
                 return kept
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(source, batch_size=batch_size, faults=faults, **preparation)
-    shown = forward.ImageProgress(len(source), progress)
     features, labels, numbers, count = [], [], [], 0
     try:
-        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
-        for index, (batch, values) in enumerate(outputs):
-            mask = batch["mask"]
-            kept_numbers = batch["numbers"][mask]
-            forward.check_outputs(values[mask], index, kept_numbers, source)
-            features.append(values[mask])
-            labels.append(batch["labels"][mask])
-            numbers.append(kept_numbers)
-            count += len(kept_numbers)
-            shown.show(count)
+        with Progress("features", len(source), is_wanted=progress) as shown:
+            outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
+            for index, (batch, values) in enumerate(outputs):
+                mask = batch["mask"]
+                kept_numbers = batch["numbers"][mask]
+                forward.check_outputs(values[mask], index, kept_numbers, source)
+                features.append(values[mask])
+                labels.append(batch["labels"][mask])
+                numbers.append(kept_numbers)
+                count += len(kept_numbers)
+                shown.show(count)
     except batches.tf.errors.OpError:
         faults.check()  # raises the DataError that tells what is wrong
         raise
-    shown.close()
     result = Features(
         np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
     )
@@ -301,7 +301,7 @@ def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Predi
     preparation = predictor.preparation(images or row, size)
     if path is not None:
         return Predictor(model, preparation, None, path)
-    return Predictor(model, preparation, row, locate.find_local(**row.address))
+    return Predictor(model, preparation, row, locate.find_local(row))
 
 
 def both_features(settings, model, data, cache, max_faults, progress):

@@ -1,8 +1,6 @@
 """Runs a model over batches, and ranks the labels among its outputs."""
 
-import datetime
 import itertools
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_convnext import predictor
-from keras_convnext._environment import is_set
+from keras_convnext._terminal import Progress
 from keras_convnext.data.index import Source
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation.results import percentage
@@ -21,7 +19,7 @@ from keras_convnext.exporting import runtimes
 _jax_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def run_model(model, dataset, source: Source, columns, progress: "ImageProgress") -> dict[str, Any]:
+def run_model(model, dataset, source: Source, columns, progress: Progress) -> dict[str, Any]:
     """Returns the scores of every example that could be decoded, and the time it took."""
     numbers, labels, ranks, predictions = [], [], [], []
     begin = time.perf_counter()
@@ -41,7 +39,6 @@ def run_model(model, dataset, source: Source, columns, progress: "ImageProgress"
         progress.show(count)
         if index == 0:
             first_end, first_images = time.perf_counter(), count
-    progress.close()
     end = time.perf_counter()
     # The first batch is left out of the speed, as the model is compiled in it.
     images_timed, begin_timed = (count - first_images, first_end) if count > first_images else (count, begin)
@@ -184,30 +181,3 @@ def check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: 
             f"batch {index}, the first of them '{source.name(int(numbers[bad][0]))}'. Check the weights; "
             "with a float16 policy try bfloat16 or float32."
         )
-
-
-class ImageProgress:
-    """One line on stderr, rewritten as batches are done; nothing when nobody watches."""
-
-    def __init__(self, total: int, is_wanted: bool) -> None:
-        self.total = total
-        self.begin = self.shown = time.monotonic()
-        self.is_watched = is_wanted and sys.stderr.isatty() and not is_set("KERAS_CONVNEXT_QUIET")
-
-    def show(self, count: int) -> None:
-        now = time.monotonic()
-        if not self.is_watched or now - self.shown < 0.5:
-            return
-        self.shown = now
-        rate = count / (now - self.begin)
-        left = datetime.timedelta(seconds=round((self.total - count) / max(rate, 1e-9)))
-        print(
-            f"\r{count} of {self.total} images, {rate:.0f} images/s, {left} left \033[K",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self.is_watched and self.shown > self.begin:
-            print(file=sys.stderr)

@@ -4,13 +4,14 @@
 >>> picture = gradcam.overlay(images[0], heat[0])  # doctest: +SKIP
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_convnext._messages import near_names
 
 # From cold to hot, at equal distances; the cold end is transparent.
 _COLORS = np.array([(255, 255, 90), (255, 190, 0), (255, 90, 0), (190, 0, 40)], "float32")
@@ -140,9 +141,10 @@ def _map_tensor(model: keras.Model, name: str | None) -> keras.KerasTensor:
             raise ValueError(f"Expected a model with maps (N, h, w, K); '{model.name}' has none.")
         name = maps[-1]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"No layer {name!r} with maps in '{model.name}'.{hint} Known: {', '.join(known)}")
+        raise ValueError(
+            f"No layer {name!r} with maps in '{model.name}'.{near_names(name, known)} "
+            f"Known: {', '.join(known)}"
+        )
     return known[name]
 
 

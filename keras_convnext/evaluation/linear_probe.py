@@ -1,6 +1,5 @@
 """Trains a linear classifier on the features of a frozen model, and measures its accuracy."""
 
-import io
 import math
 import os
 import time
@@ -11,7 +10,6 @@ import numpy as np
 from keras import ops
 from pydantic import Field, Strict
 
-from keras_convnext._files import replacing_file
 from keras_convnext._settings import BelowOne, Count, InsideOne, NotNegative, Positive, key
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
@@ -253,45 +251,3 @@ def linear_ranks(
         rows = slice(begin, begin + TRAIN_BLOCK)
         ranks[rows] = forward.label_ranks(features[rows] @ kernel + bias, labels[rows])
     return ranks
-
-
-def draw_rates(result: FeatureResult, path: str | os.PathLike[str]) -> None:
-    """Draws the accuracy of a linear probe against its learning rates, as a PNG.
-
-    Args:
-        result: what `linear_probe` returns.
-        path: the file to write.
-
-    Raises:
-        ValueError: the result is not that of a probe.
-        ImportError: matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
-    if not isinstance(result.settings, LinearProbe):
-        raise ValueError(
-            "Expected the result of linear_probe, received one of nearest_neighbours, which has no rates."
-        )
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError(
-            "The picture is drawn with matplotlib, which is not installed. Run "
-            "pip install 'keras-convnext[data]'."
-        ) from error
-    rates = [score.setting for score in result.scores]
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    selection = [score.selection_top1 for score in result.scores]
-    axes.plot(rates, np.array(selection, float), "o-", label="held out of training")
-    axes.plot(rates, [score.top1 for score in result.scores], "s--", label="evaluated images")
-    axes.axvline(result.chosen, color="0.6", linewidth=1, label=f"chosen: {result.chosen:g}")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("top-1 accuracy, %")
-    axes.set_title(f"Linear probe of {result.environment['model']}: {result.top1:.2f} %", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    with replacing_file(path) as file:
-        file.write(content.getvalue())

@@ -73,7 +73,7 @@ def nearest_neighbours(
         cache: folder in which features are kept; a second call with the same model, images and preparation
             takes them from there, and nothing else does. Default: none are kept.
         max_faults: share of the images that may be damaged, 0 to 1.
-        progress: whether to show progress on stderr when that is a terminal.
+        progress: whether to show progress on stderr.
 
     Returns:
         `FeatureResult`.

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import importlib.util
 import io
 import os
 import pathlib
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_convnext._environment import require
 from keras_convnext._files import replacing_file
 from keras_convnext._messages import shortened
 from keras_convnext.data import class_names, preprocess
@@ -29,11 +29,7 @@ def check_output(folder: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed.
         OSError: the folder cannot be made.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "The picture of the worst classes is drawn with matplotlib, which is not installed. Run "
-            "pip install 'keras-convnext[data]', or leave output out."
-        )
+    require("matplotlib", "The picture of the worst classes")
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
 
 

@@ -15,21 +15,9 @@ import numpy as np
 from keras import tree
 
 from keras_convnext import convnext, models
-from keras_convnext.layers.chunking import in_chunks
-from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
-from keras_convnext.layers.normalization import (
-    GlobalResponseNormalization,
-    LayerNormalization,
-    RMSNormalization,
-    SimpleNormalization,
-)
-from keras_convnext.layers.pointwise import PointwiseConv2D, pointwise, pointwise_after_grn
 from keras_convnext.weights import assign
 
-_register = keras.saving.register_keras_serializable(package="keras_convnext")
-
-
-_NORMS = (LayerNormalization, RMSNormalization, SimpleNormalization)
+_NORMS = tuple(convnext.NORMS.values())
 _LINEAR = (keras.layers.Dense, keras.layers.Conv2D)
 _BLOCKS = (convnext.ConvNeXtBlock, convnext.ConvNeXtV2Block)
 
@@ -48,87 +36,6 @@ _TRAINING_ONLY = (
     keras.layers.RandomZoom,
     keras.layers.SpatialDropout2D,
 )
-
-
-@_register
-class InferenceBlock(convnext.Composite):
-    """A block of ConvNeXt (V1 or V2) without what inference does not need.
-
-    `x + pwconv2(grn(gelu(pwconv1(normalise(dwconv(x))))))`, where the norm has neither gain nor shift, GRN
-    (of V2 only) has no shift, and the pointwise layers are 1x1 convolutions that contain the rest. It cannot
-    be trained as the block that it was made from can.
-
-    Args:
-        dim: int, channels C.
-        kernel_size: int, side of the depthwise kernel.
-        dilation_rate: int, of the depthwise kernel.
-        norm: "layer_norm", "rms_norm" or "simple_norm".
-        epsilon: float, of the norm.
-        activation: "gelu" (exact), "gelu_tanh" or "silu".
-        response_norm: bool, whether GRN stands between the pointwise layers, as in V2.
-        for_litert: bool, see `pointwise.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
-
-    Call arguments:
-        x: (N, H, W, C), float.
-
-    Returns:
-        Same shape, in the compute dtype.
-    """
-
-    def __init__(
-        self,
-        dim,
-        kernel_size=7,
-        dilation_rate=1,
-        norm="layer_norm",
-        epsilon=1e-6,
-        activation="gelu",
-        response_norm=False,
-        for_litert=False,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
-        self.config = {
-            "dim": dim,
-            "kernel_size": kernel_size,
-            "dilation_rate": dilation_rate,
-            "norm": norm,
-            "epsilon": epsilon,
-            "activation": activation,
-            "response_norm": response_norm,
-            "for_litert": for_litert,
-        }
-        self.dim = dim
-        self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **common, name="dwconv")
-        self.norm = convnext.NORMS[norm](epsilon, affine=False, **common, name="norm")
-        self.pwconv1 = PointwiseConv2D(4 * dim, for_litert, **common, name="pwconv1")
-        self.activation = convnext.ACTIVATIONS[activation]
-        self.grn = None
-        if response_norm:
-            self.grn = GlobalResponseNormalization(center=False, **common, name="grn")
-            self.grn.sums_by_product = not for_litert
-        self.pwconv2 = PointwiseConv2D(dim, for_litert, **common, name="pwconv2")
-
-    def build(self, input_shape):
-        hidden_shape = (*input_shape[:-1], 4 * self.dim)
-        self.dwconv.build(input_shape)
-        self.norm.build(input_shape)
-        self.pwconv1.build(input_shape)
-        if self.grn is not None:
-            self.grn.build(hidden_shape)
-        self.pwconv2.build(hidden_shape)
-
-    def branch(self, x):
-        x = depthwise_in_frames(self.dwconv, x) if self.config["for_litert"] else self.dwconv.call(x)
-        x = self.norm.call(x)
-        x = pointwise(self.pwconv1, x, self.activation)  # (N, H, W, 4C)
-        if self.grn is None:
-            return pointwise(self.pwconv2, x)  # (N, H, W, C)
-        return pointwise_after_grn(self.pwconv2, x, self.grn)
-
-    def call(self, x):
-        return in_chunks(lambda x: x + self.branch(x), x, 4 * self.dim)
 
 
 def deploy(
@@ -404,7 +311,9 @@ def _new_inputs(model, batch_size, image_size):
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected batch_size to be a whole number above 0, received {batch_size!r}.")
     if image_size is None and batch_size is None:
-        return tree.map_structure(_input_like, model.input)
+        return tree.map_structure(
+            lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name), model.input
+        )
     if not isinstance(model.input, keras.KerasTensor) or len(model.input.shape) != 4:
         raise ValueError(
             "Expected a model with one input of images (N, H, W, C) to fix a batch or image size. Received: "
@@ -415,10 +324,6 @@ def _new_inputs(model, batch_size, image_size):
         size = sides(image_size)
     shape = (batch_size or own_batch, *size, channels)
     return keras.Input(batch_shape=shape, dtype=model.input.dtype, name=model.input.name)
-
-
-def _input_like(tensor):
-    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
 
 
 def _inner_size(inner, outer, image_size):
@@ -454,8 +359,7 @@ def _find_folds(model):
         if isinstance(layer, _NORMS) and layer.affine:
             target = _linear_reader(layer, readers, may_average=True)
             if target is not None:
-                shift = _float64(layer.beta) if isinstance(layer, LayerNormalization) else None
-                folds[target.name] = _Fold(_float64(layer.gamma), shift, layer)
+                folds[target.name] = _fold_of(layer)
         elif isinstance(layer, keras.layers.Normalization) and not layer.invert and layer.mean is not None:
             target = _linear_reader(layer, readers)
             # In 16 bits the mean, no longer subtracted first, would cost digits.
@@ -469,6 +373,10 @@ def _find_folds(model):
                 folds[target.name] = _Fold(scale, shift)
                 normalisers.add(layer.name)
     return folds, normalisers
+
+
+def _fold_of(norm):
+    return _Fold(_float64(norm.gamma), None if norm.beta is None else _float64(norm.beta), norm)
 
 
 def _readers(model):
@@ -527,7 +435,7 @@ def _inference_block(block, for_litert):
     """The `InferenceBlock` of a block, and its weights in order."""
     response_norm = isinstance(block, convnext.ConvNeXtV2Block)
     kept = ("dim", "kernel_size", "dilation_rate", "norm", "epsilon", "activation")
-    folded = InferenceBlock(
+    folded = convnext.InferenceBlock(
         **{name: block.config[name] for name in kept},
         response_norm=response_norm,
         for_litert=for_litert,
@@ -535,8 +443,7 @@ def _inference_block(block, for_litert):
         dtype=block.dtype_policy,
         name=block.name,
     )
-    shift = _float64(block.norm.beta) if isinstance(block.norm, LayerNormalization) else None
-    kernel1, bias1 = _folded(block.pwconv1, _Fold(_float64(block.norm.gamma), shift))
+    kernel1, bias1 = _folded(block.pwconv1, _fold_of(block.norm))
     weights = [_float64(block.dwconv.kernel), _float64(block.dwconv.bias), kernel1[None, None], bias1]
     kernel2, bias2 = _folded(block.pwconv2, None)
     if response_norm:

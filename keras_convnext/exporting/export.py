@@ -1,7 +1,6 @@
 """`export`: writes a model as a file for another runtime, and checks the file in that runtime."""
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
 from keras_convnext.exporting import deploy, runtimes, writers
 
@@ -223,9 +223,7 @@ def _known_format(path, format):
     if format is None:
         format = runtimes.format_of(path)
     if format not in FORMATS:
-        near = difflib.get_close_matches(str(format), FORMATS, 1, 0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown format {format!r}.{hint} Known: {', '.join(FORMATS)}.")
+        raise ValueError(f"{unknown('format', format, FORMATS)}.")
     row = FORMATS[format]
     if row.suffix and path.suffix != row.suffix:
         raise ValueError(

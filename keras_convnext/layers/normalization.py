@@ -11,8 +11,36 @@ from keras import ops
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
+class _Norm(keras.layers.Layer):
+    """What the norms share: an epsilon, and where they are `affine` a gain for each channel."""
+
+    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+        self.affine = affine
+        self.gamma = self.beta = None
+
+    def build(self, input_shape):
+        if self.affine:
+            self.gamma = self._weight(input_shape, "ones", "gamma")
+
+    def _weight(self, input_shape, initializer, name):
+        return self.add_weight(shape=(input_shape[-1],), initializer=initializer, autocast=False, name=name)
+
+    def divided(self, x, square):
+        """`gamma * x / sqrt(square + epsilon)`, in the compute dtype."""
+        y = x * ops.rsqrt(square + self.epsilon)
+        return ops.cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
+
+
 @_register
-class LayerNormalization(keras.layers.Layer):
+class LayerNormalization(_Norm):
     """Layer normalisation over the channels of each position.
 
     `y = gamma * (x - mean(x)) / sqrt(var(x) + epsilon) + beta`, mean and biased variance over the last axis.
@@ -39,17 +67,10 @@ class LayerNormalization(keras.layers.Layer):
         [-1.0, 1.0]
     """
 
-    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
-        super().__init__(**kwargs)
-        self.epsilon = epsilon
-        self.affine = affine
-        self.gamma = self.beta = None
-
     def build(self, input_shape):
+        super().build(input_shape)
         if self.affine:
-            shape = (input_shape[-1],)
-            self.gamma = self.add_weight(shape=shape, initializer="ones", autocast=False, name="gamma")
-            self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+            self.beta = self._weight(input_shape, "zeros", "beta")
 
     def call(self, x):
         x = float32_or_wider(x)
@@ -74,58 +95,24 @@ class LayerNormalization(keras.layers.Layer):
             y = x * (factor * gamma if self.affine else factor)
         return ops.cast(y + beta if self.affine else y, self.compute_dtype)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
-
 
 @_register
-class RMSNormalization(keras.layers.Layer):
+class RMSNormalization(_Norm):
     """Root-mean-square normalisation over the channels of each position, without a bias.
 
     `y = gamma * x / sqrt(mean(x^2) + epsilon)`.
     Reference: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4; used by timm's `convnext_atto_rms`.
 
-    Args:
-        epsilon: float, added to the mean square. Default 1e-6, timm's.
-        affine: bool, whether to have gamma. Default True; `deploy` folds it into what follows.
-
-    Call arguments:
-        x: (..., C), any float dtype.
-
-    Returns:
-        Same shape, in the compute dtype.
+    Arguments, input and result are those of `LayerNormalization`; epsilon is timm's.
     """
-
-    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
-        super().__init__(**kwargs)
-        self.epsilon = epsilon
-        self.affine = affine
-        self.gamma = None
-
-    def build(self, input_shape):
-        if self.affine:
-            self.gamma = self.add_weight(
-                shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
-            )
 
     def call(self, x):
         x = float32_or_wider(x)
-        mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
-        y = x * ops.rsqrt(mean_square + self.epsilon)
-        return ops.cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
+        return self.divided(x, ops.mean(ops.square(x), axis=-1, keepdims=True))
 
 
 @_register
-class SimpleNormalization(keras.layers.Layer):
+class SimpleNormalization(_Norm):
     """Division by the standard deviation over the channels of each position, without centring or bias.
 
     `y = gamma * x / sqrt(var(x) + epsilon)` with the unbiased variance (divisor C - 1); the mean is not
@@ -133,48 +120,24 @@ class SimpleNormalization(keras.layers.Layer):
     Reference: timm 1.0.31 layers/norm.py, class SimpleNorm; used by `convnext_zepto_rms` and
     `convnext_zepto_rms_ols`.
 
-    Args:
-        epsilon: float, added to the variance. Default 1e-6, timm's.
-        affine: bool, whether to have gamma. Default True; `deploy` folds it into what follows.
-
-    Call arguments:
-        x: (..., C) with C > 1, any float dtype.
-
-    Returns:
-        Same shape, in the compute dtype.
+    Arguments, input and result are those of `LayerNormalization`; epsilon is timm's.
 
     Raises:
         ValueError: for one channel, which has no unbiased variance.
     """
-
-    def __init__(self, epsilon=1e-6, affine=True, **kwargs):
-        super().__init__(**kwargs)
-        self.epsilon = epsilon
-        self.affine = affine
-        self.gamma = None
 
     def build(self, input_shape):
         if input_shape[-1] == 1:
             raise ValueError(
                 f"SimpleNormalization needs at least 2 channels. Received: input shape {tuple(input_shape)}"
             )
-        if self.affine:
-            self.gamma = self.add_weight(
-                shape=(input_shape[-1],), initializer="ones", autocast=False, name="gamma"
-            )
+        super().build(input_shape)
 
     def call(self, x):
         x = float32_or_wider(x)
         centred = x - ops.mean(x, axis=-1, keepdims=True)
         variance = ops.sum(ops.square(centred), axis=-1, keepdims=True) / (x.shape[-1] - 1)
-        y = x * ops.rsqrt(variance + self.epsilon)
-        return ops.cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
+        return self.divided(x, variance)
 
 
 @_register

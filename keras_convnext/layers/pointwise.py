@@ -106,24 +106,26 @@ class PatchConv2D(keras.layers.Conv2D):
     """
 
     def call(self, x):
-        patches = self._patches(x)
-        if patches is None:
+        channels_last = self.data_format == "channels_last"
+        if not (self.use_bias and self.activation is keras.activations.linear and channels_last):
             return super().call(x)
         kernel, bias = (
             keras.ops.convert_to_tensor(value, dtype=self.compute_dtype) for value in (self.kernel, self.bias)
         )
+        patches = self._patches(x)
+        if patches is None:
+            return rounded_once(self._convolve, x, kernel, bias)
         return _product(patches, keras.ops.reshape(kernel, (-1, self.filters)), bias)
 
-    def convolution_op(self, x, kernel):
-        return rounded_once(super().convolution_op, x, kernel)
+    def _convolve(self, x, kernel, bias):
+        return self.convolution_op(x, kernel) + bias
 
     def _patches(self, x):
         """(N, H / K, W / K, K * K * C); None where the plain convolution is to be taken."""
         size = self.kernel_size[0]
         side_by_side = self.padding == "valid" and self.kernel_size == self.strides == (size, size)
-        plain = self.use_bias and self.groups == 1 and self.activation is keras.activations.linear
-        known = self.data_format == "channels_last" and all(isinstance(side, int) for side in x.shape[1:])
-        if not (side_by_side and plain and known and _gains_from_patches(x)):
+        known = all(isinstance(side, int) for side in x.shape[1:])
+        if not (side_by_side and self.groups == 1 and known and _gains_from_patches(x)):
             return None
         height, width, channels = x.shape[1] // size, x.shape[2] // size, x.shape[3]
         x = x[:, : height * size, : width * size]

@@ -5,39 +5,28 @@ The names of the columns, in the CSV and in TensorBoard:
 - epoch: number of finished epochs, from 1; step: optimizer steps since the beginning of the run;
 - loss, val_loss, ema_val_loss: means over an epoch, of training, of validation, of validation with the
   averaged weights (EMA);
-- val_top1, ema_val_top1: accuracy in percent;
+- val_..., ema_val_...: the scores of the task, such as val_top1, in percent;
 - learning_rate: of the last step; images_per_second: of training.
-
-Other columns are kept in the CSV and left out of the picture that `curves` draws.
 """
 
-import collections
 import csv
-import datetime
+import functools
 import io
-import math
 import numbers
 import os
 import pathlib
 import re
-import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from keras_convnext._environment import is_set
+from keras_convnext import _terminal
 from keras_convnext._files import replace_file
 
 Value = float | int | str
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-
-_REDRAW_SECONDS = 0.2
-_PLAIN_LINE_SECONDS = 300
-_SPEED_SECONDS = 10  # images/s is the mean over these
-_SHORTEST_BAR, _LONGEST_BAR = 8, 40  # characters
 
 
 class CsvLog:
@@ -52,11 +41,6 @@ class CsvLog:
 
     Raises:
         ValueError: the file there is not a CSV with a column "epoch".
-
-    Example:
-        >>> log = CsvLog("log.csv")  # doctest: +SKIP
-        >>> log.resume(before_epoch=1)  # doctest: +SKIP
-        >>> log.write({"epoch": 1, "loss": 2.25})  # doctest: +SKIP
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -67,51 +51,29 @@ class CsvLog:
         """Drops the rows from an epoch on: what an interrupted run is about to repeat; 1 drops all."""
         kept = [row for row in self.rows if int(row["epoch"]) < before_epoch]
         if len(kept) < len(self.rows):
-            self.rows = kept
-            self._save()
+            self._save(kept)
 
     def write(self, row: Mapping[str, Value]) -> None:
-        """Appends a row.
-
-        Args:
-            row: value by column. "epoch" must be there, above that of the previous row.
+        """Appends a row: value by column, with "epoch" above that of the previous row.
 
         Raises:
-            TypeError: a value is neither a number nor text.
-            ValueError: there is no epoch, or it is not above the last.
             OSError: the file cannot be written; the one that was there stands.
         """
-        plain = {column: _plain(column, value) for column, value in row.items()}
-        epoch = plain.get("epoch")
-        if not isinstance(epoch, int):
-            raise ValueError(f"Expected a row with a whole number 'epoch', received {dict(row)}.")
-        if self.rows and epoch <= int(self.rows[-1]["epoch"]):
-            raise ValueError(
-                f"Expected an epoch above {self.rows[-1]['epoch']}, the last in '{self.path}', received "
-                f"{epoch}. To repeat it, call resume(before_epoch={epoch}) first."
-            )
-        self.rows.append(plain)
-        try:
-            self._save()
-        except OSError:
-            self.rows.pop()
-            raise
+        self._save([*self.rows, {column: _plain(value) for column, value in row.items()}])
 
-    def _save(self) -> None:
-        columns = dict.fromkeys(column for row in self.rows for column in row)
+    def _save(self, rows: list[dict[str, Value]]) -> None:
+        columns = dict.fromkeys(column for row in rows for column in row)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns or ["epoch"])
-        for row in self.rows:
+        for row in rows:
             writer.writerow([_text(row[column]) if column in row else "" for column in columns])
         replace_file(self.path, text.getvalue().encode())
+        self.rows = rows
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
     """Reads the rows that `CsvLog` wrote.
-
-    Args:
-        path: of the file.
 
     Returns:
         One dictionary a row, without its empty fields. What reads as a whole number is an int, what reads as
@@ -129,7 +91,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
     if "epoch" not in columns:
         raise ValueError(
             f"Expected a CSV with a column 'epoch', received '{path}' with the columns {columns}. Move it "
-            "away, or name another file."
+            "away."
         )
     rows = []
     for number, line in enumerate(lines[1:], start=2):
@@ -137,7 +99,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
         if len(line) != len(columns) or not isinstance(row.get("epoch"), int):
             raise ValueError(
                 f"Expected {len(columns)} fields and a whole number 'epoch' in row {number} of '{path}', "
-                f"received {line}."
+                f"received {line}. Move the file away."
             )
         rows.append(row)
     return rows
@@ -156,23 +118,12 @@ class TensorBoardLog:
             this step on. None for a run from the beginning.
 
     Raises:
-        ImportError: TensorFlow is not installed.
         OSError: the folder cannot be made.
-
-    Example:
-        >>> log = TensorBoardLog("tensorboard")  # doctest: +SKIP
-        >>> log.write(100, {"loss": 2.25})  # doctest: +SKIP
-        >>> log.close()  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
-        try:
-            import tensorflow as tf
-        except ImportError as error:
-            raise ImportError(
-                "The log for TensorBoard is written with TensorFlow, which is not installed. Run "
-                "pip install tensorflow, or train without this log."
-            ) from error
+        import tensorflow as tf
+
         self._protos = tf.compat.v1
         self._error = tf.errors.OpError
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -186,11 +137,7 @@ class TensorBoardLog:
             self._append(step=purge_step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends scalars.
-
-        Args:
-            step: optimizer steps since the beginning of the run.
-            scalars: value by name; kept as float32.
+        """Appends scalars, as float32, at an optimizer step of the run.
 
         Raises:
             OSError: the file cannot be written, such as on a full disk.
@@ -214,11 +161,10 @@ class TensorBoardLog:
 
 
 class Progress:
-    """The line on stderr that says how far a run is, how fast, and how long it will take.
+    """Says on stderr how far a run is, how fast, and how long it will take; see `_terminal.Progress`.
 
-    On a terminal it is rewritten up to five times a second, and one line of each epoch stays. Elsewhere,
-    as in the log of a batch system, there is one line an epoch, and one every five minutes within it.
-    `KERAS_CONVNEXT_QUIET` in the environment has the effect of `quiet`.
+    On a terminal one line of each epoch stays; elsewhere there is one line an epoch, and one every five
+    minutes within it.
 
     Args:
         epochs: in the whole run.
@@ -227,12 +173,6 @@ class Progress:
         quiet: print nothing.
         stream: where lines go; None for stderr.
         clock: returns seconds.
-
-    Example:
-        >>> progress = Progress(epochs=30, steps=400, batch_size=256)  # doctest: +SKIP
-        >>> progress.show(1, 1, loss)  # doctest: +SKIP
-        >>> progress.end_epoch(1, {"loss": 6.91, "val_top1": 0.12})  # doctest: +SKIP
-        >>> progress.close()  # doctest: +SKIP
     """
 
     def __init__(
@@ -248,19 +188,20 @@ class Progress:
         self.epochs = epochs
         self.steps = steps
         self.batch_size = batch_size
-        self.images_per_second: float | None = None
-        self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_quiet = quiet or is_set("KERAS_CONVNEXT_QUIET")
-        self._is_terminal = self._stream.isatty()
-        self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step of the epoch)
-        self._epoch = 0
-        self._step = 0
-        self._next_sample = -math.inf
-        self._next_line = clock() + _PLAIN_LINE_SECONDS
+        # Speed is not measured across the end of an epoch: there is validation, and at first compilation.
+        self._new_line = functools.partial(
+            _terminal.Progress, "", steps, "steps", is_wanted=not quiet, stream=stream, clock=clock
+        )
+        self._line = self._new_line()
         self._step_end = clock()
         self._seconds_between_epochs = 0.0
-        self._has_open_line = False
+
+    @property
+    def images_per_second(self) -> float | None:
+        """The mean over the last ten seconds of this epoch; None before its second step."""
+        rate = self._line.rate
+        return None if rate is None else rate * self.batch_size
 
     def show(self, epoch: int, step: int, loss: Any) -> None:
         """Says that a step is done. Cheap: most calls only read the clock.
@@ -270,33 +211,17 @@ class Progress:
             step: steps done in this epoch, from 1.
             loss: a number, or a scalar tensor, which is read only when a line is printed.
         """
-        now = self._clock()
-        self._step, self._step_end = step, now
-        if epoch != self._epoch:
-            # Speed is not measured across the end of an epoch: there is validation, and at first compilation.
-            self._epoch = epoch
-            self._samples.clear()
-        elif now < self._next_sample:
-            return
-        self._next_sample = now + _REDRAW_SECONDS
-        self._measure(now, step)
-        if self._is_quiet:
-            return
-        if self._is_terminal:
-            self._rewrite(self._line(float(loss)))
-        elif now >= self._next_line:
-            self._next_line = now + _PLAIN_LINE_SECONDS
-            self._print(self._line(float(loss), has_bar=False))
+        self._line.title = f"epoch {epoch}/{self.epochs}"
+        self._line.show(step, lambda: self._text(epoch, step, float(loss)))
+        self._step_end = self._clock()
 
     def status(self, text: str) -> None:
         """Puts a text in the place of the line, such as "validation"; on a terminal only."""
-        if self._is_terminal and not self._is_quiet:
-            self._rewrite(f"epoch {self._epoch}/{self.epochs}, {text}"[: self._width()])
+        self._line.draw(text)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        if not self._is_quiet:
-            self._print(text)
+        self._line.say(text)
 
     def end_epoch(self, epoch: int, scalars: Mapping[str, float]) -> None:
         """Prints the line of an epoch, after its validation.
@@ -305,87 +230,44 @@ class Progress:
             epoch: from 1.
             scalars: what to say of it, value by name.
         """
-        now = self._clock()
-        if epoch == self._epoch and self._step_end > self._samples[-1][0]:
-            self._measure(self._step_end, self._step)
-        self._epoch, self._step = epoch, self.steps
-        self._seconds_between_epochs = now - self._step_end
-        self._next_line = now + _PLAIN_LINE_SECONDS
+        self._seconds_between_epochs = self._clock() - self._step_end
         parts = [f"epoch {epoch}/{self.epochs}"]
         parts += [f"{name} {value:.5g}" for name, value in scalars.items()]
-        if self.images_per_second is not None:
-            parts += [_speed(self.images_per_second)]
+        speed = self.images_per_second
+        if speed:
+            parts.append(_terminal.rate_text(speed, "images"))
             if epoch < self.epochs:
-                parts += [f"{_duration(self._seconds_left()[1])} left"]
+                parts.append(
+                    f"{_terminal.duration_text(self._seconds_left(epoch, self.steps, speed)[1])} left"
+                )
         self.say(", ".join(parts))
+        self._line = self._new_line()
 
     def close(self) -> None:
-        """Ends the line that is being rewritten, if there is one."""
-        if self._has_open_line:
-            self._has_open_line = False
-            print(file=self._stream, flush=True)
+        """Removes the line that is being rewritten, if there is one."""
+        self._line.close()
 
-    def _measure(self, now: float, step: int) -> None:
-        samples = self._samples
-        samples.append((now, step))
-        while len(samples) > 2 and now - samples[1][0] >= _SPEED_SECONDS:
-            samples.popleft()
-        (begin, first), (end, last) = samples[0], samples[-1]
-        if end > begin:
-            self.images_per_second = (last - first) * self.batch_size / (end - begin)
-
-    def _seconds_left(self) -> tuple[float, float]:
+    def _seconds_left(self, epoch: int, step: int, images_per_second: float) -> tuple[float, float]:
         """Returns the seconds left of the epoch's training and of the run."""
-        epoch_seconds = self.steps * self.batch_size / max(self.images_per_second or 0, 1e-9)
-        left = (1 - self._step / self.steps) * epoch_seconds
-        return left, left + (self.epochs - self._epoch) * (epoch_seconds + self._seconds_between_epochs)
+        epoch_seconds = self.steps * self.batch_size / images_per_second
+        left = (1 - step / self.steps) * epoch_seconds
+        return left, left + (self.epochs - epoch) * (epoch_seconds + self._seconds_between_epochs)
 
-    def _line(self, loss: float, has_bar: bool = True) -> str:
-        parts = [f"epoch {self._epoch}/{self.epochs}, step {self._step}/{self.steps}", f"loss {loss:.4f}"]
-        if self.images_per_second is not None:
-            of_epoch, of_run = map(_duration, self._seconds_left())
-            parts += [_speed(self.images_per_second), f"epoch {of_epoch} left", f"run {of_run} left"]
-        if not has_bar:
-            return ", ".join(parts)
-        width = self._width()
-        for unwanted in (3, 3, 2, 1):  # the epoch's time, the run's, speed, loss
-            if len(", ".join(parts)) > width:
-                del parts[unwanted : unwanted + 1]
-        bar_width = min(width - len(", ".join(parts)) - 3, _LONGEST_BAR)
-        if bar_width >= _SHORTEST_BAR:
-            full = min(int(bar_width * self._step / self.steps), bar_width)
-            parts[0] += f" [{'#' * full}{'.' * (bar_width - full)}]"
-        return ", ".join(parts)[:width]
-
-    def _width(self) -> int:
-        """Returns the characters of a line, without the last column, where some terminals wrap."""
-        try:
-            return max(os.get_terminal_size(self._stream.fileno()).columns, 20) - 1
-        except (OSError, ValueError):  # a terminal that does not know, or no file
-            return shutil.get_terminal_size().columns - 1
-
-    def _rewrite(self, line: str) -> None:
-        self._has_open_line = True
-        print(f"\r{line}\033[K", end="", file=self._stream, flush=True)
-
-    def _print(self, line: str) -> None:
-        begin = "\r\033[K" if self._has_open_line else ""
-        self._has_open_line = False
-        print(f"{begin}{line}", file=self._stream, flush=True)
+    def _text(self, epoch: int, step: int, loss: float) -> str:
+        """Returns what is shown of a step: the first parts are those that a narrow terminal shows too."""
+        parts = [f"step {step}/{self.steps}", f"loss {loss:.4f}"]
+        speed = self.images_per_second
+        if speed:
+            of_epoch, of_run = map(_terminal.duration_text, self._seconds_left(epoch, step, speed))
+            parts += [_terminal.rate_text(speed, "images"), f"run {of_run} left", f"epoch {of_epoch} left"]
+        return ", ".join(parts)
 
 
-def _plain(column: str, value: Any) -> Value:
+def _plain(value: Any) -> Value:
     """Returns a value as Python's own type, so that it is written alike whatever computed it."""
     if isinstance(value, str):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    raise TypeError(
-        f"Expected a number or text for the column '{column}', received {value!r} of the type "
-        f"{type(value).__name__}. Pass float(value)."
-    )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _text(value: Value) -> str:
@@ -399,14 +281,3 @@ def _number(field: str) -> Value:
         return float(field)
     except ValueError:
         return field
-
-
-def _duration(seconds: float) -> str:
-    hours = round(seconds / 3600)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
-def _speed(images_per_second: float) -> str:
-    return f"{images_per_second:.{0 if images_per_second >= 10 else 1}f} images/s"

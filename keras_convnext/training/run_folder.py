@@ -12,7 +12,6 @@ Every file appears under its name when it is complete. Nothing here needs Keras.
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -53,7 +52,6 @@ _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp-[0-9a-f]{16}-.+")
 _MAX_LISTED = 20  # names or keys in one message
 
 Arrays = dict[str, np.ndarray]
-Differences = Mapping[str, tuple[object, object]]
 
 
 class RunFolderError(OSError):
@@ -61,12 +59,7 @@ class RunFolderError(OSError):
 
 
 def open_run(
-    path: str | os.PathLike[str],
-    identity: Mapping[str, object],
-    *,
-    checkpoint_bytes: int,
-    keep: int = 2,
-    difference: Callable[[dict, dict], Differences] | None = None,
+    path: str | os.PathLike[str], identity: Mapping[str, object], *, checkpoint_bytes: int, keep: int = 2
 ) -> "RunFolder":
     """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
 
@@ -79,21 +72,14 @@ def open_run(
     machine's temporary folder stands in, which other machines do not see.
 
     Args:
-        path: str or path, the folder; made with its parents when it is not there. An empty one, or one
-            with hidden files only, is taken as a new one.
+        path: the folder; made with its parents when it is not there. An empty one, or one with hidden files
+            only, is taken as a new one.
         identity: dict of JSON values, what a later call must agree with: the recipe, the data.
-        checkpoint_bytes: int, expected size of one checkpoint in bytes.
-        keep: int >= 1, number of newest checkpoints to keep besides the best one. Default 2: if the newest
-            is damaged there is another.
-        difference: function of the stored and the given identity, both as JSON gives them, to a dict of
-            key to (stored, given) of what must not differ. Default: `changed_keys`, every key.
-
-    Returns:
-        `RunFolder`, also a context manager that closes it.
+        checkpoint_bytes: expected size of one checkpoint.
+        keep: number of newest checkpoints to keep besides the best one. Default 2: if the newest is damaged
+            there is another.
 
     Raises:
-        TypeError: the identity has values that JSON does not have.
-        ValueError: a number is out of range.
         RunFolderError: the folder cannot be used; the message tells why and what to do.
 
     Example:
@@ -101,10 +87,7 @@ def open_run(
         ...     run.save({"step": np.uint32([100])}, {"step": 100, "epoch": 3}).name
         'step-00000100.safetensors'
     """
-    for name, value, low in (("checkpoint_bytes", checkpoint_bytes, 0), ("keep", keep, 1)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-            raise ValueError(f"Expected {name} to be an integer >= {low}, received {value!r}.")
-    given = json.loads(_json_text(identity, "the identity of a run"))
+    given = json.loads(json.dumps(dict(identity)))
     folder = pathlib.Path(path).absolute()
     _make_folder(folder)
     _refuse_foreign_files(folder)
@@ -112,16 +95,15 @@ def open_run(
         _lock(folder, stack)
         stored = _read_identity(folder)
         if stored is not None:
-            _refuse_other_run(folder, (difference or changed_keys)(stored, given))
+            _refuse_other_run(folder, stored, given)
         _remove_leftovers(folder)
         _refuse_small_disk(folder, checkpoint_bytes, keep)
-        begun = given if stored is None else stored
         with _writing(folder):
             # In any case: a disk that is there and takes no more files shows here.
-            _write_bytes(folder / RUN_FILE, _json_bytes({"format": _FORMAT, "identity": begun}))
+            _write_bytes(folder / RUN_FILE, _json_bytes({"format": _FORMAT, "identity": stored or given}))
             (folder / CHECKPOINT_FOLDER).mkdir(exist_ok=True)
             sync_folder(folder)
-        return RunFolder(folder, begun, keep, stack.pop_all())
+        return RunFolder(folder, keep, stack.pop_all())
 
 
 class RunFolder:
@@ -129,13 +111,11 @@ class RunFolder:
 
     Attributes:
         path: absolute path of the folder.
-        identity: dict, what the run was begun with.
-        keep: int, number of newest checkpoints that are kept.
+        keep: number of newest checkpoints that are kept.
     """
 
-    def __init__(self, path: pathlib.Path, identity: dict, keep: int, locks: contextlib.ExitStack):
+    def __init__(self, path: pathlib.Path, keep: int, locks: contextlib.ExitStack):
         self.path = path
-        self.identity = identity
         self.keep = keep
         self._locks = locks
         self._damaged: set[int] = set()  # steps whose checkpoint `latest` could not read
@@ -150,7 +130,7 @@ class RunFolder:
         """Lets other processes have the folder; closing twice does nothing."""
         self._locks.close()
 
-    def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, object]) -> pathlib.Path:
+    def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> pathlib.Path:
         """Writes the checkpoint of a step, then removes old ones.
 
         The arrays are written one after another, without a second copy of all, and a CRC-32 of the state,
@@ -160,28 +140,14 @@ class RunFolder:
         A checkpoint of the same step is replaced.
 
         Args:
-            arrays: dict of name to array, of any shape and of a dtype that .safetensors has, bfloat16 of
-                `ml_dtypes` among them.
+            arrays: of any shape and of a dtype that .safetensors has, bfloat16 of `ml_dtypes` among them.
             state: dict of JSON values, with "step", int >= 0, the number of finished steps.
 
-        Returns:
-            Path of the checkpoint.
-
         Raises:
-            TypeError: the state has values that JSON does not have, or a value is not an array.
-            ValueError: the state has no valid step, or an array has another dtype.
-            RunFolderError: the disk is full (tells how much is missing) or cannot be written, or the folder
-                has a later checkpoint, which `latest` did not find damaged. Earlier checkpoints stand.
+            RunFolderError: the disk is full (tells how much is missing) or cannot be written. Earlier
+                checkpoints stand.
         """
-        step = _checked_step(state)
-        text = _json_text(state, "the state of a checkpoint")
-        _refuse_other_values(arrays)
-        later = [number for number in self.steps() if number > step and number not in self._damaged]
-        if later:
-            raise RunFolderError(
-                f"Expected a step of at least {later[-1]}, of which '{self.path}' has a checkpoint, received "
-                f"step {step}. Continue from what latest() returns, or begin again in another folder."
-            )
+        step, text = int(state["step"]), json.dumps(dict(state))
         path = self._checkpoint_path(step)
         metadata = {"format": _FORMAT, "state": text, "crc32": _checksum(arrays, text)}
         with _writing(path.parent, sum(array.nbytes for array in arrays.values())):
@@ -199,33 +165,25 @@ class RunFolder:
         To repeat it changes nothing, so a run that was killed between `save` and this can make up for it.
 
         Args:
-            step: int, a step that was saved and is still kept.
-            value: float, what made it the best, such as the accuracy; for `best`.
+            step: one that was saved and is still kept.
+            value: what made it the best, such as the accuracy.
 
         Raises:
-            ValueError: there is no checkpoint of this step.
             RunFolderError: the disk is full or cannot be written.
         """
-        self._existing_path(step)
-        self._write(BEST_FILE, _json_bytes({"step": int(step), "value": float(value)}))
+        self.write_bytes(BEST_FILE, _json_bytes({"step": int(step), "value": float(value)}))
         self._prune()
 
     def best(self) -> tuple[int, float] | None:
         """Returns the step and the value of the last `mark_best`, None if there was none.
 
         Raises:
-            RunFolderError: the file with it is damaged.
+            ValueError: the file with it is damaged.
         """
-        path = self.path / BEST_FILE
-        try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(FileNotFoundError):
+            entry = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
             return int(entry["step"]), float(entry["value"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(
-                f"'{path}' is damaged ({_one_line(error)}). Remove it: the next best one is kept again."
-            ) from error
+        return None
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint file, whole or damaged, in rising order."""
@@ -237,15 +195,13 @@ class RunFolder:
         """Reads the checkpoint of a step, all of it, and compares its checksum.
 
         Returns:
-            (arrays, state). The arrays are copies, not views of the file. The state is as JSON gives it: a
-            tuple has become a list.
+            Arrays, which are copies, not views of the file; and the state as JSON gives it.
 
         Raises:
-            ValueError: there is no checkpoint of this step.
             FileFormatError: the checkpoint is truncated or damaged; the message tells how.
             OSError: the disk does not give the file.
         """
-        path = self._existing_path(step)
+        path = self._checkpoint_path(step)
         metadata = read_safetensors_metadata(path)
         if metadata.get("format") != _FORMAT or not {"state", "crc32"} <= metadata.keys():
             raise FileFormatError(
@@ -296,32 +252,31 @@ class RunFolder:
         """Writes a text file (UTF-8, line ends as given) under a name in the folder; returns its path.
 
         Raises:
-            ValueError: the name leads out of the folder, or the run itself uses it.
             RunFolderError: the disk is full or cannot be written; an earlier file of this name stands.
         """
-        return self._write(self._own_name(name), text.encode("utf-8"))
+        return self.write_bytes(name, text.encode("utf-8"))
 
     def write_bytes(self, name: str, content: bytes) -> pathlib.Path:
         """Writes a file under a name in the folder; returns its path. Raises as `write_text`."""
-        return self._write(self._own_name(name), content)
+        path = self.path / name
+        with _writing(path.parent, len(content)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_bytes(path, content)
+        return path
 
     def write_with(self, name: str, function: Callable[[pathlib.Path], object]) -> pathlib.Path:
         """Has a function write a file, and gives it the name when the function returns.
 
         Args:
-            name: str, path in the folder, such as "final.weights.h5".
+            name: path in the folder, such as "final.weights.h5".
             function: called with a path next to the final one, which ends in `name`, so that a library
                 that tells the format from it writes the right one.
 
-        Returns:
-            Path of the file.
-
         Raises:
-            ValueError: the name leads out of the folder, or the run itself uses it.
             RunFolderError: the function raised an OSError, wrote nothing, or the disk cannot be written; an
                 earlier file of this name stands. Other errors of the function pass.
         """
-        path = self.path / self._own_name(name)
+        path = self.path / name
         with _writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing_path(path) as temporary:
@@ -329,42 +284,17 @@ class RunFolder:
             sync_folder(path.parent)
         return path
 
-    def _write(self, name: str, content: bytes) -> pathlib.Path:
-        path = self.path / name
-        with _writing(path.parent, len(content)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_bytes(path, content)
-        return path
-
-    def _own_name(self, name: str) -> str:
-        """Returns a name in the folder that is the caller's to use."""
-        parts = pathlib.PurePath(name).parts
-        is_inside = bool(parts) and not pathlib.PurePath(name).is_absolute() and ".." not in parts
-        if not is_inside or parts[0] in (RUN_FILE, BEST_FILE, CHECKPOINT_FOLDER, _LOCK_FILE):
-            raise ValueError(
-                f"Expected the name of a file in '{self.path}' other than {RUN_FILE}, {BEST_FILE}, "
-                f"{_LOCK_FILE} and what is in {CHECKPOINT_FOLDER}, received {name!r}."
-            )
-        return name
-
     def _checkpoint_path(self, step: int) -> pathlib.Path:
         return self.path / CHECKPOINT_FOLDER / f"step-{step:08d}.safetensors"
-
-    def _existing_path(self, step: int) -> pathlib.Path:
-        steps = self.steps()
-        if step not in steps:
-            raise ValueError(
-                f"Expected a step that has a checkpoint in '{self.path}', received {step!r}. There are: "
-                f"{_listed(map(str, steps)) or 'none'}."
-            )
-        return self._checkpoint_path(step)
 
     def _prune(self) -> None:
         """Removes the whole checkpoints that are neither the best nor among the newest."""
         try:
             best = self.best()
-        except RunFolderError as error:
-            _logger.warning("All checkpoints stay, as it is not known which is the best: %s", error)
+        except (ValueError, KeyError, TypeError) as error:
+            _logger.warning(
+                "All checkpoints stay until there is a better one, as %s is damaged: %s", BEST_FILE, error
+            )
             return
         whole = [step for step in self.steps() if step not in self._damaged]
         for step in whole[: -self.keep]:
@@ -377,26 +307,6 @@ class RunFolder:
             self._damaged.discard(step)
         except OSError as error:  # such as a file that another program reads on Windows
             _logger.warning("The old checkpoint of step %d stays: %s", step, error)
-
-
-def changed_keys(stored: Mapping[str, object], given: Mapping[str, object]) -> dict[str, tuple]:
-    """Returns what differs between two identities.
-
-    Args:
-        stored: dict of JSON values.
-        given: dict of JSON values.
-
-    Returns:
-        dict of key to (stored, given), in the order of the keys of both; the key in a dict in a dict is
-        "outer.inner", and a value that one of them lacks is None.
-
-    Example:
-        >>> changed_keys({"model": {"depth": 3}, "seed": 0}, {"model": {"depth": 4}, "seed": 0})
-        {'model.depth': (3, 4)}
-    """
-    old, new = _flat(stored), _flat(given)
-    pairs = {key: (old.get(key), new.get(key)) for key in {**old, **new}}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def check_arrays(
@@ -412,11 +322,8 @@ def check_arrays(
     Raises:
         ValueError: names are missing or not expected, or shapes or dtypes differ; the message lists them.
     """
-    near = {
-        name: difflib.get_close_matches(name, list(expected), 1) for name in arrays if name not in expected
-    }
     missing = [name for name in expected if name not in arrays]
-    unexpected = [f"{name} (near: {found[0]})" if found else name for name, found in near.items()]
+    unexpected = [name for name in arrays if name not in expected]
     different = [
         f"{name} expected {_array_text(*expected[name])}, received {_array_text(array.shape, array.dtype)}"
         for name, array in arrays.items()
@@ -436,14 +343,14 @@ def check_arrays(
 
 
 def _make_folder(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RunFolderError(
-            f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another path."
-        ) from error
-    except OSError as error:
-        raise _disk_error(error, folder, None) from error
+    with _writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunFolderError(
+                f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another "
+                "path."
+            ) from error
 
 
 def _refuse_foreign_files(folder: pathlib.Path) -> None:
@@ -509,12 +416,19 @@ def _read_identity(folder: pathlib.Path) -> dict | None:
         ) from error
 
 
-def _refuse_other_run(folder: pathlib.Path, changes: Differences) -> None:
+def _refuse_other_run(
+    folder: pathlib.Path, stored: Mapping[str, object], given: Mapping[str, object]
+) -> None:
+    old, new = _flat(stored), _flat(given)
+    changes = [
+        f"{key}: {_value_text(old.get(key))} -> {_value_text(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
     if changes:
-        lines = [f"{key}: {_value_text(old)} -> {_value_text(new)}" for key, (old, new) in changes.items()]
         raise RunFolderError(
             f"'{folder}' holds another run. Expected the settings it was begun with, received "
-            f"{len(lines)} changed: {_listed(lines)}. Pass what was passed then, or another folder."
+            f"{len(changes)} changed: {_listed(changes)}. Pass what was passed then, or another folder."
         )
 
 
@@ -545,20 +459,16 @@ def _writing(folder: pathlib.Path, needed: int | None = None) -> Iterator[None]:
     except RunFolderError:
         raise
     except OSError as error:
-        raise _disk_error(error, folder, needed) from error
-
-
-def _disk_error(error: OSError, folder: pathlib.Path, needed: int | None) -> RunFolderError:
-    reason = error.strerror or str(error)
-    if error.errno in NO_SPACE:
-        return RunFolderError(
-            f"No space at '{folder}' ({reason}){_missing_text(folder, needed)}. What was there before is "
-            "kept. Free some, and start the same run again: it continues from the last checkpoint."
-        )
-    return RunFolderError(
-        f"'{folder}' cannot be written ({reason}). What was there before is kept. Make it writable, or pass "
-        "another folder."
-    )
+        reason = error.strerror or str(error)
+        if error.errno in NO_SPACE:
+            raise RunFolderError(
+                f"No space at '{folder}' ({reason}){_missing_text(folder, needed)}. What was there before is "
+                "kept. Free some, and start the same run again: it continues from the last checkpoint."
+            ) from error
+        raise RunFolderError(
+            f"'{folder}' cannot be written ({reason}). What was there before is kept. Make it writable, or "
+            "pass another folder."
+        ) from error
 
 
 def _missing_text(folder: pathlib.Path, needed: int | None) -> str:
@@ -600,37 +510,6 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _checked_step(state: Mapping[str, object]) -> int:
-    step = state.get("step")
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(
-            "Expected state['step'] to be an int >= 0, the number of finished steps, received "
-            f"{step!r}. Convert it with int()."
-        )
-    return step
-
-
-def _refuse_other_values(arrays: Mapping[str, np.ndarray]) -> None:
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise TypeError(
-                f"Expected a NumPy array for {name!r}, received {type(array).__name__}. Convert it with "
-                "np.asarray."
-            )
-
-
-def _json_text(values: Mapping[str, object], what: str) -> str:
-    for key, value in values.items():
-        try:
-            json.dumps({key: value})
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"Expected JSON values in {what}, received {value!r} for {key!r} ({error}). Convert it with "
-                "int(), float(), str() or .tolist()."
-            ) from error
-    return json.dumps(dict(values))
 
 
 def _json_bytes(values: Mapping[str, object]) -> bytes:

@@ -16,7 +16,6 @@ import keras
 import numpy as np
 
 from keras_convnext.data.index import Source
-from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import identity
 from keras_convnext.weights import published, resolve
@@ -124,10 +123,6 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def data_fingerprint(source: Source | None) -> str:
-    return "" if source is None else fingerprint(source)
-
-
 @contextlib.contextmanager
 def settings_of(recipe: Recipe) -> Iterator[None]:
     """Sets precision and the seed of initial weights for the time of a run."""
@@ -161,21 +156,20 @@ def as_integer(counter: Any) -> int:
     return int(keras.ops.convert_to_numpy(counter))
 
 
-def as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
-    """Converts the integers of one backend to the type of another; returns other arrays as they are."""
-    if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
-        return array
-    return array.astype(expected[1])
+def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Lists the arrays that hold NaN or infinity."""
+    return [
+        name
+        for name, array in arrays.items()
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all()
+    ]
 
 
 def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns the scores of a run that has ended; None where steps are left."""
     has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
-    return (
-        json.loads((folder / RESULT_FILE).read_text())
-        if has_weights and (folder / RESULT_FILE).exists()
-        else None
-    )
+    path = folder / RESULT_FILE
+    return json.loads(path.read_text()) if has_weights and path.exists() else None
 
 
 def result(

@@ -86,7 +86,7 @@ def looks_like_safetensors(start: bytes) -> bool:
 
 
 def unknown_content(
-    path: Path, start: bytes, expected: str = "a .pth (zip) or .safetensors file"
+    path: Path, start: bytes, expected: str = "a .pth or .safetensors file"
 ) -> FileFormatError:
     """The error for a file that does not start as a known kind does."""
     if start.startswith(b"version https://git-lfs"):
@@ -104,9 +104,8 @@ def unknown_content(
     if start.startswith(b"\x80") and start[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"):
         return damaged_file(
             path,
-            "it is a bare pickle, as PyTorch wrote before version 1.6, and not a zip archive",
-            "If you trust the file, re-save it in PyTorch 1.6 or later: "
-            "torch.save(torch.load(path, map_location='cpu'), path).",
+            "it is a bare pickle, not a file of torch.save",
+            "If you trust the file, load it in Python and save its arrays as .safetensors.",
         )
     if path.suffix == ".safetensors":
         if len(start) < 8:

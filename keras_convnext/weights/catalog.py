@@ -1,16 +1,79 @@
-"""Finds published weights by their names: `CHECKPOINTS` has one row for each file.
+"""The table of published weight files, `catalog.csv`, and the names that find its rows.
 
-A tag is "<architecture>.<pretrained tag>", and the timm rows use timm's ids. The rows, with the sources of
-their values, are in `catalog_rows`; what a row says is in `published`.
+The table has one row for each file and one column for each field of `Checkpoint`; an empty cell leaves the
+field at its default. A tag is "<architecture>.<pretrained tag>", and the timm rows use timm's ids.
+
+The figures are copied from these sources; only those of the weights that ship with the package were
+measured here. `score_source` of a row says where its scores come from.
+- timm 1.0.31, timm/models/convnext.py (sizes, crops, mean/std, licences, addresses) and
+  results/results-*.csv of huggingface/pytorch-image-models at commit aa4b5850 (scores). The test size is
+  what timm recommends, not always better: convnext_tiny.fb_in22k_ft_in1k loses 4 points there. timm asks
+  for model.safetensors first and for pytorch_model.bin when it is missing.
+- facebookresearch/ConvNeXt at commit 048efcea: README.md, object_detection/README.md (COCO: shorter side
+  800 px, longer at most 1333 px), semantic_segmentation/README.md (ADE20K: UPerNet, 160k iterations, flip
+  with multi-scale), datasets.py (squashes from 384 px on and crops below). "raw" files are those without
+  the weight average (EMA), from which its detectors and segmenters start.
+- facebookresearch/ConvNeXt-V2 at commit 25538957: README.md. Its "22k" files have 1000 classes.
+- torchvision/models/convnext.py: trained by torchvision; its preset resizes bilinearly.
+- keras/src/applications/convnext.py (SHA-256 sums) and keras-team/keras PR #16421 (scores, lower than
+  Meta's for the same weights, which Sayak Paul converted: its evaluation squashed to 256 x 256)
+- open-mmlab/mmpretrain at commit ee7f2e88: configs/convnext/README.md (one re-evaluation)
+- facebookresearch/dinov3 at commit 6876159a: dinov3/hub/backbones.py
+- huggingface/transformers: convert_convnext_to_pytorch.py, convert_convnextv2_to_pytorch.py
+  (repository names; scores are those of the files they convert), image_processing_dinov3_vit.py (resize)
+- benchmarks/ship_weights.py prints the row of weights that were trained here.
+
+Where two sources give the same weights different licences, each row keeps what its own publisher states:
+timm marks the ConvNeXt V1 files of Meta apache-2.0, Meta's own repository says MIT. The transformers rows
+carry the licence of the files they convert and the keras.applications rows the licence of Keras: no source
+above states one for those files themselves.
 """
 
+import csv
 import fnmatch
+import importlib.resources
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from keras_convnext._messages import near_names, unknown
-from keras_convnext.weights.catalog_rows import ROWS
 from keras_convnext.weights.published import Checkpoint
 
-CHECKPOINTS: dict[str, Checkpoint] = {row.tag: row for row in ROWS}
+
+def _channels(cell: str) -> tuple[float, ...]:
+    return tuple(map(float, cell.split()))
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("classes", "image_size", "test_image_size", "resize_size"), int),
+    **dict.fromkeys(("crop", "test_crop", "top1", "top5", "test_top1"), float),
+    **dict.fromkeys(("mean", "std"), _channels),
+    **dict.fromkeys(("imagenet", "gated"), {"yes": True, "no": False}.__getitem__),
+}
+
+
+def read_rows(lines: Iterable[str]) -> list[Checkpoint]:
+    """Reads a table with the columns of `catalog.csv`."""
+    return [
+        Checkpoint(**{name: _FROM_TEXT.get(name, str)(cell) for name, cell in cells.items() if cell})
+        for cells in csv.DictReader(lines)
+    ]
+
+
+_TABLE = importlib.resources.files("keras_convnext.weights") / "catalog.csv"
+CHECKPOINTS: dict[str, Checkpoint] = {
+    row.tag: row for row in read_rows(_TABLE.read_text(encoding="utf-8").splitlines())
+}
+
+# The tag that weights="imagenet" means, or None. The five of keras.applications keep its files, so that a
+# change of import changes nothing; the others take timm's default tag, isotropic ones Meta's file.
+IMAGENET: dict[str, str | None] = {row.architecture: None for row in CHECKPOINTS.values()} | {
+    row.architecture: row.tag for row in CHECKPOINTS.values() if row.imagenet and row.classes
+}
+
+# The same for include_top=False in keras.applications; other architectures drop the head instead.
+IMAGENET_NOTOP: dict[str, str] = {
+    row.architecture: row.tag for row in CHECKPOINTS.values() if row.imagenet and not row.classes
+}
 
 # timm 1.0.31, register_model_deprecations in timm/models/convnext.py.
 ALIASES: dict[str, str] = {
@@ -29,54 +92,6 @@ ALIASES: dict[str, str] = {
     "convnext_base_in22k": "convnext_base.fb_in22k",
     "convnext_large_in22k": "convnext_large.fb_in22k",
     "convnext_xlarge_in22k": "convnext_xlarge.fb_in22k",
-}
-
-# The tag that weights="imagenet" means. The five of keras.applications keep its files, so that a
-# change of import changes nothing; the others take timm's default tag, isotropic ones Meta's file.
-IMAGENET: dict[str, str | None] = {
-    "convnext_atto": "convnext_atto.d2_in1k",
-    "convnext_atto_ols": "convnext_atto_ols.a2_in1k",
-    "convnext_atto_rms": None,
-    "convnext_base": "convnext_base.keras_applications",
-    "convnext_femto": "convnext_femto.d1_in1k",
-    "convnext_femto_ols": "convnext_femto_ols.d1_in1k",
-    "convnext_large": "convnext_large.keras_applications",
-    "convnext_large_mlp": "convnext_large_mlp.clip_laion2b_soup_ft_in12k_in1k_320",
-    "convnext_nano": "convnext_nano.in12k_ft_in1k",
-    "convnext_nano_ols": "convnext_nano_ols.d1h_in1k",
-    "convnext_pico": "convnext_pico.d1_in1k",
-    "convnext_pico_ols": "convnext_pico_ols.d1_in1k",
-    "convnext_small": "convnext_small.keras_applications",
-    "convnext_tiny": "convnext_tiny.keras_applications",
-    "convnext_tiny_hnf": "convnext_tiny_hnf.a2h_in1k",
-    "convnext_xlarge": "convnext_xlarge.keras_applications",
-    "convnext_xxlarge": "convnext_xxlarge.clip_laion2b_soup_ft_in1k",
-    "convnext_zepto_rms": "convnext_zepto_rms.ra4_e3600_r224_in1k",
-    "convnext_zepto_rms_ols": "convnext_zepto_rms_ols.ra4_e3600_r224_in1k",
-    "convnextv2_atto": "convnextv2_atto.fcmae_ft_in1k",
-    "convnextv2_base": "convnextv2_base.fcmae_ft_in22k_in1k",
-    "convnextv2_femto": "convnextv2_femto.fcmae_ft_in1k",
-    "convnextv2_huge": "convnextv2_huge.fcmae_ft_in22k_in1k_384",
-    "convnextv2_large": "convnextv2_large.fcmae_ft_in22k_in1k",
-    "convnextv2_nano": "convnextv2_nano.fcmae_ft_in22k_in1k",
-    "convnextv2_pico": "convnextv2_pico.fcmae_ft_in1k",
-    "convnextv2_small": None,
-    "convnextv2_tiny": "convnextv2_tiny.fcmae_ft_in22k_in1k",
-    "test_convnext": "test_convnext.r160_in1k",
-    "test_convnext2": "test_convnext2.r160_in1k",
-    "test_convnext3": "test_convnext3.r160_in1k",
-    "convnext_isotropic_small": "convnext_isotropic_small.official_in1k",
-    "convnext_isotropic_base": "convnext_isotropic_base.official_in1k",
-    "convnext_isotropic_large": "convnext_isotropic_large.official_in1k",
-}
-
-# The same for include_top=False in keras.applications; other architectures drop the head instead.
-IMAGENET_NOTOP: dict[str, str] = {
-    "convnext_tiny": "convnext_tiny.keras_applications_notop",
-    "convnext_small": "convnext_small.keras_applications_notop",
-    "convnext_base": "convnext_base.keras_applications_notop",
-    "convnext_large": "convnext_large.keras_applications_notop",
-    "convnext_xlarge": "convnext_xlarge.keras_applications_notop",
 }
 
 

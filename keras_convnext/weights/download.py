@@ -1,4 +1,13 @@
-"""Downloads one weight file: resumed after a cut, locked against other processes, compared with its hash."""
+"""Brings published weights to this machine: from the Hugging Face Hub, else from a plain address.
+
+`huggingface_hub` does all on the Hub: resuming, locks, hashes, its cache, tokens for gated files, and the
+variables HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME. What it does not know, plain addresses, is done here.
+
+Environment variables:
+    KERAS_CONVNEXT_OFFLINE: 1 to never use the network; off as `_environment.is_set` says.
+    KERAS_CONVNEXT_QUIET: 1 to print nothing of plain downloads; likewise.
+    Those that `locate` names.
+"""
 
 import contextlib
 import email.message
@@ -13,30 +22,28 @@ import shutil
 import sys
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from keras_convnext._environment import is_set
-from keras_convnext._files import LOCKS_UNSUPPORTED, NO_SPACE, sync_folder, try_lock
+from keras_convnext._files import LOCKS_UNSUPPORTED, NO_SPACE, replace_file, sync_folder
+from keras_convnext.weights.locate import (
+    WeightsNotFoundError,
+    cache_folder,
+    cache_path,
+    filename_of_url,
+    find_local,
+)
+from keras_convnext.weights.published import Checkpoint
 
 RETRIES = 5
 RETRY_WAIT_SECONDS = 0.5  # doubles with each retry, 15.5 s in all
 TIMEOUT_SECONDS = 30.0  # to connect, and between two pieces of the body
-LOCK_POLL_SECONDS = 0.1
 CHUNK_BYTES = 1 << 18
 
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
-
-
-class WeightsNotFoundError(OSError):
-    """A weight file is not on this machine and could not be brought here.
-
-    The message names what was tried and how to place the file by hand. `errno` is set when the
-    disk is the reason.
-    """
 
 
 class ChecksumError(ValueError):
@@ -51,164 +58,197 @@ class _InterruptedError(Exception):
     """A transfer that may succeed when tried again."""
 
 
-def download(
-    url: str,
-    destination: str | os.PathLike[str],
-    *,
-    sha256: str | None = None,
-    sha256_prefix: str | None = None,
-) -> pathlib.Path:
+def fetch(published: Checkpoint) -> pathlib.Path:
+    """Returns the path of a published weight file, downloading it when it is not on this machine.
+
+    Where it is looked for: see `locate.find_local`. A file found there is used without asking the network;
+    else it comes from the Hub, and from the plain address where the Hub or `huggingface_hub` is missing.
+    A packaged file, one in our cache and one that has the name at its address are compared with the
+    published SHA-256; without one, a file in our cache with what was recorded when it came.
+
+    Raises:
+        ImportError: the file is only on the Hub and `huggingface_hub` is not installed.
+        ChecksumError: the file is not the expected one; tells both hashes.
+        UnreachableError: no server answered or the transfer kept failing.
+        WeightsNotFoundError: in every other case without a file (offline, no permission, not
+            there, no disk space); tells what to do. Also the base of UnreachableError.
+    """
+    cached = cache_path(published)
+    expected = published.sha256 or published.sha256_prefix or ""
+    found = find_local(published)
+    if found is not None:
+        if published.packaged is not None or (cached is not None and found.name == cached.name):
+            _check(found, expected, is_recorded=found == cached)
+        return found
+    if is_set("KERAS_CONVNEXT_OFFLINE"):
+        raise _forbidden("KERAS_CONVNEXT_OFFLINE", published)
+    if published.hub_id is not None:
+        try:
+            return _from_hub(published)
+        except (ImportError, UnreachableError):
+            if published.url is None:
+                raise
+    if published.url is None or cached is None:
+        raise WeightsNotFoundError(
+            f"The weights {published.tag!r} have no published address: expected a hub_id or a url, "
+            f"received None for both. Instead, {_by_hand(published)}"
+        )
+    return _from_address(published.url, cached, expected)
+
+
+def _from_hub(published: Checkpoint) -> pathlib.Path:
+    """Downloads into the Hugging Face cache and says in our words what went wrong."""
+    file = f"{published.hub_filename} of {published.hub_id}"
+    by_hand = _by_hand(published)
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants, errors
+    except ImportError as error:
+        raise ImportError(
+            f"The file {file} is on the Hugging Face hub, which needs the "
+            f"package huggingface_hub: pip install keras-convnext[hub]. Or: {by_hand}"
+        ) from error
+    if constants.HF_HUB_OFFLINE:
+        raise _forbidden("HF_HUB_OFFLINE", published)
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(published.hub_id, published.hub_filename))
+    except errors.LocalEntryNotFoundError as error:  # no answer; a FileNotFoundError, so first
+        raise UnreachableError(
+            f"The Hugging Face hub cannot be reached for {file}: {_one_line(error.__cause__ or error)}. "
+            f"Check the network, the proxy and HF_ENDPOINT. Or: {by_hand}"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        answer = f"The Hugging Face hub answered {status}"
+        is_gated = isinstance(error, errors.GatedRepoError)
+        if is_gated or status in (401, 403):
+            page = f"{_hub_endpoint()}/{published.hub_id}"
+            advice = f"{page} does not exist or is private; if it is yours, run `hf auth login`."
+            if is_gated or published.gated:
+                advice = f"Accept the licence on {page}, then run `hf auth login`."
+            raise WeightsNotFoundError(f"{answer} (no access) for {file}. {advice} Or: {by_hand}") from error
+        if status == 404:
+            raise WeightsNotFoundError(
+                f"{answer} (not found) for {file}: the repository or the file was moved or removed. "
+                f"A newer keras-convnext may know the new place. Or: {by_hand}"
+            ) from error
+        raise UnreachableError(f"{answer} for {file}. Try again later. Or: {by_hand}") from error
+    except Exception as error:  # its HTTP client and hf_xet have error classes of their own
+        if isinstance(error, OSError) and error.errno is not None:
+            folder = pathlib.Path(constants.HF_HUB_CACHE)
+            raise _disk_error(error, folder, None, "HF_HOME") from error
+        raise UnreachableError(
+            f"The Hugging Face hub did not deliver {file}: {_one_line(error)}. Try again. Or: {by_hand}"
+        ) from error
+
+
+def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path:
     """Downloads one file so that it is either complete under its final name or not there.
 
-    `keras.utils.get_file` of Keras 3.15.1 is not used because it writes straight to the final name,
-    restarts from zero after a cut and is not safe when two processes ask for the same file.
-
-    The bytes go to "<destination>.part". A cut connection is resumed with a Range request, up to
-    `RETRIES` times in one call, and by the next call after that; "<destination>.part.json" holds
-    the validator (ETag or Last-Modified) which tells whether the file on the server is still the
-    same. "<destination>.lock" makes other processes wait and then use the same file; the operating
-    system releases it when its owner dies. Without a published hash, the SHA-256 of the complete
-    file is recorded in "<destination>.sha256" for `verify`.
+    The bytes go to "<target>.part"; a cut connection is resumed with a Range request, in this call and by
+    the next one. "<target>.part.json" holds the validator (ETag or Last-Modified) which tells whether the
+    file on the server is still the same. "<target>.lock" makes other processes wait and then use the same
+    file. Without a published hash, that of the complete file is recorded in "<target>.sha256".
 
     Args:
         url: http or https address.
-        destination: path of the file; missing folders are created. An existing file is verified
-            and returned without asking the network.
-        sha256: expected SHA-256 in hexadecimal, default None: not published.
-        sha256_prefix: expected first digits of the SHA-256, default None.
-
-    Returns:
-        pathlib.Path of the complete file.
-
-    Raises:
-        ValueError: when `url` is not http or https.
-        ChecksumError: when the complete file has another hash; the file is removed.
-        UnreachableError: when no server answered, or the retries are spent.
-        WeightsNotFoundError: when the server refuses or the disk fails.
+        target: path of the file; missing folders are created.
+        expected: published SHA-256 or its first digits, "" for none.
     """
-    destination = pathlib.Path(destination)
-    filename_of_url(url)
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(destination) as is_alone:
-            if destination.is_file():
-                return verify(destination, sha256, sha256_prefix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target) as is_alone:
+            if target.is_file():
+                _check(target, expected, is_recorded=True)
+                return target
             # Without locks, a name of its own keeps two processes from mixing their bytes.
             owner = "" if is_alone else f".{uuid.uuid4().hex}"
-            part = destination.with_name(f"{destination.name}{owner}.part")
-            _receive_with_retries(url, part, destination.name)
-            digest = file_digest(part)
-            if not matches_hash(digest, sha256, sha256_prefix):
+            part = target.with_name(f"{target.name}{owner}.part")
+            _receive_with_retries(url, part)
+            digest = _file_digest(part)
+            if not digest.startswith(expected.lower()):
                 _discard(part)
                 raise ChecksumError(
-                    f"{url} is not the published file: expected SHA-256 "
-                    f"{_expected_text(sha256, sha256_prefix)}, received {digest}. The download was "
-                    "removed. Try again; if it fails again, the file on the server has changed."
+                    f"{url} is not the published file: expected SHA-256 {_shown(expected)}, received "
+                    f"{digest}. The download was removed. Try again; if it fails again, the file on the "
+                    "server has changed."
                 )
-            if sha256 is None and sha256_prefix is None:
-                # Before the file itself: a file never lies next to the record of another one.
-                _write_record(_record_path(destination), digest, destination.name)
-            os.replace(part, destination)
+            if not expected:  # before the file itself: a file never lies next to the record of another one
+                _record(target, digest)
+            os.replace(part, target)
             _discard(part)
-            sync_folder(destination.parent)
-            return destination
+            sync_folder(target.parent)
+            return target
     except WeightsNotFoundError:
         raise
     except OSError as error:
-        raise disk_error(error, destination.parent, None, "KERAS_CONVNEXT_CACHE") from error
+        raise _disk_error(error, target.parent, None, "KERAS_CONVNEXT_CACHE") from error
 
 
-def verify(
-    path: str | os.PathLike[str], sha256: str | None = None, sha256_prefix: str | None = None
-) -> pathlib.Path:
-    """Checks that a weight file still has the expected bytes.
+@contextlib.contextmanager
+def _locked(target: pathlib.Path) -> Iterator[bool]:
+    """Holds "<target>.lock"; gives False where the file system has no locks."""
+    import filelock  # 0.04 s, for downloads only
 
-    Compares with the published hash if there is one. Else with the hash which the hub gave
-    (the Hugging Face cache names large files by their SHA-256), else with the hash recorded at the
-    first download or first use: next to a file as "<name>.sha256", and for the Hugging Face cache as
-    "hub/<repository>/<commit>/<name>.sha256" in our cache folder, so that a new revision gets a
-    record of its own. A missing record is written; where that is not permitted, nothing is.
+    lock = filelock.FileLock(f"{target}.lock")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _say(f"Waiting for another process that downloads {target.name}")
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in LOCKS_UNSUPPORTED:
+            raise
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
-    Args:
-        path: existing file.
-        sha256: published SHA-256 in hexadecimal, default None: not published.
-        sha256_prefix: published first digits of the SHA-256, default None.
 
-    Returns:
-        `path` as pathlib.Path.
+def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
+    """Compares a file with its published hash, else with the one recorded when it came here.
 
-    Raises:
-        ChecksumError: when the hashes differ; tells both and which file to delete.
+    A missing record is written; where that is not permitted, nothing is.
     """
-    path = pathlib.Path(path)
-    if sha256 is not None or sha256_prefix is not None:
-        check_published(path, sha256, sha256_prefix)
-        return path
-    digest = file_digest(path)
-    hub_digest = _digest_from_hub(path)
-    if hub_digest is not None:
-        if digest != hub_digest:
+    if not expected and not is_recorded:
+        return
+    digest = _file_digest(path)
+    if expected:
+        if not digest.startswith(expected.lower()):
             raise ChecksumError(
-                f"{path} is damaged: expected SHA-256 {hub_digest} (given by the hub), received "
-                f"{digest}. Delete {path.resolve()} and call again to download it anew."
+                f"{path} is not the published file: expected SHA-256 {_shown(expected)}, received {digest}. "
+                f"Delete {path} and call again to download it anew."
             )
-        return path
+        return
     record = _record_path(path)
     recorded = record.read_text(encoding="utf-8").split()[:1] if record.is_file() else []
     if not recorded:
         with contextlib.suppress(OSError):
-            _write_record(record, digest, path.name)
+            _record(path, digest)
     elif recorded[0] != digest:
         raise ChecksumError(
-            f"{path} has changed since it came to this machine: expected SHA-256 {recorded[0]} "
-            f"(recorded in {record}), received {digest}. Delete {path.resolve()} and {record}, "
-            "and call again to download it anew."
-        )
-    return path
-
-
-def cache_folder() -> pathlib.Path:
-    """Returns the folder which keeps downloaded files; it need not exist.
-
-    `KERAS_CONVNEXT_CACHE`, else "models/keras_convnext" in the Keras home: `KERAS_HOME`, else
-    ".keras" in the home folder, else in "/tmp" when the home folder cannot be written, as in
-    `keras.config`.
-
-    Returns:
-        pathlib.Path.
-    """
-    configured = os.environ.get("KERAS_CONVNEXT_CACHE")
-    if configured:
-        return pathlib.Path(configured).expanduser()
-    if "KERAS_HOME" in os.environ:
-        keras_home = pathlib.Path(os.environ["KERAS_HOME"]).expanduser()
-    else:
-        home = os.path.expanduser("~")
-        keras_home = pathlib.Path(home if os.access(home, os.W_OK) else "/tmp") / ".keras"
-    return keras_home / "models" / "keras_convnext"
-
-
-def check_published(path: pathlib.Path, sha256: str | None, sha256_prefix: str | None) -> None:
-    """Compares a file with its published hash; without one there is nothing to compare."""
-    if sha256 is None and sha256_prefix is None:
-        return
-    digest = file_digest(path)
-    if not matches_hash(digest, sha256, sha256_prefix):
-        raise ChecksumError(
-            f"{path} is not the published file: expected SHA-256 "
-            f"{_expected_text(sha256, sha256_prefix)}, received {digest}. Delete "
-            f"{path.resolve()} and call again to download it anew."
+            f"{path} has changed since it came to this machine: expected SHA-256 {recorded[0]} (recorded in "
+            f"{record}), received {digest}. Delete {path} and {record}, and call again to download it anew."
         )
 
 
-def _receive_with_retries(url: str, part: pathlib.Path, name: str) -> None:
+def _record(path: pathlib.Path, digest: str) -> None:
+    """Records a hash in the format of `sha256sum --check`."""
+    replace_file(_record_path(path), f"{digest}  {path.name}\n".encode())
+
+
+def _record_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _receive_with_retries(url: str, part: pathlib.Path) -> None:
     """Completes `part`, resuming after each cut until `RETRIES` are spent."""
     for attempt in range(RETRIES + 1):
         if attempt > 0:
             time.sleep(RETRY_WAIT_SECONDS * 2 ** (attempt - 1))
         try:
-            _receive(url, part, name, is_first=attempt == 0)
-            return
+            return _receive(url, part, is_first=attempt == 0)
         except UnreachableError as error:
             if attempt == 0:  # a network that was never there does not come back in seconds
                 raise
@@ -218,43 +258,35 @@ def _receive_with_retries(url: str, part: pathlib.Path, name: str) -> None:
     kept = part.stat().st_size if part.exists() else 0
     raise UnreachableError(
         f"{failure} Gave up after {RETRIES} retries; {kept} bytes are kept and the next call "
-        f"resumes there. {_use_own_copy(name)}"
+        f"resumes there. {_use_own_copy(url)}"
     ) from failure
 
 
-def _receive(url: str, part: pathlib.Path, name: str, *, is_first: bool) -> None:
+def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
     """Makes one request for what `part` lacks and appends the answer to it."""
     state_path = part.with_name(f"{part.name}.json")
     validator = _read_validator(state_path, url)
-    start = part.stat().st_size if validator is not None and part.exists() else 0
+    start = part.stat().st_size if validator and part.exists() else 0
     headers = {"User-Agent": "keras-convnext", "Accept-Encoding": "identity"}
-    if start > 0 and validator is not None:
+    if start > 0:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
-    request = urllib.request.Request(url, headers=headers)
     try:
+        request = urllib.request.Request(url, headers=headers)
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         with error:
-            if error.code == 416 and start > 0:
-                if error.headers.get("Content-Range") == f"bytes */{start}":
-                    return  # every byte had arrived when the earlier call ended
-                _discard(part)
-                raise _InterruptedError(f"{url} has no bytes after {start}.") from error
-            message = f"{url} answered {error.code} ({error.reason})."
-            if error.code in _TRANSIENT_STATUS:
-                raise _InterruptedError(message) from error
-            raise WeightsNotFoundError(
-                f"{message} {_status_advice(error.code)} {_use_own_copy(name)}"
-            ) from error
+            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
+                return  # every byte had arrived when the earlier call ended
+            raise _refusal(error, url, part) from error
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(
-            f"{url} cannot be reached: {one_line(error)}. Check the network and the proxy "
-            f"(HTTPS_PROXY). {_use_own_copy(name)}"
+            f"{url} cannot be reached: {_one_line(error)}. Check the network and the proxy "
+            f"(HTTPS_PROXY). {_use_own_copy(url)}"
         ) from error
     with response:
         if url.startswith("https:") and not response.url.startswith("https:"):
             raise WeightsNotFoundError(
-                f"{url} redirects to {response.url}: expected an https address. {_use_own_copy(name)}"
+                f"{url} redirects to {response.url}: expected an https address. {_use_own_copy(url)}"
             )
         answered = _validator(response.headers)
         if response.status == 206 and start > 0:
@@ -262,16 +294,15 @@ def _receive(url: str, part: pathlib.Path, name: str, *, is_first: bool) -> None
             if total is None or answered not in (None, validator):
                 _discard(part)
                 raise _InterruptedError(
-                    f"{url} answered with Content-Range "
-                    f"{response.headers.get('Content-Range')!r}: expected one from byte {start} of "
-                    "the same file."
+                    f"{url} answered with Content-Range {response.headers.get('Content-Range')!r}: "
+                    f"expected one from byte {start} of the same file."
                 )
         elif response.status == 200:
             start = 0
             _discard(part)
             length = response.headers.get("Content-Length")
             total = int(length) if length is not None else None
-            _write_text(state_path, json.dumps({"url": url, "validator": answered}))
+            replace_file(state_path, json.dumps({"url": url, "validator": answered}).encode())
         else:
             raise _InterruptedError(f"{url} answered {response.status}: expected 200.")
         if is_first:
@@ -296,7 +327,7 @@ def _append(
         free = shutil.disk_usage(part.parent).free
         if total - start > free:
             no_space = OSError(errno.ENOSPC, f"{_size_text(free)} are free")
-            raise disk_error(no_space, part.parent, total - start, "KERAS_CONVNEXT_CACHE")
+            raise _disk_error(no_space, part.parent, total - start, "KERAS_CONVNEXT_CACHE")
     received = start
     show = _progress(total)
     try:
@@ -306,7 +337,7 @@ def _append(
                     chunk = response.read1(CHUNK_BYTES)  # read() would hold back a slow piece
                 except (OSError, http.client.HTTPException) as error:
                     raise _InterruptedError(
-                        f"{url} was cut: expected {total} bytes, received {received} ({one_line(error)})."
+                        f"{url} was cut: expected {total} bytes, received {received} ({_one_line(error)})."
                     ) from error
                 if not chunk:
                     break
@@ -319,45 +350,27 @@ def _append(
     except OSError as error:
         if error.errno in NO_SPACE:
             _discard(part)  # what was written is what fills the disk
-        raise disk_error(error, part.parent, total, "KERAS_CONVNEXT_CACHE") from error
+        raise _disk_error(error, part.parent, total, "KERAS_CONVNEXT_CACHE") from error
 
 
 def _write(file: BinaryIO, chunk: bytes) -> None:
     file.write(chunk)
 
 
-@contextlib.contextmanager
-def _locked(destination: pathlib.Path) -> Iterator[bool]:
-    """Holds "<destination>.lock"; gives False where the file system has no locks.
-
-    The lock file stays: removing it would let a process lock a file that others no longer see.
-    """
-    with open(destination.with_name(f"{destination.name}.lock"), "ab") as file:
-        is_alone = True
-        is_waiting = False
-        try:
-            while not try_lock(file):
-                if not is_waiting:
-                    _say(f"Waiting for another process that downloads {destination.name}")
-                is_waiting = True
-                time.sleep(LOCK_POLL_SECONDS)
-        except OSError as error:
-            if error.errno not in LOCKS_UNSUPPORTED:
-                raise
-            is_alone = False
-        yield is_alone
-
-
-def filename_of_url(url: str) -> str:
-    """Returns the last part of an http or https address."""
-    parts = urllib.parse.urlsplit(url)
-    name = pathlib.PurePosixPath(parts.path).name
-    if parts.scheme not in ("http", "https") or not parts.netloc or not name:
-        raise ValueError(
-            "The address of a weight file must be http or https and end in a file name, as in "
-            f"'https://host/folder/file.pth'. Received: url={url!r}"
-        )
-    return name
+def _refusal(error: urllib.error.HTTPError, url: str, part: pathlib.Path) -> Exception:
+    """Returns the error for a status that brings no bytes."""
+    if error.code == 416:
+        _discard(part)
+        return _InterruptedError(f"{url} has no bytes after those received.")
+    answer = f"{url} answered {error.code} ({error.reason})."
+    if error.code in _TRANSIENT_STATUS:
+        return _InterruptedError(answer)
+    advice = "The server did not deliver the file: try again later."
+    if error.code in (401, 403, 407, 451):
+        advice = "The server refuses access: see whether a browser or another network gets the file."
+    elif error.code in (404, 410):
+        advice = "The file was moved or removed: a newer keras-convnext may know the new address."
+    return WeightsNotFoundError(f"{answer} {advice} {_use_own_copy(url)}")
 
 
 def _validator(headers: email.message.Message) -> str | None:
@@ -368,22 +381,19 @@ def _validator(headers: email.message.Message) -> str | None:
     return headers.get("Last-Modified")
 
 
-def _read_validator(state_path: pathlib.Path, url: str) -> str | None:
-    """Returns the validator stored with a part of the same address, if any."""
+def _read_validator(state_path: pathlib.Path, url: str) -> str:
+    """Returns the validator stored with a part of the same address, "" for none."""
     try:
         state = json.loads(state_path.read_text(encoding="utf-8"))
-        return state["validator"] if state["url"] == url else None
+        return state["validator"] or "" if state["url"] == url else ""
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        return ""
 
 
 def _total_of_range(headers: email.message.Message, start: int) -> int | None:
     """Returns the size of the whole file when an answer continues at `start`, else None."""
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers.get("Content-Range") or "")
-    if match is None:
-        return None
-    first, last, total = map(int, match.groups())
-    return total if first == start and last == total - 1 else None
+    match = re.fullmatch(rf"bytes {start}-(\d+)/(\d+)", headers.get("Content-Range") or "")
+    return int(match[2]) if match and int(match[1]) == int(match[2]) - 1 else None
 
 
 def _discard(part: pathlib.Path) -> None:
@@ -392,82 +402,50 @@ def _discard(part: pathlib.Path) -> None:
     part.with_name(f"{part.name}.json").unlink(missing_ok=True)
 
 
-def file_digest(path: pathlib.Path) -> str:
+def _file_digest(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def matches_hash(digest: str, sha256: str | None, sha256_prefix: str | None) -> bool:
-    return (sha256 is None or digest == sha256.lower()) and (
-        sha256_prefix is None or digest.startswith(sha256_prefix.lower())
+def _shown(expected: str) -> str:
+    return expected if len(expected) == 64 else f"{expected}..."
+
+
+def _forbidden(variable: str, published: Checkpoint) -> WeightsNotFoundError:
+    """Returns the error for a file that is not here while a variable forbids to get it."""
+    folders = os.environ.get("KERAS_CONVNEXT_WEIGHTS_DIR") or "not set"
+    setting = f"{variable}={os.environ.get(variable, 1)}"
+    return WeightsNotFoundError(
+        f"The weights {published.tag!r} are not on this machine, and {setting} forbids downloading them. "
+        f"Looked in KERAS_CONVNEXT_WEIGHTS_DIR ({folders}) and in the cache {cache_folder()}. "
+        f"Unset {variable}, or: {_by_hand(published)}"
     )
 
 
-def _expected_text(sha256: str | None, sha256_prefix: str | None) -> str:
-    return sha256 if sha256 is not None else f"{sha256_prefix}..."
+def _by_hand(published: Checkpoint) -> str:
+    """Says which address to open in a browser and under which name to keep the file."""
+    get, name = "get the file", f"{published.tag}.safetensors"
+    if published.url is not None:
+        get, name = f"get {published.url} with a browser", filename_of_url(published.url)
+    elif published.hub_id is not None and published.hub_filename is not None:
+        address = f"{_hub_endpoint()}/{published.hub_id}/resolve/main/{published.hub_filename}"
+        get = f"get {address} with a browser{' (after accepting its licence there)' * published.gated}"
+        name = f"{published.tag}{pathlib.PurePosixPath(published.hub_filename).suffix}"
+    return f"{get}, save it as {name!r} in a folder, and set KERAS_CONVNEXT_WEIGHTS_DIR to that folder."
 
 
-def _hub_snapshot(path: pathlib.Path) -> tuple[str, str, str] | None:
-    """Returns repository, commit and file of a path in a Hugging Face cache, else None."""
-    match = re.search(r"/models--([^/]+)/snapshots/([^/]+)/(.+)$", path.absolute().as_posix())
-    if match is None:
-        return None
-    return match[1].replace("--", "/", 1), match[2], match[3]
+def _hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def _digest_from_hub(path: pathlib.Path) -> str | None:
-    """Returns the SHA-256 which a Hugging Face cache uses as the name of a large file.
-
-    Only the first link counts: `huggingface_hub` 2 can link further, to a file named by its Xet
-    hash, which has as many digits.
-    """
-    if _hub_snapshot(path) is None or not path.is_symlink():
-        return None
-    blob = pathlib.Path(os.readlink(path)).name
-    return blob if re.fullmatch("[0-9a-f]{64}", blob) else None
-
-
-def _record_path(path: pathlib.Path) -> pathlib.Path:
-    """Returns where the hash of a file without a published one is kept."""
-    snapshot = _hub_snapshot(path)
-    if snapshot is None:
-        return path.with_name(f"{path.name}.sha256")
-    repository, commit, filename = snapshot
-    return cache_folder() / "hub" / repository / commit / f"{filename}.sha256"
-
-
-def _write_record(record: pathlib.Path, digest: str, name: str) -> None:
-    """Writes a record in the format of `sha256sum --check`."""
-    record.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(record, f"{digest}  {name}\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a small file at once, so that no process reads half of it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _use_own_copy(name: str) -> str:
+def _use_own_copy(url: str) -> str:
     return (
-        f"A copy from elsewhere is used when it is named {name!r} and lies in the folder that "
-        "KERAS_CONVNEXT_WEIGHTS_DIR names."
+        f"A copy from elsewhere is used when it is named {filename_of_url(url)!r} and lies in the folder "
+        "that KERAS_CONVNEXT_WEIGHTS_DIR names."
     )
 
 
-def _status_advice(status: int) -> str:
-    if status in (401, 403, 407, 451):
-        return "The server refuses access: see whether a browser or another network gets the file."
-    if status in (404, 410):
-        return "The file was moved or removed: a newer keras-convnext may know the new address."
-    return "The server did not deliver the file: try again later."
-
-
-def disk_error(
+def _disk_error(
     error: OSError, folder: pathlib.Path, needed: int | None, variable: str
 ) -> WeightsNotFoundError:
     """Returns the error for a file that could not be written, which tells how to write it elsewhere."""
@@ -486,7 +464,7 @@ def disk_error(
     return WeightsNotFoundError(error.errno, message)
 
 
-def one_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     reason = getattr(error, "reason", None) or error
     return " ".join(f"{type(reason).__name__}: {reason}".split())
 

@@ -12,12 +12,13 @@ Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895,
 """
 
 import dataclasses
-import difflib
 import math
 import re
 
 import numpy as np
 
+from keras_convnext import _messages
+from keras_convnext.architecture import layers_of
 from keras_convnext.variants import VARIANTS, Variant
 
 StateDict = dict[str, np.ndarray]
@@ -135,68 +136,12 @@ def weight_shapes(
     channels: int = 3,
     pyramid_norms: bool = False,
 ) -> dict[str, tuple[int, ...]]:
-    """Canonical name and PyTorch shape of every weight of an architecture, in the order of the forward pass.
+    """{canonical name: PyTorch shape} of every weight of an architecture, in the order of the forward pass.
 
-    Args:
-        variant: a row of `variants.VARIANTS`.
-        classes: outputs of the classifier; 0 for none (then without a hidden layer too).
-        channels: of the input image.
-        pyramid_norms: whether the per-level norms `norm0` .. `norm3` replace the final norm.
-
-    Returns:
-        Dict {canonical name: shape}.
+    Arguments are those of `architecture.layers_of`.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def convolution(name, outputs, inputs, side):
-        shapes[f"{name}.weight"] = (outputs, inputs, side, side)
-        shapes[f"{name}.bias"] = (outputs,)
-
-    def linear(name, outputs, inputs):
-        shapes[f"{name}.weight"] = (outputs, inputs)
-        shapes[f"{name}.bias"] = (outputs,)
-
-    def norm(name, size, kind=variant.norm):
-        shapes[f"{name}.weight"] = (size,)
-        if kind == "layer_norm":
-            shapes[f"{name}.bias"] = (size,)
-
-    dims = variant.dims
-    if variant.isotropic:
-        convolution("stem", dims[0], channels, 16)
-    elif variant.stem == "patch":
-        convolution("downsample_layers.0.0", dims[0], channels, 4)
-        norm("downsample_layers.0.1", dims[0])
-    else:
-        middle = variant.stem_dim
-        last = 2 if variant.stem == "overlap_act" else 1
-        convolution("downsample_layers.0.0", middle, channels, 3)
-        convolution(f"downsample_layers.0.{last}", dims[0], middle, 3)
-        norm(f"downsample_layers.0.{last + 1}", dims[0])
-    for stage, (depth, dim) in enumerate(zip(variant.depths, dims, strict=True)):
-        if stage > 0:
-            norm(f"downsample_layers.{stage}.0", dims[stage - 1])
-            convolution(f"downsample_layers.{stage}.1", dim, dims[stage - 1], 2)
-        for index in range(depth):
-            block = f"blocks.{index}" if variant.isotropic else f"stages.{stage}.{index}"
-            convolution(f"{block}.dwconv", dim, 1, variant.kernel_sizes[stage])
-            norm(f"{block}.norm", dim)
-            linear(f"{block}.pwconv1", 4 * dim, dim)
-            if variant.version == 2:
-                shapes[f"{block}.grn.gamma"] = shapes[f"{block}.grn.beta"] = (4 * dim,)
-            linear(f"{block}.pwconv2", dim, 4 * dim)
-            if variant.layer_scale_init_value is not None:
-                shapes[f"{block}.gamma"] = (dim,)
-    if pyramid_norms:
-        for stage, dim in enumerate(dims):
-            norm(f"norm{stage}", dim, "layer_norm")
-    else:
-        norm("norm_pre" if variant.head == "norm_first" else "norm", dims[-1])
-    if classes:
-        if variant.head == "mlp":
-            linear("pre_logits", dims[-1], dims[-1])
-        linear("head", classes, dims[-1])
-    return shapes
+    layers = layers_of(variant, classes=classes, channels=channels, pyramid_norms=pyramid_norms)
+    return {name: shape for layer in layers for name, shape in layer.weights.items()}
 
 
 def rename(name: str, layout: str) -> str:
@@ -487,12 +432,8 @@ def _strip(state: StateDict, layout: str, prefix: str) -> StateDict:
 
 def _body_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
     """Names and shapes that tell architectures apart: all but heads, norms at the end and input channels."""
-    shapes = weight_shapes(variant, classes=0)
-    if variant.head != "norm_first":
-        shapes.pop("norm.weight")
-        shapes.pop("norm.bias", None)
-    if variant.head == "mlp":
-        shapes["pre_logits.weight"] = (variant.dims[-1], variant.dims[-1])
+    others = ("norm.", "pre_logits.bias", "head.")
+    shapes = {name: shape for name, shape in weight_shapes(variant, 1).items() if not name.startswith(others)}
     first = next(name for name in STEMS if name in shapes)
     shapes[first] = (shapes[first][0], -1, *shapes[first][2:])
     return shapes
@@ -553,9 +494,7 @@ def _hint(state: StateDict) -> str:
 
 def _check_writable(variant: Variant, layout: str):
     if layout not in WRITABLE_LAYOUTS:
-        near = difflib.get_close_matches(str(layout), WRITABLE_LAYOUTS, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown layout to write: {layout!r}.{hint} Known: {', '.join(WRITABLE_LAYOUTS)}")
+        raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
     reason = None
     if layout == "timm":
         if variant.isotropic:

@@ -3,25 +3,18 @@
 import os
 import pathlib
 from dataclasses import dataclass
-from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
 
 # Endings of the weight files that the package reads; those of PyTorch it writes too.
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
 
-# The terms of the weights that ship with the package; the file lies next to them.
-PACKAGED_TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
-
 NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license", "research-only")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """One published weight file.
 
@@ -31,11 +24,13 @@ class Checkpoint:
     Args:
         tag: "<architecture>.<pretrained tag>", unique. timm's model id for the timm rows.
         architecture: name of the architecture, a key of `variants.VARIANTS`.
+        imagenet: weights="imagenet" means this file: for the whole model, or, where `classes` is 0, for
+            include_top=False.
         layout: names and shapes of the arrays inside the file. "timm", "official" (Meta V1 and V2;
             the encoder-only V2 files are dense already and lack the final norm and the head),
             "torchvision", "huggingface", "dinov3" (official names plus copies of the final norm),
             "dinov3_hf", "keras_applications", "mmdet" or "mmseg" (official names after
-            "backbone.", plus the task heads). A timm row means the file on the hub: an address at
+            "backbone.", plus the task heads). A timm row means the file on the Hub: an address at
             dl.fbaipublicfiles.com in it is the file that timm converted, in the official layout.
         classes: width of the classifier; 0 when the file has none. CLIP towers: the width of the
             image projection, which timm stores as classifier.
@@ -58,14 +53,14 @@ class Checkpoint:
         top5: the same for top-5.
         test_top1: published top-1 accuracy in percent at `test_image_size`, or None.
         score_source: table the scores come from; "" when there is no score.
-        hub_id: repository on the Hugging Face hub, or None.
-        hub_filename: file in that repository, or None.
+        hub_id: repository on the Hugging Face Hub, or None.
+        hub_filename: file in that repository; None without `hub_id`.
         url: direct address, or None.
-        sha256: SHA-256 of the file at `url`, 64 hexadecimal digits, or None.
+        sha256: SHA-256 of the file at `url`, or of the packaged file, 64 hexadecimal digits, or None.
         sha256_prefix: first 8 hexadecimal digits of it where the file name carries them (for
             "dinov3": of the file that `note` names), or None.
         state_key: key of the dictionary in the file that holds the arrays ("model", "state_dict"),
-            or None when they are at the top. A timm row means the file on the hub.
+            or None when they are at the top.
         note: what else a user must know.
         gated: the publisher asks for an agreement before the download.
         packaged: name of a file in the folder `weights/packaged` of this package, which then needs no
@@ -79,14 +74,15 @@ class Checkpoint:
 
     tag: str
     architecture: str
+    imagenet: bool = False
     layout: str
     classes: int
     image_size: int
-    test_image_size: int | None
+    test_image_size: int | None = None
     crop: float
-    test_crop: float | None
+    test_crop: float | None = None
     resize_mode: str
-    resize_size: int | None
+    resize_size: int | None = None
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -108,28 +104,8 @@ class Checkpoint:
 
     @property
     def commercial_use(self) -> bool:
-        """Whether the licence allows commercial use.
-
-        Returns:
-            False for cc-by-nc-4.0, fair-noncommercial-research-license and "research-only" (weights trained
-            on photographs that are for research and education). True otherwise, which for
-            dinov3-license still means its own conditions.
-
-        Example:
-            find_checkpoint("convnextv2_tiny.fcmae_ft_in1k").commercial_use  # False
-        """
+        """Whether the licence allows commercial use; True for dinov3-license means its own conditions."""
         return self.licence not in NON_COMMERCIAL_LICENCES
-
-    @property
-    def address(self) -> dict[str, Any]:
-        """Where the file is: the arguments that `locate.find_file` and `locate.find_local` share."""
-        return {
-            "tag": self.tag,
-            "hub_id": self.hub_id,
-            "hub_filename": self.hub_filename,
-            "url": self.url,
-            "packaged": self.packaged,
-        }
 
     @property
     def is_projection(self) -> bool:
@@ -138,15 +114,7 @@ class Checkpoint:
 
     @property
     def downloadable(self) -> bool:
-        """Whether the catalog knows a place to get the file from.
-
-        Returns:
-            True when `hub_id` or `url` is set, or the file ships with the package. A `gated` file needs an
-            account there.
-
-        Example:
-            find_checkpoint("convnextv2_small.untrained").downloadable  # False
-        """
+        """Whether there is a place to get the file from; a `gated` one needs an account there."""
         return any(place is not None for place in (self.hub_id, self.url, self.packaged))
 
 

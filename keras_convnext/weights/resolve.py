@@ -8,7 +8,7 @@ import pathlib
 
 import keras
 
-from keras_convnext.weights import catalog, keras_files, layouts, locate, torch_files
+from keras_convnext.weights import catalog, download, keras_files, layouts, locate, torch_files
 from keras_convnext.weights.assign import PYRAMID_NORMS, state_dict
 from keras_convnext.weights.published import WEIGHT_SUFFIXES
 
@@ -71,12 +71,7 @@ def find_file(published):
         _logger.warning(
             "The weights %s are licensed %s: not for commercial use.", published.tag, published.licence
         )
-    return locate.find_file(
-        **published.address,
-        sha256=published.sha256,
-        sha256_prefix=published.sha256_prefix,
-        gated=published.gated,
-    )
+    return download.fetch(published)
 
 
 def starts_new_head(published, weights, include_top, classes, new_head):
@@ -182,7 +177,7 @@ def _read(state, shapes, path, may_lack, may_hold):
 
 
 def _is_here(tag):
-    return locate.find_local(**catalog.CHECKPOINTS[tag].address) is not None
+    return locate.find_local(catalog.CHECKPOINTS[tag]) is not None
 
 
 def _wrong_classes(weights, available, classes):

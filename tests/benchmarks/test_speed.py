@@ -21,6 +21,7 @@ from benchmarks.speed import (
     full_run,
     implementations,
     machine_rates,
+    output,
     report,
     worker,
 )
@@ -352,9 +353,9 @@ def test_the_summary_says_met_missed_and_not_measured():
     assert found[f"{other}ours, each backend, x timm"] == (">= 1", "-", "not measured")
     assert found[f"{other}best of ours, x timm-compile"] == (">= 1", "-", "not measured")
     assert found[f"{title}ours, JAX, x keras.applications"] == (">= 4.5", "4.00", "MISSED")
-    cost = "convnextv2_tiny in times of convnext_tiny, inference, batch 8: ours, JAX"
+    cost = "time of convnextv2_tiny relative to convnext_tiny, inference, batch 8: ours, JAX"
     assert found[cost] == ("<= 1.15", "1.20", "MISSED")
-    claim = "start to first image, everything installed, in times of timm's: ours, PyTorch"
+    claim = "start to first image, everything installed, relative to timm's: ours, PyTorch"
     assert found[claim] == ("<= 1", "1.10", "MISSED")
 
 
@@ -425,8 +426,8 @@ def test_peers_of_a_run():
 @pytest.mark.once
 def test_a_busy_machine_is_said():
     facts = {"load": "1.2", "cores": "2"}
-    assert _environment.busy_warning(facts).startswith("the machine is busy: load 1.2 on 2 cores")
-    assert _environment.busy_warning(facts | {"load": "1.0"}) == ""
+    assert output.busy_warning(facts).startswith("the machine is busy: load 1.2 on 2 cores")
+    assert output.busy_warning(facts | {"load": "1.0"}) == ""
 
 
 @pytest.mark.once

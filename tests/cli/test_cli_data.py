@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 
+from keras_convnext.cli import evaluate as evaluate_module
 from keras_convnext.cli import main, shared
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.sources import open_source
@@ -132,9 +133,9 @@ def test_the_summary_is_for_a_person(run, leaves, weights_folder):
 @pytest.mark.once
 def test_the_published_score_is_named_where_it_is_comparable():
     row = {"model": "convnext_tiny.fb_in1k", "data_sha256": IMAGENET_VALIDATION, "image_size": "224"}
-    assert shared._published_text(row) == ", published 82.066 %"
+    assert evaluate_module._published_text(row) == ", published 82.066 %"
     for change in ({"image_size": "288"}, {"data_sha256": "0" * 64}, {"model": "my.keras"}):
-        assert shared._published_text(row | change) == ""
+        assert evaluate_module._published_text(row | change) == ""
 
 
 @pytest.mark.once

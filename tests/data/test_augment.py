@@ -1,7 +1,6 @@
 """Augmentation: pixels equal to Pillow's, draws distributed as timm's and torchvision's."""
 
 import dataclasses
-import re
 from pathlib import Path
 from unittest import mock
 
@@ -19,13 +18,11 @@ from torchvision.transforms import AutoAugment, TrivialAugmentWide
 from torchvision.transforms import autoaugment as tv_augment
 
 from keras_convnext.data.augment import erase_and_mix, policies
-from keras_convnext.data.augment.pixels import hue
 
 pytestmark = pytest.mark.once
 
 FILL = (124, 116, 104)
 FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
@@ -145,14 +142,6 @@ def test_geometric_operations_follow_their_argument_closely(name):
         ours = getattr(policies, name)(tf.constant(pixels), tf.constant(near), "bilinear", FILL).numpy()
         differing += np.sum(ours != pillow_geometric(name, pixels, argument, "bilinear", FILL))
     assert differing > 0
-
-
-def test_hue_equals_torchvision_for_a_grid_of_all_colours():
-    levels = np.array([*range(0, 256, 5), 1, 127, 128, 254], np.uint8)
-    pixels = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(len(levels), -1, 3)
-    for factor in (-0.5, -0.1, 0.0, 0.0999, 0.5):
-        ours = hue(tf.constant(pixels), int(factor * 255)).numpy()
-        np.testing.assert_array_equal(ours, tv_functional.adjust_hue(Image.fromarray(pixels), factor))
 
 
 def test_operations_take_images_whose_size_is_not_known_while_tracing():
@@ -348,16 +337,17 @@ def test_trivial_augment_equals_torchvision():
         magnitudes, signed = space[theirs]
         magnitude = magnitudes[number].item() if magnitudes.ndim else 0.0
         magnitude *= -1 if signed and negative else 1
-        mode = tv_functional.InterpolationMode.NEAREST
+        mode = tv_functional.InterpolationMode.BILINEAR  # as in torchvision's own recipe
         expected = tv_augment._apply_op(Image.fromarray(pixels), theirs, magnitude, mode, None)
-        ours = apply_row(pixels, plan, row, "nearest", (0, 0, 0))
+        ours = apply_row(pixels, plan, row, "bilinear", (0, 0, 0))
         np.testing.assert_array_equal(ours, expected, f"{name} {number} {negative}")
         seen.add(name)
     assert len(seen) == len(space)
 
 
 def test_imagenet_policy_equals_torchvision(monkeypatch):
-    theirs, ours = AutoAugment(), policies.parse_policy("imagenet")
+    bilinear = tv_functional.InterpolationMode.BILINEAR
+    theirs, ours = AutoAugment(interpolation=bilinear), policies.parse_policy("imagenet")
     pixels = IMAGES["noise"]
     for number in range(len(theirs.policies)):
         for probability in (0.01, 0.5, 0.9):
@@ -367,7 +357,7 @@ def test_imagenet_policy_equals_torchvision(monkeypatch):
                 row = [[(number + 0.5) / 25, probability, 0, 0.2 + 0.5 * (sign == 0)] for sign in signs]
                 plan = plan_of(ours, [np.ravel(row)], pixels.shape[:2])
                 expected = theirs(Image.fromarray(pixels))
-                np.testing.assert_array_equal(apply_row(pixels, plan, 0, "nearest", (0, 0, 0)), expected)
+                np.testing.assert_array_equal(apply_row(pixels, plan, 0, "bilinear", (0, 0, 0)), expected)
 
 
 def test_trivial_augment_draws_evenly():
@@ -406,7 +396,7 @@ def test_a_row_of_a_plan_depends_on_its_uniforms_alone():
 def test_parse_policy_names_what_is_near():
     assert policies.parse_policy("none") is None
     with pytest.raises(
-        ValueError, match=r"Unknown augmentation 'orignal'. Did you mean 'original'\? Known: rand, "
+        ValueError, match=r"Unknown augmentation 'orignal'. Did you mean 'original'.*\? Known: rand, "
     ):
         policies.parse_policy("orignal")
     with pytest.raises(
@@ -419,30 +409,25 @@ def test_parse_policy_names_what_is_near():
         ValueError, match=r"Unknown setting 'm9' of augmentation 'ta_wide-m9'. It takes none."
     ):
         policies.parse_policy("ta_wide-m9")
-    plan = {"operation": tf.constant([0]), "argument": tf.constant([0.0], tf.float64)}
-    with pytest.raises(
-        ValueError, match=r"Unknown interpolation 'cubic'. Known: nearest, bilinear, bicubic."
-    ):
-        policies.apply_augment(tf.constant(IMAGES["noise"]), plan, "cubic")
 
 
 # Colour jitter
 
 
 def test_jitter_equals_torchvision():
-    strengths, pixels = (0.4, 0.3, 0.5, 0.1), IMAGES["wide"]
+    strength, pixels = 0.4, IMAGES["wide"]
     uniforms = np.random.default_rng(4).random((24, policies.NUM_JITTER_UNIFORMS))
-    plan = {name: value.numpy() for name, value in policies.plan_jitter(uniforms, strengths).items()}
+    plan = {name: value.numpy() for name, value in policies.plan_jitter(uniforms, strength).items()}
     functions = [
         tv_functional.adjust_brightness,
         tv_functional.adjust_contrast,
         tv_functional.adjust_saturation,
-        tv_functional.adjust_hue,
+        lambda image, factor: image,  # the place of the hue
     ]
     for row, values in enumerate(uniforms):
         expected = Image.fromarray(pixels)
         for number in np.argsort(values[:4]):
-            factor = (number < 3) + strengths[number] * (2 * values[4 + number] - 1)
+            factor = 1 + strength * (2 * values[4 + number] - 1)
             expected = functions[number](expected, factor)
         ours = policies.apply_jitter(tf.constant(pixels), {name: value[row] for name, value in plan.items()})
         np.testing.assert_array_equal(ours, expected)
@@ -459,12 +444,6 @@ def test_jitter_of_one_strength_is_timms_and_leaves_the_hue():
         assert stats.kstest(factors, stats.uniform(0.6, 0.8).cdf).pvalue > 0.01
     places = (operation == 0).sum(0)
     assert places.sum() == 10_000 and stats.chisquare(places).pvalue > 0.01
-
-
-@pytest.mark.parametrize("strength", [-0.1, (0.4, 0.4), (0.4, 0.4, 0.4, 0.6)])
-def test_jitter_refuses_other_strengths(strength):
-    with pytest.raises(ValueError, match=f"received {re.escape(repr(strength))}"):
-        policies.plan_jitter(tf.zeros([1, 8]), strength)
 
 
 # Random erasing
@@ -524,25 +503,19 @@ def test_boxes_that_do_not_fit_are_tried_again():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-@pytest.mark.parametrize("mode", erase_and_mix.ERASE_MODES)
-def test_erase_paints_the_box_alone(mode, dtype):
+def test_erase_paints_the_box_alone(dtype):
     pixels = IMAGES["square"].astype(dtype)
     top, left, height, width = box = (20, 31, 150, 170)
 
     def erase(image, seed, box=box):
-        return erase_and_mix.apply_erase(image, tf.constant(box), seed, MEAN, STD, mode)
+        return erase_and_mix.apply_erase(image, tf.constant(box), seed, MEAN, STD)
 
     erased = erase(tf.constant(pixels), (7, tf.constant(11, tf.int64))).numpy()
     inside = np.zeros(pixels.shape[:2], bool)
     inside[top : top + height, left : left + width] = True
     np.testing.assert_array_equal(erased[~inside], pixels[~inside])
     patch = erased[inside]
-    if mode == "const":
-        expected = np.rint(255 * np.array(MEAN)) if dtype == np.uint8 else 255 * np.array(MEAN, np.float32)
-        np.testing.assert_allclose(patch, np.broadcast_to(expected, patch.shape), rtol=1e-6)
-    elif mode == "rand":
-        assert (patch == patch[0]).all() and not np.allclose(patch[0], 255 * np.array(MEAN), atol=0.6)
-    elif dtype == np.float32:
+    if dtype == np.float32:
         noise = (patch / 255 - MEAN) / STD
         assert stats.kstest(noise.ravel(), "norm").pvalue > 0.01
         assert abs(np.corrcoef(noise.T)[np.triu_indices(3, 1)]).max() < 0.03
@@ -552,13 +525,7 @@ def test_erase_paints_the_box_alone(mode, dtype):
     traced = tf.function(erase)
     np.testing.assert_array_equal(traced(pixels, tf.constant([7, 11])), erased)
     np.testing.assert_array_equal(erase(tf.constant(pixels), (7, 11), (0, 0, 0, 0)), pixels)
-    if mode != "const":
-        assert (traced(pixels, tf.constant([7, 12])).numpy()[inside] != patch).any()
-
-
-def test_erase_names_its_modes():
-    with pytest.raises(ValueError, match=r"Unknown mode 'noise' of erasing. Known: pixel, rand, const."):
-        erase_and_mix.apply_erase(tf.zeros([4, 4, 3]), tf.zeros([4], tf.int32), (0, 0), MEAN, STD, "noise")
+    assert (traced(pixels, tf.constant([7, 12])).numpy()[inside] != patch).any()
 
 
 # Mixup and CutMix
@@ -704,9 +671,3 @@ def test_mix_plans_depend_on_their_seed_alone():
     first, again, other = (our_mix_draws(50, 0.8, 1.0, seed=seed) for seed in ((1, 2), (1, 2), (1, 3)))
     np.testing.assert_array_equal(first, again)
     assert (first[:, 0] != other[:, 0]).all()
-
-
-@pytest.mark.parametrize(("mixup_alpha", "cutmix_alpha"), [(0.0, 0.0), (-0.1, 1.0)])
-def test_mixing_needs_a_positive_alpha(mixup_alpha, cutmix_alpha):
-    with pytest.raises(ValueError, match=f"received {mixup_alpha} and {cutmix_alpha}"):
-        erase_and_mix.plan_mix((0, 0), 1, SIZE, mixup_alpha, cutmix_alpha)

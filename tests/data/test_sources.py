@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from keras_convnext.data import index as index_module
 from keras_convnext.data import sources
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.imagenet import _scan_train_tar, imagenet_class_numbers, read_real_labels
-from keras_convnext.data.index import IndexBuilder, Progress, SourceError
+from keras_convnext.data.index import IndexBuilder, SourceError
 from keras_convnext.data.sources import hold_out, list_splits, open_source, take
 from keras_convnext.data.tfrecords import RecordError
 
@@ -316,7 +317,7 @@ def test_tar_of_a_split_that_is_not_there_is_named(tmp_path):
 def test_missing_tensorflow_datasets_is_named_with_the_command(tmp_path, monkeypatch):
     write_validation_tar(tmp_path, [1])
     monkeypatch.setattr(imagenet_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SourceError, match=r"Run pip install 'keras-convnext\[data\]', or pass labels"):
+    with pytest.raises(SourceError, match=r"Run pip install tensorflow-datasets .*, or pass labels"):
         open_source(tmp_path)
 
 
@@ -925,7 +926,7 @@ def test_numbers_for_names_count_in_the_given_classes(tmp_path):
 
 def test_class_outside_the_given_ones_is_named(tmp_path):
     class_folders(tmp_path, ["cat", "dgo"])
-    with pytest.raises(SourceError, match=r"1 are not: dgo\. Near 'dgo' is 'dog'"):
+    with pytest.raises(SourceError, match=r"1 are not: dgo\. Did you mean 'dog'\?"):
         open_source(tmp_path, classes=["cat", "dog"])
 
 
@@ -979,21 +980,6 @@ def test_taken_examples_keep_their_bytes_names_and_labels(tmp_path, layout):
     assert len(take(source, [])) == 0
 
 
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ([0, 4], r"from 0 to 3, the places of the 4 examples, received 4\."),
-        ([-1], r"from 0 to 3, the places of the 4 examples, received -1\."),
-        ([True, False, True, True], r"integer dtype, received \(4,\) and bool\. .* np\.flatnonzero"),
-        ([0.0], r"received \(1,\) and float64"),
-        ([[0, 1]], r"received \(1, 2\) and int64"),
-    ],
-)
-def test_numbers_that_are_no_places_are_refused(numbers, message):
-    with pytest.raises(ValueError, match=message):
-        take(numbered_source([2, 2]), numbers)
-
-
 def test_hold_out_takes_the_share_of_every_class():
     source = numbered_source([100, 30, 5, 3, 2, 1])
     train, held_out = hold_out(source, 0.1, seed=0)
@@ -1044,12 +1030,6 @@ def test_a_larger_share_holds_out_the_same_images_and_more():
 def test_share_outside_0_and_1_is_refused(fraction):
     with pytest.raises(ValueError, match=rf"between 0 and 1, both excluded, received {fraction!r}\."):
         hold_out(numbered_source([4]), fraction, seed=0)
-
-
-@pytest.mark.parametrize("seed", [None, 0.5, True, "0"])
-def test_seed_that_is_no_whole_number_is_refused(seed):
-    with pytest.raises(ValueError, match=rf"seed to be a whole number, received {seed!r}\."):
-        hold_out(numbered_source([4]), 0.5, seed)
 
 
 def test_data_without_two_images_of_a_class_cannot_be_divided():
@@ -1122,19 +1102,15 @@ def test_index_that_cannot_be_kept_is_not_needed(tmp_path, index_cache, count_sc
 # Progress and imports
 
 
-def test_progress_is_shown_to_a_terminal_only(monkeypatch, capsys):
+def test_progress_is_shown_to_a_terminal_only(tmp_path, monkeypatch, capsys):
+    write_train_tar(tmp_path)
     monkeypatch.delenv("KERAS_CONVNEXT_QUIET", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
     for is_watched in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: is_watched)  # noqa: B023
-        progress = Progress("Indexing x", 200_000_000)
-        progress.shown = progress.begin = progress.begin - 1
-        progress.show(100_000_000, 500)
-        progress.close()
-        text = capsys.readouterr().err
-        if is_watched:
-            assert "Indexing x:  50%, 500 images" in text and text.endswith("\n")
-        else:
-            assert text == ""
+        open_source(tmp_path)
+        shown = re.search(r"Indexing \S+, 1 images, 0/\S+ MB", capsys.readouterr().err)
+        assert (shown is not None) == is_watched
 
 
 def test_module_needs_numpy_and_the_standard_library_only():

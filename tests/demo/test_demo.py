@@ -274,6 +274,7 @@ def test_a_demo_without_litert_ends_with_1_a_line_and_a_page_of_the_rest(run_dem
     assert "cat.jpg: not right" in out and "coffee.jpg: right" in out
     assert "10 photos of 5 kinds to learn, 5 held out; 2 epochs" in out
     assert {path.name for path in page_file.parent.iterdir()} == {
+        demo.MARKER,
         "findings.json",
         "model.keras",
         "model.labels.txt",
@@ -362,6 +363,7 @@ def test_a_file_that_differs_too_much_is_a_problem_of_one_line_and_the_other_is_
     monkeypatch.setattr(demo, "export", refuse)
     stale = pathlib.Path("out/model_int8.tflite")
     stale.parent.mkdir()
+    (stale.parent / demo.MARKER).touch()
     stale.write_bytes(b"of an earlier model")
     code, _, err = run_demo(*small)
     assert code == 1 and err == "Left out, LiteRT int8: The litert file differs from the model by 0.5\n"
@@ -381,6 +383,18 @@ def test_unknown_weights_a_whole_model_and_wrong_numbers_are_refused(refused, ca
         demo.main(["--epochs", "0"])
     assert ended.value.code == 2
     assert "expected a whole number from 1 up, received '0'" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_a_folder_that_no_demo_wrote_is_left_alone(refused):
+    pathlib.Path("out").mkdir()
+    pathlib.Path("out/report.html").write_text("mine")
+    error = refused("--output", "out")
+    assert (
+        "Expected an empty folder, or one that an earlier demo wrote, received 'out' with report.html"
+        in error
+    )
+    assert os.listdir("out") == ["report.html"] and pathlib.Path("out/report.html").read_text() == "mine"
 
 
 def test_a_backend_that_cannot_train_is_refused(refused, monkeypatch):

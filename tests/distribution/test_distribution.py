@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 
+from benchmarks import collectives
 from keras_convnext.cli import main
-from keras_convnext.distribution import choose, collectives
+from keras_convnext.distribution import choose
 from keras_convnext.training.recipe import ENGINES
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.weights.torch_files import read_state_dict
@@ -54,16 +55,16 @@ def train(folder, **changes):
     from keras_convnext.training import trainer
 
     noted = {"losses": [], "counts": [], "layouts": {}}
-    end_batch, finish, validate = trainer._Run.end_batch, trainer._Run.finish, forward.validate
+    end_batch, finish, validate = trainer.Run.end_batch, trainer.Run.finish, forward.validate
 
     def noting_end_batch(run, in_fit, means):
         noted["losses"].append(means["loss"])
         end_batch(run, in_fit, means)
-        if run.done == STOP:
+        if run.counts.done == STOP:
             run.save()
 
     def noting_finish(run):
-        variables = [*run.model.variables, *run.model.optimizer.variables]
+        variables = [*run.built.model.variables, *run.built.model.optimizer.variables]
         if BACKEND == "jax":
             specs = {v.path: getattr(v.value.sharding, "spec", ()) for v in variables}
             noted["layouts"] = {path: [str(axis) for axis in spec] for path, spec in specs.items()}
@@ -74,13 +75,13 @@ def train(folder, **changes):
         noted["counts"].append(scores["n"])
         return scores
 
-    trainer._Run.end_batch, trainer._Run.finish = noting_end_batch, noting_finish
+    trainer.Run.end_batch, trainer.Run.finish = noting_end_batch, noting_finish
     forward.validate = noting_validate
     try:
         changes = {key.replace("__", "."): value for key, value in changes.items()}
         trainer.train(load_recipe("smoke").replaced(CHANGES | changes), folder, progress=False)
     finally:
-        trainer._Run.end_batch, trainer._Run.finish = end_batch, finish
+        trainer.Run.end_batch, trainer.Run.finish = end_batch, finish
         forward.validate = validate
     (pathlib.Path(folder).parent / f"{pathlib.Path(folder).name}.json").write_text(json.dumps(noted))
 

@@ -292,7 +292,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(one, which
     assert re.search(message, texts[1 - which]) and "Traceback" not in texts[1 - which]
     assert not (folder / "result.json").exists()
     texts = end_all(begin_all(commands, 2), [0, 0])
-    assert "goes on after step" in texts[0]
+    assert "resumes after step" in texts[0]
     assert difference(folder, one / "one") < 1e-5
 
 

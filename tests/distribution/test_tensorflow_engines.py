@@ -73,14 +73,14 @@ def in_a_process(folder):
 
 def in_a_process_that_dies(folder):
     """Process 1 is killed behind the checkpoint of `train`."""
-    end_batch = trainer._Run.end_batch
+    end_batch = trainer.Run.end_batch
 
     def end(run, in_fit, means):
         end_batch(run, in_fit, means)
-        if run.done == STOP + 6 and run.engine.group.rank == 1:
+        if run.counts.done == STOP + 6 and run.engine.group.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer._Run.end_batch = end
+    trainer.Run.end_batch = end
     train(pathlib.Path(folder) / "killed")
 
 
@@ -336,6 +336,13 @@ class Cores:
     num_replicas_in_sync = 8
 
 
+def find_tpu(monkeypatch, make_resolver, make_strategy=None):
+    """Puts something else in the place of TensorFlow's resolver and of the strategy."""
+    monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", make_resolver)
+    if make_strategy is not None:
+        monkeypatch.setattr(tensorflow_engine, "_tpu_strategy", make_strategy)
+
+
 def test_a_tpu_is_found_initialised_and_made_a_strategy(monkeypatch):
     called = []
     monkeypatch.setattr(tensorflow_engine, "_strategies", {})
@@ -343,17 +350,17 @@ def test_a_tpu_is_found_initialised_and_made_a_strategy(monkeypatch):
     monkeypatch.setattr(tf.config, "experimental_connect_to_cluster", lambda r: called.append(("connect", r)))
     monkeypatch.setattr(tf.tpu.experimental, "initialize_tpu_system", lambda r: called.append(("start", r)))
     monkeypatch.setattr(tf.distribute, "TPUStrategy", lambda r: called.append(("strategy", r)) or Cores())
-    engine = tensorflow_engine.tpu(watchdog.alone(), make_resolver=lambda name: f"resolver of {name}")
+    find_tpu(monkeypatch, lambda name: f"resolver of {name}")
+    engine = tensorflow_engine.tpu(watchdog.alone())
     assert called == [(word, "resolver of node-1") for word in ("connect", "start", "strategy")]
     assert (engine.name, engine.num_parts, engine.devices[7]) == ("tpu", 8, "tpu:7")
     assert engine.describe(64) == "8 devices (tpu): engine tpu, 8 of 64 images to each device"
     assert tensorflow_engine.automatic() == "tpu"
 
 
-def test_the_engine_of_a_tpu_trains_with_whatever_strategy_it_has():
-    engine = tensorflow_engine.tpu(
-        watchdog.alone(), lambda name: name, lambda resolver: tf.distribute.MirroredStrategy(["CPU:0"])
-    )
+def test_the_engine_of_a_tpu_trains_with_whatever_strategy_it_has(monkeypatch):
+    find_tpu(monkeypatch, lambda name: name, lambda resolver: tf.distribute.MirroredStrategy(["CPU:0"]))
+    engine = tensorflow_engine.tpu(watchdog.alone())
     images = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).astype("float32")
     with engine.scope():
         model = small_model()
@@ -367,11 +374,12 @@ def test_the_engine_of_a_tpu_trains_with_whatever_strategy_it_has():
 
 def test_a_tpu_of_several_hosts_is_refused(monkeypatch):
     monkeypatch.setattr(Extended, "num_hosts", 4)
+    find_tpu(monkeypatch, lambda name: name, lambda resolver: Cores())
     with pytest.raises(ValueError, match=r"Expected a TPU of one host, received 'local' with 4\. .*=jax"):
-        tensorflow_engine.tpu(watchdog.alone(), lambda name: name, lambda resolver: Cores())
+        tensorflow_engine.tpu(watchdog.alone())
 
 
-def test_no_tpu_is_told():
+def test_no_tpu_is_told(monkeypatch):
     def none(name):
         raise tf.errors.NotFoundError(None, None, "TPUs not found in the cluster. Failed in initialization")
 
@@ -379,8 +387,9 @@ def test_no_tpu_is_told():
         r"Expected a TPU named 'local', as engine 'tpu' needs, but TPUs not found in the cluster\. Run on a "
         "Cloud TPU machine, or set TPU_NAME"
     )
+    find_tpu(monkeypatch, none)
     with pytest.raises(ValueError, match=message):
-        tensorflow_engine.tpu(watchdog.alone(), none)
+        tensorflow_engine.tpu(watchdog.alone())
 
 
 @pytest.fixture(scope="module")

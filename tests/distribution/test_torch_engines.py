@@ -112,14 +112,14 @@ def command_with_signal(folder, at, name):
     """The command, of which process 1 gets a signal after so many micro-batches."""
     from keras_convnext.training import trainer
 
-    end_batch = trainer._Run.end_batch
+    end_batch = trainer.Run.end_batch
 
     def ending_batch(run, *arguments):
-        if run.done == at and os.environ["RANK"] == "1":
+        if run.counts.done == at and os.environ["RANK"] == "1":
             os.kill(os.getpid(), getattr(signal, name))
         end_batch(run, *arguments)
 
-    trainer._Run.end_batch = ending_batch
+    trainer.Run.end_batch = ending_batch
     sys.exit(main.main(words(folder)))
 
 
@@ -318,7 +318,7 @@ def test_a_run_survives_a_signal_and_a_loss_and_ends_as_one_without(runs):
     assert codes == [75, -signal.SIGKILL], texts
     assert seconds < 60
     assert re.search(
-        r"process 1 \(.*\) of 2 has ended\. This process ends too\. The same command on all machines goes on "
+        r"process 1 \(.*\) of 2 has ended\. This process ends too\. The same command on all machines resumes "
         rf"from the checkpoint of step {step} in ",
         texts[0],
     )
@@ -334,7 +334,7 @@ def test_a_run_survives_a_signal_and_a_loss_and_ends_as_one_without(runs):
     child = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
     assert child.returncode == 0, child.stderr[-3000:]
     assert "2 devices (cpu) of 2 processes: engine ddp, 16 of 32 images to each device" in child.stderr
-    assert f"goes on after step {step} of 21" in child.stderr
+    assert f"resumes after step {step} of 21" in child.stderr
     assert difference(folder, runs / "two") < 1e-6
 
 

@@ -23,7 +23,7 @@ from keras_convnext.data import imagenet, sources
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.preprocess import preprocess_image, read_image
 from keras_convnext.data.sources import open_source
-from keras_convnext.evaluation import classification, forward, report, result_columns, results
+from keras_convnext.evaluation import classification, report, result_columns, results
 from keras_convnext.evaluation.classification import evaluate, match_classes
 from keras_convnext.evaluation.forward import best_classes, label_ranks
 from keras_convnext.evaluation.results import COLUMNS, append_result, combine, read_results
@@ -510,11 +510,15 @@ def test_a_report_that_fails_leaves_the_old_one(result, monkeypatch, tmp_path):
 
 @pytest.mark.once
 def test_missing_packages_are_named_before_the_work_begins(model, tree, monkeypatch, tmp_path):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"matplotlib.*pip install 'keras-convnext\[data\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"needs matplotlib, which is not installed. Run pip install matplotlib"
+    ):
         evaluate(model, tree, output=tmp_path)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(ImportError, match=r"with TensorFlow, .*pip install tensorflow-cpu"):
+    with pytest.raises(
+        ImportError, match=r"needs tensorflow, which is not installed. Run pip install tensorf"
+    ):
         evaluate(model, tree)
 
 
@@ -653,7 +657,6 @@ def test_a_model_of_one_channel_sees_gray():
 
 @pytest.mark.once
 def test_progress_is_shown_to_a_terminal_only(model, source, monkeypatch, capsys):
-    monkeypatch.setattr(forward.time, "monotonic", iter(range(1000)).__next__)
     evaluate(model, source, batch_size=4)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -663,6 +666,4 @@ def test_progress_is_shown_to_a_terminal_only(model, source, monkeypatch, capsys
     evaluate(model, source, batch_size=4, progress=False)
     assert capsys.readouterr().err == ""
     evaluate(model, source, batch_size=4)
-    lines = capsys.readouterr().err.split("\r")[1:]
-    assert [line.split(",")[0] for line in lines] == [f"{count} of 9 images" for count in (4, 8, 9)]
-    assert re.search(r"4 images/s, 0:00:01 left", lines[0])
+    assert "evaluation, 4/9 images" in capsys.readouterr().err

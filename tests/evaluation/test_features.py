@@ -31,7 +31,6 @@ from keras_convnext.evaluation.features import (
 )
 from keras_convnext.evaluation.linear_probe import (
     LinearProbe,
-    draw_rates,
     fit_linear,
     linear_probe,
     linear_ranks,
@@ -452,18 +451,6 @@ def test_sources_of_different_classes_are_refused(given):
     data = (given[0][0], source_of([5] * 5))
     with pytest.raises(ValueError, match="same classes in both sources, received 6 and 5"):
         nearest_neighbours(NearestNeighbours(), model=Given(), data=data)
-
-
-@pytest.mark.once
-def test_the_picture_of_a_probe_is_drawn(given, tmp_path):
-    result = linear_probe(PROBE, model=Given(), data=given[0])
-    draw_rates(result, tmp_path / "rates.png")
-    pixels = np.asarray(Image.open(tmp_path / "rates.png").convert("RGB"))
-    assert pixels.shape[:2] == (480, 768) and pixels.std() > 5
-    assert os.listdir(tmp_path) == ["rates.png"]
-    result = nearest_neighbours(NearestNeighbours(neighbours=(3,)), model=Given(), data=given[0])
-    with pytest.raises(ValueError, match="has no rates"):
-        draw_rates(result, tmp_path / "rates.png")
 
 
 # From images

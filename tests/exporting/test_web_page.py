@@ -19,7 +19,7 @@ import keras_convnext
 from keras_convnext import export, load
 from keras_convnext.data import preprocess
 from keras_convnext.exporting import runtimes, web_page
-from keras_convnext.weights import download
+from keras_convnext.weights import locate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # As root it has no sandbox, and without a graphics card WebGL is computed.
@@ -59,7 +59,7 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runtime():
     """The folder of ONNX Runtime Web, fetched by npm when it is not in the cache."""
-    folder = download.cache_folder() / f"onnxruntime-web-{web_page.RUNTIME_VERSION}"
+    folder = locate.cache_folder() / f"onnxruntime-web-{web_page.RUNTIME_VERSION}"
     if web_page._wrong_file(web_page._read_folder(folder)) is not None:
         if shutil.which("npm") is None:
             pytest.skip("no npm, and no ONNX Runtime Web in the cache")

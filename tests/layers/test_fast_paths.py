@@ -493,6 +493,17 @@ def test_patches_are_multiplied_in_float32_without_bfloat16_arithmetic(no_bfloat
     assert set(seen) == {"float32"}
 
 
+@not_on_jax
+@pytest.mark.parametrize("shape", [(1, 8, 12, 6), (3, 14, 16, 3)])
+def test_patches_and_their_bias_are_rounded_once_without_bfloat16_arithmetic(no_bfloat16, shape):
+    layer = with_random_weights(PatchConv2D(7, 2, 2, **LAYOUT, dtype="mixed_bfloat16"), shape)
+    plain = keras.layers.Conv2D(7, 2, 2, **LAYOUT, dtype="float32")
+    plain.build(shape)
+    plain.set_weights(layer.get_weights())
+    x = sample(shape, "bfloat16")
+    assert_rounded_once([forward(layer, x)], [forward(plain, keras.ops.cast(x, "float32"))])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_only_bfloat16_without_arithmetic_is_computed_in_float32(monkeypatch, has_bfloat16, dtype):

@@ -1,6 +1,7 @@
 """The layers, one by one: the contract, then their arithmetic against NumPy in float64."""
 
 import functools
+import inspect
 import math
 
 import keras
@@ -468,10 +469,37 @@ def test_block_with_one_detail_wrong_is_ten_tolerances_away(name):
 
 
 def test_unknown_norm_or_activation_is_refused():
-    with pytest.raises(ValueError, match=r"Unknown norm 'batch_norm'\. Known: layer_norm"):
+    with pytest.raises(
+        ValueError, match=r"Unknown norm 'batch_norm'\. Did you mean 'layer_norm'.*\? Known: "
+    ):
         ConvNeXtBlock(4, norm="batch_norm")
-    with pytest.raises(ValueError, match=r"Unknown activation 'relu'\. Known: gelu"):
+    with pytest.raises(ValueError, match=r"Unknown activation 'relu'\. Did you mean 'gelu'\? Known: "):
         ConvNeXtV2Block(4, activation="relu")
+
+
+ORDERS = {
+    ConvNeXtBlock: ["dwconv", "norm", "pwconv1", "pwconv2", "layer_scale", "drop_path"],
+    ConvNeXtV2Block: ["dwconv", "norm", "pwconv1", "grn", "pwconv2", "drop_path"],
+}
+
+
+@pytest.mark.parametrize("make", ORDERS)
+def test_weights_and_seeds_of_a_block_keep_their_order(make):
+    """Optimizers, runs in progress and `set_weights` go by it."""
+    block = make(4, drop_path_rate=0.1)
+    block.build((None, 5, 6, 4))
+    assert list(dict.fromkeys(weight.path.split("/")[-2] for weight in block.weights)) == ORDERS[make][:-1]
+    assert [layer.name for layer in block._layers] == ORDERS[make]
+    assert "seed_generator" in block.variables[-1].path
+
+
+def test_signatures_of_blocks_and_norms_name_their_arguments():
+    shared = ["dim", "kernel_size", "dilation_rate", "norm", "epsilon", "activation"]
+    others = ["drop_path_rate", "rematerialize", "seed", "pointwise_dtype", "kwargs"]
+    assert list(inspect.signature(ConvNeXtBlock).parameters) == [*shared, "layer_scale_init_value", *others]
+    assert list(inspect.signature(ConvNeXtV2Block).parameters) == [*shared, *others]
+    for norm in (LayerNormalization, RMSNormalization, SimpleNormalization):
+        assert list(inspect.signature(norm).parameters) == ["epsilon", "affine", "kwargs"]
 
 
 @pytest.mark.parametrize("make", [ConvNeXtBlock, ConvNeXtV2Block])

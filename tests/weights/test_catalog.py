@@ -1,6 +1,9 @@
 """The table of weight files, compared with timm, torchvision, Keras and the collected facts."""
 
 import collections
+import csv
+import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -11,7 +14,6 @@ import sys
 
 import pytest
 
-from keras_convnext.weights import catalog_rows
 from keras_convnext.weights.catalog import (
     ALIASES,
     CHECKPOINTS,
@@ -19,14 +21,20 @@ from keras_convnext.weights.catalog import (
     IMAGENET_NOTOP,
     find_checkpoint,
     list_weights,
+    read_rows,
 )
-from keras_convnext.weights.published import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
+from keras_convnext.weights.published import IMAGENET_MEAN, IMAGENET_STD, Checkpoint
 
 pytestmark = pytest.mark.once
 
 ROWS = [row for row in CHECKPOINTS.values() if not row.packaged]  # the others: test_packaged.py
 TIMM_TAGS = [row.tag for row in ROWS if row.layout == "timm"]
-FACTS = pathlib.Path(__file__).parents[3] / "shared" / "facts"
+ROOT = pathlib.Path(__file__).parents[2]
+TABLE = ROOT / "keras_convnext" / "weights" / "catalog.csv"
+FACTS = ROOT.parent / "shared" / "facts"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,111 @@ def facts(name):
     if not (FACTS / name).exists():
         pytest.skip(f"{name} is not next to the repository")
     return json.loads((FACTS / name).read_text(encoding="utf-8"))
+
+
+# The table against the literal rows that it was made of.
+
+
+def digest(values):
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_table_equals_the_rows_of_before_field_by_field():
+    """Made at d4d607b, of the literal rows in Python there, without this table and its reader:
+    digest([dataclasses.asdict(row) for row in catalog_rows.ROWS]) and digest([IMAGENET, IMAGENET_NOTOP]).
+
+    Whoever adds or corrects a row changes the digest and says in the commit what it was.
+    """
+    rows = [dataclasses.asdict(row) for row in CHECKPOINTS.values()]
+    assert len(rows) == 225
+    for row in rows:
+        del row["imagenet"]  # it was the two dicts
+    assert digest(rows) == "6e8db0a089383ef5eec06fca134cf5eb4095fc97247b4cf21565c5ecc7fb213c"
+    assert (
+        digest([IMAGENET, IMAGENET_NOTOP])
+        == "4c3762b9571312501d765ba67e2a1a25b1bcf9c65316bb778174a5f0c4853a26"
+    )
+
+
+def test_rows_are_read_with_their_types():
+    imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    timm = Checkpoint(
+        tag="convnext_base.fb_in1k",
+        architecture="convnext_base",
+        layout="timm",
+        classes=1000,
+        image_size=224,
+        test_image_size=288,
+        crop=0.875,
+        test_crop=1.0,
+        resize_mode="shorter_side",
+        interpolation="bicubic",
+        **imagenet,
+        licence="apache-2.0",
+        dataset="imagenet1k",
+        top1=83.838,
+        top5=96.746,
+        test_top1=84.466,
+        score_source="timm results-imagenet.csv, aa4b5850",
+        hub_id="timm/convnext_base.fb_in1k",
+        hub_filename="model.safetensors",
+        url="https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224_ema.pth",
+    )
+    torchvision = Checkpoint(
+        tag="convnext_tiny.torchvision_in1k",
+        architecture="convnext_tiny",
+        layout="torchvision",
+        classes=1000,
+        image_size=224,
+        crop=224 / 236,
+        resize_mode="shorter_side",
+        resize_size=236,
+        interpolation="bilinear",
+        **imagenet,
+        licence="bsd-3-clause",
+        dataset="imagenet1k",
+        top1=82.52,
+        top5=96.146,
+        score_source="torchvision/models/convnext.py",
+        url="https://download.pytorch.org/models/convnext_tiny-983f1562.pth",
+        sha256_prefix="983f1562",
+    )
+    gated = Checkpoint(
+        tag="convnext_tiny.dinov3_hf",
+        architecture="convnext_tiny",
+        layout="dinov3_hf",
+        classes=0,
+        image_size=224,
+        crop=1.0,
+        resize_mode="squash",
+        interpolation="bilinear",
+        **imagenet,
+        licence="dinov3-license",
+        dataset="lvd1689m",
+        hub_id="facebook/dinov3-convnext-tiny-pretrain-lvd1689m",
+        hub_filename="model.safetensors",
+        note="Accept the licence on the hub first; file name not verified.",
+        gated=True,
+    )
+    for row in (timm, torchvision, gated):
+        received = CHECKPOINTS[row.tag]
+        assert received == row
+        for field in dataclasses.fields(Checkpoint):
+            assert type(getattr(received, field.name)) is type(getattr(row, field.name)), field.name
+
+
+def test_table_opens_in_a_spreadsheet():
+    with open(TABLE, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == [field.name for field in dataclasses.fields(Checkpoint)]
+    assert {len(row) for row in rows} == {len(header)}
+    assert TABLE.read_bytes().isascii() and b"\r" not in TABLE.read_bytes()
+    texts = {"sha256", "sha256_prefix", "tag", "note"}
+    for row in rows:
+        for name, cell in zip(header, row, strict=True):
+            assert cell == cell.strip() and not cell.startswith(("=", "+", "-", "@"))  # a formula
+            assert name not in texts or not re.fullmatch(r"\d+(e\d+)?", cell)  # a number
 
 
 # The table against itself.
@@ -63,7 +176,7 @@ def test_each_source_has_its_number_of_rows():
 
 
 def test_no_two_rows_share_a_tag():
-    assert len(catalog_rows.ROWS) == len(CHECKPOINTS)
+    assert len(read_rows(TABLE.read_text(encoding="utf-8").splitlines())) == len(CHECKPOINTS)
     assert not set(ALIASES) & set(CHECKPOINTS)
     assert not set(IMAGENET) & set(CHECKPOINTS)
 
@@ -100,9 +213,6 @@ def test_rows_hold_only_known_values():
 
 def test_mean_and_std_are_the_published_constants():
     assert (IMAGENET_MEAN, IMAGENET_STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert CLIP_MEAN == (0.48145466, 0.4578275, 0.40821073)
-    assert CLIP_STD == (0.26862954, 0.26130258, 0.27577711)
-    assert HALF == (0.5, 0.5, 0.5)
     assert sum(row.mean == CLIP_MEAN for row in ROWS) == 14 + 10  # fine-tuned, towers
 
 

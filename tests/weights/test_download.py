@@ -18,9 +18,11 @@ import time
 import types
 import urllib.request
 
+import filelock
 import pytest
 
 from keras_convnext.weights import download, locate
+from keras_convnext.weights.catalog import CHECKPOINTS
 
 pytestmark = pytest.mark.once
 
@@ -30,19 +32,22 @@ OTHER_BODY = bytes(reversed(range(256))) * 1100
 BODY_SHA256 = hashlib.sha256(BODY).hexdigest()
 OTHER_SHA256 = hashlib.sha256(OTHER_BODY).hexdigest()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OTHER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
+ROW = dataclasses.replace(
+    CHECKPOINTS["convnext_tiny.torchvision_in1k"], tag="convnext_tiny", url=None, sha256_prefix=None
+)
 
 # With the entry module of the command: without it the package would load Keras in every child process.
 CHILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import keras_convnext_main
-from keras_convnext.weights import download, locate
+from keras_convnext.weights import download
+from keras_convnext.weights.published import Checkpoint
 download.RETRY_WAIT_SECONDS = 0.01
 if sys.argv[3] == "without_hub":
     sys.modules["huggingface_hub"] = None
 try:
-    path = locate.find_file(**json.loads(sys.argv[2]))
+    path = download.fetch(Checkpoint(**json.loads(sys.argv[2])))
     print(json.dumps({"path": str(path)}))
 except Exception as error:
     print(json.dumps({"error": type(error).__name__, "message": str(error)}))
@@ -57,6 +62,7 @@ class Behaviour:
     etag: str | None = '"first"'
     status: int = 200
     error_code: str | None = None
+    token: str | None = None
     commit: str = COMMIT
     cuts: list[int | None] = dataclasses.field(default_factory=list)
     always_cut: int | None = None
@@ -96,10 +102,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         behaviour.started.set()
         behaviour.gate.wait(10)
-        if behaviour.status != 200:
-            self.send_response(behaviour.status)
-            if behaviour.error_code:
-                self.send_header("X-Error-Code", behaviour.error_code)
+        status, error_code = behaviour.status, behaviour.error_code
+        if behaviour.token and self.headers["Authorization"] != f"Bearer {behaviour.token}":
+            status, error_code = 401, "GatedRepo"
+        if status != 200:
+            self.send_response(status)
+            if error_code:
+                self.send_header("X-Error-Code", error_code)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -161,25 +170,19 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "RETRY_WAIT_SECONDS", 0.001)
 
 
-def arguments(server=None, **changes):
-    values = {
-        "tag": "convnext_tiny",
-        "hub_id": None,
-        "hub_filename": None,
-        "url": None if server is None else server.url,
-        "sha256": None,
-        "sha256_prefix": None,
-    }
-    return values | changes
+def row(server=None, **changes):
+    """What the catalog says of a file at the server's address, or of one without an address."""
+    return dataclasses.replace(ROW, **{"url": None if server is None else server.url} | changes)
 
 
-def start_child(mode="with_hub", **find_arguments):
-    command = [sys.executable, "-c", CHILD, str(ROOT), json.dumps(find_arguments), mode]
+def start_child(published, mode="with_hub"):
+    words = [str(ROOT), json.dumps(dataclasses.asdict(published)), mode]
+    command = [sys.executable, "-c", CHILD, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run_child(mode="with_hub", **find_arguments):
-    output, errors = start_child(mode, **find_arguments).communicate(timeout=30)
+def run_child(published, mode="with_hub"):
+    output, errors = start_child(published, mode).communicate(timeout=30)
     return json.loads(output), errors
 
 
@@ -193,7 +196,7 @@ def names_in_cache(tmp_path):
 
 
 def test_download_places_file_and_record_and_leaves_no_part(server, tmp_path, capfd):
-    path = locate.find_file(**arguments(server))
+    path = download.fetch(row(server))
     assert path == cached_file(tmp_path)
     assert path.read_bytes() == BODY
     assert names_in_cache(tmp_path) == ["tiny_1k.pth", "tiny_1k.pth.lock", "tiny_1k.pth.sha256"]
@@ -205,22 +208,22 @@ def test_download_places_file_and_record_and_leaves_no_part(server, tmp_path, ca
 
 
 def test_second_call_uses_the_cache_without_a_request(server):
-    assert locate.find_file(**arguments(server)) == locate.find_file(**arguments(server))
+    assert download.fetch(row(server)) == download.fetch(row(server))
     assert len(server.behaviour.requests) == 1
 
 
-def test_download_of_an_existing_file_verifies_it_without_a_request(server, tmp_path):
-    destination = tmp_path / "there.pth"
-    destination.write_bytes(BODY)
-    assert download.download(server.url, destination, sha256=BODY_SHA256) == destination
+def test_file_in_the_cache_is_verified_without_a_request(server, tmp_path):
+    cached_file(tmp_path).parent.mkdir()
+    cached_file(tmp_path).write_bytes(BODY)
+    assert download.fetch(row(server, sha256=BODY_SHA256)) == cached_file(tmp_path)
     assert server.behaviour.requests == []
     with pytest.raises(download.ChecksumError, match=f"{OTHER_SHA256}, received {BODY_SHA256}"):
-        download.download(server.url, destination, sha256=OTHER_SHA256)
+        download.fetch(row(server, sha256=OTHER_SHA256))
 
 
 def test_quiet_prints_nothing(server, monkeypatch, capfd):
     monkeypatch.setenv("KERAS_CONVNEXT_QUIET", "1")
-    locate.find_file(**arguments(server))
+    download.fetch(row(server))
     assert capfd.readouterr() == ("", "")
 
 
@@ -241,7 +244,7 @@ def test_terminal_shows_the_keras_bar_unless_quiet(server, monkeypatch, quiet):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
-    locate.find_file(**arguments(server))
+    download.fetch(row(server))
     if quiet:
         assert updates == []
     else:
@@ -252,7 +255,7 @@ def test_terminal_shows_the_keras_bar_unless_quiet(server, monkeypatch, quiet):
 
 def test_cut_connection_is_resumed_with_a_range_request(server):
     server.behaviour.cuts = [100_000]
-    path = locate.find_file(**arguments(server, sha256=BODY_SHA256))
+    path = download.fetch(row(server, sha256=BODY_SHA256))
     assert path.read_bytes() == BODY
     first, second = server.behaviour.gets()
     assert first["range"] is None
@@ -263,7 +266,7 @@ def test_cut_connection_is_resumed_with_a_range_request(server):
 def test_connection_that_is_always_cut_gives_up_and_next_call_resumes(server, tmp_path):
     server.behaviour.always_cut = 1000
     with pytest.raises(download.WeightsNotFoundError) as failure:
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert str(failure.value) == (
         f"{server.url} ended early: expected 307200 bytes, received 6000. Gave up after 5 retries; "
         "6000 bytes are kept and the next call resumes there. A copy from elsewhere is used when "
@@ -272,21 +275,21 @@ def test_connection_that_is_always_cut_gives_up_and_next_call_resumes(server, tm
     assert len(server.behaviour.gets()) == download.RETRIES + 1
     assert not cached_file(tmp_path).exists()
     server.behaviour.always_cut = None
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
     assert server.behaviour.gets()[-1]["range"] == "bytes=6000-"
 
 
 def test_server_without_ranges_restarts_from_zero(server):
     server.behaviour.honours_range = False
     server.behaviour.cuts = [100_000]
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
     assert server.behaviour.gets()[1]["range"] == "bytes=100000-"
 
 
 def test_server_without_validators_is_never_resumed(server):
     server.behaviour.etag = None
     server.behaviour.cuts = [100_000]
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
     assert [request["range"] for request in server.behaviour.gets()] == [None, None]
 
 
@@ -295,7 +298,7 @@ def test_file_that_changed_between_attempts_restarts(server, honours_if_range):
     server.behaviour.honours_if_range = honours_if_range
     server.behaviour.cuts = [100_000]
     server.behaviour.next_version = (OTHER_BODY, '"second"')
-    path = locate.find_file(**arguments(server))
+    path = download.fetch(row(server))
     assert path.read_bytes() == OTHER_BODY
     assert path.with_name("tiny_1k.pth.sha256").read_text().startswith(OTHER_SHA256)
     assert server.behaviour.gets()[1]["if_range"] == '"first"'
@@ -304,7 +307,7 @@ def test_file_that_changed_between_attempts_restarts(server, honours_if_range):
 def test_wrong_content_range_restarts(server):
     server.behaviour.cuts = [100_000]
     server.behaviour.content_range = "bytes 5-307199/307200"
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
     assert [request["range"] for request in server.behaviour.gets()] == [
         None,
         "bytes=100000-",
@@ -315,18 +318,18 @@ def test_wrong_content_range_restarts(server):
 def test_complete_part_is_placed_without_its_bytes_again(server, tmp_path):
     server.behaviour.always_cut = 1000
     with pytest.raises(download.WeightsNotFoundError):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     (tmp_path / "cache" / "tiny_1k.pth.part").write_bytes(BODY)
-    assert locate.find_file(**arguments(server, sha256=BODY_SHA256)).read_bytes() == BODY
+    assert download.fetch(row(server, sha256=BODY_SHA256)).read_bytes() == BODY
     assert server.behaviour.gets()[-1]["range"] == "bytes=307200-"
 
 
 def test_part_of_another_address_is_not_resumed(server, tmp_path):
     server.behaviour.always_cut = 1000
     with pytest.raises(download.WeightsNotFoundError):
-        download.download(f"{server.address}/other/tiny_1k.pth", cached_file(tmp_path))
+        download.fetch(row(url=f"{server.address}/other/tiny_1k.pth"))
     server.behaviour.always_cut = None
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
     assert server.behaviour.gets()[-1]["range"] is None
 
 
@@ -336,15 +339,15 @@ def test_length_larger_than_the_body_is_an_error(server, tmp_path):
         download.WeightsNotFoundError,
         match=r"ended early: expected 307210 bytes, received 307200\. Gave up after 5 retries",
     ):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert not cached_file(tmp_path).exists()
 
 
 def test_two_processes_download_once_and_both_get_the_file(server, tmp_path):
     server.behaviour.gate.clear()
-    first = start_child(**arguments(server))
+    first = start_child(row(server))
     assert server.behaviour.started.wait(10)
-    second = start_child(**arguments(server))
+    second = start_child(row(server))
     assert second.stderr.readline() == ("Waiting for another process that downloads tiny_1k.pth\n")
     server.behaviour.gate.set()
     results = [json.loads(child.communicate(timeout=10)[0]) for child in (first, second)]
@@ -356,7 +359,7 @@ def test_two_processes_download_once_and_both_get_the_file(server, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_killed_process_leaves_no_file_and_next_call_resumes(server, tmp_path):
     server.behaviour.piece_seconds = 0.05
-    child = start_child(**arguments(server))
+    child = start_child(row(server))
     part = tmp_path / "cache" / "tiny_1k.pth.part"
     deadline = time.monotonic() + 10
     while not (part.exists() and part.stat().st_size > 0) and time.monotonic() < deadline:
@@ -367,20 +370,20 @@ def test_killed_process_leaves_no_file_and_next_call_resumes(server, tmp_path):
     assert 0 < kept < len(BODY)
     assert not cached_file(tmp_path).exists()
     server.behaviour.piece_seconds = 0.0
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
     assert server.behaviour.gets()[-1]["range"] == f"bytes={kept}-"
 
 
 def test_file_system_without_locks_uses_a_part_of_its_own(server, tmp_path, monkeypatch):
-    def no_locks(file):
+    def no_locks(self, timeout=None):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(download, "try_lock", no_locks)
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
     server.behaviour.always_cut = 1000
     with pytest.raises(download.WeightsNotFoundError):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     server.behaviour.always_cut = None
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
     parts = [name for name in names_in_cache(tmp_path) if name.endswith(".part")]
     assert len(parts) == 1 and parts != ["tiny_1k.pth.part"]
 
@@ -394,7 +397,7 @@ def test_locks_that_do_not_exclude_are_noticed_by_the_size(server, tmp_path, mon
         download.WeightsNotFoundError,
         match=r"has 614400 bytes: expected 307200\. Another process writes to it",
     ):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert names_in_cache(tmp_path) == ["tiny_1k.pth.lock"]
 
 
@@ -407,7 +410,7 @@ def test_locks_that_do_not_exclude_are_noticed_by_the_size(server, tmp_path, mon
 )
 def test_wrong_hash_names_both_and_leaves_nothing(server, tmp_path, hashes, expected):
     with pytest.raises(download.ChecksumError) as failure:
-        locate.find_file(**arguments(server, **hashes))
+        download.fetch(row(server, **hashes))
     assert str(failure.value) == (
         f"{server.url} is not the published file: expected SHA-256 {expected}, received "
         f"{BODY_SHA256}. The download was removed. Try again; if it fails again, the file on the "
@@ -418,22 +421,22 @@ def test_wrong_hash_names_both_and_leaves_nothing(server, tmp_path, hashes, expe
 
 @pytest.mark.parametrize("hashes", [{"sha256": BODY_SHA256.upper()}, {"sha256_prefix": BODY_SHA256[:8]}])
 def test_published_hash_detects_a_file_damaged_in_the_cache(server, tmp_path, hashes):
-    path = locate.find_file(**arguments(server, **hashes))
+    path = download.fetch(row(server, **hashes))
     assert names_in_cache(tmp_path) == ["tiny_1k.pth", "tiny_1k.pth.lock"]
     path.write_bytes(OTHER_BODY)
     with pytest.raises(
         download.ChecksumError,
         match=rf"received {OTHER_SHA256}\. Delete {re.escape(str(path))} and call again",
     ):
-        locate.find_file(**arguments(server, **hashes))
+        download.fetch(row(server, **hashes))
 
 
 def test_recorded_hash_detects_a_file_damaged_in_the_cache(server, tmp_path):
-    path = locate.find_file(**arguments(server))
+    path = download.fetch(row(server))
     path.write_bytes(OTHER_BODY)
     record = path.with_name("tiny_1k.pth.sha256")
     with pytest.raises(download.ChecksumError) as failure:
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert str(failure.value) == (
         f"{path} has changed since it came to this machine: expected SHA-256 {BODY_SHA256} "
         f"(recorded in {record}), received {OTHER_SHA256}. Delete {path} and {record}, and call "
@@ -441,66 +444,18 @@ def test_recorded_hash_detects_a_file_damaged_in_the_cache(server, tmp_path):
     )
     path.unlink()
     record.unlink()
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert download.fetch(row(server)).read_bytes() == BODY
 
 
-def test_verify_records_at_first_use(tmp_path):
-    path = tmp_path / "copied.pth"
+def test_hash_of_a_file_without_a_record_is_recorded_at_first_use(server, tmp_path):
+    path = cached_file(tmp_path)
+    path.parent.mkdir()
     path.write_bytes(BODY)
-    assert download.verify(path) == path
-    assert (tmp_path / "copied.pth.sha256").read_text().split() == [BODY_SHA256, "copied.pth"]
+    assert download.fetch(row(server)) == path
+    assert (tmp_path / "cache" / "tiny_1k.pth.sha256").read_text().split() == [BODY_SHA256, "tiny_1k.pth"]
     path.write_bytes(OTHER_BODY)
     with pytest.raises(download.ChecksumError, match=f"{BODY_SHA256} .*received {OTHER_SHA256}"):
-        download.verify(path)
-
-
-def hub_cache_file(tmp_path, blob_name, commit=COMMIT, body=BODY):
-    repository = tmp_path / "huggingface" / "hub" / "models--owner--convnext"
-    blob = repository / "blobs" / blob_name
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    blob.write_bytes(body)
-    path = repository / "snapshots" / commit / "weights" / "model.safetensors"
-    path.parent.mkdir(parents=True)
-    path.symlink_to(pathlib.Path("..", "..", "..", "blobs", blob_name))
-    return path, blob
-
-
-def test_verify_uses_the_sha256_in_the_hugging_face_cache(tmp_path):
-    path, blob = hub_cache_file(tmp_path, BODY_SHA256)
-    assert download.verify(path) == path
-    assert names_in_cache(tmp_path) == []
-    blob.write_bytes(OTHER_BODY)
-    with pytest.raises(download.ChecksumError) as failure:
-        download.verify(path)
-    assert str(failure.value) == (
-        f"{path} is damaged: expected SHA-256 {BODY_SHA256} (given by the hub), received "
-        f"{OTHER_SHA256}. Delete {blob} and call again to download it anew."
-    )
-
-
-def test_verify_is_not_misled_by_a_blob_that_links_to_a_xet_hash(tmp_path):
-    path, blob = hub_cache_file(tmp_path, BODY_SHA256)
-    shared = tmp_path / "huggingface" / "blobs" / OTHER_SHA256
-    shared.parent.mkdir()
-    blob.rename(shared)
-    blob.symlink_to(shared)
-    assert download.verify(path) == path
-
-
-def test_verify_records_each_revision_of_a_hub_file_by_itself(tmp_path):
-    first, blob = hub_cache_file(tmp_path, "1" * 40)
-    second, _ = hub_cache_file(tmp_path, "2" * 40, OTHER_COMMIT, OTHER_BODY)
-    download.verify(first)
-    download.verify(second)
-    records = tmp_path / "cache" / "hub" / "owner" / "convnext"
-    record = records / COMMIT / "weights" / "model.safetensors.sha256"
-    other_record = records / OTHER_COMMIT / "weights" / "model.safetensors.sha256"
-    assert record.read_text().split()[0] == BODY_SHA256
-    assert other_record.read_text().split()[0] == OTHER_SHA256
-    blob.write_bytes(OTHER_BODY)
-    with pytest.raises(download.ChecksumError) as failure:
-        download.verify(first)
-    assert f"Delete {blob} and {record}, and call again" in str(failure.value)
+        download.fetch(row(server))
 
 
 @pytest.mark.parametrize(
@@ -514,7 +469,7 @@ def test_verify_records_each_revision_of_a_hub_file_by_itself(tmp_path):
 def test_refusal_names_url_status_and_advice(server, tmp_path, status, reason, advice):
     server.behaviour.status = status
     with pytest.raises(download.WeightsNotFoundError) as failure:
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     message = str(failure.value)
     assert message.startswith(f"{server.url} answered {status} ({reason}). {advice}")
     assert "named 'tiny_1k.pth' and lies in the folder that KERAS_CONVNEXT_WEIGHTS_DIR" in message
@@ -528,14 +483,14 @@ def test_server_error_is_retried_and_then_named(server):
         download.WeightsNotFoundError,
         match=r"tiny_1k\.pth answered 500 \(Internal Server Error\)\. Gave up after 5 retries; 0 b",
     ):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert len(server.behaviour.gets()) == download.RETRIES + 1
 
 
 def test_status_without_a_file_is_named(server):
     server.behaviour.status = 204
     with pytest.raises(download.UnreachableError, match=r"answered 204: expected 200\. Gave up"):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
 
 
 def test_redirect_from_https_to_http_is_refused(server, monkeypatch):
@@ -546,7 +501,7 @@ def test_redirect_from_https_to_http_is_refused(server, monkeypatch):
         download.WeightsNotFoundError,
         match=rf"{url} redirects to {server.url}: expected an https address",
     ):
-        locate.find_file(**arguments(url=url))
+        download.fetch(row(url=url))
 
 
 def test_server_that_stays_silent_is_a_timeout(server, monkeypatch):
@@ -556,7 +511,7 @@ def test_server_that_stays_silent_is_a_timeout(server, monkeypatch):
         download.WeightsNotFoundError,
         match=r"tiny_1k\.pth cannot be reached: TimeoutError: timed out\. Check the network",
     ):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
 
 
 def test_address_without_a_server_is_named():
@@ -565,7 +520,7 @@ def test_address_without_a_server_is_named():
         download.UnreachableError,
         match=rf"{url} cannot be reached: ConnectionRefusedError: .*HTTPS_PROXY",
     ) as failure:
-        locate.find_file(**arguments(url=url))
+        download.fetch(row(url=url))
     assert "Gave up after" not in str(failure.value)
 
 
@@ -580,13 +535,7 @@ def test_host_without_an_address_is_named(monkeypatch):
     with pytest.raises(
         download.WeightsNotFoundError, match=rf"{url} cannot be reached: gaierror: .*not known"
     ):
-        locate.find_file(**arguments(url=url))
-
-
-@pytest.mark.parametrize("url", ["ftp://host/tiny.pth", "file:///tiny.pth", "http://host/"])
-def test_unsupported_address_is_named(url):
-    with pytest.raises(ValueError, match=rf"must be http or https .* Received: url='{url}'"):
-        locate.find_file(**arguments(url=url))
+        download.fetch(row(url=url))
 
 
 def test_no_address_at_all_says_where_to_put_the_file():
@@ -595,7 +544,7 @@ def test_no_address_at_all_says_where_to_put_the_file():
         match=r"'convnext_tiny' have no published address: expected a hub_id or a url, received "
         r"None for both\. Instead, get the file, save it as 'convnext_tiny\.safetensors'",
     ):
-        locate.find_file(**arguments())
+        download.fetch(row())
 
 
 def test_cache_that_cannot_be_made_names_the_variable(server, tmp_path, monkeypatch):
@@ -603,7 +552,7 @@ def test_cache_that_cannot_be_made_names_the_variable(server, tmp_path, monkeypa
     folder = tmp_path / "a_file" / "cache"
     monkeypatch.setenv("KERAS_CONVNEXT_CACHE", str(folder))
     with pytest.raises(download.WeightsNotFoundError) as failure:
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert str(failure.value) == (
         f"[Errno {errno.ENOTDIR}] The cache folder {folder} cannot be written (Not a directory). "
         "Make it writable, or set KERAS_CONVNEXT_CACHE to a folder that is."
@@ -621,7 +570,7 @@ def test_read_only_cache_names_the_variable(server, tmp_path):
         download.WeightsNotFoundError,
         match=rf"{folder} cannot be written \(Permission denied\)\. .*set KERAS_CONVNEXT_CACHE",
     ):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
 
 
 def test_full_disk_names_the_size_and_frees_the_part(server, tmp_path, monkeypatch):
@@ -630,7 +579,7 @@ def test_full_disk_names_the_size_and_frees_the_part(server, tmp_path, monkeypat
 
     monkeypatch.setattr(download, "_write", no_space)
     with pytest.raises(download.WeightsNotFoundError) as failure:
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert str(failure.value) == (
         f"[Errno {errno.ENOSPC}] No space in {tmp_path / 'cache'} (No space left on device): "
         "307 kB more must fit there. Free some, or set KERAS_CONVNEXT_CACHE to a folder on "
@@ -642,7 +591,7 @@ def test_full_disk_names_the_size_and_frees_the_part(server, tmp_path, monkeypat
 def test_file_larger_than_the_free_space_is_refused_before_it_is_fetched(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=2000))
     with pytest.raises(download.WeightsNotFoundError, match=r"\(2 kB are free\): 307 kB more must fit there"):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert not (tmp_path / "cache" / "tiny_1k.pth.part").exists()
 
 
@@ -668,7 +617,7 @@ def test_weights_folder_comes_first(server, tmp_path, monkeypatch, name):
     path.write_bytes(BODY)
     monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", os.pathsep.join(map(str, folders)))
     hub = {"hub_id": "owner/convnext", "hub_filename": "weights/model.safetensors"}
-    assert locate.find_file(**arguments(server, **hub)) == path
+    assert download.fetch(row(server, **hub)) == path
     assert server.behaviour.requests == []
 
 
@@ -676,7 +625,7 @@ def test_names_of_the_tag_come_before_the_published_names(server, tmp_path, monk
     monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(tmp_path))
     for name in ("tiny_1k.pth", "convnext_tiny.h5", "convnext_tiny.safetensors"):
         (tmp_path / name).write_bytes(BODY)
-        assert locate.find_file(**arguments(server)).name == name
+        assert download.fetch(row(server)).name == name
 
 
 def test_only_a_placed_file_with_the_published_name_is_compared(server, tmp_path, monkeypatch):
@@ -687,10 +636,10 @@ def test_only_a_placed_file_with_the_published_name_is_compared(server, tmp_path
         download.ChecksumError,
         match=rf"tiny_1k\.pth is not .* expected SHA-256 {BODY_SHA256}, received {OTHER_SHA256}",
     ):
-        locate.find_file(**arguments(server, sha256=BODY_SHA256))
+        download.fetch(row(server, sha256=BODY_SHA256))
     converted = tmp_path / "convnext_tiny.safetensors"
     converted.write_bytes(OTHER_BODY)
-    assert locate.find_file(**arguments(server, sha256=BODY_SHA256)) == converted
+    assert download.fetch(row(server, sha256=BODY_SHA256)) == converted
     assert list(tmp_path.glob("*.sha256")) == []
 
 
@@ -698,7 +647,7 @@ def test_missing_weights_folder_is_named(server, tmp_path, monkeypatch):
     missing = tmp_path / "missing"
     monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(missing))
     with pytest.raises(download.WeightsNotFoundError) as failure:
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert str(failure.value) == (
         f"KERAS_CONVNEXT_WEIGHTS_DIR names '{missing}', which is not a folder: expected readable "
         f"folders separated by '{os.pathsep}', received '{missing}'. Create the folder, correct "
@@ -711,7 +660,7 @@ def test_unreadable_weights_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setattr(locate.os, "access", lambda path, mode: False)
     with pytest.raises(download.WeightsNotFoundError, match=f"'{tmp_path}', which cannot be read"):
-        locate.find_file(**arguments())
+        download.fetch(row())
 
 
 def test_git_lfs_pointer_is_not_taken_for_weights(server, tmp_path, monkeypatch):
@@ -722,14 +671,14 @@ def test_git_lfs_pointer_is_not_taken_for_weights(server, tmp_path, monkeypatch)
         download.WeightsNotFoundError,
         match=r"convnext_tiny\.safetensors is a Git LFS pointer of 63 bytes: .*git lfs pull",
     ):
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES"])
 def test_offline_switch_says_how_to_place_the_file(server, tmp_path, monkeypatch, value):
     monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", value)
     with pytest.raises(download.WeightsNotFoundError) as failure:
-        locate.find_file(**arguments(server))
+        download.fetch(row(server))
     assert str(failure.value) == (
         f"The weights 'convnext_tiny' are not on this machine, and KERAS_CONVNEXT_OFFLINE={value} "
         "forbids downloading them. Looked in KERAS_CONVNEXT_WEIGHTS_DIR (not set) and in the cache "
@@ -740,36 +689,39 @@ def test_offline_switch_says_how_to_place_the_file(server, tmp_path, monkeypatch
 
 
 def test_offline_switch_still_uses_the_cache(server, monkeypatch):
-    path = locate.find_file(**arguments(server))
+    path = download.fetch(row(server))
     monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
-    assert locate.find_file(**arguments(server)) == path
+    assert download.fetch(row(server)) == path
 
 
 def test_hub_offline_switch_applies_to_hub_files_only(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", str(tmp_path))
     hub = {"hub_id": "owner/convnext-nowhere", "hub_filename": "model.safetensors", "gated": True}
-    with pytest.raises(download.WeightsNotFoundError) as failure:
-        locate.find_file(**arguments(**hub))
-    assert str(failure.value) == (
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    result, _ = run_child(row(**hub))
+    assert (result["error"], result["message"]) == (
+        "WeightsNotFoundError",
         "The weights 'convnext_tiny' are not on this machine, and HF_HUB_OFFLINE=1 forbids "
         f"downloading them. Looked in KERAS_CONVNEXT_WEIGHTS_DIR ({tmp_path}) and in the cache "
         f"{tmp_path / 'cache'}. Unset HF_HUB_OFFLINE, or: get https://huggingface.co/owner/"
         "convnext-nowhere/resolve/main/model.safetensors with a browser (after accepting its "
         "licence there), save it as 'convnext_tiny.safetensors' in a folder, and set "
-        "KERAS_CONVNEXT_WEIGHTS_DIR to that folder."
+        "KERAS_CONVNEXT_WEIGHTS_DIR to that folder.",
     )
-    assert locate.find_file(**arguments(server)).read_bytes() == BODY
+    assert run_child(row(server, **hub))[0]["error"] == "WeightsNotFoundError"
+    assert server.behaviour.requests == []
+    assert download.fetch(row(server)).read_bytes() == BODY
 
 
 def test_cache_folder_follows_the_keras_home(tmp_path, monkeypatch):
-    assert download.cache_folder() == tmp_path / "cache"
+    assert locate.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("KERAS_CONVNEXT_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert download.cache_folder() == tmp_path / ".keras" / "models" / "keras_convnext"
+    assert locate.cache_folder() == tmp_path / ".keras" / "models" / "keras_convnext"
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
-    assert download.cache_folder() == tmp_path / "home" / "models" / "keras_convnext"
+    assert locate.cache_folder() == tmp_path / "home" / "models" / "keras_convnext"
 
 
 HUB = {"hub_id": "owner/convnext", "hub_filename": "model.safetensors"}
@@ -788,7 +740,7 @@ def hub(server, tmp_path, monkeypatch):
 
 
 def test_hub_file_is_downloaded_once_and_used_offline(hub, tmp_path, monkeypatch):
-    result, _ = run_child(**arguments(**HUB))
+    result, _ = run_child(row(**HUB))
     path = pathlib.Path(result["path"])
     assert path.read_bytes() == BODY
     assert path.is_relative_to(tmp_path / "huggingface")
@@ -797,13 +749,27 @@ def test_hub_file_is_downloaded_once_and_used_offline(hub, tmp_path, monkeypatch
         ("GET", "/owner/convnext/resolve/main/model.safetensors"),
     ]
     monkeypatch.setenv("KERAS_CONVNEXT_OFFLINE", "1")
-    path.resolve().write_bytes(OTHER_BODY)
-    result, _ = run_child(**arguments(**HUB))
-    assert result["error"] == "ChecksumError"
-    assert (
-        f"expected SHA-256 {BODY_SHA256} (given by the hub), received {OTHER_SHA256}" in (result["message"])
-    )
+    assert run_child(row(**HUB))[0] == {"path": str(path)}
     assert len(hub.behaviour.requests) == 2
+    assert names_in_cache(tmp_path) == []
+
+
+def test_hub_download_that_is_cut_resumes(hub):
+    hub.behaviour.body = BODY * 40  # more than one chunk of the library
+    hub.behaviour.cuts = [11_000_000]
+    result, _ = run_child(row(**HUB))
+    assert pathlib.Path(result["path"]).read_bytes() == BODY * 40
+    first, second = hub.behaviour.gets()
+    assert first["range"] is None and second["range"].startswith("bytes=10")
+
+
+def test_gated_hub_file_comes_with_the_token_of_its_user(hub, monkeypatch):
+    hub.behaviour.token = "hf_abc"
+    result, _ = run_child(row(**HUB))
+    assert "answered 401 (no access)" in result["message"] and "Accept the licence" in result["message"]
+    monkeypatch.setenv("HF_TOKEN", "hf_abc")
+    result, _ = run_child(row(**HUB))
+    assert pathlib.Path(result["path"]).read_bytes() == BODY
 
 
 @pytest.mark.parametrize(
@@ -842,13 +808,13 @@ def test_hub_file_is_downloaded_once_and_used_offline(hub, tmp_path, monkeypatch
 def test_hub_refusal_names_file_status_and_advice(hub, status, error_code, gated, expected):
     hub.behaviour.status = status
     hub.behaviour.error_code = error_code
-    result, _ = run_child(**arguments(**HUB, gated=gated))
+    result, _ = run_child(row(**HUB, gated=gated))
     assert result["error"] == "WeightsNotFoundError"
     assert expected.format(address=hub.address) in result["message"]
 
 
 def test_hub_file_without_the_package_names_the_extra(hub):
-    result, _ = run_child("without_hub", **arguments(**HUB))
+    result, _ = run_child(row(**HUB), "without_hub")
     assert result["error"] == "ImportError"
     assert result["message"].startswith(
         "The file model.safetensors of owner/convnext is on the Hugging Face hub, which needs the "
@@ -859,7 +825,7 @@ def test_hub_file_without_the_package_names_the_extra(hub):
 
 
 def test_hub_file_without_the_package_comes_from_the_plain_address(hub, tmp_path):
-    result, _ = run_child("without_hub", **arguments(hub, **HUB))
+    result, _ = run_child(row(hub, **HUB), "without_hub")
     assert result == {"path": str(cached_file(tmp_path))}
     assert cached_file(tmp_path).read_bytes() == BODY
 
@@ -868,7 +834,9 @@ def test_hub_file_without_the_package_comes_from_the_plain_address(hub, tmp_path
 def failing_hub(monkeypatch):
     """`huggingface_hub` in this process with a download that raises what `error` holds."""
     import huggingface_hub
+    from huggingface_hub import constants
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # read at its import
     holder = types.SimpleNamespace(error=None)
 
     def hf_hub_download(repo_id, filename):
@@ -892,14 +860,14 @@ def test_hub_without_a_connection_says_so(failing_hub):
     with pytest.raises(
         download.WeightsNotFoundError,
         match=r"^The Hugging Face hub cannot be reached for model\.safetensors of owner/convnext: "
-        r"ConnectionError: no route to host\. Check the network, the proxy, HF_ENDPOINT",
+        r"ConnectionError: no route to host\. Check the network, the proxy and HF_ENDPOINT",
     ):
-        locate.find_file(**arguments(**HUB))
+        download.fetch(row(**HUB))
 
 
 def test_hub_without_a_connection_falls_back_to_the_plain_address(failing_hub, server, tmp_path):
     failing_hub.error = no_answer()
-    path = locate.find_file(**arguments(server, **HUB, sha256=BODY_SHA256))
+    path = download.fetch(row(server, **HUB, sha256=BODY_SHA256))
     assert path == cached_file(tmp_path)
     assert path.read_bytes() == BODY
 
@@ -910,7 +878,7 @@ def test_hub_transfer_that_fails_is_named(failing_hub):
         download.WeightsNotFoundError,
         match=r"hub did not deliver model\.safetensors of owner/convnext: RuntimeError: data proc",
     ):
-        locate.find_file(**arguments(**HUB))
+        download.fetch(row(**HUB))
 
 
 def test_hub_cache_on_a_full_disk_names_its_variable(failing_hub):
@@ -918,9 +886,4 @@ def test_hub_cache_on_a_full_disk_names_its_variable(failing_hub):
     with pytest.raises(
         download.WeightsNotFoundError, match=r"The file must fit there\. Free some, or set HF_HOME"
     ):
-        locate.find_file(**arguments(**HUB))
-
-
-def test_hub_repository_without_a_file_name_is_an_error():
-    with pytest.raises(ValueError, match=r"repository 'owner/convnext' without a file: expected"):
-        locate.find_file(**arguments(hub_id="owner/convnext"))
+        download.fetch(row(**HUB))

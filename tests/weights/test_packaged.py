@@ -24,7 +24,6 @@ from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import (
     assign,
     catalog,
-    catalog_rows,
     download,
     layouts,
     locate,
@@ -32,11 +31,11 @@ from keras_convnext.weights import (
     safetensors_files,
     torch_files,
 )
-from keras_convnext.weights.published import PACKAGED_TERMS
 
 pytestmark = pytest.mark.one_backend
 
 ROOT = pathlib.Path(__file__).parents[2]
+PACKAGED_TERMS = "keras_convnext/weights/packaged/LICENSE-WEIGHTS.txt"
 PHOTOS = ROOT / "keras_convnext" / "data" / "photos"
 TAG = "test_convnext2.tiny_imagenet200"
 SHIPPED = [row for row in catalog.CHECKPOINTS.values() if row.packaged]
@@ -54,7 +53,9 @@ def random_weights(tmp_path_factory):
     layout = layouts.write(arrays, VARIANTS["test_convnext2"], "timm")
     safetensors_files.write_safetensors(folder / f"{TAG}.safetensors", layout, {"format": "pt"})
     digest = hashlib.sha256((folder / f"{TAG}.safetensors").read_bytes()).hexdigest()
-    row = catalog_rows._packaged(TAG, "tiny_imagenet200", 200, 64, digest, 1.0, 5.0, "random")
+    shipped = catalog.find_checkpoint("convnextv2_atto.tiny_imagenet200")
+    names = {"tag": TAG, "architecture": "test_convnext2", "packaged": f"{TAG}.safetensors"}
+    row = dataclasses.replace(shipped, sha256=digest, **names)
     return model, folder / f"{TAG}.safetensors", row
 
 
@@ -78,7 +79,7 @@ def test_packaged_weights_need_no_network_and_bring_their_classes_and_size(packa
         assert received[name].dtype == "float32"
         np.testing.assert_array_equal(received[name], value.astype("float16"), name)
     assert any((value != value.astype("float16")).any() for value in expected.values())  # control
-    assert locate.find_local(**catalog.find_checkpoint(TAG).address) == file
+    assert locate.find_local(catalog.find_checkpoint(TAG)) == file
     assert keras_convnext.load(TAG).output_shape == (None, 200)
     assert keras_convnext.TestConvNeXt2(weights="tiny_imagenet200", classes=5).output_shape == (None, 5)
 
@@ -230,8 +231,19 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
     assert described == preprocessing_metadata.ImageDescription(record["image_size"], crop=1.0)
     recipe = (runs / "test_convnext2.digits.toml").read_text()
     assert os.sep + "tmp" not in recipe and 'data = ""' in recipe
-    row = eval(ship_weights.row_text(record).strip().rstrip(","), {"_packaged": catalog_rows._packaged})
-    assert dataclasses.astuple(row)[0] == "test_convnext2.digits" and row.sha256 == record["sha256"]
+    columns = [field.name for field in dataclasses.fields(catalog.Checkpoint)]
+    (row,) = catalog.read_rows([",".join(columns), ship_weights.row_text(record)])
+    shipped = catalog.find_checkpoint("convnextv2_atto.tiny_imagenet200")
+    own = ("tag", "architecture", "classes", "image_size", "dataset", "top1", "top5", "sha256", "packaged")
+    assert [getattr(row, name) for name in own] == [
+        "test_convnext2.digits",
+        "test_convnext2",
+        *(record[name] for name in ("classes", "image_size", "dataset", "top1", "top5", "sha256")),
+        "test_convnext2.digits.safetensors",
+    ]
+    assert f"{record['parameters']:,} weights" in row.note and PACKAGED_TERMS in row.note
+    same = {name: getattr(shipped, name) for name in (*own, "score_source", "note")}
+    assert dataclasses.replace(row, **same) == shipped
 
 
 def test_ship_weights_refuses_in_words(ship_weights, finished_run, tmp_path, monkeypatch, capsys):

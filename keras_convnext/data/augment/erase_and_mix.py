@@ -10,7 +10,6 @@ from keras_convnext.data.augment.pixels import to_uint8
 from keras_convnext.data.augment.policies import Plan, number_below
 
 NUM_ERASE_UNIFORMS = 41
-ERASE_MODES = ("pixel", "rand", "const")
 
 
 def plan_erase(
@@ -22,21 +21,13 @@ def plan_erase(
 ) -> tf.Tensor:
     """Decide the box that is erased in each of many examples, as timm's RandomErasing.
 
-    A box has an area drawn uniformly and a ratio of height to width drawn uniformly in its logarithm. Of ten
-    attempts the first that is smaller than the image in both directions counts; if none is, there is no box.
+    A box has an area drawn uniformly, as a fraction of the image's, and a ratio of height to width drawn
+    uniformly in its logarithm. Of ten attempts the first that is smaller than the image in both directions
+    counts; if none is, there is no box. `uniforms` are float32 or float64 (N, NUM_ERASE_UNIFORMS), in [0, 1):
+    whether, then ten times area, ratio, top and left. Returns int32 (N, 4): top, left, height and width in
+    pixels, all 0 where nothing is erased.
 
     Reference: Zhong et al., arXiv 1708.04896; timm 1.0.31, timm/data/random_erasing.py, `_erase`.
-
-    Args:
-        uniforms: float32 or float64 (N, NUM_ERASE_UNIFORMS), in [0, 1): whether, then ten times area, ratio,
-            top and left.
-        probability: of erasing a box.
-        image_size: (height, width) in pixels.
-        area: smallest and largest area of a box, as a fraction of the image's.
-        aspect: smallest and largest ratio of height to width.
-
-    Returns:
-        int32 (N, 4): top, left, height and width in pixels, all 0 where nothing is erased.
     """
     height, width = image_size
     uniforms = tf.cast(uniforms, tf.float64)
@@ -55,45 +46,22 @@ def plan_erase(
 
 
 def apply_erase(
-    image: tf.Tensor,
-    box: tf.Tensor,
-    seed: tf.Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    mode: str = "pixel",
+    image: tf.Tensor, box: tf.Tensor, seed: tf.Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> tf.Tensor:
-    """Fill the box planned for one image with noise.
+    """Fill the box planned for one image with noise, which is a function of `seed`, int (2,), and its size.
 
-    timm erases after it normalises, with N(0, 1) for each pixel and channel. Before normalisation that is
-    255 * (mean + std * N(0, 1)).
-
-    Args:
-        image: uint8 (H, W, 3), or float32 in levels 0 to 255. Floats keep noise outside that range, as timm
-            does; uint8 rounds and clips it.
-        box: int32 (4,), one row of `plan_erase`.
-        seed: int32 or int64 (2,), the example's key. The noise is a function of it and of the box's size.
-        mean, std: of the normalisation, for each channel, in [0, 1].
-        mode: "pixel" for noise in every pixel, "rand" for one random colour, "const" for the mean.
-
-    Returns:
-        The type and shape of `image`.
-
-    Raises:
-        ValueError: `mode` is unknown; tells the known ones.
+    timm erases after it normalises, with N(0, 1) for each pixel and channel (its mode "pixel"). Before
+    normalisation that is 255 * (mean + std * N(0, 1)). The image is uint8 (H, W, 3), or float32 in levels 0
+    to 255: floats keep noise outside that range, as timm does; uint8 rounds and clips it.
     """
-    if mode not in ERASE_MODES:
-        raise ValueError(f"Unknown mode {mode!r} of erasing. Known: {', '.join(ERASE_MODES)}.")
     top, left, height, width = tf.unstack(box)
 
     def erase() -> tf.Tensor:
-        shape = [height, width, 3]
-        noise = tf.zeros([1, 1, 3])
-        if mode != "const":
-            noise = tf.random.stateless_normal(shape if mode == "pixel" else [1, 1, 3], seed)
+        noise = tf.random.stateless_normal([height, width, 3], seed)
         patch = 255.0 * (tf.constant(mean, tf.float32) + tf.constant(std, tf.float32) * noise)
         if image.dtype == tf.uint8:
             patch = to_uint8(tf.round(patch))
-        return tf.ensure_shape(_paste(image, tf.broadcast_to(patch, shape), top, left, 0), image.shape)
+        return tf.ensure_shape(_paste(image, patch, top, left, 0), image.shape)
 
     return tf.cond(height > 0, erase, lambda: tf.identity(image))
 
@@ -109,34 +77,18 @@ def plan_mix(
 ) -> Plan:
     """Decide mixup or CutMix for one batch, as timm's `Mixup` in mode "batch".
 
-    Each group of images shares one decision: CutMix with `switch_probability` where both are on, and lambda
-    from Beta(alpha, alpha). CutMix takes a box of the fraction 1 - lambda of the area around a uniform
-    centre; lambda is then what the box leaves, the border having cut it.
+    Each group of images shares one decision: whether it is mixed, CutMix with `switch_probability` where both
+    are on (an alpha of 0 switches one off), and lambda from Beta(alpha, alpha). CutMix takes a box of the
+    fraction 1 - lambda of the area around a uniform centre; lambda is then what the box leaves, the border
+    having cut it. One group mixes the batch as a whole; a recipe trained on many devices mixed the images of
+    each device by themselves.
+
+    Returns "lam": float64 (num_groups,), the weight of an image's own label, 1 where nothing is mixed, and
+    "box": int32 (num_groups, 4), top, left, height and width in pixels of what CutMix takes from the partner,
+    all 0 where images are blended or nothing is mixed.
 
     Reference: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm 1.0.31, timm/data/mixup.py.
-
-    Args:
-        seed: int32 or int64 (2,), the batch's key.
-        num_groups: groups in the batch; 1 mixes the batch as a whole. A recipe trained on many devices mixed
-            the images of each device by themselves.
-        image_size: (height, width) in pixels.
-        mixup_alpha, cutmix_alpha: of the Beta distributions; 0 switches one off.
-        probability: of mixing a group at all.
-        switch_probability: of CutMix where both are on.
-
-    Returns:
-        "lam": float64 (num_groups,), the weight of an image's own label, 1 where nothing is mixed. "box":
-        int32 (num_groups, 4), top, left, height and width in pixels of what CutMix takes from the partner,
-        all 0 where images are blended or nothing is mixed.
-
-    Raises:
-        ValueError: an alpha is negative or none is positive; gives the values received.
     """
-    if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
-        raise ValueError(
-            "Expected mixup_alpha and cutmix_alpha of 0 or more, one of them positive, received "
-            f"{mixup_alpha!r} and {cutmix_alpha!r}. To mix nothing pass no plan to `mix`."
-        )
     height, width = image_size
     seeds = tf.unstack(tf.random.split(seed, 2))
     mixed, switch, centre_y, centre_x = tf.unstack(
@@ -164,20 +116,12 @@ def plan_mix(
 def mix(
     images: tf.Tensor, labels: tf.Tensor, plan: Plan | None, num_classes: int, label_smoothing: float = 0.0
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Carry out the mixing planned for one batch.
+    """Carry out the mixing planned for one batch, or none; returns images and targets.
 
-    An image's partner is the one at the same place from the end of its group, as in timm.
-
-    Args:
-        images: float32 or uint8 (N, H, W, 3). uint8 is rounded to the nearest level, as timm's
-            `FastCollateMixup` does.
-        labels: integers (N,), from 0 to num_classes - 1.
-        plan: as `plan_mix` returns it, its number of groups a divisor of N, or None to mix nothing.
-        num_classes: width of the targets.
-        label_smoothing: s of the targets 1 - s + s / num_classes and s / num_classes.
-
-    Returns:
-        The images, in their type and shape, and the targets: float32 (N, num_classes), rows that sum to 1.
+    An image's partner is the one at the same place from the end of its group, as in timm. Images are float32
+    or uint8 (N, H, W, 3); uint8 is rounded to the nearest level, as timm's `FastCollateMixup` does. Targets
+    are float32 (N, num_classes) with rows that sum to 1, of 1 - s + s / num_classes and s / num_classes for
+    the label smoothing s. The number of groups must divide N.
     """
     off = label_smoothing / num_classes
     targets = tf.one_hot(labels, num_classes, 1.0 - label_smoothing + off, off, dtype=tf.float32)

@@ -1,15 +1,16 @@
-"""Image operations in TensorFlow that equal Pillow's bit for bit: uint8 (H, W, 3) to the same.
+"""Image operations in TensorFlow that equal Pillow's bit for bit.
 
-The geometric operations compute in float64, as Pillow does: with a slope such as 0.27 one pixel in a hundred
-lies exactly on a level, and the rounding of the last bit decides between it and the one below.
+Images are uint8 (H, W, 3) and stay so; factors and the like are scalars. The geometric operations compute in
+float64, as Pillow does: with a slope such as 0.27 one pixel in a hundred lies exactly on a level, and the
+rounding of the last bit decides between it and the one below. They take `interpolation`, "bilinear" or
+"bicubic" (Pillow's, a = -1), and `fill`, the three levels of what lies outside the image. Coordinates are in
+pixels, with pixel centres at halves.
 """
 
 import math
 from collections.abc import Sequence
 
 import tensorflow as tf
-
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 # timm paints what a geometric operation uncovers with the mean colour of ImageNet, round(255 * mean).
 IMAGENET_FILL = (124, 116, 104)
@@ -18,20 +19,9 @@ IMAGENET_FILL = (124, 116, 104)
 # float32, so a matrix product is exact in any order.
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
-_FIXED = 65536.0  # Pillow's nearest neighbour walks in 16.16 fixed point
-
 
 def autocontrast(image: tf.Tensor) -> tf.Tensor:
-    """Stretch each channel to the full range, as `PIL.ImageOps.autocontrast`.
-
-    A channel with one level stays as it is.
-
-    Args:
-        image: uint8 (H, W, 3).
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Stretch each channel to the full range, as `PIL.ImageOps.autocontrast`; one of a single level stays."""
     height, width = _size(image)
     rows = tf.cast(tf.reshape(image, [height, 3 * width]), tf.float64)
     low = tf.reduce_min(tf.reshape(tf.reduce_min(rows, 0), [width, 3]), 0)
@@ -44,14 +34,7 @@ def autocontrast(image: tf.Tensor) -> tf.Tensor:
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
-    """Flatten the histogram of each channel, as `PIL.ImageOps.equalize`.
-
-    Args:
-        image: uint8 (H, W, 3).
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Flatten the histogram of each channel, as `PIL.ImageOps.equalize`."""
     height, width = _size(image)
     rows = tf.cast(tf.reshape(image, [height, 3 * width]), tf.int32)
     index = rows + tf.tile([0, 256, 512], [width])  # (H, 3W): channel and level
@@ -69,37 +52,22 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
 
 
 def invert(image: tf.Tensor) -> tf.Tensor:
-    """Return 255 - level, as `PIL.ImageOps.invert`: uint8 (H, W, 3) to the same."""
+    """Return 255 - level, as `PIL.ImageOps.invert`."""
     return tf.bitwise.invert(image)
 
 
 def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
-    """Keep the highest bits of every level, as `PIL.ImageOps.posterize`.
+    """Keep the highest `bits`, 0 to 8, of every level, as `PIL.ImageOps.posterize`.
 
     Zero bits give a black image. That is what Pillow did when the recipes were trained; since version 13 it
     raises for 0 bits, and timm 1.0.31 on it with "PosterizeIncreasing" at magnitude 10.
-
-    Args:
-        image: uint8 (H, W, 3).
-        bits: scalar, 0 to 8.
-
-    Returns:
-        uint8 (H, W, 3).
     """
     mask = tf.bitwise.left_shift(255, 8 - tf.cast(bits, tf.int32)) % 256
     return tf.bitwise.bitwise_and(image, tf.cast(mask, tf.uint8))
 
 
 def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
-    """Invert the levels from a threshold on, as `PIL.ImageOps.solarize`.
-
-    Args:
-        image: uint8 (H, W, 3).
-        threshold: scalar, a whole number from 0 (all are inverted) to 256 (none is).
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Invert the levels from a threshold on, 0 (all) to 256 (none), as `PIL.ImageOps.solarize`."""
     threshold = tf.cast(threshold, tf.int32)
     bright = tf.cast(image >= tf.cast(tf.minimum(threshold, 255), tf.uint8), tf.uint8)
     mask = tf.cast(tf.where(threshold < 256, 255, 0), tf.uint8)
@@ -107,42 +75,18 @@ def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
 
 
 def solarize_add(image: tf.Tensor, addend: tf.Tensor) -> tf.Tensor:
-    """Add to the levels below 128, as timm's `solarize_add`.
-
-    Args:
-        image: uint8 (H, W, 3).
-        addend: scalar, a whole number from 0 to 128.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Add a whole number from 0 to 128 to the levels below 128, as timm's `solarize_add`."""
     return image + tf.cast(image < 128, tf.uint8) * tf.cast(addend, tf.uint8)
 
 
 def color(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """Move each pixel away from its gray, as `PIL.ImageEnhance.Color` (torchvision's saturation).
-
-    Args:
-        image: uint8 (H, W, 3).
-        factor: scalar, 0 (gray) or more; 1 changes nothing.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Move each pixel away from its gray, as `PIL.ImageEnhance.Color`: factor 0 is gray, 1 as it was."""
     values = tf.cast(image, tf.float32)
     return _blend(tf.reshape(_luma(values, 3), tf.shape(image)), values, factor)
 
 
 def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """Move each level away from the mean gray, as `PIL.ImageEnhance.Contrast`.
-
-    Args:
-        image: uint8 (H, W, 3).
-        factor: scalar, 0 (the mean gray) or more; 1 changes nothing.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Move each level away from the mean gray, which is factor 0, as `PIL.ImageEnhance.Contrast`."""
     height, width = _size(image)
     values = tf.cast(image, tf.float32)
     # A row's sum is exact in float32, the sum of all rows is not.
@@ -153,29 +97,14 @@ def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """Multiply every level, as `PIL.ImageEnhance.Brightness`.
-
-    Args:
-        image: uint8 (H, W, 3).
-        factor: scalar, 0 (black) or more; 1 changes nothing.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Multiply every level, as `PIL.ImageEnhance.Brightness`."""
     return _blend(0.0, tf.cast(image, tf.float32), factor)
 
 
 def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """Move each level away from a smoothed image, as `PIL.ImageEnhance.Sharpness`.
+    """Move each level away from a smoothed image, which is factor 0, as `PIL.ImageEnhance.Sharpness`.
 
     The smoothing is 3 x 3 with 5/13 in the centre and 1/13 around it. The outermost pixels stay as they are.
-
-    Args:
-        image: uint8 (H, W, 3).
-        factor: scalar, 0 (smoothed) or more; 1 changes nothing.
-
-    Returns:
-        uint8 (H, W, 3).
     """
     height, width = _size(image)
     rows = tf.reshape(tf.cast(image, tf.float32), [height, 3 * width])
@@ -188,46 +117,13 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     return tf.reshape(_blend(smooth, rows, factor), [height, width, 3])
 
 
-def hue(image: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
-    """Turn the hue, as torchvision's `adjust_hue` on a Pillow image.
-
-    Hue, saturation and value are rounded down to 8 bits on the way, as Pillow's mode "HSV" does.
-
-    Args:
-        image: uint8 (H, W, 3).
-        shift: scalar, a whole number of 1/255 turns, -128 to 127.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
-    red, green, blue = tf.unstack(tf.reshape(tf.transpose(image, [2, 0, 1]), [3, -1]))
-    angle, saturation, value = _to_hsv(*(tf.cast(plane, tf.float32) for plane in (red, green, blue)))
-    angle = tf.math.floormod(angle + tf.cast(shift, tf.float32), 256.0)
-    return tf.reshape(to_uint8(tf.stack(_from_hsv(angle, saturation, value), 1)), tf.shape(image))
-
-
 def shear_x(image: tf.Tensor, factor: tf.Tensor, interpolation: str, fill: Sequence[int]) -> tf.Tensor:
     """Shear along the rows, as `Image.transform` with the matrix (1, factor, 0, 0, 1, 0).
 
-    The result at (x, y) is the image at (x + factor * y, y), pixel centres being at halves.
-
-    Args:
-        image: uint8 (H, W, 3).
-        factor: float64 scalar, pixels to the side for each pixel down.
-        interpolation: "nearest", "bilinear" or "bicubic" (Pillow's, a = -1).
-        fill: colour of what lies outside the image, three levels.
-
-    Returns:
-        uint8 (H, W, 3).
+    The result at (x, y) is the image at (x + factor * y, y).
     """
-    height, width = _size(image)
-    factor = tf.cast(factor, tf.float64)
-    if interpolation == "nearest":
-        # Pillow walks in 16.16 fixed point here.
-        start, slope = _fixed_point(0.5 + factor * 0.5), _fixed_point(factor)
-        x = (start + tf.range(width) * int(_FIXED) + slope * tf.range(height)[:, None]) // int(_FIXED)
-        return _pick(image, x, tf.range(height)[:, None], fill)
-    return _move_rows(image, factor * _centres(height)[:, None], interpolation, fill)
+    offset = tf.cast(factor, tf.float64) * _centres(_size(image)[0])[:, None]
+    return _move_rows(image, offset, interpolation, fill)
 
 
 def shear_y(image: tf.Tensor, factor: tf.Tensor, interpolation: str, fill: Sequence[int]) -> tf.Tensor:
@@ -239,22 +135,9 @@ def translate_x(image: tf.Tensor, pixels: tf.Tensor, interpolation: str, fill: S
     """Move along the rows, as `Image.transform` with the matrix (1, 0, pixels, 0, 1, 0).
 
     The result at (x, y) is the image at (x + pixels, y): a positive number moves the content to the left.
-
-    Args:
-        image: uint8 (H, W, 3).
-        pixels: float64 scalar.
-        interpolation: "nearest", "bilinear" or "bicubic" (Pillow's, a = -1).
-        fill: colour of what lies outside the image, three levels.
-
-    Returns:
-        uint8 (H, W, 3).
     """
-    height, width = _size(image)
-    pixels = tf.cast(pixels, tf.float64)
-    if interpolation == "nearest":
-        x = tf.cast(tf.floor(_centres(width) + pixels), tf.int32)
-        return _pick(image, x, tf.range(height)[:, None], fill)
-    return _move_rows(image, tf.fill([height, 1], pixels), interpolation, fill)
+    offset = tf.fill([_size(image)[0], 1], tf.cast(pixels, tf.float64))
+    return _move_rows(image, offset, interpolation, fill)
 
 
 def translate_y(image: tf.Tensor, pixels: tf.Tensor, interpolation: str, fill: Sequence[int]) -> tf.Tensor:
@@ -263,33 +146,13 @@ def translate_y(image: tf.Tensor, pixels: tf.Tensor, interpolation: str, fill: S
 
 
 def rotate(image: tf.Tensor, angle: tf.Tensor, interpolation: str, fill: Sequence[int]) -> tf.Tensor:
-    """Rotate around the centre without changing the size, as `Image.rotate`.
-
-    Args:
-        image: uint8 (H, W, 3).
-        angle: float64 scalar, degrees, counter-clockwise.
-        interpolation: "nearest", "bilinear" or "bicubic" (Pillow's, a = -1).
-        fill: colour of what lies outside the image, three levels.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
+    """Rotate around the centre by degrees, counter-clockwise, in the same size, as `Image.rotate`."""
     height, width = _size(image)
     radians = -tf.math.floormod(tf.cast(angle, tf.float64), 360.0) * (math.pi / 180)
     cosine, sine = _to_15_decimals(tf.cos(radians)), _to_15_decimals(tf.sin(radians))
     centre_x, centre_y = tf.cast(width, tf.float64) / 2, tf.cast(height, tf.float64) / 2
     move_x = (cosine * -centre_x + sine * -centre_y) + centre_x
     move_y = (-sine * -centre_x + cosine * -centre_y) + centre_y
-    if interpolation == "nearest":
-        steps = [_fixed_point(value) for value in (cosine, sine, -sine)]
-        starts = (
-            _fixed_point(move_x + cosine * 0.5 + sine * 0.5),
-            _fixed_point(move_y - sine * 0.5 + cosine * 0.5),
-        )
-        columns, rows = tf.range(width), tf.range(height)[:, None]
-        x = (starts[0] + columns * steps[0] + rows * steps[1]) // int(_FIXED)
-        y = (starts[1] + columns * steps[2] + rows * steps[0]) // int(_FIXED)
-        return _pick(image, x, y, fill)
     columns, rows = _centres(width), _centres(height)[:, None]
     x = (cosine * columns + sine * rows) + move_x
     y = (-sine * columns + cosine * rows) + move_y
@@ -321,50 +184,6 @@ def _luma(values: tf.Tensor, copies: int) -> tf.Tensor:
     return tf.floor(tf.matmul(tf.reshape(values, [-1, 3]), weights) + 0.5)
 
 
-def _to_hsv(red: tf.Tensor, green: tf.Tensor, blue: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Hue, saturation and value, whole numbers 0 to 255 in float32, with the mixed precision of Convert.c."""
-    value = tf.maximum(tf.maximum(red, green), blue)
-    chroma = value - tf.minimum(tf.minimum(red, green), blue)
-    safe = tf.maximum(chroma, 1.0)
-    red_gap, green_gap, blue_gap = ((value - plane) / safe for plane in (red, green, blue))
-    red_wide, green_wide, blue_wide = (tf.cast(gap, tf.float64) for gap in (red_gap, green_gap, blue_gap))
-    angle = tf.where(
-        red == value,
-        blue_gap - green_gap,
-        tf.where(
-            green == value,
-            tf.cast(2.0 + red_wide - blue_wide, tf.float32),
-            tf.cast(4.0 + green_wide - red_wide, tf.float32),
-        ),
-    )
-    angle = tf.cast(tf.math.floormod(tf.cast(angle, tf.float64) / 6.0 + 1.0, 1.0), tf.float32)
-    saturation = chroma / tf.maximum(value, 1.0)
-    angle, saturation = (
-        tf.cast(tf.floor(tf.cast(part, tf.float64) * 255.0), tf.float32) for part in (angle, saturation)
-    )
-    return tf.where(chroma > 0.0, angle, 0.0), saturation, value
-
-
-def _from_hsv(angle: tf.Tensor, saturation: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Red, green and blue, whole numbers 0 to 255 in float64, with the mixed precision of Convert.c."""
-    turns = tf.cast(angle, tf.float64) * 6.0 / 255.0
-    sector = tf.floor(turns)
-    part = tf.cast(turns - sector, tf.float32)
-    strength = tf.cast(tf.cast(saturation, tf.float64) / 255.0, tf.float32)
-    value = tf.cast(value, tf.float64)
-    low = tf.floor(value * (1.0 - tf.cast(strength, tf.float64)) + 0.5)
-    falling = tf.floor(value * (1.0 - tf.cast(strength * part, tf.float64)) + 0.5)
-    rest = tf.cast(strength, tf.float64) * (1.0 - tf.cast(part, tf.float64))
-    rising = tf.floor(value * (1.0 - rest) + 0.5)
-    sector = tf.cast(sector, tf.int32) % 6
-
-    def choose(at_value: tuple[int, int], at_falling: int, at_rising: int) -> tf.Tensor:
-        others = tf.where(sector == at_falling, falling, tf.where(sector == at_rising, rising, low))
-        return tf.where((sector == at_value[0]) | (sector == at_value[1]), value, others)
-
-    return choose((5, 0), 1, 4), choose((1, 2), 3, 0), choose((3, 4), 5, 2)
-
-
 def _centres(length: int | tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.range(length), tf.float64) + 0.5
 
@@ -380,18 +199,6 @@ def _to_15_decimals(value: tf.Tensor) -> tf.Tensor:
     second = tf.round((value - first) * 2.0**35) / 2.0**35
     rest = (first * 1e15 - decimals) + second * 1e15 + (value - first - second) * 1e15
     return (decimals + tf.round(rest)) / 1e15
-
-
-def _fixed_point(value: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.floor(value * _FIXED + 0.5), tf.int32)
-
-
-def _pick(image: tf.Tensor, x: tf.Tensor, y: tf.Tensor, fill: Sequence[int]) -> tf.Tensor:
-    """Take the pixels at columns x and rows y, int32 that broadcast to (H, W); fill where there is none."""
-    height, width = _size(image)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    pixels = tf.concat([tf.reshape(image, [-1, 3]), tf.constant([fill], tf.uint8)], 0)
-    return tf.gather(pixels, tf.where(inside, y * width + x, height * width))
 
 
 def _move_rows(image: tf.Tensor, offset: tf.Tensor, interpolation: str, fill: Sequence[int]) -> tf.Tensor:
@@ -428,16 +235,10 @@ def _move_rows(image: tf.Tensor, offset: tf.Tensor, interpolation: str, fill: Se
 def _interpolate(
     image: tf.Tensor, x: tf.Tensor, y: tf.Tensor, interpolation: str, fill: Sequence[int]
 ) -> tf.Tensor:
-    """Bilinear or bicubic values of the image at source coordinates.
+    """Bilinear or bicubic values of the image at source coordinates x, y, float64 (H, W).
 
     A gather costs the same for one pixel as for four, so the four neighbours in a row are gathered at once:
     the image is laid out as groups of four pixels, four times, shifted by 0 to 3 pixels.
-
-    Args:
-        image: uint8 (H, W, 3).
-        x, y: float64 (H, W), in pixels, centres at halves.
-        interpolation: "bilinear" or "bicubic".
-        fill: colour where (x, y) is outside the image.
     """
     height, width = _size(image)
     inside = (x >= 0.0) & (x < tf.cast(width, tf.float64)) & (y >= 0.0) & (y < tf.cast(height, tf.float64))

@@ -5,7 +5,6 @@ the plan of one image out.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,15 +12,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from keras_convnext._messages import near_names
 from keras_convnext.data.augment.pixels import (
     IMAGENET_FILL,
-    INTERPOLATIONS,
     autocontrast,
     brightness,
     color,
     contrast,
     equalize,
-    hue,
     invert,
     posterize,
     rotate,
@@ -36,14 +34,14 @@ from keras_convnext.data.augment.pixels import (
 
 Plan = dict[str, tf.Tensor]  # decisions for many examples: tensors with a common first axis
 
-# What the numbers in a plan stand for. All but the first and the last are what timm's RandAugment draws from,
-# in the order of its _RAND_TRANSFORMS.
+# What the numbers in a plan stand for. All but the first are what timm's RandAugment draws from, in the order
+# of its _RAND_TRANSFORMS.
 OPERATIONS = (
     *("identity", "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add"),
     *("color", "contrast", "brightness", "sharpness"),
-    *("shear_x", "shear_y", "translate_x", "translate_y", "hue"),
+    *("shear_x", "shear_y", "translate_x", "translate_y"),
 )
-_RAND_LEVELS = OPERATIONS[1:-1]
+_RAND_LEVELS = OPERATIONS[1:]
 # timm's _RAND_INCREASING_TRANSFORMS, for "inc1".
 _CHANGED = ("posterize", "solarize", "color", "contrast", "brightness", "sharpness")
 _RAND_INCREASING_LEVELS = tuple(f"{name}_increasing" if name in _CHANGED else name for name in _RAND_LEVELS)
@@ -107,53 +105,39 @@ _V0 = (
 )
 
 # The keys of torchvision's TrivialAugmentWide._augmentation_space.
-_TRIVIAL_OPERATIONS = tuple(name for name in OPERATIONS if name not in ("invert", "solarize_add", "hue"))
+_TRIVIAL_OPERATIONS = tuple(name for name in OPERATIONS if name not in ("invert", "solarize_add"))
 # Largest magnitudes in torchvision's _augmentation_space of TrivialAugmentWide and of AutoAugment; for
 # posterize the number of bits that are dropped.
 _TRIVIAL_RANGES = {"shear": 0.99, "translate": 32.0, "rotate": 135.0, "factor": 0.99, "bits": 6.0}
 _AUTO_RANGES = {"shear": 0.3, "rotate": 30.0, "factor": 0.9, "bits": 4.0}
 
-SubPolicies = tuple[tuple[tuple[str, float, int], ...], ...]
+SubPolicies = tuple[tuple[tuple[str, float, int], ...], ...]  # (level, probability, magnitude)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
     """timm's RandAugment: operations drawn uniformly with replacement, each carried out with a probability.
 
+    A level is an operation, with "_increasing" or "_original" after it where timm has several meanings of its
+    magnitude.
     Reference: Cubuk et al., arXiv 1909.13719; timm 1.0.31, timm/data/auto_augment.py, `RandAugment`.
-
-    Args:
-        levels: names of what is drawn from: an operation, and "_increasing" or "_original" after it where
-            timm has several meanings of its magnitude.
-        num_operations: draws for one image.
-        magnitude: mean of the magnitude, 0 to 10.
-        magnitude_std: standard deviation of the normal magnitude; inf draws it uniformly from 0 to
-            `magnitude`.
-        magnitude_max: largest magnitude.
-        probability: of carrying a drawn operation out.
     """
 
     levels: tuple[str, ...] = _RAND_LEVELS
-    num_operations: int = 2
-    magnitude: float = 10.0
-    magnitude_std: float = 0.0
+    num_operations: int = 2  # for one image
+    magnitude: float = 10.0  # mean, 0 to 10
+    magnitude_std: float = 0.0  # of the normal magnitude; inf draws it uniformly from 0 to `magnitude`
     magnitude_max: float = 10.0
-    probability: float = 0.5
+    probability: float = 0.5  # of carrying a drawn operation out
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoAugment:
-    """AutoAugment: one of 25 sub-policies of two operations, each with its probability and magnitude.
+    """AutoAugment: one of 25 sub-policies of two operations, each with its probability and magnitude."""
 
-    Args:
-        sub_policies: for each, (level, probability, magnitude) of its operations; levels as in `RandAugment`.
-        magnitude_std: standard deviation of the normal magnitude.
-        torchvision: whether magnitudes are torchvision's ten bins instead of timm's scale from 0 to 10.
-    """
-
-    sub_policies: SubPolicies
+    sub_policies: SubPolicies  # levels as in `RandAugment`
     magnitude_std: float = 0.0
-    torchvision: bool = False
+    torchvision: bool = False  # whether magnitudes are torchvision's ten bins, not timm's 0 to 10
     num_operations: int = 2
     magnitude_max: float = 10.0
 
@@ -162,8 +146,7 @@ class AutoAugment:
 class TrivialAugment:
     """torchvision's `TrivialAugmentWide`: one of 14 operations with one of 31 magnitudes.
 
-    torchvision carries it out with nearest neighbours and a black fill.
-
+    Its own defaults are nearest neighbours and a black fill; the recipe says the interpolation here.
     Reference: Mueller and Hutter, arXiv 2103.10158; torchvision 0.28.0, transforms/autoaugment.py.
     """
 
@@ -180,7 +163,7 @@ UNIFORMS_PER_OPERATION = 4
 
 
 def parse_policy(text: str) -> Policy | None:
-    """Read the name of a published augmentation.
+    """Read the name of a published augmentation; None for "none".
 
     - "rand-m9-mstd0.5-inc1", timm's RandAugment. m: magnitude (10), n: operations for one image (2), p:
       probability of each (0.5), mstd: standard deviation of the magnitude (0; above 100 it is uniform),
@@ -189,25 +172,13 @@ def parse_policy(text: str) -> Policy | None:
       magnitude. "-mstd0.5" may follow.
     - "imagenet": torchvision's AutoAugment, whose magnitudes differ from timm's.
     - "ta_wide": torchvision's TrivialAugmentWide.
-    - "none".
 
-    Args:
-        text: one of these names.
-
-    Returns:
-        The policy, or None for "none".
-
-    Raises:
-        ValueError: the name or one of its settings is unknown; tells the known ones.
-
-    Example:
-        parse_policy("rand-m9-mstd0.5-inc1").magnitude_std     # 0.5
+    Raises ValueError when the name or one of its settings is unknown; tells the known ones.
     """
     name, *sections = text.split("-")
     if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, 1)
-        suggestion = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown augmentation {text!r}.{suggestion} Known: {', '.join(POLICIES)}.")
+        near = near_names(name, POLICIES, 1)
+        raise ValueError(f"Unknown augmentation {text!r}.{near} Known: {', '.join(POLICIES)}.")
     known: tuple[str, ...] = ("mstd",) if name.startswith(("original", "v0")) else ()
     if name == "rand":
         known = ("m", "n", "p", "mstd", "mmax", "inc")
@@ -241,16 +212,13 @@ def parse_policy(text: str) -> Policy | None:
 def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int]) -> Plan:
     """Decide the operations of many examples.
 
-    Args:
-        policy: as `parse_policy` returns it.
-        uniforms: float32 or float64 (N, UNIFORMS_PER_OPERATION * policy.num_operations), in [0, 1). For each
-            operation in turn: which one (in AutoAugment the first column chooses the sub-policy), whether,
-            how strong, and the sign, negative from 0.5 on.
-        image_size: (height, width) of the images, in pixels, which scales timm's translations.
+    `uniforms` are float32 or float64 (N, UNIFORMS_PER_OPERATION * policy.num_operations), in [0, 1), for each
+    operation in turn: which one (in AutoAugment the first column chooses the sub-policy), whether, how
+    strong, and the sign, negative from 0.5 on. `image_size`, (height, width) in pixels, scales timm's
+    translations.
 
-    Returns:
-        "operation": int32 (N, num_operations), positions in `OPERATIONS`; "argument": float64, the same
-        shape, what the operation is given: a factor, a threshold, bits, pixels, degrees.
+    Returns "operation", int32 (N, num_operations), positions in `OPERATIONS`, and "argument", float64 of the
+    same shape, what the operation is given: a factor, a threshold, bits, pixels, degrees.
     """
     uniforms = tf.cast(uniforms, tf.float64)
     uniforms = tf.reshape(uniforms, [-1, policy.num_operations, UNIFORMS_PER_OPERATION])
@@ -308,24 +276,10 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
 def apply_augment(
     image: tf.Tensor, plan: Plan, interpolation: str = "bicubic", fill: Sequence[int] = IMAGENET_FILL
 ) -> tf.Tensor:
-    """Carry out the operations planned for one image.
+    """Carry out the operations planned for one image, uint8 (H, W, 3): one row of `plan_augment`.
 
-    Args:
-        image: uint8 (H, W, 3).
-        plan: one row of `plan_augment`: "operation" int32 and "argument" float64, both (num_operations,), the
-            number known while tracing.
-        interpolation: "nearest" (torchvision's default), "bilinear" or "bicubic", for shears, translations
-            and rotations.
-        fill: colour that these uncover, three levels; the default is timm's, torchvision's is (0, 0, 0).
-
-    Returns:
-        uint8 (H, W, 3).
-
-    Raises:
-        ValueError: `interpolation` is unknown; tells the known ones.
+    The default fill is timm's, torchvision's is (0, 0, 0).
     """
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"Unknown interpolation {interpolation!r}. Known: {', '.join(INTERPOLATIONS)}.")
     functions = _functions(interpolation, tuple(fill))
     if tf.executing_eagerly():
         for number, argument in zip(plan["operation"], plan["argument"], strict=True):
@@ -353,44 +307,20 @@ def apply_augment(
 NUM_JITTER_UNIFORMS = 8
 
 
-def plan_jitter(uniforms: tf.Tensor, strength: float | Sequence[float]) -> Plan:
-    """Decide the colour jitter of many examples: torchvision's ColorJitter, in random order.
+def plan_jitter(uniforms: tf.Tensor, strength: float) -> Plan:
+    """Decide the colour jitter of many examples: torchvision's ColorJitter, in random order, without hue.
 
-    Args:
-        uniforms: float32 or float64 (N, NUM_JITTER_UNIFORMS), in [0, 1): four order the operations, then one
-            for each chooses its factor.
-        strength: s, for factors of brightness, contrast and saturation from max(0, 1 - s) to 1 + s, as timm's
-            `color_jitter`; or three strengths, or four, the last up to 0.5 turns the hue by -s to s.
-
-    Returns:
-        A plan for `apply_jitter`, as `plan_augment` returns it, of four operations. Those of strength 0 are
-        "identity".
-
-    Raises:
-        ValueError: there are not one, three or four strengths, one is negative, or the last exceeds 0.5.
+    `uniforms` are float32 or float64 (N, NUM_JITTER_UNIFORMS), in [0, 1): four order the operations, then one
+    for each chooses its factor, from max(0, 1 - strength) to 1 + strength, as timm's `color_jitter`. The
+    fourth operation does nothing: it has the place of the hue. Returns what `plan_augment` does.
     """
-    strengths = np.ravel(np.array(strength, np.float64))
-    strengths = np.repeat(strengths, 3) if len(strengths) == 1 else strengths
-    if len(strengths) not in (3, 4) or strengths.min() < 0 or strengths[3:].sum() > 0.5:
-        raise ValueError(
-            "Expected the strength of colour jitter as one number of 0 or more, three (brightness, contrast, "
-            f"saturation) or four (then hue, up to 0.5), received {strength!r}."
-        )
-    strengths = np.append(strengths, 0.0)[:4]
-    names = [
-        name if value > 0 else "identity"
-        for name, value in zip(("brightness", "contrast", "color", "hue"), strengths, strict=True)
-    ]
-    neutral = np.array([1.0, 1.0, 1.0, 0.0])
-    low = np.maximum(neutral - strengths, [0.0, 0.0, 0.0, -0.5])
+    low = max(0.0, 1.0 - strength)
     uniforms = tf.cast(uniforms, tf.float64)
-    argument = low + (neutral + strengths - low) * uniforms[:, 4:]
-    turns = tf.cast(tf.cast(argument[:, 3:] * 255.0, tf.int32), tf.float64)  # torchvision drops the fraction
-    argument = tf.concat([argument[:, :3], turns], 1)
+    factors = low + (1.0 + strength - low) * uniforms[:, 4:]
     order = tf.argsort(uniforms[:, :4], 1)
     return {
-        "operation": tf.gather(_numbers(names), order),
-        "argument": tf.gather(argument, order, batch_dims=1),
+        "operation": tf.gather(_numbers(("brightness", "contrast", "color", "identity")), order),
+        "argument": tf.gather(factors, order, batch_dims=1),
     }
 
 
@@ -430,7 +360,7 @@ def _torchvision_arguments(
 ) -> tuple[float, float]:
     """What torchvision gives Pillow for one of its magnitudes, and for its negative.
 
-    torchvision 0.28.0, transforms/autoaugment.py, `_augmentation_space` and `_apply_op`.
+    Reference: torchvision 0.28.0, transforms/autoaugment.py, `_augmentation_space` and `_apply_op`.
     """
     name, number = _operation(level), int(number)
     if name in ("shear_x", "shear_y"):
@@ -497,5 +427,4 @@ def _functions(
         *map(plain, (tf.identity, autocontrast, equalize, invert)),
         *(geometric(rotate), posterize, solarize, solarize_add, color, contrast, brightness, sharpness),
         *map(geometric, (shear_x, shear_y, translate_x, translate_y)),
-        hue,
     ]

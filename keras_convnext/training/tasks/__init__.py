@@ -1,1 +1,155 @@
-"""What the trainer trains: one module a task."""
+"""What a run trains: all that the trainer knows of a task.
+
+A task is a module of this folder with one class that has what `Task` lists; `trainer.train` makes it from the
+recipe, in one place. It decides on data, model, loss and scores. Steps, signals, checkpoints, the log and the
+best epoch are the trainer's. How the next ones fit in:
+
+- segmentation: batches of (images, label maps), `best = "val_miou"`; `evaluate` slides a window over each
+  image and adds up one confusion matrix over all processes;
+- detection: batches of (images, {"boxes": ..., "classes": ...}), a loss that the model adds itself,
+  `best = "val_mask_ap"`; `evaluate` gathers the detections of all processes;
+- FCMAE: batches of (images, images), a loss that the model adds itself and no other score, so
+  `best = "val_loss"`, or "loss" without validation images; `evaluate` keeps a few reconstructions, which
+  `draw` writes beside the curves; `save` writes the encoder, from which fine-tuning starts.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from keras_convnext.data.faults import Faults
+from keras_convnext.distribution.engine import Engine
+from keras_convnext.training import optimizer, schedule
+from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.run_folder import RunFolder
+from keras_convnext.training.run_state import Plan
+
+
+@dataclasses.dataclass
+class Datasets:
+    """What is trained on and evaluated on.
+
+    Attributes:
+        training: what `data.faults.Faults` takes, such as a `data.index.Source`.
+        validation: the same, or None.
+        plan: the batch sizes and step counts that follow from the recipe and the training data.
+        identity: JSON values by name that decide the result; a run is resumed with the same only.
+        facts: JSON values by name for environment.json.
+        faults: of each split, what could not be decoded.
+    """
+
+    training: Any
+    validation: Any
+    plan: Plan
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+    faults: dict[str, Faults] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        splits = {"train": self.training, "validation": self.validation}
+        # All are allowed to the pipeline, whose own error would come wrapped in TensorFlow's.
+        self.faults = {
+            name: Faults(split, max_share=1.0) for name, split in splits.items() if split is not None
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskModel:
+    """A model that is ready for `fit`.
+
+    Attributes:
+        model: compiled, its optimizer built, its layers named, as checkpoints name arrays by them.
+        student: what is evaluated, saved and kept in checkpoints: the model, or the part of it that learns
+            from a frozen teacher.
+        warnings: sentences about values of the recipe that are likely a mistake.
+        notes: other sentences that the user should read before the first step.
+    """
+
+    model: Any
+    student: Any
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+class Task(Protocol):
+    """The process that writes calls `draw`, `save_weights` and `save`; all processes call the others.
+
+    Attributes:
+        best: column of the log that decides which epoch is the best, such as "val_top1"; that of the average
+            of the weights, "ema_val_top1", counts too. The largest value is the best, of a loss the smallest.
+    """
+
+    best: str
+
+    def open_data(self) -> Datasets:
+        """Opens what the recipe names."""
+
+    def build_model(self, data: Datasets) -> TaskModel:
+        """Builds and compiles the model, with its loss and metrics; see `recipe_optimizer`."""
+
+    def train_batches(self, data: Datasets, start: int, engine: Engine) -> Any:
+        """Returns an endless `tf.data.Dataset` of (images, targets), this process's rows of each micro-batch.
+
+        Args:
+            data: what `open_data` returned.
+            start: micro-batches of the run that are done. Each batch is a function of its number alone.
+            engine: whose group has the rank.
+        """
+
+    def evaluate(
+        self, model: Any, data: Datasets, engine: Engine, after_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        """Scores the student on the validation data, which is there.
+
+        Args:
+            model: the student, with its weights or with their average.
+            data: what `open_data` returned.
+            engine: whose group gathers the scores, which all processes return.
+            after_batch: called after each batch; may raise, which ends the evaluation.
+
+        Returns:
+            Score by the name that follows "val_" in the log.
+        """
+
+    def draw(self, rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
+        """Draws the pictures of a run, after each epoch, from the rows of the log."""
+
+    def save_weights(self, model: Any, path: pathlib.Path) -> None:
+        """Writes the student's weights as they are to a .weights.h5 file."""
+
+    def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
+        """Writes what `load` and the command open when the run has ended."""
+
+
+def recipe_optimizer(recipe: Recipe, plan: Plan) -> optimizer.AdamW:
+    """Returns the optimizer of a recipe, with its schedule."""
+    values = recipe.optimizer
+    return optimizer.AdamW(
+        schedule.WarmupCosine(
+            values.learning_rate,
+            plan.total_steps,
+            plan.warmup_steps,
+            start=values.warmup_learning_rate,
+            end=values.min_learning_rate,
+            warmup_includes_peak=values.warmup_includes_peak,
+            hold_steps=plan.steps_per_epoch if values.schedule_unit == "epoch" else 1,
+        ),
+        weight_decay=values.weight_decay,
+        beta_1=values.beta_1,
+        beta_2=values.beta_2,
+        epsilon=values.epsilon,
+        # A head by itself has one rate.
+        layer_decay=1.0 if recipe.model.trainable == "head" else values.layer_decay,
+        layer_decay_groups=values.layer_decay_groups,
+        global_clipnorm=values.clip_norm or None,
+        gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,
+        use_ema=values.ema_decay > 0,
+        ema_momentum=values.ema_decay or 0.9999,
+        overwrite_after_fit=False,
+    )
+
+
+def without_optimizer(model: Any) -> Any:
+    """Returns a model of the same layers; Keras saves the optimizer of a compiled one along."""
+    return type(model)(model.inputs, model.outputs, name=model.name)

@@ -1,22 +1,153 @@
-"""Image classification: its data, model, loss, metrics and optimizer."""
+"""Image classification: its data, model, loss and scores."""
 
 import dataclasses
+import functools
 import os
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_convnext import models
+from keras_convnext.conversion import save_weights
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
-from keras_convnext.training import distillation, finetune, optimizer, schedule
+from keras_convnext.distribution.engine import Engine
+from keras_convnext.evaluation import classification, forward
+from keras_convnext.evaluation.results import fingerprint
+from keras_convnext.training import curves, distillation, finetune
+from keras_convnext.training.advice import warnings_for
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.run_state import Plan
+from keras_convnext.training.run_folder import RunFolder
+from keras_convnext.training.run_state import CURVES_FILE, Plan
+from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer, without_optimizer
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog, keras_files, layouts, preprocessing_metadata, published, resolve
 from keras_convnext.weights.preprocessing_metadata import ImageDescription
+
+
+class Classification:
+    """One class for each image: the `Task` of training and fine-tuning on ImageNet and the like.
+
+    Args:
+        recipe: what to train, and how.
+        workers: threads of the input pipeline, None for the number of CPU cores.
+
+    Raises:
+        ImportError: TensorFlow, which reads the images, is not installed.
+    """
+
+    best = "val_top1"
+
+    def __init__(self, recipe: Recipe, workers: int | None = None) -> None:
+        self.recipe = recipe
+        self.workers = workers
+        self._batches = classification.import_batches()
+        self._validation: Any = None
+
+    @functools.cached_property
+    def _weights(self) -> tuple[published.Checkpoint | ImageDescription | None, int]:
+        return describe_weights(self.recipe)
+
+    @functools.cached_property
+    def images(self) -> ImageDescription:
+        """How the recipe's evaluation prepares images, with the normaliser of its model."""
+        return evaluated_images(self.recipe, self._weights[0])
+
+    def open_data(self) -> Datasets:
+        training, validation = open_data(self.recipe)
+        return Datasets(
+            training,
+            validation,
+            plan=Plan.of(self.recipe, training),
+            identity={
+                "data": fingerprint(training),
+                "validation": "" if validation is None else fingerprint(validation),
+            },
+            facts={
+                "data": str(training.path),
+                "training_images": len(training),
+                "classes": len(training.classes),
+            },
+        )
+
+    def build_model(self, data: Datasets) -> TaskModel:
+        recipe, (trained, available) = self.recipe, self._weights
+        num_classes = len(data.training.classes)
+        student, has_new_head = build_model(recipe, num_classes, available)
+        warnings = warnings_for(
+            recipe,
+            has_weights=bool(recipe.model.weights),
+            is_self_supervised=bool(recipe.model.weights) and available == 0,
+            trained_size=None if trained is None else trained.image_size,
+            has_new_head=has_new_head,
+            num_steps=data.plan.total_steps,
+        )
+        if data.validation is None:
+            warnings.append(
+                "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
+            )
+        notes = []
+        if recipe.model.weights and not has_new_head:
+            notes.append(f"The classifier of the weights is kept, for {num_classes} classes.")
+        return TaskModel(compile_model(recipe, student, data.plan), student, warnings, notes)
+
+    def train_batches(self, data: Datasets, start: int, engine: Engine) -> Any:
+        return self._batches.train_batches(
+            data.training,
+            batch_size=data.plan.micro_batch_size,
+            image_size=self.recipe.model.image_size,
+            augmentation=self.recipe.augmentation,
+            normaliser=(self.images.mean, self.images.std),
+            seed=self.recipe.run.seed,
+            part=self._batches.Part(
+                start_batch=start,
+                batches_per_epoch=data.plan.micro_batches_per_epoch,
+                host=engine.group.rank,
+                num_hosts=len(engine.group),
+            ),
+            faults=data.faults["train"],
+            workers=self.workers,
+        )
+
+    def evaluate(
+        self, model: Any, data: Datasets, engine: Engine, after_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        if self._validation is None:
+            self._validation = self._eval_batches(data, engine)
+        scores = forward.validate(model, self._validation, after_batch, engine.group.gathered_arrays)
+        return {name: scores[name] for name in ("loss", "top1", "top5")}
+
+    def _eval_batches(self, data: Datasets, engine: Engine) -> Any:
+        recipe, size = self.recipe, min(data.plan.micro_batch_size, len(data.validation))
+        return self._batches.eval_batches(
+            data.validation,
+            batch_size=engine.share(engine.filled(size)),
+            host=engine.group.rank,
+            num_hosts=len(engine.group),
+            image_size=recipe.evaluation.eval_image_size,
+            crop=recipe.evaluation.eval_crop,
+            resize_mode=recipe.evaluation.eval_resize_mode,
+            resize_size=recipe.evaluation.eval_resize_size or None,
+            interpolation=recipe.evaluation.eval_interpolation,
+            faults=data.faults["validation"],
+            workers=self.workers,
+        )
+
+    def draw(self, rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
+        curves.draw_curves(rows, folder.path / CURVES_FILE, {"top1": "Top-1 accuracy, %"}, self.recipe.title)
+
+    def save_weights(self, model: Any, path: pathlib.Path) -> None:
+        without_optimizer(model).save_weights(path)
+        preprocessing_metadata.add_images(path, self.images)
+
+    def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
+        # timm's layout has all architectures but the isotropic ones.
+        layout = "official" if VARIANTS[self.recipe.model.architecture].isotropic else "timm"
+        folder.write_with("final.safetensors", lambda path: save_weights(model, path, layout, self.images))
+        folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in data.training.classes))
 
 
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
@@ -48,15 +179,12 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
 
 
 def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
-    """Builds the model of a recipe.
+    """Builds the model of a recipe, pixels in 0..255 to logits, and says whether its head begins at random.
 
     Args:
         recipe: the recipe.
         num_classes: outputs of the classifier.
         available: classes of the recipe's weights; 0 where they have no classifier, or there are none.
-
-    Returns:
-        The model, pixels in 0..255 to logits; whether its classifier begins at random.
 
     Raises:
         ValueError: the weights do not fit the architecture.
@@ -127,31 +255,8 @@ def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
             recipe.distillation.distillation_temperature,
         )
         share = 1 - recipe.distillation.distillation_weight
-    hold = plan.steps_per_epoch if recipe.optimizer.schedule_unit == "epoch" else 1
     model.compile(
-        optimizer.AdamW(
-            schedule.WarmupCosine(
-                recipe.optimizer.learning_rate,
-                plan.total_steps,
-                plan.warmup_steps,
-                start=recipe.optimizer.warmup_learning_rate,
-                end=recipe.optimizer.min_learning_rate,
-                warmup_includes_peak=recipe.optimizer.warmup_includes_peak,
-                hold_steps=hold,
-            ),
-            weight_decay=recipe.optimizer.weight_decay,
-            beta_1=recipe.optimizer.beta_1,
-            beta_2=recipe.optimizer.beta_2,
-            epsilon=recipe.optimizer.epsilon,
-            # A head by itself has one rate.
-            layer_decay=1.0 if recipe.model.trainable == "head" else recipe.optimizer.layer_decay,
-            layer_decay_groups=recipe.optimizer.layer_decay_groups,
-            global_clipnorm=recipe.optimizer.clip_norm or None,
-            gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,
-            use_ema=recipe.optimizer.ema_decay > 0,
-            ema_momentum=recipe.optimizer.ema_decay or 0.9999,
-            overwrite_after_fit=False,
-        ),
+        recipe_optimizer(recipe, plan),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True),
         loss_weights=None if share == 1 else [share],
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],

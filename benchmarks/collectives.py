@@ -32,15 +32,9 @@ class Collective:
 
 
 def collectives(program: str) -> list[Collective]:
-    """Lists the exchanges in the text of a program that XLA has compiled.
+    """Lists the exchanges in the text of a program that XLA has compiled (`jax.stages.Compiled.as_text()`).
 
     An operation inside a loop is listed once.
-
-    Args:
-        program: what `jax.stages.Compiled.as_text()` returns.
-
-    Returns:
-        List of `Collective`, in the order of the text.
     """
     found = []
     for line in program.splitlines():
@@ -58,16 +52,9 @@ def collectives(program: str) -> list[Collective]:
 def compiled_step(model: Any, images: np.ndarray, targets: np.ndarray) -> Any:
     """Compiles the training step that `fit` makes, for a look at its program and its memory; JAX.
 
-    Args:
-        model: compiled, its optimizer built, in the scope of an engine or not.
-        images: (N, H, W, 3), a batch; only its shape and dtype count.
-        targets: (N, K).
-
-    Returns:
-        `jax.stages.Compiled`: `as_text()` for `collectives`, `memory_analysis()`.
-
-    Raises:
-        ValueError: the backend is not JAX.
+    The model is compiled, its optimizer built, in the scope of an engine or not. Of the batch, images (N, H,
+    W, 3) and targets (N, K), only shapes and dtypes count. Returns `jax.stages.Compiled`: `as_text()` for
+    `collectives`, `memory_analysis()`.
     """
     if keras.backend.backend() != "jax":
         raise ValueError(

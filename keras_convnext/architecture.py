@@ -1,0 +1,140 @@
+"""The layers of an architecture as plain numbers: names, channels, kernels, sides of maps; without Keras.
+
+`convnext` connects these layers. What names, counts or weighs them reads this list: the shapes of weights
+(`weights.layouts`), operations (`analysis.flops`), memory (`analysis.memory`).
+"""
+
+import dataclasses
+import math
+
+from keras_convnext.variants import Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer that has weights.
+
+    Attributes:
+        stage: "stem", "stage 1" .. "stage 4" or "head".
+        name: the official code's: "downsample_layers.1.0", "stages.0.1.dwconv", "norm". LayerScale, a bare
+            parameter there, is "stages.0.1.layer_scale".
+        kind: "convolution", "linear", a norm of `Variant`, "response_norm" (GRN) or "scale" (LayerScale).
+        inputs: channels that it reads.
+        outputs: channels that it writes.
+        side_in: of the square map that it reads, in pixels.
+        side: of the map that it writes; 1 in the head, which pools.
+        kernel: side of a convolution's kernel.
+        groups: of a convolution; as many as channels in the depthwise one.
+    """
+
+    stage: str
+    name: str
+    kind: str
+    inputs: int
+    outputs: int
+    side_in: int
+    side: int
+    kernel: int = 1
+    groups: int = 1
+
+    @property
+    def part(self) -> str:
+        """What it belongs to: "stem" or "downsample_layers.0", "stages.0.1" or "blocks.1", "head"."""
+        return self.name.rpartition(".")[0] or self.stage
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name and PyTorch shape of each of its arrays."""
+        channels: tuple[int, ...] = (self.outputs,)
+        match self.kind:
+            case "scale":
+                return {f"{self.part}.gamma": channels}
+            case "response_norm":
+                return {f"{self.name}.gamma": channels, f"{self.name}.beta": channels}
+            case "rms_norm" | "simple_norm":
+                return {f"{self.name}.weight": channels}
+            case "layer_norm":
+                weight = channels
+            case "linear":
+                weight = (self.outputs, self.inputs)
+            case _:
+                weight = (self.outputs, self.inputs // self.groups, self.kernel, self.kernel)
+        return {f"{self.name}.weight": weight, f"{self.name}.bias": channels}
+
+    @property
+    def num_weights(self) -> int:
+        return sum(math.prod(shape) for shape in self.weights.values())
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of convolutions and matrix products, for one image."""
+        if self.kind not in ("convolution", "linear"):
+            return 0
+        return self.side**2 * math.prod(self.weights[f"{self.name}.weight"])
+
+
+def layers_of(
+    variant: Variant,
+    image_size: int = 224,
+    classes: int = 1000,
+    channels: int = 3,
+    pyramid_norms: bool = False,
+) -> list[Layer]:
+    """Lists the layers with weights, in the order of the forward pass.
+
+    Args:
+        variant: a row of `variants.VARIANTS`.
+        image_size: side of the square images in pixels.
+        classes: outputs of the classifier; 0 for none (then without a hidden layer too).
+        channels: of the images.
+        pyramid_norms: whether the per-level norms `norm0` .. `norm3` replace the final norm.
+    """
+    found: list[Layer] = []
+
+    def add(stage, name, kind, outputs, kernel=1, stride=1, groups=1):
+        inputs, before = (found[-1].outputs, found[-1].side) if found else (channels, image_size)
+        # 3x3 kernels of stride 2 have a pixel of padding on each side, patches none.
+        side = before if stride == 1 else (before + kernel - stride) // stride
+        side = 1 if stage == "head" else side
+        found.append(Layer(stage, name, kind, inputs, outputs, before, side, kernel, groups))
+
+    dims = variant.dims
+    if variant.isotropic:
+        add("stem", "stem", "convolution", dims[0], 16, 16)
+    else:
+        last = {"patch": 0, "overlap_act": 2}.get(variant.stem, 1)  # place of the last convolution
+        if last == 0:
+            add("stem", "downsample_layers.0.0", "convolution", dims[0], 4, 4)
+        else:
+            add("stem", "downsample_layers.0.0", "convolution", variant.stem_dim, 3, 2)
+            add("stem", f"downsample_layers.0.{last}", "convolution", dims[0], 3, 2)
+        add("stem", f"downsample_layers.0.{last + 1}", variant.norm, dims[0])
+    ends = []  # last layer of each stage
+    for number, (depth, dim) in enumerate(zip(variant.depths, dims, strict=True)):
+        stage = f"stage {number + 1}"
+        if number > 0:
+            add(stage, f"downsample_layers.{number}.0", variant.norm, dims[number - 1])
+            add(stage, f"downsample_layers.{number}.1", "convolution", dim, 2, 2)
+        for index in range(depth):
+            block = f"blocks.{index}" if variant.isotropic else f"stages.{number}.{index}"
+            add(stage, f"{block}.dwconv", "convolution", dim, variant.kernel_sizes[number], groups=dim)
+            add(stage, f"{block}.norm", variant.norm, dim)
+            add(stage, f"{block}.pwconv1", "linear", 4 * dim)
+            if variant.version == 2:
+                add(stage, f"{block}.grn", "response_norm", 4 * dim)
+            add(stage, f"{block}.pwconv2", "linear", dim)
+            if variant.layer_scale_init_value is not None:
+                add(stage, f"{block}.layer_scale", "scale", dim)
+        ends.append(found[-1])
+    if pyramid_norms:
+        found += [
+            Layer("head", f"norm{level}", "layer_norm", end.outputs, end.outputs, end.side, end.side)
+            for level, end in enumerate(ends)
+        ]
+    else:
+        add("head", "norm_pre" if variant.head == "norm_first" else "norm", variant.norm, dims[-1])
+    if classes:
+        if variant.head == "mlp":
+            add("head", "pre_logits", "linear", dims[-1])
+        add("head", "head", "linear", classes)
+    return found

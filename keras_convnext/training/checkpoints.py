@@ -1,0 +1,159 @@
+"""How far a run is, and the checkpoints that hold it together with the arrays of its step."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_convnext.distribution.engine import Engine
+from keras_convnext.training import run_folder
+from keras_convnext.training.run_state import Plan, non_finite_names, state_variables
+
+_logger = logging.getLogger("keras_convnext")
+
+
+@dataclasses.dataclass
+class Counts:
+    """How far a run is.
+
+    Attributes:
+        plan: the steps of the run.
+        done: micro-batches that are done.
+        carried: sums of loss and metrics over the part of the epoch before an interruption.
+        sums: the same over all of the epoch so far.
+        best: score of the best epoch by its name, and "epoch".
+        epochs_logged: epochs whose end is done too.
+    """
+
+    plan: Plan
+    done: int = 0
+    carried: dict[str, float] = dataclasses.field(default_factory=dict)
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    best: dict[str, float] = dataclasses.field(default_factory=dict)
+    epochs_logged: int = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.done // self.plan.accumulation_steps
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done, with all of their micro-batches."""
+        return self.done // self.plan.micro_batches_per_epoch
+
+    def add(self, in_fit: int, means: Mapping[str, float]) -> None:
+        """Counts a micro-batch; `means` are over the `in_fit` micro-batches of this call of `fit`."""
+        self.done += 1
+        self.sums = {name: self.carried.get(name, 0.0) + in_fit * value for name, value in means.items()}
+
+    def end_epoch(self) -> None:
+        self.epochs_logged = self.epoch
+        self.carried, self.sums = {}, {}
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run.
+
+    Args:
+        folder: of the run; None in the processes that do not write.
+        engine: reads the variables.
+        model: what is fitted.
+        student: the part of it that is kept, see `state_variables`.
+        counts: goes into each checkpoint, and comes out of the newest.
+    """
+
+    def __init__(
+        self, folder: run_folder.RunFolder | None, engine: Engine, model: Any, student: Any, counts: Counts
+    ) -> None:
+        self.folder = folder
+        self.engine = engine
+        self.model = model
+        self.variables = state_variables(model, student)
+        self.counts = counts
+        self.saved = -1  # micro-batches that the last checkpoint is of
+        self.saved_at = time.monotonic()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        if hasattr(self.model, "jax_state_sync"):  # within an epoch JAX keeps the values outside
+            self.model.jax_state_sync()
+        return {name: self.engine.read(variable) for name, variable in self.variables.items()}
+
+    def save(self, is_best: bool = False) -> list[str]:
+        """Writes a checkpoint, unless an array is not finite: returns the names of those."""
+        if self.folder is None:
+            return []
+        arrays, counts = self.arrays(), self.counts
+        if broken := non_finite_names(arrays):
+            return broken
+        state = {
+            "micro_batches": counts.done,
+            "step": counts.step,
+            "epochs_logged": counts.epochs_logged,
+            "sums": counts.sums,
+            "best": counts.best,
+            "is_best": is_best,
+            "backend": keras.backend.backend(),
+        }
+        self.folder.save(arrays, state)
+        if is_best:
+            self.folder.mark_best(counts.step, _score(counts.best))
+        self.saved, self.saved_at = counts.done, time.monotonic()
+        return []
+
+    def restore(self) -> bool:
+        """Takes up the newest checkpoint, in all processes; returns whether there is one.
+
+        Raises:
+            ValueError: it is of another model or optimizer.
+            RunFolderError: there are checkpoints, and all are damaged.
+        """
+        arrays, state = (self.folder and self.folder.latest()) or ({}, None)
+        state = self.engine.group.gathered(state)[0]
+        arrays = self.engine.group.shared_arrays(arrays)
+        if state is None:
+            return False
+        expected = {
+            name: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype))
+            for name, v in self.variables.items()
+        }
+        if state["backend"] != keras.backend.backend():
+            _logger.warning(
+                "The run was begun on %s and resumes on %s: it will not end with the same digits.",
+                state["backend"],
+                keras.backend.backend(),
+            )
+            # Counters and random states have other integer types there.
+            arrays = {name: _as_integers(array, expected.get(name)) for name, array in arrays.items()}
+        run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
+        for name, variable in self.variables.items():
+            variable.assign(arrays[name])
+        counts = self.counts
+        counts.done = self.saved = state["micro_batches"]
+        counts.carried, counts.sums = state["sums"], dict(state["sums"])
+        counts.best, counts.epochs_logged = state["best"], state["epochs_logged"]
+        if self.folder and state["is_best"]:  # a kill may have come before this was noted
+            self.folder.mark_best(state["step"], _score(counts.best))
+        return True
+
+    def advice(self) -> str:
+        """What is printed when another process of the run is lost."""
+        step = self.saved // self.counts.plan.accumulation_steps
+        stands = f"the checkpoint of step {step}" if self.saved > 0 else "the beginning"
+        stands = f"{stands} in {self.folder.path}" if self.folder else "the last checkpoint"
+        return f"This process ends too. The same command on all machines resumes from {stands}."
+
+
+def _score(best: Mapping[str, float]) -> float:
+    return next(value for name, value in best.items() if name != "epoch")
+
+
+def _as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
+    """Converts the integers of one backend to the type of another; returns other arrays as they are."""
+    if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
+        return array
+    return array.astype(expected[1])

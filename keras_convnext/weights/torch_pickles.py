@@ -1,0 +1,343 @@
+"""Runs the pickles in which `torch.save` describes tensors, without PyTorch and without a chance for others.
+
+A pickle is a program. `_check_program` looks at each opcode before any is run; then a `pickle.Unpickler` runs
+them that reaches nothing but `_NAMES`: objects of this module, on which a file can set nothing. No name is
+imported. The bytes of the tensors lie elsewhere: a pickle names storages, and who reads the file fills them.
+"""
+
+import io
+import pickle
+import pickletools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from keras_convnext.weights.arrays import (
+    TORCH_DTYPES,
+    FileFormatError,
+    UnsafeFileError,
+    damaged_file,
+    is_size,
+    is_sizes,
+)
+
+# The other dtypes have no storage class of their own: their tensors name `UntypedStorage`.
+TORCH_STORAGES: dict[str, str] = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
+    "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+}
+
+# Training scripts store these next to the state dict: arguments, scores, schedules, the log of mmengine.
+_IGNORED_NAMES = (
+    "__builtin__.getattr",
+    "__builtin__.set",
+    "_codecs.encode",
+    "argparse.Namespace",
+    "builtins.set",
+    "collections.Counter",
+    "collections.defaultdict",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "torch.device",
+)
+
+# All that torch.save writes. Extension codes are not among them: an unpickler takes their objects from a
+# cache, without asking for the name.
+_OPCODES = frozenset(
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "  # noqa: SIM905
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS "
+    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ BUILD".split()
+)
+
+# Which of the items that an opcode takes from the stack an unpickler hashes.
+_HASHED = {"SETITEM": slice(1, 2), "SETITEMS": slice(1, None, 2), "ADDITEMS": slice(1, None)}
+
+# A training checkpoint of the largest model has some 30,000. One can take 232 bytes of memory (an empty set).
+_MAX_OPCODES = 2**20
+
+
+class _Fixed:
+    """Base of what a pickle may name or make: it has slots alone and takes no state."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError(f"it sets a state of a {type(self).__name__}")
+
+
+@dataclass(slots=True, eq=False)
+class Storage(_Fixed):
+    """A storage that a pickle names: `size` items of `dtype`, or bytes where each tensor has its own dtype.
+
+    The reader of the file fills in `content`. A view has a `root` instead, and begins at its item `begin`.
+    """
+
+    dtype: np.dtype | None
+    size: int
+    content: memoryview | None = None
+    root: "Storage | None" = None
+    begin: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * (1 if self.dtype is None else self.dtype.itemsize)
+
+
+@dataclass(slots=True, eq=False)
+class Tensor(_Fixed):
+    """A tensor as the pickle describes it. Offset, size and stride count items, and are not checked yet."""
+
+    storage: Storage
+    dtype: np.dtype | None
+    offset: object
+    size: object
+    stride: object
+    lazy: bool
+
+    def array(self) -> np.ndarray:
+        """The tensor as a view of the content of its storage.
+
+        Raises:
+            ValueError: the description is wrong, or does not fit the storage.
+        """
+        offset, size, stride, dtype = self.offset, self.size, self.stride, self.dtype
+        if self.lazy:
+            raise ValueError("lazy flags (conjugate or negative); save tensor.resolve_conj().resolve_neg()")
+        if not (
+            dtype is not None
+            and isinstance(size, tuple)
+            and isinstance(stride, tuple)
+            and isinstance(offset, int)
+            and is_sizes((offset, *size, *stride))
+            and len(size) == len(stride)
+        ):
+            raise ValueError("expected a dtype, and an offset, size and stride of integers >= 0")
+        if 0 in size:
+            return np.empty(size, dtype)
+        # Bounds are checked here and not left to NumPy, for a message in PyTorch's units.
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        available = self.storage.nbytes // dtype.itemsize
+        if last >= available:
+            raise ValueError(
+                f"size {size}, stride {stride} and offset {offset} needs {last + 1} items, its storage has "
+                f"{available}"
+            )
+        storage = self.storage.root or self.storage
+        begin = (self.storage.begin + offset) * dtype.itemsize
+        return np.ndarray(
+            size, dtype, storage.content, begin, tuple(step * dtype.itemsize for step in stride)
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Name(_Fixed):
+    """A name that a pickle may ask for."""
+
+    name: str
+
+    def __call__(self, *arguments: object) -> object:
+        match self.name, arguments:
+            case "collections.OrderedDict", ():
+                return _Dictionary()
+            case "torch.Size", (size,) if is_sizes(size):
+                return size
+            case "torch._utils._rebuild_parameter", (Tensor() as tensor, _, _):
+                return tensor
+            case "torch._utils._rebuild_parameter_with_state", (Tensor() as tensor, _, _, _):
+                return tensor
+            case "torch._utils._rebuild_tensor_v2", (Storage() as storage, offset, size, stride, _, _, *lazy):
+                return Tensor(storage, storage.dtype, offset, size, stride, any(lazy))
+            case (
+                "torch._utils._rebuild_tensor_v3",
+                (Storage() as storage, offset, size, stride, _, _, _Name(name), *lazy),
+            ):
+                dtype = TORCH_DTYPES.get(name.removeprefix("torch."))
+                return Tensor(storage, dtype, offset, size, stride, any(lazy))
+        raise ValueError(f"it calls {self.name!r} with {len(arguments)} arguments that do not fit")
+
+
+class _Dictionary(dict):
+    """An `OrderedDict`, without the attributes that PyTorch gives to those of its modules."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Ignored:
+    """Any object that is not kept. Takes all arguments, items and state, and keeps none of them."""
+
+    __slots__ = ()
+
+    def __new__(cls, *arguments: object) -> "_Ignored":
+        return super().__new__(cls)
+
+    @staticmethod
+    def append(*items: object) -> None:
+        pass
+
+    extend = add = __setitem__ = __setstate__ = (
+        append  # static: a state set on the class itself is dropped too
+    )
+
+
+_STORAGE_DTYPES: dict[str, np.dtype | None] = {
+    "torch.storage.UntypedStorage": None,
+    **{f"torch.{storage}": TORCH_DTYPES[dtype] for dtype, storage in TORCH_STORAGES.items()},
+}
+
+_FUNCTIONS = (
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+)
+_DTYPES = tuple(f"torch.{name}" for name in TORCH_DTYPES)
+
+# All that a pickle can reach.
+_NAMES: dict[str, _Name | type[_Ignored]] = {
+    **{name: _Name(name) for name in (*_FUNCTIONS, *_STORAGE_DTYPES, *_DTYPES)},
+    **dict.fromkeys(_IGNORED_NAMES, _Ignored),
+}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Runs a pickle whose opcodes were checked. Imports nothing."""
+
+    def __init__(self, path: Path, stream: io.BytesIO):
+        super().__init__(stream)
+        self.path = path
+        self.storages: dict[str, Storage] = {}
+
+    def find_class(self, module: str, name: str) -> "_Name | type[_Ignored]":
+        return _known(self.path, module, name)
+
+    def persistent_load(self, identifier: object) -> Storage:
+        match identifier:
+            case ("storage", _Name(kind), str() as key, _, int() as size, *view) if (
+                kind in _STORAGE_DTYPES and is_size(size)
+            ):
+                described = Storage(_STORAGE_DTYPES[kind], size)
+            case _:
+                raise ValueError("expected ('storage', type, key, location, size) as a storage")
+        storage = self.storages.setdefault(key, described)
+        if storage.dtype is not described.dtype or storage.size != size:
+            raise ValueError(f"it describes the storage {key!r} in two ways")
+        match view:
+            case [] | [None]:
+                return storage
+            case [(str(), int() as begin, int() as length)] if begin >= 0 <= length <= size - begin:
+                return Storage(storage.dtype, length, root=storage, begin=begin)
+        raise ValueError(f"it has a view that is not within the storage {key!r}")
+
+
+def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
+    """Runs the pickle at the position of a stream, and leaves the stream behind it; `path` is for messages.
+
+    Returns:
+        What the pickle describes: containers, texts, numbers and `Tensor`s; and the storages, by their keys.
+
+    Raises:
+        FileFormatError: the pickle is malformed, or would take too much memory or time.
+        UnsafeFileError: it has a name or an opcode that describes no tensors.
+    """
+    begin = stream.tell()
+    try:
+        _check_program(path, stream)
+        end = stream.tell()
+        stream.seek(begin)
+        unpickler = _TensorUnpickler(path, stream)
+        content = unpickler.load()
+    except (FileFormatError, UnsafeFileError):
+        raise
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise damaged_file(path, f"its pickle is malformed ({error})") from error
+    stream.seek(end)
+    return content, unpickler.storages
+
+
+def _check_program(path: Path, stream: io.BytesIO) -> None:
+    """Refuses opcodes that describe no tensors, and programs that exhaust memory, time or the C stack.
+
+    An unpickler hashes the keys of dictionaries and the items of sets. For a tuple this takes C stack by its
+    depth, and time by the number of paths through it: so the depth of each entry of the stack is followed.
+    """
+    stack: list[int] = []
+    outer_stacks: list[list[int]] = []
+    memo: dict[object, int] = {}
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+        name, before = opcode.name, opcode.stack_before
+        if name not in _OPCODES:
+            raise _unsafe_file(
+                path, f"has the opcode {name} at byte {position}, which torch.save does not write"
+            )
+        if count == _MAX_OPCODES:
+            raise damaged_file(path, f"its pickle has more than {_MAX_OPCODES} opcodes")
+        if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = argument if isinstance(argument, int) else len(memo)
+            if index > count:  # an unpickler makes room for all indices below
+                raise damaged_file(path, f"its pickle has the memo index {index} at byte {position}")
+            memo[index] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            outer_stacks.append(stack)
+            stack = []
+        elif not before:
+            if name == "GLOBAL":  # the unpickler asks again, and for names that the stack holds too
+                _known(path, *str(argument).split(" ", 1))
+            if opcode.stack_after:
+                stack.append(0)
+        else:
+            items: list[int] = []
+            if pickletools.markobject in before:
+                items, stack = stack, outer_stacks.pop()
+                before = before[: before.index(pickletools.markobject)]
+            first = len(stack) - len(before)
+            if first < 0:
+                raise damaged_file(path, f"its pickle is malformed (stack underflow at byte {position})")
+            items = stack[first:] + items
+            del stack[first:]
+            if name in _HASHED and max(items[_HASHED[name]], default=0) > 1:
+                raise damaged_file(path, f"its pickle has a nested tuple as a key at byte {position}")
+            if opcode.stack_after:
+                stack.append(1 + max(items, default=0) if name.startswith("TUPLE") else 0)
+
+
+def _known(path: Path, module: str, name: str) -> _Name | type[_Ignored]:
+    """What a name stands for."""
+    found = None if "." in name else _NAMES.get(f"{module}.{name}")
+    if found is None:
+        raise _unsafe_file(
+            path,
+            f"asks for the global '{module}.{name}', which a state dict does not need and which could run "
+            "code",
+        )
+    return found
+
+
+def _unsafe_file(path: Path, fact: str) -> UnsafeFileError:
+    return UnsafeFileError(
+        f"Refused to read '{path}': its pickle {fact}. Nothing in it was executed. If you trust the file, "
+        "load it in PyTorch and save its weights as .safetensors."
+    )
