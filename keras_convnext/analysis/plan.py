@@ -26,19 +26,12 @@ KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_
 
 @dataclass(frozen=True)
 class Exchange:
-    """Arrays that devices add up among each other, once in a micro-batch.
+    """Arrays that `num_devices` add up among each other, once in a micro-batch."""
 
-    Attributes:
-        what: "gradients", "maps" or "GRN".
-        num_bytes: of the arrays on one device.
-        num_devices: that take part in one sum.
-        times: in an optimizer step.
-    """
-
-    what: str
-    num_bytes: int
+    what: str  # "gradients", "maps" or "GRN"
+    num_bytes: int  # of the arrays on one device
     num_devices: int
-    times: int
+    times: int  # in an optimizer step
 
     @property
     def wire_bytes(self) -> int:
@@ -48,53 +41,29 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory, exchanges, operations and time of a training step on the devices that were named.
+    """The memory, exchanges, operations and time of a training step on the devices that were named."""
 
-    Attributes:
-        device: a key of `DEVICES`.
-        num_devices: how many.
-        engine: how they share a step.
-        backend: "tensorflow", "jax" or "torch".
-        batch_size: images of an optimizer step.
-        accumulation_steps: micro-batches of it that fit.
-        recipe_accumulation_steps: as the recipe has it.
-        images_per_device: images that go through a device at once; those of a group in "model_parallel".
-        images: of the training data; None where that is unknown.
-        classes: of the data; 1000 where that is unknown.
-        steps_per_epoch: optimizer steps; None where the data is unknown.
-        total_steps: of the run; None where the data is unknown.
-        rematerialize: as the recipe has it.
-        memory: of one device.
-        other_memory: total bytes with the other rematerialize.
-        memory_limit: bytes of a device.
-        fits: whether memory is at most `USABLE_MEMORY` of that.
-        smallest_accumulation_steps: the least that fits; None where none does.
-        exchanges: between devices.
-        flops: of an optimizer step on all devices.
-        seconds: of an optimizer step: "products", "maps" and "exchanges".
-    """
-
-    device: str
+    device: str  # a key of `DEVICES`
     num_devices: int
     engine: str
     backend: str
     batch_size: int
-    accumulation_steps: int
+    accumulation_steps: int  # that fit
     recipe_accumulation_steps: int
-    images_per_device: int
-    images: int | None
-    classes: int
+    images_per_device: int  # at once; those of a group in "model_parallel"
+    images: int | None  # of the training data; None, as the steps, where it is unknown
+    classes: int  # 1000 where they are unknown
     steps_per_epoch: int | None
     total_steps: int | None
     rematerialize: bool
-    memory: memory.Memory
-    other_memory: int
-    memory_limit: float
-    fits: bool
-    smallest_accumulation_steps: int | None
+    memory: memory.Memory  # of one device
+    other_memory: int  # total bytes with the other rematerialize
+    memory_limit: float  # bytes of a device
+    fits: bool  # memory is at most `USABLE_MEMORY` of that
+    smallest_accumulation_steps: int | None  # the least that fits; None where none does
     exchanges: tuple[Exchange, ...]
-    flops: int
-    seconds: dict[str, float]
+    flops: int  # of an optimizer step on all devices
+    seconds: dict[str, float]  # of an optimizer step: "products", "maps" and "exchanges"
 
     @property
     def step_seconds(self) -> float:
@@ -106,22 +75,14 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
-    """Plans the run of a recipe.
+    """Plans the run of a recipe on devices such as "64xh100", a number and a key of `DEVICES`.
 
     Batch size and rate stay those of the recipe. So do its micro-batches, unless they cannot be divided among
-    the devices or do not fit their memory: then the fewest that can and do.
+    the devices or do not fit their memory: then the fewest that can and do. The recipe's data is opened where
+    it is there. `fraction` of the peak figures, above 0 and at most 1, is reached.
 
-    Args:
-        recipe: with its engine in `distribution`; `data` is opened where it is there.
-        devices: a key of `DEVICES` with the number in front, such as "64xh100".
-        fraction: of the peak figures that is reached, above 0 and at most 1.
-
-    Returns:
-        `Plan`.
-
-    Raises:
-        ValueError: the device is unknown, or the batch cannot be divided among so many.
-        SourceError: the data is there and cannot be used.
+    ValueError: the device is unknown, or the batch cannot be divided among so many. SourceError: the data
+    cannot be used.
     """
     if not 0 < fraction <= 1:
         raise ValueError(
@@ -280,19 +241,12 @@ def ring_bytes(num_bytes: int, num_devices: int) -> int:
 
 
 def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange, ...]:
-    """Lists what devices add up among each other in an optimizer step.
+    """Lists what devices add up among each other in an optimizer step of so many micro-batches.
 
     Gradients, float32, among those that have different images: in each micro-batch, as XLA divides the
     program of one. Where devices share the pointwise kernels, each block adds up its result, and on the way
     back the gradient of its norm's result (arXiv:1909.08053, figure 3); GRN its mean over the channels, one
-    number a sample, both ways.
-
-    Args:
-        step: a micro-batch on one device.
-        accumulation_steps: micro-batches of an optimizer step.
-
-    Returns:
-        Exchanges, without the few bytes of loss and metrics.
+    number a sample, both ways. The few bytes of loss and metrics are not counted.
     """
     parts, group = step.num_devices // step.model_devices, step.model_devices
     found = []
@@ -317,8 +271,7 @@ def step_flops(
     """Counts the operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
 
     The backward pass has two products for each of the forward pass, for the gradients of the map and of the
-    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted,
-    see `flops.parts`.
+    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted.
     """
     return 2 * multiply_adds(variant, image_size, batch_size, classes) * (4 if rematerialize else 3)
 
@@ -340,13 +293,7 @@ def step_seconds(
     - "exchanges": `Exchange.wire_bytes` / (fraction x the slowest link on the way). Real programs overlap
       these with the backward pass.
 
-    Args:
-        step: a micro-batch on one device.
-        accumulation_steps: micro-batches of an optimizer step.
-        flops: of an optimizer step on all devices.
-        exchanges: from `communication`.
-        device: peak figures.
-        fraction: of these that is reached.
+    `step` is a micro-batch on one device, `flops` are of an optimizer step on all.
     """
     peak = device.float32 if step.item_size == memory.FLOAT32 else device.bfloat16
     kept = sum(layer.kept for layer in memory.layers(dataclasses.replace(step, rematerialize=False)))
@@ -428,5 +375,4 @@ def _advice(plan: Plan) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    """Writes bytes in GB or MB, of 1000."""
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -20,12 +20,10 @@ from keras import ops
 from keras_convnext._messages import unknown
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS, learning_rate_scales
 
-_register = keras.saving.register_keras_serializable(package="keras_convnext")
-
 _NO_DECAY = ("bias", "gamma", "beta")
 
 
-@_register
+@keras.saving.register_keras_serializable(package="keras_convnext")
 class AdamW(keras.optimizers.AdamW):
     """AdamW as the ConvNeXt papers train: torch.optim.AdamW with layer-wise rates and a moving average.
 
@@ -100,13 +98,13 @@ class AdamW(keras.optimizers.AdamW):
         gradient_accumulation_steps=None,
         name="adamw",
     ):
-        check_number("weight_decay", weight_decay, "AdamW", low=0.0)
-        check_number("epsilon", epsilon, "AdamW", low=0.0)
+        check_number("weight_decay", weight_decay, "AdamW")
+        check_number("epsilon", epsilon, "AdamW")
         for beta_name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
-            check_number(beta_name, beta, "AdamW", low=0.0)
+            check_number(beta_name, beta, "AdamW")
             if beta >= 1:
                 raise ValueError(f"AdamW needs {beta_name} in [0, 1). Received: {beta_name}={beta}")
-        check_number("layer_decay", layer_decay, "AdamW", low=0.0)
+        check_number("layer_decay", layer_decay, "AdamW")
         if not 0 < layer_decay <= 1:
             raise ValueError(
                 "AdamW needs layer_decay in (0, 1], where 1 is no layer-wise decay. "
@@ -399,8 +397,8 @@ def _copy_of(variable):
     return initializer
 
 
-def check_number(name, value, owner, low):
+def check_number(name, value, owner):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner} needs a number for {name}. Received: {name}={value!r}")
-    if not (value >= low and math.isfinite(value)):
-        raise ValueError(f"{owner} needs {name} >= {low:g}, and finite. Received: {name}={value}")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{owner} needs {name} >= 0, and finite. Received: {name}={value}")

@@ -24,10 +24,11 @@ from typing import Any
 
 import keras
 
+from keras_convnext._environment import require
 from keras_convnext.distribution import choose
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import result_columns
-from keras_convnext.training import curves, logs, optimizer, run_folder
+from keras_convnext.training import logs, optimizer, run_folder
 from keras_convnext.training.checkpoints import Checkpoints, Counts
 from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.epochs import RunLog, note_best, training_row, validation_row
@@ -105,7 +106,7 @@ def train(
         result.scores["ema_val_top1"]
     """
     begin = time.monotonic()
-    curves.check_drawing()
+    require("matplotlib", "The picture of the curves")
     chosen, derived = choose_recipe(recipe, data, overrides, output)
     task = Classification(chosen, workers)  # a recipe has no other task yet
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
@@ -146,12 +147,7 @@ def _open_folder(
 class Run:
     """A run in progress: trains the steps that are left, and does what is due between two of them.
 
-    Args:
-        recipe: how to train.
-        task: what to train; it made `data` and `built`.
-        engine: places the steps.
-        folder: None in the processes that do not write.
-        is_shown: whether progress is.
+    The task made `data` and `built`; `folder` is None in the processes that do not write.
     """
 
     def __init__(
@@ -241,9 +237,7 @@ class Run:
     def end_batch(self, in_fit: int, means: Mapping[str, float]) -> None:
         """Does what is due after a micro-batch: checks, progress, signals, a checkpoint.
 
-        Args:
-            in_fit: micro-batches of the epoch that this `fit` has made.
-            means: of loss and metrics over these.
+        `in_fit` counts the micro-batches of the epoch that this `fit` has made; `means` are over these.
         """
         counts, plan = self.counts, self.plan
         counts.add(in_fit, means)
@@ -298,11 +292,7 @@ class Run:
             self.save(is_best=column is not None)
 
     def save(self, is_best: bool = False) -> None:
-        """Writes a checkpoint.
-
-        Raises:
-            NonFiniteError: a weight is NaN or infinite; the checkpoint is not written.
-        """
+        """Writes a checkpoint; NonFiniteError: it is not written, as a weight is NaN or infinite."""
         if broken := self.checkpoints.save(is_best):
             raise self._non_finite(f"{len(broken)} arrays that are not finite, such as {broken[0]}")
 

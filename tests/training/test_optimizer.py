@@ -757,11 +757,6 @@ def test_schedules_of_one_step_and_of_warmup_alone():
         (lambda: AdamW(layer_decay=1.1), ValueError, "Received: layer_decay=1.1"),
         (lambda: AdamW(layer_decay_groups="layerwise"), ValueError, "'layerwise'. Did you mean 'layer_wise'"),
         (
-            lambda: layer_ids(["stages_0_0/x"], "groups"),
-            ValueError,
-            "Unknown .* 'groups'. Did you mean 'group'",
-        ),
-        (
             lambda: layer_ids(["blocks_0/norm/gamma", "head/bias"], "group"),
             ValueError,
             "Set layer_decay=1.0.*blocks_0",

@@ -31,12 +31,7 @@ from keras_convnext.weights.preprocessing_metadata import ImageDescription
 class Classification:
     """One class for each image: the `Task` of training and fine-tuning on ImageNet and the like.
 
-    Args:
-        recipe: what to train, and how.
-        workers: threads of the input pipeline, None for the number of CPU cores.
-
-    Raises:
-        ImportError: TensorFlow, which reads the images, is not installed.
+    `workers` are threads of the input pipeline, None for the number of CPU cores.
     """
 
     best = "val_top1"
@@ -154,11 +149,8 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     """Opens the images to train on and those to evaluate on; None where there are none.
 
     Without `val_split` these are the data's validation split (validation, val or valid), else its test split,
-    else the part that `validation_fraction` holds out.
-
-    Raises:
-        SourceError: the data or one of its splits cannot be used.
-        ValueError: there is one class only, or the validation images have classes that are not trained.
+    else the part that `validation_fraction` holds out. ValueError: there is one class only, or the validation
+    images have classes that are not trained.
     """
     data = recipe.data
     splits = sources.list_splits(data.source)
@@ -181,13 +173,7 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
 def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
     """Builds the model of a recipe, pixels in 0..255 to logits, and says whether its head begins at random.
 
-    Args:
-        recipe: the recipe.
-        num_classes: outputs of the classifier.
-        available: classes of the recipe's weights; 0 where they have no classifier, or there are none.
-
-    Raises:
-        ValueError: the weights do not fit the architecture.
+    `available` are the classes of the recipe's weights; 0 where they have no classifier, or there are none.
     """
     has_new_head = available != num_classes
     variant = VARIANTS[recipe.model.architecture]
@@ -238,7 +224,6 @@ def evaluated_images(
 
 
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
-    """Returns the model to fit: the student, or the student with its teacher."""
     model, share = student, 1.0
     if recipe.distillation.teacher:
         side = recipe.model.image_size
