@@ -57,7 +57,7 @@ class CsvLog:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns or ["epoch"])
         for row in rows:
-            writer.writerow([_text(row[column]) if column in row else "" for column in columns])
+            writer.writerow(row.get(column, "") for column in columns)
         replace_file(self.path, text.getvalue().encode())
         self.rows = rows
 
@@ -226,10 +226,6 @@ def _plain(value: Any) -> Value:
     if isinstance(value, str):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _text(value: Value) -> str:
-    return value if isinstance(value, str) else repr(value)
 
 
 def _number(field: str) -> Value:

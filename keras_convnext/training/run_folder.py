@@ -75,8 +75,7 @@ def open_run(
     """
     given = json.loads(json.dumps(dict(identity)))
     folder = pathlib.Path(path).absolute()
-    _make_folder(folder)
-    _refuse_foreign_files(folder)
+    _take_folder(folder)
     with contextlib.ExitStack() as stack:
         _lock(folder, stack)
         stored = _read_identity(folder)
@@ -273,7 +272,8 @@ def check_arrays(
         )
 
 
-def _make_folder(folder: pathlib.Path) -> None:
+def _take_folder(folder: pathlib.Path) -> None:
+    """Makes a folder that is not there, and refuses one of something else."""
     with _writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -282,10 +282,6 @@ def _make_folder(folder: pathlib.Path) -> None:
                 f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another "
                 "path."
             ) from error
-
-
-def _refuse_foreign_files(folder: pathlib.Path) -> None:
-    with _writing(folder):
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     if names and RUN_FILE not in names:
         raise RunFolderError(

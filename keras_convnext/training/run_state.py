@@ -8,7 +8,6 @@ import json
 import math
 import pathlib
 import random
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -152,11 +151,3 @@ def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
     has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
     path = folder / RESULT_FILE
     return json.loads(path.read_text()) if has_weights and path.exists() else None
-
-
-def result(
-    folder: pathlib.Path, recipe: Recipe, plan: Plan, engine: Any, scores: dict[str, Any], begin: float
-) -> TrainingResult:
-    weights = folder / FINAL_WEIGHTS[0 if recipe.optimizer.ema_decay else 1]
-    seconds = time.monotonic() - begin
-    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.rank)

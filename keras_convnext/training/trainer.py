@@ -48,7 +48,6 @@ from keras_convnext.training.run_state import (
     RESULT_FILE,
     TrainingResult,
     ended_result,
-    result,
     run_identity,
     settings_of,
     shared_facts,
@@ -128,7 +127,9 @@ def train(
                 scores = run.finish()
         elif folder:
             _logger.warning("The run in %s has ended; nothing is left to do.", path)
-        return result(path, chosen, datasets.plan, engine, scores, begin)
+        weights = path / FINAL_WEIGHTS[0 if chosen.optimizer.ema_decay else 1]
+        steps, seconds = datasets.plan.total_steps, time.monotonic() - begin
+        return TrainingResult(path, weights, steps, scores, seconds, engine.group.rank)
 
 
 def _open_folder(
