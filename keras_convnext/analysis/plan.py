@@ -88,6 +88,7 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
         raise ValueError(
             f"Expected a fraction above 0 and at most 1 of the peak figures, received {fraction}."
         )
+    model, batch_size = recipe.model, recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
     engine, model_devices = _engine(recipe, num_devices)
     images, classes = _data_of(recipe)
@@ -99,18 +100,18 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
             "Expected the backend jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax."
         )
 
-    def step(accumulation_steps, rematerialize=recipe.model.rematerialize):
-        scale = recipe.model.layer_scale_init_value or None
+    def step(accumulation_steps, rematerialize=model.rematerialize):
+        scale = model.layer_scale_init_value or None
         return memory.Step(
-            dataclasses.replace(VARIANTS[recipe.model.architecture], layer_scale_init_value=scale),
-            recipe.optimizer.batch_size // accumulation_steps // num_parts,
-            recipe.model.image_size,
+            dataclasses.replace(VARIANTS[model.architecture], layer_scale_init_value=scale),
+            batch_size // accumulation_steps // num_parts,
+            model.image_size,
             classes,
-            recipe.model.precision,
+            model.precision,
             backend,
             device.kind,
             rematerialize=rematerialize,
-            trainable=recipe.model.trainable,
+            trainable=model.trainable,
             has_average=recipe.optimizer.ema_decay > 0,
             accumulates=accumulation_steps > 1,
             clips=recipe.optimizer.clip_norm > 0,
@@ -123,16 +124,14 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 
     teacher = _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
-    possible = [n for n in range(1, recipe.optimizer.batch_size + 1) if _divides(recipe, n, num_parts)]
+    possible = [n for n in range(1, batch_size + 1) if _divides(recipe, n, num_parts)]
     if not possible:
-        unit = (
-            math.lcm(num_parts, 2) if recipe.augmentation.mixup or recipe.augmentation.cutmix else num_parts
-        )
-        lower = recipe.optimizer.batch_size // unit * unit
+        unit = math.lcm(num_parts, 2) if _mixes(recipe) else num_parts
+        lower = batch_size // unit * unit
         nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
         raise ValueError(
             f"Expected a batch_size that divides into {num_parts} equal parts, as engine {engine!r} needs on "
-            f"{num_devices} devices, received {recipe.optimizer.batch_size}. The nearest are {nearest}. Set "
+            f"{num_devices} devices, received {batch_size}. The nearest are {nearest}. Set "
             "batch_size, or name fewer devices."
         )
     smallest = next((n for n in possible if total(step(n)) <= limit), None)
@@ -142,20 +141,14 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
     found = memory.estimate(used)
     found = dataclasses.replace(found, weights=found.weights + teacher)
     exchanges = communication(used, chosen)
-    flops = step_flops(
-        used.variant,
-        recipe.model.image_size,
-        recipe.optimizer.batch_size,
-        classes,
-        recipe.model.rematerialize,
-    )
-    steps = None if images is None else images // recipe.optimizer.batch_size
+    flops = step_flops(used.variant, model.image_size, batch_size, classes, model.rematerialize)
+    steps = None if images is None else images // batch_size
     return Plan(
         device=name,
         num_devices=num_devices,
         engine=engine,
         backend=backend,
-        batch_size=recipe.optimizer.batch_size,
+        batch_size=batch_size,
         accumulation_steps=chosen,
         recipe_accumulation_steps=own,
         images_per_device=used.batch,
@@ -163,9 +156,9 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
         classes=classes,
         steps_per_epoch=steps,
         total_steps=None if steps is None else steps * recipe.optimizer.epochs,
-        rematerialize=recipe.model.rematerialize,
+        rematerialize=model.rematerialize,
         memory=found,
-        other_memory=total(step(chosen, not recipe.model.rematerialize)),
+        other_memory=total(step(chosen, not model.rematerialize)),
         memory_limit=device.memory,
         fits=found.total <= limit,
         smallest_accumulation_steps=smallest,
@@ -340,8 +333,11 @@ def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
 def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
     """Returns whether a batch divides into micro-batches of equal parts; mixing takes pairs of images."""
     micro_batch, rest = divmod(recipe.optimizer.batch_size, accumulation_steps)
-    pairs = bool(recipe.augmentation.mixup or recipe.augmentation.cutmix)
-    return rest == 0 and micro_batch % num_parts == 0 and not (pairs and micro_batch % 2)
+    return rest == 0 and micro_batch % num_parts == 0 and not (_mixes(recipe) and micro_batch % 2)
+
+
+def _mixes(recipe: Recipe) -> bool:
+    return bool(recipe.augmentation.mixup or recipe.augmentation.cutmix)
 
 
 def _data_of(recipe: Recipe) -> tuple[int | None, int]:

@@ -175,24 +175,24 @@ def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[A
 
     `available` are the classes of the recipe's weights; 0 where they have no classifier, or there are none.
     """
-    has_new_head = available != num_classes
-    variant = VARIANTS[recipe.model.architecture]
-    side = recipe.model.image_size if recipe.model.image_size == recipe.evaluation.eval_image_size else None
+    values, has_new_head = recipe.model, available != num_classes
+    side = values.image_size if values.image_size == recipe.evaluation.eval_image_size else None
+    has_scale = VARIANTS[values.architecture].version == 1
     model = models.load(
-        recipe.model.architecture,
-        recipe.model.weights or None,
+        values.architecture,
+        values.weights or None,
         classes=num_classes,
         classifier_activation=None,
         input_shape=(side, side, 3),
-        drop_path_rate=0.0 if recipe.model.trainable == "head" else recipe.model.drop_path_rate,
-        layer_scale_init_value=None if variant.version == 2 else recipe.model.layer_scale_init_value,
-        rematerialize=recipe.model.rematerialize,
+        drop_path_rate=0.0 if values.trainable == "head" else values.drop_path_rate,
+        layer_scale_init_value=values.layer_scale_init_value if has_scale else None,
+        rematerialize=values.rematerialize,
         seed=recipe.run.seed,
-        new_head=True if recipe.model.weights and has_new_head else None,
+        new_head=True if values.weights and has_new_head else None,
     )
-    if has_new_head and recipe.model.head_init_scale != 1:
-        finetune.scale_head(model, recipe.model.head_init_scale)
-    finetune.choose_trainable(model, recipe.model.trainable)
+    if has_new_head and values.head_init_scale != 1:
+        finetune.scale_head(model, values.head_init_scale)
+    finetune.choose_trainable(model, values.trainable)
     return model, has_new_head
 
 
@@ -224,26 +224,18 @@ def evaluated_images(
 
 
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
-    model, share = student, 1.0
+    model, weight = student, recipe.distillation.distillation_weight
     if recipe.distillation.teacher:
-        side = recipe.model.image_size
+        shape = (recipe.model.image_size, recipe.model.image_size, 3)
         teacher = models.load(
-            *_teacher_words(recipe),
-            input_shape=(side, side, 3),
-            classifier_activation=None,
-            name="teacher",
+            *_teacher_words(recipe), input_shape=shape, classifier_activation=None, name="teacher"
         )
-        model = distillation.with_teacher(
-            student,
-            teacher,
-            recipe.distillation.distillation_weight,
-            recipe.distillation.distillation_temperature,
-        )
-        share = 1 - recipe.distillation.distillation_weight
+        temperature = recipe.distillation.distillation_temperature
+        model = distillation.with_teacher(student, teacher, weight, temperature)
     model.compile(
         recipe_optimizer(recipe, plan),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True),
-        loss_weights=None if share == 1 else [share],
+        loss_weights=[1 - weight] if weight else None,
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
     )
     model.optimizer.build(model.trainable_variables)
