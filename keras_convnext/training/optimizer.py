@@ -379,5 +379,5 @@ def _copy_of(variable):
 def check_number(name, value, owner):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner} needs a number for {name}. Received: {name}={value!r}")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{owner} needs {name} >= 0, and finite. Received: {name}={value}")
