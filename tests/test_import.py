@@ -27,7 +27,7 @@ KERAS_FREE = (
     "exporting.runtimes", "exporting.web_page", "exporting.writers", "training.advice", "training.curves",
     "training.logs", "training.recipe", "training.recipe_files", "training.run_folder",
 )  # fmt: skip
-WITH_KERAS = {"weights.assign", "weights.resolve"}
+WITH_KERAS = {"weights.assign"}
 # Its graphs are what these are made of.
 WITH_FRAMEWORK = {
     **{
