@@ -28,15 +28,7 @@ def is_installed(package: str) -> bool:
 
 
 def require(package: str, what: str) -> None:
-    """Checks that a package is installed, before the work begins that needs it.
-
-    Args:
-        package: its name, to import and to install.
-        what: what needs it; begins the message.
-
-    Raises:
-        ImportError: it is not.
-    """
+    """Raises an ImportError where a package is missing that `what`, which begins the message, needs."""
     if not is_installed(package):
         raise ImportError(f"{what} needs {package}, which is not installed. Run pip install {package}.")
 
@@ -46,23 +38,18 @@ def choose_backend() -> None:
 
     Keras takes KERAS_BACKEND, else what keras.json names, else TensorFlow. "tensorflow" in keras.json is not
     taken for a person's choice, since Keras writes it there at its first import. Nothing happens where
-    Keras's choice is installed, or Keras is imported already.
-
-    Raises:
-        ImportError: KERAS_BACKEND, or keras.json, names another backend that is not installed, or none is
-            installed. The message tells what is, and how to install it.
+    Keras's choice is installed, or Keras is imported already. Of another backend that is chosen and missing,
+    or where none is installed, an ImportError tells how to install it.
     """
     if "keras" in sys.modules:
         return
     path = _settings_path()
-    in_settings = _backend_in(path)
     asked = os.environ.get("KERAS_BACKEND")
     wanted = wanted_backend()
     if wanted not in (*BACKENDS, "openvino") or is_installed(wanted):
         return  # Keras knows its other backends and refuses what is none
     installed = [name for name in BACKENDS if is_installed(name)]
-    is_chosen = bool(asked) or wanted != "tensorflow"
-    if is_chosen:
+    if asked or wanted != "tensorflow":
         raise ImportError(
             f"Expected an installed backend, received {wanted!r} from {'KERAS_BACKEND' if asked else path}. "
             f"Installed: {', '.join(installed) or 'none'}. Run pip install {wanted}"
@@ -73,7 +60,7 @@ def choose_backend() -> None:
             f"Expected a backend, but none of {', '.join(BACKENDS)} is installed. "
             "Run pip install tensorflow, or the same with jax or torch."
         )
-    why = f"; tensorflow, which {path} names, is not" if in_settings else ""
+    why = f"; tensorflow, which {path} names, is not" if _backend_in(path) else ""
     print(f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr)
     os.environ["KERAS_BACKEND"] = installed[0]
 
@@ -100,7 +87,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "cores": str(available_cores()),
-        "load": f"{_load():.2f}",
+        "load": f"{os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0:.2f}",
     }
 
 
@@ -134,13 +121,10 @@ def cpu_flags() -> frozenset[str]:
 def has_bfloat16(backend: str) -> bool:
     """Returns whether a backend on this processor multiplies bfloat16 and adds up in float32.
 
-    oneDNN does so, from AVX-512 on; the kernels that PyTorch and TensorFlow have besides do not. The
-    variables that limit oneDNN are heeded: ONEDNN_MAX_CPU_ISA=AVX2 shows on any processor what one without
-    AVX-512 does, for TensorFlow TF_ENABLE_ONEDNN_OPTS=0 too. Set them before the framework is imported.
-
-    Args:
-        backend: "tensorflow", "jax" or "torch". For JAX it is always so: XLA computes in float32 where the
-            processor lacks bfloat16.
+    oneDNN does so, from AVX-512 on; the kernels that PyTorch and TensorFlow have besides do not. On JAX it is
+    always so: XLA computes in float32 where the processor lacks bfloat16. The variables that limit oneDNN are
+    heeded: ONEDNN_MAX_CPU_ISA=AVX2 shows on any processor what one without AVX-512 does, for TensorFlow
+    TF_ENABLE_ONEDNN_OPTS=0 too. Set them before the framework is imported.
     """
     if backend == "torch":
         import torch
@@ -166,7 +150,6 @@ def tensorflow_has_onednn() -> bool:
 
 
 def _settings_path() -> str:
-    """Returns the path of the file in which Keras keeps its settings."""
     home = os.path.expanduser("~")
     folder = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")
     return os.path.expanduser(os.path.join(os.environ.get("KERAS_HOME", folder), "keras.json"))
@@ -180,10 +163,6 @@ def _backend_in(path: str) -> str | None:
         return None
     backend = settings.get("backend") if isinstance(settings, dict) else None
     return backend if isinstance(backend, str) else None
-
-
-def _load() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _in_cpuinfo(field: str) -> str:

@@ -21,9 +21,10 @@ def shortened(text: str, width: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns type and text of an error, or of what it names as its reason."""
-    reason = getattr(error, "reason", None) or error
-    return " ".join(f"{type(reason).__name__}: {reason}".split())
+    """Returns type and text of an error, or of the error that it names as its reason."""
+    reason = getattr(error, "reason", None)  # of a UnicodeError it is a text
+    error = reason if isinstance(reason, BaseException) else error
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def size_text(num_bytes: int) -> str:

@@ -69,8 +69,7 @@ class SettingsError(ValueError):
 class Settings(pydantic.BaseModel):
     """Values that are checked when they are made and never change.
 
-    Raises:
-        SettingsError: a `ValueError` that lists every value that does not fit.
+    SettingsError, a ValueError, lists every value that does not fit.
     """
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
@@ -96,16 +95,12 @@ class Settings(pydantic.BaseModel):
 
     @classmethod
     def read(cls, path: Path, changes: Mapping[str, Any] | None = None) -> Self:
-        """Reads a TOML file, which has every key that is not optional.
+        """Reads a TOML file, which has every key that is not optional, in its table or at the top.
 
-        Args:
-            path: the file. Its keys stand in their tables, or at the top by their short keys.
-            changes: values in place of the file's, by short or full key. A text is read by the type of its
-                key, as it comes from a command line: "3", "true", "0.08,1".
-
-        Raises:
-            ValueError: the file is missing or not TOML, with its line; or keys are unknown, missing or do not
-                fit, all of which are listed.
+        `changes` stand in place of the file's values, by short or full key. A text among them is read by the
+        type of its key, as it comes from a command line: "3", "true", "0.08,1". ValueError: the file is
+        missing or not TOML, with its line; or keys are unknown, missing or do not fit, all of which are
+        listed.
         """
         given, problems = cls.by_key(read_toml(path))
         changed, faults = cls.by_key(changes or {}, texts=True)

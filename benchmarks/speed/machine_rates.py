@@ -1,6 +1,6 @@
 """Rates of this machine: products of matrices and copies, measured with every installed library.
 
-`Rates.floor` divides the work that `keras_convnext.analysis.flops` counts by these rates.
+`Rates.floor` divides the work that `benchmarks.speed.work` counts by these rates.
 """
 
 import concurrent.futures
@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.speed import implementations
 from benchmarks.speed.alternating_runs import Worker, WorkerError
+from benchmarks.speed.work import ITEM_SIZES, Part
 from keras_convnext import _environment
-from keras_convnext.analysis.flops import ITEM_SIZES, Part
 
 # Rows, inner size and columns of what the pointwise layers of ConvNeXt-T multiply at 8 images of 224 pixels:
 # 8 * 14 * 14 positions of 384 channels and 8 * 7 * 7 of 768, to four times as many and back.

@@ -16,7 +16,7 @@ from benchmarks.speed.alternating_runs import WorkerError
 from benchmarks.speed.cases import Progress
 from benchmarks.speed.implementations import TITLES, Case
 from benchmarks.speed.report import Table
-from keras_convnext.analysis.flops import ITEM_SIZES, parts
+from benchmarks.speed.work import ITEM_SIZES, parts
 from keras_convnext.variants import VARIANTS, Variant
 
 WHOLE = "whole model"

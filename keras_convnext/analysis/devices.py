@@ -12,29 +12,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """The peak figures of one device, as its maker states them, without sparsity.
+    """The peak figures of one device, as its maker states them, without sparsity."""
 
-    Attributes:
-        kind: "gpu", "tpu" or "cpu".
-        bfloat16: FLOP/s of matrix products in 16 bits.
-        float32: FLOP/s in float32: of GPUs without TensorFloat-32; of TPUs that of bfloat16, in which JAX
-            multiplies by default there (`jax.lax.Precision.DEFAULT`).
-        memory: bytes.
-        bandwidth: bytes/s between memory and processor.
-        link: bytes/s to the other devices of a host, or of a pod, in one direction.
-        host_devices: devices that such links connect.
-        network: bytes/s of one device to other hosts, in one direction.
-        source: where the figures are from.
-    """
-
-    kind: str
-    bfloat16: float
+    kind: str  # "gpu", "tpu" or "cpu"
+    bfloat16: float  # FLOP/s of matrix products in 16 bits
+    # FLOP/s in float32: of GPUs without TensorFloat-32; of TPUs that of bfloat16, in which JAX multiplies by
+    # default there (`jax.lax.Precision.DEFAULT`).
     float32: float
-    memory: float
-    bandwidth: float
-    link: float
-    host_devices: int
-    network: float
+    memory: float  # bytes
+    bandwidth: float  # bytes/s between memory and processor
+    link: float  # bytes/s to the other devices of a host, or of a pod, in one direction
+    host_devices: int  # that such links connect
+    network: float  # bytes/s of one device to other hosts, in one direction
     source: str
 
 
@@ -61,11 +50,7 @@ DEVICES: dict[str, Device] = {
 
 
 def parse_devices(text: str) -> tuple[int, str]:
-    """Reads "64xh100": 64 and a key of `DEVICES`; without a number, one.
-
-    Raises:
-        ValueError: there is no such device; names near ones.
-    """
+    """Reads "64xh100": 64 and a key of `DEVICES`; without a number, one. ValueError: there is none such."""
     count, name = re.fullmatch(r"(?:(\d+)x)?(.*)", text.strip().lower(), re.S).groups()  # type: ignore[union-attr]
     if name not in DEVICES:
         near = near_names(name, DEVICES, cutoff=0.5)

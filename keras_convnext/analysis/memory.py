@@ -33,21 +33,10 @@ SLOTS = 2  # AdamW's momentum and velocity
 class Step:
     """One micro-batch of a training step on one device.
 
-    Attributes:
-        variant: one of `variants.VARIANTS`, with LayerScale as it is trained.
-        batch: images that go through the device at once.
-        image_size: side of the images in pixels.
-        classes: outputs of the classifier.
-        precision: "float32", "mixed_bfloat16" or "mixed_float16".
-        backend: "tensorflow", "jax" or "torch".
-        device: "cpu", "gpu" or "tpu".
-        rematerialize: whether the blocks are computed again in the backward pass.
-        trainable: "all", "head" or "lora:RANK", as in a recipe.
-        has_average: whether the optimizer keeps an average of the weights (EMA).
-        accumulates: whether gradients are added up over micro-batches.
-        clips: whether gradients are clipped by their norm.
-        num_devices: that divide the batch or the kernels with this one.
-        model_devices: that share the pointwise kernels, and with them the hidden maps.
+    `variant` has LayerScale as it is trained, `batch` counts the images that go through the device at once,
+    and `image_size` is in pixels. Precision, rematerialize and trainable are a recipe's; `clips` is by norm.
+    `num_devices` divide the batch or the kernels, this one included; `model_devices` of them share the
+    pointwise kernels, and with them the hidden maps.
     """
 
     variant: Variant
@@ -56,10 +45,10 @@ class Step:
     classes: int = 1000
     precision: str = "float32"
     backend: str = "jax"
-    device: str = "cpu"
+    device: str = "cpu"  # or "gpu" or "tpu"
     rematerialize: bool = False
     trainable: str = "all"
-    has_average: bool = True
+    has_average: bool = True  # of the weights (EMA)
     accumulates: bool = False
     clips: bool = False
     num_devices: int = 1
@@ -78,13 +67,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer holds in a step, in bytes.
+    """The bytes that one layer, of an official name, holds in a step.
 
-    Attributes:
-        name: of the layer, in the official code's words.
-        kept: maps from the forward pass until its backward pass.
-        working: maps that the backward pass holds at once besides these.
-        gradients: of its weights.
+    `kept` are maps from the forward pass until its backward pass; `working` are maps that the backward pass
+    holds at once besides these; `gradients` are of its weights.
     """
 
     name: str
@@ -95,29 +81,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes of one device at the moment of the step at which they are most.
+    """The bytes of one device at the moment of the step at which they are most."""
 
-    Attributes:
-        weights: float32 weights.
-        average: of the weights (EMA).
-        slots: momentum and velocity.
-        accumulated: gradients added up over the micro-batches.
-        inputs: images and targets of a micro-batch.
-        gradients: those that are there at that moment; on TensorFlow with what their update holds.
-        activations: maps that are kept for the backward pass at that moment.
-        working: what the backward pass or the update of a layer holds besides these.
-        moment: where that is: "forward", the name of a layer, or "update".
-    """
-
-    weights: int
-    average: int
-    slots: int
-    accumulated: int
-    inputs: int
-    gradients: int
-    activations: int
-    working: int
-    moment: str
+    weights: int  # float32
+    average: int  # of the weights (EMA)
+    slots: int  # momentum and velocity
+    accumulated: int  # gradients added up over the micro-batches
+    inputs: int  # images and targets of a micro-batch
+    gradients: int  # that are there at that moment; on TensorFlow with what their update holds
+    activations: int  # kept for the backward pass at that moment
+    working: int  # what the backward pass or the update of a layer holds besides these
+    moment: str  # "forward", the name of a layer, or "update"
 
     @property
     def total(self) -> int:
@@ -125,11 +99,7 @@ class Memory:
 
 
 def count_weights(step: Step) -> tuple[int, int]:
-    """Counts the weights of one device, and those of them that are trained.
-
-    Returns:
-        (all, trained), in numbers. Those of LoRA are in both.
-    """
+    """Counts the weights of one device, all and those that are trained; LoRA's are in both."""
     total = trained = 0
     rank = int(step.trainable.partition(":")[2]) if step.trainable.startswith("lora:") else 0
     for layer in layers_of(step.variant, classes=step.classes):
@@ -148,14 +118,8 @@ def estimate(step: Step) -> Memory:
     Weights, slots, averages, gradients and accumulated gradients are float32 in every precision. The update
     holds another set of gradients where these are clipped or averaged. Where neither is done and XLA compiles
     the step for one device, each weight is updated as soon as its gradient is there. TensorFlow's executor
-    begins with updates during the backward pass. Of the three arrays that an update makes, the new
-    slots and weight, half are taken to be there besides the old ones: sets = 1 + 3 / 2.
-
-    Args:
-        step: the micro-batch.
-
-    Returns:
-        `Memory`, in bytes.
+    begins with updates during the backward pass. Of the three arrays that an update makes, the new slots and
+    weight, half are taken to be there besides the old ones: sets = 1 + 3 / 2.
     """
     total, trained = count_weights(step)
     parts = {
@@ -184,14 +148,7 @@ def estimate(step: Step) -> Memory:
 
 
 def layers(step: Step) -> list[Layer]:
-    """Lists what each layer holds, from the stem to the loss.
-
-    Args:
-        step: the micro-batch.
-
-    Returns:
-        A `Layer` for the stem, each downsampling, each block and the head.
-    """
+    """Lists what the stem, each downsampling, each block and the head hold, from the stem to the loss."""
     found = []
     layers = layers_of(step.variant, step.image_size, step.classes)
     for part, group in itertools.groupby(layers, key=lambda layer: layer.part):
@@ -283,9 +240,8 @@ def _block(step: Step, depthwise: architecture.Layer) -> tuple[int, int]:
 
 def _maps(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
     """Returns the bytes of the maps of a block that are kept, and of those that its backward pass adds."""
-    if step.uses_xla:
-        return _maps_of_xla(step, batch, side, dim, kernel)
-    maps = {"torch": _maps_of_torch, "tensorflow": _maps_of_tensorflow}[step.backend]
+    plain = _maps_of_torch if step.backend == "torch" else _maps_of_tensorflow
+    maps = _maps_of_xla if step.uses_xla else plain
     return maps(step, batch, side, dim, kernel)
 
 

@@ -26,19 +26,12 @@ KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_
 
 @dataclass(frozen=True)
 class Exchange:
-    """Arrays that devices add up among each other, once in a micro-batch.
+    """Arrays that `num_devices` add up among each other, once in a micro-batch."""
 
-    Attributes:
-        what: "gradients", "maps" or "GRN".
-        num_bytes: of the arrays on one device.
-        num_devices: that take part in one sum.
-        times: in an optimizer step.
-    """
-
-    what: str
-    num_bytes: int
+    what: str  # "gradients", "maps" or "GRN"
+    num_bytes: int  # of the arrays on one device
     num_devices: int
-    times: int
+    times: int  # in an optimizer step
 
     @property
     def wire_bytes(self) -> int:
@@ -48,53 +41,29 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory, exchanges, operations and time of a training step on the devices that were named.
+    """The memory, exchanges, operations and time of a training step on the devices that were named."""
 
-    Attributes:
-        device: a key of `DEVICES`.
-        num_devices: how many.
-        engine: how they share a step.
-        backend: "tensorflow", "jax" or "torch".
-        batch_size: images of an optimizer step.
-        accumulation_steps: micro-batches of it that fit.
-        recipe_accumulation_steps: as the recipe has it.
-        images_per_device: images that go through a device at once; those of a group in "model_parallel".
-        images: of the training data; None where that is unknown.
-        classes: of the data; 1000 where that is unknown.
-        steps_per_epoch: optimizer steps; None where the data is unknown.
-        total_steps: of the run; None where the data is unknown.
-        rematerialize: as the recipe has it.
-        memory: of one device.
-        other_memory: total bytes with the other rematerialize.
-        memory_limit: bytes of a device.
-        fits: whether memory is at most `USABLE_MEMORY` of that.
-        smallest_accumulation_steps: the least that fits; None where none does.
-        exchanges: between devices.
-        flops: of an optimizer step on all devices.
-        seconds: of an optimizer step: "products", "maps" and "exchanges".
-    """
-
-    device: str
+    device: str  # a key of `DEVICES`
     num_devices: int
     engine: str
     backend: str
     batch_size: int
-    accumulation_steps: int
+    accumulation_steps: int  # that fit
     recipe_accumulation_steps: int
-    images_per_device: int
-    images: int | None
-    classes: int
+    images_per_device: int  # at once; those of a group in "model_parallel"
+    images: int | None  # of the training data; None, as the steps, where it is unknown
+    classes: int  # 1000 where they are unknown
     steps_per_epoch: int | None
     total_steps: int | None
     rematerialize: bool
-    memory: memory.Memory
-    other_memory: int
-    memory_limit: float
-    fits: bool
-    smallest_accumulation_steps: int | None
+    memory: memory.Memory  # of one device
+    other_memory: int  # total bytes with the other rematerialize
+    memory_limit: float  # bytes of a device
+    fits: bool  # memory is at most `USABLE_MEMORY` of that
+    smallest_accumulation_steps: int | None  # the least that fits; None where none does
     exchanges: tuple[Exchange, ...]
-    flops: int
-    seconds: dict[str, float]
+    flops: int  # of an optimizer step on all devices
+    seconds: dict[str, float]  # of an optimizer step: "products", "maps" and "exchanges"
 
     @property
     def step_seconds(self) -> float:
@@ -106,27 +75,20 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
-    """Plans the run of a recipe.
+    """Plans the run of a recipe on devices such as "64xh100", a number and a key of `DEVICES`.
 
     Batch size and rate stay those of the recipe. So do its micro-batches, unless they cannot be divided among
-    the devices or do not fit their memory: then the fewest that can and do.
+    the devices or do not fit their memory: then the fewest that can and do. The recipe's data is opened where
+    it is there. `fraction` of the peak figures, above 0 and at most 1, is reached.
 
-    Args:
-        recipe: with its engine in `distribution`; `data` is opened where it is there.
-        devices: a key of `DEVICES` with the number in front, such as "64xh100".
-        fraction: of the peak figures that is reached, above 0 and at most 1.
-
-    Returns:
-        `Plan`.
-
-    Raises:
-        ValueError: the device is unknown, or the batch cannot be divided among so many.
-        SourceError: the data is there and cannot be used.
+    ValueError: the device is unknown, or the batch cannot be divided among so many. SourceError: the data
+    cannot be used.
     """
     if not 0 < fraction <= 1:
         raise ValueError(
             f"Expected a fraction above 0 and at most 1 of the peak figures, received {fraction}."
         )
+    model, batch_size = recipe.model, recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
     engine, model_devices = _engine(recipe, num_devices)
     images, classes = _data_of(recipe)
@@ -138,18 +100,18 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
             "Expected the backend jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax."
         )
 
-    def step(accumulation_steps, rematerialize=recipe.model.rematerialize):
-        scale = recipe.model.layer_scale_init_value or None
+    def step(accumulation_steps, rematerialize=model.rematerialize):
+        scale = model.layer_scale_init_value or None
         return memory.Step(
-            dataclasses.replace(VARIANTS[recipe.model.architecture], layer_scale_init_value=scale),
-            recipe.optimizer.batch_size // accumulation_steps // num_parts,
-            recipe.model.image_size,
+            dataclasses.replace(VARIANTS[model.architecture], layer_scale_init_value=scale),
+            batch_size // accumulation_steps // num_parts,
+            model.image_size,
             classes,
-            recipe.model.precision,
+            model.precision,
             backend,
             device.kind,
             rematerialize=rematerialize,
-            trainable=recipe.model.trainable,
+            trainable=model.trainable,
             has_average=recipe.optimizer.ema_decay > 0,
             accumulates=accumulation_steps > 1,
             clips=recipe.optimizer.clip_norm > 0,
@@ -162,16 +124,14 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 
     teacher = _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
-    possible = [n for n in range(1, recipe.optimizer.batch_size + 1) if _divides(recipe, n, num_parts)]
+    possible = [n for n in range(1, batch_size + 1) if _divides(recipe, n, num_parts)]
     if not possible:
-        unit = (
-            math.lcm(num_parts, 2) if recipe.augmentation.mixup or recipe.augmentation.cutmix else num_parts
-        )
-        lower = recipe.optimizer.batch_size // unit * unit
+        unit = math.lcm(num_parts, 2) if _mixes(recipe) else num_parts
+        lower = batch_size // unit * unit
         nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
         raise ValueError(
             f"Expected a batch_size that divides into {num_parts} equal parts, as engine {engine!r} needs on "
-            f"{num_devices} devices, received {recipe.optimizer.batch_size}. The nearest are {nearest}. Set "
+            f"{num_devices} devices, received {batch_size}. The nearest are {nearest}. Set "
             "batch_size, or name fewer devices."
         )
     smallest = next((n for n in possible if total(step(n)) <= limit), None)
@@ -181,20 +141,14 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
     found = memory.estimate(used)
     found = dataclasses.replace(found, weights=found.weights + teacher)
     exchanges = communication(used, chosen)
-    flops = step_flops(
-        used.variant,
-        recipe.model.image_size,
-        recipe.optimizer.batch_size,
-        classes,
-        recipe.model.rematerialize,
-    )
-    steps = None if images is None else images // recipe.optimizer.batch_size
+    flops = step_flops(used.variant, model.image_size, batch_size, classes, model.rematerialize)
+    steps = None if images is None else images // batch_size
     return Plan(
         device=name,
         num_devices=num_devices,
         engine=engine,
         backend=backend,
-        batch_size=recipe.optimizer.batch_size,
+        batch_size=batch_size,
         accumulation_steps=chosen,
         recipe_accumulation_steps=own,
         images_per_device=used.batch,
@@ -202,9 +156,9 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
         classes=classes,
         steps_per_epoch=steps,
         total_steps=None if steps is None else steps * recipe.optimizer.epochs,
-        rematerialize=recipe.model.rematerialize,
+        rematerialize=model.rematerialize,
         memory=found,
-        other_memory=total(step(chosen, not recipe.model.rematerialize)),
+        other_memory=total(step(chosen, not model.rematerialize)),
         memory_limit=device.memory,
         fits=found.total <= limit,
         smallest_accumulation_steps=smallest,
@@ -280,19 +234,12 @@ def ring_bytes(num_bytes: int, num_devices: int) -> int:
 
 
 def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange, ...]:
-    """Lists what devices add up among each other in an optimizer step.
+    """Lists what devices add up among each other in an optimizer step of so many micro-batches.
 
     Gradients, float32, among those that have different images: in each micro-batch, as XLA divides the
     program of one. Where devices share the pointwise kernels, each block adds up its result, and on the way
     back the gradient of its norm's result (arXiv:1909.08053, figure 3); GRN its mean over the channels, one
-    number a sample, both ways.
-
-    Args:
-        step: a micro-batch on one device.
-        accumulation_steps: micro-batches of an optimizer step.
-
-    Returns:
-        Exchanges, without the few bytes of loss and metrics.
+    number a sample, both ways. The few bytes of loss and metrics are not counted.
     """
     parts, group = step.num_devices // step.model_devices, step.model_devices
     found = []
@@ -317,8 +264,7 @@ def step_flops(
     """Counts the operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
 
     The backward pass has two products for each of the forward pass, for the gradients of the map and of the
-    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted,
-    see `flops.parts`.
+    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted.
     """
     return 2 * multiply_adds(variant, image_size, batch_size, classes) * (4 if rematerialize else 3)
 
@@ -340,13 +286,7 @@ def step_seconds(
     - "exchanges": `Exchange.wire_bytes` / (fraction x the slowest link on the way). Real programs overlap
       these with the backward pass.
 
-    Args:
-        step: a micro-batch on one device.
-        accumulation_steps: micro-batches of an optimizer step.
-        flops: of an optimizer step on all devices.
-        exchanges: from `communication`.
-        device: peak figures.
-        fraction: of these that is reached.
+    `step` is a micro-batch on one device, `flops` are of an optimizer step on all.
     """
     peak = device.float32 if step.item_size == memory.FLOAT32 else device.bfloat16
     kept = sum(layer.kept for layer in memory.layers(dataclasses.replace(step, rematerialize=False)))
@@ -393,8 +333,11 @@ def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
 def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
     """Returns whether a batch divides into micro-batches of equal parts; mixing takes pairs of images."""
     micro_batch, rest = divmod(recipe.optimizer.batch_size, accumulation_steps)
-    pairs = bool(recipe.augmentation.mixup or recipe.augmentation.cutmix)
-    return rest == 0 and micro_batch % num_parts == 0 and not (pairs and micro_batch % 2)
+    return rest == 0 and micro_batch % num_parts == 0 and not (_mixes(recipe) and micro_batch % 2)
+
+
+def _mixes(recipe: Recipe) -> bool:
+    return bool(recipe.augmentation.mixup or recipe.augmentation.cutmix)
 
 
 def _data_of(recipe: Recipe) -> tuple[int | None, int]:
@@ -428,5 +371,4 @@ def _advice(plan: Plan) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    """Writes bytes in GB or MB, of 1000."""
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

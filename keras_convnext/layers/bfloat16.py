@@ -7,18 +7,15 @@ as long as in float32. So matrix products and convolutions are computed in float
 import keras
 
 from keras_convnext import _environment
+from keras_convnext.layers.chunking import is_eager_on_cpu
 
 
 def rounded_once(function, x, *others):
     """Returns `function(x, *others)`; where the processor lacks bfloat16, computed in float32 and rounded.
 
-    The gradients too are computed in float32 and rounded once. Elsewhere, on a GPU or TPU among others, the
-    function is given the tensors as they are.
-
-    Args:
-        function: of tensors with one dtype, which gives one tensor of that dtype.
-        x: tensor, whose dtype and device decide.
-        *others: tensors.
+    The function takes tensors of one dtype and gives one of that dtype. The gradients too are computed in
+    float32 and rounded once. Elsewhere, on a GPU or TPU among others, it is given the tensors as they are;
+    `x` decides.
     """
     if not _is_widened(x):
         return function(x, *others)
@@ -39,10 +36,7 @@ def _is_widened(x):
 def _computes_here(x):
     """Whether the processor of this machine will compute with `x`."""
     if keras.backend.backend() == "torch":
-        import torch
-
-        # Graphs keep the plain operators: they may run elsewhere.
-        return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        return is_eager_on_cpu(x)  # graphs keep the plain operators: they may run elsewhere
     import tensorflow as tf
 
     device = getattr(x, "device", "")

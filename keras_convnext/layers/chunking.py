@@ -17,17 +17,10 @@ POSITIONS = 2048
 def in_chunks(function, x, hidden_channels: int, training: bool = False):
     """Applies `function` to chunks of the batch on a CPU, where that keeps the widest map in the cache.
 
-    In training only JAX does so. It then computes a chunk once more in the backward pass instead of keeping
-    its maps, which is faster too, and saves memory.
-
-    Args:
-        function: maps (n, H, W, C) to the same shape, each sample by itself.
-        x: (N, H, W, C).
-        hidden_channels: int, channels of the widest map inside `function`.
-        training: bool, whether a gradient will be asked for.
-
-    Returns:
-        (N, H, W, C).
+    The function takes maps (n, H, W, C) to the same shape, each sample by itself, and has at most
+    `hidden_channels` inside. In training, where a gradient will be asked for, only JAX does so. It then
+    computes a chunk once more in the backward pass instead of keeping its maps, which is faster too, and
+    saves memory.
     """
     import keras
 
@@ -52,7 +45,6 @@ def samples_in_a_chunk_of_jax(samples: int, positions: int) -> int:
 
 
 def _samples_in_a_chunk(x, hidden_channels):
-    """Returns how many of the N samples to run at a time."""
     import keras
 
     if not _on_a_cpu_that_gains(x):
@@ -77,8 +69,11 @@ def _on_a_cpu_that_gains(x):
         is_shared = keras.distribution.distribution() is not None
         is_known = all(isinstance(size, int) for size in x.shape)
         return jax.default_backend() == "cpu" and is_known and not is_shared
-    if keras.backend.backend() == "torch":
-        import torch
+    return keras.backend.backend() == "torch" and is_eager_on_cpu(x)
 
-        return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    return False
+
+def is_eager_on_cpu(x):
+    """Whether PyTorch computes with a tensor at once, on the processor: graphs may run elsewhere."""
+    import torch
+
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()

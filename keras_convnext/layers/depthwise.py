@@ -68,20 +68,13 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
 
 def depthwise_in_frames(layer, x):
-    """What a `DepthwiseConv2D` computes, as a sum of convolutions with at most 25 taps, for LiteRT.
+    """What a built `DepthwiseConv2D` computes, as a sum of convolutions with at most 25 taps, for LiteRT.
 
     Its kernels for CPUs (XNNPACK) take up to 25 taps in one pass over the map; a kernel of 49 runs 4 to 13
     times slower than this sum (`benchmarks/litert_plans.py`). So the inner 5x5 of the kernel is one
     convolution, and around it each frame two: its first and last row as a dilated kernel of two rows, the
     rest of its first and last column as one of two columns. All are centred, so nothing is cut or padded. A
     part that would see nothing but padding, on a map smaller than the kernel, is left out.
-
-    Args:
-        layer: a built `DepthwiseConv2D`.
-        x: (N, H, W, C), float.
-
-    Returns:
-        Same shape, in the compute dtype.
     """
     dilation = layer.dilation_rate[0]
     kernel, bias = (
@@ -124,10 +117,6 @@ def chosen_path(backend: str, device: str) -> str:
 
     The choice is made whenever the layer is traced, so a saved model takes the right one wherever it is
     loaded. `python -m benchmarks.speed depthwise` prints what each one costs.
-
-    Args:
-        backend: "tensorflow", "jax" or "torch"; others have the library's only.
-        device: "cpu", "gpu" or "tpu".
     """
     return "shifted products" if (backend, device) == ("jax", "cpu") else "library"
 

@@ -6,10 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-_register = keras.saving.register_keras_serializable(package="keras_convnext")
 
-
-@_register
+@keras.saving.register_keras_serializable(package="keras_convnext")
 class RandomNormal(keras.initializers.Initializer):
     """Draws weights from a normal distribution, on the host.
 

@@ -10,20 +10,15 @@ import functools
 import keras
 
 from keras_convnext.layers.bfloat16 import rounded_once
+from keras_convnext.layers.chunking import is_eager_on_cpu
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
 def pointwise(layer, x, activation=None):
-    """`activation(layer(x))`.
+    """`activation(layer(x))`, with x (..., C) in the layer's compute dtype.
 
-    Args:
-        layer: a built `keras.layers.Dense` without an activation of its own, or a `PointwiseConv2D`.
-        x: (..., C), in the layer's compute dtype.
-        activation: a function, default none.
-
-    Returns:
-        (..., units), in the compute dtype.
+    `layer` is a built `keras.layers.Dense` without an activation of its own, or a `PointwiseConv2D`.
     """
     if _is_plain(layer) and _has_own_product(x):
         kernel, bias = _matrix_and_bias(layer, x.dtype)
@@ -33,20 +28,11 @@ def pointwise(layer, x, activation=None):
 
 
 def pointwise_after_grn(layer, x, grn):
-    """`layer(grn(x))`.
+    """`layer(grn(x))`, with x (N, H, W, C) in the layer's compute dtype.
 
     TensorFlow would pass over the map twice more to scale it. Where the kernel is smaller than the map of a
-    sample, it scales the kernel for each sample instead: (x * scale + beta) @ kernel + bias is
-    x @ (scale * kernel) + (beta @ kernel + bias). (On PyTorch, where the map
-    comes in chunks, this gains nothing.)
-
-    Args:
-        layer: a built `keras.layers.Dense` or `PointwiseConv2D`.
-        x: (N, H, W, C), in the layer's compute dtype.
-        grn: a built `GlobalResponseNormalization`.
-
-    Returns:
-        (N, H, W, units), in the compute dtype.
+    sample, it scales the kernel for each sample instead: (x * scale + beta) @ kernel + bias is x @ (scale *
+    kernel) + (beta @ kernel + bias). (On PyTorch, where the map comes in chunks, this gains nothing.)
     """
     known = all(isinstance(length, int) for length in x.shape[1:])
     smaller = known and layer.kernel.shape[-1] < x.shape[1] * x.shape[2]
@@ -66,18 +52,10 @@ def pointwise_after_grn(layer, x, grn):
 
 @_register
 class PointwiseConv2D(keras.layers.Conv2D):
-    """A 1x1 convolution with bias: a Dense layer of a block, as `deploy` writes it.
+    """A 1x1 convolution with bias, (N, H, W, C) to (N, H, W, filters): a Dense layer, as `deploy` writes it.
 
-    Args:
-        filters: int, channels D of the result.
-        for_litert: bool. False computes it the fast way of each backend; True leaves it a convolution on
-            TensorFlow, which the LiteRT converter maps to one operator without arithmetic on shapes.
-
-    Call arguments:
-        x: (N, H, W, C), float.
-
-    Returns:
-        (N, H, W, D), in the compute dtype.
+    It computes the fast way of each backend; `for_litert` leaves it a convolution on TensorFlow, which the
+    LiteRT converter maps to one operator without arithmetic on shapes.
     """
 
     def __init__(self, filters, for_litert=False, *, name=None, dtype=None, trainable=True):
@@ -226,9 +204,7 @@ def _onednn_takes(x):
     import torch
 
     return (
-        not torch.compiler.is_compiling()  # graphs keep the plain operators
-        and not torch.jit.is_tracing()
-        and x.device.type == "cpu"
+        is_eager_on_cpu(x)  # graphs keep the plain operators
         and x.numel() > 0
         and _onednn() is not None
         and x.dtype in (torch.float32, torch.bfloat16)

@@ -111,12 +111,9 @@ class StochasticDepth(keras.layers.Layer):
 def divided_batch(part: Callable[[], tuple[int, Any]]) -> Iterator[None]:
     """Sets which slice of the global batch this replica holds, so that drop path equals that of one device.
 
-    The layers then draw for the whole batch and take the draws of their slice. JAX divides the batch itself
-    and needs none of this.
-
-    Args:
-        part: called where a layer is called; returns the number of equal slices of the batch and, from 0, the
-            number of this replica's, an int or an integer scalar tensor.
+    The layers then draw for the whole batch and take the draws of their slice. `part` is called where a layer
+    is called; it returns the number of equal slices of the batch and, from 0, that of this replica, an int or
+    an integer scalar tensor. JAX divides the batch itself and needs none of this.
     """
     global _part_of_batch
     before, _part_of_batch = _part_of_batch, part

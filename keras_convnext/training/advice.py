@@ -15,26 +15,15 @@ def warnings_for(
     has_new_head: bool = True,
     num_steps: int | None = None,
 ) -> list[str]:
-    """Tell where a recipe's values don't fit the weights that it starts from.
+    """Tells where a recipe's values do not fit the weights that it starts from, in sentences to print.
 
-    The bounds lie between the published values for the weights at hand and those for other weights: what
-    most often goes wrong is that pretrained weights are fine-tuned with the rate of training from scratch. No
+    The bounds lie between the published values for the weights at hand and those for other weights: what most
+    often goes wrong is that pretrained weights are fine-tuned with the rate of training from scratch. No
     published recipe is warned of with its own weights.
 
-    Args:
-        recipe: the recipe.
-        has_weights: whether training starts from weights, not at random.
-        is_self_supervised: whether these come from training without labels (FCMAE), which leaves more to
-            learn and has higher published rates.
-        trained_size: side in pixels of the images that the weights were trained on, or None.
-        has_new_head: whether the classifier begins at random.
-        num_steps: optimizer steps of the whole run, or None.
-
-    Returns:
-        Sentences to print, each with the value, the published one and what to change; [] when all fits.
-
-    Example:
-        warnings_for(load_recipe("imagenet1k_convnext_tiny"), has_weights=False)     # []
+    `is_self_supervised` weights are trained without labels (FCMAE), which leaves more to learn and has higher
+    published rates. `trained_size` is the side in pixels of the images of the weights; `has_new_head` says
+    whether the classifier begins at random; `num_steps` are optimizer steps of the whole run.
     """
     if has_weights:
         messages = _warnings_with_weights(recipe, is_self_supervised, trained_size, has_new_head)

@@ -18,23 +18,15 @@ _logger = logging.getLogger("keras_convnext")
 
 @dataclasses.dataclass
 class Counts:
-    """How far a run is.
-
-    Attributes:
-        plan: the steps of the run.
-        done: micro-batches that are done.
-        carried: sums of loss and metrics over the part of the epoch before an interruption.
-        sums: the same over all of the epoch so far.
-        best: score of the best epoch by its name, and "epoch".
-        epochs_logged: epochs whose end is done too.
-    """
+    """How far a run is."""
 
     plan: Plan
-    done: int = 0
+    done: int = 0  # micro-batches
+    # Sums of loss and metrics: over the part of the epoch before an interruption, and over all of it so far.
     carried: dict[str, float] = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: dict[str, float] = dataclasses.field(default_factory=dict)
-    epochs_logged: int = 0
+    best: dict[str, float] = dataclasses.field(default_factory=dict)  # score by its name, and "epoch"
+    epochs_logged: int = 0  # whose end is done too
 
     @property
     def step(self) -> int:
@@ -57,14 +49,10 @@ class Counts:
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints of a run.
+    """Writes and reads the checkpoints of a run, with its `counts` in each.
 
-    Args:
-        folder: of the run; None in the processes that do not write.
-        engine: reads the variables.
-        model: what is fitted.
-        student: the part of it that is kept, see `state_variables`.
-        counts: goes into each checkpoint, and comes out of the newest.
+    `folder` is None in the processes that do not write; `student` is the part of the fitted model that is
+    kept.
     """
 
     def __init__(
@@ -108,9 +96,7 @@ class Checkpoints:
     def restore(self) -> bool:
         """Takes up the newest checkpoint, in all processes; returns whether there is one.
 
-        Raises:
-            ValueError: it is of another model or optimizer.
-            RunFolderError: there are checkpoints, and all are damaged.
+        ValueError: it is of another model or optimizer. RunFolderError: there are some, and all are damaged.
         """
         arrays, state = (self.folder and self.folder.latest()) or ({}, None)
         state = self.engine.group.gathered(state)[0]
@@ -153,7 +139,7 @@ def _score(best: Mapping[str, float]) -> float:
 
 
 def _as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
-    """Converts the integers of one backend to the type of another; returns other arrays as they are."""
+    """Converts the integers of one backend to the type of another; other arrays stay."""
     if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
         return array
     return array.astype(expected[1])

@@ -1,6 +1,5 @@
 """Draws the log of a run: loss, scores, learning rate and speed by epoch."""
 
-import importlib.util
 import io
 import math
 import os
@@ -20,18 +19,6 @@ _SPEED = {
 _COLORS = {"training": "#0072B2", "validation": "#D55E00", "validation, EMA": "#009E73"}
 _MARKED_EPOCHS = 40  # up to here each epoch gets a dot
 
-_NO_MATPLOTLIB = "Curves are drawn with matplotlib, which is not installed. Run pip install matplotlib."
-
-
-def check_drawing() -> None:
-    """Checks that curves can be drawn, before hours are spent on what they are of.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(_NO_MATPLOTLIB)
-
 
 def draw_curves(
     rows: Sequence[Mapping[str, Value]],
@@ -41,16 +28,9 @@ def draw_curves(
 ) -> None:
     """Draws the curves of a run by epoch: losses, scores, learning rate and images per second.
 
-    Args:
-        rows: of `CsvLog` or `read_csv`; each of the columns may be missing.
-        path: of the PNG, which appears whole or not at all.
-        scores: title of a panel by the name of its score, such as "top1" of the columns "val_top1" and
-            "ema_val_top1".
-        title: above the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: the file cannot be written.
+    `rows` are of `CsvLog`, each of their columns may be missing. `scores` has the title of a panel by the
+    name of its score, such as "top1" of the columns "val_top1" and "ema_val_top1". The PNG appears whole or
+    not at all.
     """
     of_scores = {
         panel: {f"val_{name}": "validation", f"ema_val_{name}": "validation, EMA"}
@@ -66,7 +46,9 @@ def draw_curves(
             epochs, values = _curve(rows, column)
             if epochs:
                 note = _note(name in of_scores, epochs, values)
-                _plot(axes, epochs, values, f"{label}{note}", _COLORS.get(label, _COLORS["training"]))
+                color = _COLORS.get(label, _COLORS["training"])
+                marker = "." if len(epochs) <= _MARKED_EPOCHS else ""
+                axes.plot(epochs, values, color=color, linewidth=1.4, marker=marker, label=f"{label}{note}")
         _finish(axes)
         if name in _SPEED:
             axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.lines else 1)  # else noise of 1 % fills the panel
@@ -91,21 +73,14 @@ def _note(is_score: bool, epochs: list[int], values: list[float]) -> str:
 
 
 def _figure(title: str) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(_NO_MATPLOTLIB) from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11.0, 7.2))
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
     return figure
-
-
-def _plot(axes: Any, epochs: list[int], values: list[float], label: str, color: str) -> None:
-    marker = "." if len(epochs) <= _MARKED_EPOCHS else ""
-    axes.plot(epochs, values, color=color, linewidth=1.4, marker=marker, label=label)
 
 
 def _finish(axes: Any) -> None:

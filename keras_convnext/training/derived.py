@@ -31,21 +31,12 @@ def choose_recipe(
     overrides: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> tuple[Recipe, list[str]]:
-    """Reads a recipe and derives what follows from weights in place of its own.
+    """Reads a recipe, and derives what follows from weights in place of its own.
 
-    Args:
-        given: a recipe, its file or its published name.
-        data: path of the images in place of the recipe's.
-        overrides: values in place of the recipe's, by short or full key.
-        folder: of the run, to train; one that was begun there keeps what it began with. None to plan: data
-            and weight files may be missing.
-
-    Returns:
-        The recipe, and a line for each derived value: "image_size = 64: of the weights".
-
-    Raises:
-        ValueError: the recipe cannot be read, or values are wrong or contradict each other, or data and
-            weights are missing; all of these are listed.
+    `overrides` are by short or full key. `folder` is that of the run, to train: one that was begun there
+    keeps what it began with. None to plan: data and weight files may be missing. Returns the recipe, and a
+    line for each derived value, such as "image_size = 64: of the weights". Its ValueError lists all that is
+    wrong.
     """
     changes = dict(overrides or {})
     if data is not None:

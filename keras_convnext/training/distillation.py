@@ -8,33 +8,17 @@ from keras import ops
 class Distillation(keras.layers.Layer):
     """Returns the student's logits, and adds the distance to the teacher's to the loss while training.
 
-    The added loss is `weight * T^2 * KL(softmax(teacher / T) || softmax(student / T))`, averaged;
-    the loss that the model is compiled with gets the other part by `loss_weights=[1 - weight]`. Nothing flows
-    back into the teacher.
+    Called with [student's logits (N, K), teacher's (N, K)]. The added loss is `weight * T^2 *
+    KL(softmax(teacher / T) || softmax(student / T))`, averaged; the loss that the model is compiled with gets
+    the other part by `loss_weights=[1 - weight]`. Nothing flows back into the teacher. `weight` is in [0, 1],
+    the temperature T above 0.
+
     Reference: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531), section
     2, with T^2 as explained there; with these weights Touvron et al. 2021 (arXiv:2012.12877), equation 2.
-
-    Args:
-        weight: float in [0, 1], share of the teacher in the loss.
-        temperature: float above 0, T.
-
-    Call arguments:
-        logits: [student's (N, K), teacher's (N, K)].
-        training: bool; outside training nothing is added.
-
-    Returns:
-        The student's logits, (N, K).
-
-    Raises:
-        ValueError: for a weight or temperature outside its range.
     """
 
     def __init__(self, weight, temperature=1.0, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"Expected a weight in [0, 1], the teacher's share. Received: weight={weight!r}")
-        if not temperature > 0:
-            raise ValueError(f"Expected a temperature above 0. Received: temperature={temperature!r}")
         self.weight = weight
         self.temperature = temperature
 
@@ -56,17 +40,9 @@ class Distillation(keras.layers.Layer):
 
 
 def with_teacher(student, teacher, weight: float, temperature: float) -> keras.Model:
-    """Makes a model to train in place of the student, whose weights it shares; the teacher is frozen.
+    """Makes a model, to compile with `loss_weights=[1 - weight]`, which trains in place of the student.
 
-    Args:
-        student, teacher: models of the same images, to logits (N, K).
-        weight, temperature: see `Distillation`.
-
-    Returns:
-        A `keras.Model` to compile with `loss_weights=[1 - weight]`.
-
-    Raises:
-        ValueError: the teacher has another number of classes.
+    It shares the student's weights; the teacher, of the same images and classes, is frozen.
     """
     expected, received = student.output_shape[-1], teacher.output_shape[-1]
     if expected != received:

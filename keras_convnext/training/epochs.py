@@ -38,12 +38,9 @@ class RunLog:
 
 
 def training_row(counts: Counts, model: Any, skips_batches: bool) -> dict[str, Any]:
-    """Returns the columns of an epoch's training.
+    """Returns the columns of an epoch's training, at its end.
 
-    Args:
-        counts: at the end of the epoch.
-        model: that is fitted.
-        skips_batches: whether its optimizer leaves out those that overflow in float16.
+    The optimizer of a model in float16, which `skips_batches`, leaves out those that overflow.
     """
     inner = optimizer.inner_optimizer(model.optimizer)
     row = {
@@ -72,16 +69,11 @@ def validation_row(
 
 
 def note_best(counts: Counts, row: Mapping[str, Any], best: str) -> str | None:
-    """Notes whether an epoch is the best one so far, by the weights or by their average.
+    """Notes in `counts` whether an epoch is the best so far, by the weights or by their average.
 
-    Args:
-        counts: whose `best` is replaced when the epoch is better; an equal one is not.
-        row: of the epoch.
-        best: column of the weights; "ema_" before it is that of the average. The largest value is the best,
-            of a loss the smallest.
-
-    Returns:
-        The column that decided; None when an earlier epoch was as good, or nothing was evaluated.
+    The largest value of the column `best` is the best, of a loss the smallest; "ema_" before it is that of
+    the average. Returns the column that decided; None when an earlier epoch was as good, or nothing was
+    evaluated.
     """
     sign = -1 if best.endswith("loss") else 1
     name = best.removeprefix("val_")

@@ -25,11 +25,7 @@ _MAX_DUMPED = 64  # images of a batch that gave NaN
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run can be resumed
-    """A signal asked the run to stop; a checkpoint of the last step is written.
-
-    Attributes:
-        signal_number: of SIGTERM or SIGINT.
-    """
+    """A signal, SIGTERM or SIGINT, asked the run to stop; a checkpoint of the last step is written."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -45,14 +41,10 @@ class NonFiniteError(ValueError):
 
 
 class Signals:
-    """SIGTERM and Ctrl-C, after which all processes of a run stop at the same step.
-
-    Attributes:
-        received: signal that this process received, 0 for none.
-    """
+    """SIGTERM and Ctrl-C, after which all processes of a run stop at the same step."""
 
     def __init__(self, group: Group) -> None:
-        self.received = 0
+        self.received = 0  # signal that this process received, 0 for none
         self._group = group
         self._stop = 0  # by one of all processes
         self._ask_at = 0  # micro-batches after which the processes ask each other again
@@ -103,11 +95,7 @@ class Signals:
 
 
 def check_faults(faults: Mapping[str, Faults], split: str, folder: RunFolder | None) -> None:
-    """Stops when too many images of a split cannot be decoded, with a list of them in the folder.
-
-    Raises:
-        DataError: more than `MAX_FAULT_SHARE` of them.
-    """
+    """Stops with a DataError when too many images of a split cannot be decoded, and lists them."""
     found = faults[split]
     if len(found) > MAX_FAULT_SHARE * len(found.source):
         write_faults(faults, folder)
@@ -124,11 +112,8 @@ def write_faults(faults: Mapping[str, Faults], folder: RunFolder | None) -> None
 def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable[[], Any]) -> NonFiniteError:
     """Writes the last batch and a report that help to find the cause, and returns the error to raise.
 
-    Args:
-        what: was not finite.
-        checkpoints: of the run, after the micro-batch.
-        make_batches: returns a `tf.data.Dataset` that begins with it: images (N, H, W, 3) in 0..255, and
-            targets, an array or a dict of arrays.
+    `make_batches` returns a `tf.data.Dataset` that begins with the last micro-batch: images (N, H, W, 3) in
+    0..255, and targets, an array or a dict of arrays.
     """
     counts, folder = checkpoints.counts, checkpoints.folder
     step = (counts.done - 1) // counts.plan.accumulation_steps + 1

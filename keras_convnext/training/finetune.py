@@ -5,8 +5,6 @@ import numpy as np
 
 from keras_convnext.layers.initializers import RandomNormal
 
-HEAD_LAYERS = ("head", "pre_logits")
-
 
 def scale_head(model: keras.Model, factor: float) -> None:
     """Multiplies kernel and bias of the classifier by a factor, 0.001 when the papers fine-tune.
@@ -19,28 +17,17 @@ def scale_head(model: keras.Model, factor: float) -> None:
 
 
 def choose_trainable(model: keras.Model, trainable: str) -> None:
-    """Decides which weights of a built model learn.
+    """Decides which weights of a built model with a classifier learn, as a recipe's `trainable` says.
 
-    Args:
-        model: of this package, with a classifier.
-        trainable: "all"; "head" for the classifier alone; "lora:R" for the classifier and, in each block, an
-            update of rank R of the pointwise kernels (Hu et al. 2021, arXiv:2106.09685; Keras's
-            `Dense.enable_lora`), which is added to the kernels when the weights are saved.
-
-    Raises:
-        ValueError: for another word or a rank below 1.
+    "all"; "head" for the classifier alone; "lora:R" for the classifier and, in each block, an update of rank
+    R of the pointwise kernels (Hu et al. 2021, arXiv:2106.09685; Keras's `Dense.enable_lora`), which is added
+    to the kernels when the weights are saved.
     """
     kind, _, rank = trainable.partition(":")
-    is_rank = rank.isdecimal() and int(rank) > 0
-    if trainable not in ("all", "head") and not (kind == "lora" and is_rank):
-        raise ValueError(
-            "Expected trainable to be 'all', 'head' or 'lora:RANK', such as 'lora:8'. Received: "
-            f"trainable={trainable!r}"
-        )
     if kind == "all":
         return
     for layer in model.layers:
-        if layer.name in HEAD_LAYERS:
+        if layer.name in ("head", "pre_logits"):
             continue
         if kind == "head" or not hasattr(layer, "pwconv1"):
             layer.trainable = False  # which a saved model keeps, as it does not for single weights

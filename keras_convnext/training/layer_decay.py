@@ -3,8 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from keras_convnext._messages import unknown
-
 LAYER_DECAY_GROUPS = ("group", "single", "layer_wise", "stage_wise", "timm")
 
 _STAGES = 4
@@ -28,22 +26,10 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
     official configurations give 6 (T) and 12 (S to XL) by hand; the border at nine blocks is mmpretrain's
     (ee7f2e8, models/backbones/convnext.py, `get_layer_depth`).
 
-    Args:
-        paths: paths of the trainable weights, such as "stages_2_7/pwconv1/kernel", maybe with a model's name
-            in front. The depths are taken from them. Stages that do not train may be missing if they come
-            first; "single" and "timm" then count from the first block that is there.
-        groups: "group", "single", "layer_wise", "stage_wise" or "timm".
-
-    Returns:
-        List of int, one for each path.
-
-    Raises:
-        ValueError: groups is unknown, no path is of a ConvNeXt stage (the official code knows no such decay
-            for isotropic models), or the depth of a stage that matters cannot be told.
-
-    Example:
-        >>> layer_ids(["downsample_layers_0_0/kernel", "stages_2_8/norm/beta", "head/kernel"], "group")
-        [0, 5, 13]
+    The depths are taken from the paths, such as "stages_2_7/pwconv1/kernel", maybe with a model's name in
+    front. Stages that do not train may be missing if they come first; "single" and "timm" then count from the
+    first block that is there. ValueError: no path is of a ConvNeXt stage (the official code knows no such
+    decay for isotropic models), or the depth of a stage that matters cannot be told.
     """
     places = [_PLACE.search(path) for path in paths]
     depths = _depths(paths, places, groups)
@@ -53,22 +39,9 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
 def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
     """Returns the factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
 
+    Paths, groups and errors are those of `layer_ids`.
+
     Reference: `LayerDecayValueAssigner` of optim_factory.py, with the values that main.py gives it.
-
-    Args:
-        paths: paths of the trainable weights, as for `layer_ids`.
-        groups: how layers are counted, as for `layer_ids`.
-        decay: float in (0, 1], the factor from one layer to the one before.
-
-    Returns:
-        List of float, one for each path.
-
-    Raises:
-        ValueError: as `layer_ids`.
-
-    Example:
-        >>> learning_rate_scales(["stages_3_2/dwconv/kernel", "head/kernel"], "group", 0.8)
-        [0.8, 1.0]
     """
     depths = _depths(paths, [_PLACE.search(path) for path in paths], groups)
     last = _last_id(groups, depths)
@@ -77,8 +50,6 @@ def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> lis
 
 def _depths(paths, places, groups):
     """Blocks of each stage, 0 where none is seen; refuses what `groups` cannot be counted with."""
-    if groups not in LAYER_DECAY_GROUPS:
-        raise ValueError(unknown("layer_decay_groups", groups, LAYER_DECAY_GROUPS))
     stages = [int(place[2]) for place in places if place]
     if not stages or max(stages) >= _STAGES:
         raise ValueError(

@@ -32,15 +32,9 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 class CsvLog:
     """A CSV with one row an epoch, which is whole at any time.
 
-    The file is written anew for each row and put in place in one step. Its columns are those of all rows, in
-    the order in which they first appeared. A float is written with all its digits and reads back equal; NaN
-    and infinity are written nan, inf and -inf.
-
-    Args:
-        path: of the file. Rows that it holds already are kept, see `resume`.
-
-    Raises:
-        ValueError: the file there is not a CSV with a column "epoch".
+    The file is written anew for each row and put in place in one step; rows that it holds already are kept,
+    see `resume`. Its columns are those of all rows, in the order in which they first appeared. A float is
+    written with all its digits and reads back equal; NaN and infinity are written nan, inf and -inf.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -54,11 +48,7 @@ class CsvLog:
             self._save(kept)
 
     def write(self, row: Mapping[str, Value]) -> None:
-        """Appends a row: value by column, with "epoch" above that of the previous row.
-
-        Raises:
-            OSError: the file cannot be written; the one that was there stands.
-        """
+        """Appends a row, with "epoch" above that of the previous one; after an OSError the file stands."""
         self._save([*self.rows, {column: _plain(value) for column, value in row.items()}])
 
     def _save(self, rows: list[dict[str, Value]]) -> None:
@@ -67,21 +57,16 @@ class CsvLog:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns or ["epoch"])
         for row in rows:
-            writer.writerow([_text(row[column]) if column in row else "" for column in columns])
+            writer.writerow(row.get(column, "") for column in columns)
         replace_file(self.path, text.getvalue().encode())
         self.rows = rows
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
-    """Reads the rows that `CsvLog` wrote.
+    """Reads the rows that `CsvLog` wrote, without their empty fields.
 
-    Returns:
-        One dictionary a row, without its empty fields. What reads as a whole number is an int, what reads as
-        another number (nan and inf too) is a float, the rest is text.
-
-    Raises:
-        ValueError: the file is not a CSV with a column "epoch".
-        OSError: the file cannot be read.
+    What reads as a whole number is an int, what reads as another number (nan and inf too) is a float, the
+    rest is text. ValueError: the file is not a CSV with a column "epoch".
     """
     try:
         lines = list(csv.reader(io.StringIO(pathlib.Path(path).read_text("utf-8"), newline="")))
@@ -112,13 +97,8 @@ class TensorBoardLog:
     incomplete last record, which readers pass over.) The tensorboard package is needed to look at the file,
     not to write it; TensorFlow writes it, without touching a device.
 
-    Args:
-        folder: made when it is not there.
-        purge_step: first step that a resumed run repeats: TensorBoard then forgets what older files say from
-            this step on. None for a run from the beginning.
-
-    Raises:
-        OSError: the folder cannot be made.
+    `purge_step` is the first step that a resumed run repeats: TensorBoard then forgets what older files say
+    from this step on. None for a run from the beginning.
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
@@ -137,18 +117,13 @@ class TensorBoardLog:
             self._append(step=purge_step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends scalars, as float32, at an optimizer step of the run.
-
-        Raises:
-            OSError: the file cannot be written, such as on a full disk.
-        """
+        """Appends scalars, as float32, at an optimizer step of the run; OSError on a full disk."""
         values = [
             self._protos.Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()
         ]
         self._append(step=int(step), summary=self._protos.Summary(value=values))
 
     def close(self) -> None:
-        """Closes the file; a second call does nothing."""
         self._writer.close()
 
     def _append(self, **fields: Any) -> None:
@@ -164,15 +139,8 @@ class Progress:
     """Says on stderr how far a run is, how fast, and how long it will take; see `_terminal.Progress`.
 
     On a terminal one line of each epoch stays; elsewhere there is one line an epoch, and one every five
-    minutes within it.
-
-    Args:
-        epochs: in the whole run.
-        steps: optimizer steps in an epoch.
-        batch_size: images in a step.
-        quiet: print nothing.
-        stream: where lines go; None for stderr.
-        clock: returns seconds.
+    minutes within it. `steps` are optimizer steps of an epoch, `batch_size` images of a step; `clock` returns
+    seconds.
     """
 
     def __init__(
@@ -204,12 +172,9 @@ class Progress:
         return None if rate is None else rate * self.batch_size
 
     def show(self, epoch: int, step: int, loss: Any) -> None:
-        """Says that a step is done. Cheap: most calls only read the clock.
+        """Says that so many steps of an epoch, which counts from 1, are done; most calls only read the clock.
 
-        Args:
-            epoch: the current one, from 1.
-            step: steps done in this epoch, from 1.
-            loss: a number, or a scalar tensor, which is read only when a line is printed.
+        `loss` is a number, or a scalar tensor, which is read only when a line is printed.
         """
         self._line.title = f"epoch {epoch}/{self.epochs}"
         self._line.show(step, lambda: self._text(epoch, step, float(loss)))
@@ -220,16 +185,10 @@ class Progress:
         self._line.draw(text)
 
     def say(self, text: str) -> None:
-        """Prints a line that stays."""
         self._line.say(text)
 
     def end_epoch(self, epoch: int, scalars: Mapping[str, float]) -> None:
-        """Prints the line of an epoch, after its validation.
-
-        Args:
-            epoch: from 1.
-            scalars: what to say of it, value by name.
-        """
+        """Prints the line of an epoch, after its validation."""
         self._seconds_between_epochs = self._clock() - self._step_end
         parts = [f"epoch {epoch}/{self.epochs}"]
         parts += [f"{name} {value:.5g}" for name, value in scalars.items()]
@@ -244,7 +203,6 @@ class Progress:
         self._line = self._new_line()
 
     def close(self) -> None:
-        """Removes the line that is being rewritten, if there is one."""
         self._line.close()
 
     def _seconds_left(self, epoch: int, step: int, images_per_second: float) -> tuple[float, float]:
@@ -268,10 +226,6 @@ def _plain(value: Any) -> Value:
     if isinstance(value, str):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _text(value: Value) -> str:
-    return value if isinstance(value, str) else repr(value)
 
 
 def _number(field: str) -> Value:

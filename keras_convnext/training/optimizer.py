@@ -20,12 +20,10 @@ from keras import ops
 from keras_convnext._messages import unknown
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS, learning_rate_scales
 
-_register = keras.saving.register_keras_serializable(package="keras_convnext")
-
 _NO_DECAY = ("bias", "gamma", "beta")
 
 
-@_register
+@keras.saving.register_keras_serializable(package="keras_convnext")
 class AdamW(keras.optimizers.AdamW):
     """AdamW as the ConvNeXt papers train: torch.optim.AdamW with layer-wise rates and a moving average.
 
@@ -100,13 +98,13 @@ class AdamW(keras.optimizers.AdamW):
         gradient_accumulation_steps=None,
         name="adamw",
     ):
-        check_number("weight_decay", weight_decay, "AdamW", low=0.0)
-        check_number("epsilon", epsilon, "AdamW", low=0.0)
+        check_number("weight_decay", weight_decay, "AdamW")
+        check_number("epsilon", epsilon, "AdamW")
         for beta_name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
-            check_number(beta_name, beta, "AdamW", low=0.0)
+            check_number(beta_name, beta, "AdamW")
             if beta >= 1:
                 raise ValueError(f"AdamW needs {beta_name} in [0, 1). Received: {beta_name}={beta}")
-        check_number("layer_decay", layer_decay, "AdamW", low=0.0)
+        check_number("layer_decay", layer_decay, "AdamW")
         if not 0 < layer_decay <= 1:
             raise ValueError(
                 "AdamW needs layer_decay in (0, 1], where 1 is no layer-wise decay. "
@@ -194,60 +192,39 @@ class AdamW(keras.optimizers.AdamW):
             super()._backend_increment_gradient_accumulators(grads, acc_grads)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        if keras.backend.backend() == "torch":
+        backend = keras.backend.backend()
+        if backend == "torch" and self._fits_torch_kernel(trainable_variables):
             self._torch_update(grads, trainable_variables, learning_rate)
-        elif keras.backend.backend() == "tensorflow" and self.across is not None:
-            # Each device by itself, where Keras sums, and leaves the device, which it cannot in a condition.
+        elif backend == "torch" or (backend == "tensorflow" and self.across is not None):
+            # TensorFlow: each device by itself, where Keras sums, and leaves the device, which it cannot in a
+            # condition.
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 self.update_step(gradient, variable, learning_rate)
         else:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
 
+    def _fits_torch_kernel(self, variables):
+        return all(
+            str(value.dtype) == "torch.float32"
+            and value.device.type in ("cpu", "cuda")
+            and value.is_contiguous()
+            for value in (variable.value for variable in variables)
+        )
+
     def _torch_update(self, grads, trainable_variables, learning_rate):
-        """`update_step` for all variables at once: PyTorch runs op by op, and pays for each call."""
+        """`update_step` for all variables by PyTorch's kernel, which reads and writes each number once."""
         import torch
 
         indices = [self._get_variable_index(variable) for variable in trainable_variables]
-        weights = [variable.value for variable in trainable_variables]
-        m = [self._momentums[index].value for index in indices]
-        v = [self._velocities[index].value for index in indices]
         learning_rate = ops.cast(learning_rate, "float32")
-        groups = self._groups(indices, trainable_variables)
-        if all(
-            tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
-            for tensor in (*weights, *m, *v)
-        ):
-            self._torch_fused_update(groups, weights, grads, m, v, learning_rate)
-            return
-        correction_1, correction_2 = self._bias_corrections("float32")
-        with torch.no_grad():
-            torch._foreach_lerp_(m, grads, 1 - self.beta_1)
-            torch._foreach_mul_(v, self.beta_2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - self.beta_2)
-            denominators = torch._foreach_sqrt(v)
-            torch._foreach_div_(denominators, correction_2)
-            torch._foreach_add_(denominators, self.epsilon)
-            for (scale, decays), members in groups.items():
-                rate = learning_rate * scale
-                group = [weights[member] for member in members]
-                if decays:
-                    torch._foreach_mul_(group, 1 - rate * self.weight_decay)
-                updates = torch._foreach_mul([m[member] for member in members], rate / correction_1)
-                torch._foreach_div_(updates, [denominators[member] for member in members])
-                torch._foreach_sub_(group, updates)
-
-    def _torch_fused_update(self, groups, weights, grads, m, v, learning_rate):
-        """The same by PyTorch's own kernel, which reads and writes each number once."""
-        import torch
-
         step = ops.cast(self.iterations + 1, "float32")
         with torch.no_grad():
-            for (scale, decays), members in groups.items():
+            for (scale, decays), members in self._groups(indices, trainable_variables).items():
                 torch._fused_adamw_(
-                    [weights[member] for member in members],
+                    [trainable_variables[member].value for member in members],
                     [grads[member].contiguous() for member in members],
-                    [m[member] for member in members],
-                    [v[member] for member in members],
+                    [self._momentums[indices[member]].value for member in members],
+                    [self._velocities[indices[member]].value for member in members],
                     [],
                     [step] * len(members),
                     lr=learning_rate * scale,
@@ -399,8 +376,8 @@ def _copy_of(variable):
     return initializer
 
 
-def check_number(name, value, owner, low):
+def check_number(name, value, owner):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner} needs a number for {name}. Received: {name}={value!r}")
-    if not (value >= low and math.isfinite(value)):
-        raise ValueError(f"{owner} needs {name} >= {low:g}, and finite. Received: {name}={value}")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{owner} needs {name} >= 0, and finite. Received: {name}={value}")

@@ -26,17 +26,12 @@ _NOT_IDENTITY = {
 
 
 def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and check a recipe.
+    """Reads and checks a recipe: a TOML file, or a published one by its bare name, such as "fine_tune".
 
-    Args:
-        path_or_name: a TOML file, or the bare name of a published recipe, such as "fine_tune". A file may
-            have its keys in tables or, as those of before, all at the top.
-        overrides: values in place of the file's, by key, "epochs" or "optimizer.epochs". A str is read by the
-            type of its key, as it comes from a command line: "3", "true", "0.08,1". Paths among these are
-            relative to the working directory.
-
-    Returns:
-        The recipe; `data.source` absolute, and `weights` and `teacher` too where they are files.
+    A file may have its keys in tables or, as those of before, all at the top. `overrides` go by key, "epochs"
+    or "optimizer.epochs"; a text is read by the type of its key, as it comes from a command line: "3",
+    "true", "0.08,1". Paths among them are relative to the working directory, those of the file to its folder.
+    In the recipe `data.source` is absolute, and `weights` and `teacher` are where they are files.
 
     Raises:
         ValueError: there is no such recipe, the file is not TOML (the message has its line), or a key is
@@ -64,11 +59,7 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, An
 
 
 def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
-    """Return the file of a recipe: of a path itself, of a bare name the published one.
-
-    Raises:
-        ValueError: there is no such file; tells near names and all published ones.
-    """
+    """Returns the file of a recipe; ValueError names near ones and all published ones."""
     path, text = Path(path_or_name), os.fspath(path_or_name)
     known = known_recipes()
     if path.suffix != ".toml" and path.name == text and text in known:
@@ -88,12 +79,12 @@ def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def known_recipes() -> list[str]:
-    """Return the names of the published recipes, those of `recipes_folder`, in order."""
+    """Returns the names of the published recipes in order."""
     return sorted(path.stem for path in recipes_folder().glob("*.toml"))
 
 
 def recipes_folder() -> Path:
-    """Return the folder of the published recipes and their small data sets, `digits` and `flowers`.
+    """Returns the folder of the published recipes and their small data sets, `digits` and `flowers`.
 
     It lies in the package where that is installed, and next to it in the repository. Of a package that is
     imported from a zip file a copy in a temporary folder is returned, which is removed when the process ends.
@@ -105,14 +96,10 @@ def recipes_folder() -> Path:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Return what decides the result of a run: all keys but titles, the keeping of checkpoints and devices.
+    """Returns what decides the result of a run: all keys but titles, the keeping of checkpoints and devices.
 
-    Two runs of the same identity may share a folder. The values are str, int, float, bool and list, so that
-    they are equal after JSON.
-
-    Returns:
-        The values by short key, without optional ones that have their default: a key of a later version
-        keeps no run from being resumed.
+    Two runs of the same identity may share a folder. The values, by short key, are equal after JSON. Optional
+    ones that have their default are left out: a key of a later version keeps no run from being resumed.
     """
     defaults = {name: field.default for name, field in Recipe.fields().items() if is_optional(field)}
     values = {

@@ -29,12 +29,13 @@ import numpy as np
 
 from keras_convnext._files import (
     LOCKS_UNSUPPORTED,
-    NO_SPACE,
-    replacing_file,
+    disk_error_text,
+    replace_file,
     replacing_path,
     sync_folder,
     try_lock,
 )
+from keras_convnext._messages import flat, one_line, shortened, size_text
 from keras_convnext.weights.arrays import FileFormatError, little_endian_bytes
 from keras_convnext.weights.safetensors_files import read_safetensors_metadata, write_safetensors
 from keras_convnext.weights.torch_files import read_state_dict
@@ -63,34 +64,18 @@ def open_run(
 ) -> "RunFolder":
     """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
 
-    Everything that would stop the run later is refused here: another run's folder, a folder of something
-    else, another process in it, no permission, not enough space. The space is that of `keep` + 2
-    checkpoints: the newest ones, the best one and the one that is being written; checkpoints that are
-    there count. What a killed process was writing is removed.
+    Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of another
+    run, that is of another `identity` (JSON values), a folder of something else, another process in it, no
+    permission, not enough space. The space is that of `keep` + 2 checkpoints of `checkpoint_bytes`: the
+    newest ones, the best one and the one that is being written; checkpoints that are there count. What a
+    killed process was writing is removed. A folder that is empty or has hidden files only is a new one.
 
     The lock ends with the process, however it ends. On a file system without locks a lock file in the
     machine's temporary folder stands in, which other machines do not see.
-
-    Args:
-        path: the folder; made with its parents when it is not there. An empty one, or one with hidden files
-            only, is taken as a new one.
-        identity: dict of JSON values, what a later call must agree with: the recipe, the data.
-        checkpoint_bytes: expected size of one checkpoint.
-        keep: number of newest checkpoints to keep besides the best one. Default 2: if the newest is damaged
-            there is another.
-
-    Raises:
-        RunFolderError: the folder cannot be used; the message tells why and what to do.
-
-    Example:
-        >>> with open_run("out/flowers", {"learning_rate": 4e-3}, checkpoint_bytes=450_000_000) as run:
-        ...     run.save({"step": np.uint32([100])}, {"step": 100, "epoch": 3}).name
-        'step-00000100.safetensors'
     """
     given = json.loads(json.dumps(dict(identity)))
     folder = pathlib.Path(path).absolute()
-    _make_folder(folder)
-    _refuse_foreign_files(folder)
+    _take_folder(folder)
     with contextlib.ExitStack() as stack:
         _lock(folder, stack)
         stored = _read_identity(folder)
@@ -107,12 +92,7 @@ def open_run(
 
 
 class RunFolder:
-    """The folder of one training run, made by `open_run`.
-
-    Attributes:
-        path: absolute path of the folder.
-        keep: number of newest checkpoints that are kept.
-    """
+    """The folder of one training run, made by `open_run`; keeps the best and some newest checkpoints."""
 
     def __init__(self, path: pathlib.Path, keep: int, locks: contextlib.ExitStack):
         self.path = path
@@ -133,19 +113,11 @@ class RunFolder:
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> pathlib.Path:
         """Writes the checkpoint of a step, then removes old ones.
 
-        The arrays are written one after another, without a second copy of all, and a CRC-32 of the state,
-        names, shapes, dtypes and bytes goes with them. The file appears when it is complete and on the
-        disk, so whatever ends the process in between leaves the earlier checkpoints. Then all but the
-        newest `keep`, the best and this one are removed, and with them those that `latest` found damaged.
-        A checkpoint of the same step is replaced.
-
-        Args:
-            arrays: of any shape and of a dtype that .safetensors has, bfloat16 of `ml_dtypes` among them.
-            state: dict of JSON values, with "step", int >= 0, the number of finished steps.
-
-        Raises:
-            RunFolderError: the disk is full (tells how much is missing) or cannot be written. Earlier
-                checkpoints stand.
+        `state` has JSON values and "step", the number of finished steps. The arrays are written one after
+        another, without a second copy of all, and a CRC-32 of the state, names, shapes, dtypes and bytes goes
+        with them. The file appears when it is complete and on the disk, so whatever ends the process in
+        between leaves the earlier checkpoints. Then all but the newest `keep`, the best and this one are
+        removed, and with them those that `latest` found damaged. A checkpoint of the same step is replaced.
         """
         step, text = int(state["step"]), json.dumps(dict(state))
         path = self._checkpoint_path(step)
@@ -160,26 +132,15 @@ class RunFolder:
         return path
 
     def mark_best(self, step: int, value: float) -> None:
-        """Keeps the checkpoint of a step as the best one, instead of the one before.
+        """Keeps the checkpoint of a step as the best one by a value, such as the accuracy.
 
         To repeat it changes nothing, so a run that was killed between `save` and this can make up for it.
-
-        Args:
-            step: one that was saved and is still kept.
-            value: what made it the best, such as the accuracy.
-
-        Raises:
-            RunFolderError: the disk is full or cannot be written.
         """
         self.write_bytes(BEST_FILE, _json_bytes({"step": int(step), "value": float(value)}))
         self._prune()
 
     def best(self) -> tuple[int, float] | None:
-        """Returns the step and the value of the last `mark_best`, None if there was none.
-
-        Raises:
-            ValueError: the file with it is damaged.
-        """
+        """Returns step and value of the last `mark_best`, or None; ValueError where its file is damaged."""
         with contextlib.suppress(FileNotFoundError):
             entry = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
             return int(entry["step"]), float(entry["value"])
@@ -192,15 +153,7 @@ class RunFolder:
         return sorted(int(match[1]) for match in matches)
 
     def read(self, step: int) -> tuple[Arrays, dict]:
-        """Reads the checkpoint of a step, all of it, and compares its checksum.
-
-        Returns:
-            Arrays, which are copies, not views of the file; and the state as JSON gives it.
-
-        Raises:
-            FileFormatError: the checkpoint is truncated or damaged; the message tells how.
-            OSError: the disk does not give the file.
-        """
+        """Reads the arrays of a step, as copies, and its state; FileFormatError: the checksum differs."""
         path = self._checkpoint_path(step)
         metadata = read_safetensors_metadata(path)
         if metadata.get("format") != _FORMAT or not {"state", "crc32"} <= metadata.keys():
@@ -217,17 +170,11 @@ class RunFolder:
         return arrays, json.loads(metadata["state"])
 
     def latest(self) -> tuple[Arrays, dict] | None:
-        """Reads the newest checkpoint that is whole.
+        """Reads the newest checkpoint that is whole; returns None when the run has none yet.
 
         A damaged one is named in a warning of the logger "keras_convnext" and left where it is; the next
-        `save` removes it, because then there is a newer one.
-
-        Returns:
-            (arrays, state) as from `read`, or None when the run has no checkpoint yet.
-
-        Raises:
-            RunFolderError: there are checkpoints, and all of them are damaged.
-            OSError: the disk does not give a file; it may at another time, so no other one is taken.
+        `save` removes it, because then there is a newer one. Where all are damaged a RunFolderError is
+        raised. So is any OSError: the disk may give the file at another time, so no other one is taken.
         """
         steps = self.steps()
         reasons = []
@@ -249,15 +196,10 @@ class RunFolder:
         )
 
     def write_text(self, name: str, text: str) -> pathlib.Path:
-        """Writes a text file (UTF-8, line ends as given) under a name in the folder; returns its path.
-
-        Raises:
-            RunFolderError: the disk is full or cannot be written; an earlier file of this name stands.
-        """
+        """Writes a UTF-8 file under a name in the folder; after a RunFolderError an earlier one stands."""
         return self.write_bytes(name, text.encode("utf-8"))
 
     def write_bytes(self, name: str, content: bytes) -> pathlib.Path:
-        """Writes a file under a name in the folder; returns its path. Raises as `write_text`."""
         path = self.path / name
         with _writing(path.parent, len(content)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,14 +209,8 @@ class RunFolder:
     def write_with(self, name: str, function: Callable[[pathlib.Path], object]) -> pathlib.Path:
         """Has a function write a file, and gives it the name when the function returns.
 
-        Args:
-            name: path in the folder, such as "final.weights.h5".
-            function: called with a path next to the final one, which ends in `name`, so that a library
-                that tells the format from it writes the right one.
-
-        Raises:
-            RunFolderError: the function raised an OSError, wrote nothing, or the disk cannot be written; an
-                earlier file of this name stands. Other errors of the function pass.
+        The function is called with a path that ends in `name`, since libraries tell the format from that. Its
+        OSErrors, or that it wrote nothing, become a RunFolderError; an earlier file of this name stands.
         """
         path = self.path / name
         with _writing(path.parent):
@@ -312,15 +248,9 @@ class RunFolder:
 def check_arrays(
     arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[tuple[int, ...], str]], source: str
 ) -> None:
-    """Refuses arrays that are not those of the model and optimizer at hand.
+    """Refuses arrays that are not those of the model and optimizer at hand: the message lists them.
 
-    Args:
-        arrays: dict of name to array, from `RunFolder.latest`.
-        expected: dict of name to (shape, dtype name), such as ((96,), "float32").
-        source: where the arrays come from, for the message.
-
-    Raises:
-        ValueError: names are missing or not expected, or shapes or dtypes differ; the message lists them.
+    `expected` has (shape, dtype name) by name, such as ((96,), "float32"); `source` begins the message.
     """
     missing = [name for name in expected if name not in arrays]
     unexpected = [name for name in arrays if name not in expected]
@@ -342,7 +272,8 @@ def check_arrays(
         )
 
 
-def _make_folder(folder: pathlib.Path) -> None:
+def _take_folder(folder: pathlib.Path) -> None:
+    """Makes a folder that is not there, and refuses one of something else."""
     with _writing(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -351,10 +282,6 @@ def _make_folder(folder: pathlib.Path) -> None:
                 f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another "
                 "path."
             ) from error
-
-
-def _refuse_foreign_files(folder: pathlib.Path) -> None:
-    with _writing(folder):
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     if names and RUN_FILE not in names:
         raise RunFolderError(
@@ -411,7 +338,7 @@ def _read_identity(folder: pathlib.Path) -> dict | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
-            f"'{path}' cannot be read as the description of a run ({_one_line(error)}), so it is not known "
+            f"'{path}' cannot be read as the description of a run ({one_line(error)}), so it is not known "
             "which run the folder holds. Bring the file back from a copy, or pass another folder."
         ) from error
 
@@ -419,7 +346,7 @@ def _read_identity(folder: pathlib.Path) -> dict | None:
 def _refuse_other_run(
     folder: pathlib.Path, stored: Mapping[str, object], given: Mapping[str, object]
 ) -> None:
-    old, new = _flat(stored), _flat(given)
+    old, new = flat(stored), flat(given)
     changes = [
         f"{key}: {_value_text(old.get(key))} -> {_value_text(new.get(key))}"
         for key in {**old, **new}
@@ -445,8 +372,8 @@ def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int) -
     needed, free = (keep + 2) * checkpoint_bytes - present, shutil.disk_usage(folder).free
     if needed > free:
         raise RunFolderError(
-            f"Expected {_size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
-            f"{_size_text(checkpoint_bytes)}, received {_size_text(free)}: {_size_text(needed - free)} are "
+            f"Expected {size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
+            f"{size_text(checkpoint_bytes)}, received {size_text(free)}: {size_text(needed - free)} are "
             "missing. Free some, or pass a folder on another disk."
         )
 
@@ -459,32 +386,14 @@ def _writing(folder: pathlib.Path, needed: int | None = None) -> Iterator[None]:
     except RunFolderError:
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in NO_SPACE:
-            raise RunFolderError(
-                f"No space at '{folder}' ({reason}){_missing_text(folder, needed)}. What was there before is "
-                "kept. Free some, and start the same run again: it continues from the last checkpoint."
-            ) from error
-        raise RunFolderError(
-            f"'{folder}' cannot be written ({reason}). What was there before is kept. Make it writable, or "
-            "pass another folder."
-        ) from error
-
-
-def _missing_text(folder: pathlib.Path, needed: int | None) -> str:
-    """Says how much space is missing, as far as it is known: a quota does not show in the free space."""
-    if needed is None:
-        return ""
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
-        missing = f", {_size_text(needed - free)} are missing" if needed > free else ""
-        return f": expected {_size_text(needed)} free, received {_size_text(free)}{missing}"
-    return f": expected {_size_text(needed)} free"
+        kept = "What was there before is kept."
+        if_full = f"{kept} Free some, and start the same run again: it continues from the last checkpoint."
+        if_refused = f"{kept} Make it writable, or pass another folder."
+        raise RunFolderError(disk_error_text(error, folder, if_full, if_refused, needed)) from error
 
 
 def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    with replacing_file(path) as file:
-        file.write(content)
+    replace_file(path, content)
     sync_folder(path.parent)
 
 
@@ -502,37 +411,15 @@ def _array_text(shape: tuple[int, ...], dtype: object) -> str:
     return f"{np.dtype(dtype).name}{list(shape)}"  # type: ignore[call-overload]
 
 
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _json_bytes(values: Mapping[str, object]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode("utf-8")
 
 
 def _value_text(value: object) -> str:
-    text = "absent" if value is None else repr(value)
-    return f"{text[:80]}..." if len(text) > 83 else text
+    return "absent" if value is None else shortened(repr(value), 83)
 
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return ", ".join(names[:_MAX_LISTED]) + more
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _size_text(size: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"

@@ -8,7 +8,6 @@ import json
 import math
 import pathlib
 import random
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,38 +32,24 @@ FINAL_WEIGHTS = ("final_ema.weights.h5", "final.weights.h5")  # the first where 
 class TrainingResult:
     """The files and scores of a run that has ended.
 
-    Attributes:
-        folder: of the run.
-        weights: file of the final weights, those of the average (EMA) where the recipe has one.
-        steps: optimizer steps of the whole run.
-        scores: the last row of the log: "loss", "val_top1", "ema_val_top1" in percent, ...
-        seconds: time of this call.
-        process: rank of this process; of several, process 0 has written the files.
+    `scores` is the last row of the log: "loss", "val_top1" and "ema_val_top1" in percent, ...
     """
 
     folder: pathlib.Path
-    weights: pathlib.Path
-    steps: int
+    weights: pathlib.Path  # the final ones, those of the average (EMA) where the recipe has one
+    steps: int  # optimizer steps of the whole run
     scores: dict[str, Any]
-    seconds: float
-    process: int = 0
+    seconds: float  # of this call
+    process: int = 0  # rank of this process; of several, process 0 has written the files
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The batch sizes and step counts that follow from a recipe and its data.
+    """The batch sizes and step counts that follow from a recipe and its data."""
 
-    Attributes:
-        micro_batch_size: images that go through the model at once.
-        accumulation_steps: micro-batches of an optimizer step.
-        steps_per_epoch: optimizer steps of an epoch; what is left over is dropped.
-        total_steps: optimizer steps of the run.
-        warmup_steps: optimizer steps of the warmup.
-    """
-
-    micro_batch_size: int
-    accumulation_steps: int
-    steps_per_epoch: int
+    micro_batch_size: int  # images that go through the model at once
+    accumulation_steps: int  # micro-batches of an optimizer step
+    steps_per_epoch: int  # optimizer steps, as the next two; what is left over is dropped
     total_steps: int
     warmup_steps: int
 
@@ -74,11 +59,7 @@ class Plan:
 
     @classmethod
     def of(cls, recipe: Recipe, training: Source) -> "Plan":
-        """Counts the steps.
-
-        Raises:
-            ValueError: the data has fewer images than a batch.
-        """
+        """Counts the steps; ValueError where the data has fewer images than a batch."""
         steps = len(training) // recipe.optimizer.batch_size
         if steps == 0:
             raise ValueError(
@@ -170,11 +151,3 @@ def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
     has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
     path = folder / RESULT_FILE
     return json.loads(path.read_text()) if has_weights and path.exists() else None
-
-
-def result(
-    folder: pathlib.Path, recipe: Recipe, plan: Plan, engine: Any, scores: dict[str, Any], begin: float
-) -> TrainingResult:
-    weights = folder / FINAL_WEIGHTS[0 if recipe.optimizer.ema_decay else 1]
-    seconds = time.monotonic() - begin
-    return TrainingResult(folder, weights, plan.total_steps, scores, seconds, engine.group.rank)

@@ -8,10 +8,8 @@ from keras import ops
 
 from keras_convnext.training.optimizer import check_number
 
-_register = keras.saving.register_keras_serializable(package="keras_convnext")
 
-
-@_register
+@keras.saving.register_keras_serializable(package="keras_convnext")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that rises in a straight line and falls along half a cosine, step by step.
 
@@ -60,13 +58,16 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     ):
         super().__init__()
         for name, rate in (("peak", peak), ("start", start), ("end", end)):
-            check_number(name, rate, "WarmupCosine", low=0.0)
+            check_number(name, rate, "WarmupCosine")
         for name, steps, least in (
             ("total_steps", total_steps, 1),
             ("warmup_steps", warmup_steps, 0),
             ("hold_steps", hold_steps, 1),
         ):
-            _check_steps(name, steps, least)
+            if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+                raise TypeError(f"WarmupCosine needs an integer for {name}. Received: {name}={steps!r}")
+            if steps < least:
+                raise ValueError(f"WarmupCosine needs {name} >= {least}. Received: {name}={steps}")
         if warmup_steps > total_steps:
             raise ValueError(
                 "WarmupCosine needs warmup_steps <= total_steps, for the warmup is part of the training. "
@@ -104,10 +105,3 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
             "warmup_includes_peak": self.warmup_includes_peak,
             "hold_steps": self.hold_steps,
         }
-
-
-def _check_steps(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"WarmupCosine needs an integer for {name}. Received: {name}={value!r}")
-    if value < least:
-        raise ValueError(f"WarmupCosine needs {name} >= {least}. Received: {name}={value}")

@@ -24,10 +24,11 @@ from typing import Any
 
 import keras
 
+from keras_convnext._environment import require
 from keras_convnext.distribution import choose
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import result_columns
-from keras_convnext.training import curves, logs, optimizer, run_folder
+from keras_convnext.training import logs, optimizer, run_folder, run_state
 from keras_convnext.training.checkpoints import Checkpoints, Counts
 from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.epochs import RunLog, note_best, training_row, validation_row
@@ -40,20 +41,7 @@ from keras_convnext.training.failure import (
     write_faults,
 )
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.run_state import (
-    ENVIRONMENT_FILE,
-    FINAL_WEIGHTS,
-    RECIPE_FILE,
-    RESULT_FILE,
-    TrainingResult,
-    ended_result,
-    result,
-    run_identity,
-    settings_of,
-    shared_facts,
-    state_variables,
-    variable_bytes,
-)
+from keras_convnext.training.run_state import TrainingResult
 from keras_convnext.training.tasks import Datasets, Task, TaskModel
 from keras_convnext.training.tasks.classification import Classification
 
@@ -105,11 +93,11 @@ def train(
         result.scores["ema_val_top1"]
     """
     begin = time.monotonic()
-    curves.check_drawing()
+    require("matplotlib", "The picture of the curves")
     chosen, derived = choose_recipe(recipe, data, overrides, output)
     task = Classification(chosen, workers)  # a recipe has no other task yet
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
-    with engine.group, settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
+    with engine.group, run_state.settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
         engine.check_batch(chosen.optimizer.batch_size, chosen.optimizer.accumulation_steps)
         datasets = task.open_data()
         built = task.build_model(datasets)
@@ -118,7 +106,7 @@ def train(
         folder = _open_folder(path, chosen, datasets, built, engine)
         if folder:
             stack.enter_context(folder)
-        scores = engine.group.gathered(ended_result(path) if folder else None)[0]
+        scores = engine.group.gathered(run_state.ended_result(path) if folder else None)[0]
         if scores is None:
             run = Run(chosen, task, datasets, built, engine, folder, is_shown=progress)
             with run.signals.noted():
@@ -127,31 +115,29 @@ def train(
                 scores = run.finish()
         elif folder:
             _logger.warning("The run in %s has ended; nothing is left to do.", path)
-        return result(path, chosen, datasets.plan, engine, scores, begin)
+        weights = path / run_state.FINAL_WEIGHTS[0 if chosen.optimizer.ema_decay else 1]
+        steps, seconds = datasets.plan.total_steps, time.monotonic() - begin
+        return TrainingResult(path, weights, steps, scores, seconds, engine.group.rank)
 
 
 def _open_folder(
     path: pathlib.Path, recipe: Recipe, data: Datasets, built: TaskModel, engine: Engine
 ) -> run_folder.RunFolder | None:
     """Opens the folder of the run, in the process that writes; None in the others."""
-    identity = run_identity(recipe) | data.identity
+    identity = run_state.run_identity(recipe) | data.identity
     if len(engine.group) > 1:
-        choose.check_agreement(engine.group, shared_facts(identity, engine, built.model))
+        choose.check_agreement(engine.group, run_state.shared_facts(identity, engine, built.model))
     if not engine.group.is_writer:
         return None
-    size = sum(variable_bytes(v) for v in state_variables(built.model, built.student).values())
+    variables = run_state.state_variables(built.model, built.student)
+    size = sum(map(run_state.variable_bytes, variables.values()))
     return run_folder.open_run(path, identity, checkpoint_bytes=size, keep=recipe.run.keep_checkpoints)
 
 
 class Run:
     """A run in progress: trains the steps that are left, and does what is due between two of them.
 
-    Args:
-        recipe: how to train.
-        task: what to train; it made `data` and `built`.
-        engine: places the steps.
-        folder: None in the processes that do not write.
-        is_shown: whether progress is.
+    The task made `data` and `built`; `folder` is None in the processes that do not write.
     """
 
     def __init__(
@@ -196,8 +182,8 @@ class Run:
                 "engine": described,
                 **self.data.facts,
             }
-            self.folder.write_text(RECIPE_FILE, self.recipe.to_toml())
-            self.folder.write_text(ENVIRONMENT_FILE, json.dumps(environment, indent=1) + "\n")
+            self.folder.write_text(run_state.RECIPE_FILE, self.recipe.to_toml())
+            self.folder.write_text(run_state.ENVIRONMENT_FILE, json.dumps(environment, indent=1) + "\n")
             self.log.begin(self.counts)
         if is_resumed:
             self.progress.say(f"resumes after step {self.counts.step} of {self.plan.total_steps}")
@@ -241,9 +227,7 @@ class Run:
     def end_batch(self, in_fit: int, means: Mapping[str, float]) -> None:
         """Does what is due after a micro-batch: checks, progress, signals, a checkpoint.
 
-        Args:
-            in_fit: micro-batches of the epoch that this `fit` has made.
-            means: of loss and metrics over these.
+        `in_fit` counts the micro-batches of the epoch that this `fit` has made; `means` are over these.
         """
         counts, plan = self.counts, self.plan
         counts.add(in_fit, means)
@@ -298,21 +282,17 @@ class Run:
             self.save(is_best=column is not None)
 
     def save(self, is_best: bool = False) -> None:
-        """Writes a checkpoint.
-
-        Raises:
-            NonFiniteError: a weight is NaN or infinite; the checkpoint is not written.
-        """
+        """Writes a checkpoint; NonFiniteError: it is not written, as a weight is NaN or infinite."""
         if broken := self.checkpoints.save(is_best):
             raise self._non_finite(f"{len(broken)} arrays that are not finite, such as {broken[0]}")
 
     def finish(self) -> dict[str, Any]:
         """Writes the final weights and what is needed to use them; returns the scores."""
-        self._write_weights(FINAL_WEIGHTS[1])
+        self._write_weights(run_state.FINAL_WEIGHTS[1])
         has_average = self.recipe.optimizer.ema_decay > 0
         with self._averaged(has_average):
             if has_average:
-                self._write_weights(FINAL_WEIGHTS[0])
+                self._write_weights(run_state.FINAL_WEIGHTS[0])
             with self.engine.whole(self.built.student):
                 if self.folder:
                     self.task.save(self.built.student, self.data, self.folder)
@@ -321,7 +301,7 @@ class Run:
             write_faults(self.data.faults, self.folder)
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
             scores = dict(self.log.csv.rows[-1]) | best
-            self.folder.write_text(RESULT_FILE, json.dumps(scores, indent=1) + "\n")
+            self.folder.write_text(run_state.RESULT_FILE, json.dumps(scores, indent=1) + "\n")
             self.log.events.close()
         self.progress.close()
         return self.engine.group.gathered(scores)[0]

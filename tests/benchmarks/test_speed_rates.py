@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.speed import alternating_runs, growth, implementations, machine_rates, stages, startup
+from benchmarks.speed import alternating_runs, growth, implementations, machine_rates, stages, startup, work
 from benchmarks.speed.implementations import Case
 from keras_convnext.analysis import flops
 from keras_convnext.variants import VARIANTS
@@ -64,7 +64,7 @@ def test_multiply_adds_are_those_published(name, image_size, published):
 @pytest.mark.once
 @pytest.mark.parametrize("name", VARIANTS)
 def test_weights_of_the_parts_are_those_of_the_architecture(name):
-    assert sum(part.weights for part in flops.parts(VARIANTS[name])) == VARIANTS[name].parameters
+    assert sum(part.weights for part in work.parts(VARIANTS[name])) == VARIANTS[name].parameters
 
 
 @pytest.mark.once
@@ -100,7 +100,7 @@ def test_multiply_adds_are_those_that_pytorch_counts_in_timms_model(name, image_
 @pytest.mark.once
 def test_parts_of_a_small_model_are_as_by_hand():
     """test_convnext2 at 64 pixels, 2 images: widths 32 to 128, sides 16 to 2, a block of each."""
-    by_name = {(part.stage, part.name): part for part in flops.parts(VARIANTS["test_convnext2"], 64, 2)}
+    by_name = {(part.stage, part.name): part for part in work.parts(VARIANTS["test_convnext2"], 64, 2)}
     stem = by_name["stem", "stem"]
     assert stem.multiply_adds == 2 * 16 * 16 * 48 * 32
     assert stem.elements == 2 * (64 * 64 * 3 + 16 * 16 * 32)
@@ -122,7 +122,7 @@ def test_parts_of_a_small_model_are_as_by_hand():
 
 @pytest.mark.once
 def test_work_grows_with_the_batch_and_weights_do_not():
-    one, eight = (flops.parts(VARIANTS["convnextv2_nano"], 160, batch) for batch in (1, 8))
+    one, eight = (work.parts(VARIANTS["convnextv2_nano"], 160, batch) for batch in (1, 8))
     for small, large in zip(one, eight, strict=True):
         assert large.multiply_adds == 8 * small.multiply_adds
         assert large.elements == 8 * small.elements
@@ -131,7 +131,7 @@ def test_work_grows_with_the_batch_and_weights_do_not():
 
 @pytest.mark.once
 def test_floor_is_products_and_copies_one_after_the_other():
-    part = flops.Part("head", "head", multiply_adds=2 * 10**9, weights=10**8, elements=15 * 10**7)
+    part = work.Part("head", "head", multiply_adds=2 * 10**9, weights=10**8, elements=15 * 10**7)
     assert RATES.floor([part]) == pytest.approx(4e9 / 2e9 + 1e9 / 1e9)
     with pytest.raises(ValueError, match=r"Expected a rate measured on the gpu, received those of \['cpu'\]"):
         RATES.floor([part], "gpu")

@@ -1,6 +1,5 @@
 """What a run tells while it trains."""
 
-import builtins
 import io
 import math
 import os
@@ -158,20 +157,6 @@ def test_curves_have_a_panel_for_each_score_of_a_task(tmp_path, scores):
     curves.draw_curves(rows_of(3), tmp_path / "b.png", scores)
     without = np.asarray(Image.open(tmp_path / "b.png").convert("RGB")).astype(int)
     assert (orange > (abs(without - (0xD5, 0x5E, 0)).max(-1) < 40).sum()) == bool(scores)
-
-
-def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(f"No module named '{name}'")
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="matplotlib, which is not"):
-        curves.draw_curves([], tmp_path / "a.png", {})
-    assert not os.listdir(tmp_path)
 
 
 class Terminal(io.StringIO):

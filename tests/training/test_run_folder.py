@@ -452,6 +452,13 @@ def test_unreadable_description_of_the_run_is_refused(tmp_path, text):
     assert (tmp_path / "run" / "run.json").read_text() == text
 
 
+def test_a_description_of_the_run_that_is_no_text_is_told_by_its_error(tmp_path):
+    open_here(tmp_path / "run").close()
+    (tmp_path / "run" / "run.json").write_bytes(b"\xff")
+    with pytest.raises(RunFolderError, match=r"\(UnicodeDecodeError: 'utf-8' codec"):
+        open_here(tmp_path / "run")
+
+
 def test_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"photo")
     (tmp_path / "thesis").mkdir()

@@ -28,22 +28,13 @@ from keras_convnext.training.run_state import Plan
 
 @dataclasses.dataclass
 class Datasets:
-    """What is trained on and evaluated on.
+    """What is trained on and evaluated on."""
 
-    Attributes:
-        training: what `data.faults.Faults` takes, such as a `data.index.Source`.
-        validation: the same, or None.
-        plan: the batch sizes and step counts that follow from the recipe and the training data.
-        identity: JSON values by name that decide the result; a run is resumed with the same only.
-        facts: JSON values by name for environment.json.
-        faults: of each split, what could not be decoded.
-    """
-
-    training: Any
-    validation: Any
+    training: Any  # what `data.faults.Faults` takes, such as a `data.index.Source`
+    validation: Any  # the same, or None
     plan: Plan
-    identity: dict[str, Any]
-    facts: dict[str, Any]
+    identity: dict[str, Any]  # JSON values that decide the result; a run is resumed with the same only
+    facts: dict[str, Any]  # JSON values for environment.json
     faults: dict[str, Faults] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,30 +47,19 @@ class Datasets:
 
 @dataclasses.dataclass(frozen=True)
 class TaskModel:
-    """A model that is ready for `fit`.
+    """A model that is ready for `fit`."""
 
-    Attributes:
-        model: compiled, its optimizer built, its layers named, as checkpoints name arrays by them.
-        student: what is evaluated, saved and kept in checkpoints: the model, or the part of it that learns
-            from a frozen teacher.
-        warnings: sentences about values of the recipe that are likely a mistake.
-        notes: other sentences that the user should read before the first step.
-    """
-
-    model: Any
-    student: Any
-    warnings: Sequence[str] = ()
-    notes: Sequence[str] = ()
+    model: Any  # compiled, its optimizer built, its layers named, as checkpoints name arrays by them
+    student: Any  # what is evaluated and saved: the model, or the part that learns from a frozen teacher
+    warnings: Sequence[str] = ()  # of values of the recipe that are likely a mistake
+    notes: Sequence[str] = ()  # what else the user should read before the first step
 
 
 class Task(Protocol):
-    """The process that writes calls `draw`, `save_weights` and `save`; all processes call the others.
+    """The process that writes calls `draw`, `save_weights` and `save`; all processes call the others."""
 
-    Attributes:
-        best: column of the log that decides which epoch is the best, such as "val_top1"; that of the average
-            of the weights, "ema_val_top1", counts too. The largest value is the best, of a loss the smallest.
-    """
-
+    # Column of the log that decides which epoch is the best, such as "val_top1"; that of the average of the
+    # weights, "ema_val_top1", counts too. The largest value is the best, of a loss the smallest.
     best: str
 
     def open_data(self) -> Datasets:
@@ -91,25 +71,16 @@ class Task(Protocol):
     def train_batches(self, data: Datasets, start: int, engine: Engine) -> Any:
         """Returns an endless `tf.data.Dataset` of (images, targets), this process's rows of each micro-batch.
 
-        Args:
-            data: what `open_data` returned.
-            start: micro-batches of the run that are done. Each batch is a function of its number alone.
-            engine: whose group has the rank.
+        `start` micro-batches of the run are done. Each batch is a function of its number alone.
         """
 
     def evaluate(
         self, model: Any, data: Datasets, engine: Engine, after_batch: Callable[[], None]
     ) -> dict[str, float]:
-        """Scores the student on the validation data, which is there.
+        """Returns the student's scores on the validation data, by the names that follow "val_" in the log.
 
-        Args:
-            model: the student, with its weights or with their average.
-            data: what `open_data` returned.
-            engine: whose group gathers the scores, which all processes return.
-            after_batch: called after each batch; may raise, which ends the evaluation.
-
-        Returns:
-            Score by the name that follows "val_" in the log.
+        `after_batch` is called after each batch; it may raise, which ends the evaluation. All processes
+        return the scores of all.
         """
 
     def draw(self, rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
@@ -123,7 +94,6 @@ class Task(Protocol):
 
 
 def recipe_optimizer(recipe: Recipe, plan: Plan) -> optimizer.AdamW:
-    """Returns the optimizer of a recipe, with its schedule."""
     values = recipe.optimizer
     return optimizer.AdamW(
         schedule.WarmupCosine(

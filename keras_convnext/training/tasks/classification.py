@@ -32,12 +32,7 @@ from keras_convnext.weights.resolve import ResolvedWeights, resolve
 class Classification:
     """One class for each image: the `Task` of training and fine-tuning on ImageNet and the like.
 
-    Args:
-        recipe: what to train, and how.
-        workers: threads of the input pipeline, None for the number of CPU cores.
-
-    Raises:
-        ImportError: TensorFlow, which reads the images, is not installed.
+    `workers` are threads of the input pipeline, None for the number of CPU cores.
     """
 
     best = "val_top1"
@@ -155,11 +150,8 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     """Opens the images to train on and those to evaluate on; None where there are none.
 
     Without `val_split` these are the data's validation split (validation, val or valid), else its test split,
-    else the part that `validation_fraction` holds out.
-
-    Raises:
-        SourceError: the data or one of its splits cannot be used.
-        ValueError: there is one class only, or the validation images have classes that are not trained.
+    else the part that `validation_fraction` holds out. ValueError: there is one class only, or the validation
+    images have classes that are not trained.
     """
     data = recipe.data
     splits = sources.list_splits(data.source)
@@ -182,53 +174,41 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
 def build_model(recipe: Recipe, num_classes: int, source: ResolvedWeights | None = None) -> tuple[Any, bool]:
     """Builds the model of a recipe, pixels in 0..255 to logits, and says whether its head begins at random.
 
-    Args:
-        recipe: the recipe.
-        num_classes: outputs of the classifier.
-        source: the recipe's weights, where they are resolved already.
-
-    Raises:
-        ValueError: the weights do not fit the architecture.
+    `source` are the recipe's weights, where they are resolved already; they must fit the architecture.
     """
-    source = source or recipe_weights(recipe)
+    values, source = recipe.model, source or recipe_weights(recipe)
     has_new_head = source.is_random or source.classes != num_classes
-    variant = VARIANTS[recipe.model.architecture]
-    side = recipe.model.image_size if recipe.model.image_size == recipe.evaluation.eval_image_size else None
+    side = values.image_size if values.image_size == recipe.evaluation.eval_image_size else None
+    has_scale = VARIANTS[values.architecture].version == 1
     options = ModelOptions(
         classes=num_classes,
         classifier_activation=None,
         input_shape=(side, side, 3),
-        drop_path_rate=0.0 if recipe.model.trainable == "head" else recipe.model.drop_path_rate,
-        layer_scale_init_value=None if variant.version == 2 else recipe.model.layer_scale_init_value,
-        rematerialize=recipe.model.rematerialize,
+        drop_path_rate=0.0 if values.trainable == "head" else values.drop_path_rate,
+        layer_scale_init_value=values.layer_scale_init_value if has_scale else None,
+        rematerialize=values.rematerialize,
         seed=recipe.run.seed,
         new_head=True if has_new_head and not source.is_random else None,
     )
     model = models.build(source, options)
-    if has_new_head and recipe.model.head_init_scale != 1:
-        finetune.scale_head(model, recipe.model.head_init_scale)
-    finetune.choose_trainable(model, recipe.model.trainable)
+    if has_new_head and values.head_init_scale != 1:
+        finetune.scale_head(model, values.head_init_scale)
+    finetune.choose_trainable(model, values.trainable)
     return model, has_new_head
 
 
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
-    """Returns the model to fit: the student, or the student with its teacher."""
-    model, share = student, 1.0
+    model, weight = student, recipe.distillation.distillation_weight
     if recipe.distillation.teacher:
-        side = recipe.model.image_size
-        options = ModelOptions(input_shape=(side, side, 3), classifier_activation=None, name="teacher")
+        shape = (recipe.model.image_size, recipe.model.image_size, 3)
+        options = ModelOptions(input_shape=shape, classifier_activation=None, name="teacher")
         teacher = models.build(with_contents(resolve(recipe.distillation.teacher)), options)
-        model = distillation.with_teacher(
-            student,
-            teacher,
-            recipe.distillation.distillation_weight,
-            recipe.distillation.distillation_temperature,
-        )
-        share = 1 - recipe.distillation.distillation_weight
+        temperature = recipe.distillation.distillation_temperature
+        model = distillation.with_teacher(student, teacher, weight, temperature)
     model.compile(
         recipe_optimizer(recipe, plan),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True),
-        loss_weights=None if share == 1 else [share],
+        loss_weights=[1 - weight] if weight else None,
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
     )
     model.optimizer.build(model.trainable_variables)
