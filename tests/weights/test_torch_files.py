@@ -174,24 +174,21 @@ def test_safetensors_whose_length_looks_like_a_pickle_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "prefer_ema", "expected"),
+    ("keys", "expected"),
     [
-        (["model", "model_ema"], True, "model_ema"),
-        (["model", "model_ema"], False, "model"),
-        (["state_dict", "state_dict_ema"], True, "state_dict_ema"),
-        (["state_dict", "state_dict_ema"], False, "state_dict"),
-        (["module", "model", "state_dict", "ema"], True, "ema"),
-        (["module", "model", "state_dict", "ema"], False, "state_dict"),
-        (["module", "model", "state_dict"], True, "state_dict"),
-        (["module", "model"], True, "model"),
-        (["module"], True, "module"),
-        (["ema", "model_ema", "state_dict_ema"], False, "state_dict_ema"),
+        (["model", "model_ema"], "model_ema"),
+        (["state_dict", "state_dict_ema"], "state_dict_ema"),
+        (["module", "model", "state_dict", "ema"], "ema"),
+        (["module", "model", "state_dict"], "state_dict"),
+        (["module", "model"], "model"),
+        (["module"], "module"),
+        (["ema", "model_ema", "state_dict_ema"], "state_dict_ema"),
     ],
 )
-def test_state_dict_is_found_under_the_first_key_of_the_order(tmp_path, keys, prefer_ema, expected):
+def test_state_dict_is_found_under_the_first_key_of_the_order(tmp_path, keys, expected):
     content = {key: {"weight": torch.full((2,), float(i))} for i, key in enumerate(keys)}
     torch.save(content, tmp_path / "a.pth")
-    read = read_state_dict(tmp_path / "a.pth", prefer_ema=prefer_ema)
+    read = read_state_dict(tmp_path / "a.pth")
     np.testing.assert_array_equal(read["weight"], [keys.index(expected)] * 2)
 
 
