@@ -91,18 +91,18 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     state = read_state_dict(source)
     with resolve.naming(source):
         variant = layouts.find_variant(state)
-    described_by = None
+    described_by, expected = None, architecture
+    images: ImageDescription | None
     if architecture is not None and "." in architecture:
         described_by = catalog.find_checkpoint(architecture)
-    elif architecture is not None and architecture not in VARIANTS:
-        raise ValueError(_messages.unknown("architecture", architecture, VARIANTS))
-    expected = architecture if described_by is None else described_by.architecture
+        expected = described_by.architecture
+        images = preprocessing_metadata.describe(described_by)
+    else:
+        if architecture is not None and architecture not in VARIANTS:
+            raise ValueError(_messages.unknown("architecture", architecture, VARIANTS))
+        images = preprocessing_metadata.read_images(source)
     if expected not in (None, variant.name):
         raise ValueError(f"{source} holds a {variant.name!r}. Received: architecture={architecture!r}")
-    if described_by is not None:
-        images: ImageDescription | None = preprocessing_metadata.describe(described_by)
-    else:
-        images = preprocessing_metadata.read_images(source)
     canonical = resolve.read_canonical(state, variant, source)
     if target.name.endswith(TORCH_SUFFIXES):
         if images is not None and target.suffix not in DESCRIBED_SUFFIXES:
@@ -112,15 +112,18 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     published = described_by or catalog.default_checkpoint(variant.name)
     projects = layouts.inspect(state).layout == "open_clip" or published.is_projection
     model = models.model_of(variant, canonical, images, None if projects else "softmax")
-    return _write_keras(model, target, images)
+    with replacing_path(target) as temporary:
+        if target.suffix == ".keras":
+            model.save(temporary)
+        else:
+            model.save_weights(temporary)
+        if images is not None:
+            preprocessing_metadata.add_images(temporary, images)
+    return target
 
 
 def read_state_dict(path) -> layouts.StateDict:
-    """{name: array} of any weight file, in the file's own layout; Keras models come in the canonical one.
-
-    Raises:
-        ValueError: for a `.weights.h5` of this package, which does not say which model it belongs to.
-    """
+    """{name: array} of any weight file that is there; see `resolve.read_file`."""
     return resolve.read_file(resolve.existing_file(path))
 
 
@@ -148,26 +151,15 @@ def _check_images(images, model, path) -> None:
         )
 
 
-def _write_torch(canonical, variant: Variant, path, layout, images=None) -> pathlib.Path:
+def _write_torch(canonical, variant: Variant, path, layout, images) -> pathlib.Path:
     arrays = layouts.write(canonical, variant, layout)
     if path.suffix == ".safetensors":
-        described = (
-            {} if images is None else {preprocessing_metadata.KEY: preprocessing_metadata.to_json(images)}
-        )
-        safetensors_files.write_safetensors(path, arrays, {"format": "pt", **described})
+        metadata = {"format": "pt"}
+        if images is not None:
+            metadata[preprocessing_metadata.KEY] = preprocessing_metadata.to_json(images)
+        safetensors_files.write_safetensors(path, arrays, metadata)
     elif path.suffix in TORCH_SUFFIXES:
         torch_files.write_torch(path, arrays, key="model" if layout == "official" else None)
     else:
         raise ValueError(f"The file must end in {', '.join(TORCH_SUFFIXES)}. Received: {path}")
-    return path
-
-
-def _write_keras(model, path, images) -> pathlib.Path:
-    with replacing_path(path) as temporary:
-        if path.suffix == ".keras":
-            model.save(temporary)
-        else:
-            model.save_weights(temporary)
-        if images is not None:
-            preprocessing_metadata.add_images(temporary, images)
     return path
