@@ -1,9 +1,7 @@
 """`deploy`: folds norms, scales and biases into the next layer: the same outputs from fewer operations.
 
-What training needs and inference does not is folded in float64: the gain and shift of a norm into the layer
-that follows, LayerScale into the second pointwise layer, GRN's shift into its bias, the pixel normaliser into
-the stem. Each is a linear map before a linear map without padding in between, so the fold is exact. The norm
-of the stem keeps its gain and shift: a residual path and a padded convolution read its output.
+Each fold, in float64, is of a linear map before a linear map without padding in between, so it is exact. The
+norm of the stem keeps its gain and shift: a residual path and a padded convolution read its output.
 """
 
 import collections
@@ -73,36 +71,20 @@ def deploy(
     return _deploy(model, batch_size, image_size, for_litert=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Savings:
-    """Numbers of weights and of {kind: operations}, (before, after) `deploy`; as text, those that changed."""
-
-    parameters: tuple[int, int]
-    operations: dict[str, tuple[int, int]]
-
-    def __str__(self):
-        before, after = map(sum, zip(*self.operations.values(), strict=True))
-        lines = [
-            f"parameters: {self.parameters[0]:,} -> {self.parameters[1]:,}",
-            f"operations: {before:,} -> {after:,}",
-        ]
-        lines += [f"  {kind}: {old} -> {new}" for kind, (old, new) in self.operations.items() if old != new]
-        return "\n".join(lines)
-
-
-def savings(model: keras.Model, deployed: keras.Model) -> Savings:
-    """Counts weights and operations of a model, with one input of images, and of its deployed model.
+def savings(model: keras.Model, deployed: keras.Model) -> str:
+    """Says how many weights and operations a model, with one input of images, and its deployed model have.
 
     The operations are those of the graphs that this backend makes: TensorFlow's operations, JAX's primitives
     or PyTorch's exported operators, without those that compute nothing (constants, reads of weights,
     reshapes, casts to the same type). ValueError on a backend without graphs (NumPy, OpenVINO).
     """
-    counts = [_operations(one) for one in (model, deployed)]
-    kinds = sorted({*counts[0], *counts[1]})
-    return Savings(
-        (model.count_params(), deployed.count_params()),
-        {kind: (counts[0][kind], counts[1][kind]) for kind in kinds},
-    )
+    before, after = _operations(model), _operations(deployed)
+    lines = [
+        f"parameters: {model.count_params():,} -> {deployed.count_params():,}",
+        f"operations: {before.total():,} -> {after.total():,}",
+    ]
+    changed = (kind for kind in sorted({*before, *after}) if before[kind] != after[kind])
+    return "\n".join([*lines, *(f"  {kind}: {before[kind]} -> {after[kind]}" for kind in changed)])
 
 
 def _operations(model):

@@ -212,20 +212,24 @@ def find_variant(state: StateDict) -> Variant:
     Raises:
         StateDictError: when none fits; the nearest is named with what it lacks.
     """
-    layout, prefix = detect_layout(state)
-    present = _strip(state, layout, prefix)
-    # Depthwise convolutions, by the name of their bias in any layout.
-    blocks = sum(
-        bool(re.search(r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$", name)) for name in present
-    )
+    contents = inspect(state)
+    layout = contents.layout
+    present = _strip(state, layout, contents.prefix)
+    depthwise = re.compile(r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$")  # in any layout
+    blocks = sum(bool(depthwise.search(name)) for name in present)
     nearest: tuple[float, str, list[str]] = (-1.0, "", [])
     for variant in VARIANTS.values():
-        shapes = _body_shapes(variant)
-        wrong = [
-            name
-            for name, shape in shapes.items()
-            if not _fits(present.get(rename(name, layout)), name, shape, layout)
-        ]
+        # What tells architectures apart: all but heads and norms at the end.
+        shapes = {
+            name: shape
+            for name, shape in weight_shapes(variant, 1, contents.channels).items()
+            if not name.startswith(("norm.", "pre_logits.bias", "head."))
+        }
+        wrong = []
+        for name, shape in shapes.items():
+            array = present.get(rename(name, layout))
+            if array is None or _to_canonical(array, name, shape, layout) is None:
+                wrong.append(name)
         surplus = blocks - sum(variant.depths)
         surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
@@ -377,25 +381,6 @@ def _strip(state: StateDict, layout: str, prefix: str) -> StateDict:
             f"{', '.join(twice[:3])}: leave one of the two in the file."
         )
     return present
-
-
-def _body_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that tell architectures apart: all but heads, norms at the end and input channels."""
-    others = ("norm.", "pre_logits.bias", "head.")
-    shapes = {name: shape for name, shape in weight_shapes(variant, 1).items() if not name.startswith(others)}
-    first = next(name for name in STEMS if name in shapes)
-    shapes[first] = (shapes[first][0], -1, *shapes[first][2:])
-    return shapes
-
-
-def _fits(array, name, shape, layout) -> bool:
-    if array is None:
-        return False
-    if -1 in shape:
-        shape = tuple(
-            actual if wanted == -1 else wanted for actual, wanted in zip(array.shape, shape, strict=False)
-        )
-    return _to_canonical(array, name, shape, layout) is not None
 
 
 def _to_canonical(array, name, shape, layout):

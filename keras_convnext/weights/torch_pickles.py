@@ -120,11 +120,7 @@ class Tensor(_Fixed):
     lazy: bool
 
     def array(self) -> np.ndarray:
-        """The tensor as a view of the content of its storage.
-
-        Raises:
-            ValueError: the description is wrong, or does not fit the storage.
-        """
+        """The tensor as a view of the content of its storage; ValueError where they do not fit."""
         offset, size, stride, dtype = self.offset, self.size, self.stride, self.dtype
         if self.lazy:
             raise ValueError("lazy flags (conjugate or negative); save tensor.resolve_conj().resolve_neg()")
