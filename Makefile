@@ -5,7 +5,7 @@
 .DEFAULT_GOAL := help
 PYTEST := .venv/bin/python -m pytest
 
-.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-all bench bench-data bench-train clean
+.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-all bench bench-data bench-train bench-load clean
 
 help:
 	@echo "make demo                classify photographs, fine-tune on flowers, export, measure: out/demo/report.html"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench               speed on every backend, against timm and others; about an hour"
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
 	@echo "make bench-train         a step of the trainer, against the bare step (KERAS_BACKEND=... chooses)"
+	@echo "make bench-load BEFORE=checkout  time and memory of loading a .pth file, against timm and another checkout"
 	@echo "make clean               remove .venv and what the commands wrote"
 
 setup:
@@ -54,6 +55,9 @@ bench-data: setup
 
 bench-train: setup
 	.venv/bin/python benchmarks/trainer_overhead.py
+
+bench-load: setup
+	.venv/bin/python benchmarks/loading.py $(if $(BEFORE),--before "$(BEFORE)")
 
 bench: setup
 	.venv/bin/python -m benchmarks.speed all --output benchmarks/speed/results

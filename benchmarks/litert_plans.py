@@ -27,6 +27,7 @@ from keras_convnext import _environment, convnext, load
 from keras_convnext._terminal import silenced
 from keras_convnext.architecture import layers_of
 from keras_convnext.data.calibration import calibration_images
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy
 from keras_convnext.exporting.litert_int8 import PLANS, quantized
 from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
@@ -132,7 +133,7 @@ def plan_table(name, rounds):
         deviation = 0.5 if "gamma" in variable.path else 0.02
         value = random.normal(size=variable.shape) * deviation + ("gamma" in variable.path)
         variable.assign(value.astype("float32"))
-    images = [image[None] for image in calibration_images(image_size=(224, 224))]
+    images = [image[None] for image in calibration_images(preprocessing=Preprocessing(224))]
     files = {}
     with silenced(stdout=True):
         frames = convnext.depthwise_in_frames

@@ -73,14 +73,14 @@ def timm_batches(folder: str, is_training: bool) -> Iterator[int]:
 
 
 def our_batches(folder: str, is_training: bool, dtype: str = "float32") -> Iterator[int]:
-    from keras_convnext.data import batches, sources
+    from keras_convnext.data import Preprocessing, batches, sources
 
     source = sources.open_source(folder)
     if is_training:
         made = batches.train_batches(source, batch_size=BATCH, num_classes=1000, dtype=dtype)
         for images, _ in made:
             yield len(images)
-    made = batches.eval_batches(source, image_size=224, batch_size=BATCH).repeat()
+    made = batches.eval_batches(source, Preprocessing(224), batch_size=BATCH).repeat()
     for batch in made:
         yield len(batch["images"])
 

@@ -59,17 +59,11 @@ def measured(run, num_images):
         image_size=settings.evaluation.eval_image_size,
         classifier_activation=None,
     )
-    prepared = {
-        "crop": settings.evaluation.eval_crop,
-        "resize_mode": settings.evaluation.eval_resize_mode,
-        "interpolation": settings.evaluation.eval_interpolation,
-    }
-    pixels = calibration_pixels(
-        training, prepared | {"image_size": opened.preparation["image_size"]}, num_images
-    )
+    prepared = settings.evaluation.preprocessing
+    pixels = calibration_pixels(training, prepared, num_images)
 
     def score(model):
-        return evaluate(model, validation, preparation=prepared, progress=False)
+        return evaluate(model, validation, preprocessing=prepared, progress=False)
 
     name, data = settings.model.architecture, pathlib.Path(settings.data.source).name
     plain = score(opened.model)
@@ -79,7 +73,7 @@ def measured(run, num_images):
         for precision in PRECISIONS:
             path = pathlib.Path(folder, f"{precision}.tflite")
             written = export(
-                opened.model, path, precision=precision, calibration=pixels, preparation=opened.preparation
+                opened.model, path, precision=precision, calibration=pixels, preprocessing=prepared
             )
             found = score(path)
             same = np.mean(found.predictions[:, 0] == plain.predictions[:, 0])
@@ -94,12 +88,12 @@ def scores(result):
     return f"{result.top1:.2f}", f"{result.top5:.2f}"
 
 
-def calibration_pixels(source, preparation, count):
+def calibration_pixels(source, preprocessing, count):
     """uint8 (count, H, W, 3), evenly drawn from the training images."""
     from keras_convnext.data import batches, sources
 
     chosen = sources.take(source, np.arange(count) * len(source) // count)
-    batch = next(batches.eval_batches(chosen, batch_size=count, **preparation).as_numpy_iterator())
+    batch = next(batches.eval_batches(chosen, preprocessing, batch_size=count).as_numpy_iterator())
     return batch["images"]
 
 

@@ -162,12 +162,8 @@ def trained(training, held_out, chosen, options):
     steps = max(2, round(60 * options.minutes / statistics.median(seconds)))
     model, loss, ends = fit(steps)
     lasted = (ends[-1] - ends[0]) * steps / (steps - 1)  # without the compilation in the first step
-    preparation = {
-        "crop": recipe.evaluation.eval_crop,
-        "resize_mode": recipe.evaluation.eval_resize_mode,
-        "interpolation": recipe.evaluation.eval_interpolation,
-    }
-    result = evaluate(model, held_out, preparation=preparation, limit=options.limit, progress=False)
+    preprocessing = recipe.evaluation.preprocessing.at(model.input_shape[1] or 224)
+    result = evaluate(model, held_out, preprocessing=preprocessing, limit=options.limit, progress=False)
     maps = [keras.ops.shape(model.get_layer(name).output)[1] for name in ("stages_0_0", "stages_3_0")]
     return {
         "first_map": maps[0],

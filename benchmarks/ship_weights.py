@@ -84,17 +84,13 @@ def ship(
     if architecture != settings.model.architecture or not dataset:
         raise ValueError(f"Expected a tag '{settings.model.architecture}.<data set>', received {tag!r}.")
     _, validation = classification.open_data(settings)
-    preparation = {
-        "crop": settings.evaluation.eval_crop,
-        "resize_mode": settings.evaluation.eval_resize_mode,
-        "interpolation": settings.evaluation.eval_interpolation,
-    }
+    preprocessing = classification.Classification(settings).preprocessing
 
     def score(file: pathlib.Path) -> tuple[Any, Any]:
         opened = predictor.open_predictor(
             architecture, file, image_size=settings.evaluation.eval_image_size, classifier_activation=None
         )
-        return opened, evaluate(opened.model, validation, preparation=preparation)
+        return opened, evaluate(opened.model, validation, preprocessing=preprocessing)
 
     opened, plain = score(run / "final.safetensors")
     state = assign.state_dict(opened.model)
@@ -110,9 +106,7 @@ def ship(
         "licence": LICENCE,
         "commit": environment["commit"],
         "record": f"benchmarks/runs/{tag}.json",
-        preprocessing_metadata.KEY: preprocessing_metadata.to_json(
-            preprocessing_metadata.ImageDescription(settings.evaluation.eval_image_size, **preparation)
-        ),
+        preprocessing_metadata.KEY: preprocessing_metadata.to_json(preprocessing),
     }
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, f"{tag}.safetensors")

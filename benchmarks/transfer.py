@@ -138,30 +138,15 @@ def measure(options, arguments) -> int:
 
 
 def opened_weights(name, image_size):
-    """Returns what all rows use of the weights: architecture, preparation of images, SHA-256."""
-    import dataclasses
+    """Returns what all rows use of the weights: architecture, preprocessing of images, SHA-256."""
+    from keras_convnext.weights.resolve import resolve
 
-    from keras_convnext.weights import layouts, preprocessing_metadata, published, resolve
-    from keras_convnext.weights.catalog import default_checkpoint, find_checkpoint
-
-    if published.names_file(name):
-        path = resolve.existing_file(name)
-        architecture = layouts.find_variant(resolve.read_file(path)).name
-        images = preprocessing_metadata.read_images(path) or preprocessing_metadata.describe(
-            default_checkpoint(architecture)
-        )
-    else:
-        row = find_checkpoint(name)
-        path, architecture, images = (
-            resolve.find_file(row),
-            row.architecture,
-            preprocessing_metadata.describe(row),
-        )
-    if image_size:
-        images = dataclasses.replace(images, image_size=image_size, resize_size=None)
+    source = resolve(name)
+    path, preprocessing = source.path, source.preprocessing.at(image_size)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": path, "architecture": architecture, "images": images, "sha256": digest[:16]}
+    architecture = source.variant.name
+    return {"path": path, "architecture": architecture, "images": preprocessing, "sha256": digest[:16]}
 
 
 def divided(text: str) -> tuple[str, str]:
@@ -256,10 +241,7 @@ def trained(source, key, steps, weights, line):
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: line.show(step + 1))
     history = model.fit(stream, steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=[watch])
     line.close()
-    preparation = {
-        name: getattr(images, name) for name in ("crop", "resize_mode", "resize_size", "interpolation")
-    }
-    result = evaluate(model, held_out, preparation=preparation, progress=False)
+    result = evaluate(model, held_out, preprocessing=images, progress=False)
     return {
         "labelled": len(labelled),
         "held_out": len(held_out),

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from keras_convnext.data import index, preprocess, sources
+from keras_convnext.data.preprocessing import Preprocessing
 
 FLOWERS = pathlib.Path(__file__).parents[1] / "recipes" / "flowers"
 SIDE = 96  # pixels, of the photos that are learned
+PREPROCESSING = Preprocessing(SIDE, crop_fraction=1.0)
 HELD_OUT_EVERY = 5  # photos of a class
 
 
@@ -112,7 +114,7 @@ def _read_source(source: index.Source, share: int, seed: int) -> tuple[list, lis
             except (preprocess.ImageError, OSError) as error:
                 faults.append(str(error))
                 continue
-            images.append(preprocess.preprocess_image(image, image_size=SIDE, crop=1.0))
+            images.append(preprocess.preprocess_image(image, PREPROCESSING))
             labels.append(label)
             names.append(name)
     for fault in faults[:5]:

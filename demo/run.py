@@ -36,10 +36,11 @@ import numpy as np
 from PIL import Image
 
 from demo import report
-from demo.photos import SIDE, PhotoSet, batches, read_photos
+from demo.photos import PREPROCESSING, SIDE, PhotoSet, batches, read_photos
 from keras_convnext import _environment, models, predictor
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names, preprocess
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import gradcam
 from keras_convnext.exporting import runtimes
 from keras_convnext.exporting.export import ExportError, export
@@ -393,8 +394,8 @@ def classify_photos(opened: predictor.Predictor) -> list[ClassifiedPhoto]:
     for file in RIGHT_NAMES:
         with importlib.resources.as_file(folder / file) as path:
             image = preprocess.read_image(path)
-        pictures.append(preprocess.preprocess_image(image, **opened.preparation))
-        shown.append(_enlarged(image, opened.preparation))
+        pictures.append(preprocess.preprocess_image(image, opened.preprocessing))
+        shown.append(_enlarged(image, opened.preprocessing))
     right = [
         {number for number, name in enumerate(names) if name.split(",")[0] in right_names}
         for right_names in RIGHT_NAMES.values()
@@ -402,12 +403,13 @@ def classify_photos(opened: predictor.Predictor) -> list[ClassifiedPhoto]:
     return _classified(opened.model, np.stack(pictures), shown, list(RIGHT_NAMES), names, right)
 
 
-def _enlarged(image: np.ndarray, preparation: dict[str, Any]) -> np.ndarray:
+def _enlarged(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """The part of an image that a model is shown, with more pixels for the page."""
-    scale = max(SHOWN_SIDE / preparation["image_size"], 1.0)
-    side, resize_size = preparation["image_size"], preparation["resize_size"]
-    changes = {"image_size": round(scale * side), "resize_size": resize_size and round(scale * resize_size)}
-    return preprocess.preprocess_image(image, **preparation | changes)
+    side, resize_size = preprocessing.size[0], preprocessing.resize_size
+    scale = max(SHOWN_SIDE / side, 1.0)
+    changes: dict[str, Any] = {"image_size": round(scale * side)}
+    changes["resize_size"] = resize_size and round(scale * resize_size)
+    return preprocess.preprocess_image(image, dataclasses.replace(preprocessing, **changes))
 
 
 def known_class_names(opened: predictor.Predictor) -> list[str]:
@@ -619,7 +621,7 @@ def export_and_measure(
                 calibration=calibration[places.round().astype(int)],
                 labels=photos.classes,
                 licence=opened.row.licence if opened.row else None,
-                preparation={"image_size": SIDE, "crop": 1.0},
+                preprocessing=PREPROCESSING,
             )
             exported = runtimes.open_exported(path)
         except (ImportError, ExportError) as error:

@@ -16,6 +16,7 @@ from keras_convnext._environment import __version__, choose_backend
 if TYPE_CHECKING:  # Editors read this block; at run time `__getattr__` imports a name at its first use.
     from keras_convnext.conversion import convert, save_weights
     from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
+    from keras_convnext.data.preprocessing import Preprocessing
     from keras_convnext.exporting.deploy import deploy
     from keras_convnext.exporting.export import export
     from keras_convnext.layers.depthwise import DepthwiseConv2D
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # Editors read this block; at run time `__getattr__` imports 
 _PLACES = {
     "conversion": "convert save_weights",
     "convnext": "ConvNeXtBlock ConvNeXtV2Block",
+    "data.preprocessing": "Preprocessing",
     "exporting.deploy": "deploy",
     "exporting.export": "export",
     "layers.depthwise": "DepthwiseConv2D",

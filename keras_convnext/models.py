@@ -7,27 +7,17 @@ anything, read the file, give every weight its value.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
 
 import keras
 import numpy as np
 
-from keras_convnext import _messages, convnext
+from keras_convnext import convnext
+from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
-from keras_convnext.weights import catalog, keras_files, layouts, preprocessing_metadata
+from keras_convnext.weights import catalog, keras_files
 from keras_convnext.weights.assign import filled, placed_values
-from keras_convnext.weights.resolve import (
-    existing_file,
-    find_file,
-    find_published,
-    inspect_state,
-    is_path,
-    read_file,
-    read_for_model,
-    starts_new_head,
-)
-
-IMAGENET_CLASSES = 1000  # the default of the constructors
+from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
@@ -66,7 +56,7 @@ class ConvNeXt(keras.Model):
 
 
 def load(
-    architecture_or_tag: str,
+    architecture_or_tag: str | os.PathLike,
     /,
     weights: str | os.PathLike | None = "default",
     *,
@@ -86,11 +76,12 @@ def load(
     seed: int | None = None,
     new_head: bool | None = None,
 ) -> keras.Model:
-    """Builds a model by the name of its architecture or of a published weight file.
+    """Builds a model by the name of its architecture, of a published weight file, or of a file of one's own.
 
     Args:
         architecture_or_tag: "convnext_tiny" or "convnext_tiny.in12k_ft_in1k_384"; see `list_weights`. A tag
-            also sets the image size, the number of classes and the pixel normaliser.
+            also sets the image size, the number of classes and the pixel normaliser. Or the path of a file
+            that says what it is of.
         weights: "default" for the file of the tag (for an architecture: "imagenet"); None for random
             weights; another tag; or a path, then the first argument says what the file is. A file that says
             how its images are prepared (`save_weights`) sets image size and normaliser, unless a tag does.
@@ -113,158 +104,46 @@ def load(
         >>> model.output_shape
         (None, 10)
     """
-    if architecture_or_tag in VARIANTS:
-        variant, described_by = VARIANTS[architecture_or_tag], None
-    elif "." in str(architecture_or_tag) or architecture_or_tag in catalog.ALIASES:
-        described_by = catalog.find_checkpoint(architecture_or_tag)
-        variant = VARIANTS[described_by.architecture]
-    else:
-        raise ValueError(_messages.unknown("architecture", architecture_or_tag, VARIANTS))
-    if weights == "default":
-        weights = "imagenet" if described_by is None else described_by.tag
-    published, state = described_by, None  # what the weights are, by the catalog; what is in their file
-    if weights is not None and not is_path(weights):
-        published = find_published(variant, weights, include_top is not False)
-        described_by = described_by or published
-    # outputs of the classifier; whether they are CLIP's projection
-    available, projects = (published.classes, published.is_projection) if published else (1000, False)
-    if is_path(weights) and not keras_files.is_bare(path := existing_file(weights)):
-        state = read_file(path)
-        contents = inspect_state(state, path)
-        available, projects = contents.classes, projects or contents.layout == "open_clip"
-    if classifier_activation == "default":
-        classifier_activation = None if projects and classes in (None, available) else "softmax"
-    if include_top is None:
-        include_top = available > 0 or classes is not None
-    classes = classes or available or 1000
-    return _build(
-        variant,
-        include_top,
-        include_preprocessing,
-        weights,
-        input_tensor,
-        input_shape,
-        pooling,
-        classes,
-        classifier_activation,
-        name or variant.name,
-        drop_path_rate=drop_path_rate,
-        layer_scale_init_value=layer_scale_init_value,
-        output_stride=output_stride,
-        pyramid_norms=pyramid_norms,
-        rematerialize=rematerialize,
-        seed=seed,
-        new_head=new_head,
-        described_by=described_by,
-        state=state,
-    )
+    options = ModelOptions.of(locals())
+    return build(resolve(architecture_or_tag, weights, _task(include_top)), options)
 
 
-def _build(
-    variant: Variant,
-    include_top,
-    include_preprocessing,
-    weights,
-    input_tensor,
-    input_shape,
-    pooling,
-    classes,
-    classifier_activation,
-    name,
-    *,
-    drop_path_rate,
-    layer_scale_init_value,
-    output_stride,
-    pyramid_norms,
-    rematerialize,
-    seed,
-    new_head,
-    described_by=None,
-    state=None,
-):
-    """The body of every constructor; arguments as there.
+def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
+    """Lays out the layers of a model, then gives them the weights: what `load` does with a resolved name."""
+    variant, options = source.variant, options.settled(source)
+    if options.layer_scale_init_value is not None:
+        scale = options.layer_scale_init_value or None
+        variant = dataclasses.replace(variant, layer_scale_init_value=scale)
+    new_head = source.starts_new_head(options.include_top, options.classes, options.new_head)
 
-    `described_by` is the published weights whose image size and normaliser hold when `weights` is a path or
-    None, in place of what the file says; `state` is what the file holds, when it was read already.
-    """
-    variant = _with_layer_scale(variant, layer_scale_init_value)
-    _check_arguments(variant, include_top, pooling, classes, drop_path_rate, output_stride, pyramid_norms)
-    published = path = images = None
-    if weights is not None:
-        if is_path(weights):
-            path = existing_file(weights)
-            images = None if described_by else preprocessing_metadata.read_images(path)
-        else:
-            published = find_published(variant, weights, include_top)
-            if published.packaged and classes == IMAGENET_CLASSES:
-                classes = published.classes
-        new_head = starts_new_head(published, weights, include_top, classes, new_head)
-    if published is not None:
-        path = find_file(published)
-    prepared = published or described_by or images or catalog.default_checkpoint(variant.name)
-    shape = _checked_input_shape(input_shape, input_tensor, include_top, prepared.image_size)
+    def layout() -> ConvNeXt:
+        return assemble(variant, options, source.preprocessing)
 
-    def assemble():
-        return _assemble(
-            variant,
-            include_top=include_top,
-            normaliser=(prepared.mean, prepared.std) if include_preprocessing else None,
-            input_tensor=input_tensor,
-            input_shape=shape,
-            pooling=pooling,
-            classes=classes,
-            classifier_activation=classifier_activation,
-            name=name,
-            drop_path_rate=drop_path_rate,
-            output_stride=output_stride,
-            pyramid_norms=pyramid_norms,
-            rematerialize=rematerialize,
-            seed=seed,
-        )
-
-    if path is None:
-        return assemble()
-    if keras_files.is_bare(path):
+    if source.is_random:
+        return layout()
+    if source.is_bare:
         if new_head:
             raise ValueError(
-                f"{path} does not say what its weights belong to, so a new classifier cannot take the "
+                f"{source.path} does not say what its weights belong to, so a new classifier cannot take the "
                 "place of its own. Use the .keras file of the model, or save_weights(model, 'x.safetensors')."
             )
-        model = assemble()
-        keras_files.load_weights(model, path)
+        model = layout()
+        keras_files.load_weights(model, source.path)
         return model
-
-    if state is None:
-        state = read_file(path)
-    values = read_for_model(state, variant, path, include_top, classes, shape[-1], pyramid_norms, new_head)
-    return filled(assemble, lambda model: placed_values(model, values))
+    values = source.values(variant, options, new_head)
+    return filled(layout, lambda model: placed_values(model, values))
 
 
-def _assemble(
-    variant,
-    *,
-    include_top,
-    normaliser,
-    input_tensor,
-    input_shape,
-    pooling,
-    classes,
-    classifier_activation,
-    name,
-    drop_path_rate,
-    output_stride,
-    pyramid_norms,
-    rematerialize,
-    seed,
-):
-    """Connects the layers, in the order of the forward pass."""
-    if input_tensor is None:
-        inputs = x = keras.Input(shape=input_shape, name="image")
+def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessing) -> ConvNeXt:
+    """Connects the layers, in the order of the forward pass; settled options."""
+    if options.input_tensor is None:
+        inputs = x = keras.Input(shape=options.input_shape, name="image")
     else:
-        sources, x = keras.utils.get_source_inputs(input_tensor), input_tensor
+        sources, x = keras.utils.get_source_inputs(options.input_tensor), options.input_tensor
         inputs = sources[0] if len(sources) == 1 else sources
-    if normaliser is not None:
-        mean, std = (for_channels(values, input_shape[-1]) for values in normaliser)
+    if options.include_preprocessing:
+        channels = options.input_shape[-1]
+        mean, std = (for_channels(values, channels) for values in (preprocessing.mean, preprocessing.std))
         x = keras.layers.Normalization(
             mean=[255 * value for value in mean],
             variance=[(255 * value) ** 2 for value in std],
@@ -276,7 +155,7 @@ def _assemble(
         "norm": variant.norm,
         "epsilon": variant.epsilon,
         "activation": variant.activation,
-        "rematerialize": rematerialize,
+        "rematerialize": options.rematerialize,
     }
     if variant.version == 1:
         block = functools.partial(
@@ -286,19 +165,22 @@ def _assemble(
         )
     else:
         block = functools.partial(convnext.ConvNeXtV2Block, **settings)
-    stages = convnext.body(x, variant, block, output_stride, drop_path_rate, seed)
+    stages = convnext.body(x, variant, block, options.output_stride, options.drop_path_rate, options.seed)
 
-    if pyramid_norms:
+    if options.pyramid_norms:
         outputs = {
             f"P{stage + 2}": convnext.LayerNormalization(name=f"norm{stage}")(x)
             for stage, x in enumerate(stages)
         }
     else:
         dtype = _head_dtype()
-        outputs = convnext.final_norm(stages[-1], variant, "avg" if include_top else pooling, dtype)
-        if include_top:
-            outputs = convnext.classifier(outputs, variant, classes, classifier_activation, dtype)
-    return ConvNeXt(inputs, outputs, name=name)
+        pooling = "avg" if options.include_top else options.pooling
+        outputs = convnext.final_norm(stages[-1], variant, pooling, dtype)
+        if options.include_top:
+            outputs = convnext.classifier(
+                outputs, variant, options.classes, options.classifier_activation, dtype
+            )
+    return ConvNeXt(inputs, outputs, name=options.name)
 
 
 _DOCSTRING = """{title}, as a Keras model.
@@ -376,25 +258,8 @@ def _constructor(constructor_name: str, architecture: str):
         seed=None,
         new_head=None,
     ):
-        return _build(
-            variant,
-            include_top,
-            include_preprocessing,
-            weights,
-            input_tensor,
-            input_shape,
-            pooling,
-            classes,
-            classifier_activation,
-            name,
-            drop_path_rate=drop_path_rate,
-            layer_scale_init_value=layer_scale_init_value,
-            output_stride=output_stride,
-            pyramid_norms=pyramid_norms,
-            rematerialize=rematerialize,
-            seed=seed,
-            new_head=new_head,
-        )
+        options = ModelOptions.of(locals())
+        return build(resolve(variant, weights, _task(include_top)), options)
 
     imagenet = catalog.IMAGENET[architecture]
     constructor.__name__ = constructor.__qualname__ = constructor_name
@@ -458,111 +323,8 @@ def normaliser_of(model) -> tuple[list[float], list[float]] | None:
     return None
 
 
-def model_of(variant, canonical, images=None, classifier_activation="softmax"):
-    """A model with the weights of a canonical state dict, whose classes and channels it gets.
-
-    `images` gives the image size and the normaliser: published weights or an `ImageDescription`; by default
-    the architecture's published weights.
-    """
-    contents = layouts.inspect(canonical)
-    prepared = images or catalog.default_checkpoint(variant.name)
-    side = prepared.image_size if contents.classes else None
-
-    def assemble():
-        return _assemble(
-            variant,
-            include_top=contents.classes > 0,
-            normaliser=(prepared.mean, prepared.std),
-            input_tensor=None,
-            input_shape=(side, side, contents.channels),
-            pooling=None,
-            classes=contents.classes,
-            classifier_activation=classifier_activation,
-            name=variant.name,
-            drop_path_rate=0.0,
-            output_stride=32,
-            pyramid_norms=contents.pyramid_norms,
-            rematerialize=False,
-            seed=None,
-        )
-
-    return filled(assemble, lambda model: placed_values(model, canonical))
-
-
-def _with_layer_scale(variant, value):
-    if value is None:
-        return variant
-    if variant.version == 2:
-        raise ValueError(
-            f"{variant.name!r} is a ConvNeXt V2, whose blocks have no LayerScale (GRN replaced it). "
-            f"Received: layer_scale_init_value={value}. Leave it out."
-        )
-    if not isinstance(value, (int, float, np.floating)) or value < 0:
-        raise ValueError(
-            "layer_scale_init_value must be above 0, or 0 for no LayerScale. Received: "
-            f"layer_scale_init_value={value!r}"
-        )
-    return dataclasses.replace(variant, layer_scale_init_value=value if value > 0 else None)
-
-
-def _check_arguments(variant, include_top, pooling, classes, drop_path_rate, output_stride, pyramid_norms):
-    if pooling not in (None, "avg", "max"):
-        raise ValueError(f"pooling must be None, 'avg' or 'max'. Received: pooling={pooling!r}")
-    if include_top and not _is_count(classes):
-        raise ValueError(f"classes must be a whole number from 1 up. Received: classes={classes!r}")
-    if not isinstance(drop_path_rate, (int, float, np.floating)) or not 0 <= drop_path_rate < 1:
-        raise ValueError(
-            "drop_path_rate must be in [0, 1), the share of samples whose last block is dropped. Received: "
-            f"drop_path_rate={drop_path_rate}"
-        )
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride must be 8, 16 or 32. Received: output_stride={output_stride}")
-    if variant.isotropic and output_stride != 32:
-        raise ValueError(
-            f"{variant.name!r} has stride 16 throughout and takes no output_stride. Received: "
-            f"output_stride={output_stride}"
-        )
-    if pyramid_norms and (include_top or pooling or variant.isotropic):
-        raise ValueError(
-            "pyramid_norms=True returns the four normalised stage maps: it needs include_top=False, "
-            "pooling=None and a model that has stages. Received: "
-            f"include_top={include_top}, pooling={pooling!r}, architecture {variant.name!r}"
-        )
-
-
-def _checked_input_shape(input_shape, input_tensor, include_top, image_size):
-    if input_tensor is not None:
-        if not keras.utils.is_keras_tensor(input_tensor):
-            raise ValueError(
-                "input_tensor must be a Keras tensor, the output of keras.Input(...) or of a layer. "
-                f"Received: {type(input_tensor).__name__}"
-            )
-        input_shape = tuple(input_tensor.shape[1:])
-    elif input_shape is None:
-        side = image_size if include_top else None
-        input_shape = (side, side, 3)
-    wanted = "(height, width, channels), each side None or 32 and more, at least one channel"
-    if not isinstance(input_shape, Sequence) or len(input_shape) != 3:
-        raise ValueError(f"input_shape must be {wanted}. Received: input_shape={input_shape}")
-    height, width, channels = input_shape
-    if not _is_count(channels):
-        raise ValueError(
-            f"The number of channels must be a whole number from 1 up, in input_shape {wanted}. Received: "
-            f"input_shape={input_shape}"
-        )
-    if any(side is not None and not _is_count(side) for side in (height, width)):
-        raise ValueError(f"input_shape must be {wanted}. Received: input_shape={input_shape}")
-    if any(side is not None and side < 32 for side in (height, width)):
-        raise ValueError(
-            "Images must be at least 32x32: five halvings leave nothing of smaller ones. Received: "
-            f"input_shape={input_shape}"
-        )
-    return tuple(input_shape)
-
-
-def _is_count(value):
-    """Whether a value is a whole number from 1 up, of Python or NumPy; True and False are not."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+def _task(include_top: bool | None) -> str | None:
+    return "features" if include_top is False else None
 
 
 def for_channels(values, channels):

@@ -59,13 +59,7 @@ def logits_of_timm(peer, transform, path):
 
 
 def our_pixels(checkpoint, path):
-    return preprocess_image(
-        read_image(path),
-        image_size=checkpoint.image_size,
-        crop=checkpoint.crop,
-        resize_mode=checkpoint.resize_mode,
-        interpolation=checkpoint.interpolation,
-    )[None]
+    return preprocess_image(read_image(path), checkpoint.preprocessing)[None]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/imagenet_samples is not here")

@@ -235,11 +235,11 @@ def test_eval_image_gives_the_same_pixels_without_tensorflow(forget_tensorflow):
 def test_python_chooses_too_and_reads_images_with_pillow(without):
     code = f"""
 import keras_convnext
-from keras_convnext.data import calibration, eval_image
+from keras_convnext.data import Preprocessing, calibration, eval_image
 from keras_convnext.evaluation.gradcam import grad_cam
 image = eval_image({str(PHOTO)!r}, 64)
-assert calibration.calibration_images(image_size=(64, 64), count=2).shape == (2, 64, 64, 3)
-assert calibration.calibration_images({str(PHOTO)!r}, image_size=(64, 64)).shape == (1, 64, 64, 3)
+assert calibration.calibration_images(preprocessing=Preprocessing(64), count=2).shape == (2, 64, 64, 3)
+assert calibration.calibration_images({str(PHOTO)!r}, preprocessing=Preprocessing(64)).shape == (1, 64, 64, 3)
 print(grad_cam(keras_convnext.load({PACKAGED!r}), image[None]).shape)
 """
     done = without("tensorflow,jax", "-c", code)

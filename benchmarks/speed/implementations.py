@@ -520,9 +520,11 @@ def _litert_step(case: Case, threads: int | None, folder: str) -> Step:
 
 def _export_litert(case: Case, path: str) -> None:
     """Our model with the batch fixed; int8 is of weights, and of activations as they come."""
+    from keras_convnext.data.preprocessing import Preprocessing
     from keras_convnext.exporting import writers
 
     precision = "dynamic_int8" if case.dtype == "int8" else "float32"
     model = our_model(dataclasses.replace(case, dtype="float32"))
-    size = (case.image_size, case.image_size)
-    writers.write(model, writers.Request("litert", precision, path, case.batch, size, None, {}))
+    preprocessing = Preprocessing(case.image_size)
+    request = writers.Request("litert", precision, path, case.batch, preprocessing.size, None, preprocessing)
+    writers.write(model, request)

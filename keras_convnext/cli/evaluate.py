@@ -55,17 +55,22 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
 def evaluate_command(options: argparse.Namespace) -> int:
     """Prints the accuracy of a classifier; images that cannot be decoded are reported and left out."""
     import_quietly("keras_convnext.evaluation.classification", "tensorflow")
+    from keras_convnext.data.sources import open_source
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.evaluation.results import result_row
+    from keras_convnext.weights.resolve import resolve
 
+    model, data = options.model, options.data
+    if options.weights is not None:
+        model = resolve(model, options.weights, "classification")
+    if options.labels is not None:
+        data = open_source(data, options.split, labels=options.labels)
     result = evaluate(
-        options.model,
-        options.data,
-        weights=options.weights,
+        model,
+        data,
         split=options.split,
-        labels=options.labels,
         real_labels=options.real,
-        image_size=options.image_size,
+        preprocessing=options.image_size,
         batch_size=options.batch_size,
         limit=options.limit,
         results=None if options.no_results else options.results,

@@ -18,7 +18,7 @@ from keras_convnext.cli.shared import (
     shared_options,
 )
 from keras_convnext.data import class_names
-from keras_convnext.weights.published import names_file
+from keras_convnext.weights.resolve import is_path
 
 EXPORT_EXAMPLES = """examples:
   keras-convnext export convnext_tiny.fb_in1k tiny.tflite --precision dynamic_int8
@@ -74,7 +74,7 @@ def export_command(options: argparse.Namespace) -> int:
         raise ValueError(
             "Expected one of --report and --no-check: a report is made of what the check measures."
         )
-    options.weights = options.model if names_file(options.model) else None
+    options.weights = options.model if is_path(options.model) else None  # where labels may lie
     labels = read_labels(options)
     import_quietly("keras_convnext.exporting.export")
     from keras_convnext import _environment, predictor
@@ -83,8 +83,7 @@ def export_command(options: argparse.Namespace) -> int:
 
     targets = _export_targets(options, FORMATS)
     opened = predictor.open_predictor(
-        None if options.weights else options.model,
-        options.weights,
+        options.model,
         image_size=options.image_size,
         classes=len(labels) or None,
         classifier_activation=None if options.logits else "softmax",
@@ -105,9 +104,8 @@ def export_command(options: argparse.Namespace) -> int:
             calibration=options.calibration,
             labels=labels or None,
             licence=None if opened.row is None else opened.row.licence,
-            preparation=opened.preparation,
-            tolerance=options.tolerance,
-            check=not options.no_check,
+            preprocessing=opened.preprocessing,
+            check=False if options.no_check else True if options.tolerance is None else options.tolerance,
             replace=options.force,
         )
         results.append(result)
@@ -136,7 +134,7 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
     if options.format is None:
         raise ValueError("Expected --format NAMES with several precisions; OUTPUT is then a folder.")
     wanted = list(formats) if options.format == "all" else options.format.split(",")
-    stem = pathlib.Path(options.model).stem if names_file(options.model) else options.model
+    stem = pathlib.Path(options.model).stem if is_path(options.model) else options.model
     targets = []
     for format in wanted:
         if format not in formats:

@@ -78,25 +78,20 @@ class Classifier:
     """A model, how its images are prepared and what its classes are called.
 
     Attributes:
-        model: `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes).
-        preparation: arguments of `preprocess.preprocess_image`.
+        predictor: the model and how its images are prepared.
         names: a name for each class.
         synsets: a WordNet id for each class; empty when it is not an ImageNet classifier.
         gives_logits: whether a softmax is still to be taken.
     """
 
-    model: Any
-    preparation: dict
+    predictor: Any
     names: list[str]
     synsets: list[str]
     gives_logits: bool
 
     def __call__(self, images: list[np.ndarray]) -> np.ndarray:
         """uint8 images (H, W, 3) of any size to probabilities (N, classes)."""
-        batch = np.stack([preprocess.preprocess_image(image, **self.preparation) for image in images])
-        from keras_convnext.predictor import for_channels
-
-        outputs = np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), dtype="float32")
+        outputs = self.predictor.predict(images)
         if self.gives_logits:
             outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
             outputs /= outputs.sum(axis=-1, keepdims=True)
@@ -122,13 +117,11 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
     labels = read_labels(options)
     import_quietly("keras_convnext.models")
     from keras_convnext import predictor
-    from keras_convnext.weights import keras_files, resolve
 
-    name = options.model
-    path = None if options.weights is None else resolve.existing_file(options.weights)
-    if path is None or keras_files.is_bare(path):
-        name = name or DEFAULT_MODEL
-    opened = predictor.open_predictor(name, path, image_size=options.image_size, classes=len(labels) or None)
+    name = options.model or (DEFAULT_MODEL if options.weights is None else None)
+    opened = predictor.open_predictor(
+        name, options.weights, image_size=options.image_size, classes=len(labels) or None
+    )
     return _classifier(opened, labels)
 
 
@@ -145,7 +138,7 @@ def _classifier(opened, labels: list[str]) -> Classifier:
     elif not labels:
         names = [f"class {index}" for index in range(classes)]
     activation = getattr(model.layers[-1], "activation", None)
-    return Classifier(model, opened.preparation, names, synsets, activation is keras.activations.linear)
+    return Classifier(opened, names, synsets, activation is keras.activations.linear)
 
 
 def read_labels(options: argparse.Namespace) -> list[str]:

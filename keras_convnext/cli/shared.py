@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from keras_convnext import _environment, _terminal
-from keras_convnext.weights import catalog
-from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES, Checkpoint
+from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
 MAX_FAULTS_SHOWN = 20
@@ -79,12 +78,6 @@ def import_quietly(*modules: str) -> None:
         for module in modules:
             with contextlib.suppress(ImportError):  # said by what needs it
                 importlib.import_module(module)
-
-
-def find_row(name: str) -> Checkpoint:
-    if "." not in name and name not in catalog.ALIASES:
-        catalog.list_weights(name)  # an unknown architecture is an error that lists near ones
-    return catalog.find_checkpoint(name)
 
 
 def joined(values) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 from keras_convnext._messages import shortened, size_text
 from keras_convnext.cli.shared import (
-    find_row,
     import_quietly,
     joined,
     licence_text,
@@ -18,10 +17,11 @@ from keras_convnext.cli.shared import (
     print_table,
     shared_options,
 )
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, layouts, locate, safetensors_files
-from keras_convnext.weights.preprocessing_metadata import ImageDescription
-from keras_convnext.weights.published import Checkpoint, names_file
+from keras_convnext.weights.published import Checkpoint
+from keras_convnext.weights.resolve import ResolvedWeights, meaning, resolve
 
 LIST_EXAMPLES = """examples:
   keras-convnext list
@@ -111,18 +111,18 @@ def info_options(parser: argparse.ArgumentParser) -> None:
 def info_command(options: argparse.Namespace) -> int:
     """Prints all that the tables say of an architecture or a tag, or what a weight file holds."""
     name = options.name
-    if name in VARIANTS:
-        variant = VARIANTS[name]
-        facts, lines = _variant_facts(variant), _variant_lines(variant)
-    elif names_file(name):
-        facts = _file_facts(pathlib.Path(name))
-        lines = _file_lines(facts)
+    found = meaning(name)
+    if isinstance(found, Variant):
+        facts, lines = _variant_facts(found), _variant_lines(found)
+    elif isinstance(found, Checkpoint):
+        name, local = found.tag, locate.find_local(found)
+        facts = {**_checkpoint_facts(found), "local_file": None if local is None else str(local)}
+        lines = _checkpoint_lines(found, local)
     else:
-        row = find_row(name)
-        local = locate.find_local(row)
-        facts = {**_checkpoint_facts(row), "local_file": None if local is None else str(local)}
-        lines = _checkpoint_lines(row, local)
-        name = row.tag
+        import_quietly("keras_convnext.models")
+        source = resolve(name)
+        facts = _file_facts(source)
+        lines = _file_lines(facts, source)
     if options.json:
         print_json(facts)
         return 0
@@ -162,18 +162,15 @@ def convert_command(options: argparse.Namespace) -> int:
         raise FileExistsError(f"{target} is there already. Pass --force to replace it.")
     import_quietly("keras_convnext.models")
     from keras_convnext.conversion import KERAS_SUFFIXES, convert
-    from keras_convnext.weights import resolve
 
-    row = None if names_file(options.source) else find_row(options.source)
-    source = pathlib.Path(options.source) if row is None else resolve.find_file(row)
-    described_by = options.architecture or (None if row is None else row.tag)
-    convert(source, target, options.layout, described_by)
+    named = options.architecture
+    source = resolve(options.source) if named is None else resolve(named, options.source)
+    convert(source, target, options.layout)
     found = _file_facts(source)
     written = "Keras" if target.name.endswith(KERAS_SUFFIXES) else options.layout
-    print(
-        f"{source}: {found['architecture']}, layout {found['layout']}, {_classes_text(found['classes'])}, "
-        f"{found['parameters']:,} parameters -> {target}: {written}, {size_text(target.stat().st_size)}"
-    )
+    read = f"{source.path}: {found['architecture']}, layout {found['layout']}"
+    count = f"{_classes_text(found['classes'])}, {found['parameters']:,} parameters"
+    print(f"{read}, {count} -> {target}: {written}, {size_text(target.stat().st_size)}")
     return 0
 
 
@@ -230,7 +227,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[t
         "trained on": row.dataset,
         "licence": licence_text(row.licence),
         "image size": f"{row.image_size}, crop {row.crop:.4g}",
-        "resize": _resize_text(row),
+        "resize": _resize_text(row.preprocessing),
         "mean": f"{joined(row.mean)} of pixels in 0..1",
         "std": joined(row.std),
         "larger test size": larger,
@@ -251,26 +248,21 @@ def _score_text(row: Checkpoint, score: float | None, size: int | None) -> str |
     return None if score is None else f"{score} % at {size}{published}: {row.score_source}"
 
 
-def _file_facts(path: pathlib.Path) -> dict:
-    import_quietly("keras_convnext.models")
-    from keras_convnext.conversion import read_state_dict
-    from keras_convnext.weights import keras_files, preprocessing_metadata
+def _file_facts(source: ResolvedWeights) -> dict:
+    from keras_convnext.weights import preprocessing_metadata
 
-    state = read_state_dict(path)
-    contents = layouts.inspect(state)
-    variant = layouts.find_variant(state)
+    path, state, contents = source.path, source.state, source.contents
     layout, metadata = contents.layout, {}
     if path.suffix in (".h5", ".keras"):
-        layout = "keras_applications" if keras_files.is_keras_applications(path) else "keras_convnext"
+        layout = "keras_applications" if source.is_keras_applications else "keras_convnext"
     elif path.suffix == ".safetensors":
         metadata = safetensors_files.read_safetensors_metadata(path)
-    images = preprocessing_metadata.read_images(path)
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "layout": layout,
         "prefix": contents.prefix,
-        "architecture": variant.name,
+        "architecture": source.file_variant.name,
         "arrays": len(state),
         "parameters": sum(array.size for array in state.values()),
         "dtypes": sorted({str(array.dtype) for array in state.values()}),
@@ -278,15 +270,14 @@ def _file_facts(path: pathlib.Path) -> dict:
         "channels": contents.channels,
         "final_norm": contents.final_norm,
         "pyramid_norms": contents.pyramid_norms,
-        "images": None if images is None else dataclasses.asdict(images),
+        "images": None if source.stored is None else source.stored.stored(),
         "metadata": {key: value for key, value in metadata.items() if key != preprocessing_metadata.KEY},
     }
 
 
-def _file_lines(facts: dict) -> Iterable[tuple[str, object]]:
+def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, object]]:
     variant = VARIANTS[facts["architecture"]]
     prefix = f", after the prefix {facts['prefix']!r}" if facts["prefix"] else ""
-    images = facts["images"]
     lines = {
         "architecture": f"{variant.name}, {_reference(variant)}",
         "layout": f"{facts['layout']}{prefix}",
@@ -298,7 +289,7 @@ def _file_lines(facts: dict) -> Iterable[tuple[str, object]]:
         "final norm": "yes" if facts["final_norm"] else "no",
         "size": size_text(facts["bytes"]),
         "pyramid norms": "yes" if facts["pyramid_norms"] else None,
-        "resize": None if images is None else _resize_text(ImageDescription(**images)),
+        "resize": None if source.stored is None else _resize_text(source.stored),
     }
     return [*lines.items(), *((f"metadata {key!r}", value) for key, value in facts["metadata"].items())]
 
@@ -321,10 +312,11 @@ def _reference(variant: Variant) -> str:
     return f"ConvNeXt {_paper(variant)} ({reference})"
 
 
-def _resize_text(row: Checkpoint | ImageDescription) -> str:
-    size = row.resize_size or math.floor(row.image_size / row.crop)
-    how = "both sides" if row.resize_mode == "squash" else "shorter side"
-    return f"{how} to {size}, {row.interpolation}, then the central {row.image_size} x {row.image_size}"
+def _resize_text(preprocessing: Preprocessing) -> str:
+    height, width = preprocessing.size
+    how = "both sides" if preprocessing.crop_mode == "squash" else "shorter side"
+    scale, interpolation = preprocessing.scale_size[0], preprocessing.interpolation
+    return f"{how} to {scale}, {interpolation}, then the central {height} x {width}"
 
 
 def _outputs_text(row: Checkpoint) -> str:

@@ -4,10 +4,9 @@ TensorFlow is imported by what needs it, not with this package.
 """
 
 import os
-from typing import Any
 
 from keras_convnext._environment import is_installed
-from keras_convnext.data import preprocess
+from keras_convnext.data.preprocessing import Preprocessing
 
 
 def eval_image(
@@ -43,19 +42,15 @@ def eval_image(
         >>> eval_image("tests/images/coffee.jpg", 224).shape
         (224, 224, 3)
     """
-    settings: dict[str, Any] = {
-        "image_size": image_size,
-        "crop": crop_fraction,
-        "resize_mode": {"center": "shorter_side"}.get(crop_mode, crop_mode),
-        "resize_size": resize_size,
-        "interpolation": interpolation,
-    }
+    from keras_convnext.data import preprocess
+
+    preprocessing = Preprocessing(image_size, crop_fraction, interpolation, crop_mode, resize_size)
     if is_installed("tensorflow"):
         from keras_convnext.data import batches
 
-        return batches.eval_image(path_or_bytes, **settings)
+        return batches.eval_image(path_or_bytes, preprocessing)
     if isinstance(path_or_bytes, bytes):
         image = preprocess.decode_image(path_or_bytes, f"{len(path_or_bytes)} bytes")
     else:
         image = preprocess.read_image(path_or_bytes)
-    return preprocess.preprocess_image(image, **settings)
+    return preprocess.preprocess_image(image, preprocessing)

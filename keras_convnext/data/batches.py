@@ -25,26 +25,26 @@ from keras_convnext.data.blocks import (
 )
 from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    is_positive_integer,
+)
 from keras_convnext.data.stream import Draws, Order, Part
-from keras_convnext.data.train_transform import Augment, Augmentation, Mix, RandomCrop, check_choice
+from keras_convnext.data.train_transform import Augment, Augmentation, Mix, RandomCrop
 
 _PADDING = -1  # in place of an example's number
 _NEIGHBOURS = 8  # tried in place of an image that cannot be decoded
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _PAPERS, _WHOLE = Augmentation(), Part()
 
 
 def eval_batches(
     source: Source,
+    preprocessing: Preprocessing,
     *,
-    image_size: int | tuple[int, int],
     batch_size: int = 64,
-    crop: float = 0.875,
-    resize_mode: str = "shorter_side",
-    resize_size: int | None = None,
-    interpolation: str = "bicubic",
     host: int = 0,
     num_hosts: int = 1,
     faults: Faults | None = None,
@@ -58,8 +58,8 @@ def eval_batches(
 
     Args:
         source: what `sources.open_source` returns.
-        image_size, crop, resize_mode, resize_size, interpolation: as in `preprocess.preprocess_image`;
-            the row of a published file in `weights.catalog` has those it was scored with.
+        preprocessing: as in `preprocess.preprocess_image`; the row of a published file in `weights.catalog`
+            has that it was scored with.
         batch_size: examples in a batch of this host.
         host: number of this host, from 0 on.
         num_hosts: hosts among which the examples are divided.
@@ -77,8 +77,8 @@ def eval_batches(
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
             received and the ones allowed.
     """
-    transform = EvalTransform(image_size, crop, resize_mode, resize_size, interpolation)
-    size = transform.image_size
+    transform = EvalTransform(preprocessing)
+    size = preprocessing.size
     _check_count("batch_size", batch_size)
     _check_host(host, num_hosts)
     leave_accelerators()
@@ -115,29 +115,9 @@ def eval_batches(
     return finished(batches.map(named), workers)
 
 
-def eval_image(
-    path_or_bytes: str | os.PathLike[str] | bytes,
-    *,
-    image_size: int | tuple[int, int],
-    crop: float = 0.875,
-    resize_mode: str = "shorter_side",
-    resize_size: int | None = None,
-    interpolation: str = "bicubic",
-) -> np.ndarray:
-    """Prepare one image as `eval_batches` does.
-
-    Args:
-        path_or_bytes: an image file, or the bytes of one.
-        image_size, crop, resize_mode, resize_size, interpolation: as in `preprocess.preprocess_image`.
-
-    Returns:
-        uint8 (height, width, 3), RGB, 0 to 255.
-
-    Raises:
-        ImageError: the image is missing or cannot be decoded; the message names it.
-        ValueError: an argument is outside its range or a name is unknown.
-    """
-    transform = EvalTransform(image_size, crop, resize_mode, resize_size, interpolation)
+def eval_image(path_or_bytes: str | os.PathLike[str] | bytes, preprocessing: Preprocessing) -> np.ndarray:
+    """Prepare one image, a file or the bytes of one: what `keras_convnext.data.eval_image` does."""
+    transform = EvalTransform(preprocessing)
     if isinstance(path_or_bytes, bytes):
         content, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
     else:
@@ -153,41 +133,17 @@ def eval_image(
 class EvalTransform:
     """The evaluation transform twice: as graph ops from encoded bytes, and with Pillow from pixels."""
 
-    def __init__(
-        self,
-        image_size: int | tuple[int, int],
-        crop: float,
-        resize_mode: str,
-        resize_size: int | None,
-        interpolation: str,
-    ) -> None:
-        self.image_size = preprocess.check_image_size(image_size)
-        self._scale_size = preprocess.scale_size_of(self.image_size, crop, resize_size)
-        preprocess.resized_size((1, 1), self._scale_size, resize_mode)
-        check_choice("interpolation", interpolation, tuple(preprocess.INTERPOLATIONS))
-        self._crop, self._resize_size = crop, resize_size
-        self._resize_mode, self._interpolation = resize_mode, interpolation
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self._preprocessing = preprocessing
+        sides = zip(preprocessing.scale_size, preprocessing.size, strict=True)
         # A resized image that is smaller than the crop is padded, which only Pillow's path does.
-        self.is_covered = all(a >= b for a, b in zip(self._scale_size, self.image_size, strict=True))
+        self.is_covered = all(resized >= side for resized, side in sides)
 
     def with_tensorflow(self, content: Any) -> Any:
-        return jpeg.center_crop(
-            content,
-            image_size=self.image_size,
-            scale_size=self._scale_size,
-            resize_mode=self._resize_mode,
-            interpolation=self._interpolation,
-        )
+        return jpeg.center_crop(content, self._preprocessing)
 
     def with_pillow(self, image: np.ndarray) -> np.ndarray:
-        return preprocess.preprocess_image(
-            image,
-            image_size=self.image_size,
-            crop=self._crop,
-            resize_mode=self._resize_mode,
-            resize_size=self._resize_size,
-            interpolation=self._interpolation,
-        )
+        return preprocess.preprocess_image(image, self._preprocessing)
 
 
 def train_batches(
@@ -244,7 +200,7 @@ def train_batches(
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
             received and the ones allowed.
     """
-    size = preprocess.check_image_size(image_size)
+    size = Preprocessing(image_size).size
     order = _order(source, batch_size, part, seed, augmentation.repeats)
     crop = RandomCrop(size, augmentation)
     augment = Augment(size, augmentation, *normaliser, dtype, seed)
@@ -353,7 +309,7 @@ def _check_pairs(unit: int, rows_a_batch: int, batch_size: int, num_hosts: int) 
 
 
 def _check_count(name: str, value: object) -> None:
-    if not preprocess.is_positive_integer(value):
+    if not is_positive_integer(value):
         raise ValueError(f"Expected {name} to be a positive integer, received {value!r}.")
 
 

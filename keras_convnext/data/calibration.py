@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from keras_convnext.data import preprocess, sources
+from keras_convnext.data.preprocessing import Preprocessing
 
 PHOTOS = ("cat.jpg", "coffee.jpg", "rocket.jpg")  # free to use, see photos/README.md
 DEFAULT_COUNT = 32
@@ -18,7 +19,7 @@ DEFAULT_COUNT = 32
 def calibration_images(
     source: str | os.PathLike[str] | None = None,
     *,
-    image_size: tuple[int, int],
+    preprocessing: Preprocessing,
     count: int = DEFAULT_COUNT,
     channels: int = 3,
     split: str | None = None,
@@ -30,7 +31,7 @@ def calibration_images(
             taken at even distances from it and prepared as for evaluation. None for random crops of three
             photographs that come with the package, the same at each call: enough to check a file and to
             calibrate it roughly; images of your own kind calibrate better.
-        image_size: (height, width) in pixels.
+        preprocessing: how images are prepared; the random crops have its image size alone.
         count: number of images; fewer where the source has fewer.
         channels: 3 for RGB, 1 for gray.
         split: of a data set that has several.
@@ -43,12 +44,15 @@ def calibration_images(
             count below 1.
 
     Example:
-        >>> calibration_images(image_size=(64, 64), count=2).shape
+        >>> calibration_images(preprocessing=Preprocessing(64), count=2).shape
         (2, 64, 64, 3)
     """
     if count < 1:
         raise ValueError(f"Expected a count of calibration images from 1 up, received {count}.")
-    images = _crops(image_size, count) if source is None else _prepared(source, image_size, count, split)
+    if source is None:
+        images = _crops(preprocessing.size, count)
+    else:
+        images = _prepared(source, preprocessing, count, split)
     if channels == 1:
         return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
     return np.stack(images)
@@ -78,7 +82,7 @@ def _crops(image_size: tuple[int, int], count: int) -> list[np.ndarray]:
 
 
 def _prepared(
-    source: str | os.PathLike[str], image_size: tuple[int, int], count: int, split: str | None
+    source: str | os.PathLike[str], preprocessing: Preprocessing, count: int, split: str | None
 ) -> list[np.ndarray]:
     path = pathlib.Path(source)
     if path.suffix.lower() in preprocess.IMAGE_SUFFIXES or (path.is_dir() and _holds_images(path)):
@@ -90,7 +94,7 @@ def _prepared(
             preprocess.decode_image(data.read(number), data.name(number))
             for number in _evenly(range(len(data)), count)
         )
-    return [preprocess.preprocess_image(image, image_size=image_size) for image in decoded]
+    return [preprocess.preprocess_image(image, preprocessing) for image in decoded]
 
 
 def _holds_images(folder: pathlib.Path) -> bool:

@@ -11,6 +11,7 @@ from keras_convnext._files import replacing_file
 from keras_convnext.data import batches, preprocess
 from keras_convnext.data.augment import erase_and_mix, policies
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from keras_convnext.data.train_transform import Augmentation
 
 MAGNITUDES = (0, 2, 4, 6, 8, 10)
@@ -64,8 +65,8 @@ def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:
         rows.append((level.replace("_", " "), made))
     uniforms = np.random.default_rng(0).random((len(MAGNITUDES), erase_and_mix.NUM_ERASE_UNIFORMS))
     boxes = erase_and_mix.plan_erase(uniforms, 1.0, image.shape[:2])
-    mean, std = batches.IMAGENET_MEAN, batches.IMAGENET_STD
-    erased = [erase_and_mix.apply_erase(image, box, (0, n), mean, std).numpy() for n, box in enumerate(boxes)]
+    noise = (IMAGENET_MEAN, IMAGENET_STD)
+    erased = [erase_and_mix.apply_erase(image, box, (0, n), *noise).numpy() for n, box in enumerate(boxes)]
     rows.append(("erasing", erased))
 
     label_width = 150

@@ -11,6 +11,8 @@ import numpy as np
 import PIL
 import tensorflow as tf
 
+from keras_convnext.data.preprocessing import Preprocessing
+
 # Pillow's bound against decompression bombs, which a damaged header can exceed too.
 MAX_PIXELS = 2 * 89_478_485
 
@@ -41,27 +43,20 @@ def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
         return tf.identity(shape[0]), tf.identity(shape[1])
 
 
-def center_crop(
-    content: Any,
-    *,
-    image_size: tuple[int, int],
-    scale_size: tuple[int, int],
-    resize_mode: str,
-    interpolation: str,
-) -> Any:
+def center_crop(content: Any, preprocessing: Preprocessing) -> Any:
     """Decode, resize and crop a JPEG for evaluation: `preprocess.preprocess_image`, bit for bit.
 
-    `scale_size` is what the image is resized to, or to cover, (height, width), at least `image_size`. Returns
-    uint8 (height, width, 3), RGB.
+    Returns uint8 (height, width, 3), RGB.
     """
     height, width = plain_jpeg_size(content)
-    resized = _resized_size(height, width, scale_size, resize_mode)
+    resized = _resized_size(height, width, preprocessing)
+    image_size = preprocessing.size
     # tf.round takes a half to the even neighbour, as Python and torchvision do.
     first = tuple(
         tf.cast(tf.round(_float(whole - size) / 2), tf.int32)
         for whole, size in zip(resized, image_size, strict=True)
     )
-    axes = _Axes((height, width), resized, first, image_size, _SUPPORTS[interpolation])
+    axes = _Axes((height, width), resized, first, image_size, _SUPPORTS[preprocessing.interpolation])
     return _decode_and_resize(content, (0, 0), (height, width), axes)
 
 
@@ -215,9 +210,10 @@ def _filter(x: Any, support: float) -> Any:
     return tf.where(x < 1.0, near, tf.where(x < 2.0, far, 0.0))
 
 
-def _resized_size(height: Any, width: Any, scale_size: tuple[int, int], resize_mode: str) -> tuple[Any, Any]:
+def _resized_size(height: Any, width: Any, preprocessing: Preprocessing) -> tuple[Any, Any]:
     """`preprocess.resized_size` in a graph."""
-    if resize_mode == "squash":
+    scale_size = preprocessing.scale_size
+    if preprocessing.crop_mode == "squash":
         return scale_size
     if scale_size[0] != scale_size[1]:
         ratio = tf.minimum(_float(height) / scale_size[0], _float(width) / scale_size[1])

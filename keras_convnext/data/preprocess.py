@@ -5,7 +5,6 @@ Only NumPy and Pillow are imported, so reading images needs no Keras backend.
 """
 
 import io
-import math
 import os
 import struct
 import zlib
@@ -15,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from keras_convnext.data.preprocessing import Preprocessing
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-RESIZE_MODES = ("shorter_side", "squash")
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -133,51 +133,28 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         ) from error
 
 
-def preprocess_image(
-    image: np.ndarray,
-    *,
-    image_size: int | tuple[int, int],
-    crop: float = 0.875,
-    resize_mode: str = "shorter_side",
-    resize_size: int | None = None,
-    interpolation: str = "bicubic",
-) -> np.ndarray:
+def preprocess_image(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """Resize an image and crop its centre, as the evaluation that a weight file was scored with.
 
-    The image is first resized to the scale size, `floor(image_size / crop)`, by Pillow's filter,
-    which widens with the reduction (antialias), and then the central `image_size` is cut out. The
-    result equals, in every bit, what `timm.data.create_transform(is_training=False)` (timm
+    The result equals, in every bit, what `timm.data.create_transform(is_training=False)` (timm
     1.0.31) and torchvision's `ImageClassification` preset (0.28.0) hold before they convert to a
     tensor. Where the resized image is smaller than the crop it is padded with zeros (black).
 
     Args:
         image: uint8 (H, W, 3), RGB, 0 to 255, as `read_image` returns it.
-        image_size: size of the result in pixels, one side of a square or (height, width).
-        crop: fraction of the scale size that the crop keeps along each side, in (0, 1]. The
-            default is timm's `DEFAULT_CROP_PCT`.
-        resize_mode: "shorter_side" keeps the aspect ratio and lets the image cover the scale
-            size (timm's crop mode "center"); "squash" stretches the image to the scale size.
-        resize_size: the scale size in pixels, for both sides, in place of
-            `floor(image_size / crop)`; `crop` then has no effect. torchvision's ConvNeXt weights
-            give it, such as 236 for 224. The default, None, uses `crop`.
-        interpolation: "bicubic" or "bilinear", Pillow's filter of that name.
+        preprocessing: sizes, filter and crop; its mean and std have no effect here.
 
     Returns:
         uint8 (height, width, 3), RGB, 0 to 255.
 
     Raises:
-        ValueError: `image` is not a non-empty uint8 (H, W, 3) array, a size is not a positive
-            integer, `crop` is outside (0, 1], or a name is unknown. The message gives the value
-            received and the ones allowed.
+        ValueError: `image` is not a non-empty uint8 (H, W, 3) array. The message gives the value
+            received.
     """
     _check_image(image)
-    crop_size = check_image_size(image_size)
-    scale_size = scale_size_of(crop_size, crop, resize_size)
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"Unknown interpolation {interpolation!r}. Known: {', '.join(INTERPOLATIONS)}.")
-    height, width = resized_size((image.shape[0], image.shape[1]), scale_size, resize_mode)
-    resized = Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation])
-    return _crop_center(np.asarray(resized), crop_size)
+    height, width = resized_size((image.shape[0], image.shape[1]), preprocessing)
+    resized = Image.fromarray(image).resize((width, height), INTERPOLATIONS[preprocessing.interpolation])
+    return _crop_center(np.asarray(resized), preprocessing.size)
 
 
 def find_images(
@@ -259,44 +236,10 @@ def _check_image(image: np.ndarray) -> None:
     )
 
 
-def check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width)."""
-    sizes = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-    if len(sizes) != 2 or not all(is_positive_integer(size) for size in sizes):
-        raise ValueError(
-            f"Expected image_size to be a positive integer or (height, width), received "
-            f"{image_size!r}. Pass a number of pixels, such as 224 or (224, 320)."
-        )
-    return int(sizes[0]), int(sizes[1])
-
-
-def is_positive_integer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
-
-
-def scale_size_of(crop_size: tuple[int, int], crop: float, resize_size: int | None) -> tuple[int, int]:
-    """Return the (height, width) that the image is scaled to before the crop."""
-    is_number = isinstance(crop, int | float | np.number) and not isinstance(crop, bool)
-    if not is_number or not 0 < crop <= 1:
-        raise ValueError(
-            f"Expected crop in (0, 1], received {crop!r}. Pass the fraction of the resized image "
-            "that is kept, such as 0.875."
-        )
-    if resize_size is None:
-        return math.floor(crop_size[0] / crop), math.floor(crop_size[1] / crop)
-    if not is_positive_integer(resize_size):
-        raise ValueError(
-            f"Expected resize_size to be a positive integer or None, received {resize_size!r}. "
-            "Pass a number of pixels, such as 236."
-        )
-    return int(resize_size), int(resize_size)
-
-
-def resized_size(size: tuple[int, int], scale_size: tuple[int, int], resize_mode: str) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Return the (height, width) of the resized image, rounded as timm and torchvision do."""
-    if resize_mode not in RESIZE_MODES:
-        raise ValueError(f"Unknown resize_mode {resize_mode!r}. Known: {', '.join(RESIZE_MODES)}.")
-    if resize_mode == "squash":
+    scale_size = preprocessing.scale_size
+    if preprocessing.crop_mode == "squash":
         return scale_size
     height, width = size
     if scale_size[0] != scale_size[1]:

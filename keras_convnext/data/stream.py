@@ -15,27 +15,21 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The part of an endless stream of batches that is made.
+    """The part of an endless stream of batches that is made."""
 
-    Args:
-        start_batch: batches that are left out at the beginning: all made so far, to resume.
-        batches_per_epoch: after how many batches the next permutation begins; None for the most that an epoch
-            has. Gradient accumulation makes some fewer: whole multiples of its steps.
-        host: number of this host, from 0 on.
-        num_hosts: hosts that share each batch; host h has the h-th run of rows.
-    """
-
-    start_batch: int = 0
+    start_batch: int = 0  # batches left out at the beginning: all made so far, to resume
+    # After how many batches the next permutation begins; None for the most that an epoch has. Gradient
+    # accumulation makes some fewer: whole multiples of its steps.
     batches_per_epoch: int | None = None
-    host: int = 0
-    num_hosts: int = 1
+    host: int = 0  # number of this host, from 0 on
+    num_hosts: int = 1  # that share each batch; host h has the h-th run of rows
 
 
 class Order:
     """Which example stands at each place of the endless stream, and which places are those of one host.
 
-    A place counts the rows of all hosts. Of each batch, host h, from 0 on, has the h-th run of `rows_a_batch`
-    rows. The first `start_batch` batches are left out, and an example stands `repeats` times in succession.
+    A place counts the rows of all hosts. Of each batch, host h has the h-th run of `rows_a_batch` rows. Each
+    epoch of `batches_per_epoch` has its own permutation; an example stands `repeats` times in succession.
     """
 
     def __init__(

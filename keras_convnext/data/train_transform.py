@@ -19,13 +19,13 @@ from keras_convnext._settings import (
     key,
     one_of,
 )
-from keras_convnext.data import preprocess
+from keras_convnext.data.preprocessing import INTERPOLATIONS, is_positive_integer
 
 if TYPE_CHECKING:  # graphs, which TensorFlow makes; a recipe is checked without it
     from keras_convnext.data.blocks import Rows
     from keras_convnext.data.stream import Draws
 
-Interpolation = Annotated[str, one_of(preprocess.INTERPOLATIONS)]
+Interpolation = Annotated[str, one_of(INTERPOLATIONS)]
 POLICIES = ("none", "rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide")
 
 
@@ -216,7 +216,7 @@ class Mix:
         self.is_on = bool(augmentation.mixup or augmentation.cutmix)
         self.unit = 2 if self.is_on else 1
         mix_group = batch_size if mix_group is None else mix_group
-        if not preprocess.is_positive_integer(mix_group) or batch_size % mix_group or mix_group % self.unit:
+        if not is_positive_integer(mix_group) or batch_size % mix_group or mix_group % self.unit:
             raise ValueError(
                 f"Expected mix_group to divide the {batch_size} rows of a batch"
                 f"{' and to be even' if self.is_on else ''}, received {mix_group!r}."

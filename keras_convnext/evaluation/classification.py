@@ -17,17 +17,19 @@ from keras_convnext import _environment, predictor
 from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names, imagenet, sources
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import report
 from keras_convnext.evaluation.forward import run_model
 from keras_convnext.evaluation.result_columns import (
     data_settings,
     environment,
     model_settings,
-    preparation_settings,
+    preprocessing_settings,
 )
 from keras_convnext.evaluation.results import Result, append_result, check_complete, check_results_file
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
+from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -43,19 +45,15 @@ def evaluate(
     model: Any,
     data: str | os.PathLike[str] | Source,
     *,
-    weights: str | os.PathLike[str] | None = None,
     split: str | None = None,
-    labels: str | os.PathLike[str] | None = None,
     real_labels: str | os.PathLike[str] | bool | None = None,
-    preparation: str | dict[str, Any] | None = None,
-    image_size: int | None = None,
+    preprocessing: str | int | Preprocessing | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
     results: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     max_faults: float = 0.01,
-    host: int = 0,
-    num_hosts: int = 1,
+    share: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> Result:
     """Classifies the images of a data set and counts how often the model is right.
@@ -73,24 +71,22 @@ def evaluate(
 
     Args:
         model: a tag, an architecture (its ImageNet weights), a weight file, a `.keras` file, a file that
-            `export` wrote, which its own runtime runs, or a Keras model of (N, H, W, 3) pixels in 0..255.
+            `export` wrote, which its own runtime runs, or a Keras model of (N, H, W, 3) pixels in 0..255;
+            also what `weights.resolve.resolve` returned, such as of a tag and a weight file of one's own.
         data: a path, see `sources.open_source`, or what that returns.
-        weights: a weight file in place of the tag's own.
         split: split of `data`. Default: the validation split where the data has splits, else all.
-        labels: label file for a flat folder, see `sources.open_source`.
         real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of
             TensorFlow Datasets).
-        preparation: a tag whose preparation of images is used, or a dict with some of the arguments of
-            `preprocess.preprocess_image` in place of the tag's. For a Keras model and a `.keras` file, which
-            do not say how they were trained, the default is that function's.
-        image_size: side in pixels, in place of the tag's.
+        preprocessing: of the images in place of the model's own; or a tag whose preprocessing is used; or the
+            image size in pixels at which the model's own is. For a Keras model and a `.keras` file, which do
+            not say how they were trained, its own is the default of `Preprocessing`.
         batch_size: images in a batch of this host. Default 64. The last batch is filled up.
         limit: evaluate only that many examples, at equal distances in the data.
         results: CSV file to which a row is added, see `results.append_result`. Default: none.
         output: folder for the files of `report.write_reports`. Default: none.
         max_faults: share of the images that may be damaged, 0 to 1.
-        host: number of this host, 0 to num_hosts - 1.
-        num_hosts: hosts that evaluate a part of the data each; see `results.combine`.
+        share: number of this host, from 0 up, and of the hosts, which evaluate a part of the data each; see
+            `results.combine`.
         progress: whether to show progress on stderr.
 
     Returns:
@@ -108,14 +104,15 @@ def evaluate(
         result = evaluate("convnext_tiny.fb_in1k", "ILSVRC2012_img_val.tar", results="results.csv")
         result.top1, len(result.numbers)          # percent, 50000
     """
+    host, num_hosts = share
     _check_arguments(batch_size, limit, results, output, num_hosts)
     if results is not None:
         check_results_file(results)
     if output is not None:
         report.check_output(output)
     batches = import_batches()
-    source, split = _open_data(data, split, labels)
-    classifier = _open_model(model, weights, image_size, len(source.classes), preparation)
+    source, split = _open_data(data, split)
+    classifier = _open_model(model, len(source.classes), preprocessing)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
     columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
@@ -125,11 +122,11 @@ def evaluate(
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(
         source,
+        classifier.preprocessing,
         batch_size=batch_size,
         host=host,
         num_hosts=num_hosts,
         faults=faults,
-        **classifier.preparation,
     )
     shown = Progress("evaluation", -(-len(source) // num_hosts), is_wanted=progress)
     try:
@@ -232,50 +229,47 @@ def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
             raise ValueError(f"Expected {name} to be a positive integer or None, received {value!r}.")
     if num_hosts != 1 and (results is not None or output is not None):
         raise ValueError(
-            f"Expected results=None and output=None on one of num_hosts={num_hosts} hosts, whose figures are "
+            f"Expected results=None and output=None on one of {num_hosts} hosts, whose figures are "
             "of a part of the data. Call combine, then append_result and write_reports."
         )
 
 
-def _open_data(data, split, labels) -> tuple[Source, str | None]:
+def _open_data(data, split) -> tuple[Source, str | None]:
     """Returns the images and the name of their split; the validation split where the data has splits."""
     if isinstance(data, Source):
-        if labels is not None:
-            raise ValueError(f"Expected labels=None beside an open source, received {labels!r}.")
         return data, split
     if split is None and sources.list_splits(data):
         split = "validation"
-    return sources.open_source(data, split, labels=labels), split
+    return sources.open_source(data, split), split
 
 
-def _open_model(model, weights, image_size, num_classes, preparation) -> Predictor:
-    """Returns the model with the preparation of its images, `preparation` being what a caller changes."""
-    row = predictor.row_for(preparation) if isinstance(preparation, str) else None
-    default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
-    if isinstance(model, str | os.PathLike) and weights is None and runtimes.is_exported(model):
-        classifier = _open_exported(pathlib.Path(model), image_size, default_size)
-    elif isinstance(model, str | os.PathLike):
-        classifier = predictor.open_predictor(
-            os.fspath(model), weights, image_size=image_size, classes=num_classes, classifier_activation=None
+def _open_model(model, num_classes, preprocessing) -> Predictor:
+    """Returns the model with the preprocessing of its images, or what the caller passes in its place."""
+    image_size = given = tagged = None
+    if isinstance(preprocessing, Preprocessing):
+        image_size, given = preprocessing.image_size, preprocessing
+    elif isinstance(preprocessing, str):
+        tagged = resolve(preprocessing, None)
+        given = tagged.preprocessing
+    else:
+        image_size = preprocessing
+    is_named = isinstance(model, str | os.PathLike)
+    if is_named and is_path(model) and runtimes.is_exported(model):
+        path = pathlib.Path(model)
+        exported = runtimes.open_exported(path)
+        stored = exported.metadata.get("input", {}).get("preprocessing")
+        own = None if stored is None else Preprocessing(**stored)
+        opened = predictor.predictor_of(exported, str(path), image_size, given or own, path)
+    elif is_named or isinstance(model, ResolvedWeights):
+        opened = predictor.open_predictor(
+            model, image_size=image_size, classes=num_classes, classifier_activation=None
         )
     else:
-        if weights is not None:
-            raise ValueError(f"Expected weights=None beside a Keras model, received {weights!r}.")
-        size = predictor.check_model(model, image_size, getattr(model, "name", repr(model)), default_size)
-        classifier = Predictor(model, {"image_size": size}, None, None)
-    if row is not None:
-        preparation = predictor.preparation(row, classifier.preparation["image_size"])
-    changed = classifier.preparation | (preparation or {})
-    predictor.check_model(classifier.model, changed["image_size"], "the model")
-    return dataclasses.replace(classifier, preparation=changed)
-
-
-def _open_exported(path: pathlib.Path, image_size, default_size) -> Predictor:
-    """A file that `export` wrote, with the preparation that is stored in it."""
-    exported = runtimes.open_exported(path)
-    prepared = exported.metadata.get("input", {}).get("preparation", {})
-    size = predictor.check_model(exported, image_size, str(path), default_size)
-    return Predictor(exported, {**prepared, "image_size": size}, None, path)
+        opened = predictor.predictor_of(model, getattr(model, "name", repr(model)), image_size, given)
+    size = opened.preprocessing.image_size
+    if tagged is not None:
+        given = tagged.preprocessing_at(size)
+    return opened if given is None else dataclasses.replace(opened, preprocessing=given.at(size))
 
 
 def _synsets(classes: Sequence[str]) -> list[str]:
@@ -312,7 +306,7 @@ def _settings(classifier: Predictor, source: Source, split, outputs: str, batch_
         **model_settings(classifier),
         **environment(),
         **data_settings(source, split),
-        **preparation_settings(classifier),
+        **preprocessing_settings(classifier.preprocessing),
         "outputs": outputs,
         "batch_size": str(batch_size),
     }

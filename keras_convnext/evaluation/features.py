@@ -25,15 +25,14 @@ from typing import Annotated, Any
 import keras
 import numpy as np
 
-from keras_convnext import models, predictor
+from keras_convnext import predictor
 from keras_convnext._files import replacing_file
 from keras_convnext._settings import Count, FromZero, InsideOne, Settings, Share, key, one_of
 from keras_convnext._terminal import Progress
-from keras_convnext.data import preprocess, sources
+from keras_convnext.data import sources
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 from keras_convnext.evaluation import classification, forward, result_columns
-from keras_convnext.predictor import Predictor
-from keras_convnext.weights import keras_files, layouts, locate, published, resolve
 
 _CACHE_VERSION = 1
 TRAIN_BLOCK = 65536
@@ -65,14 +64,14 @@ class FeatureSettings(Settings):
         0.2,
     )
     image_size: FromZero = key("side in pixels; 0 for that of the weights", 0)
-    crop: Share = key("as in `preprocess.preprocess_image`; 0 for that of the weights", 0.0)
-    resize_mode: Annotated[str, one_of((*preprocess.RESIZE_MODES, ""))] = key(
+    crop: Share = key("`crop_fraction` of `Preprocessing`; 0 for that of the weights", 0.0)
+    resize_mode: Annotated[str, one_of((*RESIZE_MODES, ""))] = key(
         'shorter_side or squash; "" for that of the weights', ""
     )
     resize_size: FromZero = key(
         "pixels; 0 for that of the weights, or where a key above is set, from the crop", 0
     )
-    interpolation: Annotated[str, one_of((*preprocess.INTERPOLATIONS, ""))] = key(
+    interpolation: Annotated[str, one_of((*INTERPOLATIONS, ""))] = key(
         'bicubic or bilinear; "" for that of the weights', ""
     )
     batch_size: Count = key("images of one forward pass", 64)
@@ -120,7 +119,7 @@ class FeatureResult:
 
     Attributes:
         settings: the `NearestNeighbours` or `LinearProbe` of the evaluation.
-        environment: text by the columns of results.csv that describe model, data, preparation and machine.
+        environment: text by the columns of results.csv that describe model, data, preprocessing and machine.
         scores: one for each number of neighbours, or for each learning rate, in the order of the settings.
         top1, top5: in percent; of k-NN those of 20 neighbours, else of the first number; of a probe those of
             the classifier trained on all training images with the chosen rate.
@@ -184,7 +183,7 @@ class FeatureResult:
 def extract_features(
     model: Any,
     source: Source,
-    preparation: dict[str, Any],
+    preprocessing: Preprocessing,
     *,
     batch_size: int = 64,
     cache: str | os.PathLike[str] | None = None,
@@ -199,10 +198,10 @@ def extract_features(
     Args:
         model: `keras.Model` of (N, H, W, 3 or 1) pixels in 0..255 to (N, C).
         source: what `sources.open_source` returns.
-        preparation: arguments of `preprocess.preprocess_image`; with "image_size".
+        preprocessing: how images are prepared.
         batch_size: images of one forward pass.
-        cache: folder in which features are kept, one file for each model, source and preparation. The name of
-            a file says of what it is, so that those of another model, of changed images, another order or
+        cache: folder in which features are kept, one file for each model, source and preprocessing. The name
+            of a file says of what it is, so that those of another model, of changed images, another order or
             another backend are never taken. A damaged file is made again.
         max_faults: share of the images that may be damaged, 0 to 1.
         progress: whether to show progress on stderr.
@@ -217,13 +216,13 @@ def extract_features(
 
     Example:
         model = keras_convnext.load("convnext_atto.d2_in1k", include_top=False, pooling="avg")
-        extract_features(model, open_source("flowers"), {"image_size": 224}).features.shape
+        extract_features(model, open_source("flowers"), Preprocessing(224)).features.shape
     """
     batches = classification.import_batches()
-    _check_outputs_shape(model)
+    predictor.check_outputs(model, "the model", "features")
     path = None
     if cache is not None:
-        path = pathlib.Path(cache) / f"features-{_cache_key(model, source, preparation)}.npz"
+        path = pathlib.Path(cache) / f"features-{_cache_key(model, source, preprocessing)}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _read_cache(path)
         if kept is not None:
@@ -232,7 +231,7 @@ def extract_features(
             else:
                 return kept
     faults = batches.Faults(source, max_faults)
-    dataset = batches.eval_batches(source, batch_size=batch_size, faults=faults, **preparation)
+    dataset = batches.eval_batches(source, preprocessing, batch_size=batch_size, faults=faults)
     features, labels, numbers, count = [], [], [], 0
     try:
         with Progress("features", len(source), is_wanted=progress) as shown:
@@ -257,53 +256,6 @@ def extract_features(
     return result
 
 
-def open_backbone(name: str, weights: str = "", *, image_size: int = 0) -> Predictor:
-    """Builds the model that gives the features of a tag, an architecture or a file.
-
-    Args:
-        name: a tag, an architecture (its ImageNet weights), a weight file or a `.keras` file.
-        weights: a weight file in place of the model's own; a `.keras` file is a `name`.
-        image_size: side in pixels; 0 for that of the weights.
-
-    Returns:
-        `predictor.Predictor`, whose model ends in features (N, C).
-
-    Raises:
-        ValueError: the name is unknown or the file does not fit; the message tells.
-        FileNotFoundError: no such file.
-
-    Example:
-        open_backbone("convnext_tiny.fb_in1k").model.output_shape      # (None, 768)
-    """
-    if not weights and published.names_file(name):
-        name, weights = "", name
-    path = resolve.existing_file(weights) if weights else None
-    images = None if path is None else predictor.described(path, name)
-    if path is not None and path.suffix == ".keras":
-        return _open_keras_backbone(path, name, image_size)
-    if path is not None and not name:
-        if keras_files.is_bare(path):
-            raise ValueError(
-                f"{path} does not say which architecture it holds. Pass that as model, the file as weights."
-            )
-        state = resolve.read_file(path)
-        with resolve.naming(path):
-            name = layouts.find_variant(state).name
-    row = predictor.row_for(name)
-    size = image_size or (images or row).image_size
-    model = models.load(
-        name,
-        weights=path or "default",
-        include_top=False,
-        pooling="avg",
-        input_shape=(size, size, 3),
-    )
-    preparation = predictor.preparation(images or row, size)
-    if path is not None:
-        return Predictor(model, preparation, None, path)
-    return Predictor(model, preparation, row, locate.find_local(row))
-
-
 def both_features(settings, model, data, cache, max_faults, progress):
     """Returns the features and source of the training images, of those to classify, and the environment."""
     classification.import_batches()  # its absence is told before anything is downloaded
@@ -316,25 +268,24 @@ def both_features(settings, model, data, cache, max_faults, progress):
     if model is None:
         if not settings.model:
             raise ValueError("Expected a model, received model=''. Pass a tag, an architecture or a file.")
-        backbone = open_backbone(settings.model, settings.weights, image_size=settings.image_size)
-    else:
-        if settings.model or settings.weights:
-            raise ValueError(
-                f"Expected settings without model and weights beside a Keras model, received "
-                f"model={settings.model!r}, weights={settings.weights!r}."
-            )
-        model = without_classifier(model)
-        _check_outputs_shape(model)
-        size = predictor.check_model(model, settings.image_size or None, "the model")
-        backbone = Predictor(model, {"image_size": size}, None, None)
-    preparation = _changed_preparation(backbone.preparation, settings)
-    backbone = dataclasses.replace(backbone, preparation=preparation)
+    elif settings.model or settings.weights:
+        raise ValueError(
+            f"Expected settings without model and weights beside a Keras model, received "
+            f"model={settings.model!r}, weights={settings.weights!r}."
+        )
+    backbone = predictor.open_predictor(
+        settings.model if model is None else model,
+        settings.weights or None,
+        image_size=settings.image_size or None,
+        task="features",
+    )
+    preprocessing = _changed_preprocessing(backbone.preprocessing, settings)
     parts = [
         (
             extract_features(
                 backbone.model,
                 source,
-                preparation,
+                preprocessing,
                 batch_size=settings.batch_size,
                 cache=cache,
                 max_faults=max_faults,
@@ -348,7 +299,7 @@ def both_features(settings, model, data, cache, max_faults, progress):
         **result_columns.model_settings(backbone),
         **result_columns.environment(),
         **result_columns.data_settings(test_source, split),
-        **result_columns.preparation_settings(backbone),
+        **result_columns.preprocessing_settings(preprocessing),
         "batch_size": str(settings.batch_size),
     }
     return *parts, environment
@@ -376,38 +327,6 @@ def full_precision() -> Iterator[None]:
         yield  # PyTorch's default is full precision
 
 
-def without_classifier(model: Any) -> Any:
-    """Returns the part of a model of this package in front of its classifier; other models as they are.
-
-    Args:
-        model: `keras.Model`.
-
-    Returns:
-        `keras.Model` that shares the layers of `model`.
-    """
-    if not isinstance(model, models.ConvNeXt):
-        return model
-    names = {layer.name for layer in model.layers}
-    first = next((name for name in ("pre_logits", "head") if name in names), None)
-    if first is None:
-        return model
-    return keras.Model(model.input, model.get_layer(first).input, name=model.name)
-
-
-def _open_keras_backbone(path: pathlib.Path, name: str, image_size: int) -> Predictor:
-    try:
-        model = without_classifier(keras.saving.load_model(path, compile=False))
-    except Exception as error:  # damaged archives and unknown layers raise of many classes
-        raise ValueError(f"{path} could not be opened as a Keras model: {error}") from error
-    row = predictor.described(path, name) or (predictor.row_for(name) if name else None)
-    default_size = predictor.DEFAULT_SIZE if row is None else row.image_size
-    with resolve.naming(path):
-        _check_outputs_shape(model)
-    size = predictor.check_model(model, image_size or None, str(path), default_size)
-    preparation = {"image_size": size} if row is None else predictor.preparation(row, size)
-    return Predictor(model, preparation, None, path)
-
-
 def _open_parts(settings: Any) -> tuple[Source, Source, str]:
     """Returns the training images, those to classify, and which these are in words."""
     if not settings.data:
@@ -425,26 +344,17 @@ def _open_parts(settings: Any) -> tuple[Source, Source, str]:
     )
 
 
-def _changed_preparation(preparation: dict[str, Any], settings: Any) -> dict[str, Any]:
+def _changed_preprocessing(preprocessing: Preprocessing, settings: Any) -> Preprocessing:
+    """The preprocessing of the weights with what the settings change; `resize_size` goes with any of it."""
     names = ("crop", "resize_mode", "resize_size", "interpolation")
     changes = {name: getattr(settings, name) for name in names if getattr(settings, name)}
-    if changes and "resize_size" not in changes and preparation.get("resize_size") is not None:
-        changes["resize_size"] = None
-    return preparation | changes
+    if not changes:
+        return preprocessing
+    return Preprocessing.from_stored(**preprocessing.stored() | {"resize_size": None} | changes)
 
 
-def _check_outputs_shape(model: Any) -> None:
-    shape = getattr(model, "output_shape", None)
-    if not (isinstance(shape, tuple) and len(shape) == 2):
-        raise ValueError(
-            f"Expected a model that ends in features (N, C), received outputs {shape}. Build it with "
-            "include_top=False, pooling='avg'."
-        )
-
-
-def _cache_key(model: Any, source: Source, preparation: dict[str, Any]) -> str:
+def _cache_key(model: Any, source: Source, preprocessing: Preprocessing) -> str:
     """Returns a digest of all that features depend on."""
-    chosen = {"crop": 0.875, "resize_mode": "shorter_side", "resize_size": None, "interpolation": "bicubic"}
     facts = [
         _CACHE_VERSION,
         keras.backend.backend(),
@@ -452,7 +362,7 @@ def _cache_key(model: Any, source: Source, preparation: dict[str, Any]) -> str:
         _architecture_text(model),
         result_columns.digest_of_arrays(model),
         _source_digest(source),
-        chosen | preparation,
+        preprocessing.stored(),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
 

@@ -70,7 +70,7 @@ def nearest_neighbours(
             `settings.model`. A classifier of this package gives the features in front of its classifier.
         data: (training source, source to classify) in place of `settings.data` and its splits. The second has
             the classes of the first.
-        cache: folder in which features are kept; a second call with the same model, images and preparation
+        cache: folder in which features are kept; a second call with the same model, images and preprocessing
             takes them from there, and nothing else does. Default: none are kept.
         max_faults: share of the images that may be damaged, 0 to 1.
         progress: whether to show progress on stderr.

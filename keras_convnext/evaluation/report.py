@@ -15,6 +15,7 @@ from keras_convnext._files import replacing_file
 from keras_convnext._messages import shortened
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation.results import Result, percentage
 
 WORST_CLASSES = 10
@@ -171,7 +172,7 @@ def _draw_worst_classes(result: Result) -> bytes:
 
 def _thumbnail(source: Source, number: int) -> np.ndarray:
     image = preprocess.decode_image(source.read(number), source.name(number))
-    return preprocess.preprocess_image(image, image_size=_THUMBNAIL, crop=1.0)
+    return preprocess.preprocess_image(image, Preprocessing(_THUMBNAIL, crop_fraction=1.0))
 
 
 def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The columns of a row of results that name the model, the data, the preparation and the machine."""
+"""The columns of a row of results that name the model, the data, the preprocessing and the machine."""
 
 import collections
 import datetime
@@ -15,6 +15,7 @@ import PIL
 
 from keras_convnext import _environment
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
@@ -82,16 +83,13 @@ def data_settings(source: Source, split: str | None) -> dict[str, str]:
     }
 
 
-def preparation_settings(classifier: Predictor) -> dict[str, str]:
-    """Returns how images were prepared, with the defaults of `preprocess.preprocess_image`."""
-    chosen = {"crop": 0.875, "resize_mode": "shorter_side", "resize_size": None, "interpolation": "bicubic"}
-    chosen |= classifier.preparation
-    size = chosen.pop("image_size")
-    sides = size if isinstance(size, tuple) else (size, size)
-    text = str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}"
-    return {"image_size": text} | {
-        name: "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-        for name, value in chosen.items()
+def preprocessing_settings(preprocessing: Preprocessing) -> dict[str, str]:
+    """Returns how images were prepared."""
+    height, width = preprocessing.size
+    stored = preprocessing.stored()
+    return {"image_size": str(height) if height == width else f"{height}x{width}"} | {
+        name: "" if stored[name] is None else f"{stored[name]:.6g}" if name == "crop" else str(stored[name])
+        for name in ("crop", "resize_mode", "resize_size", "interpolation")
     }
 
 

@@ -83,7 +83,7 @@ def combine(parts: Sequence[Result]) -> Result:
     """Puts the results of all hosts together.
 
     Args:
-        parts: what `evaluate` returned with host 0, 1, ..., in any order. A `Result` can be pickled.
+        parts: what `evaluate` returned with the shares of all hosts, in any order. A `Result` can be pickled.
 
     Returns:
         `Result`, equal to that of one host but for `seconds`, the longest, and `images_per_second`, the sum.

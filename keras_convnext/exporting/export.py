@@ -20,6 +20,7 @@ import numpy as np
 
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, runtimes, writers
 
 
@@ -126,9 +127,8 @@ def export(
     calibration: Any = None,
     labels: Sequence[str] | None = None,
     licence: str | None = None,
-    preparation: dict[str, Any] | None = None,
-    tolerance: float | None = None,
-    check: bool = True,
+    preprocessing: Preprocessing | None = None,
+    check: bool | float = True,
     replace: bool = False,
 ) -> ExportResult:
     """Writes a model for another runtime, runs what was written, and compares it with the model.
@@ -155,11 +155,10 @@ def export(
             size, or what `calibration_images` takes. Default: crops of the package's photographs.
         labels: names of the classes, in order, stored with the file.
         licence: of the weights, stored with the file.
-        preparation: arguments of `preprocess.preprocess_image` for the SavedModel's signature "jpeg", stored
-            with every file. Default: shorter side, bicubic, 0.875.
-        tolerance: largest allowed difference relative to the model's largest output; default
-            `TOLERANCES[precision]`.
-        check: bool, whether to run the file and compare; without it nothing is measured.
+        preprocessing: how images are prepared: stored with every file, and done by the SavedModel's
+            signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`.
+        check: whether to run the file and compare, else nothing is measured; or as a number the largest
+            allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`.
         replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel
             and nothing else.
 
@@ -167,7 +166,7 @@ def export(
         `ExportResult`.
 
     Raises:
-        ExportError: the converter failed, or the file differs from the model by more than `tolerance`.
+        ExportError: the converter failed, or the file differs from the model by more than `check` allows.
         ValueError: an unknown format or precision, a model that is not built, sizes that do not fit.
         ImportError: a package that the format needs is missing; the message says what to install.
         FileExistsError: there is something at the path, and `replace` is False; or a folder with other
@@ -186,13 +185,17 @@ def export(
     if labels is not None and len(labels) != model.output_shape[-1]:
         raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
     _check_packages(format, row.packages_for(precision))
-    if check:
+    is_checked = check is not False
+    if is_checked:
         module, package = runtimes.RUNTIMES[format]
         _check_packages(format, {module: package})
     batch = _batch_size(batch_size, row)
     size = _image_size(model, image_size, row)
     model = deploy.in_float32(model)
-    images = _calibration_images(model, calibration, size) if check or precision == "int8" else None
+    preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
+    images = None
+    if is_checked or precision == "int8":
+        images = _calibration_images(model, calibration, preprocessing)
     with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as folder:
         written = pathlib.Path(folder, "written", path.name)
         written.parent.mkdir()
@@ -203,14 +206,14 @@ def export(
             batch_size=batch,
             image_size=size,
             calibration=None,
-            preparation=dict(preparation or {}),
+            preprocessing=preprocessing,
         )
         if precision == "int8":
             request = dataclasses.replace(request, calibration=_save_images(folder, images))
         _write(model, request, row, folder)
         comparison = _no_comparison()
-        if check:
-            limit = TOLERANCES[precision] if tolerance is None else tolerance
+        if is_checked:
+            limit = TOLERANCES[precision] if check is True else check
             comparison = _compare(_at_size(model, size), written, format, images, limit)
         _store_metadata(written, format, model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
@@ -342,13 +345,19 @@ def _image_size(model, image_size, row):
     return None if row.free_size else tuple(side or DEFAULT_SIZE for side in own)
 
 
-def _calibration_images(model, calibration, size):
+def _sized(preprocessing, model, size):
+    """The preprocessing for the size of the file; where a side is free, it keeps its own."""
+    own = size or model.input_shape[1:3]
+    return preprocessing.at(tuple(side or free for side, free in zip(own, preprocessing.size, strict=True)))
+
+
+def _calibration_images(model, calibration, preprocessing):
     channels = model.input_shape[3]
-    height, width = size or tuple(side or DEFAULT_SIZE for side in model.input_shape[1:3])
     if calibration is None or isinstance(calibration, (str, os.PathLike)):
         from keras_convnext.data.calibration import calibration_images  # not when the package is imported
 
-        return calibration_images(calibration, image_size=(height, width), channels=channels)
+        return calibration_images(calibration, preprocessing=preprocessing, channels=channels)
+    height, width = preprocessing.size
     images = np.asarray(calibration)
     if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (height, width, channels):
         raise ValueError(
@@ -458,7 +467,8 @@ def _compare(model, path, format, images, tolerance):
         raise ExportError(
             f"The {format} file differs from the model by {relative:.2g} of its largest output on "
             f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:g} is allowed. It was not "
-            "kept. Calibrate it with images of your own, choose another precision, or raise the tolerance."
+            "kept. Calibrate it with images of your own, choose another precision, or allow more: check= "
+            "(--tolerance)."
         )
     count = exported.input_shape[0] or 1
     batch, floats = images[:count], pixels[:count]
@@ -488,7 +498,7 @@ def _store_metadata(path, format, model, request, labels, licence):
             "dtype": "uint8" if request.precision == "int8" else "float32",
             "image_size": request.image_size,
             "batch_size": request.batch_size,
-            "preparation": request.preparation,
+            "preprocessing": _without_normaliser(request.preprocessing),
         },
         "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
         "precision": request.precision,
@@ -505,6 +515,12 @@ def _store_metadata(path, format, model, request, labels, licence):
         file = runtimes.metadata_file(path)
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
+
+
+def _without_normaliser(preprocessing):
+    """What an app does: the file normalises by itself."""
+    fields = dataclasses.asdict(preprocessing)
+    return {name: value for name, value in fields.items() if name not in ("mean", "std")}
 
 
 def _activation(model):

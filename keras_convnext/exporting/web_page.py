@@ -21,11 +21,9 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from keras_convnext import _environment, _files
 from keras_convnext._terminal import say
-from keras_convnext.data import preprocess
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import runtimes
 from keras_convnext.weights import locate
 
@@ -45,17 +43,11 @@ RUNTIME_FILES = {
     ),
 }
 MAX_MODEL_BYTES = 400_000_000  # a tab holds the model several times; tried up to 355 MB (ConvNeXt-Base)
-DEFAULT_SIZE = 224  # pixels, where neither the file nor its preparation says one
+DEFAULT_SIZE = 224  # pixels, where neither the file nor its preprocessing says one
 NPM_SECONDS = 600.0
 
 _PACKAGE = f"onnxruntime-web@{RUNTIME_VERSION}"
 _CHUNK_BYTES = 24_000_000  # of base64 in one element: a multiple of 3, and far below a string's limit
-_PREPARATION: dict[str, Any] = {
-    "crop": 0.875,
-    "resize_mode": "shorter_side",
-    "resize_size": None,
-    "interpolation": "bicubic",
-}
 _SOFTMAX_TO_TAKE = {"linear": True, "softmax": False, "sigmoid": False}
 
 
@@ -75,7 +67,7 @@ def write_page(
 
     Args:
         model_file: a `.onnx` file that `export` wrote, with its `<name>.metadata.json`. Where the file leaves
-            the image size free, the preparation's is used, else 224.
+            the image size free, that of its preprocessing is used, else 224.
         output: the `.html` file to write.
         runtime: `onnxruntime-web` as a folder or a `.tgz` file, of version `RUNTIME_VERSION`. Default: the
             cache folder (see `weights.locate`), to which npm fetches it at the first use.
@@ -194,19 +186,19 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
             f"Expected a classifier whose activation is {', '.join(_SOFTMAX_TO_TAKE)}. '{model_file}' has "
             f"{activation!r}."
         )
-    given = metadata["input"].get("preparation") or {}
-    image_size = metadata["input"]["image_size"] or given.get("image_size") or DEFAULT_SIZE
-    height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
-    preparation = _PREPARATION | {name: given[name] for name in _PREPARATION if name in given}
-    # Refuses what the page does not know either.
-    preprocess.preprocess_image(np.zeros((1, 1, 3), "uint8"), image_size=(height, width), **preparation)
+    given = metadata["input"].get("preprocessing") or {}
+    preprocessing = Preprocessing(**{"image_size": DEFAULT_SIZE} | given).at(metadata["input"]["image_size"])
+    height, width = preprocessing.size
     return {
         "height": height,
         "width": width,
         "channels": 1 if metadata["input"].get("colours") == "gray" else 3,
         "classes": metadata["output"]["classes"],
         "softmax": _SOFTMAX_TO_TAKE[activation],
-        "preparation": preparation,
+        "crop_fraction": preprocessing.crop_fraction,
+        "crop_mode": preprocessing.crop_mode,
+        "resize_size": preprocessing.resize_size,
+        "interpolation": preprocessing.interpolation,
     }
 
 

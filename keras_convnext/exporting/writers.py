@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_convnext.data.preprocessing import Preprocessing
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -25,7 +27,7 @@ class Request:
         batch_size: number of images, None for any.
         image_size: (height, width) in pixels, None for any.
         calibration: path of a `.npy` file, uint8 (n, H, W, C), for int8; else None.
-        preparation: arguments of `preprocess.preprocess_image`, for the signature that takes JPEG files.
+        preprocessing: of images, for the signature that takes JPEG files.
     """
 
     format: str
@@ -34,7 +36,7 @@ class Request:
     batch_size: int | None
     image_size: tuple[int, int] | None
     calibration: str | None
-    preparation: dict[str, Any]
+    preprocessing: Preprocessing
 
 
 def write(model: Any, request: Request) -> None:
@@ -55,7 +57,11 @@ def main() -> int:
     folder = pathlib.Path(request_path).parent
     values = json.loads(pathlib.Path(request_path).read_text())
     size = values["image_size"]
-    request = Request(**values | {"image_size": None if size is None else tuple(size)})
+    converted = {
+        "image_size": None if size is None else tuple(size),
+        "preprocessing": Preprocessing(**values["preprocessing"]),
+    }
+    request = Request(**values | converted)
     import keras
 
     model = keras.saving.load_model(folder / "model.keras", compile=False)
@@ -102,14 +108,7 @@ def _jpeg_signature(serve, shape, request):
     from keras_convnext.data import batches
 
     size = (shape[1], shape[2])
-    settings: dict[str, Any] = {
-        "crop": 0.875,
-        "resize_size": None,
-        "resize_mode": "shorter_side",
-        "interpolation": "bicubic",
-    }
-    settings |= {name: value for name, value in request.preparation.items() if name in settings}
-    transform = batches.EvalTransform(size, **settings)
+    transform = batches.EvalTransform(request.preprocessing.at(size))
 
     def prepare(content):
         return tf.ensure_shape(transform.with_tensorflow(content), (*size, 3))

@@ -17,10 +17,7 @@ from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import layouts
-from keras_convnext.weights.catalog import default_checkpoint
-from keras_convnext.weights.preprocessing_metadata import read_images
-from keras_convnext.weights.published import names_file
+from keras_convnext.weights.resolve import existing_file, is_path, resolve
 
 # Epochs that follow from the data are at least and at most so many times those of the recipe.
 LEAST_EPOCHS, MOST_EPOCHS = 1 / 4, 15
@@ -132,8 +129,8 @@ def _from_weights(own: Recipe, changed: Mapping[str, Any]) -> _Derived:
         derived |= {
             "model.image_size": (images.image_size, "of the weights"),
             "evaluation.eval_image_size": (size, "that of training"),
-            "evaluation.eval_crop": (images.crop, "of the weights"),
-            "evaluation.eval_resize_mode": (images.resize_mode, "of the weights"),
+            "evaluation.eval_crop": (images.crop_fraction, "of the weights"),
+            "evaluation.eval_resize_mode": (images.stored()["resize_mode"], "of the weights"),
             "evaluation.eval_resize_size": (images.resize_size or 0 if same else 0, "of the weights"),
             "evaluation.eval_interpolation": (images.interpolation, "of the weights"),
         }
@@ -168,19 +165,16 @@ def _facts(weights: str, architecture: str):
     The second is None for those of detectors and segmenters, whose images are no photos of one thing. None
     for names that are unknown, which the recipe's own check tells, and for files that are not there.
     """
-    if names_file(weights):
-        from keras_convnext.weights import resolve
-
-        path = pathlib.Path(weights).expanduser()
-        if not path.is_file():
+    if is_path(weights):
+        if not pathlib.Path(weights).expanduser().is_file():
             return None
-        name = layouts.find_variant(resolve.read_file(path)).name
-        return name, read_images(path) or default_checkpoint(name)
+        source = resolve(weights)
+        return source.variant.name, source.preprocessing
     try:
         row = published_row(weights, architecture)
     except ValueError:
         return None
-    return row.architecture, None if row.layout in ("mmdet", "mmseg") else row
+    return row.architecture, None if row.layout in ("mmdet", "mmseg") else row.preprocessing
 
 
 def _missing(values: Mapping[str, Any]) -> list[str]:
@@ -198,11 +192,9 @@ def _missing(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"data: {error}")
     for key in ("model.weights", "distillation.teacher"):
         value = values[key]
-        if isinstance(value, str) and value and names_file(value):
-            from keras_convnext.weights import resolve
-
+        if isinstance(value, str) and value and is_path(value):
             try:
-                resolve.existing_file(value)
+                existing_file(value)
             except (OSError, ValueError) as error:
                 problems.append(f"{key.rpartition('.')[2]}: {error}")
     return problems

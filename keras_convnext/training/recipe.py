@@ -5,7 +5,6 @@ A published recipe is a file of the folder `recipes`; the same values as a froze
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 import pydantic
@@ -24,12 +23,13 @@ from keras_convnext._settings import (
     one_of,
     toml_value,
 )
-from keras_convnext.data.preprocess import RESIZE_MODES
+from keras_convnext.data.preprocessing import RESIZE_MODES, Preprocessing
 from keras_convnext.data.train_transform import Augmentation, Interpolation
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.catalog import ALIASES, CHECKPOINTS, find_checkpoint
-from keras_convnext.weights.published import Checkpoint, names_file
+from keras_convnext.weights.published import Checkpoint
+from keras_convnext.weights.resolve import is_path
 
 # How a step is divided among devices, and the backend that does so; `distribution.choose` has the engines.
 ENGINES = {
@@ -129,6 +129,17 @@ class Evaluation(Settings):
     eval_resize_mode: Annotated[str, one_of(RESIZE_MODES)] = key("shorter_side or squash")
     eval_resize_size: FromZero = key("pixels after the resize; 0 for eval_image_size / eval_crop")
     eval_interpolation: Interpolation = key("bicubic or bilinear")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The same as a `Preprocessing`, with ImageNet's mean and standard deviation."""
+        return Preprocessing.from_stored(
+            image_size=self.eval_image_size,
+            crop=self.eval_crop,
+            resize_mode=self.eval_resize_mode,
+            resize_size=self.eval_resize_size or None,
+            interpolation=self.eval_interpolation,
+        )
 
 
 class Distillation(Settings):
@@ -277,9 +288,8 @@ def published_row(name: str, architecture: str | None = None) -> Checkpoint:
 
 def unknown_tag(name: str, value: str, architecture: str | None = None) -> Iterator[str]:
     """Gives what is wrong with a value that is no tag and no path of a weight file."""
-    if not value or names_file(value) or "/" in value or Path(value).exists():
-        return
     try:
-        published_row(value, architecture)
+        if value and not is_path(value):
+            published_row(value, architecture)
     except ValueError as error:
         yield f'{name}: expected a tag, the path of a weight file or "", received {value!r}. {error}'

@@ -18,7 +18,7 @@ import numpy as np
 from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import identity
-from keras_convnext.weights import published, resolve
+from keras_convnext.weights import resolve
 
 LOG_FILE = "log.csv"
 CURVES_FILE = "curves.png"
@@ -117,7 +117,7 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
     """Returns what decides the result; not the places of files, which may be moved between two starts."""
     values = {key: value for key, value in identity(recipe).items() if key != "source"}
     for key in ("weights", "teacher"):
-        if values[key] and published.names_file(values[key]):
+        if values[key] and resolve.is_path(values[key]):
             path = resolve.existing_file(values[key])
             values[key] = f"{path.name} of {path.stat().st_size} bytes"
     return values

@@ -45,12 +45,6 @@ def is_keras_applications(path) -> bool:
         return "layers/sequential/layers/conv2d/vars/0" in file and "layers/layer_scale" in file
 
 
-def is_bare(path) -> bool:
-    """Whether a file is an `.h5` of this package: weights without the model they belong to."""
-    path = pathlib.Path(path)
-    return path.suffix == ".h5" and not is_keras_applications(path)
-
-
 def read_keras_applications(path) -> dict[str, np.ndarray]:
     """The canonical state dict of a `keras.applications` ConvNeXt.
 

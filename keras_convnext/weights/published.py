@@ -1,11 +1,8 @@
 """`Checkpoint`: what the catalog says of one published weight file."""
 
-import os
-import pathlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from keras_convnext.data.preprocessing import Preprocessing
 
 # Endings of the weight files that the package reads; those of PyTorch it writes too.
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -108,6 +105,18 @@ class Checkpoint:
         return self.licence not in NON_COMMERCIAL_LICENCES
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """How images were prepared for the published scores."""
+        return Preprocessing.from_stored(**asdict(self))
+
+    def preprocessing_at(self, image_size: int | tuple[int, int] | None) -> Preprocessing:
+        """The same at another size; at `test_image_size` with the crop that timm recommends there."""
+        preprocessing = self.preprocessing.at(image_size)
+        if preprocessing.image_size == self.test_image_size != self.image_size and self.test_crop is not None:
+            return replace(preprocessing, crop_fraction=self.test_crop)
+        return preprocessing
+
+    @property
     def is_projection(self) -> bool:
         """Whether the last layer is the image projection of a CLIP tower, not a classifier."""
         return self.classes > 0 and self.dataset in ("laion2b", "laion_aesthetic")
@@ -116,8 +125,3 @@ class Checkpoint:
     def downloadable(self) -> bool:
         """Whether there is a place to get the file from; a `gated` one needs an account there."""
         return any(place is not None for place in (self.hub_id, self.url, self.packaged))
-
-
-def names_file(name: str) -> bool:
-    """Whether a name is that of a weight file rather than a tag or an architecture."""
-    return name.endswith(WEIGHT_SUFFIXES) or os.sep in name or pathlib.Path(name).is_file()

@@ -1,30 +1,341 @@
-"""Finds the file that `weights` means, and reads from it what a model takes."""
+"""What a name means, a tag, an architecture or a file, and what its weights hold: asked once, at the door.
+
+name, weights --resolve--> ResolvedWeights --values--> arrays under canonical names, for `assign`
+"""
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import logging
 import os
 import pathlib
+from typing import Any
 
-import keras
-
-from keras_convnext.weights import catalog, download, keras_files, layouts, locate, torch_files
-from keras_convnext.weights.assign import PYRAMID_NORMS, state_dict
-from keras_convnext.weights.published import WEIGHT_SUFFIXES
+from keras_convnext import _messages
+from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.variants import VARIANTS, Variant
+from keras_convnext.weights import catalog, download, layouts, locate, preprocessing_metadata
+from keras_convnext.weights.published import WEIGHT_SUFFIXES, Checkpoint
 
 _logger = logging.getLogger("keras_convnext")
 _announced_licences: set[str] = set()
 
+IMAGENET_CLASSES = 1000  # of random weights
 
-def is_path(weights):
-    """Whether `weights` is a path rather than a tag."""
-    return isinstance(weights, os.PathLike) or (
-        isinstance(weights, str)
-        and (weights.endswith(WEIGHT_SUFFIXES) or os.sep in weights or weights.startswith(("~", ".")))
-    )
+Name = str | os.PathLike[str]
 
 
-def existing_file(weights):
+@dataclasses.dataclass(frozen=True)
+class ResolvedWeights:
+    """The weights that a name means. Their file is found, downloaded and read when it is first asked for.
+
+    Attributes:
+        architecture: as named; None where the file tells.
+        tagged: the row of the catalog that was named: it says how images are prepared, whatever the weights.
+        published: the row that the weights are of; None for a file of one's own and for random weights.
+        file: a file of one's own.
+        is_imagenet: whether the word "imagenet" named them, which promises its classes.
+    """
+
+    architecture: Variant | None
+    tagged: Checkpoint | None = None
+    published: Checkpoint | None = None
+    file: pathlib.Path | None = None
+    is_imagenet: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        return self.published is None and self.file is None
+
+    @property
+    def row(self) -> Checkpoint | None:
+        """The row of the catalog that says how images are prepared, if any."""
+        return self.published or self.tagged
+
+    @functools.cached_property
+    def path(self) -> pathlib.Path:
+        """The file, downloaded when it is not here. A licence without commercial use is logged, once each."""
+        if self.file is not None:
+            return self.file
+        row = self.published
+        if row is None:
+            raise ValueError("Random weights have no file.")
+        if not row.commercial_use and row.licence not in _announced_licences:
+            _announced_licences.add(row.licence)
+            _logger.warning("The weights %s are licensed %s: not for commercial use.", row.tag, row.licence)
+        return download.fetch(row)
+
+    @functools.cached_property
+    def is_keras_applications(self) -> bool:
+        from keras_convnext.weights import keras_files
+
+        return self.path.suffix in (".h5", ".keras") and keras_files.is_keras_applications(self.path)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the file is an `.h5` of this package: weights without the model they belong to."""
+        return self.path.suffix == ".h5" and not self.is_keras_applications
+
+    @functools.cached_property
+    def state(self) -> layouts.StateDict:
+        """{name: array} of the file, in its own layout; models of this package in the canonical one.
+
+        Raises:
+            ValueError: for an `.h5` file of this package, which does not say what model it belongs to.
+        """
+        if self.is_bare:
+            raise ValueError(
+                f"{self.path} does not say which architecture it holds. Pass that as model, the file as "
+                "weights: load(architecture, weights=path). Or take the .keras file instead."
+            )
+        if self.path.suffix not in (".h5", ".keras"):
+            from keras_convnext.weights import torch_files
+
+            return torch_files.read_state_dict(self.path)
+        if self.is_keras_applications:
+            from keras_convnext.weights import keras_files
+
+            return keras_files.read_keras_applications(self.path)
+        import keras
+
+        from keras_convnext.weights import assign
+
+        return assign.state_dict(keras.saving.load_model(self.path, compile=False))
+
+    @functools.cached_property
+    def contents(self) -> layouts.Contents:
+        """Layout, classes and channels of the file."""
+        state = self.state
+        with _naming(self.path):
+            return layouts.inspect(state)
+
+    @functools.cached_property
+    def file_variant(self) -> Variant:
+        """The architecture that the arrays of the file are of."""
+        state = self.state
+        with _naming(self.path):
+            return layouts.find_variant(state)
+
+    @property
+    def variant(self) -> Variant:
+        return self.architecture or self.file_variant
+
+    @functools.cached_property
+    def stored(self) -> Preprocessing | None:
+        """How the file says that images are prepared; a tag says it instead."""
+        if self.file is None or self.tagged is not None:
+            return None
+        return preprocessing_metadata.read_preprocessing(self.file)
+
+    @property
+    def is_described(self) -> bool:
+        """Whether a tag or the file says how images are prepared."""
+        return self.row is not None or self.stored is not None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.preprocessing_at(None)
+
+    def preprocessing_at(self, image_size: int | tuple[int, int] | None) -> Preprocessing:
+        """How images of a size are prepared, None for the weights' own.
+
+        As the tag says, else the file, else the published weights of the architecture.
+        """
+        if self.stored is not None:
+            return self.stored.at(image_size)
+        row = self.row or catalog.default_checkpoint(self.variant.name)
+        return row.preprocessing_at(image_size)
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the classifier, 0 for none; of random weights those of the tag, else ImageNet's."""
+        if self.file is not None and not self.is_bare:
+            return self.contents.classes
+        return IMAGENET_CLASSES if self.row is None else self.row.classes
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether the last layer is the image projection of a CLIP tower, not a classifier."""
+        if self.row is not None and self.row.is_projection:
+            return True
+        return self.file is not None and not self.is_bare and self.contents.layout == "open_clip"
+
+    def starts_new_head(self, include_top: bool, classes: int, new_head: bool | None) -> bool:
+        """Whether the classifier starts fresh; an error where that would surprise. See the constructors."""
+        if not include_top:
+            return False
+        row = self.published
+        if row is None or row.classes == classes or new_head:
+            return bool(new_head)
+        promised = row.classes != 0 and (self.is_imagenet or classes == IMAGENET_CLASSES)
+        if new_head is False or promised:
+            raise ValueError(_wrong_classes(row.tag, row.classes, classes))
+        _logger.warning(
+            "%s: a new classifier for %d classes, with random weights, on the body of these weights.",
+            row.tag,
+            classes,
+        )
+        return True
+
+    def canonical(self) -> layouts.StateDict:
+        """All that the file holds of the architecture under canonical names: its own head and channels."""
+        contents = self.contents
+        shapes = layouts.weight_shapes(
+            self.variant, contents.classes, contents.channels, contents.pyramid_norms
+        )
+        headless = contents.classes == 0
+        may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
+        return self._read(shapes, may_lack, may_hold=("pre_logits",) if headless else ())
+
+    def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
+        """The weights of the file that a model of settled `ModelOptions` takes, under canonical names.
+
+        Raises:
+            ValueError: the file does not fit the model; the message names what is missing or wrong.
+        """
+        contents = self.contents
+        include_top, classes, pyramid_norms = options.include_top, options.classes, options.pyramid_norms
+        if include_top and not new_head and contents.classes != classes:
+            if contents.classes == 0:
+                raise ValueError(
+                    f"{self.path} has no classifier, and include_top=True asks for one. Pass "
+                    "include_top=False for the features, or new_head=True to start a classifier of your own "
+                    "on them."
+                )
+            raise ValueError(_wrong_classes(self.path, contents.classes, classes))
+        shapes = layouts.weight_shapes(
+            variant, classes if include_top else 0, options.input_shape[-1], pyramid_norms
+        )
+        may_lack: tuple[str, ...] = ()
+        may_hold: tuple[str, ...] = () if include_top else ("head", "pre_logits")
+        if include_top and new_head:
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith("head.")}
+            may_hold = ("head",)
+        if contents.classes == 0:
+            may_lack = ("pre_logits.",)
+            if not contents.final_norm:
+                may_lack += ("norm.", "norm_pre.")
+        if pyramid_norms:
+            may_hold += ("norm", "norm_pre")
+            if not contents.any_pyramid_norm:
+                may_lack += ("norm0.", "norm1.", "norm2.", "norm3.")
+        return self._read(shapes, may_lack, may_hold)
+
+    def _read(self, shapes, may_lack, may_hold):
+        """`layouts.read`, with the file named in errors and what it lacks in the log."""
+        state = self.state
+        with _naming(self.path):
+            values = layouts.read(state, shapes, may_lack, may_hold)
+        lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
+        if lacking:
+            _logger.info("%s has no %s; it starts fresh.", self.path, ", ".join(lacking))
+        return values
+
+
+def resolve(
+    name: Name | Variant | ResolvedWeights | None, weights: Name | None = "default", task: str | None = None
+) -> ResolvedWeights:
+    """Finds out what a name and its weights mean. Nothing else in the package asks that.
+
+    Args:
+        name: a tag, an architecture, or a weight file, which says itself what it is of; None beside a file.
+            What was resolved before is returned as it is.
+        weights: "default" for the file of the tag (of an architecture: "imagenet"); None for random weights;
+            another tag, long or short; or a file, then a tag as name says how its images are prepared.
+        task: "classification" to refuse weights without a classifier; "features" where none is needed, so
+            that "imagenet" may be the smaller file without it; None for either.
+
+    Returns:
+        `ResolvedWeights`. Published weights are downloaded when `path` or what is in it is first asked for.
+
+    Raises:
+        ValueError: the name is unknown (near ones are listed), means a file as well as published weights, or
+            the weights have no classifier.
+        TypeError: `weights` is none of these.
+        FileNotFoundError: no such file.
+
+    Example:
+        resolve("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction      # 1.0
+    """
+    if isinstance(name, ResolvedWeights):
+        return name
+    named = None if name is None else meaning(name)
+    if isinstance(named, pathlib.Path):
+        if weights != "default":
+            raise ValueError(
+                f"Expected a tag or an architecture beside weights={str(weights)!r}, received the file "
+                f"'{named}'. Pass one of the two."
+            )
+        named, weights = None, named
+    tagged = named if isinstance(named, Checkpoint) else None
+    architecture = VARIANTS[named.architecture] if isinstance(named, Checkpoint) else named
+    if weights is not None and is_path(weights):
+        found = ResolvedWeights(architecture, tagged, file=existing_file(weights))
+    elif architecture is None:
+        if weights in (None, "default"):
+            raise ValueError("Expected a tag, an architecture or a weight file, received None.")
+        raise ValueError(
+            f"Expected an architecture beside weights={weights!r}, received {name!r}. Pass the full tag "
+            "alone, or a file as weights."
+        )
+    elif weights is None:
+        found = ResolvedWeights(architecture, tagged)
+    elif weights == "default" and tagged is not None:
+        found = ResolvedWeights(architecture, tagged, tagged)
+    else:
+        word = "imagenet" if weights == "default" else weights
+        published = _published(architecture, word, task)
+        found = ResolvedWeights(architecture, tagged, published, is_imagenet=word == "imagenet")
+    if task == "classification":
+        _check_classifier(found)
+    return found
+
+
+def meaning(name: Name | Variant) -> Variant | Checkpoint | pathlib.Path:
+    """What a name by itself means: an architecture, a row of the catalog, or the path of a file.
+
+    Raises:
+        ValueError: the name is unknown (near ones are listed), or means a file as well as published weights.
+    """
+    if isinstance(name, Variant):
+        return name
+    if is_path(name):
+        return pathlib.Path(name)
+    name = os.fspath(name)
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if "." not in name and name not in catalog.ALIASES:
+        raise ValueError(_messages.unknown("architecture", name, VARIANTS))
+    return catalog.find_checkpoint(name)
+
+
+def is_path(name: object) -> bool:
+    """Whether a name is that of a file, or a SavedModel, rather than of published weights or an architecture.
+
+    Raises:
+        ValueError: it is both; the message names the two readings.
+    """
+    if isinstance(name, os.PathLike):
+        return True
+    if not isinstance(name, str):
+        return False
+    if name.endswith(WEIGHT_SUFFIXES) or os.sep in name or name.startswith(("~", ".")):
+        return True
+    is_there = os.path.isfile(name) or os.path.isfile(os.path.join(name, "saved_model.pb"))
+    if name in ("default", "imagenet") or not is_there:
+        return False
+    known = [*VARIANTS, *catalog.ALIASES, *catalog.CHECKPOINTS]
+    readings = [other for other in known if name == other or other.endswith(f".{name}")]
+    if readings:
+        raise ValueError(
+            f"{name!r} means two things: the published {readings[0]!r}, and a file or model in this folder. "
+            f"Pass '.{os.sep}{name}' for the latter, or rename it."
+        )
+    return True
+
+
+def existing_file(weights: Name) -> pathlib.Path:
     """The path of a weight file that is there.
 
     Raises:
@@ -47,137 +358,43 @@ def existing_file(weights):
     return path
 
 
-def find_published(variant, weights, include_top):
-    """The published weights that "imagenet" or a tag means for an architecture, as `catalog.Checkpoint`."""
+def _published(variant: Variant, weights: object, task: str | None) -> Checkpoint:
+    """The row that "imagenet" or a tag means for an architecture."""
     if not isinstance(weights, str):
         raise TypeError(
             "weights must be None, 'imagenet', a tag or a path. Received: "
             f"{type(weights).__name__} {weights!r}"
         )
-    if weights == "imagenet" and not include_top and variant.name in catalog.IMAGENET_NOTOP:
+    if weights == "imagenet" and task == "features" and variant.name in catalog.IMAGENET_NOTOP:
         # The file without the top is smaller; one with it serves as well when it is here already.
-        without, full = catalog.IMAGENET_NOTOP[variant.name], catalog.IMAGENET[variant.name]
-        weights = full if _is_here(full) and not _is_here(without) else without
+        full = catalog.CHECKPOINTS[str(catalog.IMAGENET[variant.name])]
+        without = catalog.CHECKPOINTS[catalog.IMAGENET_NOTOP[variant.name]]
+        return full if _is_here(full) and not _is_here(without) else without
     return catalog.find_checkpoint(weights, architecture=variant.name)
 
 
-def find_file(published):
-    """The path of published weights, which are downloaded where they are not here yet.
-
-    A licence that forbids commercial use is logged, once each.
-    """
-    if not published.commercial_use and published.licence not in _announced_licences:
-        _announced_licences.add(published.licence)
-        _logger.warning(
-            "The weights %s are licensed %s: not for commercial use.", published.tag, published.licence
-        )
-    return download.fetch(published)
+def _is_here(row: Checkpoint) -> bool:
+    return locate.find_local(row) is not None
 
 
-def starts_new_head(published, weights, include_top, classes, new_head):
-    """Whether the classifier starts fresh; an error where that would surprise. See the constructors."""
-    if not include_top:
-        return False
-    if new_head is not None or published is None:
-        if new_head is False and published is not None and published.classes != classes:
-            raise ValueError(_wrong_classes(published.tag, published.classes, classes))
-        return bool(new_head)
-    if published.classes == classes:
-        return False
-    if published.classes != 0 and (weights == "imagenet" or classes == 1000):
-        raise ValueError(_wrong_classes(published.tag, published.classes, classes))
-    _logger.warning(
-        "%s: a new classifier for %d classes, with random weights, on the body of these weights.",
-        published.tag,
-        classes,
-    )
-    return True
-
-
-def read_file(path):
-    """{name: array} of any weight file, in its own layout; models of this package in the canonical one.
-
-    Raises:
-        ValueError: for an `.h5` file of this package, which does not say what model it belongs to.
-    """
-    if keras_files.is_bare(path):
-        raise ValueError(
-            f"{path} does not say which model its weights belong to. Load it with "
-            "keras_convnext.load(architecture, weights=path), or convert the .keras file instead."
-        )
-    if path.suffix not in (".h5", ".keras"):
-        return torch_files.read_state_dict(path)
-    if keras_files.is_keras_applications(path):
-        return keras_files.read_keras_applications(path)
-    return state_dict(keras.saving.load_model(path, compile=False))
-
-
-def inspect_state(state, path):
-    """`layouts.inspect` of what was read from a file; its errors name the file."""
-    with naming(path):
-        return layouts.inspect(state)
-
-
-def read_canonical(state, variant, path):
-    """All that a file holds of an architecture, under canonical names, with its own head and channels."""
-    contents = layouts.inspect(state)
-    shapes = layouts.weight_shapes(variant, contents.classes, contents.channels, contents.pyramid_norms)
-    headless = contents.classes == 0
-    may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
-    return _read(state, shapes, path, may_lack, may_hold=("pre_logits",) if headless else ())
-
-
-def read_for_model(state, variant, path, include_top, classes, channels, pyramid_norms, new_head):
-    """The weights of a file that a model takes, under canonical names, without the others."""
-    contents = inspect_state(state, path)
-    if include_top and not new_head and contents.classes != classes:
-        if contents.classes == 0:
-            raise ValueError(
-                f"{path} has no classifier, and include_top=True asks for one. Pass include_top=False for "
-                "the features, or new_head=True to start a classifier of your own on them."
-            )
-        raise ValueError(_wrong_classes(path, contents.classes, classes))
-    wanted_classes = classes if include_top else 0
-    shapes = layouts.weight_shapes(variant, wanted_classes, channels, pyramid_norms)
-    may_lack: tuple[str, ...] = ()
-    may_hold: tuple[str, ...] = ()
-    if include_top and new_head:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("head.")}
-        may_hold = ("head",)
-    if not include_top:
-        may_hold = ("head", "pre_logits")
-    if contents.classes == 0:
-        may_lack = ("pre_logits.",)
-        if not contents.final_norm:
-            may_lack += ("norm.", "norm_pre.")
-    if pyramid_norms:
-        may_hold += ("norm", "norm_pre")
-        if not contents.any_pyramid_norm:
-            may_lack += tuple(f"{norm}." for norm in PYRAMID_NORMS)
-    return _read(state, shapes, path, may_lack, may_hold)
+def _check_classifier(found: ResolvedWeights) -> None:
+    row = found.published
+    if row is not None and (row.is_projection or not row.classes):
+        instead = catalog.IMAGENET[row.architecture] or catalog.IMAGENET["convnext_tiny"]
+        what = f"gives {row.classes} features of CLIP, not classes" if row.classes else "has no classifier"
+        raise ValueError(f"{row.tag!r} {what}. Use weights that have one, for example {instead}.")
+    # A .keras file may hold any model, which whoever opens it checks.
+    if found.file is not None and found.file.suffix != ".keras" and not found.is_bare and not found.classes:
+        raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
 
 
 @contextlib.contextmanager
-def naming(path):
+def _naming(path):
     """Puts the file in front of an error about its contents."""
     try:
         yield
     except ValueError as error:
         raise type(error)(f"{path}: {error}") from None
-
-
-def _read(state, shapes, path, may_lack, may_hold):
-    """`layouts.read`, with the file named in errors and what it lacks in the log."""
-    with naming(path):
-        values = layouts.read(state, shapes, may_lack, may_hold)
-    lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
-    if lacking:
-        _logger.info("%s has no %s; it starts fresh.", path, ", ".join(lacking))
-    return values
-
-
-def _is_here(tag):
-    return locate.find_local(catalog.CHECKPOINTS[tag]) is not None
 
 
 def _wrong_classes(weights, available, classes):

@@ -66,6 +66,13 @@ def test_trainer_overhead_prints_both_times(capsys):
     assert "test_convnext, batch 2, 32 pixels" in out and "bare step" in out and "worst of 1:" in out
 
 
+def test_loading_compares_with_timm_and_another_checkout(capsys):
+    words = ["--architecture", "test_convnext2", "--rounds", "1", "--before", str(ROOT)]
+    assert load("loading").main(words) == 0
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert names == ["this checkout", "timm", "before"]
+
+
 @pytest.mark.once
 def test_speed_summary_draws_into_another_file(tmp_path, capsys):
     assert load("speed_summary").main(["--output", str(tmp_path / "x.png")]) == 0

@@ -10,7 +10,7 @@ import pytest
 
 import keras_convnext
 from keras_convnext.data import sources
-from keras_convnext.weights.preprocessing_metadata import ImageDescription
+from keras_convnext.data.preprocessing import Preprocessing
 
 ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = ROOT / "recipes" / "digits"
@@ -28,7 +28,7 @@ def weights(tmp_path_factory):
     keras.utils.set_random_seed(0)
     model = keras_convnext.load("test_convnext", None, classes=7, include_preprocessing=False)
     path = tmp_path_factory.mktemp("weights") / "x.safetensors"
-    return keras_convnext.save_weights(model, path, "timm", ImageDescription(32, crop=1.0))
+    return keras_convnext.save_weights(model, path, "timm", Preprocessing(32, crop_fraction=1.0))
 
 
 def names(source):

@@ -23,6 +23,7 @@ from keras_convnext.cli import main, shared
 from keras_convnext.cli import predict as predict_module
 from keras_convnext.cli.predict import Classifier
 from keras_convnext.data.preprocess import preprocess_image, read_image
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog, layouts, safetensors_files
 from keras_convnext.weights.catalog import CHECKPOINTS, IMAGENET, list_weights
@@ -237,7 +238,7 @@ def test_predict_reports_what_it_cannot_read_and_goes_on(run, weights_folder, tm
 def test_predict_shows_its_progress_to_a_terminal_only(run, monkeypatch, tmp_path):
     for number in range(21):
         Image.new("RGB", (2, 2)).save(tmp_path / f"{number:02}.png")
-    classifier = Classifier(None, {}, ["black"], [], False)
+    classifier = Classifier(None, ["black"], [], False)
     monkeypatch.setattr(predict_module, "_load_classifier", lambda _: classifier)
     monkeypatch.setattr(Classifier, "__call__", lambda _, images: np.ones((len(images), 1), "float32"))
     assert run("predict", tmp_path, "--json")[2] == ""
@@ -330,7 +331,7 @@ def test_predict_opens_a_fine_tuned_keras_model(run, refused, tmp_path):
     path = tmp_path / "tuned.keras"
     model.save(path)
     (tmp_path / "tuned.keras.labels.txt").write_text("ash\nbeech\ncedar\n")
-    image = preprocess_image(read_image(PHOTOGRAPHS[0]), image_size=64)
+    image = preprocess_image(read_image(PHOTOGRAPHS[0]), Preprocessing(64))
     logits = np.asarray(model.predict_on_batch(image[None]), "float64")[0]
     expected = np.exp(logits) / np.exp(logits).sum()
     assert np.ptp(expected) > 0.05

@@ -14,6 +14,7 @@ from PIL import Image
 from keras_convnext.data import eval_image, sources
 from keras_convnext.data.batches import eval_batches, steps_per_epoch, train_batches
 from keras_convnext.data.faults import DataError, Faults
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.stream import Part
 from keras_convnext.data.train_transform import Augmentation
 
@@ -60,9 +61,10 @@ def sound(tmp_path_factory, folder):
 
 def evaluated(source, **options):
     """Returns (number, label, mask, image) of all rows."""
-    options = {"image_size": 32, "batch_size": 8, "faults": Faults(source, 1.0), **options}
+    preprocessing = Preprocessing(options.pop("image_size", 32))
+    options = {"batch_size": 8, "faults": Faults(source, 1.0), **options}
     rows = []
-    for batch in eval_batches(source, **options):
+    for batch in eval_batches(source, preprocessing, **options):
         batch = {name: values.numpy() for name, values in batch.items()}
         rows += zip(batch["numbers"], batch["labels"], batch["mask"], batch["images"], strict=True)
     return rows
@@ -314,7 +316,7 @@ def test_tensorflow_leaves_the_gpu_to_another_backend(sound, monkeypatch):
     monkeypatch.setattr(tf.config, "set_visible_devices", lambda *arguments: calls.append(arguments))
     for backend, expected in (("tensorflow", []), ("jax", [([], "GPU")])):
         monkeypatch.setattr(keras.config, "backend", lambda backend=backend: backend)
-        eval_batches(sound, image_size=32)
+        eval_batches(sound, Preprocessing(32))
         assert calls == expected
 
 

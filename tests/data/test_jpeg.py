@@ -14,6 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from keras_convnext.data import eval_image, preprocess
 from keras_convnext.data import jpeg as jpeg_module
 from keras_convnext.data.jpeg import _PILLOW_CHOOSES_ORDER, crop_box, plan_crop, random_resized_crop, resize
+from keras_convnext.data.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.once
 
@@ -109,7 +110,7 @@ def test_eval_image_takes_a_png_named_jpeg(tmp_path):
 
 def test_eval_image_takes_a_scale_size_below_the_crop():
     expected = preprocess.preprocess_image(
-        preprocess.read_image(IMAGES / "coffee.jpg"), image_size=224, resize_size=160
+        preprocess.read_image(IMAGES / "coffee.jpg"), Preprocessing(224, resize_size=160)
     )
     np.testing.assert_array_equal(eval_image(IMAGES / "coffee.jpg", 224, resize_size=160), expected)
     assert not expected[:20].any()  # padded
@@ -127,7 +128,7 @@ def test_eval_image_says_what_is_wrong(tmp_path):
         eval_image(content[: len(content) // 2], 224)
     with pytest.raises(ValueError, match=r"Unknown interpolation 'lanczos'\. Known: bicubic, bilinear"):
         eval_image(content, 224, interpolation="lanczos")
-    with pytest.raises(ValueError, match=r"Unknown resize_mode 'border'\. Known: shorter_side, squash"):
+    with pytest.raises(ValueError, match=r"Unknown crop_mode 'border'\. Known: center, squash"):
         eval_image(content, 224, crop_mode="border")
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from keras_convnext.data import preprocess
 from keras_convnext.data.preprocess import ImageError, find_images, preprocess_image, read_image
+from keras_convnext.data.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 
 pytestmark = pytest.mark.once
 
@@ -23,17 +24,17 @@ PHOTOGRAPH_FOLDERS = {
     "imagenet_samples": SHARED / "imagenet_samples" / "images",
 }
 
-# image_size, crop, resize_mode, interpolation
+# image_size, crop_fraction, crop_mode, interpolation
 TIMM_SETTINGS = [
-    (224, 0.875, "shorter_side", "bicubic"),
-    (224, 0.95, "shorter_side", "bicubic"),
-    (288, 1.0, "shorter_side", "bicubic"),
-    (160, 0.95, "shorter_side", "bicubic"),
-    (224, 0.875, "shorter_side", "bilinear"),
+    (224, 0.875, "center", "bicubic"),
+    (224, 0.95, "center", "bicubic"),
+    (288, 1.0, "center", "bicubic"),
+    (160, 0.95, "center", "bicubic"),
+    (224, 0.875, "center", "bilinear"),
     (384, 1.0, "squash", "bicubic"),
     (224, 0.9, "squash", "bilinear"),
-    ((192, 256), 0.9, "shorter_side", "bicubic"),
-    ((256, 161), 1.0, "shorter_side", "bilinear"),
+    ((192, 256), 0.9, "center", "bicubic"),
+    ((256, 161), 1.0, "center", "bilinear"),
     ((160, 224), 0.875, "squash", "bicubic"),
 ]
 # image_size, resize_size: torchvision's ConvNeXt tiny, small, base and large; then two that pad
@@ -56,15 +57,19 @@ SIZES = [
 ]
 
 
-def timm_preprocess(image, image_size, crop, resize_mode, interpolation):
+def prepare(image, **fields):
+    return preprocess_image(image, Preprocessing(**fields))
+
+
+def timm_preprocess(image, image_size, crop_fraction, crop_mode, interpolation):
     """Run timm's evaluation transform up to its conversion to a tensor."""
     from timm.data import create_transform
 
     transform = create_transform(
         image_size,
         is_training=False,
-        crop_pct=crop,
-        crop_mode={"shorter_side": "center", "squash": "squash"}[resize_mode],
+        crop_pct=crop_fraction,
+        crop_mode=crop_mode,
         interpolation=interpolation,
     )
     names = [type(step).__name__ for step in transform.transforms]
@@ -109,12 +114,12 @@ def photograph_paths(folder_name):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("settings", TIMM_SETTINGS, ids=str)
 def test_preprocess_image_equals_timm_on_noise(settings, size):
-    image_size, crop, resize_mode, interpolation = settings
-    result = preprocess_image(
+    image_size, crop_fraction, crop_mode, interpolation = settings
+    result = prepare(
         noise(*size),
         image_size=image_size,
-        crop=crop,
-        resize_mode=resize_mode,
+        crop_fraction=crop_fraction,
+        crop_mode=crop_mode,
         interpolation=interpolation,
     )
     expected = timm_preprocess(noise(*size), *settings)
@@ -127,9 +132,7 @@ def test_preprocess_image_equals_timm_on_noise(settings, size):
 @pytest.mark.parametrize("settings", TORCHVISION_SETTINGS, ids=str)
 def test_preprocess_image_equals_torchvision_on_noise(settings, size):
     image_size, resize_size = settings
-    result = preprocess_image(
-        noise(*size), image_size=image_size, resize_size=resize_size, interpolation="bilinear"
-    )
+    result = prepare(noise(*size), image_size=image_size, resize_size=resize_size, interpolation="bilinear")
     np.testing.assert_array_equal(result, torchvision_preprocess(noise(*size), *settings))
 
 
@@ -138,55 +141,53 @@ def test_preprocess_image_equals_timm_and_torchvision_on_photographs(folder_name
     for path in photograph_paths(folder_name):
         image = read_image(path)
         for settings in TIMM_SETTINGS[:7]:
-            image_size, crop, resize_mode, interpolation = settings
-            result = preprocess_image(
+            image_size, crop_fraction, crop_mode, interpolation = settings
+            result = prepare(
                 image,
                 image_size=image_size,
-                crop=crop,
-                resize_mode=resize_mode,
+                crop_fraction=crop_fraction,
+                crop_mode=crop_mode,
                 interpolation=interpolation,
             )
             expected = timm_preprocess(image, *settings)
             np.testing.assert_array_equal(result, expected, err_msg=f"{path.name} {settings}")
         for settings in TORCHVISION_SETTINGS:
             image_size, resize_size = settings
-            result = preprocess_image(
-                image, image_size=image_size, resize_size=resize_size, interpolation="bilinear"
-            )
+            result = prepare(image, image_size=image_size, resize_size=resize_size, interpolation="bilinear")
             expected = torchvision_preprocess(image, *settings)
             np.testing.assert_array_equal(result, expected, err_msg=f"{path.name} {settings}")
 
 
 def test_defaults_are_timm_defaults_with_bicubic():
     image = read_image(IMAGES / "rocket.jpg")
-    expected = timm_preprocess(image, 224, None, "shorter_side", "bicubic")
-    np.testing.assert_array_equal(preprocess_image(image, image_size=224), expected)
+    expected = timm_preprocess(image, 224, None, "center", "bicubic")
+    np.testing.assert_array_equal(prepare(image, image_size=224), expected)
 
 
 def test_resize_size_overrides_crop():
     image = noise(300, 400)
-    results = [preprocess_image(image, image_size=224, crop=crop, resize_size=236) for crop in (0.5, 1.0)]
+    results = [prepare(image, image_size=224, crop_fraction=crop, resize_size=236) for crop in (0.5, 1.0)]
     np.testing.assert_array_equal(*results)
 
 
 def test_padding_is_black_and_its_odd_pixel_is_last():
     image = np.full((300, 300, 3), 255, np.uint8)
-    result = preprocess_image(image, image_size=7, resize_size=4)
+    result = prepare(image, image_size=7, resize_size=4)
     expected = np.pad(np.full((4, 4, 3), 255), [(1, 2), (1, 2), (0, 0)])
     np.testing.assert_array_equal(result, expected)
 
 
 def test_preprocess_image_returns_a_writable_copy():
     image = noise(224, 224)
-    result = preprocess_image(image, image_size=224, crop=1.0)
+    result = prepare(image, image_size=224, crop_fraction=1.0)
     result[:] = 0
     np.testing.assert_array_equal(image, noise(224, 224))
 
 
 def test_preprocess_image_accepts_strided_views():
     image = noise(300, 400)[::-1, ::2]
-    expected = preprocess_image(np.ascontiguousarray(image), image_size=64)
-    np.testing.assert_array_equal(preprocess_image(image, image_size=64), expected)
+    expected = prepare(np.ascontiguousarray(image), image_size=64)
+    np.testing.assert_array_equal(prepare(image, image_size=64), expected)
 
 
 def naive_preprocess(
@@ -244,7 +245,7 @@ def test_one_wrong_choice_changes_pixels(content, size, change):
     if content == "photograph":
         photograph = Image.open(IMAGES / "chelsea.png")
         image = np.asarray(photograph.resize(size[::-1]))
-    result = preprocess_image(image, image_size=224, crop=0.95)
+    result = prepare(image, image_size=224, crop_fraction=0.95)
     np.testing.assert_array_equal(result, naive_preprocess(image))
     wrong = naive_preprocess(image, **change)
     difference = np.abs(result.astype(int) - wrong.astype(int))
@@ -430,7 +431,7 @@ def test_image_error_is_a_value_error():
 def value_error(**changes):
     arguments = {"image": noise(20, 30), "image_size": 16} | changes
     with pytest.raises(ValueError) as caught:
-        preprocess_image(arguments.pop("image"), **arguments)
+        prepare(arguments.pop("image"), **arguments)
     return str(caught.value)
 
 
@@ -467,8 +468,8 @@ def test_preprocess_image_rejects_bad_image_sizes(image_size):
 
 @pytest.mark.parametrize("crop", [0, -0.5, 1.0001, 87.5, math.nan, True, "0.9", None], ids=repr)
 def test_preprocess_image_rejects_crops_outside_zero_to_one(crop):
-    assert value_error(crop=crop) == (
-        f"Expected crop in (0, 1], received {crop!r}. Pass the fraction of the resized image that "
+    assert value_error(crop_fraction=crop) == (
+        f"Expected crop_fraction in (0, 1], received {crop!r}. Pass the fraction of the resized image that "
         "is kept, such as 0.875."
     )
 
@@ -481,16 +482,16 @@ def test_preprocess_image_rejects_bad_resize_sizes(resize_size):
     )
 
 
-def test_preprocess_image_names_the_known_resize_modes_and_interpolations():
-    assert value_error(resize_mode="center") == ("Unknown resize_mode 'center'. Known: shorter_side, squash.")
+def test_preprocess_image_names_the_known_crop_modes_and_interpolations():
+    assert value_error(crop_mode="border") == "Unknown crop_mode 'border'. Known: center, squash."
     assert value_error(interpolation="nearest") == (
         "Unknown interpolation 'nearest'. Known: bicubic, bilinear."
     )
 
 
 def test_preprocess_image_accepts_numpy_numbers():
-    arguments = {"image_size": np.int64(16), "crop": np.float32(0.5), "resize_size": np.int32(20)}
-    assert preprocess_image(noise(20, 30), **arguments).shape == (16, 16, 3)
+    arguments = {"image_size": np.int64(16), "crop_fraction": np.float32(0.5), "resize_size": np.int32(20)}
+    assert prepare(noise(20, 30), **arguments).shape == (16, 16, 3)
 
 
 def touch(path):
@@ -556,6 +557,6 @@ def test_find_images_reports_a_subfolder_it_may_not_list(tmp_path, monkeypatch):
 
 
 def test_documented_names_match_the_tables():
-    assert set(preprocess.INTERPOLATIONS) == {"bicubic", "bilinear"}
-    for name in (*preprocess.INTERPOLATIONS, *preprocess.RESIZE_MODES):
-        assert f'"{name}"' in preprocess_image.__doc__
+    assert tuple(preprocess.INTERPOLATIONS) == INTERPOLATIONS
+    for name in (*INTERPOLATIONS, *CROP_MODES):
+        assert f'"{name}"' in Preprocessing.__doc__

@@ -22,12 +22,14 @@ from keras_convnext import predictor
 from keras_convnext.data import imagenet, sources
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.preprocess import preprocess_image, read_image
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.sources import open_source
 from keras_convnext.evaluation import classification, report, result_columns, results
 from keras_convnext.evaluation.classification import evaluate, match_classes
 from keras_convnext.evaluation.forward import best_classes, label_ranks
 from keras_convnext.evaluation.results import COLUMNS, append_result, combine, read_results
 from keras_convnext.weights.catalog import CHECKPOINTS
+from keras_convnext.weights.resolve import resolve
 
 pytestmark = pytest.mark.one_backend
 
@@ -66,7 +68,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def logits(model, pictures):
     """What the model says, by `preprocess_image` and `predict_on_batch`."""
-    images = [preprocess_image(read_image(path), image_size=SIZE) for path in pictures]
+    images = [preprocess_image(read_image(path), Preprocessing(SIZE)) for path in pictures]
     return np.asarray(model.predict_on_batch(np.stack(images)), "float64")
 
 
@@ -133,7 +135,7 @@ def test_wrong_labels_and_pixels_change_the_scores(model, source, result, pictur
     """Negative controls: what the comparison above must see."""
     shifted = label_ranks_of(order, np.roll(result.labels, 1), result)
     assert shifted != result.ranks.tolist()
-    other = evaluate(model, source, batch_size=4, preparation={"crop": 0.5})
+    other = evaluate(model, source, batch_size=4, preprocessing=Preprocessing(SIZE, crop_fraction=0.5))
     assert other.ranks.tolist() != result.ranks.tolist()
     assert other.settings["crop"] == "0.5" and result.settings["crop"] == "0.875"
 
@@ -293,7 +295,7 @@ def test_too_many_damaged_images_are_an_error(model, pictures, tmp_path):
 
 
 def test_eight_hosts_evaluate_each_image_once(model, source, result):
-    parts = [evaluate(model, source, batch_size=4, host=host, num_hosts=8) for host in range(8)]
+    parts = [evaluate(model, source, batch_size=4, share=(host, 8)) for host in range(8)]
     assert sum(len(part.numbers) for part in parts) == 9
     assert len(parts[7].numbers) == 0 and np.isnan(parts[7].top1)
     parts = [pickle.loads(pickle.dumps(part)) for part in reversed(parts)]
@@ -316,8 +318,8 @@ def test_eight_hosts_evaluate_each_image_once(model, source, result):
 
 @pytest.mark.once
 def test_one_of_several_hosts_writes_no_files(tree):
-    with pytest.raises(ValueError, match=r"num_hosts=8 hosts.*Call combine, then append_result"):
-        evaluate("never", tree, num_hosts=8, results="never.csv")
+    with pytest.raises(ValueError, match=r"one of 8 hosts.*Call combine, then append_result"):
+        evaluate("never", tree, share=(0, 8), results="never.csv")
     with pytest.raises(ValueError, match="received none"):
         combine([])
 
@@ -528,27 +530,29 @@ def test_missing_packages_are_named_before_the_work_begins(model, tree, monkeypa
 @pytest.mark.once
 def test_a_tag_decides_how_images_are_prepared():
     def of(tag, size=None):
-        return tuple(predictor.preparation(CHECKPOINTS[tag], size).values())
+        prepared = CHECKPOINTS[tag].preprocessing_at(size)
+        crop, mode = prepared.crop_fraction, prepared.crop_mode
+        return prepared.image_size, crop, mode, prepared.resize_size, prepared.interpolation
 
-    assert of("convnext_tiny.fb_in1k") == (224, 0.875, "shorter_side", None, "bicubic")
-    assert of("convnext_tiny.fb_in1k", 288) == (288, 1.0, "shorter_side", None, "bicubic")
-    assert of("convnext_tiny.fb_in1k", 256) == (256, 0.875, "shorter_side", None, "bicubic")
+    assert of("convnext_tiny.fb_in1k") == (224, 0.875, "center", None, "bicubic")
+    assert of("convnext_tiny.fb_in1k", 288) == (288, 1.0, "center", None, "bicubic")
+    assert of("convnext_tiny.fb_in1k", 256) == (256, 0.875, "center", None, "bicubic")
     assert of("convnext_tiny.fb_in22k_ft_in1k_384") == (384, 1.0, "squash", None, "bicubic")
     size, _, *rest = of("convnext_tiny.torchvision_in1k")
-    assert (size, rest) == (224, ["shorter_side", 236, "bilinear"])
+    assert (size, rest) == (224, ["center", 236, "bilinear"])
     assert of("convnext_tiny.torchvision_in1k", 256)[3] is None
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="a child would write the file there")
 def test_an_exported_file_scores_as_the_model_does(model, source, result, tmp_path):
     path = tmp_path / "model.onnx" if keras.backend.backend() == "torch" else tmp_path / "model"
-    prepared = {"crop": 0.875, "resize_mode": "shorter_side"}
-    keras_convnext.export(model, path, preparation=prepared, licence="cc0-1.0")
+    keras_convnext.export(model, path, preprocessing=Preprocessing(SIZE), licence="cc0-1.0")
     exported = evaluate(str(path), source, batch_size=4)
     assert exported.ranks.tolist() == result.ranks.tolist()
     assert exported.settings["licence"] == "cc0-1.0" and exported.settings["dtype_policy"] == "float32"
     assert exported.settings["architecture"] == model.name and len(exported.settings["weights_sha256"]) == 64
-    squashed = evaluate(str(path), source, batch_size=4, preparation={"resize_mode": "squash", "crop": 1.0})
+    other = Preprocessing(SIZE, crop_fraction=1.0, crop_mode="squash")
+    squashed = evaluate(str(path), source, batch_size=4, preprocessing=other)
     assert squashed.ranks.tolist() != result.ranks.tolist()
 
 
@@ -561,9 +565,8 @@ def test_a_keras_file_and_a_weight_file_score_as_the_model_does(model, source, r
     squashed = evaluate(
         tmp_path / "weights.safetensors",
         source,
-        image_size=SIZE,
         batch_size=4,
-        preparation={"crop": 0.875, "resize_mode": "shorter_side"},
+        preprocessing=Preprocessing(SIZE),
     )
     assert squashed.ranks.tolist() == result.ranks.tolist()
     assert squashed.settings["architecture"] == "test_convnext"
@@ -579,14 +582,14 @@ def test_a_model_of_any_size_takes_that_of_the_tag(model, tmp_path):
     free.save(tmp_path / "free.keras")
 
     def sizes(*arguments):
-        return classification._open_model(*arguments).preparation["image_size"]
+        return classification._open_model(*arguments).preprocessing.image_size
 
-    assert sizes(free, None, None, 1000, None) == (224, 224)
-    assert sizes(free, None, None, 1000, tag) == (384, 384)
-    assert sizes(free, None, 96, 1000, tag) == (96, 96)
-    assert sizes(tag, tmp_path / "free.keras", None, 1000, None) == (384, 384)
-    assert sizes(model, None, None, 1000, tag) == (SIZE, SIZE)
-    assert classification._open_model(model, None, None, 1000, tag).preparation["resize_mode"] == "squash"
+    assert sizes(free, 1000, None) == 224
+    assert sizes(free, 1000, 96) == 96
+    assert sizes(free, 1000, tag) == 384
+    assert sizes(resolve(tag, tmp_path / "free.keras"), 1000, None) == 384
+    assert sizes(model, 1000, tag) == SIZE
+    assert classification._open_model(model, 1000, tag).preprocessing.crop_mode == "squash"
 
 
 @pytest.mark.once
@@ -610,16 +613,14 @@ def test_what_cannot_be_evaluated_is_refused(model, tree, tmp_path):
         evaluate("convnext_base.clip_laion2b", tree)
     with pytest.raises(ValueError, match="Did you mean 'convnext_tiny'"):
         evaluate("convnext_tinny", tree)
-    with pytest.raises(ValueError, match=r"architecture beside weights='fb_in1k', received 'x.y'"):
-        evaluate("x.y", tree, weights="fb_in1k")
-    with pytest.raises(ValueError, match=r"labels=None beside an open source, received 'x.csv'"):
-        evaluate(model, open_source(tree), labels="x.csv")
+    with pytest.raises(ValueError, match=r"Unknown weights 'x\.y'"):
+        evaluate("x.y", tree)
     with pytest.raises(ValueError, match="weights=None beside a Keras model"):
-        evaluate(model, tree, weights="x.safetensors")
+        predictor.open_predictor(model, "x.safetensors")
     with pytest.raises(ValueError, match=r"test_convnext takes images of 64 x 64.*image size 96"):
-        evaluate(model, tree, image_size=96)
-    with pytest.raises(ValueError, match="the model takes images of 64 x 64"):
-        evaluate(model, tree, preparation={"image_size": 96})
+        evaluate(model, tree, preprocessing=96)
+    with pytest.raises(ValueError, match="test_convnext takes images of 64 x 64"):
+        evaluate(model, tree, preprocessing=Preprocessing(96))
     body = keras.Model(model.input, model.layers[3].output, name="body")
     with pytest.raises(ValueError, match=r"ends in \(N, classes\). Received body, with outputs \(None, 16"):
         evaluate(body, tree)

@@ -20,14 +20,13 @@ import keras_convnext
 from keras_convnext.data import index, sources
 from keras_convnext.data.index import SourceError
 from keras_convnext.data.preprocess import preprocess_image, read_image
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.sources import open_source
 from keras_convnext.evaluation import features, forward
 from keras_convnext.evaluation import linear_probe as linear_probe_module
 from keras_convnext.evaluation.features import (
     Features,
     extract_features,
-    open_backbone,
-    without_classifier,
 )
 from keras_convnext.evaluation.linear_probe import (
     LinearProbe,
@@ -42,6 +41,7 @@ from keras_convnext.evaluation.nearest_neighbours import (
     nearest_neighbours,
     neighbour_ranks,
 )
+from keras_convnext.predictor import open_predictor, without_classifier
 from keras_convnext.weights import assign
 
 pytestmark = pytest.mark.one_backend
@@ -497,11 +497,11 @@ NEIGHBOURS = NearestNeighbours(image_size=SIZE, neighbours=(1, 5), validation_fr
 @pytest.mark.every_backend
 def test_features_are_those_in_front_of_the_classifier(model, backbone, folder):
     source = open_source(folder)
-    found = extract_features(backbone, source, {"image_size": SIZE}, batch_size=8)
+    found = extract_features(backbone, source, Preprocessing(SIZE), batch_size=8)
     assert found.features.shape == (36, 128) and found.features.dtype == np.float32
     assert found.labels.tolist() == source.labels.tolist()
     assert (found.numbers.tolist(), found.faults) == (list(range(36)), {})
-    images = [preprocess_image(read_image(path), image_size=SIZE) for path in source.files]
+    images = [preprocess_image(read_image(path), Preprocessing(SIZE)) for path in source.files]
     expected = model.predict_on_batch(np.stack(images))
     kernel, bias = (keras.ops.convert_to_numpy(weight) for weight in model.get_layer("head").weights)
     exponentials = np.exp(found.features @ kernel + bias)
@@ -565,60 +565,64 @@ def few(folder):
     return sources.take(open_source(folder), range(0, 36, 5))
 
 
-PREPARATION = {"image_size": SIZE}
+PREPROCESSING = Preprocessing(SIZE)
+
+
+def open_backbone(*arguments, **settings):
+    return open_predictor(*arguments, **settings, task="features")
 
 
 def test_kept_features_are_not_computed_again(backbone, few, tmp_path, count_runs):
     cache = tmp_path / "cache"
-    first = extract_features(backbone, few, PREPARATION, batch_size=8, cache=cache)
-    again = extract_features(backbone, few, PREPARATION, batch_size=8, cache=cache)
+    first = extract_features(backbone, few, PREPROCESSING, batch_size=8, cache=cache)
+    again = extract_features(backbone, few, PREPROCESSING, batch_size=8, cache=cache)
     assert len(count_runs) == 1
     np.testing.assert_array_equal(first.features, again.features)
     np.testing.assert_array_equal(first.labels, again.labels)
     np.testing.assert_array_equal(first.numbers, again.numbers)
-    # A preparation that is that of the default is the same one.
-    extract_features(backbone, few, PREPARATION | {"crop": 0.875}, batch_size=8, cache=cache)
+    # One that is the default is the same one.
+    extract_features(backbone, few, Preprocessing(SIZE, 0.875), batch_size=8, cache=cache)
     assert len(count_runs) == 1 == len(os.listdir(cache))
     # Another one is not, and without a folder nothing is kept.
-    extract_features(backbone, few, PREPARATION | {"crop": 0.9}, batch_size=8, cache=cache)
+    extract_features(backbone, few, Preprocessing(SIZE, 0.9), batch_size=8, cache=cache)
     assert len(count_runs) == 2 == len(os.listdir(cache))
-    extract_features(backbone, few, PREPARATION, batch_size=8)
+    extract_features(backbone, few, PREPROCESSING, batch_size=8)
     assert len(count_runs) == 3
 
 
 def test_kept_features_of_anything_else_are_not_taken(backbone, few, monkeypatch):
-    keys = [features._cache_key(backbone, few, PREPARATION)]
-    assert keys[0] == features._cache_key(backbone, few, PREPARATION)
-    for name, value in {"crop": 0.9, "image_size": 64, "interpolation": "bilinear"}.items():
-        keys.append(features._cache_key(backbone, few, PREPARATION | {name: value}))
+    keys = [features._cache_key(backbone, few, PREPROCESSING)]
+    assert keys[0] == features._cache_key(backbone, few, PREPROCESSING)
+    for name, value in {"crop_fraction": 0.9, "image_size": 64, "interpolation": "bilinear"}.items():
+        keys.append(features._cache_key(backbone, few, dataclasses.replace(PREPROCESSING, **{name: value})))
     backwards = sources.take(few, range(len(few))[::-1])
-    keys.append(features._cache_key(backbone, backwards, PREPARATION))
+    keys.append(features._cache_key(backbone, backwards, PREPROCESSING))
     other_classes = dataclasses.replace(few, classes=["a", "b", "c"])
-    keys.append(features._cache_key(backbone, other_classes, PREPARATION))
+    keys.append(features._cache_key(backbone, other_classes, PREPROCESSING))
     other_activation = keras.Sequential([backbone, keras.layers.Activation("relu")])
-    keys.append(features._cache_key(other_activation, few, PREPARATION))
+    keys.append(features._cache_key(other_activation, few, PREPROCESSING))
     weight = backbone.get_layer("norm").weights[1]
     before = keras.ops.convert_to_numpy(weight).copy()
     weight.assign(before + 1)
-    keys.append(features._cache_key(backbone, few, PREPARATION))
+    keys.append(features._cache_key(backbone, few, PREPROCESSING))
     weight.assign(before)
     with monkeypatch.context() as patch:
         patch.setattr(keras.backend, "backend", lambda: "another")
-        keys.append(features._cache_key(backbone, few, PREPARATION))
+        keys.append(features._cache_key(backbone, few, PREPROCESSING))
     path = few.files[few.file_numbers[0]]
     state = os.stat(path)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1000))
-    keys.append(features._cache_key(backbone, few, PREPARATION))
+    keys.append(features._cache_key(backbone, few, PREPROCESSING))
     assert len(set(keys)) == len(keys) == 10
 
 
 def test_a_damaged_file_of_features_is_made_again(backbone, few, tmp_path, count_runs):
-    first = extract_features(backbone, few, PREPARATION, batch_size=8, cache=tmp_path)
+    first = extract_features(backbone, few, PREPROCESSING, batch_size=8, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
     for runs, damaged in enumerate((content[:-200], b"", b"features"), 2):
         path.write_bytes(damaged)
-        again = extract_features(backbone, few, PREPARATION, batch_size=8, cache=tmp_path)
+        again = extract_features(backbone, few, PREPROCESSING, batch_size=8, cache=tmp_path)
         assert len(count_runs) == runs
         np.testing.assert_array_equal(first.features, again.features)
         assert path.read_bytes() == content  # in its place again, without a temporary file beside it
@@ -633,7 +637,7 @@ def test_features_for_which_there_is_no_space_are_still_returned(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    found = extract_features(backbone, few, PREPARATION, batch_size=8, cache=tmp_path)
+    found = extract_features(backbone, few, PREPROCESSING, batch_size=8, cache=tmp_path)
     assert len(found.labels) == len(few)
     assert "not kept" in (message := capsys.readouterr().err) and "No space left" in message
     assert os.listdir(tmp_path) == []
@@ -645,12 +649,12 @@ def test_a_damaged_image_is_left_out_and_named(backbone, tmp_path):
     source = open_source(tmp_path / "data")
     options = {"batch_size": 8, "cache": tmp_path / "cache"}
     for _ in range(2):  # computed, then kept
-        found = extract_features(backbone, source, PREPARATION, **options, max_faults=0.5)
+        found = extract_features(backbone, source, PREPROCESSING, **options, max_faults=0.5)
         assert found.numbers.tolist() == [0, 1, 2, 4, 5]
         assert found.labels.tolist() == source.labels[found.numbers].tolist()
         assert list(found.faults) == ["coffee/1.png"]
     with pytest.raises(ValueError, match="1 could not be decoded so far"):
-        extract_features(backbone, source, PREPARATION, **options)
+        extract_features(backbone, source, PREPROCESSING, **options)
 
 
 # Models
@@ -661,7 +665,7 @@ def test_weights_without_a_final_norm_give_the_normalised_mean_map(model, tmp_pa
     state = {name: np.asarray(value) for name, value in assign.state_dict(model).items()}
     headless = {name: value for name, value in state.items() if not name.startswith(("norm.", "head."))}
     save_file(headless, tmp_path / "body.safetensors")
-    opened = open_backbone("test_convnext2", str(tmp_path / "body.safetensors"), image_size=SIZE)
+    opened = open_backbone("test_convnext2", tmp_path / "body.safetensors", image_size=SIZE)
     images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3)).astype(np.uint8)
     last_map = keras.Model(opened.model.input, opened.model.pyramid_outputs["P5"])(images)
     means = keras.ops.convert_to_numpy(last_map).mean(axis=(1, 2))
@@ -672,7 +676,7 @@ def test_weights_without_a_final_norm_give_the_normalised_mean_map(model, tmp_pa
     assert np.abs(found - means).max() > 0.1  # the mean map itself is something else
     assert opened.file == tmp_path / "body.safetensors" and opened.row is None
     # The file itself says which architecture it is.
-    assert open_backbone(str(tmp_path / "body.safetensors"), image_size=SIZE).model.name == "test_convnext2"
+    assert open_backbone(tmp_path / "body.safetensors", image_size=SIZE).model.name == "test_convnext2"
 
 
 @pytest.mark.once
@@ -681,14 +685,14 @@ def test_files_of_a_classifier_give_its_features(model, backbone, tmp_path):
     expected = keras.ops.convert_to_numpy(backbone(images))
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
-    whole = open_backbone(str(tmp_path / "model.keras"))
-    assert whole.preparation["image_size"] == (SIZE, SIZE)
-    bare = open_backbone("test_convnext2", str(tmp_path / "model.weights.h5"), image_size=SIZE)
+    whole = open_backbone(tmp_path / "model.keras")
+    assert whole.preprocessing == Preprocessing(SIZE)
+    bare = open_backbone("test_convnext2", tmp_path / "model.weights.h5", image_size=SIZE)
     for opened in (whole, bare):
         found = keras.ops.convert_to_numpy(opened.model(images))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"does not say which architecture it holds\. Pass that as model"):
-        open_backbone(str(tmp_path / "model.weights.h5"))
+        open_backbone(tmp_path / "model.weights.h5")
 
 
 @pytest.mark.once
@@ -773,7 +777,7 @@ def test_settings_out_of_range_are_refused(settings, values, message):
 
 @pytest.mark.once
 def test_a_crop_takes_the_place_of_a_published_resize_size():
-    published = {"image_size": 224, "crop": 0.95, "resize_size": 236}
-    changed = features._changed_preparation(published, NearestNeighbours(crop=0.5))
-    assert changed == {"image_size": 224, "crop": 0.5, "resize_size": None}
-    assert features._changed_preparation(published, NearestNeighbours()) == published
+    published = Preprocessing(224, 0.95, resize_size=236)
+    changed = features._changed_preprocessing(published, NearestNeighbours(crop=0.5))
+    assert changed == Preprocessing(224, 0.5)
+    assert features._changed_preprocessing(published, NearestNeighbours()) == published

@@ -12,8 +12,10 @@ from peers import reduced_depths
 
 from keras_convnext import deploy, models
 from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block, InferenceBlock
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting.deploy import deploy_for_litert, savings
 from keras_convnext.layers import normalization, pointwise
+from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import VARIANTS
 
 pytestmark = pytest.mark.one_backend
@@ -39,28 +41,24 @@ def pixels(shape=(3, 64, 64, 3), seed=0):
 
 
 @functools.cache
-def built(architecture, /, **settings):
+def built(architecture, /, mean=(0.48, 0.45, 0.4), **settings):
     """A small model with every weight random."""
     variant = VARIANTS[architecture]
     if architecture == "convnext_large_mlp":  # narrower, for the sake of time
         variant = dataclasses.replace(variant, dims=(24, 32, 40, 48))
     arguments = {
         "include_top": True,
-        "normaliser": ((0.48, 0.45, 0.4), (0.22, 0.23, 0.24)),
-        "input_tensor": None,
         "input_shape": (64, 64, 3),
-        "pooling": None,
         "classes": 7,
         "classifier_activation": None,
         "name": architecture,
         "drop_path_rate": 0.2,
-        "output_stride": 32,
-        "pyramid_norms": False,
-        "rematerialize": False,
         "seed": 0,
         **settings,
     }
-    model = models._assemble(dataclasses.replace(variant, depths=reduced_depths(architecture)), **arguments)
+    preprocessing = Preprocessing(64, mean=mean, std=(0.22, 0.23, 0.24))
+    variant = dataclasses.replace(variant, depths=reduced_depths(architecture))
+    model = models.assemble(variant, ModelOptions(**arguments), preprocessing)
     randomized(model)
     return model
 
@@ -111,7 +109,7 @@ def test_a_fold_that_forgets_a_weight_is_seen(name, weight, monkeypatch):
     model = built(name)
     expected = outputs(model, pixels())
     if weight == "normalization":
-        changed = built(name, normaliser=((0.48, 0.45, 0.5), (0.22, 0.23, 0.24)))
+        changed = built(name, mean=(0.48, 0.45, 0.5))
     else:
         changed = keras.models.clone_model(model)
         changed.set_weights(model.get_weights())

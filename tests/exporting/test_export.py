@@ -15,6 +15,7 @@ from test_deploy import pixels, randomized
 
 from keras_convnext import export, load
 from keras_convnext.data import calibration, preprocess
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import runtimes, writers
 from keras_convnext.exporting.export import FORMATS, ExportError
 
@@ -55,7 +56,7 @@ def small(name, **settings):
 
 @pytest.fixture(scope="module")
 def images():
-    return calibration.calibration_images(image_size=(64, 64), count=5)
+    return calibration.calibration_images(preprocessing=Preprocessing(64), count=5)
 
 
 def predicted(model, images):
@@ -151,7 +152,7 @@ def test_a_model_in_16_bits_is_written_in_float32(model, images, tmp_path):
 def test_signatures_take_bytes_floats_and_jpeg_files(model, tmp_path):
     import tensorflow as tf
 
-    export(model, tmp_path / "saved", preparation={"crop": 0.9}, check=False)
+    export(model, tmp_path / "saved", preprocessing=Preprocessing(64, crop_fraction=0.9), check=False)
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
     assert set(loaded.signatures) == {"serving_default", "float", "jpeg"}
     specs = {
@@ -161,7 +162,7 @@ def test_signatures_take_bytes_floats_and_jpeg_files(model, tmp_path):
     assert specs == {"serving_default": tf.uint8, "float": tf.float32, "jpeg": tf.string}
     files = [(IMAGES / name).read_bytes() for name in ("coffee.jpg", "rocket.jpg")]
     prepared = [
-        preprocess.preprocess_image(preprocess.decode_image(file, ""), image_size=64, crop=0.9)
+        preprocess.preprocess_image(preprocess.decode_image(file, ""), Preprocessing(64, crop_fraction=0.9))
         for file in files
     ]
     expected = predicted(model, np.stack(prepared))
@@ -284,7 +285,7 @@ def test_compact_writes_equal_arrays_once_and_changes_no_result(tmp_path):
     assert len(again) < 0.97 * len(plain)
     (tmp_path / "plain.tflite").write_bytes(plain)
     (tmp_path / "again.tflite").write_bytes(again)
-    images = calibration.calibration_images(image_size=(64, 64), count=2)
+    images = calibration.calibration_images(preprocessing=Preprocessing(64), count=2)
     results = [runtimes.open_exported(tmp_path / name)(images) for name in ("plain.tflite", "again.tflite")]
     np.testing.assert_array_equal(*results)
 
@@ -311,7 +312,7 @@ def test_a_fixed_batch_is_calibrated_with_as_many_images(tmp_path):
 def test_metadata_is_inside_the_litert_file(model, tmp_path):
     labels = [f"leaf {number}" for number in range(7)]
     path = tmp_path / "m.tflite"
-    export(model, path, labels=labels, licence="cc0-1.0", preparation={"crop": 1.0})
+    export(model, path, labels=labels, licence="cc0-1.0", preprocessing=Preprocessing(48, crop_fraction=1.0))
     with zipfile.ZipFile(path) as archive:
         metadata = json.loads(archive.read("metadata.json"))
         assert archive.read("labels.txt").decode().splitlines() == labels
@@ -323,7 +324,13 @@ def test_metadata_is_inside_the_litert_file(model, tmp_path):
         "dtype": "float32",
         "image_size": [64, 64],
         "batch_size": 1,
-        "preparation": {"crop": 1.0},
+        "preprocessing": {
+            "image_size": 64,
+            "crop_fraction": 1.0,
+            "interpolation": "bicubic",
+            "crop_mode": "center",
+            "resize_size": None,
+        },
     }
     assert metadata["output"] == {"classes": 7, "activation": "linear"}
     with pytest.raises(ValueError, match=r"Expected 7 labels.* 2"):
@@ -335,20 +342,24 @@ def test_metadata_is_inside_the_litert_file(model, tmp_path):
 
 @pytest.mark.once
 def test_default_images_are_the_same_each_time_and_differ():
-    first, second = (calibration.calibration_images(image_size=(48, 64), count=6) for _ in range(2))
+    first, second = (
+        calibration.calibration_images(preprocessing=Preprocessing((48, 64)), count=6) for _ in range(2)
+    )
     np.testing.assert_array_equal(first, second)
     assert first.shape == (6, 48, 64, 3) and first.dtype == np.uint8
     assert all(np.abs(first[0].astype(int) - other).mean() > 5 for other in first[1:])
-    assert calibration.calibration_images(image_size=(48, 64), count=2, channels=1).shape == (2, 48, 64, 1)
+    assert calibration.calibration_images(
+        preprocessing=Preprocessing((48, 64)), count=2, channels=1
+    ).shape == (2, 48, 64, 1)
 
 
 @pytest.mark.once
 def test_folder_and_file_of_images():
-    images = calibration.calibration_images(IMAGES, image_size=(32, 32), count=9)
+    images = calibration.calibration_images(IMAGES, preprocessing=Preprocessing(32), count=9)
     files = sorted(path for path in IMAGES.iterdir() if path.suffix != ".md")
-    expected = [preprocess.preprocess_image(preprocess.read_image(file), image_size=32) for file in files]
+    expected = [preprocess.preprocess_image(preprocess.read_image(file), Preprocessing(32)) for file in files]
     np.testing.assert_array_equal(images, np.stack(expected))
-    one = calibration.calibration_images(IMAGES / "coffee.jpg", image_size=(32, 32))
+    one = calibration.calibration_images(IMAGES / "coffee.jpg", preprocessing=Preprocessing(32))
     np.testing.assert_array_equal(one[0], expected[1])
 
 
@@ -359,7 +370,7 @@ def test_class_folders_are_read_at_any_depth(tmp_path):
         for number in range(3):
             image = Image.new("RGB", (40, 40), (number * 40, 0, 200 if name == "b" else 0))
             image.save(tmp_path / name / f"{number}.png")
-    images = calibration.calibration_images(tmp_path, image_size=(8, 8), count=4)
+    images = calibration.calibration_images(tmp_path, preprocessing=Preprocessing(8), count=4)
     assert [tuple(image[0, 0]) for image in images] == [(0, 0, 0), (80, 0, 0), (0, 0, 200), (80, 0, 200)]
 
 
@@ -368,11 +379,11 @@ def test_bad_sources_of_images_are_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "torn.jpg").write_bytes((IMAGES / "coffee.jpg").read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"torn\.jpg.* is truncated or corrupt"):
-        calibration.calibration_images(tmp_path / "images", image_size=(32, 32))
+        calibration.calibration_images(tmp_path / "images", preprocessing=Preprocessing(32))
     with pytest.raises(ValueError, match="nowhere"):
-        calibration.calibration_images(tmp_path / "nowhere", image_size=(32, 32))
+        calibration.calibration_images(tmp_path / "nowhere", preprocessing=Preprocessing(32))
     with pytest.raises(ValueError, match="count of calibration images from 1 up, received 0"):
-        calibration.calibration_images(image_size=(32, 32), count=0)
+        calibration.calibration_images(preprocessing=Preprocessing(32), count=0)
 
 
 # What is refused, and that nothing is left behind
@@ -453,7 +464,7 @@ def test_a_file_that_differs_is_not_kept(model, images, tmp_path):
     with pytest.raises(FileExistsError, match="is there already"):
         export(model, tmp_path / format, calibration=images)
     with pytest.raises(ExportError, match=r"differs from the model by .* is allowed. It was not kept"):
-        export(model, tmp_path / format, calibration=images, tolerance=0.0, replace=True)
+        export(model, tmp_path / format, calibration=images, check=0.0, replace=True)
     assert left_in(tmp_path) == [format]
     assert (tmp_path / format).read_text() == "old"
 

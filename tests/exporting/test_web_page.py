@@ -1,6 +1,7 @@
 """The page that classifies pictures: headless Chromium opens it from the disk, drops files and reads it."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from test_deploy import randomized
 import keras_convnext
 from keras_convnext import export, load
 from keras_convnext.data import preprocess
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import runtimes, web_page
 from keras_convnext.weights import locate
 
@@ -52,7 +54,7 @@ def exported(tmp_path_factory):
     kernel, bias = model.layers[-1].get_weights()
     logits = keras.ops.convert_to_numpy(model(pixels, training=False))
     model.layers[-1].set_weights([6 * kernel, bias - 6 * (logits - bias).mean(axis=0)])
-    export(model, path, labels=LABELS, licence="apache-2.0", preparation={"image_size": SIZE}, check=False)
+    export(model, path, labels=LABELS, licence="apache-2.0", preprocessing=Preprocessing(SIZE), check=False)
     return path
 
 
@@ -137,7 +139,8 @@ class Tab:
 
     def pixels(self, content, **settings):
         """What the page would give to a model, uint8 (H, W, C)."""
-        settings = {"channels": 3, "height": SIZE, "width": SIZE, **web_page._PREPARATION, **settings}
+        defaults = dataclasses.asdict(Preprocessing(SIZE))
+        settings = {"channels": 3, "height": SIZE, "width": SIZE, **defaults, **settings}
         found = self.tab.evaluate(
             """async ([content, settings]) => {
                 const bytes = Uint8Array.from(atob(content), (character) => character.charCodeAt(0));
@@ -163,7 +166,7 @@ def context(chromium):
 
 
 def prepared(photo):
-    return preprocess.preprocess_image(preprocess.read_image(photo), image_size=SIZE)
+    return preprocess.preprocess_image(preprocess.read_image(photo), Preprocessing(SIZE))
 
 
 def sidecar(path):
@@ -210,10 +213,10 @@ def test_a_dropped_photograph_gets_the_classes_that_python_finds(tab, exported):
 
 
 @needs_chromium
-def test_another_preparation_gives_other_probabilities(context, exported, runtime, tmp_path):
+def test_another_preprocessing_gives_other_probabilities(context, exported, runtime, tmp_path):
     copy = shutil.copy(exported, tmp_path)
     metadata = json.loads(sidecar(exported).read_text())
-    metadata["input"]["preparation"]["crop"] = 0.5
+    metadata["input"]["preprocessing"]["crop_fraction"] = 0.5
     sidecar(copy).write_text(json.dumps(metadata))
     other = Tab(context, web_page.write_page(copy, tmp_path / "other.html", runtime))
     for photo in PHOTOS[:3]:
@@ -401,7 +404,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_pixels_equal_those_of_python(name, tab):
     content = FILES[name]()
-    expected = preprocess.preprocess_image(preprocess.decode_image(content, name), image_size=SIZE)
+    expected = preprocess.preprocess_image(preprocess.decode_image(content, name), Preprocessing(SIZE))
     assert difference(tab.pixels(content), expected) == 0
 
 
@@ -410,22 +413,22 @@ def test_pixels_equal_those_of_python(name, tab):
     "settings",
     [
         {"interpolation": "bilinear"},
-        {"resize_mode": "squash"},
+        {"crop_mode": "squash"},
         {"resize_size": 70},
         {"resize_size": 41},  # smaller than the crop: black around it
-        {"crop": 1.0},
-        {"height": 64, "width": 90, "crop": 0.9},
-        {"height": 91, "width": 64, "crop": 0.9},
+        {"crop_fraction": 1.0},
+        {"height": 64, "width": 90, "crop_fraction": 0.9},
+        {"height": 91, "width": 64, "crop_fraction": 0.9},
     ],
 )
-def test_every_preparation_equals_that_of_python(settings, tab):
+def test_every_preprocessing_equals_that_of_python(settings, tab):
     content = PHOTOS[3].read_bytes()
     image = preprocess.decode_image(content, "")
     image_size = (settings.get("height", SIZE), settings.get("width", SIZE))
     arguments = {name: value for name, value in settings.items() if name not in ("height", "width")}
-    expected = preprocess.preprocess_image(image, image_size=image_size, **arguments)
+    expected = preprocess.preprocess_image(image, Preprocessing(image_size, **arguments))
     assert difference(tab.pixels(content, **settings), expected) == 0
-    plain = preprocess.preprocess_image(image, image_size=image_size, crop=0.6)
+    plain = preprocess.preprocess_image(image, Preprocessing(image_size, crop_fraction=0.6))
     assert difference(tab.pixels(content, **settings), plain) > 1
 
 
@@ -596,7 +599,7 @@ def test_only_models_that_a_page_can_show_are_taken(exported, tmp_path, monkeypa
         (lambda metadata: metadata["input"].update(batch_size=4), "takes 4: export it with --batch-size any"),
         (lambda metadata: metadata["output"].update(activation="relu"), "linear, softmax, sigmoid.*'relu'"),
         (
-            lambda metadata: metadata["input"]["preparation"].update(interpolation="lanczos"),
+            lambda metadata: metadata["input"]["preprocessing"].update(interpolation="lanczos"),
             r"Unknown interpolation 'lanczos'\. Known: bicubic, bilinear",
         ),
     )
@@ -620,7 +623,7 @@ def test_output_is_not_replaced_unasked(exported, tmp_path):
     assert page.read_text() == "mine" and sorted(tmp_path.iterdir()) == [page]
 
 
-def test_free_sizes_are_those_of_the_preparation(exported, tmp_path):
+def test_free_sizes_are_those_of_the_preprocessing(exported, tmp_path):
     def settings(**changes):
         metadata = json.loads(sidecar(exported).read_text())
         metadata["input"] |= changes
@@ -632,14 +635,10 @@ def test_free_sizes_are_those_of_the_preparation(exported, tmp_path):
 
     assert size() == (64, 64)
     assert size(image_size=[96, 64]) == (96, 64)
-    assert size(image_size=None, preparation={"image_size": 288}) == (288, 288)
-    assert size(image_size=None, preparation={}) == size(image_size=None, preparation=None) == (224, 224)
-    assert settings(preparation={"crop": 1.0})["preparation"] == {
-        "crop": 1.0,
-        "resize_mode": "shorter_side",
-        "resize_size": None,
-        "interpolation": "bicubic",
-    }
+    assert size(image_size=None, preprocessing={"image_size": 288}) == (288, 288)
+    assert size(image_size=None, preprocessing={}) == size(image_size=None, preprocessing=None) == (224, 224)
+    found = settings(preprocessing={"crop_fraction": 0.5})
+    assert (found["crop_fraction"], found["crop_mode"], found["resize_size"]) == (0.5, "center", None)
     assert (settings()["channels"], settings(colours="gray")["channels"]) == (3, 1)
 
 

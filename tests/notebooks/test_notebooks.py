@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import keras_convnext
-from keras_convnext.weights.preprocessing_metadata import ImageDescription
+from keras_convnext.data.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +95,7 @@ def stand_in(tmp_path_factory):
     head.set_weights([head.get_weights()[0], np.array([0, 0, 0, 2, 0, 0, 1], "float32")])
     path = tmp_path_factory.mktemp("weights") / "stand_in.safetensors"
     path.with_suffix(".labels.txt").write_text("zero\none\ntwo\nthree, drei\nfour\nfive\nsix\n")
-    return keras_convnext.save_weights(model, path, images=ImageDescription(64, crop=0.9))
+    return keras_convnext.save_weights(model, path, preprocessing=Preprocessing(64, crop_fraction=0.9))
 
 
 @RUNS

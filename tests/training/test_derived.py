@@ -113,13 +113,11 @@ def test_a_recipe_for_another_size_than_its_weights_keeps_it():
 
 @pytest.mark.once
 def test_a_weight_file_is_as_good_as_a_tag(tmp_path):
-    from keras_convnext.weights.preprocessing_metadata import ImageDescription
-
     model = keras_convnext.load("test_convnext2", None, classes=3, input_shape=(64, 64, 3))
     path = tmp_path / "mine.safetensors"
     row = default_checkpoint("test_convnext2")
-    images = ImageDescription(48, crop=0.9, mean=row.mean, std=row.std)
-    keras_convnext.save_weights(model, path, "timm", images=images)
+    prepared = keras_convnext.Preprocessing(48, crop_fraction=0.9, mean=row.mean, std=row.std)
+    keras_convnext.save_weights(model, path, "timm", preprocessing=prepared)
     values, _ = derived({"weights": str(path)})
     assert (values["architecture"], values["image_size"], values["eval_crop"]) == ("test_convnext2", 48, 0.9)
     with pytest.raises(ValueError, match=r"weights: No such weight file: .* Near names"):

@@ -19,6 +19,7 @@ import keras_convnext
 from keras_convnext import models, predictor
 from keras_convnext.cli import main
 from keras_convnext.data import batches, sources
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.train_transform import Augmentation
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import results
@@ -111,33 +112,33 @@ def test_a_run_leaves_log_curves_recipe_environment_and_weights(uninterrupted, f
 def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
     recipe = small()
     row = catalog.default_checkpoint("test_convnext")
-    expected = preprocessing_metadata.ImageDescription(
-        recipe.evaluation.eval_image_size, crop=1.0, mean=row.mean, std=row.std
-    )
+    size = recipe.evaluation.eval_image_size
+    expected = Preprocessing(size, crop_fraction=1.0, mean=row.mean, std=row.std)
     names = ("final.safetensors", "final.weights.h5", "final_ema.weights.h5", "best.weights.h5")
-    assert [preprocessing_metadata.read_images(uninterrupted / name) for name in names] == [expected] * 4
+    found = [preprocessing_metadata.read_preprocessing(uninterrupted / name) for name in names]
+    assert found == [expected] * 4
     opened = predictor.open_predictor(weights=uninterrupted / "final.safetensors")
-    assert opened.preparation["image_size"] == 32 and opened.model.input_shape == (None, 32, 32, 3)
+    assert opened.preprocessing == expected and opened.model.input_shape == (None, 32, 32, 3)
     bare = predictor.open_predictor("test_convnext", uninterrupted / "best.weights.h5", classes=10)
-    assert bare.preparation == opened.preparation
+    assert bare.preprocessing == opened.preprocessing
 
 
 @pytest.mark.once
 def test_training_goes_on_with_the_normaliser_of_its_weights(tmp_path):
     """Read, used for the model, and written again; without the key it is that of the architecture."""
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
-    given = preprocessing_metadata.ImageDescription(64, crop=0.9, mean=mean, std=std)
+    given = Preprocessing(64, crop_fraction=0.9, mean=mean, std=std)
     body = keras_convnext.load("test_convnext", None, classes=10, include_preprocessing=False)
     row = catalog.default_checkpoint("test_convnext")
     for images, expected in ((given, (mean, std)), (None, (row.mean, row.std))):
-        keras_convnext.save_weights(body, tmp_path / "x.safetensors", "timm", images=images)
+        keras_convnext.save_weights(body, tmp_path / "x.safetensors", "timm", preprocessing=images)
         recipe = small(weights=str(tmp_path / "x.safetensors"), eval_resize_size=40)
-        found, classes = classification.describe_weights(recipe)
-        assert (found, classes) == (images, 10)
-        written = classification.evaluated_images(recipe, found)
+        task = classification.Classification(recipe)
+        assert (task.source.stored, task.source.classes) == (images, 10)
+        written = task.preprocessing
         assert (written.mean, written.std) == expected
-        assert (written.image_size, written.crop, written.resize_size) == (32, 1.0, 40)
-        model, has_new_head = classification.build_model(recipe, 10, classes)
+        assert (written.image_size, written.crop_fraction, written.resize_size) == (32, 1.0, 40)
+        model, has_new_head = classification.build_model(recipe, 10, task.source)
         assert not has_new_head
         np.testing.assert_allclose(models.normaliser_of(model), expected, rtol=1e-6)
 
@@ -510,7 +511,7 @@ def test_the_optimizer_has_the_values_of_the_recipe():
     recipe = small(
         **rates, **values, layer_decay_groups="single", clip_norm=0.5, ema_decay=0.7, schedule_unit="epoch"
     )
-    student, _ = classification.build_model(recipe, num_classes=10, available=0)
+    student, _ = classification.build_model(recipe, num_classes=10)
     plan = run_state.Plan(16, 2, steps_per_epoch=4, total_steps=12, warmup_steps=5)
     made = classification.compile_model(recipe, student, plan).optimizer.get_config()
     schedule = made["learning_rate"]["config"]
@@ -543,8 +544,11 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
         pass
 
     def recording(name):
-        def make(source, **arguments):
-            received[name] = arguments
+        def make(source, *preprocessing, **arguments):
+            stored = [one.stored() for one in preprocessing]
+            received[name] = arguments | {
+                f"eval_{key}": value for one in stored for key, value in one.items()
+            }
             raise EnoughError
 
         return make
@@ -587,10 +591,12 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
         task.evaluate(None, data, engine, after_batch=lambda: None)
     training |= {"augmentation": Augmentation(**augmentation), "batch_size": 16}
     assert received["train_batches"]["part"].start_batch == 0
+    evaluation = {f"eval_{name}": value for name, value in evaluation.items()}
     for name, expected in (("train_batches", training), ("eval_batches", evaluation)):
         assert {key: received[name][key] for key in expected} == expected
 
 
+@pytest.mark.one_backend
 def test_smoke_recipe_reaches_its_accuracy(smoke_run):
     """`recipes/smoke.toml` by the command line: 97 % of 450 digits, on each backend, along the same curve."""
     assert smoke_run.code == 0

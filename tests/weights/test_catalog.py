@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from keras_convnext.weights.catalog import (
     ALIASES,
     CHECKPOINTS,
@@ -23,7 +24,7 @@ from keras_convnext.weights.catalog import (
     list_weights,
     read_rows,
 )
-from keras_convnext.weights.published import IMAGENET_MEAN, IMAGENET_STD, Checkpoint
+from keras_convnext.weights.published import Checkpoint
 
 pytestmark = pytest.mark.once
 

@@ -18,6 +18,7 @@ import keras_convnext
 from keras_convnext.cli.main import main
 from keras_convnext.data import preprocess
 from keras_convnext.data.class_names import class_names, find_class_list, synset_ids
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation.classification import match_classes
 from keras_convnext.predictor import open_predictor
 from keras_convnext.variants import VARIANTS
@@ -93,13 +94,7 @@ def test_packaged_weights_are_for_research(packaged):
 def test_classes_of_packaged_weights_have_names(packaged):
     opened = open_predictor(TAG)
     assert opened.class_list == "tiny_imagenet200"
-    assert opened.preparation == {
-        "image_size": 64,
-        "crop": 1.0,
-        "resize_mode": "shorter_side",
-        "resize_size": None,
-        "interpolation": "bicubic",
-    }
+    assert opened.preprocessing == Preprocessing(64, crop_fraction=1.0)
     # Data in another order are matched by their ids, not by their numbers.
     ids = synset_ids("tiny_imagenet200")
     columns, _ = match_classes([ids[7], ids[3]], 200, opened.class_list)
@@ -165,7 +160,7 @@ def test_shipped_weights_know_what_the_photographs_show(row, monkeypatch):
     ids = synset_ids(opened.class_list)
     first = []
     for name, right in RIGHT.items():
-        image = preprocess.preprocess_image(preprocess.read_image(PHOTOS / name), **opened.preparation)
+        image = preprocess.preprocess_image(preprocess.read_image(PHOTOS / name), opened.preprocessing)
         likeliest = np.argsort(-opened.model.predict(image[None], verbose=0)[0])[:5]
         found = [ids[number] for number in likeliest]
         assert right & set(found), (name, found)
@@ -227,8 +222,9 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
         < 0.01
     )
     assert record["runs"][0]["epochs"] == int(last[0]) == 1
-    described = preprocessing_metadata.read_images(file)
-    assert described == preprocessing_metadata.ImageDescription(record["image_size"], crop=1.0)
+    described = preprocessing_metadata.read_preprocessing(file)
+    half = (0.5, 0.5, 0.5)  # what the model of this architecture normalises with
+    assert described == Preprocessing(record["image_size"], crop_fraction=1.0, mean=half, std=half)
     recipe = (runs / "test_convnext2.digits.toml").read_text()
     assert os.sep + "tmp" not in recipe and 'data = ""' in recipe
     columns = [field.name for field in dataclasses.fields(catalog.Checkpoint)]

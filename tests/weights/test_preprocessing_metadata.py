@@ -15,14 +15,14 @@ from safetensors.numpy import save_file as save_safetensors
 
 import keras_convnext
 from keras_convnext import models, predictor
-from keras_convnext.evaluation import classification, features
+from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.evaluation import classification
 from keras_convnext.weights import preprocessing_metadata, safetensors_files
-from keras_convnext.weights.catalog import CHECKPOINTS, find_checkpoint
+from keras_convnext.weights.catalog import CHECKPOINTS, default_checkpoint, find_checkpoint
 from keras_convnext.weights.preprocessing_metadata import (
     KEY,
-    ImageDescription,
     from_json,
-    read_images,
+    read_preprocessing,
     to_json,
 )
 
@@ -30,23 +30,17 @@ PHOTO = pathlib.Path(__file__).parents[1] / "images" / "coffee.jpg"
 NAME = "test_convnext2"
 TAG = "test_convnext2.r160_in1k"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
-IMAGES = ImageDescription(
-    image_size=48,
-    crop=0.9,
-    resize_mode="squash",
-    resize_size=50,
-    interpolation="bilinear",
-    mean=MEAN,
-    std=STD,
-)
-PREPARATION = {
+IMAGES = Preprocessing(48, 0.9, "bilinear", "squash", resize_size=50, mean=MEAN, std=STD)
+STORED = {
     "image_size": 48,
     "crop": 0.9,
     "resize_mode": "squash",
     "resize_size": 50,
     "interpolation": "bilinear",
+    "mean": list(MEAN),
+    "std": list(STD),
 }
-DEFAULT_ROW = predictor.row_for(NAME)
+DEFAULT_ROW = default_checkpoint(NAME)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +61,10 @@ def files(model, tmp_path_factory):
     return folder / "said.safetensors", folder / "unsaid.safetensors"
 
 
+def open_backbone(*arguments, **settings):
+    return predictor.open_predictor(*arguments, **settings, task="features")
+
+
 def pixels(size=48):
     return np.random.default_rng(1).integers(0, 256, (2, size, size, 3)).astype("float32")
 
@@ -85,34 +83,34 @@ def outputs(model, images):
 @pytest.mark.once
 def test_descriptions_come_back_from_their_text():
     assert from_json(to_json(IMAGES), "x") == IMAGES
-    assert from_json(to_json(ImageDescription(32)), "x") == ImageDescription(32) != IMAGES
-    assert json.loads(to_json(IMAGES)) == PREPARATION | {"mean": list(MEAN), "std": list(STD)}
+    assert from_json(to_json(Preprocessing(32)), "x") == Preprocessing(32) != IMAGES
+    assert json.loads(to_json(IMAGES)) == STORED
 
 
 @pytest.mark.once
 def test_every_row_of_the_table_can_be_described():
     for row in CHECKPOINTS.values():
-        images = preprocessing_metadata.describe(row)
-        assert from_json(to_json(images), "x") == images
-        assert predictor.preparation(images) == predictor.preparation(row)
-        assert (images.mean, images.std) == (row.mean, row.std)
+        prepared = row.preprocessing
+        assert from_json(to_json(prepared), "x") == prepared
+        for name, value in json.loads(to_json(prepared)).items():
+            assert value == (list(getattr(row, name)) if name in ("mean", "std") else getattr(row, name))
 
 
 DAMAGED = [
-    ("image_size", 31, r"image_size to be a whole number from 32 up, received 31\."),
+    ("image_size", 0, r"image_size to be a positive integer or \(height, width\), received 0\."),
     ("image_size", 64.0, r"image_size to be .*, received 64\.0\."),
     ("image_size", True, r"image_size to be .*, received True\."),
-    ("crop", 0, r"crop above 0, up to 1, received 0\."),
-    ("crop", 1.5, r"crop above 0, up to 1, received 1\.5\."),
-    ("crop", "0.9", r"crop above 0, up to 1, received '0\.9'\."),
-    ("crop", float("nan"), r"crop above 0, up to 1, received nan\."),
-    ("resize_mode", "stretch", r"resize_mode to be one of shorter_side, squash, received 'stretch'\."),
-    ("resize_mode", ["squash"], r"resize_mode to be one of .*, received \['squash'\]\."),
-    ("resize_size", 0, r"resize_size to be None or a whole number from 1 up, received 0\."),
-    ("interpolation", "nearest", r"interpolation to be one of bicubic, bilinear, received 'nearest'\."),
-    ("mean", [0.5, 0.5], r"mean to be three numbers, received \(0\.5, 0\.5\)\."),
+    ("crop", 0, r"crop_fraction in \(0, 1\], received 0\."),
+    ("crop", 1.5, r"crop_fraction in \(0, 1\], received 1\.5\."),
+    ("crop", "0.9", r"crop_fraction in \(0, 1\], received '0\.9'\."),
+    ("crop", float("nan"), r"crop_fraction in \(0, 1\], received nan\."),
+    ("resize_mode", "stretch", r"resize_mode 'stretch'\. Known: shorter_side, squash\."),
+    ("resize_mode", ["squash"], r"resize_mode \['squash'\]\. Known: "),
+    ("resize_size", 0, r"resize_size to be a positive integer or None, received 0\."),
+    ("interpolation", "nearest", r"interpolation 'nearest'\. Known: bicubic, bilinear\."),
+    ("mean", [0.5, 0.5], r"mean to be three numbers, received \[0\.5, 0\.5\]\."),
     ("mean", 0.5, r"mean to be three numbers, received 0\.5\."),
-    ("std", [0.5, 0, 0.5], r"std to be three numbers above 0, received \(0\.5, 0, 0\.5\)\."),
+    ("std", [0.5, 0, 0.5], r"std to be three numbers above 0, received \[0\.5, 0, 0\.5\]\."),
     ("gamma", 2.2, r"the values crop, .*, std, received \['crop', 'gamma', "),
 ]
 
@@ -123,10 +121,12 @@ def test_a_damaged_value_is_named_with_its_file_and_key(name, value, message, tm
     right = json.loads(to_json(IMAGES))
     path = tmp_path / "x.safetensors"
     save_safetensors({"a": np.zeros(1, "float32")}, path, {KEY: json.dumps(right)})
-    assert read_images(path) == IMAGES  # the control
+    assert read_preprocessing(path) == IMAGES  # the control
     save_safetensors({"a": np.zeros(1, "float32")}, path, {KEY: json.dumps(right | {name: value})})
-    with pytest.raises(ValueError, match=rf"x\.safetensors .*'{KEY}' is damaged\. Expected {message}.* tag"):
-        read_images(path)
+    with pytest.raises(
+        ValueError, match=rf"x\.safetensors .*'{KEY}' is damaged\. (Expected|Unknown) {message}.* tag"
+    ):
+        read_preprocessing(path)
 
 
 @pytest.mark.once
@@ -151,12 +151,12 @@ def test_files_of_others_say_nothing(tmp_path):
     (tmp_path / "x.h5").write_bytes(b"no HDF5")
     h5py.File(tmp_path / "plain.h5", "w").close()
     for path in tmp_path.iterdir():
-        assert read_images(path) is None, path
+        assert read_preprocessing(path) is None, path
     for name in ("none.safetensors", "none.h5", "none.keras"):
         with pytest.raises(FileNotFoundError):
-            read_images(tmp_path / name)
+            read_preprocessing(tmp_path / name)
     with pytest.raises(ValueError, match=r"ending in \.h5 or \.keras, received '.*x\.pth'"):
-        preprocessing_metadata.add_images(tmp_path / "x.pth", IMAGES)
+        preprocessing_metadata.add_preprocessing(tmp_path / "x.pth", IMAGES)
 
 
 @pytest.mark.once
@@ -173,19 +173,19 @@ def test_the_key_changes_no_weight_and_is_the_same_each_time(files, model, tmp_p
 @pytest.mark.once
 def test_save_weights_refuses_what_would_be_lost_or_wrong(model, tmp_path):
     with pytest.raises(ValueError, match=r"Expected a \.safetensors file.*Received: .*x\.pth"):
-        keras_convnext.save_weights(model, tmp_path / "x.pth", images=IMAGES)
-    with pytest.raises(ValueError, match=r"images to be an ImageDescription, received 64\."):
-        keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm", images=64)
+        keras_convnext.save_weights(model, tmp_path / "x.pth", preprocessing=IMAGES)
+    with pytest.raises(ValueError, match=r"preprocessing to be a Preprocessing, received 64\."):
+        keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm", preprocessing=64)
     for channels in (3, 1):
         own = keras_convnext.load(NAME, None, classes=5, input_shape=(48, 48, channels))
         with pytest.raises(
-            ValueError, match=r"normalises with, \[0\.5.*received images with \[0\.5, 0\.4, 0"
+            ValueError, match=r"normalises with, \[0\.5.*received preprocessing with \[0\.5, 0\.4, 0"
         ):
-            keras_convnext.save_weights(own, tmp_path / "x.safetensors", "timm", images=IMAGES)
+            keras_convnext.save_weights(own, tmp_path / "x.safetensors", "timm", preprocessing=IMAGES)
         assert not (tmp_path / "x.safetensors").exists()
         images = dataclasses.replace(IMAGES, mean=DEFAULT_ROW.mean, std=DEFAULT_ROW.std)
-        keras_convnext.save_weights(own, tmp_path / "x.safetensors", "timm", images=images)
-        assert read_images(tmp_path / "x.safetensors") == images
+        keras_convnext.save_weights(own, tmp_path / "x.safetensors", "timm", preprocessing=images)
+        assert read_preprocessing(tmp_path / "x.safetensors") == images
         (tmp_path / "x.safetensors").unlink()
 
 
@@ -215,19 +215,19 @@ def test_open_predictor_prepares_images_as_the_file_says(files):
     said, unsaid = files
     for name in (None, NAME):
         opened = predictor.open_predictor(name, said)
-        assert opened.preparation == PREPARATION and opened.row is None
+        assert opened.preprocessing == IMAGES and opened.row is None
         assert opened.model.input_shape == (None, 48, 48, 3)
         np.testing.assert_allclose(models.normaliser_of(opened.model), (MEAN, STD), rtol=1e-6)
-    assert predictor.open_predictor(str(said)).preparation == PREPARATION
-    assert predictor.open_predictor(said).preparation == PREPARATION
+    assert predictor.open_predictor(str(said)).preprocessing == IMAGES
+    assert predictor.open_predictor(said).preprocessing == IMAGES
     larger = predictor.open_predictor(weights=said, image_size=64)
-    assert larger.preparation == PREPARATION | {"image_size": 64, "resize_size": None}
+    assert larger.preprocessing == dataclasses.replace(IMAGES, image_size=64, resize_size=None)
     assert larger.model.input_shape == (None, 64, 64, 3)
     tagged = predictor.open_predictor(TAG, said)
-    assert tagged.preparation == predictor.preparation(find_checkpoint(TAG))
+    assert tagged.preprocessing == find_checkpoint(TAG).preprocessing
     np.testing.assert_allclose(models.normaliser_of(tagged.model), (DEFAULT_ROW.mean, DEFAULT_ROW.std))
     control = predictor.open_predictor(weights=unsaid)
-    assert control.preparation == predictor.preparation(DEFAULT_ROW) == tagged.preparation
+    assert control.preprocessing == DEFAULT_ROW.preprocessing == tagged.preprocessing
 
 
 @pytest.mark.once
@@ -235,24 +235,24 @@ def test_v2_files_without_the_key_are_prepared_at_224_as_before(tmp_path):
     model = keras_convnext.load("convnextv2_atto", None, classes=3, input_shape=(64, 64, 3))
     keras_convnext.save_weights(model, tmp_path / "x.safetensors")
     opened = predictor.open_predictor(weights=tmp_path / "x.safetensors")
-    assert opened.preparation["image_size"] == 224 and opened.preparation["crop"] == 0.875
-    images = ImageDescription(64, crop=1.0)
-    keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm", images=images)
+    assert opened.preprocessing == Preprocessing(224)
+    images = Preprocessing(64, crop_fraction=1.0)
+    keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm", preprocessing=images)
     opened = predictor.open_predictor(weights=tmp_path / "x.safetensors")
-    assert opened.preparation == predictor.preparation(images)
+    assert opened.preprocessing == images
 
 
 @pytest.mark.once
 def test_open_backbone_prepares_images_as_the_file_says(files):
     said, unsaid = files
-    opened = features.open_backbone(str(said))
-    assert opened.preparation == PREPARATION and opened.model.input_shape == (None, 48, 48, 3)
+    opened = open_backbone(said)
+    assert opened.preprocessing == IMAGES and opened.model.input_shape == (None, 48, 48, 3)
     np.testing.assert_allclose(models.normaliser_of(opened.model), (MEAN, STD), rtol=1e-6)
-    larger = features.open_backbone(NAME, str(said), image_size=64)
-    assert larger.preparation == PREPARATION | {"image_size": 64, "resize_size": None}
-    tagged = features.open_backbone(TAG, str(said))
-    control = features.open_backbone(str(unsaid))
-    assert tagged.preparation == control.preparation == predictor.preparation(DEFAULT_ROW)
+    larger = open_backbone(NAME, said, image_size=64)
+    assert larger.preprocessing == dataclasses.replace(IMAGES, image_size=64, resize_size=None)
+    tagged = open_backbone(TAG, said)
+    control = open_backbone(unsaid)
+    assert tagged.preprocessing == control.preprocessing == DEFAULT_ROW.preprocessing
 
 
 @pytest.mark.once
@@ -263,14 +263,14 @@ def test_a_damaged_key_is_told_by_all_but_beside_a_tag(files, tmp_path, refused)
     for opening in (
         lambda: keras_convnext.load(NAME, path),
         lambda: predictor.open_predictor(weights=path),
-        lambda: features.open_backbone(str(path)),
+        lambda: open_backbone(path),
         lambda: keras_convnext.convert(path, tmp_path / "out.safetensors", "timm"),
     ):
         with pytest.raises(ValueError, match=message):
             opening()
     assert not (tmp_path / "out.safetensors").exists()
     assert "is damaged" in refused("predict", PHOTO, "--weights", path)
-    assert predictor.open_predictor(TAG, path).preparation["image_size"] == DEFAULT_ROW.image_size
+    assert predictor.open_predictor(TAG, path).preprocessing == DEFAULT_ROW.preprocessing
 
 
 @pytest.mark.once
@@ -299,7 +299,7 @@ def test_the_command_line_needs_no_image_size(files, run, tmp_path):
 def prepared(path):
     from keras_convnext.data import preprocess
 
-    return preprocess.preprocess_image(preprocess.read_image(path), **PREPARATION)[None].astype("float32")
+    return preprocess.preprocess_image(preprocess.read_image(path), IMAGES)[None].astype("float32")
 
 
 @pytest.mark.once
@@ -319,25 +319,21 @@ def test_evaluate_prepares_images_as_the_file_says(files, tmp_path):
 def test_convert_carries_it_along_and_a_tag_wins(ending, files, model, tmp_path):
     said, unsaid = files
     target = keras_convnext.convert(said, tmp_path / f"out{ending}", "timm")
-    assert read_images(target) == IMAGES
+    assert read_preprocessing(target) == IMAGES
     opened = predictor.open_predictor(NAME if ending == ".weights.h5" else None, target, classes=5)
-    found = opened.preparation
+    assert opened.preprocessing == IMAGES
     if ending == ".keras":
-        assert found["image_size"] == (48, 48)
-        found = found | {"image_size": 48}
-        backbone = features.open_backbone(str(target)).preparation
-        assert backbone == opened.preparation
+        assert open_backbone(target).preprocessing == IMAGES
         assert keras_convnext.convert(target, tmp_path / "back.safetensors", "timm").read_bytes() == (
             said.read_bytes()
         )
-    assert found == PREPARATION
     expected = outputs(model, normalised(pixels(), MEAN, STD))
     np.testing.assert_allclose(outputs(opened.model, pixels()), expected, atol=1e-5)
 
     tagged = keras_convnext.convert(said, tmp_path / f"tagged{ending}", "timm", architecture=TAG)
-    assert read_images(tagged) == preprocessing_metadata.describe(find_checkpoint(TAG))
+    assert read_preprocessing(tagged) == find_checkpoint(TAG).preprocessing
     plain = keras_convnext.convert(unsaid, tmp_path / f"plain{ending}", "timm")
-    assert read_images(plain) is None
+    assert read_preprocessing(plain) is None
 
 
 @pytest.mark.once
@@ -348,4 +344,4 @@ def test_convert_tells_what_a_pytorch_file_has_no_place_for(files, tmp_path, cap
         assert not caplog.messages
         target = keras_convnext.convert(said, tmp_path / "out.pth", "timm")
     assert caplog.messages == [f"{target} has no place for how its images are prepared; .safetensors has."]
-    assert read_images(target) is None
+    assert read_preprocessing(target) is None

@@ -60,7 +60,7 @@ async function show(file, upright) {
     say("Looking …");
     const { bitmap, orientation } = await decode(file, upright);
     if (number !== newest) return;
-    const settings = preparation();
+    const settings = metadata.page;
     drawPreview(bitmap, settings, file.name);
     find("classes").replaceChildren();
     await new Promise((resolve) => setTimeout(resolve, 20)); // lets the browser draw
@@ -329,11 +329,6 @@ function textureReader(bitmap) {
 
 // From a bitmap to what the model takes, as `preprocess.preprocess_image` and Pillow's resize do it.
 
-function preparation() {
-  const { height, width, channels } = metadata.page;
-  return { height, width, channels, ...metadata.page.preparation };
-}
-
 /** float32 (height, width, channels), 0 to 255. */
 function prepare(bitmap, settings) {
   const [rows, columns] = axes(bitmap, settings);
@@ -371,7 +366,7 @@ function prepare(bitmap, settings) {
 function axes(bitmap, settings) {
   const crop = [settings.height, settings.width];
   const inputs = [bitmap.height, bitmap.width];
-  const outputs = resizedSize(inputs, scaleSize(crop, settings), settings.resize_mode);
+  const outputs = resizedSize(inputs, scaleSize(crop, settings), settings.crop_mode);
   return crop.map((wanted, axis) => ({
     inputs: inputs[axis],
     outputs: outputs[axis],
@@ -383,7 +378,7 @@ function axes(bitmap, settings) {
 }
 
 function scaleSize(crop, settings) {
-  return crop.map((side) => settings.resize_size ?? Math.floor(side / settings.crop));
+  return crop.map((side) => settings.resize_size ?? Math.floor(side / settings.crop_fraction));
 }
 
 function resizedSize([height, width], scale, mode) {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,9 +13,11 @@ from keras_convnext import models
 from keras_convnext.conversion import save_weights
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import classification, forward
 from keras_convnext.evaluation.results import fingerprint
+from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import curves, distillation, finetune
 from keras_convnext.training.advice import warnings_for
 from keras_convnext.training.recipe import Recipe
@@ -24,8 +25,8 @@ from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import CURVES_FILE, Plan
 from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer, without_optimizer
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import catalog, keras_files, layouts, preprocessing_metadata, published, resolve
-from keras_convnext.weights.preprocessing_metadata import ImageDescription
+from keras_convnext.weights import preprocessing_metadata
+from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
 class Classification:
@@ -48,13 +49,15 @@ class Classification:
         self._validation: Any = None
 
     @functools.cached_property
-    def _weights(self) -> tuple[published.Checkpoint | ImageDescription | None, int]:
-        return describe_weights(self.recipe)
+    def source(self) -> ResolvedWeights:
+        """The weights that training begins with."""
+        return recipe_weights(self.recipe)
 
     @functools.cached_property
-    def images(self) -> ImageDescription:
+    def preprocessing(self) -> Preprocessing:
         """How the recipe's evaluation prepares images, with the normaliser of its model."""
-        return evaluated_images(self.recipe, self._weights[0])
+        trained = self.source.preprocessing
+        return dataclasses.replace(self.recipe.evaluation.preprocessing, mean=trained.mean, std=trained.std)
 
     def open_data(self) -> Datasets:
         training, validation = open_data(self.recipe)
@@ -74,14 +77,14 @@ class Classification:
         )
 
     def build_model(self, data: Datasets) -> TaskModel:
-        recipe, (trained, available) = self.recipe, self._weights
+        recipe, source = self.recipe, self.source
         num_classes = len(data.training.classes)
-        student, has_new_head = build_model(recipe, num_classes, available)
+        student, has_new_head = build_model(recipe, num_classes, source)
         warnings = warnings_for(
             recipe,
             has_weights=bool(recipe.model.weights),
-            is_self_supervised=bool(recipe.model.weights) and available == 0,
-            trained_size=None if trained is None else trained.image_size,
+            is_self_supervised=bool(recipe.model.weights) and source.classes == 0,
+            trained_size=source.preprocessing.size[0] if source.is_described else None,
             has_new_head=has_new_head,
             num_steps=data.plan.total_steps,
         )
@@ -100,7 +103,7 @@ class Classification:
             batch_size=data.plan.micro_batch_size,
             image_size=self.recipe.model.image_size,
             augmentation=self.recipe.augmentation,
-            normaliser=(self.images.mean, self.images.std),
+            normaliser=(self.preprocessing.mean, self.preprocessing.std),
             seed=self.recipe.run.seed,
             part=self._batches.Part(
                 start_batch=start,
@@ -121,17 +124,13 @@ class Classification:
         return {name: scores[name] for name in ("loss", "top1", "top5")}
 
     def _eval_batches(self, data: Datasets, engine: Engine) -> Any:
-        recipe, size = self.recipe, min(data.plan.micro_batch_size, len(data.validation))
+        size = min(data.plan.micro_batch_size, len(data.validation))
         return self._batches.eval_batches(
             data.validation,
+            self.preprocessing,
             batch_size=engine.share(engine.filled(size)),
             host=engine.group.rank,
             num_hosts=len(engine.group),
-            image_size=recipe.evaluation.eval_image_size,
-            crop=recipe.evaluation.eval_crop,
-            resize_mode=recipe.evaluation.eval_resize_mode,
-            resize_size=recipe.evaluation.eval_resize_size or None,
-            interpolation=recipe.evaluation.eval_interpolation,
             faults=data.faults["validation"],
             workers=self.workers,
         )
@@ -141,12 +140,14 @@ class Classification:
 
     def save_weights(self, model: Any, path: pathlib.Path) -> None:
         without_optimizer(model).save_weights(path)
-        preprocessing_metadata.add_images(path, self.images)
+        preprocessing_metadata.add_preprocessing(path, self.preprocessing)
 
     def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
         # timm's layout has all architectures but the isotropic ones.
         layout = "official" if VARIANTS[self.recipe.model.architecture].isotropic else "timm"
-        folder.write_with("final.safetensors", lambda path: save_weights(model, path, layout, self.images))
+        folder.write_with(
+            "final.safetensors", lambda path: save_weights(model, path, layout, self.preprocessing)
+        )
         folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in data.training.classes))
 
 
@@ -178,23 +179,22 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     return training, None
 
 
-def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[Any, bool]:
+def build_model(recipe: Recipe, num_classes: int, source: ResolvedWeights | None = None) -> tuple[Any, bool]:
     """Builds the model of a recipe, pixels in 0..255 to logits, and says whether its head begins at random.
 
     Args:
         recipe: the recipe.
         num_classes: outputs of the classifier.
-        available: classes of the recipe's weights; 0 where they have no classifier, or there are none.
+        source: the recipe's weights, where they are resolved already.
 
     Raises:
         ValueError: the weights do not fit the architecture.
     """
-    has_new_head = available != num_classes
+    source = source or recipe_weights(recipe)
+    has_new_head = source.is_random or source.classes != num_classes
     variant = VARIANTS[recipe.model.architecture]
     side = recipe.model.image_size if recipe.model.image_size == recipe.evaluation.eval_image_size else None
-    model = models.load(
-        recipe.model.architecture,
-        recipe.model.weights or None,
+    options = ModelOptions(
         classes=num_classes,
         classifier_activation=None,
         input_shape=(side, side, 3),
@@ -202,39 +202,13 @@ def build_model(recipe: Recipe, num_classes: int, available: int = 0) -> tuple[A
         layer_scale_init_value=None if variant.version == 2 else recipe.model.layer_scale_init_value,
         rematerialize=recipe.model.rematerialize,
         seed=recipe.run.seed,
-        new_head=True if recipe.model.weights and has_new_head else None,
+        new_head=True if has_new_head and not source.is_random else None,
     )
+    model = models.build(source, options)
     if has_new_head and recipe.model.head_init_scale != 1:
         finetune.scale_head(model, recipe.model.head_init_scale)
     finetune.choose_trainable(model, recipe.model.trainable)
     return model, has_new_head
-
-
-def describe_weights(recipe: Recipe) -> tuple[published.Checkpoint | ImageDescription | None, int]:
-    """Returns what is known of the images of the recipe's weights, and how many classes they have."""
-    if not recipe.model.weights:
-        return None, 0
-    checkpoint = _published(recipe)
-    if checkpoint is not None:
-        return checkpoint, checkpoint.classes
-    path = _with_contents(recipe.model.weights)
-    return preprocessing_metadata.read_images(path), layouts.inspect(resolve.read_file(path)).classes
-
-
-def evaluated_images(
-    recipe: Recipe, trained: published.Checkpoint | ImageDescription | None
-) -> ImageDescription:
-    """Returns how the recipe's evaluation prepares images, with the normaliser of its model."""
-    normaliser = trained or catalog.default_checkpoint(recipe.model.architecture)
-    return ImageDescription(
-        image_size=recipe.evaluation.eval_image_size,
-        crop=recipe.evaluation.eval_crop,
-        resize_mode=recipe.evaluation.eval_resize_mode,
-        resize_size=recipe.evaluation.eval_resize_size or None,
-        interpolation=recipe.evaluation.eval_interpolation,
-        mean=normaliser.mean,
-        std=normaliser.std,
-    )
 
 
 def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
@@ -242,12 +216,8 @@ def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
     model, share = student, 1.0
     if recipe.distillation.teacher:
         side = recipe.model.image_size
-        teacher = models.load(
-            *_teacher_words(recipe),
-            input_shape=(side, side, 3),
-            classifier_activation=None,
-            name="teacher",
-        )
+        options = ModelOptions(input_shape=(side, side, 3), classifier_activation=None, name="teacher")
+        teacher = models.build(with_contents(resolve(recipe.distillation.teacher)), options)
         model = distillation.with_teacher(
             student,
             teacher,
@@ -278,27 +248,16 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
     return dataclasses.replace(validation, labels=numbers[validation.labels], classes=list(training.classes))
 
 
-def _published(recipe: Recipe) -> published.Checkpoint | None:
-    """Returns the published file of the recipe's weights; None for a path and for random weights."""
-    if not recipe.model.weights or published.names_file(recipe.model.weights):
-        return None
-    return catalog.find_checkpoint(recipe.model.weights, architecture=recipe.model.architecture)
+def recipe_weights(recipe: Recipe) -> ResolvedWeights:
+    """The weights that training begins with; random ones where the recipe names none."""
+    return with_contents(resolve(recipe.model.architecture, recipe.model.weights or None))
 
 
-def _with_contents(weights: str) -> pathlib.Path:
-    """Returns the path of a weight file that says which model it is of."""
-    path = resolve.existing_file(weights)
-    if keras_files.is_bare(path):
+def with_contents(source: ResolvedWeights) -> ResolvedWeights:
+    """Refuses a weight file that does not say which model it is of."""
+    if source.file is not None and source.is_bare:
         raise ValueError(
-            f"Expected weights that say what they are of, received '{path}'. Take the .safetensors file "
-            "beside it, or a .keras file."
+            f"Expected weights that say what they are of, received '{source.file}'. Take the .safetensors "
+            "file beside it, or a .keras file."
         )
-    return path
-
-
-def _teacher_words(recipe: Recipe) -> tuple[str, ...]:
-    """Returns what `load` takes for a teacher: a tag, or the architecture that a file is of, and the file."""
-    if not published.names_file(recipe.distillation.teacher):
-        return (recipe.distillation.teacher,)
-    path = _with_contents(recipe.distillation.teacher)
-    return layouts.find_variant(resolve.read_file(path)).name, os.fspath(path)
+    return source

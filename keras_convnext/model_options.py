@@ -1,0 +1,137 @@
+"""`ModelOptions`: what `load` and the constructors take besides a name and weights, and its checks."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_convnext.weights.resolve import IMAGENET_CLASSES, ResolvedWeights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The arguments that the docstrings of `load` and the constructors tell of. Checked when made.
+
+    None for `include_top`, `classes`, `input_shape` and `name` leaves them to weights and architecture.
+    """
+
+    include_top: Any = None  # bool
+    include_preprocessing: bool = True
+    input_tensor: Any = None
+    input_shape: Any = None  # (height, width, channels)
+    pooling: str | None = None
+    classes: Any = None  # int
+    classifier_activation: Any = "default"
+    name: str | None = None
+    drop_path_rate: float = 0.0
+    layer_scale_init_value: float | None = None
+    output_stride: int = 32
+    pyramid_norms: bool = False
+    rematerialize: bool = False
+    seed: int | None = None
+    new_head: bool | None = None
+
+    def __post_init__(self) -> None:
+        rate, scale = self.drop_path_rate, self.layer_scale_init_value
+        has_head = self.include_top is not False
+        rules = {
+            "pooling": (self.pooling in (None, "avg", "max"), "None, 'avg' or 'max'"),
+            "classes": (
+                self.classes is None or not has_head or _is_count(self.classes),
+                "a whole number from 1 up",
+            ),
+            "drop_path_rate": (
+                _is_number(rate) and 0 <= rate < 1,
+                "in [0, 1), the share of samples whose last block is dropped",
+            ),
+            "layer_scale_init_value": (
+                scale is None or (_is_number(scale) and scale >= 0),
+                "above 0, or 0 for no LayerScale",
+            ),
+            "output_stride": (self.output_stride in (8, 16, 32), "8, 16 or 32"),
+        }
+        for name, (is_right, expected) in rules.items():
+            if not is_right:
+                raise ValueError(f"{name} must be {expected}. Received: {name}={getattr(self, name)!r}")
+        shape = self.input_shape
+        if self.input_tensor is not None:
+            if not keras.utils.is_keras_tensor(self.input_tensor):
+                raise ValueError(
+                    "input_tensor must be a Keras tensor, the output of keras.Input(...) or of a layer. "
+                    f"Received: {type(self.input_tensor).__name__}"
+                )
+            shape = tuple(self.input_tensor.shape[1:])
+        if shape is not None:
+            _check_input_shape(shape)
+            object.__setattr__(self, "input_shape", tuple(shape))
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "ModelOptions":
+        """The options among the arguments of a constructor."""
+        return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
+
+    def settled(self, source: ResolvedWeights) -> "ModelOptions":
+        """The options with what None leaves to the weights, checked against the architecture."""
+        variant, available = source.variant, source.classes
+        include_top, activation = self.include_top, self.classifier_activation
+        if include_top is None:
+            include_top = available > 0 or self.classes is not None
+        classes = self.classes or available or IMAGENET_CLASSES
+        if source.published is not None and source.published.packaged and classes == IMAGENET_CLASSES:
+            classes = available
+        if isinstance(activation, str) and activation == "default":
+            is_projection = source.is_projection and self.classes in (None, available)
+            activation = None if is_projection else "softmax"
+        shape = self.input_shape
+        if shape is None:
+            shape = (*(source.preprocessing.size if include_top else (None, None)), 3)
+        if variant.version == 2 and self.layer_scale_init_value is not None:
+            raise ValueError(
+                f"{variant.name!r} is a ConvNeXt V2, whose blocks have no LayerScale (GRN replaced it). "
+                f"Received: layer_scale_init_value={self.layer_scale_init_value}. Leave it out."
+            )
+        if variant.isotropic and self.output_stride != 32:
+            raise ValueError(
+                f"{variant.name!r} has stride 16 throughout and takes no output_stride. Received: "
+                f"output_stride={self.output_stride}"
+            )
+        if self.pyramid_norms and (include_top or self.pooling or variant.isotropic):
+            raise ValueError(
+                "pyramid_norms=True returns the four normalised stage maps: it needs include_top=False, "
+                "pooling=None and a model that has stages. Received: "
+                f"include_top={include_top}, pooling={self.pooling!r}, architecture {variant.name!r}"
+            )
+        return dataclasses.replace(
+            self,
+            include_top=include_top,
+            input_shape=shape,
+            classes=classes,
+            classifier_activation=activation,
+            name=self.name or variant.name,
+        )
+
+
+def _check_input_shape(shape: Any) -> None:
+    """Refuses what is not (height, width, channels), with the reason."""
+    wanted = "(height, width, channels), each side None or 32 and more, at least one channel"
+    is_triple = isinstance(shape, Sequence) and len(shape) == 3
+    reason = ""
+    if not is_triple or any(side is not None and not _is_count(side) for side in shape[:2]):
+        reason = f"input_shape must be {wanted}"
+    elif not _is_count(shape[2]):
+        reason = f"The number of channels must be a whole number from 1 up, in input_shape {wanted}"
+    elif any(side is not None and side < 32 for side in shape[:2]):
+        reason = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
+    if reason:
+        raise ValueError(f"{reason}. Received: input_shape={shape}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.floating))
+
+
+def _is_count(value: object) -> bool:
+    """Whether a value is a whole number from 1 up, of Python or NumPy; True and False are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
