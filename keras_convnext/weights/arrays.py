@@ -64,12 +64,6 @@ def damaged_file(
 
 def map_file(path: Path) -> memoryview:
     """Maps a file read-only; the mapping lives as long as a view of it does."""
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"Expected a .pth or .safetensors file, received the directory '{path}'. Give a file in it."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'. Check the path.")
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise damaged_file(path, "it is empty (0 bytes)")

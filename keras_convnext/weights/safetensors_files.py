@@ -74,22 +74,12 @@ def write_safetensors(
 
     Raises:
         OSError: the file cannot be written there.
-        TypeError: a name or metadata entry is not a str, or a value is not an array.
-        ValueError: the format has no such dtype, or reserves such a name.
+        TypeError: a name is not a str, or a value is not an array.
+        ValueError: the format has no such dtype.
     """
     names = names_of_dtypes(arrays, _SAFETENSORS_DTYPES, ".safetensors")
-    if "__metadata__" in arrays:
-        raise ValueError(
-            "The name '__metadata__' is reserved by the .safetensors format. Rename this array, "
-            "or pass text through the `metadata` argument."
-        )
     header: dict[str, object] = {}
     if metadata is not None:
-        for key, value in metadata.items():
-            if not isinstance(key, str) or not isinstance(value, str):
-                raise TypeError(
-                    f"Expected metadata of str to str, received {key!r}: {value!r}. Convert both to str."
-                )
         header["__metadata__"] = dict(sorted(metadata.items()))
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     offset = 0

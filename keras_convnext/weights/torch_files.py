@@ -110,11 +110,9 @@ def write_torch(
 
     Raises:
         OSError: the file cannot be written there.
-        TypeError: a name or `key` is not a str, or a value is not an array.
+        TypeError: a name is not a str, or a value is not an array.
         ValueError: PyTorch has no such dtype.
     """
-    if key is not None and not isinstance(key, str):
-        raise TypeError(f"Expected `key` to be a str or None, received {key!r}.")
     names = names_of_dtypes(arrays, TORCH_DTYPES, ".pth")
     with replacing_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         _write_member(file, archive, "archive/data.pkl", _state_dict_pickle(arrays, names, key))

@@ -1043,9 +1043,9 @@ def test_file_that_is_not_weights_is_refused(tmp_path, content, message):
 
 
 def test_missing_file_and_directory_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file '.*gone\.pth'"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         read_state_dict(tmp_path / "gone.pth")
-    with pytest.raises(IsADirectoryError, match="received the directory"):
+    with pytest.raises(IsADirectoryError):
         read_state_dict(tmp_path)
 
 
@@ -1430,13 +1430,7 @@ def test_write_to_a_directory_or_without_one_is_refused(tmp_path, write):
         write(tmp_path / "gone" / "a", {"a": np.ones(1)})
 
 
-def test_reserved_name_and_wrong_metadata_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="'__metadata__' is reserved"):
-        write_safetensors(tmp_path / "a", {"__metadata__": np.ones(1)})
-    with pytest.raises(TypeError, match="metadata of str to str, received 'epochs': 300"):
-        write_safetensors(tmp_path / "a", {}, {"epochs": 300})
-    with pytest.raises(TypeError, match="`key` to be a str or None, received 3"):
-        write_torch(tmp_path / "a", {}, key=3)
+def test_dtype_that_safetensors_lacks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="complex128"):
         write_safetensors(tmp_path / "a", {"a": np.ones(1, "complex128")})
     assert os.listdir(tmp_path) == []
