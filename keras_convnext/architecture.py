@@ -14,28 +14,19 @@ from keras_convnext.variants import Variant
 class Layer:
     """A layer that has weights.
 
-    Attributes:
-        stage: "stem", "stage 1" .. "stage 4" or "head".
-        name: the official code's: "downsample_layers.1.0", "stages.0.1.dwconv", "norm". LayerScale, a bare
-            parameter there, is "stages.0.1.layer_scale".
-        kind: "convolution", "linear", a norm of `Variant`, "response_norm" (GRN) or "scale" (LayerScale).
-        inputs: channels that it reads.
-        outputs: channels that it writes.
-        side_in: of the square map that it reads, in pixels.
-        side: of the map that it writes; 1 in the head, which pools.
-        kernel: side of a convolution's kernel.
-        groups: of a convolution; as many as channels in the depthwise one.
+    `name` is the official code's: "downsample_layers.1.0", "stages.0.1.dwconv", "norm"; LayerScale, a bare
+    parameter there, is "stages.0.1.layer_scale".
     """
 
-    stage: str
+    stage: str  # "stem", "stage 1" .. "stage 4" or "head"
     name: str
-    kind: str
-    inputs: int
-    outputs: int
-    side_in: int
-    side: int
-    kernel: int = 1
-    groups: int = 1
+    kind: str  # "convolution", "linear", a norm of `Variant`, "response_norm" (GRN), "scale" (LayerScale)
+    inputs: int  # channels that it reads
+    outputs: int  # channels that it writes
+    side_in: int  # of the square map that it reads, in pixels
+    side: int  # of the map that it writes; 1 in the head, which pools
+    kernel: int = 1  # side of a convolution's kernel
+    groups: int = 1  # of a convolution; as many as channels in the depthwise one
 
     @property
     def part(self) -> str:
@@ -80,14 +71,10 @@ def layers_of(
     channels: int = 3,
     pyramid_norms: bool = False,
 ) -> list[Layer]:
-    """Lists the layers with weights, in the order of the forward pass.
+    """Lists the layers with weights, in the order of the forward pass, for square images of a side in pixels.
 
-    Args:
-        variant: a row of `variants.VARIANTS`.
-        image_size: side of the square images in pixels.
-        classes: outputs of the classifier; 0 for none (then without a hidden layer too).
-        channels: of the images.
-        pyramid_norms: whether the per-level norms `norm0` .. `norm3` replace the final norm.
+    With 0 `classes` there is no classifier, nor a hidden layer in front of it. `pyramid_norms`: the per-level
+    norms `norm0` .. `norm3` replace the final norm.
     """
     found: list[Layer] = []
 

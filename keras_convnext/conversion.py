@@ -99,7 +99,15 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     contents = found.contents
     sides = found.preprocessing.size if contents.classes else (None, None)
     options = ModelOptions(input_shape=(*sides, contents.channels), pyramid_norms=contents.pyramid_norms)
-    return _write_keras(models.build(found, options), target, preprocessing)
+    model = models.build(found, options)
+    with replacing_path(target) as temporary:
+        if target.suffix == ".keras":
+            model.save(temporary)
+        else:
+            model.save_weights(temporary)
+        if preprocessing is not None:
+            preprocessing_metadata.add_preprocessing(temporary, preprocessing)
+    return target
 
 
 def _check_preprocessing(preprocessing, model, path) -> None:
@@ -126,7 +134,7 @@ def _check_preprocessing(preprocessing, model, path) -> None:
         )
 
 
-def _write_torch(canonical, variant: Variant, path, layout, preprocessing=None) -> pathlib.Path:
+def _write_torch(canonical, variant: Variant, path, layout, preprocessing) -> pathlib.Path:
     arrays = layouts.write(canonical, variant, layout)
     if path.suffix == ".safetensors":
         metadata = {"format": "pt"}
@@ -137,15 +145,4 @@ def _write_torch(canonical, variant: Variant, path, layout, preprocessing=None) 
         torch_files.write_torch(path, arrays, key="model" if layout == "official" else None)
     else:
         raise ValueError(f"The file must end in {', '.join(TORCH_SUFFIXES)}. Received: {path}")
-    return path
-
-
-def _write_keras(model, path, preprocessing) -> pathlib.Path:
-    with replacing_path(path) as temporary:
-        if path.suffix == ".keras":
-            model.save(temporary)
-        else:
-            model.save_weights(temporary)
-        if preprocessing is not None:
-            preprocessing_metadata.add_preprocessing(temporary, preprocessing)
     return path

@@ -251,19 +251,9 @@ class InferenceBlock(_Block):
     """A block of either paper without what inference does not need; `deploy` makes it.
 
     `x + pwconv2(grn(gelu(pwconv1(normalise(dwconv(x))))))`, where the norm has neither gain nor shift, GRN
-    (of V2 only) has no shift, and the pointwise layers are 1x1 convolutions that contain the rest. It cannot
-    be trained as the block that it was made from can.
-
-    Args:
-        dim, kernel_size, dilation_rate, norm, epsilon, activation: as in `ConvNeXtBlock`.
-        response_norm: bool, whether GRN stands between the pointwise layers, as in V2.
-        for_litert: bool, see `pointwise.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
-
-    Call arguments:
-        x: (N, H, W, C), float.
-
-    Returns:
-        Same shape, in the compute dtype.
+    (of V2 only, `response_norm`) has no shift, and the pointwise layers are 1x1 convolutions that contain the
+    rest. It cannot be trained as the block that it was made from can. `for_litert`: see
+    `pointwise.PointwiseConv2D` and `depthwise.depthwise_in_frames`.
     """
 
     def __init__(
@@ -300,10 +290,7 @@ class InferenceBlock(_Block):
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
-    """Returns the drop rate of each block, on a straight line from 0 to `drop_path_rate` for the last.
-
-    Reference: models/convnext.py, `dp_rates`. Example: `drop_path_rates(0.2, 3)` is `[0.0, 0.1, 0.2]`.
-    """
+    """The rate of each block, on a line from 0 to `drop_path_rate` (models/convnext.py, `dp_rates`)."""
     return [float(rate) for rate in np.linspace(0, drop_path_rate, depth)]
 
 
@@ -311,22 +298,15 @@ _convolution = functools.partial(PatchConv2D, data_format="channels_last", kerne
 
 
 def stem(x, variant):
-    """Turns pixels into the first map, at a quarter of the resolution.
+    """Turns normalised pixels into the first map, at a quarter of the resolution.
 
     "patch" is the papers' stem: 4x4 patches, side by side. Three are timm's: two 3x3 convolutions of stride 2
     that overlap, with all channels ("overlap"), with half of them in between ("overlap_tiered"), or with an
     activation in between ("overlap_act"). "isotropic" has 16x16 patches, as a plain ViT, and no norm.
-
-    Args:
-        x: (N, H, W, 3), normalised pixels.
-        variant: one of `variants.VARIANTS`.
-
-    Returns:
-        (N, H / 4, W / 4, dims[0]); (N, H / 16, W / 16, dims[0]) of an isotropic model.
     """
     dim = variant.dims[0]
     if variant.isotropic:
-        return _convolution(dim, 16, 16, name="stem")(x)
+        return _convolution(dim, 16, 16, name="stem")(x)  # (N, H / 16, W / 16, C)
     last = 0  # counts as the official nn.Sequential does
     if variant.stem == "patch":
         x = _convolution(dim, 4, 4, name="downsample_layers_0_0")(x)  # (N, H / 4, W / 4, C)
@@ -351,17 +331,10 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
     become stride 1 and the blocks after them dilate by 2 and 4; the weights stay the same (timm
     models/convnext.py).
 
-    Args:
-        x: (N, H, W, 3), normalised pixels.
-        variant: one of `variants.VARIANTS`.
-        block: function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer.
-        output_stride: 8, 16 or 32; without effect on an isotropic model.
-        drop_path_rate: rate of the last block; the first has 0.
-        seed: int or None; block number i gets seed + i.
-
-    Returns:
-        List of the stage outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]); of an isotropic
-        model one, (N, H / 16, W / 16, dim).
+    `block` is a function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer. The last
+    block has `drop_path_rate`, the first 0; block number i gets seed + i. Gives the list of the stages'
+    outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]) at stride 32; of an isotropic model
+    one, (N, H / 16, W / 16, dim).
     """
     rates = drop_path_rates(drop_path_rate, sum(variant.depths))
     stride, dilation, number = 4, 1, 0
@@ -392,20 +365,12 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
 
 
 def final_norm(x, variant, pooling: str | None, dtype):
-    """Pools the last map and normalises it, in the order that the head asks for.
+    """Pools the last map and normalises it, in the order that the head asks for: (N, H, W, C) -> (N, C).
 
     "norm_last" and "mlp": pool, then norm (models/convnext.py, `forward_features`). "norm_first": norm, then
-    pool. With `pooling=None` each position of the map is normalised and nothing is pooled, which is what
-    `keras.applications` returns without the top.
-
-    Args:
-        x: (N, H, W, C), the last stage's output.
-        variant: one of `variants.VARIANTS`; the cases above are those of its `head`.
-        pooling: "avg", "max" or None.
-        dtype: float32 or wider; 16-bit sums over a map lose digits.
-
-    Returns:
-        (N, C), or (N, H, W, C) with `pooling=None`.
+    pool. With `pooling=None`, not "avg" or "max", each position of the map is normalised and nothing is
+    pooled, which is what `keras.applications` returns without the top. `dtype` is float32 or wider; 16-bit
+    sums over a map lose digits.
     """
     norm_first = variant.head == "norm_first"
     normalise = NORMS[variant.norm](variant.epsilon, dtype=dtype, name="norm_pre" if norm_first else "norm")

@@ -191,6 +191,7 @@ READERS = (
     "keras_convnext._terminal.say",
     "keras_convnext.training.logs.Progress",
     "keras_convnext.exporting.web_page._fetch",
+    "keras_convnext.weights.download._append",
 )
 
 
@@ -206,6 +207,8 @@ def is_silent(reader, tmp_path, monkeypatch):
         module.say("line")
     elif reader == "keras_convnext.training.logs.Progress":
         module.Progress(1, 1, 1).say("line")
+    elif reader == "keras_convnext.weights.download._append":
+        module._append(io.BytesIO(bytes(100)), tmp_path / "a.part", 0, 100, "https://example.org/a")
     else:
         monkeypatch.delenv("KERAS_CONVNEXT_OFFLINE", raising=False)
         monkeypatch.setattr(module.shutil, "which", lambda program: program)

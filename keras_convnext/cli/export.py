@@ -118,7 +118,7 @@ def export_command(options: argparse.Namespace) -> int:
         print_table(report.COLUMNS, report.ALIGNMENTS, report.rows(results))
     if options.report is not None:
         heading = f"{opened.model.name}, {_environment.cpu_name()}, {_environment.available_cores()} cores"
-        folded = str(deploy.savings(opened.model, deploy.deploy(opened.model)))
+        folded = deploy.savings(opened.model, deploy.deploy(opened.model))
         paths = report.write_report(results, options.report, heading, folded)
         complain(f"Written: {', '.join(map(str, paths))}")
     return 0

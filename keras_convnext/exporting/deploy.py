@@ -1,9 +1,7 @@
 """`deploy`: folds norms, scales and biases into the next layer: the same outputs from fewer operations.
 
-What training needs and inference does not is folded in float64: the gain and shift of a norm into the layer
-that follows, LayerScale into the second pointwise layer, GRN's shift into its bias, the pixel normaliser into
-the stem. Each is a linear map before a linear map without padding in between, so the fold is exact. The norm
-of the stem keeps its gain and shift: a residual path and a padded convolution read its output.
+Each fold, in float64, is of a linear map before a linear map without padding in between, so it is exact. The
+norm of the stem keeps its gain and shift: a residual path and a padded convolution read its output.
 """
 
 import collections
@@ -48,8 +46,7 @@ def deploy(
 
     Folds norms, LayerScale, GRN's shift and the pixel normaliser into the layers that follow, replaces the
     blocks' Dense layers by 1x1 convolutions, and leaves out drop path, dropout and random augmentation. Works
-    on the models of this package and on functional and sequential models around them; layers that it does not
-    know are kept.
+    on the models of this package and on functional and sequential models around them; unknown layers stay.
 
     Args:
         model: a built functional or sequential `keras.Model`. It is not changed, and shares no weights with
@@ -74,54 +71,23 @@ def deploy(
     return _deploy(model, batch_size, image_size, for_litert=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Savings:
-    """How many weights and operations a model has before and after `deploy`.
+def savings(model: keras.Model, deployed: keras.Model) -> str:
+    """Says how many weights and operations a model, with one input of images, and its deployed model have.
 
-    Attributes:
-        parameters: numbers of weights, (before, after).
-        operations: {kind: (before, after)} of the graphs that this backend makes of the models:
-            TensorFlow's operations, JAX's primitives or PyTorch's exported operators, without those that
-            compute nothing (constants, reads of weights, reshapes, casts to the same type).
+    The operations are those of the graphs that this backend makes: TensorFlow's operations, JAX's primitives
+    or PyTorch's exported operators, without those that compute nothing (constants, reads of weights,
+    reshapes, casts to the same type). ValueError on a backend without graphs (NumPy, OpenVINO).
     """
-
-    parameters: tuple[int, int]
-    operations: dict[str, tuple[int, int]]
-
-    def __str__(self):
-        before, after = (sum(counts[place] for counts in self.operations.values()) for place in (0, 1))
-        lines = [
-            f"parameters: {self.parameters[0]:,} -> {self.parameters[1]:,}",
-            f"operations: {before:,} -> {after:,}",
-        ]
-        changed = {kind: counts for kind, counts in self.operations.items() if counts[0] != counts[1]}
-        lines += [f"  {kind}: {old} -> {new}" for kind, (old, new) in sorted(changed.items())]
-        return "\n".join(lines)
-
-
-def savings(model: keras.Model, deployed: keras.Model) -> Savings:
-    """Counts weights and operations of a model and of its deployed model, on the backend in use.
-
-    Args:
-        model: what `deploy` was given, with one input of images.
-        deployed: what it returned.
-
-    Raises:
-        ValueError: on a backend without graphs (NumPy, OpenVINO).
-
-    Example:
-        print(savings(model, deploy(model)))
-    """
-    counts = [_operations(one) for one in (model, deployed)]
-    kinds = sorted({*counts[0], *counts[1]})
-    return Savings(
-        (model.count_params(), deployed.count_params()),
-        {kind: (counts[0][kind], counts[1][kind]) for kind in kinds},
-    )
+    before, after = _operations(model), _operations(deployed)
+    lines = [
+        f"parameters: {model.count_params():,} -> {deployed.count_params():,}",
+        f"operations: {before.total():,} -> {after.total():,}",
+    ]
+    changed = (kind for kind in sorted({*before, *after}) if before[kind] != after[kind])
+    return "\n".join([*lines, *(f"  {kind}: {before[kind]} -> {after[kind]}" for kind in changed)])
 
 
 def _operations(model):
-    """{kind of operation: how many of them} in the graph of one image."""
     count = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
     backend = keras.backend.backend()
     if backend not in count:
@@ -182,13 +148,8 @@ def as_program(model):
     return Program().eval()
 
 
-def deploy_for_litert(
-    model: keras.Model,
-    *,
-    batch_size: int | None = 1,
-    image_size: int | tuple[int, int] | None = None,
-) -> keras.Model:
-    """`deploy`, in the operations that the LiteRT converter maps to its own one by one; see there."""
+def deploy_for_litert(model: keras.Model, *, batch_size=1, image_size=None) -> keras.Model:
+    """`deploy`, in the operations that the LiteRT converter maps to its own one by one."""
     return _deploy(model, batch_size, image_size, for_litert=True)
 
 
@@ -222,7 +183,9 @@ def _deploy(model, batch_size, image_size, for_litert):
         if vanishes(layer):
             return layer  # which is not called
         if isinstance(layer, keras.Model):
-            return _deploy(layer, None, _inner_size(layer, model, image_size), for_litert)
+            takes_same = getattr(layer, "input_shape", None) == model.input_shape
+            new_size = image_size if takes_same and None not in layer.input_shape[1:] else None
+            return _deploy(layer, None, new_size, for_litert)
         if not isinstance(layer, keras.layers.Layer):  # an operation, such as a sum of tensors
             return layer
         if isinstance(layer, _BLOCKS):
@@ -239,7 +202,7 @@ def _deploy(model, batch_size, image_size, for_litert):
         values[layer.name] = layer.get_weights()
         return type(layer).from_config(config)
 
-    def deployed_layer(layer):
+    def deployed_layer(layer):  # one layer may be called in several places
         if layer.name not in deployed_layers:
             deployed_layers[layer.name] = make(layer)
         return deployed_layers[layer.name]
@@ -270,7 +233,7 @@ def _deploy(model, batch_size, image_size, for_litert):
 
 
 def check_built(model) -> None:
-    """Raises TypeError for something other than a Keras model, ValueError for one that is not built."""
+    """TypeError for something other than a Keras model, ValueError for one that is not built."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a Keras model, received {type(model).__name__}.")
     if not model.built:
@@ -310,10 +273,12 @@ def _new_inputs(model, batch_size, image_size):
     """Inputs of the deployed model: those of the model, with other sizes where they are given."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected batch_size to be a whole number above 0, received {batch_size!r}.")
+
+    def new_input(x, shape):
+        return keras.Input(batch_shape=shape, dtype=x.dtype, name=x.name)
+
     if image_size is None and batch_size is None:
-        return tree.map_structure(
-            lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name), model.input
-        )
+        return tree.map_structure(lambda x: new_input(x, x.shape), model.input)
     if not isinstance(model.input, keras.KerasTensor) or len(model.input.shape) != 4:
         raise ValueError(
             "Expected a model with one input of images (N, H, W, C) to fix a batch or image size. Received: "
@@ -322,33 +287,20 @@ def _new_inputs(model, batch_size, image_size):
     own_batch, *size, channels = model.input.shape
     if image_size is not None:
         size = sides(image_size)
-    shape = (batch_size or own_batch, *size, channels)
-    return keras.Input(batch_shape=shape, dtype=model.input.dtype, name=model.input.name)
-
-
-def _inner_size(inner, outer, image_size):
-    """The size for a model inside a model: the new one where both take the same images."""
-    same = getattr(inner, "input_shape", None) == outer.input_shape
-    return image_size if same and None not in inner.input_shape[1:] else None
+    return new_input(model.input, (batch_size or own_batch, *size, channels))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """A scale and a shift of the channels in front of a linear layer.
-
-    Attributes:
-        scale: (C,) float64.
-        shift: (C,) float64, or None.
-        norm: the norm that they come from; None for the pixel normaliser.
-    """
+    """A scale and a shift of the channels in front of a linear layer, (C,) float64."""
 
     scale: np.ndarray
     shift: np.ndarray | None
-    norm: Any = None
+    norm: Any = None  # that they come from; None for the pixel normaliser
 
 
 def _find_folds(model):
-    """Returns what to fold into which layer, {name: `_Fold`}, and the names of normalisers that vanish."""
+    """What to fold into which layer, {name: `_Fold`}, and the names of normalisers that vanish."""
     folds: dict[str, _Fold] = {}
     normalisers: set[str] = set()
     try:
@@ -363,14 +315,12 @@ def _find_folds(model):
         elif isinstance(layer, keras.layers.Normalization) and not layer.invert and layer.mean is not None:
             target = _linear_reader(layer, readers)
             # In 16 bits the mean, no longer subtracted first, would cost digits.
-            if target is not None and target.compute_dtype == "float32" and _is_per_channel(layer):
+            is_per_channel = layer.axis in ((), (-1,), (3,))
+            if target is not None and target.compute_dtype == "float32" and is_per_channel:
                 deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
-                mean = _float64(layer.mean)
-                channels = (model.input.shape[-1],)
-                scale, shift = (
-                    np.broadcast_to(v.ravel(), channels) for v in (1 / deviation, -mean / deviation)
-                )
-                folds[target.name] = _Fold(scale, shift)
+                values = (1 / deviation, -_float64(layer.mean) / deviation)
+                channels = model.input.shape[-1]
+                folds[target.name] = _Fold(*(np.broadcast_to(value.ravel(), channels) for value in values))
                 normalisers.add(layer.name)
     return folds, normalisers
 
@@ -404,10 +354,6 @@ def _linear_reader(layer, readers, may_average=False):
         if not isinstance(layer, _TRAINING_ONLY) and not (averages and may_average):
             return None
     return None
-
-
-def _is_per_channel(normaliser):
-    return normaliser.axis in ((), (-1,), (3,))
 
 
 def _float64(value):

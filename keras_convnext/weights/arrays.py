@@ -32,8 +32,6 @@ TORCH_DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype("?"),
 }
 
-DAMAGED_ADVICE = "The file is damaged or incomplete: download or save it again."
-
 
 class FileFormatError(ValueError):
     """A weight file is truncated, damaged or of a kind that cannot be read."""
@@ -46,8 +44,8 @@ class UnsafeFileError(ValueError):
 def release_pages(array: np.ndarray) -> None:
     """Lets the system drop the memory of the file that an array is a view of, once its values are copied.
 
-    Pages that are needed again are read again. Keeps the memory of loading a model near that of the model
-    itself. Does nothing for arrays that are not memory-mapped, or where the system cannot do it.
+    Keeps the memory of loading a model near that of the model itself. Pages that are needed again are read
+    again. Does nothing for arrays that are not memory-mapped, or where the system cannot do it.
     """
     owner: object = array
     while isinstance(owner, np.ndarray):
@@ -58,20 +56,14 @@ def release_pages(array: np.ndarray) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-def damaged_file(path: Path, fact: str, remedy: str = DAMAGED_ADVICE) -> FileFormatError:
-    """The error for a file that is not what it should be: what is wrong, and what to do about it."""
+def damaged_file(
+    path: Path, fact: str, remedy: str = "The file is damaged or incomplete: download or save it again."
+) -> FileFormatError:
     return FileFormatError(f"Cannot read '{path}': {fact}. {remedy}")
 
 
 def map_file(path: Path) -> memoryview:
     """Maps a file read-only; the mapping lives as long as a view of it does."""
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"Expected a .pth or .safetensors file, received the directory '{path}'. Give the "
-            "path of a file in it."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'. Check the path.")
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise damaged_file(path, "it is empty (0 bytes)")
@@ -90,37 +82,24 @@ def unknown_content(
 ) -> FileFormatError:
     """The error for a file that does not start as a known kind does."""
     if start.startswith(b"version https://git-lfs"):
-        return damaged_file(
-            path,
-            "it is a Git LFS pointer, a text that stands for the file",
-            "Fetch the file itself with `git lfs pull`.",
-        )
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return damaged_file(
-            path,
-            "it is a web page, not weights",
-            "The download met an error or login page: download it again from a direct link.",
-        )
-    if start.startswith(b"\x80") and start[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"):
-        return damaged_file(
-            path,
-            "it is a bare pickle, not a file of torch.save",
-            "If you trust the file, load it in Python and save its arrays as .safetensors.",
-        )
-    if path.suffix == ".safetensors":
+        fact = "it is a Git LFS pointer, a text that stands for the file"
+        remedy = "Fetch the file itself with `git lfs pull`."
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        fact = "it is a web page, not weights"
+        remedy = "The download met an error or login page: download it again from a direct link."
+    elif start.startswith(b"\x80") and start[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"):
+        fact = "it is a bare pickle, not a file of torch.save"
+        remedy = "If you trust the file, load it in Python and save its arrays as .safetensors."
+    elif path.suffix == ".safetensors":
         if len(start) < 8:
             return damaged_file(
                 path, f"expected at least 8 bytes (the header's length), received {len(start)}"
             )
-        return damaged_file(
-            path,
-            f"expected 8 bytes of header length and then '{{', received {start[:9]!r}",
-        )
-    return damaged_file(
-        path,
-        f"expected {expected}, received a file that starts with {start[:16]!r}",
-        "Check that it is the file you meant and that its download was complete.",
-    )
+        return damaged_file(path, f"expected 8 bytes of header length and then '{{', received {start[:9]!r}")
+    else:
+        fact = f"expected {expected}, received a file that starts with {start[:16]!r}"
+        remedy = "Check that it is the file you meant and that its download was complete."
+    return damaged_file(path, fact, remedy)
 
 
 def is_size(value: object) -> bool:
@@ -142,9 +121,9 @@ def names_of_dtypes(
         if not isinstance(name, str):
             raise TypeError(f"Expected names of type str, received {name!r}. Convert it to str.")
         if not isinstance(array, np.ndarray):
+            received = type(array).__name__
             raise TypeError(
-                f"Expected a NumPy array for {name!r}, received {type(array).__name__}. Convert it "
-                "with np.asarray."
+                f"Expected a NumPy array for {name!r}, received {received}. Convert it with np.asarray."
             )
         dtype = array.dtype.newbyteorder("<")
         if dtype not in known:

@@ -34,8 +34,8 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
             continue
         if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
             raise ValueError(
-                f"{model.name!r} is quantised: {variable.path} has no counterpart in PyTorch's layouts. Take "
-                "its weights before quantize()."
+                f"{model.name!r} is quantised: {variable.path} has no counterpart in PyTorch's layouts. "
+                "Take its weights before quantize()."
             )
         value = adapted[variable.path].kernel if variable.path in adapted else variable
         state[name] = _to_torch(keras.ops.convert_to_numpy(value), variable.path)
@@ -65,7 +65,6 @@ def _canonical_name(path: str) -> str | None:
 
 
 def _to_keras(array, path):
-    """PyTorch's axes to Keras's."""
     if path.endswith("dwconv/kernel"):
         return array.transpose(2, 3, 0, 1)  # (C, 1, H, W) -> (H, W, C, 1)
     if array.ndim == 4:
@@ -74,7 +73,6 @@ def _to_keras(array, path):
 
 
 def _to_torch(array, path):
-    """Keras's axes to PyTorch's."""
     if path.endswith("dwconv/kernel"):
         return array.transpose(2, 3, 0, 1)  # (H, W, C, 1) -> (C, 1, H, W)
     if array.ndim == 4:
@@ -83,14 +81,11 @@ def _to_torch(array, path):
 
 
 def filled(assemble, values_of):
-    """The model that `assemble` lays out, with every weight made from its value.
+    """The model that `assemble()` lays out, with every weight made from its value.
 
-    Inside the scope variables are declared but not made: no random numbers are drawn and nothing is compiled.
-    When it closes, each is made from its initializer, which by then returns the value.
-
-    Args:
-        assemble: function () -> model.
-        values_of: function (model) -> pairs of a variable and its array.
+    `values_of(model)` gives pairs of a variable and its array. Inside the scope variables are declared but
+    not made: no random numbers are drawn and nothing is compiled. When it closes, each is made from its
+    initializer, which by then returns the value.
     """
     with keras.StatelessScope():
         model = assemble()
@@ -117,7 +112,7 @@ def _cast(array, shape, dtype):
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"Expected an array of shape {shape}. Received {array.shape}.")
     # Always a copy: a backend may keep the array itself, which must not hang on the file. (NumPy knows
-    # "bfloat16" from ml_dtypes, which torch_files imports.)
+    # "bfloat16" from ml_dtypes, which `arrays` imports.)
     value = np.array(array, dtype=dtype, order="C", copy=True)
     arrays.release_pages(array)
     if keras.backend.backend() == "jax":

@@ -38,15 +38,10 @@ from typing import Any
 from keras_convnext._messages import near_names, unknown
 from keras_convnext.weights.published import Checkpoint
 
-
-def _channels(cell: str) -> tuple[float, ...]:
-    return tuple(map(float, cell.split()))
-
-
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("classes", "image_size", "test_image_size", "resize_size"), int),
     **dict.fromkeys(("crop", "test_crop", "top1", "top5", "test_top1"), float),
-    **dict.fromkeys(("mean", "std"), _channels),
+    **dict.fromkeys(("mean", "std"), lambda cell: tuple(map(float, cell.split()))),
     **dict.fromkeys(("imagenet", "gated"), {"yes": True, "no": False}.__getitem__),
 }
 
@@ -60,9 +55,8 @@ def read_rows(lines: Iterable[str]) -> list[Checkpoint]:
 
 
 _TABLE = importlib.resources.files("keras_convnext.weights") / "catalog.csv"
-CHECKPOINTS: dict[str, Checkpoint] = {
-    row.tag: row for row in read_rows(_TABLE.read_text(encoding="utf-8").splitlines())
-}
+_LINES = _TABLE.read_text(encoding="utf-8").splitlines()
+CHECKPOINTS: dict[str, Checkpoint] = {row.tag: row for row in read_rows(_LINES)}
 
 # The tag that weights="imagenet" means, or None. The five of keras.applications keep its files, so that a
 # change of import changes nothing; the others take timm's default tag, isotropic ones Meta's file.
@@ -75,23 +69,15 @@ IMAGENET_NOTOP: dict[str, str] = {
     row.architecture: row.tag for row in CHECKPOINTS.values() if row.imagenet and not row.classes
 }
 
-# timm 1.0.31, register_model_deprecations in timm/models/convnext.py.
+# Names that timm has deprecated: 1.0.31, register_model_deprecations in timm/models/convnext.py.
 ALIASES: dict[str, str] = {
-    "convnext_tiny_in22ft1k": "convnext_tiny.fb_in22k_ft_in1k",
-    "convnext_small_in22ft1k": "convnext_small.fb_in22k_ft_in1k",
-    "convnext_base_in22ft1k": "convnext_base.fb_in22k_ft_in1k",
-    "convnext_large_in22ft1k": "convnext_large.fb_in22k_ft_in1k",
-    "convnext_xlarge_in22ft1k": "convnext_xlarge.fb_in22k_ft_in1k",
-    "convnext_tiny_384_in22ft1k": "convnext_tiny.fb_in22k_ft_in1k_384",
-    "convnext_small_384_in22ft1k": "convnext_small.fb_in22k_ft_in1k_384",
-    "convnext_base_384_in22ft1k": "convnext_base.fb_in22k_ft_in1k_384",
-    "convnext_large_384_in22ft1k": "convnext_large.fb_in22k_ft_in1k_384",
-    "convnext_xlarge_384_in22ft1k": "convnext_xlarge.fb_in22k_ft_in1k_384",
-    "convnext_tiny_in22k": "convnext_tiny.fb_in22k",
-    "convnext_small_in22k": "convnext_small.fb_in22k",
-    "convnext_base_in22k": "convnext_base.fb_in22k",
-    "convnext_large_in22k": "convnext_large.fb_in22k",
-    "convnext_xlarge_in22k": "convnext_xlarge.fb_in22k",
+    f"convnext_{size}_{old}": f"convnext_{size}.{new}"
+    for old, new in (
+        ("in22ft1k", "fb_in22k_ft_in1k"),
+        ("384_in22ft1k", "fb_in22k_ft_in1k_384"),
+        ("in22k", "fb_in22k"),
+    )
+    for size in ("tiny", "small", "base", "large", "xlarge")
 }
 
 
@@ -129,8 +115,8 @@ def find_checkpoint(name: str, architecture: str | None = None) -> Checkpoint:
     row = CHECKPOINTS[full]
     if architecture is not None and row.architecture != architecture:
         raise ValueError(
-            f"Weights {name!r} are for {row.architecture!r}, received architecture "
-            f"{architecture!r}. Weights of {architecture}: {_of_architecture(architecture)}"
+            f"Weights {name!r} are for {row.architecture!r}, received architecture {architecture!r}. "
+            f"{_weights_of(architecture)}"
         )
     return row
 
@@ -169,66 +155,58 @@ def list_weights(
     licences = sorted({row.licence for row in CHECKPOINTS.values()})
     if licence is not None and licence not in licences:
         raise ValueError(unknown("licence", licence, licences))
+    conditions = {"classes": classes, "image_size": image_size, "licence": licence}
+    conditions |= {"commercial_use": commercial_use, "downloadable": downloadable}
     return [
         row.tag
         for row in CHECKPOINTS.values()
-        if (architecture is None or fnmatch.fnmatchcase(row.architecture, architecture))
-        and (classes is None or row.classes == classes)
-        and (image_size is None or row.image_size == image_size)
-        and (licence is None or row.licence == licence)
-        and (commercial_use is None or row.commercial_use == commercial_use)
-        and (downloadable is None or row.downloadable == downloadable)
+        if fnmatch.fnmatchcase(row.architecture, architecture or "*")
+        and all(value is None or getattr(row, name) == value for name, value in conditions.items())
     ]
 
 
 def default_checkpoint(architecture: str) -> Checkpoint:
-    """The published weights whose image size and preparation hold for an architecture with any weights.
-
-    They are its ImageNet weights, or the first in the catalog where none were published.
-    """
+    """An architecture's ImageNet weights, or its first in the catalog: for the image size and preparation."""
     return CHECKPOINTS[IMAGENET[architecture] or list_weights(architecture)[0]]
 
 
 def _imagenet(architecture: str | None) -> Checkpoint:
     if architecture is None:
         raise ValueError(
-            "weights 'imagenet' mean another file for each architecture, received "
-            "architecture None. Pass architecture='convnext_tiny' or a full tag such as "
-            "'convnext_tiny.fb_in1k'."
+            "weights 'imagenet' mean another file for each architecture, received architecture None. Pass "
+            "architecture='convnext_tiny' or a full tag such as 'convnext_tiny.fb_in1k'."
         )
     tag = IMAGENET[architecture]
     if tag is None:
         raise ValueError(
             f"No ImageNet weights have been published for architecture {architecture!r}. "
-            f"Weights of {architecture}: {_of_architecture(architecture)}"
+            f"{_weights_of(architecture)}"
         )
     return CHECKPOINTS[tag]
 
 
-def _of_architecture(architecture: str) -> str:
-    rows = [row for row in CHECKPOINTS.values() if row.architecture == architecture]
-    names = [row.tag.removeprefix(f"{architecture}.") for row in rows]
-    return ", ".join(
-        name if row.downloadable else f"{name} (no download)" for name, row in zip(names, rows, strict=True)
-    )
+def _weights_of(architecture: str) -> str:
+    names = [
+        row.tag.removeprefix(f"{architecture}.") + ("" if row.downloadable else " (no download)")
+        for row in CHECKPOINTS.values()
+        if row.architecture == architecture
+    ]
+    return f"Weights of {architecture}: {', '.join(names)}"
 
 
 def _unknown_weights(name: str, architecture: str | None) -> str:
     owners = [row.architecture for row in CHECKPOINTS.values() if row.tag.endswith(f".{name}")]
     if architecture is None and name in IMAGENET:
-        return (
-            f"Weights {name!r} name an architecture only. Add '.' and one of the weights of "
-            f"{name}: {_of_architecture(name)}"
-        )
+        return f"Weights {name!r} name an architecture only. Add '.' and one of them. {_weights_of(name)}"
     if architecture is None and owners:
         return (
-            f"Weights {name!r} need an architecture, received None. "
-            f"Architectures that have them: {', '.join(owners)}"
+            f"Weights {name!r} need an architecture, received None. Architectures that have them: "
+            f"{', '.join(owners)}"
         )
     if architecture is None:
         near = near_names(name, [*CHECKPOINTS, *ALIASES])
         return f"Unknown weights {name!r}.{near} list_weights() lists all {len(CHECKPOINTS)}."
-    known = f"Weights of {architecture}: {_of_architecture(architecture)}"
+    known = _weights_of(architecture)
     if owners:
         return (
             f"Weights {name!r} do not exist for architecture {architecture!r}. "

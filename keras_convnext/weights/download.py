@@ -5,7 +5,6 @@ variables HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME. What it does not know, plain 
 
 Environment variables:
     KERAS_CONVNEXT_OFFLINE: 1 to never use the network; off as `_environment.is_set` says.
-    KERAS_CONVNEXT_QUIET: 1 to print nothing of plain downloads; likewise.
     Those that `locate` names.
 """
 
@@ -19,16 +18,17 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from keras_convnext._environment import is_set
-from keras_convnext._files import LOCKS_UNSUPPORTED, NO_SPACE, replace_file, sync_folder
+from keras_convnext._files import LOCKS_UNSUPPORTED, NO_SPACE, disk_error_text, replace_file, sync_folder
+from keras_convnext._messages import one_line, size_text
+from keras_convnext._terminal import Progress, say
 from keras_convnext.weights.locate import (
     WeightsNotFoundError,
     cache_folder,
@@ -47,7 +47,7 @@ _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 
 
 class ChecksumError(ValueError):
-    """The bytes of a weight file are not the expected ones."""
+    """The bytes of a weight file are not the expected ones; tells both hashes."""
 
 
 class UnreachableError(WeightsNotFoundError):
@@ -59,19 +59,16 @@ class _InterruptedError(Exception):
 
 
 def fetch(published: Checkpoint) -> pathlib.Path:
-    """Returns the path of a published weight file, downloading it when it is not on this machine.
+    """The path of a published weight file, which is downloaded when `locate.find_local` does not find it.
 
-    Where it is looked for: see `locate.find_local`. A file found there is used without asking the network;
-    else it comes from the Hub, and from the plain address where the Hub or `huggingface_hub` is missing.
-    A packaged file, one in our cache and one that has the name at its address are compared with the
-    published SHA-256; without one, a file in our cache with what was recorded when it came.
+    It comes from the Hub, and from the plain address where the Hub or `huggingface_hub` is missing. A
+    packaged file, one in our cache and one that has the name at its address are compared with the published
+    SHA-256; without one, a file in our cache with what was recorded when it came.
 
     Raises:
         ImportError: the file is only on the Hub and `huggingface_hub` is not installed.
-        ChecksumError: the file is not the expected one; tells both hashes.
-        UnreachableError: no server answered or the transfer kept failing.
-        WeightsNotFoundError: in every other case without a file (offline, no permission, not
-            there, no disk space); tells what to do. Also the base of UnreachableError.
+        ChecksumError: the file is not the expected one.
+        WeightsNotFoundError: offline, no permission, not there, no disk space; tells what to do.
     """
     cached = cache_path(published)
     expected = published.sha256 or published.sha256_prefix or ""
@@ -114,7 +111,7 @@ def _from_hub(published: Checkpoint) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.hf_hub_download(published.hub_id, published.hub_filename))
     except errors.LocalEntryNotFoundError as error:  # no answer; a FileNotFoundError, so first
         raise UnreachableError(
-            f"The Hugging Face hub cannot be reached for {file}: {_one_line(error.__cause__ or error)}. "
+            f"The Hugging Face hub cannot be reached for {file}: {one_line(error.__cause__ or error)}. "
             f"Check the network, the proxy and HF_ENDPOINT. Or: {by_hand}"
         ) from error
     except errors.HfHubHTTPError as error:
@@ -135,10 +132,9 @@ def _from_hub(published: Checkpoint) -> pathlib.Path:
         raise UnreachableError(f"{answer} for {file}. Try again later. Or: {by_hand}") from error
     except Exception as error:  # its HTTP client and hf_xet have error classes of their own
         if isinstance(error, OSError) and error.errno is not None:
-            folder = pathlib.Path(constants.HF_HUB_CACHE)
-            raise _disk_error(error, folder, None, "HF_HOME") from error
+            raise _disk_error(error, pathlib.Path(constants.HF_HUB_CACHE), "HF_HOME") from error
         raise UnreachableError(
-            f"The Hugging Face hub did not deliver {file}: {_one_line(error)}. Try again. Or: {by_hand}"
+            f"The Hugging Face hub did not deliver {file}: {one_line(error)}. Try again. Or: {by_hand}"
         ) from error
 
 
@@ -148,12 +144,8 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
     The bytes go to "<target>.part"; a cut connection is resumed with a Range request, in this call and by
     the next one. "<target>.part.json" holds the validator (ETag or Last-Modified) which tells whether the
     file on the server is still the same. "<target>.lock" makes other processes wait and then use the same
-    file. Without a published hash, that of the complete file is recorded in "<target>.sha256".
-
-    Args:
-        url: http or https address.
-        target: path of the file; missing folders are created.
-        expected: published SHA-256 or its first digits, "" for none.
+    file. Where `expected`, the published SHA-256 or its first digits, is "", that of the complete file is
+    recorded in "<target>.sha256".
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +174,7 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
     except WeightsNotFoundError:
         raise
     except OSError as error:
-        raise _disk_error(error, target.parent, None, "KERAS_CONVNEXT_CACHE") from error
+        raise _disk_error(error, target.parent) from error
 
 
 @contextlib.contextmanager
@@ -195,7 +187,7 @@ def _locked(target: pathlib.Path) -> Iterator[bool]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            _say(f"Waiting for another process that downloads {target.name}")
+            say(f"Waiting for another process that downloads {target.name}")
             lock.acquire()
     except OSError as error:
         if error.errno not in LOCKS_UNSUPPORTED:
@@ -207,10 +199,7 @@ def _locked(target: pathlib.Path) -> Iterator[bool]:
 
 
 def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
-    """Compares a file with its published hash, else with the one recorded when it came here.
-
-    A missing record is written; where that is not permitted, nothing is.
-    """
+    """Compares a file with its published hash, else with the one recorded when it came; records a first."""
     if not expected and not is_recorded:
         return
     digest = _file_digest(path)
@@ -224,7 +213,7 @@ def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
     record = _record_path(path)
     recorded = record.read_text(encoding="utf-8").split()[:1] if record.is_file() else []
     if not recorded:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the folder may be read-only
             _record(path, digest)
     elif recorded[0] != digest:
         raise ChecksumError(
@@ -249,12 +238,10 @@ def _receive_with_retries(url: str, part: pathlib.Path) -> None:
             time.sleep(RETRY_WAIT_SECONDS * 2 ** (attempt - 1))
         try:
             return _receive(url, part, is_first=attempt == 0)
-        except UnreachableError as error:
-            if attempt == 0:  # a network that was never there does not come back in seconds
+        except (UnreachableError, _InterruptedError) as error:
+            if attempt == 0 and isinstance(error, UnreachableError):  # a network that is not there stays so
                 raise
             failure: Exception = error
-        except _InterruptedError as error:
-            failure = error
     kept = part.stat().st_size if part.exists() else 0
     raise UnreachableError(
         f"{failure} Gave up after {RETRIES} retries; {kept} bytes are kept and the next call "
@@ -280,8 +267,8 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
             raise _refusal(error, url, part) from error
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(
-            f"{url} cannot be reached: {_one_line(error)}. Check the network and the proxy "
-            f"(HTTPS_PROXY). {_use_own_copy(url)}"
+            f"{url} cannot be reached: {one_line(error)}. Check the network and the proxy (HTTPS_PROXY). "
+            f"{_use_own_copy(url)}"
         ) from error
     with response:
         if url.startswith("https:") and not response.url.startswith("https:"):
@@ -306,16 +293,15 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
         else:
             raise _InterruptedError(f"{url} answered {response.status}: expected 200.")
         if is_first:
-            _say(f"Downloading {url} ({_size_text(total)})")
+            say(f"Downloading {url} ({'unknown size' if total is None else size_text(total)})")
         received = _append(response, part, start, total, url)
     if total is not None and received < total:
         raise _InterruptedError(f"{url} ended early: expected {total} bytes, received {received}.")
     if total is not None and received > total:
         _discard(part)
         raise WeightsNotFoundError(
-            f"{part} has {received} bytes: expected {total}. Another process writes to it, so "
-            f"locks do not work in {part.parent}. Set KERAS_CONVNEXT_CACHE to a folder on a local "
-            "disk."
+            f"{part} has {received} bytes: expected {total}. Another process writes to it, so locks do not "
+            f"work in {part.parent}. Set KERAS_CONVNEXT_CACHE to a folder on a local disk."
         )
 
 
@@ -323,34 +309,31 @@ def _append(
     response: http.client.HTTPResponse, part: pathlib.Path, start: int, total: int | None, url: str
 ) -> int:
     """Writes the body of an answer from byte `start` on; returns the bytes in the file."""
-    if total is not None:
-        free = shutil.disk_usage(part.parent).free
-        if total - start > free:
-            no_space = OSError(errno.ENOSPC, f"{_size_text(free)} are free")
-            raise _disk_error(no_space, part.parent, total - start, "KERAS_CONVNEXT_CACHE")
+    if total is not None and total - start > shutil.disk_usage(part.parent).free:
+        no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise _disk_error(no_space, part.parent, needed=total - start)
     received = start
-    show = _progress(total)
     try:
-        with open(part, "ab") as file:
+        with open(part, "ab") as file, Progress("Downloading", total, "MB") as progress:
             while True:
                 try:
                     chunk = response.read1(CHUNK_BYTES)  # read() would hold back a slow piece
                 except (OSError, http.client.HTTPException) as error:
                     raise _InterruptedError(
-                        f"{url} was cut: expected {total} bytes, received {received} ({_one_line(error)})."
+                        f"{url} was cut: expected {total} bytes, received {received} ({one_line(error)})."
                     ) from error
                 if not chunk:
                     break
                 _write(file, chunk)
                 received += len(chunk)
-                show(received)
+                progress.show(received)
             file.flush()
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
     except OSError as error:
         if error.errno in NO_SPACE:
             _discard(part)  # what was written is what fills the disk
-        raise _disk_error(error, part.parent, total, "KERAS_CONVNEXT_CACHE") from error
+        raise _disk_error(error, part.parent, needed=total) from error
 
 
 def _write(file: BinaryIO, chunk: bytes) -> None:
@@ -358,7 +341,7 @@ def _write(file: BinaryIO, chunk: bytes) -> None:
 
 
 def _refusal(error: urllib.error.HTTPError, url: str, part: pathlib.Path) -> Exception:
-    """Returns the error for a status that brings no bytes."""
+    """The error for a status that brings no bytes."""
     if error.code == 416:
         _discard(part)
         return _InterruptedError(f"{url} has no bytes after those received.")
@@ -374,7 +357,7 @@ def _refusal(error: urllib.error.HTTPError, url: str, part: pathlib.Path) -> Exc
 
 
 def _validator(headers: email.message.Message) -> str | None:
-    """Returns what If-Range accepts from an answer: a strong ETag, else Last-Modified."""
+    """What If-Range accepts from an answer: a strong ETag, else Last-Modified."""
     entity_tag = headers.get("ETag")
     if entity_tag and not entity_tag.startswith("W/"):
         return entity_tag
@@ -382,7 +365,7 @@ def _validator(headers: email.message.Message) -> str | None:
 
 
 def _read_validator(state_path: pathlib.Path, url: str) -> str:
-    """Returns the validator stored with a part of the same address, "" for none."""
+    """The validator stored with a part of the same address, "" for none."""
     try:
         state = json.loads(state_path.read_text(encoding="utf-8"))
         return state["validator"] or "" if state["url"] == url else ""
@@ -391,7 +374,7 @@ def _read_validator(state_path: pathlib.Path, url: str) -> str:
 
 
 def _total_of_range(headers: email.message.Message, start: int) -> int | None:
-    """Returns the size of the whole file when an answer continues at `start`, else None."""
+    """The size of the whole file when an answer continues at `start`, else None."""
     match = re.fullmatch(rf"bytes {start}-(\d+)/(\d+)", headers.get("Content-Range") or "")
     return int(match[2]) if match and int(match[1]) == int(match[2]) - 1 else None
 
@@ -412,7 +395,7 @@ def _shown(expected: str) -> str:
 
 
 def _forbidden(variable: str, published: Checkpoint) -> WeightsNotFoundError:
-    """Returns the error for a file that is not here while a variable forbids to get it."""
+    """The error for a file that is not here while a variable forbids to get it."""
     folders = os.environ.get("KERAS_CONVNEXT_WEIGHTS_DIR") or "not set"
     setting = f"{variable}={os.environ.get(variable, 1)}"
     return WeightsNotFoundError(
@@ -446,49 +429,8 @@ def _use_own_copy(url: str) -> str:
 
 
 def _disk_error(
-    error: OSError, folder: pathlib.Path, needed: int | None, variable: str
+    error: OSError, folder: pathlib.Path, variable: str = "KERAS_CONVNEXT_CACHE", needed: int | None = None
 ) -> WeightsNotFoundError:
-    """Returns the error for a file that could not be written, which tells how to write it elsewhere."""
-    reason = error.strerror or str(error)
-    if error.errno in NO_SPACE:
-        size = "The file" if needed is None else f"{_size_text(needed)} more"
-        message = (
-            f"No space in {folder} ({reason}): {size} must fit there. Free some, or set {variable} "
-            "to a folder on another disk."
-        )
-    else:
-        message = (
-            f"The cache folder {folder} cannot be written ({reason}). Make it writable, or set "
-            f"{variable} to a folder that is."
-        )
-    return WeightsNotFoundError(error.errno, message)
-
-
-def _one_line(error: BaseException) -> str:
-    reason = getattr(error, "reason", None) or error
-    return " ".join(f"{type(reason).__name__}: {reason}".split())
-
-
-def _size_text(size: int | None) -> str:
-    if size is None:
-        return "unknown size"
-    if size < 1000:
-        return f"{size} bytes"
-    if size < 1_000_000:
-        return f"{size / 1000:.0f} kB"
-    return f"{size / 1_000_000:.0f} MB"
-
-
-def _say(line: str) -> None:
-    if not is_set("KERAS_CONVNEXT_QUIET"):
-        print(line, file=sys.stderr, flush=True)
-
-
-def _progress(total: int | None) -> Callable[[int], None]:
-    """Returns a function that shows the bytes received: the Keras bar on a terminal or in a notebook."""
-    is_watched = sys.stdout.isatty() or "ipykernel" in sys.modules
-    if is_set("KERAS_CONVNEXT_QUIET") or not is_watched:
-        return lambda received: None
-    import keras
-
-    return keras.utils.Progbar(total, unit_name="byte").update
+    if_full = f"Free some, or set {variable} to a folder on another disk."
+    if_refused = f"Make it writable, or set {variable} to a folder that is."
+    return WeightsNotFoundError(error.errno, disk_error_text(error, folder, if_full, if_refused, needed))

@@ -16,10 +16,7 @@ from keras_convnext.weights.arrays import FileFormatError
 # Reference: keras/src/applications/convnext.py (Keras 3.15).
 _LAYERS = (
     (r"_stem$", ("downsample_layers.0.0", "downsample_layers.0.1")),
-    (
-        r"_downsampling_block_(\d)$",
-        ("downsample_layers.{next}.0", "downsample_layers.{next}.1"),
-    ),
+    (r"_downsampling_block_(\d)$", ("downsample_layers.{next}.0", "downsample_layers.{next}.1")),
     (r"_stage_(\d)_block_(\d+)_depthwise_conv$", ("stages.{0}.{1}.dwconv",)),
     (r"_stage_(\d)_block_(\d+)_layernorm$", ("stages.{0}.{1}.norm",)),
     (r"_stage_(\d)_block_(\d+)_pointwise_conv_(\d)$", ("stages.{0}.{1}.pwconv{2}",)),
@@ -30,11 +27,7 @@ _LAYERS = (
 
 
 def is_keras_applications(path) -> bool:
-    """Whether an `.h5`, `.weights.h5` or `.keras` file holds a ConvNeXt of `keras.applications`.
-
-    Raises:
-        FileFormatError: when the file is not what its ending says.
-    """
+    """Whether a file holds a ConvNeXt of `keras.applications`; FileFormatError when it is damaged."""
     path = pathlib.Path(path)
     if path.suffix == ".keras":
         try:
@@ -46,29 +39,23 @@ def is_keras_applications(path) -> bool:
             ) from None
         return "_stage_0_block_0_depthwise_conv" in config
     with _open(path) as file:
-        names = _legacy_layer_names(_legacy_group(file))
+        names = _legacy_layer_names(file)
         if names:
             return any(re.search(r"_stage_0_block_0_depthwise_conv$", name) for name in names)
         return "layers/sequential/layers/conv2d/vars/0" in file and "layers/layer_scale" in file
 
 
 def read_keras_applications(path) -> dict[str, np.ndarray]:
-    """The weights of a `keras.applications` ConvNeXt under the official code's names, in PyTorch's shapes.
+    """The canonical state dict of a `keras.applications` ConvNeXt.
 
-    Args:
-        path: a published `convnext_*.h5`, or a file from `model.save("x.h5")`,
-            `model.save_weights("x.weights.h5")` or `model.save("x.keras")`.
-
-    Returns:
-        {canonical name: array}. Depthwise kernels go from the grouped layout (7, 7, 1, C) to (C, 1, 7, 7).
+    From a published `convnext_*.h5`, or what `model.save("x.h5")`, `model.save_weights("x.weights.h5")` and
+    `model.save("x.keras")` write.
     """
     path = pathlib.Path(path)
     state: dict[str, np.ndarray] = {}
     try:
         with _open(path) as file:
-            group = _legacy_group(file)
-            layers = _legacy_layers(group) if _legacy_layer_names(group) else _current_layers(file)
-            for name, arrays in layers:
+            for name, arrays in _legacy_layers(file) if _legacy_layer_names(file) else _current_layers(file):
                 for key, array in _canonical(name, arrays):
                     if key in state:
                         raise FileFormatError(f"{path} has two layers for {key}; the second is {name!r}.")
@@ -82,11 +69,7 @@ def read_keras_applications(path) -> dict[str, np.ndarray]:
 
 
 def load_weights(model, path) -> None:
-    """Loads weights that a model of this package wrote, with Keras's own reader.
-
-    Raises:
-        ValueError: when they are of another model.
-    """
+    """Loads weights that a model of this package wrote; ValueError when they are of another model."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Keras warns of, it then raises
@@ -114,24 +97,21 @@ def _open(path) -> Iterator[h5py.File]:
         yield file
 
 
-def _legacy_group(file):
-    return file.get("model_weights", file)
+def _texts(names) -> list[str]:
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
-def _legacy_layer_names(group) -> list[str]:
-    return [_text(name) for name in group.attrs.get("layer_names", [])]
+def _legacy_layer_names(file) -> list[str]:
+    return _texts(file.get("model_weights", file).attrs.get("layer_names", []))
 
 
-def _text(name) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
-
-
-def _legacy_layers(group):
+def _legacy_layers(file):
     """(layer name, its arrays in Keras's order) of the format of Keras 2, which Keras 3 still writes."""
-    for name in _legacy_layer_names(group):
-        names = [_text(weight) for weight in group[name].attrs["weight_names"]]
+    for name in _legacy_layer_names(file):
+        group = file.get("model_weights", file)[name]
+        names = _texts(group.attrs["weight_names"])
         if names:
-            yield name, [group[name][weight][()] for weight in names]
+            yield name, [group[weight][()] for weight in names]
 
 
 def _current_layers(file):

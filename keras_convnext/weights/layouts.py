@@ -11,6 +11,7 @@ Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895,
 0.28, transformers 5.23, facebookresearch/dinov3 6876159, open_clip as timm reads it, mmpretrain ee7f2e8.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -131,15 +132,9 @@ WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface")
 
 
 def weight_shapes(
-    variant: Variant,
-    classes: int = 1000,
-    channels: int = 3,
-    pyramid_norms: bool = False,
+    variant: Variant, classes: int = 1000, channels: int = 3, pyramid_norms: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """{canonical name: PyTorch shape} of every weight of an architecture, in the order of the forward pass.
-
-    Arguments are those of `architecture.layers_of`.
-    """
+    """{canonical name: PyTorch shape} of the weights that `layers_of` lists, in its order."""
     layers = layers_of(variant, classes=classes, channels=channels, pyramid_norms=pyramid_norms)
     return {name: shape for layer in layers for name, shape in layer.weights.items()}
 
@@ -155,13 +150,7 @@ def rename(name: str, layout: str) -> str:
 
 
 def detect_layout(names) -> tuple[str, str]:
-    """The layout of a state dict, and the prefix in front of its names.
-
-    Args:
-        names: the keys of the state dict.
-
-    Returns:
-        (layout, prefix), for example ("timm", "") or ("official", "backbone.").
+    """The layout and the prefix of a state dict's names: ("timm", ""), or ("official", "backbone.").
 
     Raises:
         StateDictError: when no layout fits; the first names are shown.
@@ -176,87 +165,72 @@ def detect_layout(names) -> tuple[str, str]:
                 return layout, prefix
     shown = ", ".join(names[:8]) or "(no names at all)"
     raise StateDictError(
-        "Expected the weights of a ConvNeXt in one of the layouts "
-        f"{', '.join(RULES)}. Received {len(names)} names that fit none of them: {shown}"
+        f"Expected the weights of a ConvNeXt in one of the layouts {', '.join(RULES)}. Received {len(names)} "
+        f"names that fit none of them: {shown}"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a state dict holds, before it is known which architecture it is.
-
-    Attributes:
-        layout: one of `RULES`.
-        prefix: what stands in front of its names.
-        classes: outputs of its classifier, 0 when it has none.
-        channels: of the images its stem takes.
-        final_norm: whether the norm in front of the classifier is there; FCMAE and detection files lack it.
-        pyramid_norms: whether all per-level norms `norm0` .. `norm3` are there.
-        any_pyramid_norm: whether one of them is.
-    """
+    """What a state dict holds, before it is known which architecture it is."""
 
     layout: str
     prefix: str
-    classes: int
-    channels: int
-    final_norm: bool
-    pyramid_norms: bool
+    classes: int  # outputs of its classifier, 0 when it has none
+    channels: int  # of the images that its stem takes
+    final_norm: bool  # the norm in front of the classifier, which FCMAE and detection files lack
+    pyramid_norms: bool  # all of `norm0` .. `norm3`
     any_pyramid_norm: bool
 
 
 def inspect(state: StateDict) -> Contents:
-    """Reads from a state dict what is not fixed by its architecture.
-
-    Raises:
-        StateDictError: when no layout fits.
-    """
+    """Reads from a state dict what its architecture leaves open; StateDictError when no layout fits."""
     layout, prefix = detect_layout(state)
     present = _strip(state, layout, prefix)
+
+    def has(norm):
+        return any(rename(f"{norm}.{leaf}", layout) in present for leaf in ("weight", "bias"))
+
     head = present.get(rename("head.weight", layout))
     stems = (present.get(rename(name, layout)) for name in STEMS)
-    levels = [
-        any(rename(f"norm{level}.{leaf}", layout) in present for leaf in ("weight", "bias"))
-        for level in range(4)
-    ]
     stem = next((array for array in stems if array is not None and array.ndim == 4), None)
+    levels = [has(f"norm{level}") for level in range(4)]
     return Contents(
         layout=layout,
         prefix=prefix,
         classes=0 if head is None or head.ndim == 0 else head.shape[0],
         channels=3 if stem is None else stem.shape[1],
-        final_norm=any(
-            rename(f"{norm}.{leaf}", layout) in present
-            for norm in ("norm", "norm_pre")
-            for leaf in ("weight", "bias")
-        ),
+        final_norm=has("norm") or has("norm_pre"),
         pyramid_norms=all(levels),
         any_pyramid_norm=any(levels),
     )
 
 
 def find_variant(state: StateDict) -> Variant:
-    """The architecture whose names and shapes a state dict has.
-
-    Args:
-        state: {name: array} in any known layout.
-
-    Returns:
-        The row of `variants.VARIANTS` that fits; head and input channels may differ from its own.
+    """The architecture whose names and shapes a state dict has; head and input channels may differ.
 
     Raises:
         StateDictError: when none fits; the nearest is named with what it lacks.
     """
-    layout, prefix = detect_layout(state)
-    present = _strip(state, layout, prefix)
+    contents = inspect(state)
+    layout = contents.layout
+    present = _strip(state, layout, contents.prefix)
+    depthwise = re.compile(r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$")  # in any layout
+    blocks = sum(bool(depthwise.search(name)) for name in present)
     nearest: tuple[float, str, list[str]] = (-1.0, "", [])
     for variant in VARIANTS.values():
-        shapes = _body_shapes(variant)
-        wrong = [
-            name
-            for name, shape in shapes.items()
-            if not _fits(present.get(rename(name, layout)), name, shape, layout)
-        ]
-        surplus = _count_blocks(present) - sum(variant.depths)
+        # What tells architectures apart: all but heads and norms at the end.
+        shapes = {
+            name: shape
+            for name, shape in weight_shapes(variant, 1, contents.channels).items()
+            if not name.startswith(("norm.", "pre_logits.bias", "head."))
+        }
+        wrong = []
+        for name, shape in shapes.items():
+            array = present.get(rename(name, layout))
+            if array is None or _to_canonical(array, name, shape, layout) is None:
+                wrong.append(name)
+        surplus = blocks - sum(variant.depths)
         surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
             return variant
@@ -279,7 +253,8 @@ def read(
 ) -> StateDict:
     """The canonical state dict of a file: every expected weight once, every name of the file accounted for.
 
-    A stem for another number of channels than expected is adapted (`adapt_stem`).
+    A stem for another number of channels than expected is adapted (`adapt_stem`). Arrays are views of the
+    file's where possible, in the order of `shapes`.
 
     Args:
         state: {name: array} as read from the file.
@@ -287,10 +262,6 @@ def read(
         may_lack: prefixes of canonical names that the file need not have.
         may_hold: prefixes of canonical names that the file may have although they are not expected
             (the head, when only the body is wanted).
-
-    Returns:
-        {canonical name: array of the expected shape}, views of the file's arrays where possible, in the
-        order of `shapes`, without those that the file was allowed to lack.
 
     Raises:
         StateDictError: lists what is missing, what is left over and what has another shape.
@@ -325,30 +296,22 @@ def read(
     ]
     if missing or left_over or mis_shaped:
         parts = [f"The state dict (layout {layout}) does not fit the model."]
-        for title, rows in (
-            ("Missing", missing),
-            ("Left over", left_over),
-            ("Of another shape or type", mis_shaped),
-        ):
+        faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
+        for title, rows in faults.items():
             if rows:
                 more = f", and {len(rows) - 10} more" if len(rows) > 10 else ""
                 parts.append(f"{title} ({len(rows)}): {', '.join(rows[:10])}{more}.")
-        parts.append(_hint(state))
-        raise StateDictError(" ".join(part for part in parts if part))
+        with contextlib.suppress(StateDictError):
+            parts.append(f"The names and shapes are those of {find_variant(state).name!r}.")
+        raise StateDictError(" ".join(parts))
     return result
 
 
 def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
-    """A canonical state dict under the names and in the shapes of another project.
+    """A canonical state dict as another project loads it with `strict=True`.
 
-    Args:
-        canonical: {canonical name: array}, as `read` or `assign.state_dict` return it.
-        variant: the architecture, a row of `variants.VARIANTS`.
-        layout: "official", "timm", "torchvision" or "huggingface".
-
-    Returns:
-        {name: array}, which that project loads with `strict=True`. Hugging Face computes its last norm with
-        `config.layer_norm_eps`, which must be set to 1e-6 there (its default is 1e-12).
+    Hugging Face computes its last norm with `config.layer_norm_eps`, which must be set to 1e-6 there (its
+    default is 1e-12).
 
     Raises:
         ValueError: when that project cannot express the architecture; the message says why.
@@ -376,21 +339,11 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
 
 
 def adapt_stem(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """A stem kernel for images with another number of channels.
+    """A stem kernel (O, 3, H, W) for images with another number of channels: (O, channels, H, W), same dtype.
 
     One channel: the sum over R, G and B. Others: R, G, B repeated in turn, scaled by 3 / channels, so that
     the response to an image whose channels are all alike stays the same.
     Reference: timm 1.0.31 models/_manipulate.py, `adapt_input_conv`.
-
-    Args:
-        kernel: (O, 3, H, W).
-        channels: int, at least 1.
-
-    Returns:
-        (O, channels, H, W), same dtype.
-
-    Raises:
-        ValueError: when the kernel is not for 3 channels.
     """
     if kernel.shape[1] == channels:
         return kernel
@@ -430,31 +383,6 @@ def _strip(state: StateDict, layout: str, prefix: str) -> StateDict:
     return present
 
 
-def _body_shapes(variant: Variant) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that tell architectures apart: all but heads, norms at the end and input channels."""
-    others = ("norm.", "pre_logits.bias", "head.")
-    shapes = {name: shape for name, shape in weight_shapes(variant, 1).items() if not name.startswith(others)}
-    first = next(name for name in STEMS if name in shapes)
-    shapes[first] = (shapes[first][0], -1, *shapes[first][2:])
-    return shapes
-
-
-def _count_blocks(present: StateDict) -> int:
-    """How many depthwise convolutions there are, by the name of their bias in any layout."""
-    pattern = r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$"
-    return sum(bool(re.search(pattern, name)) for name in present)
-
-
-def _fits(array, name, shape, layout) -> bool:
-    if array is None:
-        return False
-    if -1 in shape:
-        shape = tuple(
-            actual if wanted == -1 else wanted for actual, wanted in zip(array.shape, shape, strict=False)
-        )
-    return _to_canonical(array, name, shape, layout) is not None
-
-
 def _to_canonical(array, name, shape, layout):
     """`array` in the canonical shape, or None when it does not fit."""
     if layout == "fcmae" and rename(name, layout).endswith(".kernel"):
@@ -484,23 +412,14 @@ def _is_floating(dtype) -> bool:
     return dtype.kind == "f" or "float" in dtype.name  # bfloat16 and its kin are of kind "V" to NumPy
 
 
-def _hint(state: StateDict) -> str:
-    try:
-        variant = find_variant(state)
-    except StateDictError:
-        return ""
-    return f"The names and shapes are those of {variant.name!r}."
-
-
 def _check_writable(variant: Variant, layout: str):
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
     reason = None
-    if layout == "timm":
-        if variant.isotropic:
-            reason = "timm has no isotropic ConvNeXt"
-    elif variant.isotropic and layout != "official":
+    if variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
+    elif layout == "timm":
+        pass  # it has all others
     elif variant.stem not in ("patch", "isotropic"):
         reason = f"it has the stem {variant.stem!r}"
     elif variant.norm != "layer_norm":

@@ -15,7 +15,6 @@ import numpy as np
 
 from keras_convnext.weights.arrays import (
     TORCH_DTYPES,
-    FileFormatError,
     UnsafeFileError,
     damaged_file,
     is_size,
@@ -37,6 +36,15 @@ TORCH_STORAGES: dict[str, str] = {
     "uint8": "ByteStorage",
     "bool": "BoolStorage",
 }
+
+_FUNCTIONS = (
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+)
 
 # Training scripts store these next to the state dict: arguments, scores, schedules, the log of mmengine.
 _IGNORED_NAMES = (
@@ -112,11 +120,7 @@ class Tensor(_Fixed):
     lazy: bool
 
     def array(self) -> np.ndarray:
-        """The tensor as a view of the content of its storage.
-
-        Raises:
-            ValueError: the description is wrong, or does not fit the storage.
-        """
+        """The tensor as a view of the content of its storage; ValueError where they do not fit."""
         offset, size, stride, dtype = self.offset, self.size, self.stride, self.dtype
         if self.lazy:
             raise ValueError("lazy flags (conjugate or negative); save tensor.resolve_conj().resolve_neg()")
@@ -131,19 +135,16 @@ class Tensor(_Fixed):
             raise ValueError("expected a dtype, and an offset, size and stride of integers >= 0")
         if 0 in size:
             return np.empty(size, dtype)
-        # Bounds are checked here and not left to NumPy, for a message in PyTorch's units.
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         available = self.storage.nbytes // dtype.itemsize
         if last >= available:
-            raise ValueError(
+            raise ValueError(  # NumPy's message would count bytes
                 f"size {size}, stride {stride} and offset {offset} needs {last + 1} items, its storage has "
                 f"{available}"
             )
-        storage = self.storage.root or self.storage
-        begin = (self.storage.begin + offset) * dtype.itemsize
-        return np.ndarray(
-            size, dtype, storage.content, begin, tuple(step * dtype.itemsize for step in stride)
-        )
+        content = (self.storage.root or self.storage).content
+        begin, *steps = (items * dtype.itemsize for items in (self.storage.begin + offset, *stride))
+        return np.ndarray(size, dtype, content, begin, steps)
 
 
 @dataclass(slots=True, eq=False)
@@ -194,9 +195,7 @@ class _Ignored:
     def append(*items: object) -> None:
         pass
 
-    extend = add = __setitem__ = __setstate__ = (
-        append  # static: a state set on the class itself is dropped too
-    )
+    extend = add = __setitem__ = __setstate__ = append  # static: states of the class itself are dropped too
 
 
 _STORAGE_DTYPES: dict[str, np.dtype | None] = {
@@ -204,44 +203,43 @@ _STORAGE_DTYPES: dict[str, np.dtype | None] = {
     **{f"torch.{storage}": TORCH_DTYPES[dtype] for dtype, storage in TORCH_STORAGES.items()},
 }
 
-_FUNCTIONS = (
-    "collections.OrderedDict",
-    "torch.Size",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-)
-_DTYPES = tuple(f"torch.{name}" for name in TORCH_DTYPES)
-
 # All that a pickle can reach.
 _NAMES: dict[str, _Name | type[_Ignored]] = {
-    **{name: _Name(name) for name in (*_FUNCTIONS, *_STORAGE_DTYPES, *_DTYPES)},
+    **{name: _Name(name) for name in (*_FUNCTIONS, *_STORAGE_DTYPES)},
+    **{f"torch.{name}": _Name(f"torch.{name}") for name in TORCH_DTYPES},
     **dict.fromkeys(_IGNORED_NAMES, _Ignored),
 }
+
+
+def _known(module: str, name: str) -> _Name | type[_Ignored]:
+    found = None if "." in name else _NAMES.get(f"{module}.{name}")
+    if found is None:
+        raise UnsafeFileError(
+            f"asks for the global '{module}.{name}', which a state dict does not need and which could run "
+            "code"
+        )
+    return found
 
 
 class _TensorUnpickler(pickle.Unpickler):
     """Runs a pickle whose opcodes were checked. Imports nothing."""
 
-    def __init__(self, path: Path, stream: io.BytesIO):
+    def __init__(self, stream: io.BytesIO):
         super().__init__(stream)
-        self.path = path
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> "_Name | type[_Ignored]":
-        return _known(self.path, module, name)
+        return _known(module, name)
 
     def persistent_load(self, identifier: object) -> Storage:
         match identifier:
             case ("storage", _Name(kind), str() as key, _, int() as size, *view) if (
                 kind in _STORAGE_DTYPES and is_size(size)
             ):
-                described = Storage(_STORAGE_DTYPES[kind], size)
+                storage = self.storages.setdefault(key, Storage(_STORAGE_DTYPES[kind], size))
             case _:
                 raise ValueError("expected ('storage', type, key, location, size) as a storage")
-        storage = self.storages.setdefault(key, described)
-        if storage.dtype is not described.dtype or storage.size != size:
+        if storage.dtype is not _STORAGE_DTYPES[kind] or storage.size != size:
             raise ValueError(f"it describes the storage {key!r} in two ways")
         match view:
             case [] | [None]:
@@ -252,10 +250,9 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
-    """Runs the pickle at the position of a stream, and leaves the stream behind it; `path` is for messages.
+    """Runs the pickle at the position of a stream, and leaves the stream after it; `path` is for messages.
 
-    Returns:
-        What the pickle describes: containers, texts, numbers and `Tensor`s; and the storages, by their keys.
+    Gives what the pickle describes (containers, texts, numbers and `Tensor`s) and the storages by their keys.
 
     Raises:
         FileFormatError: the pickle is malformed, or would take too much memory or time.
@@ -263,20 +260,23 @@ def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]
     """
     begin = stream.tell()
     try:
-        _check_program(path, stream)
+        _check_program(stream)
         end = stream.tell()
         stream.seek(begin)
-        unpickler = _TensorUnpickler(path, stream)
+        unpickler = _TensorUnpickler(stream)
         content = unpickler.load()
-    except (FileFormatError, UnsafeFileError):
-        raise
+    except UnsafeFileError as error:
+        raise UnsafeFileError(
+            f"Refused to read '{path}': its pickle {error}. Nothing in it was executed. If you trust the "
+            "file, load it in PyTorch and save its weights as .safetensors."
+        ) from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise damaged_file(path, f"its pickle is malformed ({error})") from error
     stream.seek(end)
     return content, unpickler.storages
 
 
-def _check_program(path: Path, stream: io.BytesIO) -> None:
+def _check_program(stream: io.BytesIO) -> None:
     """Refuses opcodes that describe no tensors, and programs that exhaust memory, time or the C stack.
 
     An unpickler hashes the keys of dictionaries and the items of sets. For a tuple this takes C stack by its
@@ -288,26 +288,23 @@ def _check_program(path: Path, stream: io.BytesIO) -> None:
     for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         name, before = opcode.name, opcode.stack_before
         if name not in _OPCODES:
-            raise _unsafe_file(
-                path, f"has the opcode {name} at byte {position}, which torch.save does not write"
+            raise UnsafeFileError(
+                f"has the opcode {name} at byte {position}, which torch.save does not write"
             )
+        if name == "GLOBAL":  # the unpickler asks again, and for names that the stack holds too
+            _known(*str(argument).split(" ", 1))
         if count == _MAX_OPCODES:
-            raise damaged_file(path, f"its pickle has more than {_MAX_OPCODES} opcodes")
+            raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
         if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = argument if isinstance(argument, int) else len(memo)
             if index > count:  # an unpickler makes room for all indices below
-                raise damaged_file(path, f"its pickle has the memo index {index} at byte {position}")
+                raise ValueError(f"it has the memo index {index} at byte {position}")
             memo[index] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "MARK":
             outer_stacks.append(stack)
             stack = []
-        elif not before:
-            if name == "GLOBAL":  # the unpickler asks again, and for names that the stack holds too
-                _known(path, *str(argument).split(" ", 1))
-            if opcode.stack_after:
-                stack.append(0)
         else:
             items: list[int] = []
             if pickletools.markobject in before:
@@ -315,29 +312,10 @@ def _check_program(path: Path, stream: io.BytesIO) -> None:
                 before = before[: before.index(pickletools.markobject)]
             first = len(stack) - len(before)
             if first < 0:
-                raise damaged_file(path, f"its pickle is malformed (stack underflow at byte {position})")
+                raise ValueError(f"stack underflow at byte {position}")
             items = stack[first:] + items
             del stack[first:]
             if name in _HASHED and max(items[_HASHED[name]], default=0) > 1:
-                raise damaged_file(path, f"its pickle has a nested tuple as a key at byte {position}")
+                raise ValueError(f"it has a nested tuple as a key at byte {position}")
             if opcode.stack_after:
                 stack.append(1 + max(items, default=0) if name.startswith("TUPLE") else 0)
-
-
-def _known(path: Path, module: str, name: str) -> _Name | type[_Ignored]:
-    """What a name stands for."""
-    found = None if "." in name else _NAMES.get(f"{module}.{name}")
-    if found is None:
-        raise _unsafe_file(
-            path,
-            f"asks for the global '{module}.{name}', which a state dict does not need and which could run "
-            "code",
-        )
-    return found
-
-
-def _unsafe_file(path: Path, fact: str) -> UnsafeFileError:
-    return UnsafeFileError(
-        f"Refused to read '{path}': its pickle {fact}. Nothing in it was executed. If you trust the file, "
-        "load it in PyTorch and save its weights as .safetensors."
-    )

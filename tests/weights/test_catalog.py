@@ -534,8 +534,8 @@ def test_find_checkpoint_finds(name, architecture, tag):
         (
             "convnextv2_pico",
             None,
-            "Weights 'convnextv2_pico' name an architecture only. Add '.' and one of the weights "
-            "of convnextv2_pico: fcmae_ft_in1k, fcmae, official_fcmae, official_fcmae_ft_in1k, "
+            "Weights 'convnextv2_pico' name an architecture only. Add '.' and one of them. "
+            "Weights of convnextv2_pico: fcmae_ft_in1k, fcmae, official_fcmae, official_fcmae_ft_in1k, "
             "huggingface_fcmae_ft_in1k",
         ),
         (

@@ -174,24 +174,21 @@ def test_safetensors_whose_length_looks_like_a_pickle_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "prefer_ema", "expected"),
+    ("keys", "expected"),
     [
-        (["model", "model_ema"], True, "model_ema"),
-        (["model", "model_ema"], False, "model"),
-        (["state_dict", "state_dict_ema"], True, "state_dict_ema"),
-        (["state_dict", "state_dict_ema"], False, "state_dict"),
-        (["module", "model", "state_dict", "ema"], True, "ema"),
-        (["module", "model", "state_dict", "ema"], False, "state_dict"),
-        (["module", "model", "state_dict"], True, "state_dict"),
-        (["module", "model"], True, "model"),
-        (["module"], True, "module"),
-        (["ema", "model_ema", "state_dict_ema"], False, "state_dict_ema"),
+        (["model", "model_ema"], "model_ema"),
+        (["state_dict", "state_dict_ema"], "state_dict_ema"),
+        (["module", "model", "state_dict", "ema"], "ema"),
+        (["module", "model", "state_dict"], "state_dict"),
+        (["module", "model"], "model"),
+        (["module"], "module"),
+        (["ema", "model_ema", "state_dict_ema"], "state_dict_ema"),
     ],
 )
-def test_state_dict_is_found_under_the_first_key_of_the_order(tmp_path, keys, prefer_ema, expected):
+def test_state_dict_is_found_under_the_first_key_of_the_order(tmp_path, keys, expected):
     content = {key: {"weight": torch.full((2,), float(i))} for i, key in enumerate(keys)}
     torch.save(content, tmp_path / "a.pth")
-    read = read_state_dict(tmp_path / "a.pth", prefer_ema=prefer_ema)
+    read = read_state_dict(tmp_path / "a.pth")
     np.testing.assert_array_equal(read["weight"], [keys.index(expected)] * 2)
 
 
@@ -1046,9 +1043,9 @@ def test_file_that_is_not_weights_is_refused(tmp_path, content, message):
 
 
 def test_missing_file_and_directory_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file '.*gone\.pth'"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         read_state_dict(tmp_path / "gone.pth")
-    with pytest.raises(IsADirectoryError, match="received the directory"):
+    with pytest.raises(IsADirectoryError):
         read_state_dict(tmp_path)
 
 
@@ -1433,13 +1430,7 @@ def test_write_to_a_directory_or_without_one_is_refused(tmp_path, write):
         write(tmp_path / "gone" / "a", {"a": np.ones(1)})
 
 
-def test_reserved_name_and_wrong_metadata_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="'__metadata__' is reserved"):
-        write_safetensors(tmp_path / "a", {"__metadata__": np.ones(1)})
-    with pytest.raises(TypeError, match="metadata of str to str, received 'epochs': 300"):
-        write_safetensors(tmp_path / "a", {}, {"epochs": 300})
-    with pytest.raises(TypeError, match="`key` to be a str or None, received 3"):
-        write_torch(tmp_path / "a", {}, key=3)
+def test_dtype_that_safetensors_lacks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="complex128"):
         write_safetensors(tmp_path / "a", {"a": np.ones(1, "complex128")})
     assert os.listdir(tmp_path) == []
