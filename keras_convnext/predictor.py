@@ -101,8 +101,7 @@ def predictor_of(
     file: pathlib.Path | None = None,
     task: str = "classification",
 ) -> Predictor:
-    """Takes a whole model, of (N, H, W, 3 or 1) pixels in 0..255, with the input size and outputs that it
-    has.
+    """Takes a whole model of pixels in 0..255, with the input size and the outputs that it has.
 
     `name` is what errors call it; `image_size` counts where the model leaves it free, and must else be its
     own. The preprocessing is by default that of `Preprocessing`.

@@ -101,12 +101,16 @@ def evaluate(
     if output is not None:
         report.check_output(output)
     batches = import_batches()
-    source, split = _open_data(data, split)
+    if split is None and not isinstance(data, Source) and sources.list_splits(data):
+        split = "validation"
+    source = data if isinstance(data, Source) else sources.open_source(data, split)
     classifier = _open_model(model, len(source.classes), preprocessing)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
     columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
-    source, real = _limited(source, real, limit)
+    if limit is not None and limit < len(source):
+        chosen = np.arange(limit) * len(source) // limit
+        source, real = sources.take(source, chosen), real and [real[number] for number in chosen]
     batch_size = batch_size or DEFAULT_BATCH_SIZE
     settings = {
         **model_settings(classifier),
@@ -219,15 +223,6 @@ def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
         )
 
 
-def _open_data(data, split) -> tuple[Source, str | None]:
-    """Returns the images and the name of their split; the validation split where the data has splits."""
-    if isinstance(data, Source):
-        return data, split
-    if split is None and sources.list_splits(data):
-        split = "validation"
-    return sources.open_source(data, split), split
-
-
 def _open_model(model, num_classes, preprocessing) -> Predictor:
     """Returns the model with the preprocessing of its images, or what the caller passes in its place."""
     image_size = given = tagged = None
@@ -275,14 +270,6 @@ def _without_unused_classes(source: Source) -> Source:
         return source
     labels = np.searchsorted(used, source.labels).astype(np.int32)
     return dataclasses.replace(source, labels=labels, classes=names)
-
-
-def _limited(source: Source, real: list | None, limit: int | None) -> tuple[Source, list | None]:
-    """Returns `limit` examples at equal distances and their ReaL labels, or all where there are fewer."""
-    if limit is None or limit >= len(source):
-        return source, real
-    chosen = np.arange(limit) * len(source) // limit
-    return sources.take(source, chosen), None if real is None else [real[number] for number in chosen]
 
 
 def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:

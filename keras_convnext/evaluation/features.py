@@ -131,14 +131,12 @@ class FeatureResult:
     def report(self) -> dict[str, Any]:
         """Returns all of it but the classifier, as JSON takes it."""
         name = "neighbours" if self.kernel is None else "learning_rate"
-        scores = [
-            {
-                name if key == "setting" else key: value
-                for key, value in vars(score).items()
-                if value is not None
-            }
-            for score in self.scores
-        ]
+        scores = []
+        for score in self.scores:
+            row = {name: score.setting, "top1": score.top1, "top5": score.top5}
+            if score.selection_top1 is not None:
+                row["selection_top1"] = score.selection_top1
+            scores.append(row)
         return self.environment | {
             "settings": self.settings.model_dump(mode="json"),
             name: self.chosen,
@@ -164,10 +162,9 @@ def extract_features(
     max_faults: float = 0.01,
     progress: bool = True,
 ) -> Features:
-    """Computes the features of the images of a source, by a model of (N, H, W, 3 or 1) pixels in 0..255 to
-    (N, C).
+    """Computes the features of the images of a source.
 
-    Pixels are those of Pillow, bit for bit, without augmentation. Images that cannot be decoded are left out
+    The model takes (N, H, W, 3 or 1) pixels in 0..255 to (N, C). Pixels are those of Pillow, bit for bit, without augmentation. Images that cannot be decoded are left out
     and named in `faults`; where they are more than the share `max_faults`, a DataError says so. Features are
     kept in the folder `cache`, one file for each model, source and preprocessing. The name of a file says of
     what it is, so that those of another model, of changed images, another order or another backend are never

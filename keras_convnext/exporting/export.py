@@ -29,7 +29,7 @@ class Format:
     """One format: how its files look and what writes them."""
 
     suffix: str  # of the file; "" for a folder
-    backend: str  # Keras's, that the converter works with
+    backend: str  # Keras's backend that the converter works with
     packages: dict[str, str]  # what must be installed to write it, module -> package
     precisions: tuple[str, ...]  # of weights or arithmetic, the default first
     batch_size: int | None = None  # number of images when none is asked for; None for any
@@ -176,7 +176,8 @@ def export(
     _check_packages(format, row.packages | (row.quantizer if "int8" in precision else {}))
     is_checked = check is not False
     if is_checked:
-        _check_packages(format, dict([runtimes.RUNTIMES[format]]))
+        module, package = runtimes.RUNTIMES[format]
+        _check_packages(format, {module: package})
     batch = _batch_size(batch_size, row)
     size = _image_size(model, image_size, row)
     model = deploy.in_float32(model)

@@ -35,15 +35,11 @@ class ExportedModel:
     input_shape: tuple[int | None, ...]  # (N, H, W, C), None for a size that is free
     input_dtype: str  # "uint8" or "float32"; pixels in 0..255 in both
     output_shape: tuple[int | None, ...]  # (N, ...), None for a size that is free
-    call: Callable[
-        [np.ndarray], np.ndarray
-    ]  # uint8 or float32 (n, H, W, C), of the right n, to float32 (n, ...)
+    call: Callable[[np.ndarray], np.ndarray]  # of `input_dtype`, (N, H, W, C), to float32 (N, ...)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # `read_metadata`
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Runs images (n, H, W, C), pixels in 0..255, as many at a time as the file takes, to float32 (n,
-        ...).
-        """
+        """float32 (n, ...) of images (n, H, W, C), pixels in 0..255; as many at a time as the file takes."""
         fits = len(images.shape) == 4 and all(
             own in (None, given) for own, given in zip(self.input_shape[1:], images.shape[1:], strict=True)
         )
