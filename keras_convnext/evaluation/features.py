@@ -164,11 +164,11 @@ def extract_features(
 ) -> Features:
     """Computes the features of the images of a source.
 
-    The model takes (N, H, W, 3 or 1) pixels in 0..255 to (N, C). Pixels are those of Pillow, bit for bit, without augmentation. Images that cannot be decoded are left out
-    and named in `faults`; where they are more than the share `max_faults`, a DataError says so. Features are
-    kept in the folder `cache`, one file for each model, source and preprocessing. The name of a file says of
-    what it is, so that those of another model, of changed images, another order or another backend are never
-    taken. A damaged file is made again.
+    The model takes (N, H, W, 3 or 1) pixels in 0..255 to (N, C). Pixels are those of Pillow, bit for bit,
+    without augmentation. Images that cannot be decoded are left out and named in `faults`; where they are
+    more than the share `max_faults`, a DataError says so. Features are kept in the folder `cache`, one file
+    for each model, source and preprocessing. The name of a file says of what it is, so that those of another
+    model, of changed images, another order or another backend are never taken. A damaged file is made again.
 
     Example:
         model = keras_convnext.load("convnext_atto.d2_in1k", include_top=False, pooling="avg")
