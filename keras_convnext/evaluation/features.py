@@ -201,7 +201,9 @@ def extract_features(
     except batches.tf.errors.OpError:
         faults.check()  # raises the DataError that tells what is wrong
         raise
-    result = Features(*map(np.concatenate, (features, labels, numbers)), faults.report())
+    result = Features(
+        np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
+    )
     if path is not None:
         _write_cache(path, result)
     return result
