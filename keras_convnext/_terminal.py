@@ -33,19 +33,8 @@ class Progress:
 
     On a terminal there is a bar, redrawn at most five times a second, which `close` removes. Elsewhere, as in
     the log of a batch system, there is a line every five minutes, in a notebook every 30 seconds. Nothing is
-    shown where KERAS_CONVNEXT_QUIET is set.
-
-    Args:
-        title: begins the line.
-        total: of the work; None where it is not known.
-        unit: what is counted; "MB" where the counts are bytes.
-        is_wanted: bool, whether anything is shown.
-        stream: where to write; None for stderr.
-        clock: returns seconds.
-
-    Example:
-        with Progress("evaluation", len(source)) as progress:
-            progress.show(64)
+    shown where KERAS_CONVNEXT_QUIET is set. `total` is None where it is not known; the unit "MB" divides
+    counts of bytes.
     """
 
     def __init__(
@@ -87,12 +76,9 @@ class Progress:
         return (last - first) / (end - begin)
 
     def show(self, done: int, describe: Callable[[], str] | None = None) -> None:
-        """Says how much is done. Cheap: most calls only read the clock.
+        """Says how much is done of the total. Cheap: most calls only read the clock.
 
-        Args:
-            done: of `total`.
-            describe: returns what is shown after the title and the bar, called when that is drawn; default
-                `text`.
+        `describe`, by default `text`, gives what is shown after the title and the bar, when that is drawn.
         """
         now = self._clock()
         self._last = (now, done)
@@ -178,12 +164,8 @@ def rate_text(rate: float, unit: str) -> str:
 
 
 def table_lines(titles: Sequence[str], alignments: str, rows: Sequence[Sequence[object]]) -> list[str]:
-    """Returns the lines of a table in columns of equal width, the titles first.
-
-    Args:
-        titles: of the columns.
-        alignments: "<" or ">" for each column.
-        rows: cells, shown by `str`.
+    """Returns the lines of a table in columns of equal width, the titles first; "<" or ">" aligns each
+    column.
     """
     texts = [list(titles), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
@@ -229,9 +211,6 @@ def silenced(*, stdout: bool = False) -> Iterator[None]:
     """Sends stderr, and stdout where asked, nowhere: what Python writes, and what native libraries do.
 
     TensorFlow's start-up lines, for example, obey none of its settings. Exceptions pass.
-
-    Args:
-        stdout: bool, whether standard output too.
     """
     numbers = (1, 2) if stdout else (2,)
     sys.stdout.flush()

@@ -24,19 +24,12 @@ DEFAULT_SIZE = 224  # pixels, for a model that takes images of any size
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A model and how its images are prepared.
+    """A model and how its images are prepared."""
 
-    Attributes:
-        model: `keras.Model`, (N, H, W, 3 or 1) pixels in 0..255 to (N, classes), or to features (N, C).
-        preprocessing: of the images, at the size that the model is fed.
-        row: the published weights that it has; None for other weights.
-        file: the weight file; None when it cannot be told.
-    """
-
-    model: Any
-    preprocessing: Preprocessing
-    row: Checkpoint | None = None
-    file: pathlib.Path | None = None
+    model: Any  # (N, H, W, 3 or 1) pixels in 0..255 to (N, classes), or to features (N, C)
+    preprocessing: Preprocessing  # at the size that the model is fed
+    row: Checkpoint | None = None  # the published weights that it has
+    file: pathlib.Path | None = None  # the weight file, where it can be told
 
     @property
     def class_list(self) -> int | str | None:
@@ -69,23 +62,16 @@ def open_predictor(
     Args:
         name: tag or architecture, the path of a weight file, what `resolve` returned of these, or a Keras
             model, which is taken as it is.
-        weights: a weight file or a `.keras` file; then a tag in `name` says only how images are prepared
-            and normalised. Also "imagenet" or a short tag, where `name` is an architecture. Default: the
-            weights of the tag, or the architecture's ImageNet weights.
-        image_size: of the images in pixels, a side or (height, width). Default: that of the tag or the file.
-        classes: classes of an `.h5` file of this package, which does not say how many it has.
+        weights: a weight file or a `.keras` file; then a tag in `name` says only how images are prepared and
+            normalised. Also "imagenet" or a short tag, where `name` is an architecture. Default: the weights
+            of the tag, or the architecture's ImageNet weights.
+        image_size: in pixels, a side or (height, width). Default: that of the tag or the file.
+        classes: of an `.h5` file of this package, which does not say how many it has.
         classifier_activation: "softmax", or None for logits; a model and a `.keras` file keep their own.
         task: "classification"; or "features" for the model in front of its classifier, if it has one.
 
-    Returns:
-        `Predictor`.
-
-    Raises:
-        ValueError: the name is unknown, has no classifier, or the file does not fit; the message tells.
-        FileNotFoundError: no such file.
-
-    Example:
-        open_predictor("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction   # 1.0
+    Raises a ValueError where the name is unknown, has no classifier, or the file does not fit, and a
+    FileNotFoundError where there is no such file.
     """
     if name is not None and not isinstance(name, str | os.PathLike | ResolvedWeights):
         if weights is not None:
@@ -115,15 +101,10 @@ def predictor_of(
     file: pathlib.Path | None = None,
     task: str = "classification",
 ) -> Predictor:
-    """Takes a whole model, with the input size and the outputs that it has.
+    """Takes a whole model of pixels in 0..255, with the input size and the outputs that it has.
 
-    Args:
-        model: of (N, H, W, 3 or 1) pixels in 0..255; `name` is what errors call it.
-        image_size: side of the images, where the model leaves it free; the other arguments as elsewhere here.
-        preprocessing: of the images at any size. Default: the defaults of `Preprocessing`.
-
-    Raises:
-        ValueError: the model does not end in (N, classes) or (N, C), or takes images of another size.
+    `name` is what errors call it; `image_size` counts where the model leaves it free, and must else be its
+    own. The preprocessing is by default that of `Preprocessing`.
     """
     if task == "features":
         model = without_classifier(model)

@@ -54,12 +54,9 @@ def prepare_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(dataclasses.asdict(summary) | {"verified": options.verify})
         return 0
-    splits = {
-        split: f"{images:,} images, shards: {summary.shards[split]:,}"
-        for split, images in summary.images.items()
-    }
+    images = summary.images.items()
     facts = {
-        **splits,
+        **{split: f"{count:,} images, shards: {summary.shards[split]:,}" for split, count in images},
         "size": f"{size_text(summary.num_bytes)}, in {summary.seconds:,.1f} s",
         "kept": f"shards: {summary.num_kept:,}" if summary.num_kept else None,
         "verified": "every file has the SHA-256 of the manifest" if options.verify else None,

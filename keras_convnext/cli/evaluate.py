@@ -129,21 +129,17 @@ SGD on features that are computed once, without augmentation. The learning rate 
 training images, never on those that the score is of."""
 
 
-def knn_options(parser: argparse.ArgumentParser) -> None:
-    _add_feature_options(parser, "knn")
-
-
-def probe_options(parser: argparse.ArgumentParser) -> None:
-    _add_feature_options(parser, "linear_probe")
-
-
-def _add_feature_options(parser: argparse.ArgumentParser, recipe: str) -> None:
+def knn_options(parser: argparse.ArgumentParser, recipe: str = "knn") -> None:
     option(
         parser, "recipe", "RECIPE", f"TOML file, default the published {recipe}", nargs="?", default=recipe
     )
     option(parser, "--model", "MODEL", "tag or weight file, in place of the recipe's")
     option(parser, "--cache", "DIR", "folder that keeps the features for next time")
     shared_options(parser, "--data", "--set", "--quiet", "--json")
+
+
+def probe_options(parser: argparse.ArgumentParser) -> None:
+    knn_options(parser, "linear_probe")
 
 
 def knn_command(options: argparse.Namespace) -> int:
@@ -165,10 +161,10 @@ def probe_command(options: argparse.Namespace) -> int:
 def _evaluate_features(options: argparse.Namespace, settings_class, function) -> int:
     from keras_convnext.training.recipe_files import recipe_path
 
-    overrides = recipe_overrides(options.set)
-    for key in ("model", "data"):
-        if getattr(options, key) is not None:
-            overrides[key] = getattr(options, key)
+    named = {"model": options.model, "data": options.data}
+    overrides = recipe_overrides(options.set) | {
+        key: value for key, value in named.items() if value is not None
+    }
     settings = settings_class.read(recipe_path(options.recipe), overrides)
     if not settings.data:
         raise ValueError("Expected images: pass --data PATH, a folder of class folders for example.")
@@ -177,18 +173,14 @@ def _evaluate_features(options: argparse.Namespace, settings_class, function) ->
         print_json(result.report())
         return 1 if result.faults else 0
     print_faults(list(result.faults.values()))
-    scores = {
-        f"  {score.setting:g}": f"{score.top1:6.2f} % top-1, {score.top5:6.2f} % top-5"
-        for score in result.scores
-    }
     facts = {
         "top-1": f"{result.top1:.2f} %",
         "top-5": f"{result.top5:.2f} %",
         "chosen": f"{result.chosen:g}",
         "images": f"{result.n:,}, by the features of {result.num_train:,}",
         "time": f"{result.seconds:,.1f} s",
-        **scores,
-        "advice": result.advice or None,
     }
-    print_facts(f"{settings.model} on {settings.data}", facts.items())
+    for score in result.scores:
+        facts[f"  {score.setting:g}"] = f"{score.top1:6.2f} % top-1, {score.top5:6.2f} % top-5"
+    print_facts(f"{settings.model} on {settings.data}", (facts | {"advice": result.advice or None}).items())
     return 1 if result.faults else 0

@@ -38,19 +38,9 @@ _MOVED = {"demo": "`make demo`", "bench": "`make bench`, or `python -m benchmark
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command, by default the command line's words, and returns the exit code.
 
-    Args:
-        arguments: words of the command line without the program; default those of this process.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        SystemExit: by argparse, after --help, --version (0) and wrong usage (2).
-
-    Example:
-        >>> main(["list", "test_convnext2"])
+    Argparse raises SystemExit after --help, --version (0) and wrong usage (2).
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by TensorFlow when it is imported

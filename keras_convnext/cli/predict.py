@@ -46,7 +46,12 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
 def predict_command(options: argparse.Namespace) -> int:
     """Classifies images; those that cannot be read are reported and left out."""
     errors: list[str] = []
-    paths = _image_paths(options.images, errors)
+    paths: list[pathlib.Path] = []
+    for image in options.images:
+        try:
+            paths += preprocess.find_images(image)
+        except preprocess.ImageError as error:
+            note(errors, error)
     classifier = None
     results: list[dict] = []
     # On a terminal the results themselves are the progress.
@@ -60,7 +65,9 @@ def predict_command(options: argparse.Namespace) -> int:
                 predictions = classifier.best(values, options.top)
                 results.append({"file": str(file), "predictions": predictions})
                 if not options.json:
-                    _print_predictions(file, predictions)
+                    print(file)
+                    for best in predictions:
+                        print(f"  {100 * best['probability']:6.2f} %  {best['name']}")
             sys.stdout.flush()
             progress.show(len(results) + len(errors))
     if options.json and results:
@@ -75,19 +82,12 @@ def predict_command(options: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model, how its images are prepared and what its classes are called.
-
-    Attributes:
-        predictor: the model and how its images are prepared.
-        names: a name for each class.
-        synsets: a WordNet id for each class; empty when it is not an ImageNet classifier.
-        gives_logits: whether a softmax is still to be taken.
-    """
+    """A model, how its images are prepared and what its classes are called."""
 
     predictor: Any
-    names: list[str]
-    synsets: list[str]
-    gives_logits: bool
+    names: list[str]  # of each class
+    synsets: list[str]  # a WordNet id for each class; empty when it is not an ImageNet classifier
+    gives_logits: bool  # whether a softmax is still to be taken
 
     def __call__(self, images: list[np.ndarray]) -> np.ndarray:
         """uint8 images (H, W, 3) of any size to probabilities (N, classes)."""
@@ -99,36 +99,29 @@ class Classifier:
 
     def best(self, probabilities: np.ndarray, count: int) -> list[dict]:
         """The `count` most probable classes, the best first."""
-        predictions = []
-        for index in np.argsort(-probabilities, kind="stable")[:count].tolist():
-            synset = {"synset": self.synsets[index]} if self.synsets else {}
-            predictions.append(
-                {
-                    "class_index": index,
-                    **synset,
-                    "name": self.names[index],
-                    "probability": float(probabilities[index]),
-                }
-            )
-        return predictions
+        return [
+            {
+                "class_index": index,
+                **({"synset": self.synsets[index]} if self.synsets else {}),
+                "name": self.names[index],
+                "probability": float(probabilities[index]),
+            }
+            for index in np.argsort(-probabilities, kind="stable")[:count].tolist()
+        ]
 
 
 def _load_classifier(options: argparse.Namespace) -> Classifier:
     labels = read_labels(options)
     import_quietly("keras_convnext.models")
+    import keras
+
     from keras_convnext import predictor
 
     name = options.model or (DEFAULT_MODEL if options.weights is None else None)
     opened = predictor.open_predictor(
         name, options.weights, image_size=options.image_size, classes=len(labels) or None
     )
-    return _classifier(opened, labels)
-
-
-def _classifier(opened, labels: list[str]) -> Classifier:
-    import keras
-
-    model, classes = opened.model, opened.model.output_shape[-1]
+    classes = opened.model.output_shape[-1]
     names, synsets = labels, []
     if labels and len(labels) != classes:
         raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(labels)} names.")
@@ -137,7 +130,7 @@ def _classifier(opened, labels: list[str]) -> Classifier:
         synsets = class_names.synset_ids(opened.class_list)
     elif not labels:
         names = [f"class {index}" for index in range(classes)]
-    activation = getattr(model.layers[-1], "activation", None)
+    activation = getattr(opened.model.layers[-1], "activation", None)
     return Classifier(opened, names, synsets, activation is keras.activations.linear)
 
 
@@ -151,16 +144,6 @@ def read_labels(options: argparse.Namespace) -> list[str]:
         return []
     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip()]
-
-
-def _image_paths(images: list[str], errors: list[str]) -> list[pathlib.Path]:
-    paths: list[pathlib.Path] = []
-    for image in images:
-        try:
-            paths += preprocess.find_images(image)
-        except preprocess.ImageError as error:
-            note(errors, error)
-    return paths
 
 
 def _read_batches(
@@ -178,12 +161,3 @@ def _read_batches(
     images = readable()
     while batch := list(itertools.islice(images, batch_size)):
         yield [path for path, _ in batch], [image for _, image in batch]
-
-
-# What is printed.
-
-
-def _print_predictions(file: pathlib.Path, predictions: list[dict]) -> None:
-    print(file)
-    for prediction in predictions:
-        print(f"  {100 * prediction['probability']:6.2f} %  {prediction['name']}")

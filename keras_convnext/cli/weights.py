@@ -169,8 +169,9 @@ def convert_command(options: argparse.Namespace) -> int:
     found = _file_facts(source)
     written = "Keras" if target.name.endswith(KERAS_SUFFIXES) else options.layout
     read = f"{source.path}: {found['architecture']}, layout {found['layout']}"
-    count = f"{_classes_text(found['classes'])}, {found['parameters']:,} parameters"
-    print(f"{read}, {count} -> {target}: {written}, {size_text(target.stat().st_size)}")
+    classes = f"{found['classes']} classes" if found["classes"] else "no classifier"
+    size = size_text(target.stat().st_size)
+    print(f"{read}, {classes}, {found['parameters']:,} parameters -> {target}: {written}, {size}")
     return 0
 
 
@@ -218,12 +219,13 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[t
     if row.url is not None:
         address = row.url + " when the hub is out of reach" * (row.hub_id is not None)
     larger = f"{row.test_image_size}, crop {row.test_crop:.4g}" if row.test_image_size else None
+    projected = f"none, but {row.classes} features of the CLIP projection"
     return {
         "architecture": f"{row.architecture}, {_reference(variant)}",
         "parameters": f"{_parameters(row):,}",
         "depths": joined(variant.depths),
         "dims": joined(variant.dims),
-        "classes": _outputs_text(row),
+        "classes": projected if row.is_projection else row.classes or "none",
         "trained on": row.dataset,
         "licence": licence_text(row.licence),
         "image size": f"{row.image_size}, crop {row.crop:.4g}",
@@ -317,13 +319,3 @@ def _resize_text(preprocessing: Preprocessing) -> str:
     how = "both sides" if preprocessing.crop_mode == "squash" else "shorter side"
     scale, interpolation = preprocessing.scale_size[0], preprocessing.interpolation
     return f"{how} to {scale}, {interpolation}, then the central {height} x {width}"
-
-
-def _outputs_text(row: Checkpoint) -> str:
-    if row.is_projection:
-        return f"none, but {row.classes} features of the CLIP projection"
-    return str(row.classes or "none")
-
-
-def _classes_text(classes: int) -> str:
-    return f"{classes} classes" if classes else "no classifier"

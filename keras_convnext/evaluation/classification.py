@@ -58,13 +58,10 @@ def evaluate(
 ) -> Result:
     """Classifies the images of a data set and counts how often the model is right.
 
-    A tag decides everything: the weights, the size of the images, how they are resized and cropped. Pixels
-    are those of Pillow, bit for bit. An image counts for top-k when fewer than k classes have a larger
+    Pixels are those of Pillow, bit for bit. An image counts for top-k when fewer than k classes have a larger
     output than its label, equal outputs being ordered by their class number, so that ties do not depend on
-    the backend.
-
-    Which outputs are compared follows from the classes of the data, see `match_classes`. Images that cannot
-    be decoded are left out of all counts and named in `Result.faults`.
+    the backend. Which outputs are compared follows from the classes of the data, see `match_classes`. Images
+    that cannot be decoded are left out of all counts and named in `Result.faults`.
 
     Reference: ReaL accuracy: Beyer et al., "Are we done with ImageNet?" (arXiv 2006.07159): the share of
     images with at least one ReaL label of which the predicted class is a label.
@@ -73,8 +70,8 @@ def evaluate(
         model: a tag, an architecture (its ImageNet weights), a weight file, a `.keras` file, a file that
             `export` wrote, which its own runtime runs, or a Keras model of (N, H, W, 3) pixels in 0..255;
             also what `weights.resolve.resolve` returned, such as of a tag and a weight file of one's own.
-        data: a path, see `sources.open_source`, or what that returns.
-        split: split of `data`. Default: the validation split where the data has splits, else all.
+        data: a path, see `sources.open_source`, or what that returns. `split` is by default its validation
+            split, or all of it where it has no splits.
         real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of
             TensorFlow Datasets).
         preprocessing: of the images in place of the model's own; or a tag whose preprocessing is used; or the
@@ -82,23 +79,16 @@ def evaluate(
             not say how they were trained, its own is the default of `Preprocessing`.
         batch_size: images in a batch of this host. Default 64. The last batch is filled up.
         limit: evaluate only that many examples, at equal distances in the data.
-        results: CSV file to which a row is added, see `results.append_result`. Default: none.
-        output: folder for the files of `report.write_reports`. Default: none.
-        max_faults: share of the images that may be damaged, 0 to 1.
+        results: CSV file to which a row is added, see `results.append_result`.
+        output: folder for the files of `report.write_reports`.
+        max_faults: share of the images that may be damaged, 0 to 1; more raise a DataError.
         share: number of this host, from 0 up, and of the hosts, which evaluate a part of the data each; see
             `results.combine`.
-        progress: whether to show progress on stderr.
-
-    Returns:
-        `Result`.
 
     Raises:
-        ValueError: the model has no classifier, its outputs do not fit the classes of the data, are NaN, or
-            an argument is out of range.
+        ValueError: the outputs are NaN or do not fit the classes of the data, or an argument is out of range.
         SourceError: the data cannot be used.
-        DataError: more images are damaged than `max_faults` allows.
-        ImportError: TensorFlow, which reads the images, or matplotlib, which draws for `output`, is not
-            installed.
+        ImportError: TensorFlow (reads the images) or matplotlib (draws for `output`) is missing.
 
     Example:
         result = evaluate("convnext_tiny.fb_in1k", "ILSVRC2012_img_val.tar", results="results.csv")
@@ -111,14 +101,25 @@ def evaluate(
     if output is not None:
         report.check_output(output)
     batches = import_batches()
-    source, split = _open_data(data, split)
+    if split is None and not isinstance(data, Source) and sources.list_splits(data):
+        split = "validation"
+    source = data if isinstance(data, Source) else sources.open_source(data, split)
     classifier = _open_model(model, len(source.classes), preprocessing)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
     columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
-    source, real = _limited(source, real, limit)
+    if limit is not None and limit < len(source):
+        chosen = np.arange(limit) * len(source) // limit
+        source, real = sources.take(source, chosen), real and [real[number] for number in chosen]
     batch_size = batch_size or DEFAULT_BATCH_SIZE
-    settings = _settings(classifier, source, split, outputs, batch_size)
+    settings = {
+        **model_settings(classifier),
+        **environment(),
+        **data_settings(source, split),
+        **preprocessing_settings(classifier.preprocessing),
+        "outputs": outputs,
+        "batch_size": str(batch_size),
+    }
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(
         source,
@@ -162,23 +163,15 @@ def match_classes(
     - WordNet ids that the model's 1000, 11821 or 21841 classes contain mean the outputs of these classes
       alone: all of them for ImageNet on a model of 1000 classes, and 200 for ImageNet-A and -R, as in timm.
       Of the 1000 classes ImageNet-22k lacks one and timm's 12k subset seven: their images count as wrong. (To
-      have images of few classes compared with all 1000, open them by
-      `open_source(path, classes=synset_ids(1000))`.)
+      have images of few classes compared with all 1000, open them by `open_source(path,
+      classes=synset_ids(1000))`.)
     - The numbers 0 to 999 mean ImageNet's 1000 WordNet ids (ImageNetV2 as published).
-    - Of any others there must be as many as the model has outputs; class i of the data is output i. Class
-      folders are in the order of their sorted names.
+    - Of any others there must be as many as the model has outputs, else a ValueError; class i of the data is
+      output i. Class folders are in the order of their sorted names.
 
-    Args:
-        classes: names of the classes of the data.
-        num_outputs: width of the classifier.
-        class_list: which list of `class_names` its outputs follow. Default None: that of its width, if any.
-
-    Returns:
-        int64 (len(classes),), -1 for a class without output, or None when class i is output i of all; and
-        that in words.
-
-    Raises:
-        ValueError: they do not fit.
+    Returns int64 (len(classes),), -1 for a class without output, or None when class i is output i of all; and
+    that in words. `class_list` is which list of `class_names` the outputs follow, by default that of their
+    number.
     """
     columns = _imagenet_columns(_synsets(classes), num_outputs if class_list is None else class_list)
     if columns is None and len(classes) == num_outputs:
@@ -199,11 +192,7 @@ def match_classes(
 
 
 def import_batches() -> Any:
-    """Returns the module `data.batches`, or says what it needs.
-
-    Raises:
-        ImportError: TensorFlow is not installed.
-    """
+    """Returns the module `data.batches`, or says that it needs TensorFlow."""
     _environment.require("tensorflow", "Reading images, on every Keras backend,")
     from keras_convnext.data import batches
 
@@ -232,15 +221,6 @@ def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
             f"Expected results=None and output=None on one of {num_hosts} hosts, whose figures are "
             "of a part of the data. Call combine, then append_result and write_reports."
         )
-
-
-def _open_data(data, split) -> tuple[Source, str | None]:
-    """Returns the images and the name of their split; the validation split where the data has splits."""
-    if isinstance(data, Source):
-        return data, split
-    if split is None and sources.list_splits(data):
-        split = "validation"
-    return sources.open_source(data, split), split
 
 
 def _open_model(model, num_classes, preprocessing) -> Predictor:
@@ -292,26 +272,6 @@ def _without_unused_classes(source: Source) -> Source:
     return dataclasses.replace(source, labels=labels, classes=names)
 
 
-def _limited(source: Source, real: list | None, limit: int | None) -> tuple[Source, list | None]:
-    """Returns `limit` examples at equal distances and their ReaL labels, or all where there are fewer."""
-    if limit is None or limit >= len(source):
-        return source, real
-    chosen = np.arange(limit) * len(source) // limit
-    return sources.take(source, chosen), None if real is None else [real[number] for number in chosen]
-
-
-def _settings(classifier: Predictor, source: Source, split, outputs: str, batch_size: int) -> dict[str, str]:
-    """Returns the columns of a row of results that are not scores."""
-    return {
-        **model_settings(classifier),
-        **environment(),
-        **data_settings(source, split),
-        **preprocessing_settings(classifier.preprocessing),
-        "outputs": outputs,
-        "batch_size": str(batch_size),
-    }
-
-
 def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:
     """Returns the ReaL labels, as class numbers of the data."""
     positions = imagenet.imagenet_class_numbers(source.classes, 1000)
@@ -327,10 +287,5 @@ def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:
 
 def _real_scores(source, real, numbers, predictions) -> np.ndarray:
     """int8 (n,): 1 where the first prediction is a ReaL label, 0 where not, -1 where the image has none."""
-    scores = np.full(len(numbers), -1, np.int8)
-    for place, (number, predicted) in enumerate(
-        zip(numbers.tolist(), predictions[:, 0].tolist(), strict=True)
-    ):
-        if real[number]:
-            scores[place] = predicted in real[number]
-    return scores
+    pairs = zip(numbers.tolist(), predictions[:, 0].tolist(), strict=True)
+    return np.array([predicted in real[n] if real[n] else -1 for n, predicted in pairs], np.int8)

@@ -80,70 +80,42 @@ class FeatureSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
-    """The features of the images of a source that could be decoded.
+    """The features of the images of a source that could be decoded."""
 
-    Attributes:
-        features: float32 (n, C).
-        labels: int32 (n,), class numbers of the source.
-        numbers: int64 (n,), places of the images in the source, ascending.
-        faults: reason by the name of each image that could not be decoded.
-    """
-
-    features: np.ndarray
-    labels: np.ndarray
-    numbers: np.ndarray
-    faults: dict[str, str]
+    features: np.ndarray  # float32 (n, C)
+    labels: np.ndarray  # int32 (n,), class numbers of the source
+    numbers: np.ndarray  # int64 (n,), places of the images in the source, ascending
+    faults: dict[str, str]  # reason by the name of each image that could not be decoded
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The accuracy of one number of neighbours, or one learning rate, in percent.
+    """The accuracy, in percent, of one number of neighbours or one learning rate."""
 
-    Attributes:
-        setting: the number of neighbours, or the learning rate.
-        top1: share of the images whose label came first.
-        top5: share of the images whose label was among the first five.
-        selection_top1: of a learning rate, the top-1 accuracy on the part of the training images that it is
-            chosen on; None for a number of neighbours.
-    """
-
-    setting: float
+    setting: float  # the number of neighbours, or the learning rate
     top1: float
     top5: float
-    selection_top1: float | None = None
+    selection_top1: float | None = None  # on the part of the training images that a rate is chosen on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureResult:
-    """What an evaluation by features found.
+    """What an evaluation by features found."""
 
-    Attributes:
-        settings: the `NearestNeighbours` or `LinearProbe` of the evaluation.
-        environment: text by the columns of results.csv that describe model, data, preprocessing and machine.
-        scores: one for each number of neighbours, or for each learning rate, in the order of the settings.
-        top1, top5: in percent; of k-NN those of 20 neighbours, else of the first number; of a probe those of
-            the classifier trained on all training images with the chosen rate.
-        num_train: images that were compared with, or trained on.
-        n: images that were classified.
-        faults: reason by the name of each image, of either part, that could not be decoded.
-        seconds: time for all.
-        chosen: of a probe, the learning rate; of k-NN, the number of neighbours of `top1`.
-        kernel: float32 (C, classes), of a probe's final classifier; None for k-NN.
-        bias: float32 (classes,), likewise.
-    """
-
-    settings: Any
-    environment: dict[str, str]
-    scores: tuple[Score, ...]
+    settings: Any  # the `NearestNeighbours` or `LinearProbe`
+    environment: dict[str, str]  # columns of results.csv: of model, data, preprocessing and machine
+    scores: tuple[Score, ...]  # of each number of neighbours, or learning rate, in the order of the settings
+    # In percent: of k-NN those of 20 neighbours, else of the first number; of a probe those of the classifier
+    # trained on all training images with the chosen rate.
     top1: float
     top5: float
-    num_train: int
-    n: int
-    faults: dict[str, str]
+    num_train: int  # images that were compared with, or trained on
+    n: int  # images that were classified
+    faults: dict[str, str]  # reason by the name of each image, of either part, that could not be decoded
     seconds: float
-    chosen: float
-    kernel: np.ndarray | None = None
-    bias: np.ndarray | None = None
+    chosen: float  # of a probe, the learning rate; of k-NN, the number of neighbours of `top1`
+    kernel: np.ndarray | None = None  # float32 (C, classes), of a probe's final classifier
+    bias: np.ndarray | None = None  # float32 (classes,), likewise
 
     @property
     def advice(self) -> str:
@@ -192,27 +164,11 @@ def extract_features(
 ) -> Features:
     """Computes the features of the images of a source.
 
-    Pixels are those of Pillow, bit for bit, without augmentation. Images that cannot be decoded are left out
-    and named in `faults`.
-
-    Args:
-        model: `keras.Model` of (N, H, W, 3 or 1) pixels in 0..255 to (N, C).
-        source: what `sources.open_source` returns.
-        preprocessing: how images are prepared.
-        batch_size: images of one forward pass.
-        cache: folder in which features are kept, one file for each model, source and preprocessing. The name
-            of a file says of what it is, so that those of another model, of changed images, another order or
-            another backend are never taken. A damaged file is made again.
-        max_faults: share of the images that may be damaged, 0 to 1.
-        progress: whether to show progress on stderr.
-
-    Returns:
-        `Features`.
-
-    Raises:
-        ValueError: the outputs of the model are not (N, C), or NaN.
-        DataError: more images are damaged than `max_faults` allows.
-        ImportError: TensorFlow, which reads the images, is not installed.
+    The model takes (N, H, W, 3 or 1) pixels in 0..255 to (N, C). Pixels are those of Pillow, bit for bit,
+    without augmentation. Images that cannot be decoded are left out and named in `faults`; where they are
+    more than the share `max_faults`, a DataError says so. Features are kept in the folder `cache`, one file
+    for each model, source and preprocessing. The name of a file says of what it is, so that those of another
+    model, of changed images, another order or another backend are never taken. A damaged file is made again.
 
     Example:
         model = keras_convnext.load("convnext_atto.d2_in1k", include_top=False, pooling="avg")
@@ -225,11 +181,8 @@ def extract_features(
         path = pathlib.Path(cache) / f"features-{_cache_key(model, source, preprocessing)}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _read_cache(path)
-        if kept is not None:
-            if len(kept.faults) > max_faults * len(source):
-                path.unlink()  # the error below is that of images read now
-            else:
-                return kept
+        if kept is not None and len(kept.faults) <= max_faults * len(source):
+            return kept
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(source, preprocessing, batch_size=batch_size, faults=faults)
     features, labels, numbers, count = [], [], [], 0
@@ -257,7 +210,21 @@ def extract_features(
 
 
 def both_features(settings, model, data, cache, max_faults, progress):
-    """Returns the features and source of the training images, of those to classify, and the environment."""
+    """Returns (features, source) of the training images and of those to classify, and the environment.
+
+    Args:
+        settings: `NearestNeighbours` or `LinearProbe`.
+        model: `keras.Model` of (N, H, W, 3) pixels in 0..255 to features (N, C), in place of
+            `settings.model`. A classifier of this package gives the features in front of its classifier.
+        data: (training source, source to classify) in place of `settings.data` and its splits. The second has
+            the classes of the first.
+        cache, max_faults, progress: see `extract_features`.
+
+    Raises:
+        ValueError: the model has no features (N, C), or they are NaN.
+        SourceError, DataError: the data cannot be used, or more images are damaged than allowed.
+        ImportError: TensorFlow, which reads the images, is not installed.
+    """
     classification.import_batches()  # its absence is told before anything is downloaded
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
     if train_source.classes != test_source.classes:
@@ -280,21 +247,19 @@ def both_features(settings, model, data, cache, max_faults, progress):
         task="features",
     )
     preprocessing = _changed_preprocessing(backbone.preprocessing, settings)
-    parts = [
-        (
-            extract_features(
-                backbone.model,
-                source,
-                preprocessing,
-                batch_size=settings.batch_size,
-                cache=cache,
-                max_faults=max_faults,
-                progress=progress,
-            ),
+
+    def features_of(source: Source) -> Features:
+        return extract_features(
+            backbone.model,
             source,
+            preprocessing,
+            batch_size=settings.batch_size,
+            cache=cache,
+            max_faults=max_faults,
+            progress=progress,
         )
-        for source in (train_source, test_source)
-    ]
+
+    parts = [(features_of(source), source) for source in (train_source, test_source)]
     environment = {
         **result_columns.model_settings(backbone),
         **result_columns.environment(),
@@ -337,11 +302,8 @@ def _open_parts(settings: Any) -> tuple[Source, Source, str]:
     if settings.val_split or others:
         split = settings.val_split or "validation"  # which takes "test" where that is the only one
         return train, sources.open_source(settings.data, split, classes=train.classes), split
-    parts = sources.hold_out(train, settings.validation_fraction, settings.seed)
-    return (
-        *parts,
-        f"{settings.validation_fraction:g} of {settings.train_split or 'all'}, seed {settings.seed}",
-    )
+    split = f"{settings.validation_fraction:g} of {settings.train_split or 'all'}, seed {settings.seed}"
+    return *sources.hold_out(train, settings.validation_fraction, settings.seed), split
 
 
 def _changed_preprocessing(preprocessing: Preprocessing, settings: Any) -> Preprocessing:
@@ -392,12 +354,8 @@ def _read_cache(path: pathlib.Path) -> Features | None:
     """Returns what a file holds; None when it is not there, or not whole."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Features(
-                arrays["features"],
-                arrays["labels"],
-                arrays["numbers"],
-                json.loads(arrays["faults"].tobytes().decode("utf-8", "surrogateescape")),
-            )
+            faults = json.loads(arrays["faults"].tobytes().decode("utf-8", "surrogateescape"))
+            return Features(arrays["features"], arrays["labels"], arrays["numbers"], faults)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -407,13 +365,7 @@ def _write_cache(path: pathlib.Path, features: Features) -> None:
     faults = json.dumps(features.faults).encode("utf-8", "surrogateescape")
     try:
         with replacing_file(path) as file:
-            np.savez(
-                file,
-                features=features.features,
-                labels=features.labels,
-                numbers=features.numbers,
-                faults=np.frombuffer(faults, np.uint8),
-            )
+            np.savez(file, **vars(features) | {"faults": np.frombuffer(faults, np.uint8)})
     except OSError as error:
         print(
             f"The features of {len(features.labels)} images are not kept, and will be computed again: "

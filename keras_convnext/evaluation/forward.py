@@ -61,15 +61,11 @@ def validate(
 ) -> dict[str, float]:
     """Scores a classifier on batches that are made anew at each call, as training does after each epoch.
 
-    Args:
-        model: from (N, H, W, 3) pixels in 0..255 to logits (N, K), class i of the data being output i.
-        dataset: what `batches.eval_batches` returns.
-        after_batch: called after each batch; may raise to end the evaluation.
-        gathered: from an array of this process's images to those of all processes.
-
-    Returns:
-        {"loss": mean cross-entropy of the labels without smoothing, "top1": percent, "top5": percent, "n":
-        number of images}. NaN where the model gives NaN or the data has no image.
+    The model gives logits (N, K), class i of the data being output i; `dataset` is what
+    `batches.eval_batches` returns. `after_batch` may raise to end the evaluation; `gathered` takes an array
+    of this process's images to those of all processes. Returns "loss", the mean cross-entropy of the labels
+    without smoothing, "top1" and "top5" in percent, and "n", the images; NaN where the model gives NaN or the
+    data has no image.
     """
     losses, ranks = [np.zeros(0)], [np.zeros(0, np.int32)]
     for batch, outputs in with_outputs(model, dataset.as_numpy_iterator()):
@@ -142,15 +138,10 @@ def _jax_step(model: Any) -> Callable[[Any, np.ndarray], Any]:
 
 
 def label_ranks(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Counts the classes that come before the label: those with a larger output, or an equal one and a
-    smaller number.
+    """Counts the classes in front of the label: a larger output, or an equal one and a smaller number.
 
-    Args:
-        outputs: float32 (N, K), without NaN.
-        labels: int (N,), 0 to K - 1.
-
-    Returns:
-        int32 (N,), 0 where the label is first.
+    Takes outputs float32 (N, K) without NaN and labels int (N,); returns int32 (N,), 0 where the label is
+    first.
     """
     own = np.take_along_axis(outputs, labels[:, None], axis=1)
     before = (outputs > own) | ((outputs == own) & (np.arange(outputs.shape[1]) < labels[:, None]))
@@ -158,11 +149,7 @@ def label_ranks(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def best_classes(outputs: np.ndarray, count: int) -> np.ndarray:
-    """Finds the classes with the largest outputs, in the order of `label_ranks`.
-
-    Returns:
-        int32 (N, min(count, K)).
-    """
+    """int32 (N, min(count, K)): the classes with the largest outputs, in the order of `label_ranks`."""
     count = min(count, outputs.shape[1])
     best = np.empty((len(outputs), count), np.int32)
     # Only what can be among them is sorted: faster than all of 1000 outputs.

@@ -25,28 +25,22 @@ def grad_cam(
 ) -> np.ndarray:
     """Computes heat maps of where a class is seen.
 
-    For a map A of K channels and the logit y of the class, `heat = relu(sum_k a_k A_k)` with
-    `a_k = mean over positions of dy / dA_k`; then enlarged to the image (bilinear) and divided by its
-    maximum. A softmax or any other activation of the last layer is left out, as in the paper: it would mix
-    in the other classes.
+    For a map A of K channels and the logit y of the class, `heat = relu(sum_k a_k A_k)` with `a_k = mean over
+    positions of dy / dA_k`; then enlarged to the image (bilinear) and divided by its maximum. A softmax or
+    any other activation of the last layer is left out, as in the paper: it would mix in the other classes.
     Reference: Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
     Localization" (arXiv:1610.02391), equations 1 and 2.
 
     Args:
         model: functional model from images (N, H, W, C) to classes (N, K); channels-last.
         images: (N, H, W, C), as the model takes them: pixels in 0..255, uint8 or float, for ours.
-        class_index: the class to look for, in all images or one for each. Default: the class that the model
-            finds most likely in each image.
+        class_index: one class for all images or one for each. Default: the most likely class of each image.
         layer: name of the layer whose output is the map A, or a level of `model.pyramid_outputs` such as
             "P4". Default: the last stage of a ConvNeXt, else the last layer with an output (N, h, w, K).
 
-    Returns:
-        float32 (N, H, W) in 0..1, the maximum of each map 1; all 0 where nothing speaks for the class.
-
-    Raises:
-        ValueError: the model is not of that kind, the layer is unknown or not on the only way from image to
-            class, the images or a class do not fit; the message tells.
-        RuntimeError: the backend computes no gradients.
+    Returns float32 (N, H, W) in 0..1, the maximum of each map 1; all 0 where nothing speaks for the class.
+    Raises a ValueError for what does not fit, such as a layer that is not on the only way from image to
+    class, and a RuntimeError on a backend without gradients.
 
     Example:
         >>> model = TestConvNeXt2(weights=None, input_shape=(32, 32, 3))
@@ -89,18 +83,10 @@ def grad_cam(
 
 
 def overlay(image: Any, heat: Any, opacity: float = 0.7) -> np.ndarray:
-    """Paints a heat map over an image: nothing where it is 0, then yellow, orange and red.
+    """Paints a heat map (H, W) in 0..1 over an image: nothing where it is 0, then yellow, orange and red.
 
-    Args:
-        image: (H, W, 3) or (H, W, 1), pixels in 0..255, uint8 or float.
-        heat: (H, W) in 0..1, such as one of `grad_cam`.
-        opacity: 0..1, of the paint where the heat is 1. Default 0.7.
-
-    Returns:
-        uint8 (H, W, 3).
-
-    Raises:
-        ValueError: shapes that do not fit.
+    The image is (H, W, 3) or (H, W, 1), pixels in 0..255; the result uint8 (H, W, 3). `opacity`, 0..1, is
+    that of the paint where the heat is 1.
 
     Example:
         >>> overlay(np.zeros((32, 32, 3), "uint8"), np.ones((32, 32)), opacity=1.0)[0, 0].tolist()

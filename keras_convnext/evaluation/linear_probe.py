@@ -33,12 +33,6 @@ class LinearProbe(FeatureSettings):
     images of a batch). Three things are different here: features are those of the undistorted images (there:
     of random crops, computed anew each epoch); the rate is chosen on a part of the training images (there: on
     the images that the score is of); a run has as many epochs of the data as are asked for.
-
-    Raises:
-        ValueError: values are outside their ranges; the message lists them.
-
-    Example:
-        LinearProbe(model="convnextv2_tiny.fcmae", data="flowers", epochs=20)
     """
 
     learning_rates: Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)] = key(
@@ -71,26 +65,13 @@ def linear_probe(
 
     A part of the training images is held out; one classifier a learning rate is trained on the rest. The rate
     with the best top-1 accuracy on the part held out, the smaller of equals, is taken to train the final
-    classifier on all training images. The images that the scores are of choose nothing.
-
-    Reference: see `LinearProbe`.
-
-    Args:
-        settings: what to train, and how.
-        model, data, cache, max_faults, progress: as in `nearest_neighbours`.
-
-    Returns:
-        `FeatureResult`: `top1` and `top5` are those of the final classifier, `kernel` and `bias` its weights;
-        `scores` are those of the classifiers among which the rate was chosen.
-
-    Raises:
-        ValueError: the model has no features (N, C), they are NaN, or all rates lead to NaN.
-        SourceError: the data cannot be used.
-        DataError: more images are damaged than `max_faults` allows.
-        ImportError: TensorFlow, which reads the images, is not installed.
+    classifier on all training images. The images that the scores are of choose nothing. `top1` and `top5` of
+    the result are those of the final classifier, `kernel` and `bias` its weights; `scores` are those of the
+    classifiers among which the rate was chosen. Arguments and errors: `features.both_features`, and a
+    ValueError where all rates lead to NaN.
 
     Example:
-        result = linear_probe(LinearProbe(model="convnext_tiny.fb_in1k", data="flowers"))
+        result = linear_probe(LinearProbe(model="convnext_tiny.fb_in1k", data="flowers", epochs=20))
         result.top1, result.chosen
     """
     begin = time.perf_counter()
@@ -171,28 +152,14 @@ def fit_linear(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trains one linear classifier a learning rate, all on the same batches from the same start.
 
-    SGD with momentum on the cross-entropy of softmax(features @ kernel + bias), as PyTorch's:
-    velocity <- momentum * velocity + gradient, weights <- weights - rate * velocity, where the rate goes from
-    its peak to 0 along a cosine over all steps. The classifiers are the columns of one matrix, whose gradient
-    is features^T (softmax - target) / batch size. What is left over of an epoch is dropped; each has its own
-    order.
+    SGD with momentum on the cross-entropy of softmax(features @ kernel + bias), as PyTorch's: velocity <-
+    momentum * velocity + gradient, weights <- weights - rate * velocity, where the rate goes from its peak to
+    0 along a cosine over all steps. The classifiers are the columns of one matrix, whose gradient is
+    features^T (softmax - target) / batch size. What is left over of an epoch is dropped; each has its own
+    order. The weight decay is an L2 penalty of the kernels, which start normal with a deviation of 0.01.
 
-    Args:
-        features: float32 (N, C).
-        labels: int (N,), 0 to num_classes - 1.
-        num_classes: classes K.
-        learning_rates: R peak rates.
-        epochs: passes over the features.
-        batch_size: features of one step; all where there are fewer.
-        momentum: float in [0, 1).
-        weight_decay: float from 0 up, L2 penalty of the kernel.
-        seed: of the first kernel, normal with a deviation of 0.01, and of the orders.
-
-    Returns:
-        kernels float32 (R, C, K) and biases float32 (R, K); not finite where a rate is too large.
-
-    Raises:
-        ValueError: there are no features.
+    Takes float32 (N, C) and int (N,) from 0 up; returns kernels float32 (R, C, K) and biases float32 (R, K)
+    of R rates and K classes, not finite where a rate is too large.
     """
     if not len(features):
         raise ValueError("Expected features to train on, received none.")
@@ -233,16 +200,9 @@ def fit_linear(
 def linear_ranks(
     kernel: np.ndarray, bias: np.ndarray, features: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-    """Ranks the labels of images among the logits features @ kernel + bias, as `forward.label_ranks` does.
+    """int32 (N,): `forward.label_ranks` of the logits features @ kernel + bias; K where they are not finite.
 
-    Args:
-        kernel: float32 (C, K).
-        bias: float32 (K,).
-        features: float32 (N, C).
-        labels: int (N,), 0 to K - 1.
-
-    Returns:
-        int32 (N,); K where the logits are not finite.
+    The kernel is float32 (C, K), the bias (K,), the features (N, C), the labels int (N,).
     """
     ranks = np.full(len(labels), len(bias), np.int32)
     if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):

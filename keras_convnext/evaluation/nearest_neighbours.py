@@ -32,12 +32,6 @@ class NearestNeighbours(FeatureSettings):
 
     Reference: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
     (arXiv:1805.01978), section 3.4; numbers and temperature: facebookresearch/dino at 04c0ad9, eval_knn.py.
-
-    Raises:
-        ValueError: values are outside their ranges; the message lists them.
-
-    Example:
-        NearestNeighbours(model="convnext_tiny.dinov3_lvd1689m", data="flowers", neighbours=(20,))
     """
 
     neighbours: Annotated[tuple[Count, ...], Strict(False), Field(min_length=1)] = key(
@@ -59,31 +53,9 @@ def nearest_neighbours(
 
     The nearest are those of largest cosine similarity; each votes for its class with the weight
     exp(similarity / temperature). An image counts for top-5 when fewer than 5 classes have more votes than
-    its label, equal ones being ordered by their class number; a label without any vote never counts.
-
-    Reference: Wu et al. 2018 (arXiv:1805.01978), section 3.4; facebookresearch/dino at 04c0ad9, eval_knn.py,
-    where a label without votes may count for top-5 by the order of a sort.
-
-    Args:
-        settings: what to compare, and how.
-        model: `keras.Model` of (N, H, W, 3) pixels in 0..255 to features (N, C), in place of
-            `settings.model`. A classifier of this package gives the features in front of its classifier.
-        data: (training source, source to classify) in place of `settings.data` and its splits. The second has
-            the classes of the first.
-        cache: folder in which features are kept; a second call with the same model, images and preprocessing
-            takes them from there, and nothing else does. Default: none are kept.
-        max_faults: share of the images that may be damaged, 0 to 1.
-        progress: whether to show progress on stderr.
-
-    Returns:
-        `FeatureResult`.
-
-    Raises:
-        ValueError: the model has no features (N, C), they are NaN, or there are fewer training images than
-            neighbours are asked for.
-        SourceError: the data cannot be used.
-        DataError: more images are damaged than `max_faults` allows.
-        ImportError: TensorFlow, which reads the images, is not installed.
+    its label, equal ones being ordered by their class number; a label without any vote never counts. (In
+    eval_knn.py of facebookresearch/dino such a label may count for top-5 by the order of a sort.) Arguments
+    and errors: `features.both_features`, and a ValueError for more neighbours than training images.
 
     Example:
         result = nearest_neighbours(NearestNeighbours(model="convnext_tiny.fb_in1k", data="flowers"))
@@ -132,21 +104,9 @@ def neighbour_ranks(
 ) -> dict[int, np.ndarray]:
     """Ranks the labels of images among the classes that their nearest neighbours vote for.
 
-    Args:
-        train_features: float (N, C), of the images that vote.
-        train_labels: int (N,), their classes, 0 to num_classes - 1.
-        features: float (Q, C), of the images that are classified.
-        labels: int (Q,), their classes.
-        num_classes: number of classes.
-        neighbours: numbers of neighbours, 1 to N each.
-        temperature: float above 0.
-
-    Returns:
-        For each number of neighbours, int32 (Q,): classes with more votes than the label, or as many and a
-        smaller number; `num_classes` where the label has no vote.
-
-    Raises:
-        ValueError: more neighbours are asked for than there are.
+    Takes features float (N, C) and labels int (N,) of the images that vote, then (Q, C) and (Q,) of those
+    that are classified. Returns for each number of neighbours, 1 to N, int32 (Q,): classes with more votes
+    than the label, or as many and a smaller number; `num_classes` where the label has no vote.
     """
     similarities, numbers = find_neighbours(train_features, features, max(neighbours))
     ranks = {number: np.empty(len(features), np.int32) for number in neighbours}
@@ -169,24 +129,12 @@ def find_neighbours(
     query_block: int = _QUERY_BLOCK,
     train_block: int = TRAIN_BLOCK,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the training images of largest cosine similarity.
+    """Finds the training images of largest cosine similarity, `count` for each of the features.
 
-    Similarities of all pairs are computed block by block on the backend's device, in float32. What comes near
-    the first `count` is then compared in float64, so that neither blocks nor backend decide the order.
-
-    Args:
-        train_features: float (N, C).
-        features: float (Q, C).
-        count: neighbours of each image, 1 to N.
-        query_block: images whose neighbours are looked for at a time.
-        train_block: training images that are looked at at a time.
-
-    Returns:
-        float64 (Q, count), similarities in [-1, 1], the largest first, and int64 (Q, count), rows of
-        `train_features`; of equal similarities the smaller row comes first.
-
-    Raises:
-        ValueError: `count` is not in 1 to N, or a feature is not finite.
+    Similarities of all pairs, (N, C) and (Q, C), are computed block by block on the backend's device, in
+    float32. What comes near the first `count` is then compared in float64, so that neither blocks nor backend
+    decide the order. Returns float64 (Q, count), similarities in [-1, 1], the largest first, and int64 (Q,
+    count), rows of `train_features`; of equal similarities the smaller row comes first.
     """
     if not 1 <= count <= len(train_features):
         raise ValueError(
@@ -226,18 +174,10 @@ def find_neighbours(
 def count_votes(
     similarities: np.ndarray, labels: np.ndarray, num_classes: int, temperature: float
 ) -> np.ndarray:
-    """Adds up the votes of neighbours, exp((similarity - largest similarity) / temperature).
+    """float64 (Q, num_classes): the sums of exp((similarity - largest similarity) / temperature) by class.
 
-    The largest similarity of an image only scales its votes, and keeps them from overflowing.
-
-    Args:
-        similarities: float64 (Q, k).
-        labels: int (Q, k), classes of the neighbours.
-        num_classes: number of classes.
-        temperature: float above 0.
-
-    Returns:
-        float64 (Q, num_classes); 0 exactly where no neighbour has the class.
+    Takes similarities float64 (Q, k) and the neighbours' classes int (Q, k). The largest similarity of an
+    image only scales its votes, and keeps them from overflowing. 0 exactly where no neighbour has the class.
     """
     weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)) / temperature)
     weights = np.maximum(weights, np.finfo(np.float64).tiny)  # a vote that underflows still is one

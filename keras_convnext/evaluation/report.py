@@ -24,18 +24,13 @@ _THUMBNAIL = 96  # pixels
 
 
 def check_output(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder and checks that pictures can be drawn, before hours are spent on the evaluation.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: the folder cannot be made.
-    """
+    """Makes the folder and checks that pictures can be drawn, before hours are spent on the evaluation."""
     require("matplotlib", "The picture of the worst classes")
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
-    """Writes the tables and the picture of an evaluation.
+    """Writes the tables and the picture of an evaluation; each file appears whole or not at all.
 
     - predictions.csv: name, label, rank of the label (0 where right) and first five classes of each image;
     - classes.csv: number of images, top-1 and top-5 accuracy of each class in percent, its most frequent
@@ -45,16 +40,6 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     - faults.csv: the images that could not be decoded, and why;
     - worst_classes.png: the ten classes of least accuracy, some of their wrongly classified images and what
       the model took them for.
-
-    Each file appears whole or not at all.
-
-    Args:
-        folder: made when it is not there.
-        result: what `evaluate` or `combine` returns.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: the folder cannot be written.
     """
     check_output(folder)
     classes = result.source.classes
@@ -135,10 +120,8 @@ def _synset_names() -> dict[str, str]:
 
 def _ranks_by_class(result: Result) -> list[tuple[int, int, np.ndarray]]:
     """Returns (label, number of images, ranks) of each class with images."""
-    return [
-        (label, int((result.labels == label).sum()), result.ranks[result.labels == label])
-        for label in np.unique(result.labels).tolist()
-    ]
+    by_class = ((label, result.ranks[result.labels == label]) for label in np.unique(result.labels).tolist())
+    return [(label, len(ranks), ranks) for label, ranks in by_class]
 
 
 def _draw_worst_classes(result: Result) -> bytes:

@@ -34,34 +34,20 @@ _LOCK_POLL_SECONDS = 0.05
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """The predictions of a model for each of n images.
+    """The predictions of a model for each of n images."""
 
-    Attributes:
-        settings: text of the columns of a results row that are not scores, see `COLUMNS`.
-        source: the data.
-        numbers: int64 (n,), places of the images in `source`, ascending; without those left out.
-        labels: int32 (n,), class numbers of the data.
-        ranks: int32 (n,), classes that came before the label; 0 where the model is right.
-        predictions: int32 (n, 5), the first five classes, or all when there are fewer.
-        real: int8 (n,), 1 where the first class is a ReaL label, 0 where not, -1 where the image has no ReaL
-            label; None when they were not asked for.
-        faults: reason by the name of each image that could not be decoded.
-        num_skipped: number of these images.
-        seconds: time for all, from the first file that was read.
-        images_per_second: speed after the first batch, in which the model is compiled.
-    """
-
-    settings: dict[str, str]
+    settings: dict[str, str]  # text of the columns of `COLUMNS` that are not scores
     source: Source
-    numbers: np.ndarray
-    labels: np.ndarray
-    ranks: np.ndarray
-    predictions: np.ndarray
+    numbers: np.ndarray  # int64 (n,), places in `source`, ascending; without the images left out
+    labels: np.ndarray  # int32 (n,), class numbers of the data
+    ranks: np.ndarray  # int32 (n,), classes that came before the label; 0 where the model is right
+    predictions: np.ndarray  # int32 (n, 5), the first five classes, or all when there are fewer
+    # int8 (n,): 1 where the first class is a ReaL label, 0 where not, -1 for an image without ReaL labels
     real: np.ndarray | None
-    faults: dict[str, str]
-    num_skipped: int
-    seconds: float
-    images_per_second: float
+    faults: dict[str, str]  # reason by the name of each image that could not be decoded
+    num_skipped: int  # number of these
+    seconds: float  # for all, from the first file that was read
+    images_per_second: float  # after the first batch, in which the model is compiled
 
     @property
     def top1(self) -> float:
@@ -80,16 +66,10 @@ class Result:
 
 
 def combine(parts: Sequence[Result]) -> Result:
-    """Puts the results of all hosts together.
+    """Puts the results of all hosts, in any order, together to that of one.
 
-    Args:
-        parts: what `evaluate` returned with the shares of all hosts, in any order. A `Result` can be pickled.
-
-    Returns:
-        `Result`, equal to that of one host but for `seconds`, the longest, and `images_per_second`, the sum.
-
-    Raises:
-        ValueError: the results are of other models or data, or do not hold every image once.
+    `seconds` is then the longest, and `images_per_second` the sum. A `Result` can be pickled. Raises a
+    ValueError when they are of other models or data, or do not hold every image once.
     """
     if not parts:
         raise ValueError("Expected the results of all hosts, received none.")
@@ -142,12 +122,7 @@ def fingerprint(source: Source) -> str:
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Reads the rows that `append_result` wrote: the text of each column of `COLUMNS` by its name.
-
-    Raises:
-        ValueError: the file has other columns.
-        FileNotFoundError: it is not there.
-    """
+    """Reads the rows that `append_result` wrote: the text of each column of `COLUMNS` by its name."""
     check_results_file(path)
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -156,11 +131,8 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
 def append_result(path: str | os.PathLike[str], result: Result) -> None:
     """Adds one row with all columns of `COLUMNS` to a CSV file, which is made when it is not there.
 
-    The row is written at once, after those of other processes that write at the same time.
-
-    Raises:
-        ValueError: the file has other columns, or the result is that of one of several hosts.
-        OSError: the file cannot be written; it is left as it was.
+    The row is written at once, after those of other processes that write at the same time; a file that cannot
+    be written is left as it was. The errors are those of `check_results_file` and `check_complete`.
     """
     row = result_row(result)
     with open(path, "ab", buffering=0) as file:
@@ -183,9 +155,8 @@ def append_result(path: str | os.PathLike[str], result: Result) -> None:
 def check_results_file(path: str | os.PathLike[str]) -> None:
     """Checks that a row can be added to a file, before hours are spent on it.
 
-    Raises:
-        ValueError: the file has other columns, or a last line without end.
-        OSError: it cannot be read, or its folder is not there.
+    Raises a ValueError for other columns or a last line without end, an OSError where the folder is not
+    there.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -237,11 +208,7 @@ def _wait_for_lock(file: BinaryIO) -> None:
 
 
 def check_complete(result: Result) -> None:
-    """Checks that every image of the data was evaluated or left out for a reason, and not all left out.
-
-    Raises:
-        ValueError: some are missing, because this is the result of one of several hosts, or none was decoded.
-    """
+    """Checks that every image of the data was evaluated or left out for a reason, and not all left out."""
     expected, received = len(result.source), len(result.numbers) + result.num_skipped
     if received != expected:
         raise ValueError(

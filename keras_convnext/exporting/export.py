@@ -26,29 +26,15 @@ from keras_convnext.exporting import deploy, runtimes, writers
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One format: how its files look and what writes them.
+    """One format: how its files look and what writes them."""
 
-    Attributes:
-        suffix: of the file; "" for a folder.
-        backend: Keras's backend that the converter works with.
-        packages: what must be installed to write it, module -> package; see `packages_for`.
-        precisions: of weights or arithmetic, the default first.
-        batch_size: number of images when none is asked for; None for any.
-        free_size: whether the image size can stay free.
-        quantizer: what 8 bits need in addition, module -> package.
-    """
-
-    suffix: str
-    backend: str
-    packages: dict[str, str]
-    precisions: tuple[str, ...]
-    batch_size: int | None = None
-    free_size: bool = True
-    quantizer: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def packages_for(self, precision: str) -> dict[str, str]:
-        """What must be installed for a precision, module -> package."""
-        return {**self.packages, **(self.quantizer if "int8" in precision else {})}
+    suffix: str  # of the file; "" for a folder
+    backend: str  # Keras's backend that the converter works with
+    packages: dict[str, str]  # what must be installed to write it, module -> package
+    precisions: tuple[str, ...]  # of weights or arithmetic, the default first
+    batch_size: int | None = None  # number of images when none is asked for; None for any
+    free_size: bool = True  # whether the image size can stay free
+    quantizer: dict[str, str] = dataclasses.field(default_factory=dict)  # what 8 bits need in addition
 
 
 FORMATS = {
@@ -107,13 +93,13 @@ class ExportResult:
     format: str
     precision: str
     num_bytes: int
-    num_images: int
-    max_difference: float
-    relative_difference: float
-    agreement: float
-    milliseconds: float
-    model_milliseconds: float
-    seconds: float
+    num_images: int = 0
+    max_difference: float = float("nan")
+    relative_difference: float = float("nan")
+    agreement: float = float("nan")
+    milliseconds: float = float("nan")
+    model_milliseconds: float = float("nan")
+    seconds: float = float("nan")
 
 
 def export(
@@ -179,12 +165,15 @@ def export(
     begin = time.perf_counter()
     path = pathlib.Path(path)
     format, row = _known_format(path, format)
-    _check_precision(format, row, precision)
+    if precision not in row.precisions:
+        raise ValueError(
+            f"Expected a precision of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}."
+        )
     _check_target(path, format, replace)
     _check_model(model)
     if labels is not None and len(labels) != model.output_shape[-1]:
         raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
-    _check_packages(format, row.packages_for(precision))
+    _check_packages(format, row.packages | (row.quantizer if "int8" in precision else {}))
     is_checked = check is not False
     if is_checked:
         module, package = runtimes.RUNTIMES[format]
@@ -205,13 +194,11 @@ def export(
             path=str(written),
             batch_size=batch,
             image_size=size,
-            calibration=None,
+            calibration=_save_images(folder, images) if precision == "int8" else None,
             preprocessing=preprocessing,
         )
-        if precision == "int8":
-            request = dataclasses.replace(request, calibration=_save_images(folder, images))
         _write(model, request, row, folder)
-        comparison = _no_comparison()
+        comparison: dict[str, Any] = {}
         if is_checked:
             limit = TOLERANCES[precision] if check is True else check
             comparison = _compare(_at_size(model, size), written, format, images, limit)
@@ -233,13 +220,6 @@ def _known_format(path, format):
             f"Expected a path that ends in {row.suffix} for the format {format!r}, received '{path}'."
         )
     return format, row
-
-
-def _check_precision(format, row, precision):
-    if precision not in row.precisions:
-        raise ValueError(
-            f"Expected a precision of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}."
-        )
 
 
 def _check_target(path, format, replace):
@@ -424,18 +404,6 @@ def _title(request):
     return f"{request.format} in {request.precision}"
 
 
-def _no_comparison():
-    nothing = float("nan")
-    return {
-        "num_images": 0,
-        "max_difference": nothing,
-        "relative_difference": nothing,
-        "agreement": nothing,
-        "milliseconds": nothing,
-        "model_milliseconds": nothing,
-    }
-
-
 def _at_size(model, size):
     """The model, or where it has another image size, the deployed model of that size."""
     own = model.input_shape[1:3]
@@ -489,6 +457,9 @@ def _compare(model, path, format, images, tolerance):
 
 def _store_metadata(path, format, model, request, labels, licence):
     """Stores what an app needs to know: in a LiteRT file, as a ZIP archive at its end; else next to it."""
+    activation = getattr(getattr(model.layers[-1], "activation", None), "__name__", "linear")
+    prepared = dataclasses.asdict(request.preprocessing)
+    del prepared["mean"], prepared["std"]  # the file normalises by itself
     metadata = {
         "name": model.name,
         "input": {
@@ -498,9 +469,9 @@ def _store_metadata(path, format, model, request, labels, licence):
             "dtype": "uint8" if request.precision == "int8" else "float32",
             "image_size": request.image_size,
             "batch_size": request.batch_size,
-            "preprocessing": _without_normaliser(request.preprocessing),
+            "preprocessing": prepared,
         },
-        "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
+        "output": {"classes": model.output_shape[-1], "activation": activation},
         "precision": request.precision,
         "licence": licence,
         "labels": None if labels is None else list(labels),
@@ -515,17 +486,6 @@ def _store_metadata(path, format, model, request, labels, licence):
         file = runtimes.metadata_file(path)
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
-
-
-def _without_normaliser(preprocessing):
-    """What an app does: the file normalises by itself."""
-    fields = dataclasses.asdict(preprocessing)
-    return {name: value for name, value in fields.items() if name not in ("mean", "std")}
-
-
-def _activation(model):
-    last = model.layers[-1]
-    return getattr(getattr(last, "activation", None), "__name__", "linear")
 
 
 def _move(folder, path, replaced):

@@ -21,15 +21,10 @@ PLANS = {
 
 
 def quantized(content: bytes, plan: Mapping[str, str], images: Iterable[np.ndarray] = ()) -> bytes:
-    """Quantises the content of a float32 LiteRT file with one signature and one input.
+    """Quantises the content of a float32 LiteRT file with one signature and one input, to about a quarter.
 
-    Args:
-        content: of the file.
-        plan: one of `PLANS`, or another of that form.
-        images: (1, H, W, C) each, as the file takes them; calibration, for what is static.
-
-    Returns:
-        Content of a file, about a quarter as large.
+    `plan` is one of `PLANS`, or another of that form; the calibration images, (1, H, W, C) each as the file
+    takes them, are for what is static.
     """
     from ai_edge_quantizer import qtyping, quantizer, recipe_manager
 
@@ -77,11 +72,7 @@ def _ranges(converter, content, images):
 
 
 def compact(content: bytes) -> bytes:
-    """Writes equal arrays of a LiteRT file once: the zeros, 8 bytes a channel, of every symmetric scale.
-
-    Args:
-        content: of a LiteRT file.
-    """
+    """Writes equal arrays of a LiteRT file once: the zeros, 8 bytes a channel, of every symmetric scale."""
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 

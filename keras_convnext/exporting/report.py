@@ -40,20 +40,10 @@ def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
 def write_report(
     results: Sequence[Any], folder: str | os.PathLike[str], heading: str, savings: str = ""
 ) -> list[pathlib.Path]:
-    """Writes exports.csv, table.md and exports.png.
+    """Writes exports.csv, table.md and exports.png of some `export.ExportResult`s, and returns their paths.
 
-    Args:
-        results: `export.ExportResult`s.
-        folder: made where it is not there.
-        heading: a line above the table and the picture, such as the model and the machine.
-        savings: the text of `deploy.savings`, for the end of table.md.
-
-    Returns:
-        The paths.
-
-    Raises:
-        OSError: a file cannot be written.
-        ImportError: matplotlib is not installed.
+    `heading` is a line above the table and the picture, such as the model and the machine; `savings` the text
+    of `deploy.savings`, for the end of table.md.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

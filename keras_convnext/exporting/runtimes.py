@@ -30,34 +30,16 @@ _SUFFIXES = {".tflite": "litert", ".onnx": "onnx", ".xml": "openvino", ".pt2": "
 
 @dataclasses.dataclass(frozen=True)
 class ExportedModel:
-    """A file that is ready to run.
+    """A file that is ready to run."""
 
-    Attributes:
-        input_shape: (N, H, W, C), None for a size that is free.
-        input_dtype: "uint8" or "float32"; pixels in 0..255 in both.
-        output_shape: (N, ...), None for a size that is free.
-        call: uint8 or float32 (n, H, W, C) of the right n to float32 (n, ...).
-        metadata: what `export` stored with the file, see `read_metadata`; {} for a file of other origin.
-    """
-
-    input_shape: tuple[int | None, ...]
-    input_dtype: str
-    output_shape: tuple[int | None, ...]
-    call: Callable[[np.ndarray], np.ndarray]
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    input_shape: tuple[int | None, ...]  # (N, H, W, C), None for a size that is free
+    input_dtype: str  # "uint8" or "float32"; pixels in 0..255 in both
+    output_shape: tuple[int | None, ...]  # (N, ...), None for a size that is free
+    call: Callable[[np.ndarray], np.ndarray]  # of `input_dtype`, (N, H, W, C), to float32 (N, ...)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # `read_metadata`
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Runs images, as many at a time as the file takes.
-
-        Args:
-            images: (n, H, W, C), pixels in 0..255.
-
-        Returns:
-            float32 (n, ...).
-
-        Raises:
-            ValueError: the images have another size than the file takes.
-        """
+        """float32 (n, ...) of images (n, H, W, C), pixels in 0..255; as many at a time as the file takes."""
         fits = len(images.shape) == 4 and all(
             own in (None, given) for own, given in zip(self.input_shape[1:], images.shape[1:], strict=True)
         )
@@ -84,17 +66,11 @@ class ExportedModel:
 def open_exported(
     path: str | os.PathLike[str], format: str | None = None, threads: int | None = None
 ) -> ExportedModel:
-    """Loads a file that `export` wrote.
+    """Loads a file that `export` wrote, or the folder of a SavedModel; its name tells the format by default.
 
-    Args:
-        path: the file, or the folder of a SavedModel.
-        format: "saved_model", "litert", "onnx", "openvino" or "torch"; default by the name.
-        threads: cores to use, None for all. Without effect on a SavedModel and in PyTorch.
-
-    Raises:
-        ValueError: the format is not known, or the runtime cannot open the file.
-        ImportError: the runtime is not installed; the message names its package.
-        FileNotFoundError: there is no such file.
+    `threads` is the number of cores to use, None for all; without effect on a SavedModel and in PyTorch.
+    Raises a ValueError where the format is not known or the runtime cannot open the file, an ImportError
+    where the runtime is not installed, a FileNotFoundError where there is no such file.
     """
     path = pathlib.Path(path)
     format = format or format_of(path)
@@ -126,20 +102,15 @@ def open_exported(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `export` stored with a file: name, input, output, precision, licence, labels; {} where it did not.
-
-    Raises:
-        ValueError: what is stored cannot be read.
-    """
+    """What `export` stored with a file: name, input, output, precision, licence, labels; {} without."""
     path = pathlib.Path(path)
     try:
         if path.suffix == ".tflite":
             if not zipfile.is_zipfile(path):
                 return {}
             with zipfile.ZipFile(path) as archive:
-                return (
-                    json.loads(archive.read("metadata.json")) if "metadata.json" in archive.namelist() else {}
-                )
+                is_stored = "metadata.json" in archive.namelist()
+                return json.loads(archive.read("metadata.json")) if is_stored else {}
         file = metadata_file(path)
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (ValueError, zipfile.BadZipFile) as error:
@@ -162,11 +133,7 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
 
 
 def format_of(path: str | os.PathLike[str]) -> str:
-    """The format that a name means: by its suffix, "saved_model" where there is none.
-
-    Raises:
-        ValueError: the suffix belongs to no format.
-    """
+    """The format that a name means: by its suffix, "saved_model" where there is none."""
     suffix = pathlib.Path(path).suffix
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
@@ -200,7 +167,6 @@ def _open_saved_model(path, threads):
 
     loaded = tf.saved_model.load(path)
     (spec,) = loaded.signatures["serving_default"].structured_input_signature[1].values()
-
     (result_spec,) = loaded.signatures["serving_default"].structured_outputs.values()
 
     def call(images):  # keeps `loaded`: a signature alone does not keep its variables

@@ -5,6 +5,7 @@ and never comes with this package.
 """
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import html
@@ -18,8 +19,8 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from keras_convnext import _environment, _files
 from keras_convnext._terminal import say
@@ -57,7 +58,7 @@ def write_page(
     runtime: str | os.PathLike[str] | None = None,
     replace: bool = False,
 ) -> pathlib.Path:
-    """Writes one HTML file that classifies pictures in the browser.
+    """Writes one HTML file that classifies pictures in the browser, and returns its path.
 
     The file holds the model, what is known of it and the runtime. It opens with a double click, without a
     network, and can be put on any server of static files. It prepares a picture as `read_image` and
@@ -68,20 +69,14 @@ def write_page(
     Args:
         model_file: a `.onnx` file that `export` wrote, with its `<name>.metadata.json`. Where the file leaves
             the image size free, that of its preprocessing is used, else 224.
-        output: the `.html` file to write.
+        output: the `.html` file to write; over what is there only with `replace`.
         runtime: `onnxruntime-web` as a folder or a `.tgz` file, of version `RUNTIME_VERSION`. Default: the
             cache folder (see `weights.locate`), to which npm fetches it at the first use.
-        replace: bool, whether to write over what is at `output`.
-
-    Returns:
-        `output` as pathlib.Path.
 
     Raises:
         ValueError: the model is not an ONNX file, too large, or of a kind that a page cannot show; its
             metadata cannot be read; the runtime is of another version or damaged.
-        FileNotFoundError: the model, its metadata, the runtime or npm is missing.
-        FileExistsError: there is something at `output`, and `replace` is False.
-        OSError: npm could not fetch the runtime, or a file cannot be written.
+        OSError: the model, its metadata, the runtime or npm is missing, `output` is there, or npm failed.
 
     Example:
         keras_convnext.export(model, "tiny.onnx", labels=names)
@@ -113,7 +108,7 @@ def write_page(
         for element in _elements(name, [gzip.compress(content, mtime=0)])
     ]
     with open(model_file, "rb") as model, _files.replacing_file(output) as page:
-        pieces["model"] = _elements("model", _chunks(model))
+        pieces["model"] = _elements("model", iter(lambda: model.read(_CHUNK_BYTES), b""))
         template = (web / "page.html").read_text(encoding="utf-8")
         for place, text in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
             if place % 2:
@@ -202,12 +197,7 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
     }
 
 
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
-
-
-def _elements(name: str, chunks: Iterator[bytes] | list[bytes]) -> Iterator[bytes]:
+def _elements(name: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
     """HTML elements that the script of the page takes bytes from."""
     for chunk in chunks:
         yield f'<script type="text/plain" data-part="{name}">'.encode()
@@ -255,10 +245,11 @@ def _wrong_file(parts: dict[str, bytes]) -> str | None:
 def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
     """Reads the runtime from its own folder, that of the package, or one with `node_modules`."""
     places = (folder, folder / "dist", folder / "package/dist", folder / "node_modules/onnxruntime-web/dist")
-    parts = {}
+    parts = dict.fromkeys(RUNTIME_FILES, b"")
     for name, (file, _) in RUNTIME_FILES.items():
         path = next((place / file for place in places if (place / file).is_file()), None)
-        parts[name] = b"" if path is None else path.read_bytes()
+        if path is not None:
+            parts[name] = path.read_bytes()
     return parts
 
 
@@ -267,11 +258,9 @@ def _read_archive(path: pathlib.Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path) as archive:
             for name, (file, _) in RUNTIME_FILES.items():
-                try:
+                with contextlib.suppress(KeyError):
                     member = archive.extractfile(f"package/dist/{file}")
-                except KeyError:
-                    continue
-                parts[name] = b"" if member is None else member.read()
+                    parts[name] = b"" if member is None else member.read()
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(
             f"Expected {_PACKAGE} as a folder or a .tgz file, but '{path}' is no such archive or is damaged: "

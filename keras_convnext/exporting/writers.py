@@ -18,25 +18,15 @@ from keras_convnext.data.preprocessing import Preprocessing
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to write.
+    """What to write."""
 
-    Attributes:
-        format: a name of `export.FORMATS`.
-        precision: one of the format's.
-        path: the file, or the folder of a SavedModel, to write.
-        batch_size: number of images, None for any.
-        image_size: (height, width) in pixels, None for any.
-        calibration: path of a `.npy` file, uint8 (n, H, W, C), for int8; else None.
-        preprocessing: of images, for the signature that takes JPEG files.
-    """
-
-    format: str
-    precision: str
-    path: str
-    batch_size: int | None
-    image_size: tuple[int, int] | None
-    calibration: str | None
-    preprocessing: Preprocessing
+    format: str  # a name of `export.FORMATS`
+    precision: str  # one of the format's
+    path: str  # the file, or the folder of a SavedModel
+    batch_size: int | None  # None for any
+    image_size: tuple[int, int] | None  # (height, width) in pixels, None for any
+    calibration: str | None  # for int8 the path of a `.npy` file, uint8 (n, H, W, C)
+    preprocessing: Preprocessing  # for the signature that takes JPEG files
 
 
 def write(model: Any, request: Request) -> None:
@@ -167,10 +157,8 @@ def _torch_program(model, request):
         for axis, name in enumerate(names)
         if deployed.input.shape[axis] is None
     }
-    # 2 and 96: sizes of 1 would be taken for fixed ones.
-    example = [2, 96, 128]
-    shape = [own or other for own, other in zip(deployed.input.shape[:3], example, strict=True)]
-
+    # Sizes of 1 would be taken for fixed ones.
+    shape = [own or other for own, other in zip(deployed.input.shape[:3], (2, 96, 128), strict=True)]
     return as_program(deployed), torch.zeros(*shape, deployed.input.shape[3]), (free,)
 
 

@@ -28,21 +28,13 @@ Name = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedWeights:
-    """The weights that a name means. Their file is found, downloaded and read when it is first asked for.
+    """The weights that a name means. Their file is found, downloaded and read when it is first asked for."""
 
-    Attributes:
-        architecture: as named; None where the file tells.
-        tagged: the row of the catalog that was named: it says how images are prepared, whatever the weights.
-        published: the row that the weights are of; None for a file of one's own and for random weights.
-        file: a file of one's own.
-        is_imagenet: whether the word "imagenet" named them, which promises its classes.
-    """
-
-    architecture: Variant | None
-    tagged: Checkpoint | None = None
-    published: Checkpoint | None = None
-    file: pathlib.Path | None = None
-    is_imagenet: bool = False
+    architecture: Variant | None  # as named; None where the file tells
+    tagged: Checkpoint | None = None  # the row that was named: how images are prepared, whatever the weights
+    published: Checkpoint | None = None  # the row that the weights are of
+    file: pathlib.Path | None = None  # a file of one's own
+    is_imagenet: bool = False  # whether the word "imagenet" named them, which promises its classes
 
     @property
     def is_random(self) -> bool:
@@ -79,11 +71,7 @@ class ResolvedWeights:
 
     @functools.cached_property
     def state(self) -> layouts.StateDict:
-        """{name: array} of the file, in its own layout; models of this package in the canonical one.
-
-        Raises:
-            ValueError: for an `.h5` file of this package, which does not say what model it belongs to.
-        """
+        """{name: array} of the file, in its own layout; models of this package in the canonical one."""
         if self.is_bare:
             raise ValueError(
                 f"{self.path} does not say which architecture it holds. Pass that as model, the file as "
@@ -189,11 +177,7 @@ class ResolvedWeights:
         return self._read(shapes, may_lack, may_hold=("pre_logits",) if headless else ())
 
     def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
-        """The weights of the file that a model of settled `ModelOptions` takes, under canonical names.
-
-        Raises:
-            ValueError: the file does not fit the model; the message names what is missing or wrong.
-        """
+        """The weights of the file that a model of settled `ModelOptions` takes, under canonical names."""
         contents = self.contents
         include_top, classes, pyramid_norms = options.include_top, options.classes, options.pyramid_norms
         if include_top and not new_head and contents.classes != classes:
@@ -246,9 +230,6 @@ def resolve(
         task: "classification" to refuse weights without a classifier; "features" where none is needed, so
             that "imagenet" may be the smaller file without it; None for either.
 
-    Returns:
-        `ResolvedWeights`. Published weights are downloaded when `path` or what is in it is first asked for.
-
     Raises:
         ValueError: the name is unknown (near ones are listed), means a file as well as published weights, or
             the weights have no classifier.
@@ -293,11 +274,7 @@ def resolve(
 
 
 def meaning(name: Name | Variant) -> Variant | Checkpoint | pathlib.Path:
-    """What a name by itself means: an architecture, a row of the catalog, or the path of a file.
-
-    Raises:
-        ValueError: the name is unknown (near ones are listed), or means a file as well as published weights.
-    """
+    """What a name by itself means: an architecture, a row of the catalog, or the path of a file."""
     if isinstance(name, Variant):
         return name
     if is_path(name):
@@ -313,8 +290,7 @@ def meaning(name: Name | Variant) -> Variant | Checkpoint | pathlib.Path:
 def is_path(name: object) -> bool:
     """Whether a name is that of a file, or a SavedModel, rather than of published weights or an architecture.
 
-    Raises:
-        ValueError: it is both; the message names the two readings.
+    A ValueError names the two readings where it is both.
     """
     if isinstance(name, os.PathLike):
         return True
@@ -336,22 +312,14 @@ def is_path(name: object) -> bool:
 
 
 def existing_file(weights: Name) -> pathlib.Path:
-    """The path of a weight file that is there.
-
-    Raises:
-        FileNotFoundError: there is no such file; near names in its folder are listed.
-        IsADirectoryError: the path is a folder.
-        ValueError: the path does not end as weight files do.
-    """
+    """The path of a weight file that is there and ends as weight files do."""
     path = pathlib.Path(weights).expanduser()
     if path.is_dir():
         raise IsADirectoryError(f"Expected a weight file. Received a folder: {path}")
     if not path.exists():
-        near = ""
-        if path.parent.is_dir():
-            names = [entry.name for entry in path.parent.iterdir()]
-            found = difflib.get_close_matches(path.name, names, 3)
-            near = f" Near names in that folder: {', '.join(found)}." if found else ""
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        found = difflib.get_close_matches(path.name, names, 3)
+        near = f" Near names in that folder: {', '.join(found)}." if found else ""
         raise FileNotFoundError(f"No such weight file: {path}.{near}")
     if not path.name.endswith(WEIGHT_SUFFIXES):
         raise ValueError(f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}")
@@ -369,12 +337,8 @@ def _published(variant: Variant, weights: object, task: str | None) -> Checkpoin
         # The file without the top is smaller; one with it serves as well when it is here already.
         full = catalog.CHECKPOINTS[str(catalog.IMAGENET[variant.name])]
         without = catalog.CHECKPOINTS[catalog.IMAGENET_NOTOP[variant.name]]
-        return full if _is_here(full) and not _is_here(without) else without
+        return full if locate.find_local(full) and not locate.find_local(without) else without
     return catalog.find_checkpoint(weights, architecture=variant.name)
-
-
-def _is_here(row: Checkpoint) -> bool:
-    return locate.find_local(row) is not None
 
 
 def _check_classifier(found: ResolvedWeights) -> None:
