@@ -192,39 +192,60 @@ class AdamW(keras.optimizers.AdamW):
             super()._backend_increment_gradient_accumulators(grads, acc_grads)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        backend = keras.backend.backend()
-        if backend == "torch" and self._fits_torch_kernel(trainable_variables):
+        if keras.backend.backend() == "torch":
             self._torch_update(grads, trainable_variables, learning_rate)
-        elif backend == "torch" or (backend == "tensorflow" and self.across is not None):
-            # TensorFlow: each device by itself, where Keras sums, and leaves the device, which it cannot in a
-            # condition.
+        elif keras.backend.backend() == "tensorflow" and self.across is not None:
+            # Each device by itself, where Keras sums, and leaves the device, which it cannot in a condition.
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 self.update_step(gradient, variable, learning_rate)
         else:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
 
-    def _fits_torch_kernel(self, variables):
-        return all(
-            str(value.dtype) == "torch.float32"
-            and value.device.type in ("cpu", "cuda")
-            and value.is_contiguous()
-            for value in (variable.value for variable in variables)
-        )
-
     def _torch_update(self, grads, trainable_variables, learning_rate):
-        """`update_step` for all variables by PyTorch's kernel, which reads and writes each number once."""
+        """`update_step` for all variables at once: PyTorch runs op by op, and pays for each call."""
         import torch
 
         indices = [self._get_variable_index(variable) for variable in trainable_variables]
+        weights = [variable.value for variable in trainable_variables]
+        m = [self._momentums[index].value for index in indices]
+        v = [self._velocities[index].value for index in indices]
         learning_rate = ops.cast(learning_rate, "float32")
+        groups = self._groups(indices, trainable_variables)
+        if all(
+            tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
+            for tensor in (*weights, *m, *v)
+        ):
+            self._torch_fused_update(groups, weights, grads, m, v, learning_rate)
+            return
+        correction_1, correction_2 = self._bias_corrections("float32")
+        with torch.no_grad():
+            torch._foreach_lerp_(m, grads, 1 - self.beta_1)
+            torch._foreach_mul_(v, self.beta_2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - self.beta_2)
+            denominators = torch._foreach_sqrt(v)
+            torch._foreach_div_(denominators, correction_2)
+            torch._foreach_add_(denominators, self.epsilon)
+            for (scale, decays), members in groups.items():
+                rate = learning_rate * scale
+                group = [weights[member] for member in members]
+                if decays:
+                    torch._foreach_mul_(group, 1 - rate * self.weight_decay)
+                updates = torch._foreach_mul([m[member] for member in members], rate / correction_1)
+                torch._foreach_div_(updates, [denominators[member] for member in members])
+                torch._foreach_sub_(group, updates)
+
+    def _torch_fused_update(self, groups, weights, grads, m, v, learning_rate):
+        """The same by PyTorch's own kernel, which reads and writes each number once."""
+        import torch
+
         step = ops.cast(self.iterations + 1, "float32")
         with torch.no_grad():
-            for (scale, decays), members in self._groups(indices, trainable_variables).items():
+            for (scale, decays), members in groups.items():
                 torch._fused_adamw_(
-                    [trainable_variables[member].value for member in members],
+                    [weights[member] for member in members],
                     [grads[member].contiguous() for member in members],
-                    [self._momentums[indices[member]].value for member in members],
-                    [self._velocities[indices[member]].value for member in members],
+                    [m[member] for member in members],
+                    [v[member] for member in members],
                     [],
                     [step] * len(members),
                     lr=learning_rate * scale,

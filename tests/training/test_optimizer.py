@@ -458,24 +458,6 @@ def test_gradients_of_1e_8_move_weights_as_in_torch(whole):
     assert max(np.abs(a - b).max() for a, b in zip(arrays(others), expected, strict=True)) > 1e-3
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of PyTorch's kernel, which takes float32")
-def test_weights_that_the_kernel_of_pytorch_does_not_take_move_as_in_torch():
-    generator = np.random.default_rng(0)
-    start, *gradients = generator.normal(size=(6, 5, 4))
-    variable = keras.Variable(start, dtype="float64", name="kernel")
-    optimizer = AdamW(1e-2, 0.1)
-    optimizer.build([variable])
-    theirs = torch.nn.Parameter(torch.tensor(start))
-    peer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
-    for gradient in map(torch.tensor, gradients):
-        theirs.grad = gradient
-        peer.step()
-        with torch.no_grad():
-            optimizer.apply([gradient], [variable])
-    difference = np.abs(keras.ops.convert_to_numpy(variable) - theirs.detach().numpy()).max()
-    assert difference < 1e-8 < np.abs(keras.ops.convert_to_numpy(variable) - start).max()
-
-
 def test_only_kernels_decay_and_exclusions_of_keras_still_hold():
     names = ("kernel", "lora_kernel_a", "my_kernel", "other", "bias", "gamma", "beta")
     shapes = dict.fromkeys(names, (1, 1, 1, 3)) | {"scale": (3,)}
