@@ -360,9 +360,7 @@ def test_the_rate_is_chosen_on_a_part_of_the_training_images(given):
 
 
 def test_of_equally_good_rates_the_smaller_is_chosen(given):
-    result = linear_probe(
-        dataclasses.replace(PROBE, learning_rates=(0.10001, 0.1)), model=Given(), data=given[0]
-    )
+    result = linear_probe(PROBE.replaced({"learning_rates": (0.10001, 0.1)}), model=Given(), data=given[0])
     assert result.scores[0].selection_top1 == result.scores[1].selection_top1
     assert result.chosen == 0.1
 
@@ -397,7 +395,7 @@ def test_rates_that_all_lead_to_nan_are_refused(given):
     ],
 )
 def test_a_best_rate_at_the_edge_is_told(given, rates, advice):
-    result = linear_probe(dataclasses.replace(PROBE, learning_rates=rates), model=Given(), data=given[0])
+    result = linear_probe(PROBE.replaced({"learning_rates": rates}), model=Given(), data=given[0])
     assert advice in result.advice and bool(advice) == bool(result.advice)
 
 
@@ -515,7 +513,7 @@ def test_class_folders_are_divided_and_classified_better_than_by_chance(
     backbone, folder, tmp_path, count_runs
 ):
     result = nearest_neighbours(
-        dataclasses.replace(NEIGHBOURS, data=str(folder)), model=backbone, cache=tmp_path / "new" / "cache"
+        NEIGHBOURS.replaced({"data": str(folder)}), model=backbone, cache=tmp_path / "new" / "cache"
     )
     assert (result.n, result.num_train) == (9, 27)
     assert result.top1 > 60  # of three classes
@@ -531,7 +529,7 @@ def test_class_folders_are_divided_and_classified_better_than_by_chance(
 
 @pytest.mark.once
 def test_another_seed_classifies_other_images(folder):
-    parts = [features._open_parts(dataclasses.replace(NEIGHBOURS, data=str(folder), seed=s)) for s in (0, 1)]
+    parts = [features._open_parts(NEIGHBOURS.replaced({"data": str(folder), "seed": s})) for s in (0, 1)]
     names = [{test.name(number) for number in range(len(test))} for _, test, _ in parts]
     assert names[0] != names[1] and len(names[0]) == len(names[1]) == 9
 
@@ -707,7 +705,7 @@ def test_models_of_others_are_taken_as_they_are():
 def test_a_model_that_ends_in_maps_is_refused(folder):
     maps = keras_convnext.load("test_convnext2", weights=None, include_top=False)
     with pytest.raises(ValueError, match=r"ends in features \(N, C\), received outputs .*pooling='avg'"):
-        nearest_neighbours(dataclasses.replace(NEIGHBOURS, data=str(folder)), model=maps)
+        nearest_neighbours(NEIGHBOURS.replaced({"data": str(folder)}), model=maps)
 
 
 @pytest.mark.once
