@@ -22,10 +22,11 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items(
 
 # Rooms and modules that import no Keras, not even by what they import.
 KERAS_FREE = (
-    "_environment", "_files", "_messages", "_terminal", "variants", "analysis", "cli", "data", "weights",
-    "evaluation.report", "evaluation.results", "exporting.litert_int8", "exporting.report",
-    "exporting.runtimes", "exporting.web_page", "exporting.writers", "training.advice", "training.curves",
-    "training.logs", "training.recipe", "training.recipe_files", "training.run_folder",
+    "_environment", "_files", "_messages", "_settings", "_terminal", "variants", "analysis", "cli",
+    "data", "weights", "evaluation.report", "evaluation.results", "exporting.litert_int8",
+    "exporting.report", "exporting.runtimes", "exporting.web_page", "exporting.writers",
+    "training.advice", "training.curves", "training.derived", "training.logs", "training.recipe",
+    "training.recipe_files", "training.run_folder",
 )  # fmt: skip
 WITH_KERAS = {"weights.assign"}
 # Its graphs are what these are made of.

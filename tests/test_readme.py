@@ -84,10 +84,8 @@ def pages():
 
 def test_tables_of_architectures_are_up_to_date(tmp_path, capsys):
     """The program that makes them would change nothing."""
-    copies = {
-        path: tmp_path / path.parent.name / path.name
-        for path in (README, PACKAGE_README, make_tables.RECIPES_README)
-    }
+    pages = (README, PACKAGE_README, make_tables.RECIPES_README)
+    copies = {path: tmp_path / str(number) / path.name for number, path in enumerate(pages)}
     for path, copy in copies.items():
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(path.read_text())

@@ -19,6 +19,8 @@ MOST_FILES_IN_A_FOLDER = 18
 MOST_ENTRIES_AT_THE_TOP = 24
 MOST_LINES_OF_A_FILE = 700
 MOST_LINES_OF_A_FUNCTION = 120
+MOST_ARGUMENTS = 12  # but for constructors that repeat those of Keras, and `load`
+CONSTRUCTORS = ("constructor", "load", "__init__")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +64,8 @@ def measure(checkout: pathlib.Path) -> list[tuple[str, str, str]]:
     ]
     longest = max(functions)
     widest = max(functions, key=lambda function: function[2])
+    wide = [place for _, place, count in functions if count > MOST_ARGUMENTS]
+    others = [place for place in wide if place.split()[1] not in CONSTRUCTORS]
     imports = {name: _imported(tree, _dotted(name), trees) for name, tree in trees.items()}
     upward = _upward(imports, _layers(checkout))
     circles = _circles(imports)
@@ -77,9 +81,20 @@ def measure(checkout: pathlib.Path) -> list[tuple[str, str, str]]:
         ("largest file", f"{lines[largest]} {largest}", bar(lines[largest], MOST_LINES_OF_A_FILE)),
         ("longest function", f"{longest[0]} {longest[1]}", bar(longest[0], MOST_LINES_OF_A_FUNCTION)),
         ("widest signature", f"{widest[2]} {widest[1]}", ""),
+        (f"above {MOST_ARGUMENTS} arguments", ", ".join(wide) or "none", bar(len(others), 0)),
+        ("callers of resolve", ", ".join(_callers(trees, "resolve")), ""),
         ("upward imports", _some(upward), bar(len(upward), 0)),
         ("circles", _some(circles), bar(len(circles), 0)),
     ]
+
+
+def _callers(trees: dict[str, ast.Module], function: str) -> list[str]:
+    """The modules that call a function by its bare name."""
+
+    def calls(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == function
+
+    return [name for name, tree in trees.items() if any(calls(node) for node in ast.walk(tree))]
 
 
 def _some(found: list[str]) -> str:
