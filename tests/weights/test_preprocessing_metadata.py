@@ -46,6 +46,7 @@ DEFAULT_ROW = default_checkpoint(NAME)
 @pytest.fixture(scope="module")
 def model():
     """A classifier with logits far enough apart that a wrong normaliser shows, and without one of its own."""
+    keras.utils.set_random_seed(0)
     built = keras_convnext.load(NAME, None, classes=5, input_shape=(48, 48, 3), include_preprocessing=False)
     head = built.get_layer("head")
     head.set_weights([np.random.default_rng(0).normal(0, 1, value.shape) for value in head.get_weights()])
