@@ -124,7 +124,7 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 
     teacher = _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
-    possible = [n for n in range(1, batch_size + 1) if _divides(recipe, n, num_parts)]
+    possible = [n for n in _divisors(batch_size) if _divides(recipe, n, num_parts)]
     if not possible:
         unit = math.lcm(num_parts, 2) if _mixes(recipe) else num_parts
         lower = batch_size // unit * unit
@@ -190,6 +190,11 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
     else:
         data = f"{plan.images:,} images of {plan.classes:,} classes"
         add("steps", f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all")
+        if not plan.steps_per_epoch:
+            add(
+                "",
+                f"`train` refuses fewer images than a batch of {plan.batch_size}: set a smaller batch_size",
+            )
     excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
     total = f"{_size(found.total)} of {_size(plan.memory_limit)} a device"
     add("memory", f"{total}, at the peak of a step{excess}")
@@ -322,12 +327,17 @@ def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
         return engine, 1
     shared = recipe.distribution.model_devices
     if num_devices % shared:
-        divisors = ", ".join(str(n) for n in range(1, num_devices + 1) if num_devices % n == 0)
+        divisors = ", ".join(map(str, _divisors(num_devices)))
         raise ValueError(
             f"Expected distribution.model_devices to divide the {num_devices} devices, received {shared}. "
             f"Choose one of {divisors}."
         )
     return engine, shared
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import shlex
+from collections.abc import Mapping
 
 from keras_convnext.cli.shared import (
     complain,
@@ -53,10 +54,11 @@ def train_command(options: argparse.Namespace) -> int:
     overrides = recipe_overrides(options.set)
     if options.distribute is not None:
         overrides["distribution.engine"] = options.distribute
-    # All mistakes that can be found before a backend is loaded, which takes seconds.
-    derived.choose_recipe(options.recipe, options.data, overrides, options.out)
     # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # All mistakes that can be found before a backend is loaded, which takes seconds.
+    _register_for(overrides)
+    derived.choose_recipe(options.recipe, options.data, overrides, options.out)
     import_quietly("keras_convnext.training.trainer", "tensorflow")
     from keras_convnext.training import failure, run_state, trainer
 
@@ -124,6 +126,7 @@ def plan_command(options: argparse.Namespace) -> int:
     overrides = recipe_overrides(options.set)
     if options.engine is not None:
         overrides["distribution.engine"] = options.engine
+    _register_for(overrides)
     recipe, derived = choose_recipe(options.recipe, options.data, overrides)
     plan = make_plan(recipe, options.devices, options.fraction)
     if options.json:
@@ -140,3 +143,9 @@ def plan_command(options: argparse.Namespace) -> int:
     lines = [("derived", line) for line in derived] + describe(plan, options.fraction)
     print_facts(f"{options.recipe} on {options.devices}", lines)
     return 0
+
+
+def _register_for(overrides: Mapping[str, str]) -> None:
+    """Loads the classes that a .keras file names, where one is to be opened."""
+    if any(value.endswith(".keras") for value in overrides.values()):
+        import_quietly("keras_convnext.models")

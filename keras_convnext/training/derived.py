@@ -17,7 +17,7 @@ from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights.resolve import existing_file, is_path, resolve
+from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 
 # Epochs that follow from the data are at least and at most so many times those of the recipe.
 LEAST_EPOCHS, MOST_EPOCHS = 1 / 4, 15
@@ -34,7 +34,8 @@ def choose_recipe(
     """Reads a recipe, and derives what follows from weights in place of its own.
 
     `overrides` are by short or full key. `folder` is that of the run, to train: one that was begun there
-    keeps what it began with. None to plan: data and weight files may be missing. Returns the recipe, and a
+    with these weights keeps what it began with. None to plan: the recipe's own data and weight files may be
+    missing. Returns the recipe, and a
     line for each derived value, such as "image_size = 64: of the weights". Its ValueError lists all that is
     wrong.
     """
@@ -50,33 +51,47 @@ def choose_recipe(
         own = made({})
     except SettingsError:  # told with the changes below, which may mend it
         return made(changes), []
-    problems = [] if folder is None else _missing(own.values() | changed)
+    problems = _file_problems(changed if folder is None else own.values() | changed)
+    if folder is not None:
+        problems += _data_problems((own.values() | changed)["data.source"])
     derived: _Derived = {}
-    weights = changed.get("model.weights")
-    if isinstance(weights, str) and weights not in ("", own.model.weights):
-        problems += unknown_tag("weights", weights, own.model.architecture)
+    weights = changed.get("model.weights", own.model.weights)
+    architecture = changed.get("model.architecture")
+    if architecture not in [*VARIANTS]:  # told by the recipe's own check
+        architecture = own.model.architecture
+    if (
+        isinstance(weights, str)
+        and weights
+        and (weights, architecture) != (own.model.weights, own.model.architecture)
+    ):
+        problems += unknown_tag("weights", weights, architecture)
         try:
-            derived = _from_weights(own, changed)
+            derived = _from_weights(own, changed, weights, architecture)
         except (OSError, ValueError) as error:
             problems.append(f"weights: {error}")
+    if derived:
+        # Epochs and warmup are checked below, when those are known that follow from the data.
+        lengths = ("optimizer.epochs", "optimizer.warmup_epochs")
+        other = {key: value for key, value in changes.items() if Recipe.full_key(key) not in lengths}
+        try:
+            chosen = made(_values(derived) | other)
+        except SettingsError:
+            pass  # told with all others below
+        else:
+            if not problems:
+                derived |= _lengths(chosen, changed)
+            derived = _as_begun(derived, chosen, folder)
     try:
         chosen = made(_values(derived) | changes)
         if problems:
             raise SettingsError(Recipe, [])
     except SettingsError as error:
         raise SettingsError(Recipe, [*error.problems, *problems], error.received) from None
-    if derived:
-        derived |= _from_data(chosen, changed)
-        begun = None if folder is None else pathlib.Path(folder).expanduser() / "recipe.toml"
-        if begun is not None and begun.is_file():
-            values = load_recipe(begun).values()
-            derived = {key: (values[key], "as the run began") for key in derived}
-        chosen = made(_values(derived) | changes)
     before = own.values()
     return chosen, [
         f"{key.rpartition('.')[2]} = {toml_value(value)}: {reason}"
         for key, (value, reason) in derived.items()
-        if value != before[key]
+        if value != before[key] and key != "title"
     ]
 
 
@@ -94,18 +109,35 @@ def _values(derived: _Derived) -> dict[str, Any]:
     return {key: value for key, (value, _) in derived.items()}
 
 
-def _from_weights(own: Recipe, changed: Mapping[str, Any]) -> _Derived:
+def _as_begun(derived: _Derived, chosen: Recipe, folder: str | os.PathLike[str] | None) -> _Derived:
+    """Takes the values of the run in the folder, if it began with the same weights."""
+    path = None if folder is None else pathlib.Path(folder).expanduser() / "recipe.toml"
+    if path is None or not path.is_file():
+        return derived
+    begun = load_recipe(path)
+    names = ("model.weights", "model.architecture")
+    values = begun.values()
+    if any(values[name] != chosen.values()[name] for name in names):
+        return derived  # `run_folder` refuses the folder of another run
+    return {key: (values[key], "as the run began") for key in derived}
+
+
+def _from_weights(own: Recipe, changed: Mapping[str, Any], weights: str, stated: str) -> _Derived:
     """Returns what follows from other weights where it is not set.
 
     Size and preparation follow where the recipe trains at the size of its own weights: one from 224 to 384
     pixels keeps its size.
     """
-    facts = _facts(changed["model.weights"], own.model.architecture)
+    facts = _facts(weights, stated, is_of_it="model.architecture" in changed)
     if facts is None:
         return {}
     architecture, images = facts
-    derived: _Derived = {"model.architecture": (architecture, "of the weights")}
-    variant = VARIANTS.get(changed.get("model.architecture", architecture), VARIANTS[architecture])
+    name = pathlib.Path(weights).name if is_path(weights) else weights
+    derived: _Derived = {
+        "title": (f"{own.title.partition(', with weights ')[0]}, with weights {name}", "of the weights"),
+        "model.architecture": (architecture, "of the weights"),
+    }
+    variant = VARIANTS[stated if "model.architecture" in changed else architecture]
     if variant.version == 2:
         derived["model.layer_scale_init_value"] = 0.0, "none: ConvNeXt V2 has GRN in its place"
     elif not own.model.layer_scale_init_value and variant.layer_scale_init_value:
@@ -128,38 +160,40 @@ def _from_weights(own: Recipe, changed: Mapping[str, Any]) -> _Derived:
     return {key: value for key, value in derived.items() if key not in changed}
 
 
-def _from_data(recipe: Recipe, changed: Mapping[str, Any]) -> _Derived:
-    """Returns epochs and warmup that fit the number of images, see recipes/README.md.
+def _lengths(recipe: Recipe, changed: Mapping[str, Any]) -> _Derived:
+    """Returns epochs that fit the number of images, see recipes/README.md, and the warmup of these epochs.
 
     Fewer images than the recipe's epochs are for are seen so often that the steps are as many; of more images
     the epochs fall with the square root.
     """
     optimizer = recipe.optimizer
-    if not optimizer.epochs_for_images or not recipe.data.source or "optimizer.epochs" in changed:
-        return {}
-    images = len(training_images(recipe.data, recipe.run.seed))
-    ratio = optimizer.epochs_for_images / max(images, 1)
-    factor = min(max(ratio if ratio > 1 else math.sqrt(ratio), LEAST_EPOCHS), MOST_EPOCHS)
-    epochs = max(1, round(optimizer.epochs * factor))
-    warmup = round(optimizer.warmup_epochs * epochs / optimizer.epochs, 3)
-    about = f"{optimizer.epochs_for_images:,} images"
-    derived: _Derived = {
-        "optimizer.epochs": (epochs, f"for {images:,} images; {optimizer.epochs} are for about {about}"),
-        "optimizer.warmup_epochs": (warmup, "the same part of the run"),
-    }
-    return {key: value for key, value in derived.items() if key not in changed}
+    derived: _Derived = {}
+    epochs = changed.get("optimizer.epochs", optimizer.epochs)
+    if "optimizer.epochs" not in changed and optimizer.epochs_for_images and recipe.data.source:
+        images = len(training_images(recipe.data, recipe.run.seed))
+        ratio = optimizer.epochs_for_images / max(images, 1)
+        factor = min(max(ratio if ratio > 1 else math.sqrt(ratio), LEAST_EPOCHS), MOST_EPOCHS)
+        epochs = max(1, round(optimizer.epochs * factor))
+        about = f"{optimizer.epochs_for_images:,} images"
+        reason = f"for {images:,} images; {optimizer.epochs} are for about {about}"
+        derived["optimizer.epochs"] = epochs, reason
+    if "optimizer.warmup_epochs" not in changed and isinstance(epochs, int) and epochs != optimizer.epochs:
+        warmup = round(optimizer.warmup_epochs * epochs / optimizer.epochs, 3)
+        derived["optimizer.warmup_epochs"] = warmup, "the same part of the run"
+    return derived
 
 
-def _facts(weights: str, architecture: str):
+def _facts(weights: str, architecture: str, *, is_of_it: bool = True):
     """Returns the architecture of weights and how their images are prepared.
 
-    The second is None for those of detectors and segmenters, whose images are no photos of one thing. None
-    for names that are unknown, which the recipe's own check tells, and for files that are not there.
+    `is_of_it`: a file is taken to be of the architecture, and not read for it. The images are None for those
+    of detectors and segmenters, whose images are no photos of one thing. None for names that are unknown and
+    files that cannot be used, which is told elsewhere.
     """
     if is_path(weights):
-        if not pathlib.Path(weights).expanduser().is_file():
+        if _file_problem(weights):
             return None
-        source = resolve(weights)
+        source = resolve(architecture if is_of_it else None, weights)
         return source.variant.name, source.preprocessing
     try:
         row = published_row(weights, architecture)
@@ -168,24 +202,42 @@ def _facts(weights: str, architecture: str):
     return row.architecture, None if row.layout in ("mmdet", "mmseg") else row.preprocessing
 
 
-def _missing(values: Mapping[str, Any]) -> list[str]:
-    """Lists the data and the weight files that are not there."""
-    problems = []
-    source = values["data.source"]
-    if not source:
-        problems.append(
-            'data: expected the path of the images, received "". Pass data=..., or --data on the command line'
+def with_contents(source: ResolvedWeights) -> ResolvedWeights:
+    """Refuses a weight file that does not say which model it is of."""
+    if source.file is not None and source.is_bare:
+        raise ValueError(
+            f"Expected weights that say what they are of, received '{source.file}'. Take the .safetensors "
+            "file beside it, or a .keras file."
         )
-    elif isinstance(source, str):
-        try:
+    return source
+
+
+def _data_problems(source: Any) -> list[str]:
+    if source == "":
+        return [
+            'data: expected the path of the images, received "". Pass data=..., or --data on the command line'
+        ]
+    try:
+        if isinstance(source, str):
             sources.list_splits(os.path.expanduser(source))
-        except ValueError as error:
-            problems.append(f"data: {error}")
+    except ValueError as error:
+        return [f"data: {error}"]
+    return []
+
+
+def _file_problems(values: Mapping[str, Any]) -> list[str]:
+    """Lists the weight files that are not there or cannot be begun with."""
+    problems = []
     for key in ("model.weights", "distillation.teacher"):
-        value = values[key]
-        if isinstance(value, str) and value and is_path(value):
-            try:
-                existing_file(value)
-            except (OSError, ValueError) as error:
-                problems.append(f"{key.rpartition('.')[2]}: {error}")
+        value = values.get(key)
+        if isinstance(value, str) and is_path(value) and (problem := _file_problem(value)):
+            problems.append(f"{key.rpartition('.')[2]}: {problem}")
     return problems
+
+
+def _file_problem(path: str) -> str:
+    try:
+        with_contents(resolve(None, path))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""

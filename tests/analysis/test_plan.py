@@ -234,6 +234,19 @@ def test_accumulation_fills_what_memory_does_not_hold():
 
 
 @pytest.mark.once
+def test_a_huge_batch_is_answered_at_once():
+    plan = make_plan(load_recipe("smoke", {"batch_size": str(10**12)}), "1xcpu")
+    assert plan.fits and plan.images_per_device * plan.accumulation_steps == 10**12
+
+
+@pytest.mark.once
+def test_fewer_images_than_a_batch_are_told():
+    few = dict(describe(make_plan(load_recipe("smoke", {"batch_size": 2048}), "1xcpu")))
+    assert "`train` refuses fewer images than a batch of 2048" in few[""]
+    assert "" not in dict(describe(make_plan(load_recipe("smoke"), "1xcpu")))
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("words", "message"),
     [

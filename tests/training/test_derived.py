@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -50,8 +51,8 @@ def test_architecture_sizes_preparation_and_layer_scale_follow_from_a_tag():
     }  # fmt: skip
     before = load_recipe("fine_tune").by_short_key()
     assert {key: value for key, value in values.items() if value != before[key]} == expected | {
-        "weights": ATTO
-    }
+        "weights": ATTO, "title": f"{before['title']}, with weights {ATTO}",
+    }  # fmt: skip
     assert [line.split(" = ")[0] for line in lines] == list(expected)
     assert lines[0] == 'architecture = "convnextv2_atto": of the weights'
     assert lines[2] == "image_size = 64: of the weights"
@@ -122,6 +123,59 @@ def test_a_weight_file_is_as_good_as_a_tag(tmp_path):
     assert (values["architecture"], values["image_size"], values["eval_crop"]) == ("test_convnext2", 48, 0.9)
     with pytest.raises(ValueError, match=r"weights: No such weight file: .* Near names"):
         choose_recipe("fine_tune", ROOT, {"weights": str(tmp_path / "mime.safetensors")}, tmp_path / "run")
+
+
+@pytest.mark.once
+def test_a_short_tag_is_that_of_the_architecture_that_is_set():
+    values, _ = derived({"architecture": "convnextv2_atto", "weights": "tiny_imagenet200"})
+    assert (values["image_size"], values["layer_scale_init_value"]) == (64, 0.0)
+    values, _ = derived({"architecture": "convnextv2_huge", "weights": "imagenet"})
+    names = ("image_size", "eval_image_size", "eval_crop", "eval_resize_mode")
+    assert [values[name] for name in names] == [384, 384, 1.0, "squash"]
+    with pytest.raises(ValueError, match="weights: expected a tag"):
+        derived({"architecture": "convnextv2_huge", "weights": "tiny_imagenet200"})
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_weight_files_that_cannot_be_used_are_refused(command, refused, photos, tmp_path):
+    bare = tmp_path / "final.weights.h5"
+    keras_convnext.load("test_convnext2", None).save_weights(bare)
+    words = ["--devices", "1xcpu"] if command == "plan" else ["--out", tmp_path / "run"]
+    for path, message in (
+        (tmp_path / "final.weights.h6", r"weights: No such weight file: .* Near names"),
+        (tmp_path, "weights: Expected a weight file. Received a folder"),
+        (bare, r"weights: Expected weights that say what they are of.* Take the \.safetensors file"),
+    ):
+        changes = ["--set", f"weights={path}", "--set", "architecture=test_convnext2"]
+        for extra in ([], changes[2:]):
+            error = refused(command, "fine_tune", "--data", photos, *words, *changes[:2], *extra)
+            assert re.search(message, error) and "Pass that as model" not in error
+
+
+@pytest.mark.once
+def test_a_keras_file_is_read_by_the_command(photos, tmp_path):
+    """In a process of its own: the classes of the package are not registered there when it starts."""
+    model = keras_convnext.load("convnextv2_atto", None, classes=3, input_shape=(48, 48, 3))
+    path = tmp_path / "m.keras"
+    model.save(path)
+    words = ["plan", "fine_tune", "--devices", "1xcpu", "--data", str(photos), "--set", f"weights={path}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "keras_convnext_main", *words],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert 'architecture = "convnextv2_atto": of the weights' in ended.stdout, ended.stderr
+
+
+@pytest.mark.once
+def test_warmup_fits_the_epochs_that_are_set_or_follow(photos):
+    values, lines = derived({"weights": ATTO, "epochs": "1"}, photos)
+    assert (values["epochs"], values["warmup_epochs"]) == (1, 0.1)
+    assert "warmup_epochs = 0.1: the same part of the run" in lines
+    values, _ = derived({"weights": ATTO, "warmup_epochs": "25"}, photos)
+    assert (values["epochs"], values["warmup_epochs"]) == (300, 25)
+    with pytest.raises(ValueError, match=r"1 problem:\n.*at most epochs 1, received 2\.0"):
+        derived({"weights": ATTO, "epochs": "1", "warmup_epochs": "2"}, photos)
 
 
 @pytest.mark.once
@@ -199,6 +253,15 @@ def test_a_run_keeps_what_it_began_with(photos, tmp_path):
     chosen, lines = choose_recipe("fine_tune", photos, {"weights": ATTO}, tmp_path)
     assert chosen.by_short_key() == begun.by_short_key()
     assert "image_size = 64: as the run began" in lines
+
+
+@pytest.mark.once
+def test_the_folder_of_a_run_with_other_weights_decides_nothing(photos, tmp_path):
+    (tmp_path / "recipe.toml").write_text(load_recipe("smoke").to_toml())
+    changes = {"weights": "convnextv2_base.fcmae_ft_in22k_in1k_384"}
+    chosen, lines = choose_recipe("fine_tune", photos, changes, tmp_path)
+    assert chosen.model.architecture == "convnextv2_base" and chosen.model.image_size == 384
+    assert not [line for line in lines if "as the run began" in line]
 
 
 def test_a_tag_is_enough_and_the_last_line_is_the_next_command(photos, tmp_path, capsys, monkeypatch):

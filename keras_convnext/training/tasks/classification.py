@@ -20,6 +20,7 @@ from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import curves, distillation, finetune
 from keras_convnext.training.advice import warnings_for
+from keras_convnext.training.derived import with_contents
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import CURVES_FILE, Plan
@@ -231,13 +232,3 @@ def _with_classes_of(training: Source, validation: Source) -> Source:
 def recipe_weights(recipe: Recipe) -> ResolvedWeights:
     """The weights that training begins with; random ones where the recipe names none."""
     return with_contents(resolve(recipe.model.architecture, recipe.model.weights or None))
-
-
-def with_contents(source: ResolvedWeights) -> ResolvedWeights:
-    """Refuses a weight file that does not say which model it is of."""
-    if source.file is not None and source.is_bare:
-        raise ValueError(
-            f"Expected weights that say what they are of, received '{source.file}'. Take the .safetensors "
-            "file beside it, or a .keras file."
-        )
-    return source
