@@ -35,9 +35,8 @@ def choose_recipe(
 
     `overrides` are by short or full key. `folder` is that of the run, to train: one that was begun there
     with these weights keeps what it began with. None to plan: the recipe's own data and weight files may be
-    missing. Returns the recipe, and a
-    line for each derived value, such as "image_size = 64: of the weights". Its ValueError lists all that is
-    wrong.
+    missing. Returns the recipe, and a line for each derived value, such as "image_size = 64: of the weights".
+    Its ValueError lists all that is wrong.
     """
     changes = dict(overrides or {})
     if data is not None:
@@ -59,11 +58,8 @@ def choose_recipe(
     architecture = changed.get("model.architecture")
     if architecture not in [*VARIANTS]:  # told by the recipe's own check
         architecture = own.model.architecture
-    if (
-        isinstance(weights, str)
-        and weights
-        and (weights, architecture) != (own.model.weights, own.model.architecture)
-    ):
+    is_own = (weights, architecture) == (own.model.weights, own.model.architecture)
+    if isinstance(weights, str) and weights and not is_own:
         problems += unknown_tag("weights", weights, architecture)
         try:
             derived = _from_weights(own, changed, weights, architecture)
