@@ -903,6 +903,62 @@ def test_attacks_on_memory_stay_below_one_gigabyte(tmp_path):
     assert len(os.listdir(tmp_path)) == len(bodies) + 1, "something was created"
 
 
+def test_attacks_on_time_are_refused_in_linear_time(tmp_path):
+    uses = 100_000
+    long_tuple = b"(" + b"N" * 200_000 + b"tq\0"
+    twins = [b"X" + struct.pack("<I", 2**22) + b"a" * 2**22 + memo for memo in (b"q\0", b"q\1")]
+    storage = b"(" + pushed_text("storage") + b"ctorch\nFloatStorage\n%bNK\1tq%bQ"
+    multiples = b"".join(b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little") for k in range(1, uses))
+    bodies = {
+        "tuple as a key": long_tuple + b"}(" + b"h\0N" * uses + b"u",
+        "tuple in a set": long_tuple + b"\x8f(" + b"h\0" * uses + b"\x90",
+        "arguments": long_tuple + b"(cargparse\nNamespace\nq\1" + b"h\1h\0R" * uses + b"l",
+        "arguments of a new object": long_tuple + b"(cargparse\nNamespace\nq\1" + b"h\1h\0\x81" * uses + b"t",
+        "numbers of one hash": b"\x8f(" + multiples + b"\x90",
+        "numbers": b"\x8f(" + b"".join(b"J" + struct.pack("<i", k) for k in range(uses)) + b"\x90",
+        "texts of one value": twins[0] + twins[1] + b"}(h\0N" + b"h\1N" * uses + b"u",
+        "keys of storages": storage % (twins[0], b"\3") + storage % (twins[1], b"\4") + b"h\4Q" * uses,
+    }
+    for name, body in bodies.items():
+        write_archive(tmp_path / f"{name}.pth", b"\x80\x04" + body + b".")
+    code = (
+        "import pathlib, resource, sys\n"
+        "import keras_convnext_main\n"
+        "from keras_convnext.weights import torch_files\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (40, 40))\n"  # of the processor, whatever else it does
+        "for path in map(pathlib.Path, sys.argv[1:]):\n"
+        "    try: torch_files.read_state_dict(path)\n"
+        "    except ValueError as error: print(path.stem, type(error).__name__, flush=True)\n"
+    )
+    paths = [tmp_path / f"{name}.pth" for name in bodies]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{name} FileFormatError" for name in bodies], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([*range(2**15 + 1)], "more than 32768 numbers as keys"),
+        ([float(k) for k in range(2**15 + 1)], "more than 32768 numbers as keys"),
+        ([(k, 1) for k in range(3300)], "more than 32768 numbers as keys"),
+        ([2**60], "a large number"),
+        ([-(2**60)], "a large number"),
+        ([(1, 2**60)], "a large number"),
+    ],
+)
+def test_keys_that_could_meet_in_a_table_are_few_and_small(tmp_path, keys, message):
+    torch.save({"a": torch.ones(1), "b": dict.fromkeys(keys)}, tmp_path / "a.pth")
+    with pytest.raises(FileFormatError, match=message):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_names_of_all_classes_are_read(tmp_path):
+    names = {number: f"class {number}" for number in range(21_843)}
+    other = {text: number for number, text in names.items()}
+    torch.save({"a": torch.ones(1), "b": names, "c": other, "d": {2**60 - 1: 0.5}}, tmp_path / "a.pth")
+    assert list(read_state_dict(tmp_path / "a.pth")) == ["a"]
+
+
 def test_too_large_pickle_is_refused(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
     assert list(read_state_dict(tmp_path / "a.pth")) == ["a"]
