@@ -1015,6 +1015,27 @@ def test_bare_pickle_and_tar_form_are_refused_by_name(tmp_path):
         read_state_dict(tmp_path / "a.pth")
 
 
+def test_index_of_too_many_members_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    write_archive(tmp_path / "a.pth", tensor_program(), [("data/0", bytes(16))])
+    content = (tmp_path / "a.pth").read_bytes()
+    begin, end = content.index(b"PK\1\2"), content.rindex(b"PK\5\6")
+    index = content[begin:end] + (b"PK\1\2" + bytes(42)) * 100_000
+    monkeypatch.setattr(zipfile, "ZipInfo", None)  # of which it makes one for each member
+    record = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(index), begin, 0)
+    large = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(index), begin)
+    large += struct.pack("<4sLQL", b"PK\6\7", 0, begin + len(index), 1)
+    large += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 2**32 - 1, 2**32 - 1, 0)
+    for tail in (record, large):
+        (tmp_path / "a.pth").write_bytes(content[:begin] + index + tail)
+        with pytest.raises(FileFormatError, match=f"4194304 bytes of index, received {len(index)}"):
+            read_state_dict(tmp_path / "a.pth")
+
+
+def test_archive_of_many_members_is_read(tmp_path):
+    write_torch(tmp_path / "a.pth", {f"{n}": np.ones(1, "int8") for n in range(10_000)})
+    assert len(read_state_dict(tmp_path / "a.pth")) == 10_000
+
+
 def test_zip_members_that_overlap_are_refused(tmp_path):
     write_archive(tmp_path / "a.pth", tensor_program(), [("data/0", bytes(16)), ("data/1", bytes(16))])
     content = bytearray((tmp_path / "a.pth").read_bytes())
