@@ -50,28 +50,44 @@ _FUNCTIONS = (
 # Training scripts store these next to the state dict: arguments, scores, schedules, the log of mmengine.
 _IGNORED_NAMES = (
     "__builtin__.getattr",
-    "__builtin__.set",
+    "__builtin__.long",
+    "__builtin__.unicode",
+    "__builtin__.xrange",
     "_codecs.encode",
     "argparse.Namespace",
-    "builtins.set",
+    "builtins.range",
     "collections.Counter",
     "collections.defaultdict",
+    "collections.deque",
     "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
     "numpy.dtype",
     "numpy.ndarray",
     "torch.device",
+    "torch.serialization._get_layout",
+    "types.SimpleNamespace",
+    *(
+        f"{module}.{name}"
+        for module in ("__builtin__", "builtins")
+        for name in "bool bytearray complex dict float frozenset int list set slice str tuple".split()  # noqa: SIM905
+    ),
+    *(
+        f"numpy.{core}.{name}"
+        for core in ("core", "_core")
+        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+    ),
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")  # the latter in Python 3.13
+        for name in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
+    ),
 )
 
 # All that torch.save writes. Extension codes are not among them: an unpickler takes their objects from a
 # cache, without asking for the name.
 _OPCODES = frozenset(
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "  # noqa: SIM905
-    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS "
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "  # noqa: SIM905
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 "
+    "TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ BUILD".split()
 )
 

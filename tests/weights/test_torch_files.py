@@ -15,8 +15,8 @@ import sys
 import tarfile
 import types
 import zipfile
-from collections import OrderedDict
-from pathlib import Path
+from collections import OrderedDict, defaultdict, deque
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import ml_dtypes
 import numpy as np
@@ -249,6 +249,28 @@ def test_training_checkpoint_reads_as_its_weights(tmp_path):
     assert list(read) == list(model.state_dict())
     for name, tensor in model.state_dict().items():
         assert_same(read[name], tensor)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_common_python_objects_beside_the_weights_are_ignored(tmp_path, protocol, zipped):
+    meta = [
+        *(defaultdict(kind, {"a": kind()}) for kind in (list, int, dict, float, set, str, bool, tuple)),
+        *(frozenset([1, (2, "a")]), 1 + 2j, range(3), slice(1, 2), deque([1]), bytearray(b"abc")),
+        *(types.SimpleNamespace(a=1), torch.strided, 2**5000, -(2**3000)),
+        *(Path("a/b"), PurePosixPath("a"), PureWindowsPath("c:/a"), {PurePosixPath("a"): 1}),
+        *(np.arange(3.0), np.ones((2, 3), "int8").T, np.array(["a", "b"]), np.array([1, None]), np.int64(3)),
+        {"random": np.random.get_state(), 1 + 2j: 1, range(2): 2},
+    ]
+    torch.save(
+        {"model": {"a": torch.ones(2)}, "meta": meta},
+        tmp_path / "a.pth",
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=zipped,
+    )
+    assert {name: array.tolist() for name, array in read_state_dict(tmp_path / "a.pth").items()} == {
+        "a": [1, 1]
+    }
 
 
 def test_numpy_1_names_of_scalars_are_read(tmp_path):
@@ -868,6 +890,7 @@ def test_attacks_on_memory_stay_below_one_gigabyte(tmp_path):
         "long text of 8 bytes": b"\x8d" + b"\xff" * 7 + b"\x7fabc",
         "long bytes": b"B\xff\xff\xff\xffabc",
         "long bytes of 8 bytes": b"\x8e" + b"\xff" * 7 + b"\x7fabc",
+        "long array of bytes": b"\x96" + b"\xff" * 7 + b"\x7fabc",
         "long number": b"\x8b\xff\xff\xff\x7fabc",
         "large number": b"\x8b" + struct.pack("<i", 15 * million) + b"\x7f" * 15 * million,
         "frame": b"\x95" + b"\xff" * 7 + b"\x7f}",
@@ -912,6 +935,7 @@ def test_attacks_on_time_are_refused_in_linear_time(tmp_path):
     bodies = {
         "tuple as a key": long_tuple + b"}(" + b"h\0N" * uses + b"u",
         "tuple in a set": long_tuple + b"\x8f(" + b"h\0" * uses + b"\x90",
+        "tuple in a frozen set": long_tuple + b"(" + b"h\0" * uses + b"\x91",
         "arguments": long_tuple + b"(cargparse\nNamespace\nq\1" + b"h\1h\0R" * uses + b"l",
         "arguments of a new object": long_tuple + b"(cargparse\nNamespace\nq\1" + b"h\1h\0\x81" * uses + b"t",
         "numbers of one hash": b"\x8f(" + multiples + b"\x90",
