@@ -79,8 +79,6 @@ class ModelOptions:
         if include_top is None:
             include_top = available > 0 or self.classes is not None
         classes = self.classes or available or IMAGENET_CLASSES
-        if source.published is not None and source.published.packaged and classes == IMAGENET_CLASSES:
-            classes = available
         if isinstance(activation, str) and activation == "default":
             is_projection = source.is_projection and self.classes in (None, available)
             activation = None if is_projection else "softmax"
@@ -107,7 +105,7 @@ class ModelOptions:
             self,
             include_top=include_top,
             input_shape=shape,
-            classes=classes,
+            classes=int(classes),
             classifier_activation=activation,
             name=self.name or variant.name,
         )

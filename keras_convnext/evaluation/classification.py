@@ -237,8 +237,7 @@ def _open_model(model, num_classes, preprocessing) -> Predictor:
     if is_named and is_path(model) and runtimes.is_exported(model):
         path = pathlib.Path(model)
         exported = runtimes.open_exported(path)
-        stored = exported.metadata.get("input", {}).get("preprocessing")
-        own = None if stored is None else Preprocessing(**stored)
+        own = runtimes.stored_preprocessing(exported.metadata)
         opened = predictor.predictor_of(exported, str(path), image_size, given or own, path)
     elif is_named or isinstance(model, ResolvedWeights):
         opened = predictor.open_predictor(
