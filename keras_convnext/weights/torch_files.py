@@ -7,6 +7,7 @@ storages, one after another. `torch_pickles` says how pickles are run without ha
 
 import io
 import math
+import mmap
 import os
 import struct
 import zipfile
@@ -34,6 +35,9 @@ _KEYS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "state_dict", "
 
 # A training checkpoint of the largest model has pickles below 1 MB: the weights are not in them.
 _MAX_PICKLE_BYTES = 16 * 2**20
+
+# Some 40,000 members, 20 times those of a training checkpoint of the largest model; never more than 91,000.
+_MAX_INDEX_BYTES = 4 * 2**20
 
 # What the older form begins with: a number, as the pickle protocols from 2 on write it.
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -161,11 +165,23 @@ def _zip_content(path: Path, data: memoryview) -> object:
     return content
 
 
+class _ZipFile:
+    """A mapped zip archive for `zipfile`, which reads the end of it and then the whole index at once."""
+
+    def __init__(self, mapping: mmap.mmap):
+        self.seek, self.tell, self._mapping = mapping.seek, mapping.tell, mapping
+
+    def read(self, size: int | None = None) -> bytes:
+        if size is not None and size > _MAX_INDEX_BYTES:
+            raise ValueError(f"expected at most {_MAX_INDEX_BYTES} bytes of index, received {size}")
+        return self._mapping.read(size)
+
+
 def _zip_members(path: Path, data: memoryview) -> dict[str, memoryview]:
     """The bytes of each member of a zip archive of `torch.save`, by its name in the archive's folder."""
     try:
-        # A mapping has the methods of a file that ZipFile uses, but its declared type differs.
-        with zipfile.ZipFile(data.obj) as archive:  # type: ignore[call-overload]
+        # It has the methods of a file that ZipFile uses, not all that its declared type has.
+        with zipfile.ZipFile(_ZipFile(data.obj)) as archive:  # type: ignore[call-overload, arg-type]
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as e:
         raise damaged_file(path, f"it starts as a zip archive but has no valid index ({e})") from e

@@ -10,6 +10,7 @@ import pickle
 import pickletools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,36 +50,75 @@ _FUNCTIONS = (
 # Training scripts store these next to the state dict: arguments, scores, schedules, the log of mmengine.
 _IGNORED_NAMES = (
     "__builtin__.getattr",
-    "__builtin__.set",
+    "__builtin__.long",
+    "__builtin__.unicode",
+    "__builtin__.xrange",
     "_codecs.encode",
     "argparse.Namespace",
-    "builtins.set",
+    "builtins.range",
     "collections.Counter",
     "collections.defaultdict",
+    "collections.deque",
     "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
     "numpy.dtype",
     "numpy.ndarray",
     "torch.device",
+    "torch.serialization._get_layout",
+    "types.SimpleNamespace",
+    *(
+        f"{module}.{name}"
+        for module in ("__builtin__", "builtins")
+        for name in "bool bytearray complex dict float frozenset int list set slice str tuple".split()  # noqa: SIM905
+    ),
+    *(
+        f"numpy.{core}.{name}"
+        for core in ("core", "_core")
+        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+    ),
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")  # the latter in Python 3.13
+        for name in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
+    ),
 )
 
 # All that torch.save writes. Extension codes are not among them: an unpickler takes their objects from a
 # cache, without asking for the name.
 _OPCODES = frozenset(
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "  # noqa: SIM905
-    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS "
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "  # noqa: SIM905
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 "
+    "TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ BUILD".split()
 )
 
 # Which of the items that an opcode takes from the stack an unpickler hashes.
-_HASHED = {"SETITEM": slice(1, 2), "SETITEMS": slice(1, None, 2), "ADDITEMS": slice(1, None)}
+_HASHED = {
+    "SETITEM": slice(1, 2),
+    "SETITEMS": slice(1, None, 2),
+    "ADDITEMS": slice(1, None),
+    "FROZENSET": slice(None),
+}
 
 # A training checkpoint of the largest model has some 30,000. One can take 232 bytes of memory (an empty set).
 _MAX_OPCODES = 2**20
+
+# Who writes a file can choose numbers and tuples that meet in a table of hashes, which takes the square of
+# their count. Texts and bytes are hashed at random, all else by identity. Class names have 21,843 numbers.
+_MAX_NUMBERS = 2**15
+_TUPLE_NUMBERS = 8  # tuples take longer to compare
+
+# Characters of keys, and items of tuples that are keys or arguments: they are read again at each use.
+_MAX_ITEMS = 2**24
+
+
+class _Entry(NamedTuple):
+    """What `_check_program` knows of an entry of the stack."""
+
+    length: int = 0  # characters of a text, items of a tuple and characters of those
+    numbers: float = 0  # as a key, how many of `_MAX_NUMBERS` it takes
+
+
+_OTHER, _NUMBER, _NO_KEY = _Entry(), _Entry(0, 1), _Entry(0, float("inf"))
 
 
 class _Fixed:
@@ -158,7 +198,7 @@ class _Name(_Fixed):
             case "collections.OrderedDict", ():
                 return _Dictionary()
             case "torch.Size", (size,) if is_sizes(size):
-                return size
+                return _Ignored()  # a tensor has its size as a tuple
             case "torch._utils._rebuild_parameter", (Tensor() as tensor, _, _):
                 return tensor
             case "torch._utils._rebuild_parameter_with_state", (Tensor() as tensor, _, _, _):
@@ -234,7 +274,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, identifier: object) -> Storage:
         match identifier:
             case ("storage", _Name(kind), str() as key, _, int() as size, *view) if (
-                kind in _STORAGE_DTYPES and is_size(size)
+                kind in _STORAGE_DTYPES and len(key) < 256 and is_size(size)
             ):
                 storage = self.storages.setdefault(key, Storage(_STORAGE_DTYPES[kind], size))
             case _:
@@ -279,12 +319,15 @@ def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]
 def _check_program(stream: io.BytesIO) -> None:
     """Refuses opcodes that describe no tensors, and programs that exhaust memory, time or the C stack.
 
-    An unpickler hashes the keys of dictionaries and the items of sets. For a tuple this takes C stack by its
-    depth, and time by the number of paths through it: so the depth of each entry of the stack is followed.
+    An unpickler hashes the keys of dictionaries and the items of sets, and compares those of equal hashes.
+    For a nested tuple this takes C stack by its depth, and time by the number of paths through it. A tuple
+    of arguments is copied at each call. So each entry of the stack is followed.
     """
-    stack: list[int] = []
-    outer_stacks: list[list[int]] = []
-    memo: dict[object, int] = {}
+    stack: list[_Entry] = []
+    outer_stacks: list[list[_Entry]] = []
+    memo: dict[object, _Entry] = {}
+    numbers: float = 0
+    used = 0
     for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         name, before = opcode.name, opcode.stack_before
         if name not in _OPCODES:
@@ -306,7 +349,7 @@ def _check_program(stream: io.BytesIO) -> None:
             outer_stacks.append(stack)
             stack = []
         else:
-            items: list[int] = []
+            items: list[_Entry] = []
             if pickletools.markobject in before:
                 items, stack = stack, outer_stacks.pop()
                 before = before[: before.index(pickletools.markobject)]
@@ -315,7 +358,33 @@ def _check_program(stream: io.BytesIO) -> None:
                 raise ValueError(f"stack underflow at byte {position}")
             items = stack[first:] + items
             del stack[first:]
-            if name in _HASHED and max(items[_HASHED[name]], default=0) > 1:
-                raise ValueError(f"it has a nested tuple as a key at byte {position}")
+            keys = items[_HASHED[name]] if name in _HASHED else []
+            numbers += sum(key.numbers for key in keys)
+            if numbers == float("inf"):
+                raise ValueError(
+                    f"it has a large number, a set or a nested tuple as a key at byte {position}"
+                )
+            if numbers > _MAX_NUMBERS:
+                raise ValueError(f"it has more than {_MAX_NUMBERS} numbers as keys")
+            used += sum(key.length for key in keys)
+            if name in ("REDUCE", "NEWOBJ"):
+                used += items[-1].length
+            if used > _MAX_ITEMS:
+                raise ValueError(f"its keys and arguments have more than {_MAX_ITEMS} characters and items")
             if opcode.stack_after:
-                stack.append(1 + max(items, default=0) if name.startswith("TUPLE") else 0)
+                stack.append(_pushed(name, argument, items))
+
+
+def _pushed(name: str, argument: object, items: list[_Entry]) -> _Entry:
+    """What an opcode leaves on the stack, from its argument and the items it takes."""
+    if name.startswith("TUPLE"):
+        flat = all(item.numbers <= 1 for item in items)
+        length = sum(1 + (item.length if item.numbers <= 1 else 0) for item in items)
+        return _Entry(length, _TUPLE_NUMBERS + len(items) if flat else float("inf"))
+    if name == "FROZENSET":
+        return _NO_KEY
+    if isinstance(argument, str | bytes) and name != "GLOBAL":
+        return _Entry(len(argument))
+    if isinstance(argument, int | float):
+        return _NUMBER if abs(argument) < 2**60 or isinstance(argument, float) else _NO_KEY
+    return _OTHER

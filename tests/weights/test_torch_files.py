@@ -15,8 +15,8 @@ import sys
 import tarfile
 import types
 import zipfile
-from collections import OrderedDict
-from pathlib import Path
+from collections import OrderedDict, defaultdict, deque
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import ml_dtypes
 import numpy as np
@@ -249,6 +249,28 @@ def test_training_checkpoint_reads_as_its_weights(tmp_path):
     assert list(read) == list(model.state_dict())
     for name, tensor in model.state_dict().items():
         assert_same(read[name], tensor)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_common_python_objects_beside_the_weights_are_ignored(tmp_path, protocol, zipped):
+    meta = [
+        *(defaultdict(kind, {"a": kind()}) for kind in (list, int, dict, float, set, str, bool, tuple)),
+        *(frozenset([1, (2, "a")]), 1 + 2j, range(3), slice(1, 2), deque([1]), bytearray(b"abc")),
+        *(types.SimpleNamespace(a=1), torch.strided, 2**5000, -(2**3000)),
+        *(Path("a/b"), PurePosixPath("a"), PureWindowsPath("c:/a"), {PurePosixPath("a"): 1}),
+        *(np.arange(3.0), np.ones((2, 3), "int8").T, np.array(["a", "b"]), np.array([1, None]), np.int64(3)),
+        {"random": np.random.get_state(), 1 + 2j: 1, range(2): 2},
+    ]
+    torch.save(
+        {"model": {"a": torch.ones(2)}, "meta": meta},
+        tmp_path / "a.pth",
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=zipped,
+    )
+    assert {name: array.tolist() for name, array in read_state_dict(tmp_path / "a.pth").items()} == {
+        "a": [1, 1]
+    }
 
 
 def test_numpy_1_names_of_scalars_are_read(tmp_path):
@@ -868,6 +890,7 @@ def test_attacks_on_memory_stay_below_one_gigabyte(tmp_path):
         "long text of 8 bytes": b"\x8d" + b"\xff" * 7 + b"\x7fabc",
         "long bytes": b"B\xff\xff\xff\xffabc",
         "long bytes of 8 bytes": b"\x8e" + b"\xff" * 7 + b"\x7fabc",
+        "long array of bytes": b"\x96" + b"\xff" * 7 + b"\x7fabc",
         "long number": b"\x8b\xff\xff\xff\x7fabc",
         "large number": b"\x8b" + struct.pack("<i", 15 * million) + b"\x7f" * 15 * million,
         "frame": b"\x95" + b"\xff" * 7 + b"\x7f}",
@@ -901,6 +924,63 @@ def test_attacks_on_memory_stay_below_one_gigabyte(tmp_path):
     assert all(line.endswith(("FileFormatError True", "UnsafeFileError True", "[0]")) or "expanded" in line
                for line in lines), done.stdout  # fmt: skip
     assert len(os.listdir(tmp_path)) == len(bodies) + 1, "something was created"
+
+
+def test_attacks_on_time_are_refused_in_linear_time(tmp_path):
+    uses = 100_000
+    long_tuple = b"(" + b"N" * 200_000 + b"tq\0"
+    twins = [b"X" + struct.pack("<I", 2**22) + b"a" * 2**22 + memo for memo in (b"q\0", b"q\1")]
+    storage = b"(" + pushed_text("storage") + b"ctorch\nFloatStorage\n%bNK\1tq%bQ"
+    multiples = b"".join(b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little") for k in range(1, uses))
+    bodies = {
+        "tuple as a key": long_tuple + b"}(" + b"h\0N" * uses + b"u",
+        "tuple in a set": long_tuple + b"\x8f(" + b"h\0" * uses + b"\x90",
+        "tuple in a frozen set": long_tuple + b"(" + b"h\0" * uses + b"\x91",
+        "arguments": long_tuple + b"(cargparse\nNamespace\nq\1" + b"h\1h\0R" * uses + b"l",
+        "arguments of a new object": long_tuple + b"(cargparse\nNamespace\nq\1" + b"h\1h\0\x81" * uses + b"t",
+        "numbers of one hash": b"\x8f(" + multiples + b"\x90",
+        "numbers": b"\x8f(" + b"".join(b"J" + struct.pack("<i", k) for k in range(uses)) + b"\x90",
+        "texts of one value": twins[0] + twins[1] + b"}(h\0N" + b"h\1N" * uses + b"u",
+        "keys of storages": storage % (twins[0], b"\3") + storage % (twins[1], b"\4") + b"h\4Q" * uses,
+    }
+    for name, body in bodies.items():
+        write_archive(tmp_path / f"{name}.pth", b"\x80\x04" + body + b".")
+    code = (
+        "import pathlib, resource, sys\n"
+        "import keras_convnext_main\n"
+        "from keras_convnext.weights import torch_files\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (40, 40))\n"  # of the processor, whatever else it does
+        "for path in map(pathlib.Path, sys.argv[1:]):\n"
+        "    try: torch_files.read_state_dict(path)\n"
+        "    except ValueError as error: print(path.stem, type(error).__name__, flush=True)\n"
+    )
+    paths = [tmp_path / f"{name}.pth" for name in bodies]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{name} FileFormatError" for name in bodies], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([*range(2**15 + 1)], "more than 32768 numbers as keys"),
+        ([float(k) for k in range(2**15 + 1)], "more than 32768 numbers as keys"),
+        ([(k, 1) for k in range(3300)], "more than 32768 numbers as keys"),
+        ([2**60], "a large number"),
+        ([-(2**60)], "a large number"),
+        ([(1, 2**60)], "a large number"),
+    ],
+)
+def test_keys_that_could_meet_in_a_table_are_few_and_small(tmp_path, keys, message):
+    torch.save({"a": torch.ones(1), "b": dict.fromkeys(keys)}, tmp_path / "a.pth")
+    with pytest.raises(FileFormatError, match=message):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_names_of_all_classes_are_read(tmp_path):
+    names = {number: f"class {number}" for number in range(21_843)}
+    other = {text: number for number, text in names.items()}
+    torch.save({"a": torch.ones(1), "b": names, "c": other, "d": {2**60 - 1: 0.5}}, tmp_path / "a.pth")
+    assert list(read_state_dict(tmp_path / "a.pth")) == ["a"]
 
 
 def test_too_large_pickle_is_refused(tmp_path, monkeypatch):
@@ -957,6 +1037,27 @@ def test_bare_pickle_and_tar_form_are_refused_by_name(tmp_path):
             archive.addfile(tarfile.TarInfo(name))
     with pytest.raises(FileFormatError, match=r"tar archive, as PyTorch wrote before version 0\.1\.10"):
         read_state_dict(tmp_path / "a.pth")
+
+
+def test_index_of_too_many_members_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    write_archive(tmp_path / "a.pth", tensor_program(), [("data/0", bytes(16))])
+    content = (tmp_path / "a.pth").read_bytes()
+    begin, end = content.index(b"PK\1\2"), content.rindex(b"PK\5\6")
+    index = content[begin:end] + (b"PK\1\2" + bytes(42)) * 100_000
+    monkeypatch.setattr(zipfile, "ZipInfo", None)  # of which it makes one for each member
+    record = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(index), begin, 0)
+    large = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(index), begin)
+    large += struct.pack("<4sLQL", b"PK\6\7", 0, begin + len(index), 1)
+    large += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 2**32 - 1, 2**32 - 1, 0)
+    for tail in (record, large):
+        (tmp_path / "a.pth").write_bytes(content[:begin] + index + tail)
+        with pytest.raises(FileFormatError, match=f"4194304 bytes of index, received {len(index)}"):
+            read_state_dict(tmp_path / "a.pth")
+
+
+def test_archive_of_many_members_is_read(tmp_path):
+    write_torch(tmp_path / "a.pth", {f"{n}": np.ones(1, "int8") for n in range(10_000)})
+    assert len(read_state_dict(tmp_path / "a.pth")) == 10_000
 
 
 def test_zip_members_that_overlap_are_refused(tmp_path):
