@@ -130,6 +130,8 @@ def ship(
         "dataset": dataset,
         "classes": opened.model.output_shape[-1],
         "image_size": settings.evaluation.eval_image_size,
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
         "parameters": opened.model.count_params(),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -183,7 +185,7 @@ def replace(path: pathlib.Path, content: bytes) -> None:
 
 def row_text(record: dict[str, Any]) -> str:
     """The row for the table of weight files."""
-    from keras_convnext.weights.published import IMAGENET_MEAN, IMAGENET_STD, Checkpoint
+    from keras_convnext.weights.published import Checkpoint
 
     tag = record["tag"]
     cells = {
@@ -195,8 +197,8 @@ def row_text(record: dict[str, Any]) -> str:
         "crop": 1.0,
         "resize_mode": "shorter_side",
         "interpolation": "bicubic",
-        "mean": " ".join(map(str, IMAGENET_MEAN)),
-        "std": " ".join(map(str, IMAGENET_STD)),
+        "mean": " ".join(map(str, record["mean"])),
+        "std": " ".join(map(str, record["std"])),
         "licence": "research-only",
         "score_source": f"measured here on {record['dataset']}: benchmarks/runs/{tag}.json",
         "note": f"trained here, {record['parameters']:,} weights; for research, terms in {TERMS}",

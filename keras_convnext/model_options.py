@@ -82,8 +82,6 @@ class ModelOptions:
         if include_top is None:
             include_top = available > 0 or self.classes is not None
         classes = self.classes or available or IMAGENET_CLASSES
-        if source.published is not None and source.published.packaged and classes == IMAGENET_CLASSES:
-            classes = available
         if isinstance(activation, str) and activation == "default":
             is_projection = source.is_projection and self.classes in (None, available)
             activation = None if is_projection else "softmax"
@@ -115,7 +113,7 @@ class ModelOptions:
             include_top=include_top,
             include_preprocessing=self.include_preprocessing and is_normalised,
             input_shape=shape,
-            classes=classes,
+            classes=int(classes),
             classifier_activation=activation,
             name=self.name or variant.name,
         )

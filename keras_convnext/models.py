@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_convnext import convnext
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.model_options import ModelOptions
+from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
 from keras_convnext.weights.assign import filled, placed_values
@@ -260,7 +260,11 @@ def _constructor(constructor_name: str, architecture: str):
         new_head=None,
     ):
         options = ModelOptions.of(locals())
-        return build(resolve(variant, weights, _task(include_top)), options)
+        source = resolve(variant, weights, _task(include_top))
+        is_packaged = source.published is not None and source.published.packaged
+        if is_packaged and classes == IMAGENET_CLASSES and new_head is None:
+            options = dataclasses.replace(options, classes=None)  # 1000 is the default: those of the weights
+        return build(source, options)
 
     imagenet = catalog.IMAGENET[architecture]
     constructor.__name__ = constructor.__qualname__ = constructor_name

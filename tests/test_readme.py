@@ -287,6 +287,10 @@ def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
     small = small_in_place_of_published_weights(monkeypatch)
     exporting = importlib.import_module("keras_convnext.exporting.export")
     exported = []
+    for (
+        name
+    ) in keras_convnext.__all__:  # what earlier tests have imported is found there, not where it is made
+        monkeypatch.delitem(vars(keras_convnext), name, raising=False)
     signature = inspect.signature(exporting.export)
     monkeypatch.setattr(
         exporting, "export", lambda *args, **settings: exported.append(signature.bind(*args, **settings))

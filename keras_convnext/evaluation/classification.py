@@ -241,8 +241,7 @@ def _open_model(model, preprocessing) -> Predictor:
     is_named = isinstance(model, str | os.PathLike)
     if is_named and is_path(model) and runtimes.is_exported(path := pathlib.Path(os.path.expanduser(model))):
         exported = runtimes.open_exported(path)
-        stored = exported.metadata.get("input", {}).get("preprocessing")
-        own = None if stored is None else Preprocessing(**stored)
+        own = runtimes.stored_preprocessing(exported.metadata)
         opened = predictor.predictor_of(exported, str(path), image_size, given or own, path)
     elif is_named or isinstance(model, ResolvedWeights):
         opened = predictor.open_predictor(model, image_size=image_size, classifier_activation=None)

@@ -16,6 +16,7 @@ import numpy as np
 from keras_convnext import _environment
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
+from keras_convnext.data.preprocessing import Preprocessing
 
 # format -> the module that runs it, and the package that brings it
 RUNTIMES = {
@@ -117,6 +118,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"The metadata of '{path}' cannot be read ({error}). Export the model again."
         ) from error
+
+
+def stored_preprocessing(metadata: dict[str, Any]) -> Preprocessing | None:
+    """How the metadata of an exported file say that its images are prepared; None where they do not."""
+    about = metadata.get("input", {})
+    if about.get("preprocessing"):
+        return Preprocessing(**about["preprocessing"])
+    older = about.get("preparation")  # the words of files that were exported before `Preprocessing`
+    size = about.get("image_size")
+    if not older or not (older.get("image_size") or size):
+        return None
+    return Preprocessing.from_stored(**{"image_size": size} | older)
 
 
 def metadata_file(path: pathlib.Path) -> pathlib.Path:

@@ -181,8 +181,8 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
             f"Expected a classifier whose activation is {', '.join(_SOFTMAX_TO_TAKE)}. '{model_file}' has "
             f"{activation!r}."
         )
-    given = metadata["input"].get("preprocessing") or {}
-    preprocessing = Preprocessing(**{"image_size": DEFAULT_SIZE} | given).at(metadata["input"]["image_size"])
+    stored = runtimes.stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
+    preprocessing = stored.at(metadata["input"]["image_size"])
     height, width = preprocessing.size
     return {
         "height": height,

@@ -103,7 +103,7 @@ def _from_hub(published: Checkpoint) -> pathlib.Path:
     except ImportError as error:
         raise ImportError(
             f"The file {file} is on the Hugging Face hub, which needs the "
-            f"package huggingface_hub: pip install keras-convnext[hub]. Or: {by_hand}"
+            f"package huggingface_hub: pip install huggingface_hub. Or: {by_hand}"
         ) from error
     if constants.HF_HUB_OFFLINE:
         raise _forbidden("HF_HUB_OFFLINE", published)

@@ -89,7 +89,11 @@ class ResolvedWeights:
 
         from keras_convnext.weights import assign
 
-        return assign.state_dict(keras.saving.load_model(self.path, compile=False))
+        try:
+            model = keras.saving.load_model(self.path, compile=False)
+        except Exception as error:  # damaged archives and unknown layers raise of many classes
+            raise ValueError(f"{self.path} could not be opened as a Keras model: {error}") from error
+        return assign.state_dict(model)
 
     @functools.cached_property
     def contents(self) -> layouts.Contents:
@@ -339,14 +343,16 @@ def is_path(name: object) -> bool:
         return False
     if name.endswith(WEIGHT_SUFFIXES) or os.sep in name or name.startswith(("~", ".")):
         return True
-    is_there = os.path.isfile(name) or os.path.isfile(os.path.join(name, "saved_model.pb"))
-    if name in ("default", "imagenet") or not is_there:
+    is_model = os.path.isfile(os.path.join(name, "saved_model.pb"))
+    if name in ("default", "imagenet") or not (is_model or os.path.isfile(name)):
         return False
     known = [*VARIANTS, *catalog.ALIASES, *catalog.CHECKPOINTS]
     readings = [other for other in known if name == other or other.endswith(f".{name}")]
+    if readings and not is_model:
+        return False  # a file without a suffix cannot be opened as weights, so this one is not meant
     if readings:
         raise ValueError(
-            f"{name!r} means two things: the published {readings[0]!r}, and a file or model in this folder. "
+            f"{name!r} means two things: the published {readings[0]!r}, and a model in this folder. "
             f"Pass '.{os.sep}{name}' for the latter, or rename it."
         )
     return True

@@ -657,3 +657,18 @@ def test_command_refuses_with_a_line(weights_folder, refused, tmp_path):
     assert "Expected --format" in refused("export", weights, "exported", "--precision", "all")
     assert "--report and --no-check" in refused("export", weights, "m.onnx", "--no-check", "--report", "r")
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.once
+def test_files_that_were_exported_before_keep_their_preprocessing():
+    older = {
+        "image_size": 64,
+        "crop": 1.0,
+        "resize_mode": "squash",
+        "resize_size": None,
+        "interpolation": "bilinear",
+    }
+    found = runtimes.stored_preprocessing({"input": {"image_size": 64, "preparation": older}})
+    assert found == Preprocessing(64, crop_fraction=1.0, crop_mode="squash", interpolation="bilinear")
+    assert runtimes.stored_preprocessing({"input": {"image_size": 64, "preparation": {}}}) is None
+    assert runtimes.stored_preprocessing({}) is None

@@ -817,7 +817,7 @@ def test_hub_file_without_the_package_names_the_extra(hub):
     assert result["error"] == "ImportError"
     assert result["message"].startswith(
         "The file model.safetensors of owner/convnext is on the Hugging Face hub, which needs the "
-        "package huggingface_hub: pip install keras-convnext[hub]. Or: get "
+        "package huggingface_hub: pip install huggingface_hub. Or: get "
         f"{hub.address}/owner/convnext/resolve/main/model.safetensors with a browser, save it as "
         "'convnext_tiny.safetensors'"
     )

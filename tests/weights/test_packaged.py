@@ -85,6 +85,13 @@ def test_packaged_weights_need_no_network_and_bring_their_classes_and_size(packa
     assert keras_convnext.TestConvNeXt2(weights="tiny_imagenet200", classes=5).output_shape == (None, 5)
 
 
+def test_load_refuses_another_number_of_classes_than_packaged_weights_have(packaged):
+    for new_head in (None, False):
+        with pytest.raises(ValueError, match=r"classifier for \d+ classes.*classes=1000"):
+            keras_convnext.load(TAG, classes=1000, new_head=new_head)
+    assert keras_convnext.load(TAG, classes=np.int64(1000), new_head=True).output_shape == (None, 1000)
+
+
 def test_packaged_weights_are_for_research(packaged):
     row = catalog.find_checkpoint(TAG)
     assert row.licence == "research-only" and not row.commercial_use
@@ -226,7 +233,7 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
     half = (0.5, 0.5, 0.5)  # what the model of this architecture normalises with
     assert described == Preprocessing(record["image_size"], crop_fraction=1.0, mean=half, std=half)
     recipe = (runs / "test_convnext2.digits.toml").read_text()
-    assert os.sep + "tmp" not in recipe and 'data = ""' in recipe
+    assert os.sep + "tmp" not in recipe and 'source = ""' in recipe
     columns = [field.name for field in dataclasses.fields(catalog.Checkpoint)]
     (row,) = catalog.read_rows([",".join(columns), ship_weights.row_text(record)])
     shipped = catalog.find_checkpoint("convnextv2_atto.tiny_imagenet200")
@@ -238,7 +245,8 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
         "test_convnext2.digits.safetensors",
     ]
     assert f"{record['parameters']:,} weights" in row.note and PACKAGED_TERMS in row.note
-    same = {name: getattr(shipped, name) for name in (*own, "score_source", "note")}
+    same = {name: getattr(shipped, name) for name in (*own, "mean", "std", "score_source", "note")}
+    assert row.mean == row.std == half
     assert dataclasses.replace(row, **same) == shipped
 
 

@@ -1,5 +1,7 @@
 """What a name means: a tag, an architecture or a file, told in one place; and how often a file is read."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -34,13 +36,12 @@ def test_a_name_means_an_architecture_a_row_or_a_file():
         resolve.meaning("convnext_tinny")
 
 
-def test_a_name_that_is_a_tag_and_a_file_is_refused_with_both(tmp_path, monkeypatch):
+def test_a_name_that_is_a_tag_and_a_model_is_refused_with_both(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (NAME, TAG, "r160_in1k"):
-        (tmp_path / name).touch()
-        message = rf"'{name}' means two things: the published 'test_convnext.*'\./{name}' for the latter"
-        with pytest.raises(ValueError, match=message):
-            resolve.resolve(*([name] if name in (NAME, TAG) else [VARIANTS[NAME], name]))
+        (tmp_path / name).touch()  # a log or a note: no weights, without a suffix
+        words = [name] if name in (NAME, TAG) else [VARIANTS[NAME], name]
+        assert resolve.resolve(*words).variant is VARIANTS[NAME]
         (tmp_path / name).unlink()
     (tmp_path / NAME).mkdir()
     assert resolve.meaning(NAME) is VARIANTS[NAME]  # the control: a folder is no model
@@ -144,3 +145,14 @@ def test_the_packaged_file_reads_as_before():
     metadata = safetensors_files.read_safetensors_metadata(found.path)
     assert '"resize_mode": "shorter_side"' in metadata["keras_convnext.images"]
     assert resolve.resolve(found.path).preprocessing == found.preprocessing == Preprocessing(64, 1.0)
+
+
+def test_a_damaged_keras_file_is_one_error(tmp_path):
+    path = tmp_path / "x.keras"
+    keras_convnext.load(NAME, None, classes=5).save(path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        content[archive.getinfo("model.weights.h5").header_offset + 5000] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.keras could not be opened as a Keras model: Bad CRC-32"):
+        _ = resolve.resolve(path).contents
