@@ -201,8 +201,8 @@ Args:
     input_tensor: Keras tensor to use as the image, default a new `keras.Input`. To join two models on one
         image, call them on it instead: layer names are the official ones in each.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
-        with the top, (None, None, 3) without, or as many channels as a file has. For other than 3 channels the stem is adapted: summed for one,
-        else R, G, B repeated.
+        with the top, (None, None, 3) without, or as many channels as a file has. For other than 3 channels
+        the stem is adapted: summed for one, else R, G, B repeated.
     pooling: None, "avg" or "max": without the top, whether to pool the last map, and how.
     classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file;
         a tag with another number (not the default) keeps its body and gets a new, random classifier. Weights

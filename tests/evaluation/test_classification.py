@@ -593,6 +593,13 @@ def test_a_model_of_any_size_takes_that_of_the_tag(model, tmp_path):
 
 
 @pytest.mark.once
+def test_an_exported_file_is_found_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path / "x.onnx"))):
+        classification._open_model("~/x.onnx", None)
+
+
+@pytest.mark.once
 def test_numbered_classes_of_imagenet_get_its_names(model, pictures, tmp_path):
     """ImageNetV2's layout; empty class folders would be refused, so each has a picture."""
     for number in range(1000):
