@@ -16,6 +16,14 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, without a byte order mark; a ValueError names a file in another encoding."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected text in UTF-8 in '{path}', received {error}. Save it as UTF-8.") from None
+
+
 @contextlib.contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the path's place when the block ends without an error.

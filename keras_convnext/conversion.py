@@ -11,7 +11,14 @@ from keras_convnext._files import replacing_path
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import Variant
-from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files, torch_files
+from keras_convnext.weights import (
+    assign,
+    catalog,
+    layouts,
+    preprocessing_metadata,
+    safetensors_files,
+    torch_files,
+)
 from keras_convnext.weights.preprocessing_metadata import DESCRIBED_SUFFIXES
 from keras_convnext.weights.published import TORCH_SUFFIXES
 from keras_convnext.weights.resolve import resolve
@@ -67,7 +74,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         architecture: name of an architecture, or a tag of one, checked against the file; None to take the
             architecture from the file. A tag also says how images are prepared; without one the source says
             it, if it does. That is written into ".safetensors", ".weights.h5" and ".keras" targets, and a
-            ".keras" target is built so; else as for the architecture's ImageNet weights.
+            ".keras" target is built so; else with the input size and the normaliser, or none, of the model in
+            a ".keras" source; else as for the architecture's ImageNet weights.
 
     Returns:
         The target's path. It appears whole or not at all.
@@ -89,16 +97,25 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         raise ValueError(
             f"{found.path} holds a {found.file_variant.name!r}. Received: architecture={named!r}"
         )
-    preprocessing = found.preprocessing if found.is_described else None
+    preprocessing: Preprocessing | None = found.preprocessing
+    default = catalog.default_checkpoint(found.variant.name).preprocessing
+    if not found.is_described and (preprocessing == default or not found.is_normalised):
+        preprocessing = None
+    if not found.is_normalised and target.suffix != ".keras":
+        _logger.warning(
+            "%s has no normaliser, which %s cannot say. Load that with include_preprocessing=False.",
+            found.path,
+            target,
+        )
     canonical = found.canonical()
     if target.name.endswith(TORCH_SUFFIXES):
         if preprocessing is not None and target.suffix not in DESCRIBED_SUFFIXES:
             _logger.warning("%s has no place for how its images are prepared; .safetensors has.", target)
             preprocessing = None
         return _write_torch(canonical, found.variant, target, layout, preprocessing)
-    contents = found.contents
-    sides = found.preprocessing.size if contents.classes else (None, None)
-    options = ModelOptions(input_shape=(*sides, contents.channels), pyramid_norms=contents.pyramid_norms)
+    options = ModelOptions(
+        include_preprocessing=found.is_normalised, pyramid_norms=found.contents.pyramid_norms
+    )
     model = models.build(found, options)
     with replacing_path(target) as temporary:
         if target.suffix == ".keras":

@@ -1,6 +1,7 @@
 """`ModelOptions`: what `load` and the constructors take besides a name and weights, and its checks."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import keras
 import numpy as np
 
 from keras_convnext.weights.resolve import IMAGENET_CLASSES, ResolvedWeights
+
+_logger = logging.getLogger("keras_convnext")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +85,13 @@ class ModelOptions:
         if isinstance(activation, str) and activation == "default":
             is_projection = source.is_projection and self.classes in (None, available)
             activation = None if is_projection else "softmax"
+        # A `.keras` file by itself stays the model it is; beside a name the arguments decide.
+        is_normalised = source.architecture is not None or source.is_normalised
+        if not is_normalised:
+            _logger.warning("%s has no normaliser, so its model takes normalised images.", source.path)
         shape = self.input_shape
         if shape is None:
-            shape = (*(source.preprocessing.size if include_top else (None, None)), 3)
+            shape = (*(source.input_sides if include_top else (None, None)), source.channels)
         if variant.version == 2 and self.layer_scale_init_value is not None:
             raise ValueError(
                 f"{variant.name!r} is a ConvNeXt V2, whose blocks have no LayerScale (GRN replaced it). "
@@ -104,6 +111,7 @@ class ModelOptions:
         return dataclasses.replace(
             self,
             include_top=include_top,
+            include_preprocessing=self.include_preprocessing and is_normalised,
             input_shape=shape,
             classes=int(classes),
             classifier_activation=activation,

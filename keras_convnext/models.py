@@ -84,7 +84,8 @@ def load(
             that says what it is of.
         weights: "default" for the file of the tag (for an architecture: "imagenet"); None for random
             weights; another tag; or a path, then the first argument says what the file is. A file that says
-            how its images are prepared (`save_weights`) sets image size and normaliser, unless a tag does.
+            how its images are prepared (`save_weights`) sets image size and normaliser, unless a tag does;
+            else a `.keras` file those of its model. By itself one without normaliser stays without.
         include_top: None for True, unless the weights have no classifier.
         classes: None for as many as the weights have, else 1000.
         classifier_activation: "default" for "softmax", and for None where the last layer is the image
@@ -195,13 +196,13 @@ Args:
         (uint8 or float), and mean and standard deviation are those that the weights were trained with.
     weights: None for random weights; "imagenet" for {imagenet}; a tag (`list_weights("{name}")`), long
         or short; or the path of a file: .safetensors, .pth, .pt, .bin, .h5, .weights.h5 or .keras, of this
-        or any project whose layout `convert` knows. The normaliser is then the one that the file names, else
-        that of "imagenet".
+        or any project whose layout `convert` knows. The normaliser is then the one that the file names or a
+        .keras model has, else that of "imagenet".
     input_tensor: Keras tensor to use as the image, default a new `keras.Input`. To join two models on one
         image, call them on it instead: layer names are the official ones in each.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
-        with the top, (None, None, 3) without. For other than 3 channels the stem is adapted: summed for one,
-        else R, G, B repeated.
+        with the top, (None, None, 3) without, or as many channels as a file has. For other than 3 channels
+        the stem is adapted: summed for one, else R, G, B repeated.
     pooling: None, "avg" or "max": without the top, whether to pool the last map, and how.
     classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file;
         a tag with another number (not the default) keeps its body and gets a new, random classifier. Weights

@@ -48,7 +48,6 @@ def open_predictor(
     weights: str | os.PathLike | None = None,
     *,
     image_size: int | tuple[int, int] | None = None,
-    classes: int | None = None,
     classifier_activation: str | None = "softmax",
     task: str = "classification",
 ) -> Predictor:
@@ -66,7 +65,6 @@ def open_predictor(
             normalised. Also "imagenet" or a short tag, where `name` is an architecture. Default: the weights
             of the tag, or the architecture's ImageNet weights.
         image_size: in pixels, a side or (height, width). Default: that of the tag or the file.
-        classes: of an `.h5` file of this package, which does not say how many it has.
         classifier_activation: "softmax", or None for logits; a model and a `.keras` file keep their own.
         task: "classification"; or "features" for the model in front of its classifier, if it has one.
 
@@ -81,15 +79,11 @@ def open_predictor(
     if source.file is not None and source.file.suffix == ".keras":
         return _open_keras_model(source, image_size, task)
     preprocessing = source.preprocessing_at(image_size)
-    shape = (*preprocessing.size, 3)
+    shape = (*preprocessing.size, source.channels)
     if task == "features":
         options = ModelOptions(input_shape=shape, include_top=False, pooling="avg")
     else:
-        if source.file is None or not source.is_bare:
-            classes = None  # those of the weights
-        options = ModelOptions(
-            input_shape=shape, classes=classes, classifier_activation=classifier_activation
-        )
+        options = ModelOptions(input_shape=shape, classifier_activation=classifier_activation)
     return Predictor(models.build(source, options), preprocessing, source.published, source.path)
 
 

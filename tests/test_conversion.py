@@ -521,3 +521,57 @@ def test_tag_with_another_tags_weights_takes_that_tags_classes(good_state, tmp_p
     assert keras_convnext.ConvNeXtAtto(weights="d2_in1k", classes=10).output_shape == (None, 10)
     with pytest.raises(ValueError, match="classifier for 1000 classes"):
         keras_convnext.ConvNeXtAtto(weights="imagenet", classes=10)
+
+
+def test_keras_model_file_keeps_its_normaliser_and_size(tmp_path, caplog):
+    """They are in the model alone; the architecture's are mean and spread of ImageNet and 224 pixels."""
+    from keras_convnext import models
+
+    def saved(name, **arguments):
+        model = keras_convnext.load("test_convnext2", None, classes=CLASSES, **arguments)
+        model.save(tmp_path / name)
+        return model, tmp_path / name
+
+    images = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    bare, source = saved("bare.keras", include_preprocessing=False, input_shape=(64, 64, 3))
+    keras_convnext.convert(source, tmp_path / "again.keras")
+    for copy in (keras_convnext.load(source), keras.saving.load_model(tmp_path / "again.keras")):
+        assert copy.input_shape == (None, 64, 64, 3) and models.normaliser_of(copy) is None
+        assert np.array_equal(copy.predict_on_batch(images / 255), bare.predict_on_batch(images / 255))
+    assert "bare.keras has no normaliser, so its model takes normalised images" in caplog.text
+    keras_convnext.convert(source, tmp_path / "bare.safetensors", "timm")
+    assert "bare.safetensors cannot say. Load that with include_preprocessing=False" in caplog.text
+    named = keras_convnext.load("test_convnext2", source)  # the arguments say what is built
+    assert models.normaliser_of(named) is not None and named.input_shape == (None, 64, 64, 3)
+
+    clip = peers.save(timm_model("convnext_nano").state_dict(), tmp_path / "nano.safetensors")
+    other = keras_convnext.load("convnext_nano.r384_in12k_ft_in1k", clip, input_shape=(None, None, 3))
+    source = tmp_path / "other.keras"
+    other.save(source)
+    for target in ("again.keras", "again.safetensors"):
+        keras_convnext.convert(source, tmp_path / target, "timm")
+        copy = keras_convnext.load(tmp_path / target)
+        np.testing.assert_allclose(models.normaliser_of(copy), models.normaliser_of(other), rtol=0, atol=1e-7)
+        assert copy.input_shape[1:] == ((None, None, 3) if target == "again.keras" else (224, 224, 3))
+    _, plain = saved("plain.keras", input_shape=(None, None, 3))
+    caplog.clear()
+    keras_convnext.convert(plain, tmp_path / "plain.pth", "timm")
+    assert not caplog.records  # the control: what is the architecture's need not be said
+
+
+def test_gray_files_build_gray_models(tmp_path):
+    from keras_convnext import predictor
+
+    model = keras_convnext.load("test_convnext2", None, classes=CLASSES, input_shape=(64, 64, 1))
+    keras_convnext.save_weights(model, tmp_path / "gray.safetensors", "timm")
+    model.save(tmp_path / "gray.keras")
+    model.save_weights(tmp_path / "gray.weights.h5")
+    images = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 1)).astype("float32")
+    for name in ("gray.safetensors", "gray.keras", "gray.weights.h5"):
+        copy = keras_convnext.load("test_convnext2", tmp_path / name)
+        assert copy.input_shape[-1] == 1 and copy.output_shape == (None, CLASSES)
+        if name != "gray.weights.h5":
+            opened = predictor.open_predictor(tmp_path / name)
+            assert opened.predict([np.zeros((80, 90, 3), np.uint8)]).shape == (1, CLASSES)
+    copy = keras_convnext.load(tmp_path / "gray.keras")
+    np.testing.assert_allclose(copy.predict_on_batch(images), model.predict_on_batch(images), atol=1e-6)

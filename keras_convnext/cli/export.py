@@ -74,8 +74,7 @@ def export_command(options: argparse.Namespace) -> int:
         raise ValueError(
             "Expected one of --report and --no-check: a report is made of what the check measures."
         )
-    options.weights = options.model if is_path(options.model) else None  # where labels may lie
-    labels = read_labels(options)
+    labels = read_labels(options.labels, options.model)
     import_quietly("keras_convnext.exporting.export")
     from keras_convnext import _environment, predictor
     from keras_convnext.exporting import deploy, report
@@ -85,7 +84,6 @@ def export_command(options: argparse.Namespace) -> int:
     opened = predictor.open_predictor(
         options.model,
         image_size=options.image_size,
-        classes=len(labels) or None,
         classifier_activation=None if options.logits else "softmax",
     )
     if not labels and opened.class_list is not None:

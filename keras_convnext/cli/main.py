@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by TensorFlow when it is imported
+    if sys.stdout is None:  # closed by the shell, as in `keras-convnext list >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     if words and words[0] in _MOVED:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_convnext._files import read_text
 from keras_convnext._terminal import Progress
 from keras_convnext.cli.shared import (
     DEFAULT_MODEL,
@@ -21,6 +23,7 @@ from keras_convnext.cli.shared import (
     shared_options,
 )
 from keras_convnext.data import class_names, preprocess
+from keras_convnext.weights.resolve import is_path
 
 PREDICT_EXAMPLES = """examples:
   keras-convnext predict cat.jpg
@@ -111,16 +114,14 @@ class Classifier:
 
 
 def _load_classifier(options: argparse.Namespace) -> Classifier:
-    labels = read_labels(options)
+    labels = read_labels(options.labels, options.weights or options.model)
     import_quietly("keras_convnext.models")
     import keras
 
     from keras_convnext import predictor
 
     name = options.model or (DEFAULT_MODEL if options.weights is None else None)
-    opened = predictor.open_predictor(
-        name, options.weights, image_size=options.image_size, classes=len(labels) or None
-    )
+    opened = predictor.open_predictor(name, options.weights, image_size=options.image_size)
     classes = opened.model.output_shape[-1]
     names, synsets = labels, []
     if labels and len(labels) != classes:
@@ -134,16 +135,15 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
     return Classifier(opened, names, synsets, activation is keras.activations.linear)
 
 
-def read_labels(options: argparse.Namespace) -> list[str]:
-    path = options.labels
-    if path is None and options.weights is not None:
-        weights = pathlib.Path(options.weights)
-        candidates = (weights.with_suffix(".labels.txt"), weights.with_name(f"{weights.name}.labels.txt"))
-        path = next((candidate for candidate in candidates if candidate.exists()), None)
+def read_labels(path: str | None, name: str | None) -> list[str]:
+    """The names of classes in a file, by default one that lies beside a model's file; [] for none."""
+    if path is None and name is not None and is_path(name):
+        file = pathlib.Path(os.path.expanduser(name))
+        candidates = (file.parent / f"{stem}.labels.txt" for stem in (file.stem, file.name))
+        path = next((str(candidate) for candidate in candidates if candidate.exists()), None)
     if path is None:
         return []
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _read_batches(

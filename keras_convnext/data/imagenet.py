@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from keras_convnext._files import read_text
 from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
 from keras_convnext.data.index import (
@@ -259,8 +260,7 @@ def _published_validation_labels() -> tuple[list[str], str]:
 
 def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validation: bool) -> list[str]:
     """Returns the label of each name, as it is written in a label file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = [line for line in file.read().splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise SourceError(f"Expected labels in '{path}', which is empty.")
     if "\t" in lines[0] or "," in lines[0]:

@@ -104,7 +104,7 @@ def evaluate(
     if split is None and not isinstance(data, Source) and sources.list_splits(data):
         split = "validation"
     source = data if isinstance(data, Source) else sources.open_source(data, split)
-    classifier = _open_model(model, len(source.classes), preprocessing)
+    classifier = _open_model(model, preprocessing)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
     columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
@@ -223,26 +223,28 @@ def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
         )
 
 
-def _open_model(model, num_classes, preprocessing) -> Predictor:
+def _open_model(model, preprocessing) -> Predictor:
     """Returns the model with the preprocessing of its images, or what the caller passes in its place."""
     image_size = given = tagged = None
     if isinstance(preprocessing, Preprocessing):
         image_size, given = preprocessing.image_size, preprocessing
     elif isinstance(preprocessing, str):
+        if is_path(preprocessing):
+            raise ValueError(
+                "Expected preprocessing to be a Preprocessing, a tag or an image size, received the file "
+                f"{preprocessing!r}. Pass weights.resolve.resolve(file).preprocessing for what it says."
+            )
         tagged = resolve(preprocessing, None)
         given = tagged.preprocessing
     else:
         image_size = preprocessing
     is_named = isinstance(model, str | os.PathLike)
-    if is_named and is_path(model) and runtimes.is_exported(model):
-        path = pathlib.Path(model)
+    if is_named and is_path(model) and runtimes.is_exported(path := pathlib.Path(os.path.expanduser(model))):
         exported = runtimes.open_exported(path)
         own = runtimes.stored_preprocessing(exported.metadata)
         opened = predictor.predictor_of(exported, str(path), image_size, given or own, path)
     elif is_named or isinstance(model, ResolvedWeights):
-        opened = predictor.open_predictor(
-            model, image_size=image_size, classes=num_classes, classifier_activation=None
-        )
+        opened = predictor.open_predictor(model, image_size=image_size, classifier_activation=None)
     else:
         opened = predictor.predictor_of(model, getattr(model, "name", repr(model)), image_size, given)
     size = opened.preprocessing.image_size

@@ -287,8 +287,8 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
         elif response.status == 200:
             start = 0
             _discard(part)
-            length = response.headers.get("Content-Length")
-            total = int(length) if length is not None else None
+            length = response.headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() else None
             replace_file(state_path, json.dumps({"url": url, "validator": answered}).encode())
         else:
             raise _InterruptedError(f"{url} answered {response.status}: expected 200.")

@@ -1,6 +1,7 @@
 """Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
 import contextlib
+import json
 import pathlib
 import re
 import warnings
@@ -30,19 +31,47 @@ def is_keras_applications(path) -> bool:
     """Whether a file holds a ConvNeXt of `keras.applications`; FileFormatError when it is damaged."""
     path = pathlib.Path(path)
     if path.suffix == ".keras":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                config = archive.read("config.json").decode()
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise FileFormatError(
-                f"{path} is not a Keras model file: {error}. Expected an archive written by model.save()."
-            ) from None
-        return "_stage_0_block_0_depthwise_conv" in config
+        return "_stage_0_block_0_depthwise_conv" in _config(path)
     with _open(path) as file:
         names = _legacy_layer_names(file)
         if names:
             return any(re.search(r"_stage_0_block_0_depthwise_conv$", name) for name in names)
         return "layers/sequential/layers/conv2d/vars/0" in file and "layers/layer_scale" in file
+
+
+def read_model_input(path):
+    """What the model of a `.keras` file takes: ((height, width), normaliser).
+
+    A side is None where any will do. The normaliser is (mean, standard deviation) of R, G and B, for pixels
+    in 0..1, as `Preprocessing` has them; None for a model without one.
+    """
+    sides, normaliser = (None, None), None
+    for kind, config in reversed([*_serialised(json.loads(_config(path)))]):  # the first of each counts
+        if kind == "InputLayer" and len(config["batch_shape"]) == 4:
+            sides = tuple(config["batch_shape"][1:3])
+        elif kind == "Normalization" and config.get("mean") is not None:
+            # Rounded: what the square root leaves behind is no part of the value that was saved.
+            mean = np.round(np.ravel(config["mean"]) / 255, 9)
+            std = np.round(np.sqrt(np.ravel(config["variance"])) / 255, 9)
+            normaliser = tuple(tuple(np.resize(values, 3).tolist()) for values in (mean, std))
+    return sides, normaliser
+
+
+def read_sizes(path) -> tuple[int, int]:
+    """(classes, channels) of the model of this package that an `.h5` file is of; 0 for no classifier."""
+    with _open(path) as file:
+        try:
+            layers = file["layers"]
+            dense = [
+                name for name in layers if re.fullmatch(r"dense(_\d)?", name)
+            ]  # pre_logits, then the head
+            classes = layers[max(dense)]["vars/0"].shape[-1] if dense else 0
+            return classes, layers["patch_conv2d/vars/0"].shape[2]
+        except KeyError as error:
+            raise FileFormatError(
+                f"{path} has not the weights of a model of this package: {error}. Pass the file that "
+                "model.save_weights() wrote."
+            ) from None
 
 
 def read_keras_applications(path) -> dict[str, np.ndarray]:
@@ -79,6 +108,25 @@ def load_weights(model, path) -> None:
             f"{path} does not fit {model.name!r}: {str(error).strip().splitlines()[0]} "
             "Build the model with the arguments it was saved with."
         ) from error
+
+
+def _config(path) -> str:
+    """The JSON text that a `.keras` file has of its model."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read("config.json").decode()
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FileFormatError(
+            f"{path} is not a Keras model file: {error}. Expected an archive written by model.save()."
+        ) from None
+
+
+def _serialised(value):
+    """Yields (class name, config) of each object in a serialised model, in their order."""
+    if isinstance(value, dict) and isinstance(value.get("config"), dict) and "class_name" in value:
+        yield value["class_name"], value["config"]
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _serialised(child)
 
 
 @contextlib.contextmanager

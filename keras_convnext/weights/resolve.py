@@ -120,6 +120,25 @@ class ResolvedWeights:
             return None
         return preprocessing_metadata.read_preprocessing(self.file)
 
+    @functools.cached_property
+    def model_input(self) -> tuple | None:
+        """`keras_files.read_model_input` of a `.keras` file, None where a tag or the file says more."""
+        if self.file is None or self.file.suffix != ".keras" or self.is_described:
+            return None
+        from keras_convnext.weights import keras_files
+
+        return keras_files.read_model_input(self.file)
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether a model of these weights normalises its images; not if that of a `.keras` file does not."""
+        return self.model_input is None or self.model_input[1] is not None
+
+    @property
+    def input_sides(self) -> tuple[int | None, int | None]:
+        """(height, width) that a classifier of these weights takes; None where any will do."""
+        return self.preprocessing.size if self.model_input is None else self.model_input[0]
+
     @property
     def is_described(self) -> bool:
         """Whether a tag or the file says how images are prepared."""
@@ -132,19 +151,38 @@ class ResolvedWeights:
     def preprocessing_at(self, image_size: int | tuple[int, int] | None) -> Preprocessing:
         """How images of a size are prepared, None for the weights' own.
 
-        As the tag says, else the file, else the published weights of the architecture.
+        As the tag says, else the file, else the published weights of the architecture, but with the size and
+        normaliser of a `.keras` model.
         """
         if self.stored is not None:
             return self.stored.at(image_size)
         row = self.row or catalog.default_checkpoint(self.variant.name)
-        return row.preprocessing_at(image_size)
+        if self.model_input is None:
+            return row.preprocessing_at(image_size)
+        sides, normaliser = self.model_input
+        prepared = row.preprocessing_at(image_size or (sides if all(sides) else None))
+        mean, std = normaliser or (prepared.mean, prepared.std)
+        return dataclasses.replace(prepared, mean=mean, std=std)
 
     @property
     def classes(self) -> int:
         """Outputs of the classifier, 0 for none; of random weights those of the tag, else ImageNet's."""
-        if self.file is not None and not self.is_bare:
-            return self.contents.classes
+        if self.file is not None:
+            return self._sizes[0]
         return IMAGENET_CLASSES if self.row is None else self.row.classes
+
+    @property
+    def channels(self) -> int:
+        """Of the images that the weights are for."""
+        return 3 if self.file is None else self._sizes[1]
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[int, int]:
+        if not self.is_bare:
+            return self.contents.classes, self.contents.channels
+        from keras_convnext.weights import keras_files
+
+        return keras_files.read_sizes(self.path)
 
     @property
     def is_projection(self) -> bool:
@@ -243,6 +281,8 @@ def resolve(
     Example:
         resolve("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction      # 1.0
     """
+    if task not in (None, "classification", "features"):
+        raise ValueError(_messages.unknown("task", task, ("classification", "features")))
     if isinstance(name, ResolvedWeights):
         return name
     named = None if name is None else meaning(name)
@@ -258,8 +298,9 @@ def resolve(
     if weights is not None and is_path(weights):
         found = ResolvedWeights(architecture, tagged, file=existing_file(weights))
     elif architecture is None:
-        if weights in (None, "default"):
-            raise ValueError("Expected a tag, an architecture or a weight file, received None.")
+        if weights in (None, "default", ""):
+            received = repr(weights) if weights == "" else None
+            raise ValueError(f"Expected a tag, an architecture or a weight file, received {received}.")
         raise ValueError(
             f"Expected an architecture beside weights={weights!r}, received {name!r}. Pass the full tag "
             "alone, or a file as weights."
@@ -319,7 +360,7 @@ def is_path(name: object) -> bool:
 
 def existing_file(weights: Name) -> pathlib.Path:
     """The path of a weight file that is there and ends as weight files do."""
-    path = pathlib.Path(weights).expanduser()
+    path = pathlib.Path(os.path.expanduser(weights))  # Path.expanduser raises for an unknown user
     if path.is_dir():
         raise IsADirectoryError(f"Expected a weight file. Received a folder: {path}")
     if not path.exists():
@@ -354,7 +395,7 @@ def _check_classifier(found: ResolvedWeights) -> None:
         what = f"gives {row.classes} features of CLIP, not classes" if row.classes else "has no classifier"
         raise ValueError(f"{row.tag!r} {what}. Use weights that have one, for example {instead}.")
     # A .keras file may hold any model, which whoever opens it checks.
-    if found.file is not None and found.file.suffix != ".keras" and not found.is_bare and not found.classes:
+    if found.file is not None and found.file.suffix != ".keras" and not found.classes:
         raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
 
 

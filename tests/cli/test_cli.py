@@ -323,7 +323,7 @@ def test_predict_takes_the_names_and_classes_of_a_fine_tuned_file(run, refused, 
     assert "for each of the 4 classes. Received 2 names" in refused(*words, "--labels", labels)
 
 
-def test_predict_opens_a_fine_tuned_keras_model(run, refused, tmp_path):
+def test_predict_opens_a_fine_tuned_keras_model(run, refused, monkeypatch, tmp_path):
     model = keras_convnext.load(TAG, classes=3, input_shape=(64, 64, 3), classifier_activation=None)
     kernel, bias = model.get_layer("head").get_weights()
     kernel = np.random.default_rng(0).normal(size=kernel.shape).astype("float32") / 4
@@ -345,6 +345,18 @@ def test_predict_opens_a_fine_tuned_keras_model(run, refused, tmp_path):
     np.testing.assert_allclose(
         [row["probability"] for row in predictions], np.sort(expected)[::-1], atol=1e-4
     )
+
+    assert run("predict", PHOTOGRAPHS[0], "--model", path, "--json")[1] == out
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("predict", PHOTOGRAPHS[0], "--weights=~/tuned.keras", "--json")[1] == out
+    labels = tmp_path / "labels.txt"
+    labels.write_bytes("Föhre".encode("latin-1"))
+    message = refused("predict", PHOTOGRAPHS[0], "--weights", path, "--labels", labels)
+    assert f"Expected text in UTF-8 in '{labels}'" in message
+    model.save_weights(tmp_path / "tuned.weights.h5")
+    bare = ("predict", PHOTOGRAPHS[0], "--weights", tmp_path / "tuned.weights.h5", "--image-size", 64)
+    found = json.loads(run(*bare, "--model", TAG, "--json")[1])[0]["predictions"]
+    assert sorted(row["name"] for row in found) == ["class 0", "class 1", "class 2"]
 
     message = refused("predict", PHOTOGRAPHS[0], "--weights", path, "--image-size", 96)
     assert "takes images of 64 x 64. Received: image size 96" in message
@@ -560,6 +572,18 @@ def test_a_licence_that_forbids_commercial_use_is_announced_once(weights_folder,
     assert len(ended.stdout.splitlines()) == 1
     assert ended.stderr.count(f"The weights {tag} are licensed cc-by-nc-4.0: not for commercial use.") == 1
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.once
+def test_weights_that_are_no_file_are_an_error_in_words(refused):
+    assert "Received a folder: ." in refused("predict", PHOTOGRAPHS[0], "--weights", ".")
+    assert "or a weight file, received ''" in refused("predict", PHOTOGRAPHS[0], "--weights", "")
+
+
+@pytest.mark.once
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as in `keras-convnext list >&-`
+    assert main.main(["list"]) == 0
 
 
 @pytest.mark.once

@@ -584,12 +584,19 @@ def test_a_model_of_any_size_takes_that_of_the_tag(model, tmp_path):
     def sizes(*arguments):
         return classification._open_model(*arguments).preprocessing.image_size
 
-    assert sizes(free, 1000, None) == 224
-    assert sizes(free, 1000, 96) == 96
-    assert sizes(free, 1000, tag) == 384
-    assert sizes(resolve(tag, tmp_path / "free.keras"), 1000, None) == 384
-    assert sizes(model, 1000, tag) == SIZE
-    assert classification._open_model(model, 1000, tag).preprocessing.crop_mode == "squash"
+    assert sizes(free, None) == 224
+    assert sizes(free, 96) == 96
+    assert sizes(free, tag) == 384
+    assert sizes(resolve(tag, tmp_path / "free.keras"), None) == 384
+    assert sizes(model, tag) == SIZE
+    assert classification._open_model(model, tag).preprocessing.crop_mode == "squash"
+
+
+@pytest.mark.once
+def test_an_exported_file_is_found_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path / "x.onnx"))):
+        classification._open_model("~/x.onnx", None)
 
 
 @pytest.mark.once
@@ -615,6 +622,8 @@ def test_what_cannot_be_evaluated_is_refused(model, tree, tmp_path):
         evaluate("convnext_tinny", tree)
     with pytest.raises(ValueError, match=r"Unknown weights 'x\.y'"):
         evaluate("x.y", tree)
+    with pytest.raises(ValueError, match=r"or an image size, received the file 'x\.safetensors'"):
+        evaluate(model, tree, preprocessing="x.safetensors")
     with pytest.raises(ValueError, match="weights=None beside a Keras model"):
         predictor.open_predictor(model, "x.safetensors")
     with pytest.raises(ValueError, match=r"test_convnext takes images of 64 x 64.*image size 96"):

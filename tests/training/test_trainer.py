@@ -119,7 +119,7 @@ def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
     assert found == [expected] * 4
     opened = predictor.open_predictor(weights=uninterrupted / "final.safetensors")
     assert opened.preprocessing == expected and opened.model.input_shape == (None, 32, 32, 3)
-    bare = predictor.open_predictor("test_convnext", uninterrupted / "best.weights.h5", classes=10)
+    bare = predictor.open_predictor("test_convnext", uninterrupted / "best.weights.h5")
     assert bare.preprocessing == opened.preprocessing
 
 

@@ -68,6 +68,7 @@ class Behaviour:
     always_cut: int | None = None
     honours_range: bool = True
     honours_if_range: bool = True
+    content_length: str | None = None
     content_range: str | None = None
     extra_length: int = 0
     piece_seconds: float = 0.0
@@ -128,7 +129,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             content_range = behaviour.content_range or f"bytes {start}-{length - 1}/{length}"
             self.send_header("Content-Range", content_range)
-        self.send_header("Content-Length", str(length - start))
+        self.send_header("Content-Length", behaviour.content_length or str(length - start))
         self.send_header("X-Repo-Commit", behaviour.commit)
         if behaviour.etag:
             self.send_header("ETag", behaviour.etag)
@@ -266,6 +267,11 @@ def test_connection_that_is_always_cut_gives_up_and_next_call_resumes(server, tm
     server.behaviour.always_cut = None
     assert download.fetch(row(server)).read_bytes() == BODY
     assert server.behaviour.gets()[-1]["range"] == "bytes=6000-"
+
+
+def test_a_length_that_is_no_number_is_an_unknown_length(server):
+    server.behaviour.content_length = "many"
+    assert download.fetch(row(server)).read_bytes() == BODY
 
 
 def test_server_without_ranges_restarts_from_zero(server):

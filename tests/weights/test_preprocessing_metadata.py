@@ -321,7 +321,7 @@ def test_convert_carries_it_along_and_a_tag_wins(ending, files, model, tmp_path)
     said, unsaid = files
     target = keras_convnext.convert(said, tmp_path / f"out{ending}", "timm")
     assert read_preprocessing(target) == IMAGES
-    opened = predictor.open_predictor(NAME if ending == ".weights.h5" else None, target, classes=5)
+    opened = predictor.open_predictor(NAME if ending == ".weights.h5" else None, target)
     assert opened.preprocessing == IMAGES
     if ending == ".keras":
         assert open_backbone(target).preprocessing == IMAGES

@@ -47,7 +47,7 @@ def test_a_name_that_is_a_tag_and_a_model_is_refused_with_both(tmp_path, monkeyp
     assert resolve.meaning(NAME) is VARIANTS[NAME]  # the control: a folder is no model
     (tmp_path / NAME / "saved_model.pb").touch()
     with pytest.raises(ValueError, match=rf"'{NAME}' means two things"):
-        classification._open_model(NAME, 1000, None)
+        classification._open_model(NAME, None)
     keras_convnext.TestConvNeXt2(weights=None)  # names the architecture, whatever lies here
 
 
@@ -71,6 +71,18 @@ def test_random_weights_are_those_of_the_tag_or_of_imagenet():
     assert (plain.classes, plain.is_random, plain.is_described) == (1000, True, False)
     assert (tagged.classes, tagged.is_random, tagged.is_described) == (21841, True, True)
     assert resolve.resolve("convnext_base.clip_laion2b", None).is_projection
+
+
+def test_odd_names_are_refused_in_words(monkeypatch):
+    for name, weights in (("", "default"), (None, "")):
+        with pytest.raises(ValueError, match=r"received ''|Unknown architecture ''"):
+            resolve.resolve(name, weights)
+    with pytest.raises(IsADirectoryError, match=r"Expected a weight file\. Received a folder: \."):
+        resolve.resolve(None, ".")
+    with pytest.raises(FileNotFoundError, match=r"No such weight file: ~nobody-here/x\.pth"):
+        resolve.resolve("~nobody-here/x.pth")
+    with pytest.raises(ValueError, match=r"Unknown task 'feature'\. Did you mean 'features'\?"):
+        resolve.resolve(NAME, None, "feature")
 
 
 def test_a_task_decides_which_weights_will_do(monkeypatch, tmp_path, file):
