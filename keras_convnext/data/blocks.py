@@ -70,6 +70,8 @@ def finished(batches: Any, workers: int | None) -> Any:
     """Return a data set that makes two batches ahead, in order, with one thread for each worker."""
     options = tf.data.Options()
     options.deterministic = True
+    # Nothing is left to tune, and the end of an iterator can wait a minute for the thread that does.
+    options.autotune.enabled = False
     # One thread an image: the cores are kept busy by several images at a time.
     options.threading.max_intra_op_parallelism = 1
     options.threading.private_threadpool_size = _workers(workers)

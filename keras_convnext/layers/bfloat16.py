@@ -17,13 +17,14 @@ def rounded_once(function, x, *others):
     float32 and rounded once. Elsewhere, on a GPU or TPU among others, it is given the tensors as they are;
     `x` decides.
     """
-    if not _is_widened(x):
+    if not is_widened(x):
         return function(x, *others)
     wide = function(*(keras.ops.cast(value, "float32") for value in (x, *others)))
     return keras.ops.cast(wide, "bfloat16")
 
 
-def _is_widened(x):
+def is_widened(x):
+    """Whether `rounded_once` computes with `x` in float32."""
     backend = keras.backend.backend()
     return (
         backend in ("tensorflow", "torch")  # XLA widens by itself

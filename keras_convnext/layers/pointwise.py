@@ -9,7 +9,7 @@ import functools
 
 import keras
 
-from keras_convnext.layers.bfloat16 import rounded_once
+from keras_convnext.layers.bfloat16 import is_widened, rounded_once
 from keras_convnext.layers.chunking import is_eager_on_cpu
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
@@ -92,7 +92,7 @@ class PatchConv2D(keras.layers.Conv2D):
         )
         patches = self._patches(x)
         if patches is None:
-            return rounded_once(self._convolve, x, kernel, bias)
+            return rounded_once(self._convolve, x, kernel, bias) if is_widened(x) else super().call(x)
         return _product(patches, keras.ops.reshape(kernel, (-1, self.filters)), bias)
 
     def _convolve(self, x, kernel, bias):
