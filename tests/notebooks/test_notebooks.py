@@ -102,7 +102,8 @@ def stand_in(tmp_path_factory):
 def test_classify_goes_from_photos_to_names(stand_in, tmp_path, monkeypatch):
     executed = execute(CLASSIFY, tmp_path, monkeypatch, WEIGHTS=str(stand_in))
     text, num_pictures = outputs_of(executed)
-    assert "convnextv2_atto: 3,389,647 weights, 7 classes\n{'image_size': 64, 'crop': 0.9," in text
+    assert "convnextv2_atto: 3,389,647 weights, 7 classes\nPreprocessing(image_size=64, " in text
+    assert "crop_fraction=0.9," in text
     assert "one batch: uint8 (3, 64, 64, 3), " in text
     for name in ("cat", "coffee", "rocket"):
         assert re.search(rf"^{name}\.jpg: three [0-9.]+%, \w+ [0-9.]+%, ", text, re.M)
