@@ -91,12 +91,22 @@ def choose_recipe(
     ]
 
 
+def split_names(data: Data) -> tuple[str | None, str | None]:
+    """The split to train on and the one to evaluate on; None for data without splits, or without this one.
+
+    Without `val_split` it is the data's validation split (validation, val or valid), else its test split.
+    """
+    splits = sources.list_splits(data.source)
+    kinds = {sources.canonical_split(split): split for split in reversed(splits)}
+    validation = data.val_split or kinds.get("validation") or kinds.get("test")
+    return (data.train_split or "train") if splits else None, validation
+
+
 def training_images(data: Data, seed: int) -> Source:
     """Opens the images that a run trains on, without those that are held out."""
-    splits = sources.list_splits(data.source)
-    training = sources.open_source(data.source, (data.train_split or "train") if splits else None)
-    others = {sources.canonical_split(split) for split in splits} & {"validation", "test"}
-    if data.val_split or others or not data.validation_fraction:
+    train, validation = split_names(data)
+    training = sources.open_source(data.source, train)
+    if validation or not data.validation_fraction:
         return training
     return sources.hold_out(training, data.validation_fraction, seed)[0]
 

@@ -11,6 +11,7 @@ import pathlib
 import zipfile
 from typing import Any
 
+from keras_convnext._messages import shortened
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.weights import arrays, safetensors_files
 
@@ -35,11 +36,11 @@ def from_json(text: str, file: str | os.PathLike[str]) -> Preprocessing:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"Expected JSON, received {_shortened(text)}.") from None
+            raise ValueError(f"Expected JSON, received {shortened(text, 80)}.") from None
         if not isinstance(values, dict) or sorted(values) != names:
             received = sorted(values) if isinstance(values, dict) else values
             raise ValueError(
-                f"Expected the values {', '.join(names)}, received {_shortened(repr(received))}."
+                f"Expected the values {', '.join(names)}, received {shortened(repr(received), 80)}."
             )
         return Preprocessing.from_stored(**values)
     except ValueError as error:
@@ -105,7 +106,3 @@ def add_preprocessing(path: str | os.PathLike[str], preprocessing: Preprocessing
             archive.writestr(zipfile.ZipInfo(KEY), to_json(preprocessing))
     else:
         raise ValueError(f"Expected a file ending in .h5 or .keras, received '{path}'.")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."

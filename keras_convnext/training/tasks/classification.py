@@ -20,7 +20,7 @@ from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import curves, distillation, finetune
 from keras_convnext.training.advice import warnings_for
-from keras_convnext.training.derived import with_contents
+from keras_convnext.training.derived import split_names, with_contents
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import CURVES_FILE, Plan
@@ -150,23 +150,19 @@ class Classification:
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     """Opens the images to train on and those to evaluate on; None where there are none.
 
-    Without `val_split` these are the data's validation split (validation, val or valid), else its test split,
-    else the part that `validation_fraction` holds out. ValueError: there is one class only, or the validation
-    images have classes that are not trained.
+    Where `split_names` has no split for these, they are the part that `validation_fraction` holds out.
+    ValueError: there is one class only, or the validation images have classes that are not trained.
     """
     data = recipe.data
-    splits = sources.list_splits(data.source)
-    training = sources.open_source(data.source, (data.train_split or "train") if splits else None)
+    train, validation = split_names(data)
+    training = sources.open_source(data.source, train)
     if len(training.classes) < 2:
         raise ValueError(
             f"Expected images of two classes or more, received those of {len(training.classes)} in "
             f"'{data.source}': {', '.join(training.classes)}. Name the folder that holds the class folders."
         )
-    kinds = {sources.canonical_split(split): split for split in reversed(splits)}
-    name = data.val_split or kinds.get("validation") or kinds.get("test")
-    if name:
-        validation = sources.open_source(data.source, name)
-        return training, _with_classes_of(training, validation)
+    if validation:
+        return training, _with_classes_of(training, sources.open_source(data.source, validation))
     if data.validation_fraction:
         return sources.hold_out(training, data.validation_fraction, recipe.run.seed)
     return training, None
