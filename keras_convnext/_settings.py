@@ -19,13 +19,26 @@ import pydantic
 from pydantic import AfterValidator, Strict
 from pydantic.fields import FieldInfo
 
+
+def up_to(largest: int) -> AfterValidator:
+    """Allows integers up to one."""
+
+    def check(value: int) -> int:
+        if value > largest:
+            raise ValueError(f"at most {largest:,}")
+        return value
+
+    return AfterValidator(check)
+
+
 NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 BelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
 UpToOne = Annotated[float, pydantic.Field(gt=0, le=1)]
-Count = Annotated[int, pydantic.Field(ge=1)]
-FromZero = Annotated[int, pydantic.Field(ge=0)]
+# Larger ones overflow further on: 32 bits hold a seed, and a step count is divided as a float.
+Count = Annotated[int, pydantic.Field(ge=1), up_to(2**31 - 1)]
+FromZero = Annotated[int, pydantic.Field(ge=0), up_to(2**31 - 1)]
 InsideOne = Annotated[float, pydantic.Field(gt=0, lt=1)]
 # TOML and JSON have lists for tuples; what is in them is strict.
 Pair = Annotated[tuple[float, float], Strict(False)]

@@ -117,7 +117,7 @@ def _values(derived: _Derived) -> dict[str, Any]:
 
 def _as_begun(derived: _Derived, chosen: Recipe, folder: str | os.PathLike[str] | None) -> _Derived:
     """Takes the values of the run in the folder, if it began with the same weights."""
-    path = None if folder is None else pathlib.Path(folder).expanduser() / "recipe.toml"
+    path = None if folder is None else pathlib.Path(os.path.expanduser(folder)) / "recipe.toml"
     if path is None or not path.is_file():
         return derived
     begun = load_recipe(path)

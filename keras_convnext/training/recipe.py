@@ -22,8 +22,9 @@ from keras_convnext._settings import (
     key,
     one_of,
     toml_value,
+    up_to,
 )
-from keras_convnext.data.preprocessing import RESIZE_MODES, Preprocessing
+from keras_convnext.data.preprocessing import MAX_SIDE, RESIZE_MODES, Preprocessing
 from keras_convnext.data.train_transform import Augmentation, Interpolation
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS
 from keras_convnext.variants import VARIANTS
@@ -43,14 +44,16 @@ ENGINES = {
     "ddp": "torch",
 }
 
-Size = Annotated[int, pydantic.Field(ge=32)]  # below, the last stage of a model with stride 32 has no pixel
+# Below, the last stage of a model with stride 32 has no pixel.
+Size = Annotated[int, pydantic.Field(ge=32), up_to(MAX_SIDE)]
 _Engine = one_of(ENGINES, "one of " + ", ".join(f"{name} ({backend})" for name, backend in ENGINES.items()))
 
 
 def _trainable(value: str) -> str:
     prefix, _, rank = value.partition(":")
-    if value not in ("all", "head") and not (prefix == "lora" and rank.isdecimal() and int(rank) > 0):
-        raise ValueError('"all", "head" or "lora:RANK" with a rank from 1 up, such as "lora:8"')
+    is_lora = prefix == "lora" and rank.isdecimal() and len(rank) <= 4 and int(rank) > 0
+    if value not in ("all", "head") and not is_lora:
+        raise ValueError('"all", "head" or "lora:RANK" with a rank from 1 to 9999, such as "lora:8"')
     return value
 
 
@@ -125,9 +128,9 @@ class Evaluation(Settings):
     """How the evaluated images are prepared: the table [evaluation]."""
 
     eval_image_size: Size = key("side in pixels of the evaluated images")
-    eval_crop: UpToOne = key("`eval_image_size` / size after the resize")
+    eval_crop: Annotated[float, pydantic.Field(ge=0.01, le=1)] = key("`eval_image_size` / size after the resize")
     eval_resize_mode: Annotated[str, one_of(RESIZE_MODES)] = key("shorter_side or squash")
-    eval_resize_size: FromZero = key("pixels after the resize; 0 for eval_image_size / eval_crop")
+    eval_resize_size: Annotated[int, pydantic.Field(ge=0), up_to(MAX_SIDE)] = key("pixels after the resize; 0 for eval_image_size / eval_crop")
     eval_interpolation: Interpolation = key("bicubic or bilinear")
 
     @property

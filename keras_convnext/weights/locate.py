@@ -62,9 +62,9 @@ def cache_folder() -> pathlib.Path:
     """The folder of plain downloads, which need not exist; the Keras home is found as `keras.config` does."""
     configured = os.environ.get("KERAS_CONVNEXT_CACHE")
     if configured:
-        return pathlib.Path(configured).expanduser()
+        return pathlib.Path(os.path.expanduser(configured))  # Path.expanduser raises for an unknown user
     if "KERAS_HOME" in os.environ:
-        keras_home = pathlib.Path(os.environ["KERAS_HOME"]).expanduser()
+        keras_home = pathlib.Path(os.path.expanduser(os.environ["KERAS_HOME"]))
     else:
         home = os.path.expanduser("~")
         keras_home = pathlib.Path(home if os.access(home, os.W_OK) else "/tmp") / ".keras"
@@ -85,7 +85,7 @@ def _in_weights_folders(published: Checkpoint) -> pathlib.Path | None:
         names.append(f"{published.hub_id.rsplit('/', 1)[-1]}/{published.hub_filename}")
     configured = os.environ.get("KERAS_CONVNEXT_WEIGHTS_DIR", "")
     for name_of_folder in filter(None, configured.split(os.pathsep)):
-        folder = pathlib.Path(name_of_folder).expanduser()
+        folder = pathlib.Path(os.path.expanduser(name_of_folder))
         if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
             state = "cannot be read" if folder.is_dir() else "is not a folder"
             raise WeightsNotFoundError(
