@@ -89,8 +89,9 @@ def reading(
     except (error, FileFormatError, ImportError):
         raise
     except Exception as problem:
-        if isinstance(problem, OSError) and problem.errno is not None:
-            raise
+        is_system = isinstance(problem, OSError) and problem.errno not in (None, errno.EINVAL)
+        if is_system or getattr(problem, "filename", None) is not None:
+            raise  # EINVAL without a name is a seek to a place that the content gave
         what = f"{problem} is missing" if isinstance(problem, KeyError) else one_line(problem)
         raise error(
             f"Expected {expected} in '{path}', which is damaged or something else: "
