@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 from keras_convnext._environment import BACKENDS, wanted_backend
-from keras_convnext._messages import short_repr
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
 from keras_convnext.analysis.flops import CLASSES, multiply_adds
@@ -22,7 +21,7 @@ from keras_convnext.weights import catalog
 
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
-MAX_NUMBER = 10**9  # of images in a batch, and of devices: their divisors are listed
+MAX_BATCH_SIZE = 10**9  # its divisors are looked for one by one
 KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
 
 
@@ -92,9 +91,8 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
         )
     model, batch_size = recipe.model, recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
-    for what, number in (("batch_size", batch_size), ("number of devices", num_devices)):
-        if number > MAX_NUMBER:
-            raise ValueError(f"Expected a {what} of at most {MAX_NUMBER:,}, received {short_repr(number)}.")
+    if batch_size > MAX_BATCH_SIZE:
+        raise ValueError(f"Expected a batch_size of at most {MAX_BATCH_SIZE:,}, received {batch_size:,}.")
     engine, model_devices = _engine(recipe, num_devices)
     images, classes = _data_of(recipe)
     num_parts = num_devices // model_devices

@@ -22,7 +22,7 @@ from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
 _MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file
 _MAX_INDEX_BYTES = 1 << 24  # of a `.keras` file's list of members
 _MAX_EXPANSION = 10  # times the bytes of the file, compressed weights included
-_MAX_OBJECTS = 1_000_000
+_MAX_OBJECTS = 100_000
 _CHUNK = 1 << 24
 
 # Layer of keras.applications -> canonical name; the part in front is the model's name, free to choose.
@@ -68,6 +68,7 @@ def read_model_input(path):
                 mean = np.round(np.ravel(config["mean"]) / 255, 9)
                 std = np.round(np.sqrt(np.ravel(config["variance"])) / 255, 9)
                 normaliser = tuple(tuple(np.resize(values, 3).tolist()) for values in (mean, std))
+                Preprocessing(1, mean=normaliser[0], std=normaliser[1])
     return sides, normaliser
 
 
