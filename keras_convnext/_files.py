@@ -1,27 +1,135 @@
-"""Writes a file in one step, so that neither a kill nor a full disk leaves half of it, and locks files."""
+"""Reads files that may be anything, writes them in one step, so that neither a kill nor a full disk leaves
+half of one, and locks them."""
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
-from keras_convnext._messages import size_text
+from keras_convnext._messages import one_line, shortened, size_text
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+MAX_TEXT_BYTES = 1 << 26  # of JSON, TOML, CSV and other text that is read at once
+
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+class FileFormatError(ValueError):
+    """A file is truncated, damaged or of a kind that cannot be read."""
+
+
+def regular_size(path: str | os.PathLike[str]) -> int:
+    """Returns the bytes of a file; an OSError tells what has no end or none of its own: a pipe, a device."""
+    state = os.stat(path)
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "Expected a file, received the folder", os.fspath(path))
+    if not stat.S_ISREG(state.st_mode):
+        kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+        kind = kinds.get(stat.S_IFMT(state.st_mode), "device")
+        raise OSError(errno.EINVAL, f"Expected a file, received the {kind}", os.fspath(path))
+    return state.st_size
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to read its bytes; OSError, before it is opened, where it is none: see `regular_size`."""
+    regular_size(path)
+    return open(path, "rb")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
+    """Returns the content of a file; FileFormatError, before it is read, where it is longer than `limit`."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise FileFormatError(
+            f"Expected at most {size_text(limit)} in '{path}', received {size_text(regular_size(path))}. "
+            "Is it the file that you meant?"
+        )
+    return content
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, without a byte order mark; a ValueError names a file in another encoding."""
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected text in UTF-8 in '{path}', received {error}. Save it as UTF-8.") from None
+
+
+@contextlib.contextmanager
+def reading(
+    path: str | os.PathLike[str],
+    expected: str,
+    remedy: str,
+    error: type[Exception] = FileFormatError,
+) -> Iterator[None]:
+    """Tells whatever the content of a file does to the block that takes it apart in one sentence.
+
+    Args:
+        path: the file, as the message names it.
+        expected: what it should hold, such as "the index of a data set".
+        remedy: a sentence, what to do.
+        error: the class that is raised. One that the block raises itself goes on as it is, as do errors of
+            the system (an OSError with a number) and an ImportError.
+
+    Example:
+        with reading(path, "the list of splits", "Prepare the set again."):
+            names = [item["name"] for item in read_json(path)["splits"]]
+    """
+    try:
+        yield
+    except (error, FileFormatError, ImportError):
+        raise
+    except Exception as problem:
+        is_system = isinstance(problem, OSError) and problem.errno not in (None, errno.EINVAL)
+        if is_system or getattr(problem, "filename", None) is not None:
+            raise  # EINVAL without a name is a seek to a place that the content gave
+        what = f"{problem} is missing" if isinstance(problem, KeyError) else one_line(problem)
+        raise error(
+            f"Expected {expected} in '{path}', which is damaged or something else: "
+            f"{shortened(what, 200)}. {remedy}"
+        ) from problem
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, type] | None = None,
+    *,
+    expected: str = "JSON",
+    remedy: str = "Write it again.",
+    error: type[Exception] = FileFormatError,
+) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; the errors are those of `reading`.
+
+    Args:
+        path: the file.
+        kinds: the keys that must be there, and the type of each one's value: dict, list, str or int.
+        expected, remedy, error: as for `reading`, in which what is below these keys is best read.
+
+    Example:
+        read_json("best.json", {"step": int}, remedy="Remove it.")["step"]
+    """
+    with reading(path, expected, remedy, error):
+        return json_object(read_bytes(path), kinds)
+
+
+def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Returns the object that a JSON text holds, with keys as for `read_json`; to be called in `reading`."""
+    found = json.loads(text)
+    for name, kind in {"": dict, **(kinds or {})}.items():
+        value = found[name] if name else found
+        if not isinstance(value, kind) or isinstance(value, bool):
+            where = f" as {name!r}" if name else ""
+            raise TypeError(f"expected {_KINDS[kind]}{where}, received {shortened(repr(value), 80)}")
+    return found
 
 
 @contextlib.contextmanager

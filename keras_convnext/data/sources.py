@@ -24,11 +24,10 @@ from keras_convnext.data.index import (
     SourceError,
     first_few,
     is_image,
-    read_json,
     with_classes,
 )
 from keras_convnext.data.preprocess import IMAGE_SUFFIXES
-from keras_convnext.data.records import open_prepared, open_records, open_tfds, read_manifest
+from keras_convnext.data.records import open_prepared, open_records, open_tfds, read_manifest, tfds_splits
 
 # The splits and the other names they go by. What was asked first is looked for first.
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -202,7 +201,7 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
         return "tar", tars
     folder = _find_tfds(path)
     if folder is not None:
-        return "tfds", {item["name"]: [folder] for item in read_json(folder, "dataset_info.json")["splits"]}
+        return "tfds", {name: [folder] for name in tfds_splits(folder)}
     shards = _find_shards(path)
     if shards:
         return "tfrecord", shards

@@ -24,7 +24,7 @@ from keras_convnext._settings import (
     toml_value,
     up_to,
 )
-from keras_convnext.data.preprocessing import MAX_SIDE, RESIZE_MODES, Preprocessing
+from keras_convnext.data.preprocessing import MAX_SIDE, MIN_CROP_FRACTION, RESIZE_MODES, Preprocessing
 from keras_convnext.data.train_transform import Augmentation, Interpolation
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS
 from keras_convnext.variants import VARIANTS
@@ -128,9 +128,13 @@ class Evaluation(Settings):
     """How the evaluated images are prepared: the table [evaluation]."""
 
     eval_image_size: Size = key("side in pixels of the evaluated images")
-    eval_crop: Annotated[float, pydantic.Field(ge=0.01, le=1)] = key("`eval_image_size` / size after the resize")
+    eval_crop: Annotated[float, pydantic.Field(ge=MIN_CROP_FRACTION, le=1)] = key(
+        "`eval_image_size` / size after the resize"
+    )
     eval_resize_mode: Annotated[str, one_of(RESIZE_MODES)] = key("shorter_side or squash")
-    eval_resize_size: Annotated[int, pydantic.Field(ge=0), up_to(MAX_SIDE)] = key("pixels after the resize; 0 for eval_image_size / eval_crop")
+    eval_resize_size: Annotated[int, pydantic.Field(ge=0), up_to(MAX_SIDE)] = key(
+        "pixels after the resize; 0 for eval_image_size / eval_crop"
+    )
     eval_interpolation: Interpolation = key("bicubic or bilinear")
 
     @property
