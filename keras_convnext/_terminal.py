@@ -25,7 +25,22 @@ def is_quiet() -> bool:
 def say(line: str) -> None:
     """Prints a line on stderr, unless KERAS_CONVNEXT_QUIET is set."""
     if not is_quiet():
-        print(line, file=sys.stderr, flush=True)
+        print_line(line, sys.stderr)
+
+
+def print_line(line: str, stream: TextIO | None) -> None:
+    """Prints a line beside the work, which goes on where nobody reads it or the disk of a log is full."""
+    with contextlib.suppress(OSError):
+        if stream is not None:  # it is in a process without a console
+            print(line, file=stream, flush=True)
+
+
+def drop_unwritten(stream: TextIO) -> None:
+    """Forgets what cannot be written: Python would try once more when it ends, and end with another code."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:
@@ -52,8 +67,8 @@ class Progress:
         self.unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_quiet = not is_wanted or is_quiet()
-        self._is_terminal = self._stream.isatty()
+        self._is_quiet = not is_wanted or is_quiet() or self._stream is None
+        self._is_terminal = self._stream is not None and self._stream.isatty()
         self._line_seconds = _NOTEBOOK_LINE_SECONDS if "ipykernel" in sys.modules else _PLAIN_LINE_SECONDS
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, done)
         self._last = (clock(), 0)
@@ -112,26 +127,28 @@ class Progress:
         """Redraws the bar at once, with this text after it; on a terminal only."""
         if self._is_quiet or not self._is_terminal:
             return
-        if self._bar is None:
-            self._bar = _started_bar(self._stream)
-        self._bar.update(
-            self._bar.task_ids[0],
-            description=f"{self.title}, {text}",
-            total=self.total,
-            completed=self._last[1],
-            refresh=True,
-        )
+        with contextlib.suppress(OSError):  # the terminal has gone
+            if self._bar is None:
+                self._bar = _started_bar(self._stream)
+            self._bar.update(
+                self._bar.task_ids[0],
+                description=f"{self.title}, {text}",
+                total=self.total,
+                completed=self._last[1],
+                refresh=True,
+            )
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
         self.close()
         if not self._is_quiet:
-            print(line, file=self._stream, flush=True)
+            print_line(line, self._stream)
 
     def close(self) -> None:
         """Removes the bar; the next call of `show` draws it again."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
 
 
@@ -213,13 +230,15 @@ def silenced(*, stdout: bool = False) -> Iterator[None]:
     TensorFlow's start-up lines, for example, obey none of its settings. Exceptions pass.
     """
     numbers = (1, 2) if stdout else (2,)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(number) for number in numbers]
+    _flush()
+    kept = {}
+    for number in numbers:
+        with contextlib.suppress(OSError):  # a process without a console has none
+            kept[number] = os.dup(number)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     silences = [_Silence(number) for number in numbers]
     try:
-        for number in numbers:
+        for number in kept:
             os.dup2(nowhere, number)
         # Python's streams are not those two in a notebook, for example.
         with contextlib.ExitStack() as redirected:
@@ -228,11 +247,17 @@ def silenced(*, stdout: bool = False) -> Iterator[None]:
                 redirected.enter_context(contextlib.redirect_stdout(silences[0]))
             yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         for silence in silences:
             silence.is_silent = False
-        for number, copy in zip(numbers, kept, strict=True):
+        for number, copy in kept.items():
             os.dup2(copy, number)
             os.close(copy)
         os.close(nowhere)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()

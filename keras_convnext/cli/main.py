@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from keras_convnext._environment import __version__
+from keras_convnext._terminal import drop_unwritten
 from keras_convnext.cli.shared import complain, error_message
 
 # command -> (module of this folder, summary). For `list` the module has `list_options`, which adds options to
@@ -44,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by TensorFlow when it is imported
-    if sys.stdout is None:  # closed by the shell, as in `keras-convnext list >&-`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     if words and words[0] in _MOVED:
@@ -54,15 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        options = _parser(words).parse_args(words or ["--help"])
+        try:
+            options = _parser(words).parse_args(words or ["--help"])
+        finally:
+            sys.stdout.flush()  # of --help
         code = options.run(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # What is left in the buffer would fail once more when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, TypeError) as error:
         complain(f"error: {error_message(error)}")
@@ -72,6 +73,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"internal error: {type(error).__name__}: {error} (set KERAS_CONVNEXT_DEBUG=1 for the traceback)"
         )
         return 70
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            drop_unwritten(stream)
+
+
+def _open_closed_streams() -> None:
+    """Opens what the shell has closed, as in `keras-convnext list >&-`.
+
+    Else a file that is opened later would get its number, and hold what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115 - to the end
 
 
 def _parser(chosen: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:

@@ -115,16 +115,20 @@ def print_json(value) -> None:
 
 
 def complain(text: str) -> None:
+    """Prints an error on stderr, where it can be written, without what would steer a terminal."""
     if _environment.is_set("KERAS_CONVNEXT_DEBUG"):
         traceback.print_exc()
     if len(text) > MAX_MESSAGE:  # the beginning says what it is, the end what to do
         text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
-    print(f"keras-convnext: {text}", file=sys.stderr)
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    _terminal.print_line(f"keras-convnext: {shown}", sys.stderr)
 
 
 def error_message(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:
+        return "The working folder is no longer there. Change to another one."  # os.getcwd names no file
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     if isinstance(error, ModuleNotFoundError) and error.name in (*_environment.BACKENDS, "openvino"):
         return f"This command needs {error.name}, which is not installed. Run pip install {error.name}."
     return str(error) or type(error).__name__

@@ -189,6 +189,8 @@ def parse_policy(text: str) -> Policy | None:
             allowed = f"Known: {', '.join(known)}, each followed by a number." if known else "It takes none."
             raise ValueError(f"Unknown setting {section!r} of augmentation {text!r}. {allowed}")
         settings[match[1]] = float(match[2])
+    if not (settings.get("n", 2.0) in range(101) and settings.get("p", 0.5) <= 1):
+        raise ValueError(f"Expected a whole n up to 100 and p up to 1, received augmentation {text!r}.")
     std = settings.get("mstd", 0.0)
     if name == "rand":
         return RandAugment(
