@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from keras_convnext._terminal import Progress, markdown_table, silenced, table_lines
+from keras_convnext._terminal import Progress, markdown_table, say, silenced, table_lines
 
 pytestmark = pytest.mark.once
 
@@ -158,6 +158,39 @@ def test_lines_that_stay_and_errors_stand_above_the_bar(loud, monkeypatch):
         "a warning",
         "stays",
     ]
+
+
+class Gone(Terminal):
+    """A terminal that was closed, a pipe without a reader, a log on a full disk."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_work_goes_on_where_its_progress_cannot_be_written(loud, monkeypatch, is_terminal):
+    stream = Gone()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    assert run(stream, 4000, count=400).rate == 10
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("and so do lines")
+
+
+def test_a_process_without_a_console_works_in_silence(loud, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(None, 4000, count=400).rate == 10
+    say("nowhere")
+    with silenced(stdout=True):
+        pass
+    closed = os.dup(2)
+    os.close(2)
+    try:
+        with silenced():
+            pass
+    finally:
+        os.dup2(closed, 2)
+        os.close(closed)
 
 
 def test_standard_output_is_left_alone(loud, capsys):

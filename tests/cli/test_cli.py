@@ -552,6 +552,33 @@ def test_an_interruption_and_a_bug_have_codes_of_their_own(run, monkeypatch):
 
 
 @pytest.mark.once
+def test_errors_do_not_steer_the_terminal(refused):
+    message = refused("list", "a\x1b[31m\x07\udce9\u65e5")
+    assert message[:-1].isprintable()
+    assert "a\\x1b[31m\\x07\\udce9\u65e5" in message
+
+
+@pytest.mark.once
+def test_the_folder_of_an_unknown_user_is_one_that_is_not_there(run, refused, monkeypatch):
+    """It ended with exit code 70: "Could not determine home directory"."""
+    monkeypatch.setenv("KERAS_CONVNEXT_CACHE", "~nobody-of-this-name/cache")
+    assert run("info", "convnext_tiny.fb_in1k")[0] == 0
+    monkeypatch.setenv("KERAS_CONVNEXT_WEIGHTS_DIR", "~nobody-of-this-name/weights")
+    message = refused("info", "convnext_tiny.fb_in1k")
+    assert "KERAS_CONVNEXT_WEIGHTS_DIR names '~nobody-of-this-name/weights', which is not a folder" in message
+
+
+@pytest.mark.once
+def test_a_working_folder_that_was_removed_is_said(refused, monkeypatch):
+    def removed(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", removed)
+    message = refused("train", "smoke", "--out", "run", "--data", "photos")
+    assert message == "keras-convnext: error: The working folder is no longer there. Change to another one.\n"
+
+
+@pytest.mark.once
 def test_offline_weights_that_are_not_here_are_an_error_that_says_where_to_put_them(refused):
     message = refused("predict", PHOTOGRAPHS[0])
     assert "'convnext_tiny.keras_applications' are not on this machine" in message
@@ -584,6 +611,32 @@ def test_weights_that_are_no_file_are_an_error_in_words(refused):
 def test_a_closed_output_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as in `keras-convnext list >&-`
     assert main.main(["list"]) == 0
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("words", [["list"], ["--help"], ["train", "--help"]])
+def test_output_that_cannot_be_written_is_an_error(capsys, monkeypatch, words):
+    """Help ended with an exception of Python's end, and an error on a full disk with its exit code 120."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main.main(words) == 2
+    assert capsys.readouterr().err == "keras-convnext: error: No space left on device\n"
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main.main(["list", "nothing"]) == 2
+
+
+@pytest.mark.once
+def test_a_closed_stream_is_not_the_next_file():
+    """The first file opened would be number 2, on which libraries print."""
+    code = (
+        "import os, sys, keras_convnext_main; from keras_convnext.cli import main\n"
+        "code = main.main(['list', 'nothing'])\n"
+        "sys.exit(10 * code + os.open('/dev/null', os.O_RDONLY))"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, timeout=60).returncode >= 23
 
 
 @pytest.mark.once

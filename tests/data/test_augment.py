@@ -403,6 +403,11 @@ def test_parse_policy_names_what_is_near():
         ValueError, match=r"Unknown setting 'w3' of augmentation 'rand-w3'. Known: m, n, p, mstd"
     ):
         policies.parse_policy("rand-w3")
+    for name in ("rand-n101", "rand-n1.5", "rand-n" + "9" * 400, "rand-p2"):
+        with pytest.raises(
+            ValueError, match=f"a whole n up to 100 and p up to 1, received augmentation '{name}'"
+        ):
+            policies.parse_policy(name)
     with pytest.raises(ValueError, match=r"Unknown setting 'mx' of augmentation 'rand-mx'"):
         policies.parse_policy("rand-mx")
     with pytest.raises(

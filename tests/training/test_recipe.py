@@ -457,11 +457,15 @@ def test_a_recipe_cannot_be_changed(smoke):
         ({"layer_decay": "0.0"}, ["layer_decay: expected a number in (0, 1], received 0.0"]),
         ({"ema_decay": "1.0"}, ["ema_decay: expected a number in [0, 1), received 1.0"]),
         ({"image_size": "16"}, ["image_size: expected an integer of at least 32, received 16"]),
+        ({"image_size": "16385"}, ["image_size: expected at most 16,384, received 16385"]),
+        ({"eval_crop": "0.001"}, ["eval_crop: expected a number in [0.01, 1], received 0.001"]),
+        ({"eval_resize_size": "99999"}, ["eval_resize_size: expected at most 16,384, received 99999"]),
         ({"precision": '"bfloat16"'}, ["precision: expected one of float32, mixed", "'mixed_bfloat16'"]),
         ({"architecture": '"convnext_ato"'}, ["did you mean 'convnext_atto'", 'received "convnext_ato"']),
         ({"policy": '"ran-m9"'}, ["policy: expected a name that begins with one of none, rand", "'rand'?"]),
         ({"trainable": '"lora"'}, ['trainable: expected "all", "head" or "lora:', 'received "lora"']),
         ({"trainable": '"lora:0"'}, ['received "lora:0"']),
+        ({"trainable": '"lora:10000"'}, ["with a rank from 1 to 9999", 'received "lora:10000"']),
         ({"layer_decay_groups": '"layerwise"'}, ["'layer_wise'"]),
         ({"weights": '"d1_in1k"'}, ["weights: expected a tag, the", "Weights of convnext_atto: d2_in1k"]),
         (
@@ -513,6 +517,16 @@ def test_every_number_has_a_range(smoke):
     for name, value in numbers.items():
         with pytest.raises(ValueError, match=f"{name}: expected (a number|an integer) "):
             smoke.replaced({name: type(value)(-1)})
+
+
+@pytest.mark.parametrize("value", [10**400, 2**63], ids=["400 digits", "64 bits"])
+def test_every_integer_has_a_largest_value(smoke, value):
+    """Seeds overflowed in TensorFlow and step counts in a division, which ended with exit code 70."""
+    integers = [key for key, found in smoke.by_short_key().items() if type(found) is int]
+    assert len(integers) == 11
+    for name in integers:
+        with pytest.raises(ValueError, match=f"{name}: expected at most [0-9,]+, received"):
+            smoke.replaced({name: value})
 
 
 def test_every_key_is_described():
