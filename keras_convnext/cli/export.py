@@ -88,6 +88,8 @@ def export_command(options: argparse.Namespace) -> int:
     )
     if not labels and opened.class_list is not None:
         labels = class_names.class_names(opened.class_list)
+    if options.report is not None:
+        report.check_report(options.report)  # before minutes are spent on the files
     results = []
     for format, precision, path in targets:
         if sys.stderr.isatty():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext._environment import require
-from keras_convnext._files import replacing_file
+from keras_convnext._files import PNG_MARK, check_target, replace_file
 from keras_convnext._messages import shortened
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.index import Source
@@ -21,16 +21,28 @@ from keras_convnext.evaluation.results import Result, percentage
 WORST_CLASSES = 10
 WORST_IMAGES = 6  # of a class
 _THUMBNAIL = 96  # pixels
+# The files of `write_reports`, and what shows that it wrote one, which it may then replace.
+_MARKS = {
+    "predictions.csv": b"name,label,rank,",
+    "classes.csv": b"class,name,n,top1,",
+    "confusions.csv": b"label,predicted,count",
+    "faults.csv": b"name,reason",
+    "worst_classes.png": PNG_MARK,
+}
 
 
 def check_output(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder and checks that pictures can be drawn, before hours are spent on the evaluation."""
+    """Makes the folder and checks that the files can be written, before hours are spent on the evaluation."""
     require("matplotlib", "The picture of the worst classes")
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, mark in _MARKS.items():
+        check_target(pathlib.Path(folder) / name, mark=mark)
 
 
 def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     """Writes the tables and the picture of an evaluation; each file appears whole or not at all.
+
+    FileExistsError: one of these names is there and another program wrote it.
 
     - predictions.csv: name, label, rank of the label (0 where right) and first five classes of each image;
     - classes.csv: number of images, top-1 and top-5 accuracy of each class in percent, its most frequent
@@ -149,7 +161,7 @@ def _draw_worst_classes(result: Result) -> bytes:
             taken_for = display_name(result.source.classes[result.predictions[place, 0]])
             axis.set_title(shortened(taken_for, 20), fontsize=7, parse_math=False)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
+    figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
     return file.getvalue()
 
 
@@ -167,5 +179,4 @@ def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]])
 
 
 def _write(folder, name: str, content: bytes) -> None:
-    with replacing_file(pathlib.Path(folder) / name) as file:
-        file.write(content)
+    replace_file(pathlib.Path(folder) / name, content, _MARKS[name])

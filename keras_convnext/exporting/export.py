@@ -18,6 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext._files import check_target
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
 from keras_convnext.data.preprocessing import Preprocessing
@@ -236,6 +237,10 @@ def _check_target(path, format, replace):
             raise FileExistsError(
                 f"'{target}' is there already. Pass replace=True (--force) to write over it."
             )
+        if os.path.lexists(target) and not path.exists():  # PyTorch has weights named .bin
+            raise FileExistsError(
+                f"'{target}' is there already, and is not of '{path}', which is not there. Name another path."
+            )
 
 
 def _check_replaceable(target, is_folder):
@@ -260,6 +265,8 @@ def _check_replaceable(target, is_folder):
             f"'{target}' is there already: a file, which a folder does not replace. Name another path, or "
             "remove the file."
         )
+    else:
+        check_target(target)
 
 
 def _not_of_a_saved_model(folder):

@@ -121,10 +121,7 @@ def write_page(
 def _check_output(output: pathlib.Path, replace: bool) -> None:
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"Expected a page that ends in .html. Received: '{output}'.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder '{output.parent}'. Create it first.")
-    if output.exists() and not replace:
-        raise FileExistsError(f"'{output}' is there already. Pass replace=True (--force) to write over it.")
+    _files.check_target(output, replace)
 
 
 def _check_model_file(path: pathlib.Path) -> int:
