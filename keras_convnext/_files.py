@@ -1,36 +1,78 @@
-"""Writes a file in one step, so that neither a kill nor a full disk leaves half of it, and locks files.
+"""Reads files that may be anything, writes them in one step, so that neither a kill nor a full disk leaves
+half of one, and locks them.
 
 Every writer of this package asks `check_target` what it may replace.
 """
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
-from keras_convnext._messages import size_text
+from keras_convnext._messages import one_line, shortened, size_text
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 PNG_MARK = b"Software\0keras_convnext"  # of the pictures that this package draws, see `check_target`
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+MAX_TEXT_BYTES = 1 << 26  # of JSON, TOML, CSV and other text that is read at once
+
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+class FileFormatError(ValueError):
+    """A file is truncated, damaged or of a kind that cannot be read."""
+
+
+def regular_size(path: str | os.PathLike[str]) -> int:
+    """Returns the bytes of a file; an OSError tells what has no end or none of its own: a pipe, a device."""
+    state = os.stat(path)
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "Expected a file, received the folder", os.fspath(path))
+    if not stat.S_ISREG(state.st_mode):
+        kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+        kind = kinds.get(stat.S_IFMT(state.st_mode), "device")
+        raise OSError(errno.EINVAL, f"Expected a file, received the {kind}", os.fspath(path))
+    return state.st_size
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to read its bytes; OSError, before it is opened, where it is none: see `regular_size`."""
+    regular_size(path)
+    return open(path, "rb")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
+    """Returns the content of a file; FileFormatError, before it is read, where it is longer than `limit`."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise FileFormatError(
+            f"Expected at most {size_text(limit)} in '{path}', received {size_text(regular_size(path))}. "
+            "Is it the file that you meant?"
+        )
+    return content
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, without a byte order mark; a ValueError names a file in another encoding."""
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected text in UTF-8 in '{path}', received {error}. Save it as UTF-8.") from None
 
 
-def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes = b"") -> None:
-    """Refuses to write a file where something is that this package does not replace.
+"""Reads files that may be anything, writes them in one step, so that neither a kill nor a full disk leaves
+half of one, and locks them.
+
+Every writer of this package asks `check_target` what it may replace.
+"""
 
     That is a folder, a link, whatever it leads to, a pipe and a device; without `replace` every file; and with
     a `mark` a file that does not have it in its first 4 kB, as another program wrote that one.

@@ -24,7 +24,7 @@ def one_line(error: BaseException) -> str:
     """Returns type and text of an error, or of the error that it names as its reason."""
     reason = getattr(error, "reason", None)  # of a UnicodeError it is a text
     error = reason if isinstance(reason, BaseException) else error
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
 def size_text(num_bytes: int) -> str:

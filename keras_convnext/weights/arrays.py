@@ -1,12 +1,14 @@
 """Errors, memory maps and dtypes that the readers and writers of all weight files share."""
 
 import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from keras_convnext._files import FileFormatError, regular_size
+from keras_convnext._messages import shortened
 
 # PyTorch's name of each dtype that NumPy or ml_dtypes has. "<": both formats are little-endian.
 TORCH_DTYPES: dict[str, np.dtype] = {
@@ -33,10 +35,6 @@ TORCH_DTYPES: dict[str, np.dtype] = {
 }
 
 
-class FileFormatError(ValueError):
-    """A weight file is truncated, damaged or of a kind that cannot be read."""
-
-
 class UnsafeFileError(ValueError):
     """A .pth file asks for code that a state dict does not need; none of it was executed."""
 
@@ -59,14 +57,14 @@ def release_pages(array: np.ndarray) -> None:
 def damaged_file(
     path: Path, fact: str, remedy: str = "The file is damaged or incomplete: download or save it again."
 ) -> FileFormatError:
-    return FileFormatError(f"Cannot read '{path}': {fact}. {remedy}")
+    return FileFormatError(f"Cannot read '{path}': {shortened(fact, 400)}. {remedy}")
 
 
 def map_file(path: Path) -> memoryview:
     """Maps a file read-only; the mapping lives as long as a view of it does."""
+    if regular_size(path) == 0:
+        raise damaged_file(path, "it is empty (0 bytes)")
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise damaged_file(path, "it is empty (0 bytes)")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
