@@ -68,11 +68,75 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"Expected text in UTF-8 in '{path}', received {error}. Save it as UTF-8.") from None
 
 
-"""Reads files that may be anything, writes them in one step, so that neither a kill nor a full disk leaves
-half of one, and locks them.
+@contextlib.contextmanager
+def reading(
+    path: str | os.PathLike[str],
+    expected: str,
+    remedy: str,
+    error: type[Exception] = FileFormatError,
+) -> Iterator[None]:
+    """Tells whatever the content of a file does to the block that takes it apart in one sentence.
 
-Every writer of this package asks `check_target` what it may replace.
-"""
+    Args:
+        path: the file, as the message names it.
+        expected: what it should hold, such as "the index of a data set".
+        remedy: a sentence, what to do.
+        error: the class that is raised. One that the block raises itself goes on as it is, as do errors of
+            the system (an OSError with a number) and an ImportError.
+
+    Example:
+        with reading(path, "the list of splits", "Prepare the set again."):
+            names = [item["name"] for item in read_json(path)["splits"]]
+    """
+    try:
+        yield
+    except (error, FileFormatError, ImportError):
+        raise
+    except Exception as problem:
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise
+        what = f"{problem} is missing" if isinstance(problem, KeyError) else one_line(problem)
+        raise error(
+            f"Expected {expected} in '{path}', which is damaged or something else: "
+            f"{shortened(what, 200)}. {remedy}"
+        ) from problem
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, type] | None = None,
+    *,
+    expected: str = "JSON",
+    remedy: str = "Write it again.",
+    error: type[Exception] = FileFormatError,
+) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; the errors are those of `reading`.
+
+    Args:
+        path: the file.
+        kinds: the keys that must be there, and the type of each one's value: dict, list, str or int.
+        expected, remedy, error: as for `reading`, in which what is below these keys is best read.
+
+    Example:
+        read_json("best.json", {"step": int}, remedy="Remove it.")["step"]
+    """
+    with reading(path, expected, remedy, error):
+        return json_object(read_bytes(path), kinds)
+
+
+def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Returns the object that a JSON text holds, with keys as for `read_json`; to be called in `reading`."""
+    found = json.loads(text)
+    for name, kind in {"": dict, **(kinds or {})}.items():
+        value = found[name] if name else found
+        if not isinstance(value, kind) or isinstance(value, bool):
+            where = f" as {name!r}" if name else ""
+            raise TypeError(f"expected {_KINDS[kind]}{where}, received {shortened(repr(value), 80)}")
+    return found
+
+
+def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes = b"") -> None:
+    """Refuses to write a file where something is that this package does not replace.
 
     That is a folder, a link, whatever it leads to, a pipe and a device; without `replace` every file; and with
     a `mark` a file that does not have it in its first 4 kB, as another program wrote that one.
