@@ -138,8 +138,8 @@ def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> d
 def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes = b"") -> None:
     """Refuses to write a file where something is that this package does not replace.
 
-    That is a folder, a link, whatever it leads to, a pipe and a device; without `replace` every file; and with
-    a `mark` a file that does not have it in its first 4 kB, as another program wrote that one.
+    That is a folder, a link, whatever it leads to, a pipe and a device; without `replace` every file; and
+    with a `mark` a file that does not have it in its first 4 kB, as another program wrote that one.
 
     Raises:
         IsADirectoryError, FileExistsError: these.

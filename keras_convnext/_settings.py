@@ -202,7 +202,8 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped, and bytes that are not UTF-8.
+        value = value.encode("utf-8", "backslashreplace").decode("utf-8")
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"

@@ -143,7 +143,7 @@ def read_labels(path: str | None, name: str | None) -> list[str]:
         path = next((str(candidate) for candidate in candidates if candidate.exists()), None)
     if path is None:
         return []
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return class_names.from_lines(read_text(path))
 
 
 def _read_batches(

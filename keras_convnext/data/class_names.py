@@ -13,6 +13,8 @@ Tiny ImageNet (CS231n at Stanford, wnids.txt), all among ImageNet-1k's, in the s
 
 import functools
 import gzip
+import json
+from collections.abc import Iterable
 from importlib import resources
 
 _MEMBERSHIP = {1000: 1, 11821: 2, 21841: 4}
@@ -27,6 +29,32 @@ def find_class_list(dataset: str, classes: int) -> int | str | None:
     if dataset == TINY_IMAGENET:
         return TINY_IMAGENET
     return classes if classes in _MEMBERSHIP else None
+
+
+def to_lines(names: Iterable[str]) -> str:
+    """Returns the text of a labels file: a name in each line, which `from_lines` reads back.
+
+    A name with line ends, with blanks around it, that is empty, begins with a quotation mark or is not UTF-8
+    is written as JSON does: "two\\nlines" in quotation marks, in ASCII.
+    """
+    return "".join(f"{name if _is_plain(name) else json.dumps(name)}\n" for name in names)
+
+
+def from_lines(text: str) -> list[str]:
+    """Returns the names in a labels file: its lines that are not blank, those that are JSON texts read so."""
+    return [_name(line) for line in map(str.strip, text.splitlines()) if line]
+
+
+def _is_plain(name: str) -> bool:
+    is_utf8 = name.encode("utf-8", "ignore").decode("utf-8") == name
+    return is_utf8 and name.strip().splitlines() == [name] and not name.startswith('"')
+
+
+def _name(line: str) -> str:
+    try:
+        return str(json.loads(line)) if line.startswith('"') else line
+    except ValueError:
+        return line
 
 
 def class_names(classes: int | str) -> list[str]:

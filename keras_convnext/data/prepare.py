@@ -21,7 +21,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from keras_convnext._environment import require
-from keras_convnext._files import disk_error_text, replace_file, sync_folder, try_lock
+from keras_convnext._files import (
+    disk_error_text,
+    open_to_lock,
+    read_bytes,
+    replace_file,
+    sync_folder,
+    try_lock,
+)
 from keras_convnext._terminal import Progress
 from keras_convnext.data import sources
 from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Source, SourceError, write_index
@@ -29,6 +36,12 @@ from keras_convnext.data.records import read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
+_RECORD = {
+    "name": str,
+    "size": int,
+    "sha256": str,
+    "num_examples": int,
+}  # of a shard, in journal and manifest
 
 
 class PrepareError(SourceError):
@@ -135,7 +148,7 @@ def prepare(
     opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
     os.makedirs(output, exist_ok=True)
     images, num_shards, num_bytes, num_kept = {}, {}, 0, 0
-    with open(os.path.join(output, "prepare.lock"), "ab") as lock:
+    with open_to_lock(os.path.join(output, "prepare.lock")) as lock:
         if not try_lock(lock):
             raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
         for asked, source in opened.items():
@@ -264,31 +277,49 @@ def _head(source: Source, number: int, length: int) -> bytes:
 
 def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
     """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
-    settings, records = None, []
-    if os.path.exists(journal):
-        with open(journal, encoding="utf-8") as file:
-            # A line that a killed run began has no end.
-            lines = [json.loads(line) for line in file if line.endswith("\n")]
-        settings, records = (lines[0], lines[1:]) if lines else (None, [])
-    elif entry is not None:
-        settings, records = entry["settings"], entry["shards"]
-    if settings is None:
-        return {}
-    other = [name for name in settings if settings[name] != plan.settings[name]]
+    lines = _journal_lines(journal)
+    if not lines and entry is not None:
+        lines = [entry["settings"], *entry["shards"]]
+    settings, *records = lines or [{}]
+    other = [name for name in settings if settings[name] != plan.settings.get(name)]
     if other:
-        expected, received = ([f"{name}={of[name]}" for name in other] for of in (settings, plan.settings))
+        expected, received = (
+            [f"{name}={of.get(name)}" for name in other] for of in (settings, plan.settings)
+        )
         raise PrepareError(
             f"'{plan.folder}' holds the split {plan.split} with {', '.join(expected)}: expected the same, "
             f"received {', '.join(received)} (source is a hash of names, sizes, labels and classes). Pass "
             "what was passed then, or another folder."
         )
     numbers = {plan.name(shard): shard for shard in range(len(plan.ends))}
+    records = [
+        record
+        for record in records
+        if all(isinstance(record.get(key), kind) for key, kind in _RECORD.items())
+        and record["name"] in numbers
+    ]
     intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
     return {
         numbers[record["name"]]: record
         for record, is_intact in zip(records, intact, strict=True)
         if is_intact
     }
+
+
+def _journal_lines(journal: str) -> list[dict]:
+    """Returns the settings and the records of a journal.
+
+    A line that is no object of JSON, as a kill or a power cut leaves it, is as if it were not there; without
+    the settings, the first line, nothing is.
+    """
+    lines: list[dict] = []
+    if os.path.exists(journal):
+        for number, line in enumerate(read_bytes(journal).splitlines()):
+            with contextlib.suppress(ValueError, RecursionError):
+                lines += [found] if isinstance(found := json.loads(line), dict) else []
+            if len(lines) == number == 0:
+                break
+    return lines
 
 
 def _refuse_foreign_files(plan: _Plan) -> None:
@@ -365,7 +396,7 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
     path = os.path.join(plan.folder, plan.name(shard))
     temporary = _temporary_name(path)
     try:
-        with tf.io.TFRecordWriter(temporary) as writer:
+        with tf.io.TFRecordWriter(os.fsencode(temporary)) as writer:
             for number in plan.examples(shard):
                 image, length = plan.source.read(number), int(plan.lengths[number])
                 if len(image) != length:

@@ -197,7 +197,9 @@ def _scan_records(
                 )
             if has_synset:
                 first, size = _one(features["image/class/synset"], tuple, "image/class/synset", file)
-                value = synsets.setdefault(content[first : first + size].decode("utf-8"), len(synsets))
+                value = synsets.setdefault(
+                    content[first : first + size].decode("utf-8", "surrogateescape"), len(synsets)
+                )
             if not -1 <= value < 1 << 31:
                 raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {value}.")
             text = f"{os.path.basename(file)}@{start}"

@@ -260,7 +260,7 @@ def _synsets(classes: Sequence[str]) -> list[str]:
 
 
 def _subset_digest(classes: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(classes)).encode("utf-8")).hexdigest()
+    return hashlib.sha256("\n".join(sorted(classes)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _without_unused_classes(source: Source) -> Source:

@@ -144,7 +144,7 @@ def append_result(path: str | os.PathLike[str], result: Result) -> None:
         if size == 0:
             writer.writeheader()
         writer.writerow(row)
-        content = text.getvalue().encode("utf-8")
+        content = text.getvalue().encode("utf-8", "backslashreplace")
         written = file.write(content)
         if written != len(content):
             file.truncate(size)

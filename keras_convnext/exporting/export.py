@@ -21,6 +21,7 @@ import numpy as np
 from keras_convnext._files import check_target
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
+from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, runtimes, writers
 
@@ -483,16 +484,17 @@ def _store_metadata(path, format, model, request, labels, licence):
         "licence": licence,
         "labels": None if labels is None else list(labels),
     }
-    text = json.dumps(metadata, indent=1, ensure_ascii=False)
+    # A name that is not UTF-8 is written with the escapes that JSON has.
+    text = json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if format == "litert":
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("metadata.json", text)
             if labels is not None:
-                archive.writestr("labels.txt", "\n".join(labels) + "\n")
+                archive.writestr("labels.txt", class_names.to_lines(labels))
     else:
         file = runtimes.metadata_file(path)
         file.parent.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(text)
 
 
 def _move(folder, path, replaced):

@@ -100,7 +100,7 @@ def write_page(
     pieces: dict[str, Any] = {name: [html.escape(text).encode()] for name, text in texts.items()}
     # "<" would let a label end the element.
     described = json.dumps(metadata | {"page": settings}, ensure_ascii=False).replace("<", "\\u003c")
-    pieces["metadata"] = [described.encode()]
+    pieces["metadata"] = [described.encode("utf-8", "backslashreplace")]
     pieces["script"] = [(web / "page.js").read_bytes()]
     pieces["runtime"] = [
         element

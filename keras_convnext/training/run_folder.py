@@ -30,6 +30,9 @@ import numpy as np
 from keras_convnext._files import (
     LOCKS_UNSUPPORTED,
     disk_error_text,
+    open_to_lock,
+    read_json,
+    reading,
     replace_file,
     replacing_path,
     sync_folder,
@@ -141,10 +144,12 @@ class RunFolder:
 
     def best(self) -> tuple[int, float] | None:
         """Returns step and value of the last `mark_best`, or None; ValueError where its file is damaged."""
-        with contextlib.suppress(FileNotFoundError):
-            entry = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
-            return int(entry["step"]), float(entry["value"])
-        return None
+        path = self.path / BEST_FILE
+        if not path.exists():
+            return None
+        with reading(path, "the best step", "Remove it."):
+            entry = read_json(path, {"step": int})
+            return entry["step"], float(entry["value"])
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint file, whole or damaged, in rising order."""
@@ -227,7 +232,7 @@ class RunFolder:
         """Removes the whole checkpoints that are neither the best nor among the newest."""
         try:
             best = self.best()
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             _logger.warning(
                 "All checkpoints stay until there is a better one, as %s is damaged: %s", BEST_FILE, error
             )
@@ -293,29 +298,34 @@ def _take_folder(folder: pathlib.Path) -> None:
 def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
     """Holds the lock of a folder until the stack is closed or the process ends."""
     with _writing(folder):
-        # The file stays: removing it would let a process lock a file that others no longer see. Without a
-        # buffer, or else closing it would fail on a full disk.
-        file = stack.enter_context((folder / _LOCK_FILE).open("a+b", buffering=0))
+        # The file stays: removing it would let a process lock a file that others no longer see.
+        file = stack.enter_context(open_to_lock(folder / _LOCK_FILE))
         try:
             is_free = try_lock(file)
         except OSError as error:
             if error.errno not in LOCKS_UNSUPPORTED:
                 raise
-            file = stack.enter_context(_local_lock(folder).open("a+b", buffering=0))
+            file = stack.enter_context(open_to_lock(_local_lock(folder)))
             is_free = try_lock(file)
+    holder = _holder(file)
     if not is_free:
         raise RunFolderError(
-            f"Another process trains in '{folder}' ({_holder(file)}). Wait for it, end it, or pass another "
-            "folder."
+            f"Another process trains in '{folder}' ({holder}). Wait for it, end it, or pass another folder."
+        )
+    if not holder.startswith(("process ", "unknown")):
+        raise RunFolderError(
+            f"Expected the lock of a run in '{file.name}', received another file, which is not written over. "
+            "Move it, or pass another folder."
         )
     with _writing(folder):
         file.truncate(0)
+        file.seek(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def _local_lock(folder: pathlib.Path) -> pathlib.Path:
     """Returns a file of this user on a disk of this machine that stands for a folder."""
-    name = hashlib.sha256(f"{pathlib.Path.home()}\n{folder.resolve()}".encode()).hexdigest()
+    name = hashlib.sha256(os.fsencode(f"{pathlib.Path.home()}\n{folder.resolve()}")).hexdigest()
     return pathlib.Path(tempfile.gettempdir()) / f"keras_convnext-{name[:32]}.lock"
 
 
@@ -330,13 +340,13 @@ def _holder(file: BinaryIO) -> str:
 def _read_identity(folder: pathlib.Path) -> dict | None:
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, {"format": str, "identity": dict})
         if content["format"] != _FORMAT:
             raise ValueError(f"expected the format {_FORMAT!r}, received {content['format']!r}")
-        return dict(content["identity"])
+        return content["identity"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RunFolderError(
             f"'{path}' cannot be read as the description of a run ({one_line(error)}), so it is not known "
             "which run the folder holds. Bring the file back from a copy, or pass another folder."

@@ -144,7 +144,7 @@ class Classification:
         folder.write_with(
             "final.safetensors", lambda path: save_weights(model, path, layout, self.preprocessing)
         )
-        folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in data.training.classes))
+        folder.write_text("final.labels.txt", class_names.to_lines(data.training.classes))
 
 
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
