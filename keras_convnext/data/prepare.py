@@ -313,12 +313,15 @@ def _journal_lines(journal: str) -> list[dict]:
     the settings, the first line, nothing is.
     """
     lines: list[dict] = []
-    if os.path.exists(journal):
-        for number, line in enumerate(read_bytes(journal).splitlines()):
-            with contextlib.suppress(ValueError, RecursionError):
-                lines += [found] if isinstance(found := json.loads(line), dict) else []
-            if len(lines) == number == 0:
-                break
+    for line in read_bytes(journal).splitlines() if os.path.exists(journal) else ():
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict):
+            lines.append(found)
+        elif not lines:
+            break
     return lines
 
 

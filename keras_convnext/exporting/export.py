@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext._environment import child_python
 from keras_convnext._files import check_target
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
@@ -385,15 +385,15 @@ def _write(model, request, row, folder):
         ) from error
     request_path = os.path.join(folder, "request.json")
     pathlib.Path(request_path).write_text(json.dumps(dataclasses.asdict(request)))
-    environment = os.environ | {
-        "KERAS_BACKEND": row.backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "CUDA_VISIBLE_DEVICES": "-1",
-    }
-    package_folder = str(pathlib.Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([package_folder, environment.get("PYTHONPATH", "")])
+    command, environment = child_python(
+        "from keras_convnext.exporting.writers import main; main()",
+        request_path,
+        KERAS_BACKEND=row.backend,
+        TF_CPP_MIN_LOG_LEVEL="3",
+        CUDA_VISIBLE_DEVICES="-1",
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "from keras_convnext.exporting.writers import main; main()", request_path],
+        command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

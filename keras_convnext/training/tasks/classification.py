@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_convnext import models
 from keras_convnext.conversion import save_weights
-from keras_convnext.data import sources
+from keras_convnext.data import class_names, sources
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.distribution.engine import Engine
