@@ -13,7 +13,8 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from keras_convnext._messages import one_line, shortened, size_text
@@ -281,6 +282,20 @@ def try_lock(file: BinaryIO) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+    return True
+
+
+def wait_for_lock(file: BinaryIO, note: Callable[[], object] = bool) -> bool:
+    """Waits for the lock, after `note` is called; returns False where the file system has no locks."""
+    try:
+        if not try_lock(file):
+            note()
+            while not try_lock(file):
+                time.sleep(0.05)
+    except OSError as error:
+        if error.errno not in LOCKS_UNSUPPORTED:
+            raise
+        return False
     return True
 
 

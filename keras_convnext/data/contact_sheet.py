@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from keras_convnext._files import PNG_MARK, check_target, replacing_file
-from keras_convnext.data import batches, preprocess
+from keras_convnext.data import batches, preprocess, sources
 from keras_convnext.data.augment import erase_and_mix, policies
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -35,6 +35,7 @@ def draw(
     FileExistsError: there is something at `output` that is no contact sheet.
     """
     check_target(output, mark=PNG_MARK)
+    sources.check_outside(source.path, output)
     policy = policies.parse_policy(augmentation.policy)
     levels = policy.levels if isinstance(policy, policies.RandAugment) else policies.RandAugment().levels
     count = min(4 * _COLUMNS, len(source) // 2 * 2)

@@ -142,6 +142,7 @@ def prepare(
         raise ValueError(
             f"Expected output to be another folder than the source, received '{output}' for both."
         )
+    sources.check_outside(source_path, output)
     require("tensorflow", "Writing shards")
     names = sources.list_splits(source_path) if split is None else [split]
     # All are opened before one is written, so that trouble with the last one shows at once.

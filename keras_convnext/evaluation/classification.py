@@ -99,6 +99,7 @@ def evaluate(
     if results is not None:
         check_results_file(results)
     if output is not None:
+        sources.check_outside(data.path if isinstance(data, Source) else data, output)
         report.check_output(output)
     batches = import_batches()
     if split is None and not isinstance(data, Source) and sources.list_splits(data):

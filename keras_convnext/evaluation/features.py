@@ -226,6 +226,8 @@ def both_features(settings, model, data, cache, max_faults, progress):
         ImportError: TensorFlow, which reads the images, is not installed.
     """
     classification.import_batches()  # its absence is told before anything is downloaded
+    if cache is not None and settings.data:
+        sources.check_outside(settings.data, cache)
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
     if train_source.classes != test_source.classes:
         raise ValueError(

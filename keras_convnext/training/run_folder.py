@@ -13,6 +13,7 @@ Every file appears under its name when it is complete. Nothing here needs Keras.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -63,15 +64,21 @@ class RunFolderError(OSError):
 
 
 def open_run(
-    path: str | os.PathLike[str], identity: Mapping[str, object], *, checkpoint_bytes: int, keep: int = 2
+    path: str | os.PathLike[str],
+    identity: Mapping[str, object],
+    *,
+    checkpoint_bytes: int,
+    keep: int = 2,
+    weights_bytes: int = 0,
 ) -> "RunFolder":
     """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
 
     Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of another
     run, that is of another `identity` (JSON values), a folder of something else, another process in it, no
     permission, not enough space. The space is that of `keep` + 2 checkpoints of `checkpoint_bytes`: the
-    newest ones, the best one and the one that is being written; checkpoints that are there count. What a
-    killed process was writing is removed. A folder that is empty or has hidden files only is a new one.
+    newest ones, the best one and the one that is being written, and `weights_bytes` for weight files beside
+    them; what is there counts. What a killed process was writing is removed. A folder that is empty or has
+    hidden files only is a new one.
 
     The lock ends with the process, however it ends. On a file system without locks a lock file in the
     machine's temporary folder stands in, which other machines do not see.
@@ -85,7 +92,7 @@ def open_run(
         if stored is not None:
             _refuse_other_run(folder, stored, given)
         _remove_leftovers(folder)
-        _refuse_small_disk(folder, checkpoint_bytes, keep)
+        _refuse_small_disk(folder, checkpoint_bytes, keep, weights_bytes)
         with _writing(folder):
             # In any case: a disk that is there and takes no more files shows here.
             _write_bytes(folder / RUN_FILE, _json_bytes({"format": _FORMAT, "identity": stored or given}))
@@ -377,14 +384,17 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
                 path.unlink()
 
 
-def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int) -> None:
-    present = sum(path.stat().st_size for path in (folder / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
-    needed, free = (keep + 2) * checkpoint_bytes - present, shutil.disk_usage(folder).free
+def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int, weights_bytes: int) -> None:
+    files = itertools.chain(folder.glob("*.h5"), folder.rglob("*.safetensors"))
+    present, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+    needed = (keep + 2) * checkpoint_bytes + weights_bytes - present
     if needed > free:
+        what = (
+            f"{keep + 2} checkpoints of {size_text(checkpoint_bytes)}{' and weights' * (weights_bytes > 0)}"
+        )
         raise RunFolderError(
-            f"Expected {size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
-            f"{size_text(checkpoint_bytes)}, received {size_text(free)}: {size_text(needed - free)} are "
-            "missing. Free some, or pass a folder on another disk."
+            f"Expected {size_text(needed)} free at '{folder}' for {what}, received {size_text(free)}: "
+            f"{size_text(needed - free)} are missing. Free some, or pass a folder on another disk."
         )
 
 

@@ -4,20 +4,23 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import json
+import logging
 import math
 import pathlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_convnext._files import read_json
 from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import identity
 from keras_convnext.weights import resolve
+
+_logger = logging.getLogger("keras_convnext")
 
 LOG_FILE = "log.csv"
 CURVES_FILE = "curves.png"
@@ -146,8 +149,18 @@ def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
     ]
 
 
-def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the scores of a run that has ended; None where steps are left."""
-    has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
-    path = folder / RESULT_FILE
-    return json.loads(path.read_text()) if has_weights and path.exists() else None
+def ended_result(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the scores of a run that has ended; None where steps are left.
+
+    Nor are there any where the result or one of its files, by `names`, is missing or damaged, which is told:
+    the run then writes them again, from its last checkpoint.
+    """
+    missing = [name for name in (RESULT_FILE, *names) if not (folder / name).is_file()]
+    if not missing:
+        try:
+            return read_json(folder / RESULT_FILE, {"epoch": int}, expected="the scores of a run")
+        except ValueError as error:
+            missing = [str(error)]
+    if RESULT_FILE not in missing:
+        _logger.warning("Of the run in %s, which has ended, is written again: %s", folder, missing[0])
+    return None

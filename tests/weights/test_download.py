@@ -18,9 +18,9 @@ import time
 import types
 import urllib.request
 
-import filelock
 import pytest
 
+from keras_convnext import _files
 from keras_convnext.weights import download, locate
 from keras_convnext.weights.catalog import CHECKPOINTS
 
@@ -370,10 +370,10 @@ def test_killed_process_leaves_no_file_and_next_call_resumes(server, tmp_path):
 
 
 def test_file_system_without_locks_uses_a_part_of_its_own(server, tmp_path, monkeypatch):
-    def no_locks(self, timeout=None):
+    def no_locks(file):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    monkeypatch.setattr(_files, "try_lock", no_locks)
     server.behaviour.always_cut = 1000
     with pytest.raises(download.WeightsNotFoundError):
         download.fetch(row(server))
