@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 from keras_convnext._environment import is_set
 from keras_convnext._files import (
     NO_SPACE,
+    check_target,
     disk_error_text,
     open_to_lock,
     replace_file,
@@ -164,6 +165,7 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
             if target.is_file():
                 _check(target, expected, is_recorded=True)
                 return target
+            check_target(target)
             # Without locks, a name of its own keeps two processes from mixing their bytes. Browsers name what
             # they download so too: such a part has no state.
             part = target.with_name(f"{target.name}.part")
@@ -281,8 +283,8 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -
         answered = _validator(response.headers)
         encoding = response.headers.get("Content-Encoding") or "identity"
         length = response.headers.get("Content-Length", "")
-        if encoding != "identity" or (length.isdecimal() and int(length) == 0):
-            what = f"the file in the encoding {encoding}" if int(length or 1) else "an empty file"
+        if response.status in (200, 206) and (encoding != "identity" or length.strip("0") == "" != length):
+            what = "an empty file" if encoding == "identity" else f"the file in the encoding {encoding}"
             raise _InterruptedError(f"{url} answered with {what}: expected its bytes as they are.")
         if response.status == 206 and start > 0:
             total = _total_of_range(response.headers, start)
