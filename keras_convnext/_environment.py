@@ -78,18 +78,6 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
-def child_python(code: str, *words: str, **variables: str) -> tuple[list[str], dict[str, str]]:
-    """Returns command and environment of a child that runs code with this package, and nothing else's.
-
-    Python would look for modules in the working folder first, with `-c` and with an empty part of PYTHONPATH.
-    `words` are its `sys.argv[1:]`; `variables` are set beside those of this process.
-    """
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    folders = [str(pathlib.Path(__file__).resolve().parents[1]), *filter(None, given)]
-    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(folders)}
-    return [sys.executable, "-P", "-c", code, *words], environment
-
-
 def machine() -> dict[str, str]:
     """Returns time, version, commit, Python, CPU, cores and load, without importing a framework."""
     return {

@@ -172,6 +172,13 @@ def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes
                 )
 
 
+def prepare_folder(folder: str | os.PathLike[str], marks: Mapping[str, bytes]) -> None:
+    """Makes the folder of some files, and refuses those that another program wrote; see `check_target`."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, mark in marks.items():
+        check_target(pathlib.Path(folder) / name, mark=mark)
+
+
 @contextlib.contextmanager
 def replacing_file(path: str | os.PathLike[str], mark: bytes = b"") -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the path's place when the block ends without an error.

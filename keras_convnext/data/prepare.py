@@ -293,12 +293,8 @@ def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int
             "what was passed then, or another folder."
         )
     numbers = {plan.name(shard): shard for shard in range(len(plan.ends))}
-    records = [
-        record
-        for record in records
-        if all(isinstance(record.get(key), kind) for key, kind in _RECORD.items())
-        and record["name"] in numbers
-    ]
+    records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
+    records = [record for record in records if record["name"] in numbers]
     intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
     return {
         numbers[record["name"]]: record

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext._environment import require
-from keras_convnext._files import PNG_MARK, check_target, replace_file
+from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
 from keras_convnext._messages import shortened
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.index import Source
@@ -34,9 +34,7 @@ _MARKS = {
 def check_output(folder: str | os.PathLike[str]) -> None:
     """Makes the folder and checks that the files can be written, before hours are spent on the evaluation."""
     require("matplotlib", "The picture of the worst classes")
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, mark in _MARKS.items():
-        check_target(pathlib.Path(folder) / name, mark=mark)
+    prepare_folder(folder, _MARKS)
 
 
 def write_reports(folder: str | os.PathLike[str], result: Result) -> None:

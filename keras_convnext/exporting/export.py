@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -17,7 +18,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_convnext._environment import child_python
 from keras_convnext._files import check_target
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
@@ -385,15 +385,17 @@ def _write(model, request, row, folder):
         ) from error
     request_path = os.path.join(folder, "request.json")
     pathlib.Path(request_path).write_text(json.dumps(dataclasses.asdict(request)))
-    command, environment = child_python(
-        "from keras_convnext.exporting.writers import main; main()",
-        request_path,
-        KERAS_BACKEND=row.backend,
-        TF_CPP_MIN_LOG_LEVEL="3",
-        CUDA_VISIBLE_DEVICES="-1",
-    )
+    # Nothing of the working folder is imported: -P, and no empty part of PYTHONPATH, which means it.
+    folders = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "KERAS_BACKEND": row.backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "PYTHONPATH": os.pathsep.join(filter(None, os.pathsep.join(folders).split(os.pathsep))),
+    }
+    code = "from keras_convnext.exporting.writers import main; main()"
     done = subprocess.run(
-        command,
+        [sys.executable, "-P", "-c", code, request_path],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

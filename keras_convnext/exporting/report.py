@@ -9,20 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_convnext._environment import require
-from keras_convnext._files import PNG_MARK, check_target, replace_file
+from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
 from keras_convnext._terminal import markdown_table
 
 COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/image", "x Keras model")
 ALIGNMENTS = "<<<>>>>>"
-# The files of `write_report`, and what shows that it wrote one, which it may then replace.
-_MARKS = {"exports.csv": b"path,format,precision,", "table.md": b"\n| file", "exports.png": PNG_MARK}
-
-
-def check_report(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder of a report; FileExistsError: a file in it has a name of a report's and is none."""
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, mark in _MARKS.items():
-        check_target(pathlib.Path(folder) / name, mark=mark)
+# The files of a report, and what shows that `write_report` wrote one, which it may then replace.
+MARKS = {"exports.csv": b"path,format,precision,", "table.md": b"\n| file", "exports.png": PNG_MARK}
 
 
 def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
@@ -54,8 +47,8 @@ def write_report(
     `heading` is a line above the table and the picture, such as the model and the machine; `savings` the text
     of `deploy.savings`, for the end of table.md.
     """
-    check_report(folder)
-    paths = [pathlib.Path(folder) / name for name in _MARKS]
+    prepare_folder(folder, MARKS)
+    paths = [pathlib.Path(folder) / name for name in MARKS]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(results[0])])

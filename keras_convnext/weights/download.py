@@ -8,6 +8,7 @@ Environment variables:
     Those that `locate` names.
 """
 
+import concurrent.futures
 import contextlib
 import email.message
 import errno
@@ -16,7 +17,6 @@ import http.client
 import json
 import os
 import pathlib
-import queue
 import re
 import shutil
 import threading
@@ -281,11 +281,13 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -
                 f"{url} redirects to {response.url}: expected an https address. {_use_own_copy(url)}"
             )
         answered = _validator(response.headers)
-        encoding = response.headers.get("Content-Encoding") or "identity"
+        encoding = response.headers.get("Content-Encoding", "identity")
         length = response.headers.get("Content-Length", "")
-        if response.status in (200, 206) and (encoding != "identity" or length.strip("0") == "" != length):
-            what = "an empty file" if encoding == "identity" else f"the file in the encoding {encoding}"
-            raise _InterruptedError(f"{url} answered with {what}: expected its bytes as they are.")
+        if response.status in (200, 206) and (encoding != "identity" or length == "0"):
+            raise _InterruptedError(
+                f"{url} answered with the length {length or 'unknown'} in the encoding {encoding}: expected "
+                "a file as it is."
+            )
         if response.status == 206 and start > 0:
             total = _total_of_range(response.headers, start)
             if total is None or answered not in (None, validator):
@@ -362,23 +364,17 @@ def _append(
 
 
 def _opened(request: urllib.request.Request) -> Any:
-    """Returns the answer to a request; its lines may come too slowly for any time-out of a socket."""
-    answers: queue.Queue[Any] = queue.Queue()
+    """Returns the answer to a request; its first lines may come more slowly than a socket's time-out sees."""
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def ask() -> None:
         try:
-            answers.put(urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS))
+            answer.set_result(urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS))
         except Exception as error:
-            answers.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=4 * TIMEOUT_SECONDS)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {4 * TIMEOUT_SECONDS:.0f} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    return answer.result(4 * TIMEOUT_SECONDS)  # TimeoutError
 
 
 def _write(file: BinaryIO, chunk: bytes) -> None:

@@ -304,8 +304,11 @@ def test_a_cut_without_a_length_is_not_taken_for_the_end(server, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"headers": {"Content-Encoding": "gzip"}}, "answered with the file in the encoding gzip: expected"),
-        ({"content_length": "0"}, "answered with an empty file: expected"),
+        (
+            {"headers": {"Content-Encoding": "gzip"}},
+            "answered with the length 307200 in the encoding gzip: expected a file",
+        ),
+        ({"content_length": "0"}, "answered with the length 0 in the encoding identity: expected a file"),
         ({"redirects": True}, r"answered 302 \(The HTTP server returned a redirect error .* Found\)"),
     ],
 )
@@ -345,7 +348,7 @@ def test_a_status_line_that_comes_slowly_is_given_up(tmp_path, monkeypatch):
                     time.sleep(0.05)
 
         threading.Thread(target=drip, daemon=True).start()
-        with pytest.raises(download.UnreachableError, match="cannot be reached: TimeoutError: no answer in"):
+        with pytest.raises(download.UnreachableError, match="cannot be reached: TimeoutError"):
             download.fetch(row(url=f"http://127.0.0.1:{server.getsockname()[1]}/tiny_1k.pth"))
 
 
