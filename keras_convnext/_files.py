@@ -268,8 +268,7 @@ def disk_error_text(
 def open_to_lock(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a file for `try_lock`, without a buffer; what is in it stays. OSError: see `check_target`."""
     check_target(path)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    return os.fdopen(descriptor, "r+b", buffering=0)  # a buffer could not be written on a full disk
+    return pathlib.Path(path).open("a+b", buffering=0)  # closing a buffer would fail on a full disk
 
 
 def try_lock(file: BinaryIO) -> bool:

@@ -371,6 +371,6 @@ def _write_cache(path: pathlib.Path, features: Features) -> None:
     except OSError as error:
         print(
             f"The features of {len(features.labels)} images are not kept, and will be computed again: "
-            f"'{path.parent}' cannot be written ({error.strerror}).",
+            f"'{path.parent}' cannot be written ({error.strerror or error}).",
             file=sys.stderr,
         )

@@ -26,7 +26,7 @@ from keras_convnext._files import replace_file
 
 Value = float | int | str
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 class CsvLog:

@@ -32,6 +32,7 @@ from keras_convnext._files import (
     LOCKS_UNSUPPORTED,
     disk_error_text,
     open_to_lock,
+    read_bytes,
     read_json,
     reading,
     replace_file,
@@ -326,7 +327,6 @@ def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
         )
     with _writing(folder):
         file.truncate(0)
-        file.seek(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
@@ -347,13 +347,13 @@ def _holder(file: BinaryIO) -> str:
 def _read_identity(folder: pathlib.Path) -> dict | None:
     path = folder / RUN_FILE
     try:
-        content = read_json(path, {"format": str, "identity": dict})
+        content = json.loads(read_bytes(path))
         if content["format"] != _FORMAT:
             raise ValueError(f"expected the format {_FORMAT!r}, received {content['format']!r}")
-        return content["identity"]
+        return dict(content["identity"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(
             f"'{path}' cannot be read as the description of a run ({one_line(error)}), so it is not known "
             "which run the folder holds. Bring the file back from a copy, or pass another folder."

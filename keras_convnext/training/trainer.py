@@ -65,7 +65,8 @@ def train(
     Into the folder go recipe.toml (all values, after `overrides`), environment.json, log.csv (one row an
     epoch), curves.png, tensorboard/, checkpoints/, and weights: best.weights.h5 (of the epoch with the best
     top-1), final.weights.h5, and final_ema.weights.h5 where the recipe has an average; final.safetensors
-    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open.
+    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open. Of a run
+    that has ended the same call writes again what is missing of the final files.
 
     SIGTERM and Ctrl-C end the run after the step that is being made, with a checkpoint. Where an image
     cannot be decoded another takes its place; more than 1 % of such images are an error.
