@@ -19,6 +19,8 @@ import pydantic
 from pydantic import AfterValidator, Strict
 from pydantic.fields import FieldInfo
 
+from keras_convnext._messages import printable
+
 NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -203,8 +205,7 @@ def toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL, which TOML wants escaped, and bytes that are not UTF-8.
-        value = value.encode("utf-8", "backslashreplace").decode("utf-8")
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return json.dumps(printable(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     return repr(value)

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_convnext._environment import require
 from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
-from keras_convnext._messages import shortened
+from keras_convnext._messages import printable, shortened
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
@@ -115,8 +115,8 @@ def confusions(result: Result) -> list[tuple[int, int, int]]:
 
 
 def display_name(class_name: str) -> str:
-    """Returns the first word of a WordNet id's synset, and any other name as it is."""
-    return _synset_names().get(class_name, class_name).partition(",")[0]
+    """Returns the first word of a WordNet id's synset, and any other name as it is, but in UTF-8."""
+    return printable(_synset_names().get(class_name, class_name).partition(",")[0])
 
 
 @functools.cache
@@ -148,7 +148,8 @@ def _draw_worst_classes(result: Result) -> bytes:
     for axis in axes.flat:
         axis.axis("off")
     title = f"{result.settings['model']}: top-1 {result.top1:.2f} % of {len(result.numbers)} images"
-    figure.suptitle(title if worst else f"{title}, none is wrong", fontsize=10, parse_math=False)
+    title = printable(title if worst else f"{title}, none is wrong")
+    figure.suptitle(title, fontsize=10, parse_math=False)
     for row, (label, count, ranks) in zip(axes, worst, strict=False):
         name = shortened(display_name(result.source.classes[label]), 18)
         text = f"{name}\n{percentage(ranks < 1):.0f} % of {count}"
