@@ -13,6 +13,7 @@ import time
 
 import keras
 import numpy as np
+import PIL.Image
 import pytest
 
 import keras_convnext
@@ -680,3 +681,36 @@ def test_exit_code_tells_of_a_loss_that_is_not_finite(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(trainer, "train", diverged)
     assert main.main(["train", "smoke", "--out", str(tmp_path)]) == 3
     assert "Expected finite numbers" in capsys.readouterr().err
+
+
+@pytest.mark.one_backend
+def test_names_of_any_bytes_go_from_the_folders_to_the_labels_and_back(tmp_path, capsys, monkeypatch):
+    """Classes, images, data set, run and report whose names are not UTF-8, or hold line ends or blanks only."""
+    names = ["caf\udce9", "two\nlines", "  ", "a\u2028b", '"q"']
+    data, out, report = (tmp_path / f"{name}\udce9" for name in ("data", "out", "report"))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), "uint8")
+    for name in names:
+        (data / name).mkdir(parents=True)
+        for number, image in enumerate(pixels):
+            PIL.Image.fromarray(image).save(data / name / f"\udce9{number}.png")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        code = main.main([str(word) for word in words])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out
+
+    small = ("architecture=test_convnext", "epochs=1", "batch_size=10", "validation_fraction=0.25")
+    train = ("train", "smoke", "--data", data, "--out", out, "--quiet", *(f"--set={one}" for one in small))
+    for _ in range(2):  # trained, and found to have ended
+        assert "final.safetensors" in run(*train)
+    assert load_recipe(out / "recipe.toml").data.source.endswith("data\\udce9")
+    weights = ("--weights", out / "final.safetensors", "--json")
+    predicted = json.loads(run("predict", data / names[0], *weights))
+    assert [best["name"] for best in predicted[0]["predictions"]] != []
+    assert {best["name"] for one in predicted for best in one["predictions"]} == set(names)
+    evaluate = ("evaluate", "--model", out / "final.safetensors", "--data", data, "--output", report)
+    assert "top-1" in run(*evaluate, "--results", tmp_path / "results\udce9.csv")
+    assert os.fsencode(names[0]) in (report / "classes.csv").read_bytes()
+    run("look", data, tmp_path / "sheet\udce9.png")
