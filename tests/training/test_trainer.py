@@ -685,7 +685,7 @@ def test_exit_code_tells_of_a_loss_that_is_not_finite(monkeypatch, capsys, tmp_p
 
 @pytest.mark.one_backend
 def test_names_of_any_bytes_go_from_the_folders_to_the_labels_and_back(tmp_path, capsys, monkeypatch):
-    """Classes, images, data set, run and report whose names are not UTF-8, or hold line ends or blanks only."""
+    """Of classes, images, data set, run and report: not UTF-8, with line ends, of blanks only."""
     names = ["caf\udce9", "two\nlines", "  ", "a\u2028b", '"q"']
     data, out, report = (tmp_path / f"{name}\udce9" for name in ("data", "out", "report"))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), "uint8")
