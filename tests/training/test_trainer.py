@@ -710,7 +710,6 @@ def test_names_of_any_bytes_go_from_the_folders_to_the_labels_and_back(tmp_path,
     predicted = json.loads(run("predict", data / names[0], *weights))
     assert [best["name"] for best in predicted[0]["predictions"]] != []
     assert {best["name"] for one in predicted for best in one["predictions"]} == set(names)
-    evaluate = ("evaluate", "--model", out / "final.safetensors", "--data", data, "--output", report)
+    evaluate = ("evaluate", out / "final.safetensors", "--data", data, "--output", report)
     assert "top-1" in run(*evaluate, "--results", tmp_path / "results\udce9.csv")
     assert os.fsencode(names[0]) in (report / "classes.csv").read_bytes()
-    run("look", data, tmp_path / "sheet\udce9.png")
