@@ -278,10 +278,14 @@ def _head(source: Source, number: int, length: int) -> bytes:
 
 def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
     """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
-    lines = _journal_lines(journal)
+    lines: list[dict] = []
+    for line in read_bytes(journal).splitlines() if os.path.exists(journal) else ():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what a kill or a power cut left
+            lines.append(dict(json.loads(line)))
     if not lines and entry is not None:
         lines = [entry["settings"], *entry["shards"]]
-    settings, *records = lines or [{}]
+    # Without the settings, the first line, it is not known what the records are of.
+    settings, *records = lines if lines and "sha256" not in lines[0] else [{}]
     other = [name for name in settings if settings[name] != plan.settings.get(name)]
     if other:
         expected, received = (
@@ -301,25 +305,6 @@ def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int
         for record, is_intact in zip(records, intact, strict=True)
         if is_intact
     }
-
-
-def _journal_lines(journal: str) -> list[dict]:
-    """Returns the settings and the records of a journal.
-
-    A line that is no object of JSON, as a kill or a power cut leaves it, is as if it were not there; without
-    the settings, the first line, nothing is.
-    """
-    lines: list[dict] = []
-    for line in read_bytes(journal).splitlines() if os.path.exists(journal) else ():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, dict):
-            lines.append(found)
-        elif not lines:
-            break
-    return lines
 
 
 def _refuse_foreign_files(plan: _Plan) -> None:

@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -130,17 +129,15 @@ def canonical_split(name: str) -> str | None:
 
 def check_outside(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
     """Refuses an output in a folder of class folders, which would be taken for a class the next time."""
-    kind, splits = _locate(os.fspath(path)) if os.path.isdir(path) else ("file", {})
+    kind, splits = _locate(os.fspath(path)) if os.path.isdir(path) else ("", {})
     roots = [path] if len(splits) < 2 else [folder for places in splits.values() for folder in places]
-    target = Path(output).resolve()
-    for root in map(Path, roots if kind == "folder" else ()):
-        if target.is_relative_to(root.resolve()):
-            names = target.relative_to(root.resolve()).parts
-            if not any(name.startswith(".") for name in names):
-                raise SourceError(
-                    f"Expected an output outside of the images in '{root}', received '{output}', which would "
-                    "be taken for a part of them. Pass another path."
-                )
+    for root in roots if kind == "folder" else ():
+        inside = os.path.relpath(os.path.realpath(output), os.path.realpath(root))
+        if not any(name.startswith(".") for name in inside.split(os.sep)):  # neither above nor hidden
+            raise SourceError(
+                f"Expected an output outside of the images in '{root}', received '{output}', which would be "
+                "taken for a part of them. Pass another path."
+            )
 
 
 def take(source: Source, numbers: Sequence[int] | np.ndarray) -> Source:

@@ -152,15 +152,13 @@ def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
 def ended_result(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Any] | None:
     """Returns the scores of a run that has ended; None where steps are left.
 
-    Nor are there any where the result or one of its files, by `names`, is missing or damaged, which is told:
-    the run then writes them again, from its last checkpoint.
+    So it is where the result, or one of the files `names`, is missing or damaged: the run writes them again.
     """
     missing = [name for name in (RESULT_FILE, *names) if not (folder / name).is_file()]
-    if not missing:
-        try:
-            return read_json(folder / RESULT_FILE, {"epoch": int}, expected="the scores of a run")
-        except ValueError as error:
-            missing = [str(error)]
+    with contextlib.suppress(ValueError):
+        if not missing:
+            return read_json(folder / RESULT_FILE, {"epoch": int})
     if RESULT_FILE not in missing:
-        _logger.warning("Of the run in %s, which has ended, is written again: %s", folder, missing[0])
+        what = ", ".join(missing) or RESULT_FILE
+        _logger.warning("The run in %s has ended; written again: %s", folder, what)
     return None

@@ -188,9 +188,8 @@ class Run:
             kept = [name for name in run_state.FINAL_WEIGHTS if (self.folder.path / name).exists()]
             if kept and not is_resumed:
                 raise run_folder.RunFolderError(
-                    f"Expected the last checkpoint of the run in '{self.folder.path}', which has ended, but "
-                    "there is none to write its missing files from. To train again, pass another folder, or "
-                    f"remove {kept[0]}."
+                    f"Expected the last checkpoint of the run in '{self.folder.path}', which has ended, to "
+                    f"write missing files from. Pass another folder, or remove {kept[0]} to train again."
                 )
             environment = {
                 **result_columns.environment(),
@@ -316,10 +315,8 @@ class Run:
         if self.folder:
             write_faults(self.data.faults, self.folder)
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
-            counted = {"epoch": self.counts.epoch, "step": self.counts.step}
-            if not self.log.csv.rows:
-                _logger.warning("%s is not there: the result has the best scores only.", run_state.LOG_FILE)
-            scores = (dict(self.log.csv.rows[-1]) if self.log.csv.rows else counted) | best
+            rows = self.log.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
+            scores = dict(rows[-1]) | best
             self.folder.write_text(run_state.RESULT_FILE, json.dumps(scores, indent=1) + "\n")
             self.log.events.close()
         self.progress.close()
