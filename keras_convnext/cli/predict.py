@@ -70,7 +70,8 @@ def predict_command(options: argparse.Namespace) -> int:
                 if not options.json:
                     print(file)
                     for best in predictions:
-                        print(f"  {100 * best['probability']:6.2f} %  {best['name']}")
+                        (name,) = class_names.to_lines([best["name"]]).splitlines()
+                        print(f"  {100 * best['probability']:6.2f} %  {name}")
             sys.stdout.flush()
             progress.show(len(results) + len(errors))
     if options.json and results:
