@@ -85,7 +85,7 @@ class Checkpoints:
             "step": counts.step,
             "epochs_logged": counts.epochs_logged,
             "sums": counts.sums,
-            "metrics": [self.engine.read(v).tolist() for v in self.model.metrics_variables],
+            "metrics": [self.engine.read(v).tolist() for v in self._metrics_variables()],
             "best": counts.best,
             "is_best": is_best,
             "backend": keras.backend.backend(),
@@ -125,17 +125,21 @@ class Checkpoints:
         counts.done = self.saved = state["micro_batches"]
         counts.carried, counts.sums = state["sums"], dict(state["sums"])
         counts.best, counts.epochs_logged = state["best"], state["epochs_logged"]
-        is_within_epoch = counts.done % counts.plan.micro_batches_per_epoch > 0
-        if is_within_epoch and len(self.engine.group) == 1:  # of several processes each has its own
+        if counts.done % counts.plan.micro_batches_per_epoch:
             self._metrics = state.get("metrics", [])
         if self.folder and counts.best:  # a kill may have come before this was noted, or a person removed it
             best_step = counts.best["epoch"] * counts.plan.steps_per_epoch
             self.folder.mark_best(int(best_step), _score(counts.best))
         return True
 
+    def _metrics_variables(self) -> list[Any]:
+        """Returns what the means are made of; nothing where each device has its own."""
+        is_alone = self.engine.strategy is None and len(self.engine.group) == 1
+        return self.model.metrics_variables if is_alone else []
+
     def restore_metrics(self) -> None:
         """Lets the means of an interrupted epoch, which `fit` has reset, go on with the same digits."""
-        variables, metrics, self._metrics = self.model.metrics_variables, self._metrics, []
+        variables, metrics, self._metrics = self._metrics_variables(), self._metrics, []
         if metrics and len(metrics) == len(variables):
             self.counts.carried = {}
             for variable, value in zip(variables, metrics, strict=True):
