@@ -36,12 +36,8 @@ from keras_convnext.data.records import read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
-_RECORD = {
-    "name": str,
-    "size": int,
-    "sha256": str,
-    "num_examples": int,
-}  # of a shard, in journal and manifest
+# Of a shard, in journal and manifest.
+_RECORD = {"name": str, "size": int, "sha256": str, "num_examples": int}
 
 
 class PrepareError(SourceError):
