@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _device_name() -> str:
     """The GPU's name, or "cpu"; asked for by a process of its own, which leaves no memory taken."""
-    command = [sys.executable, "-c", _DEVICE_NAME]
+    command = [sys.executable, "-P", "-c", _DEVICE_NAME]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

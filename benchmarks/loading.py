@@ -100,7 +100,7 @@ def main(arguments=None) -> int:
 
 
 def _run(code: str, checkout: pathlib.Path, *words: object) -> dict:
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, words)]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *map(str, words)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(checkout)}, cwd="/"
     )

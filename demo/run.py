@@ -561,7 +561,7 @@ def save(model: keras.Model, classes: list[str], folder: pathlib.Path) -> pathli
     path = folder / "model.keras"
     with silenced():  # Keras looks for TensorFlow here
         model.save(path)
-    path.with_suffix(".labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    path.with_suffix(".labels.txt").write_text(class_names.to_lines(classes), encoding="utf-8")
     return path
 
 

@@ -1,5 +1,8 @@
 """Reads files that may be anything, writes them in one step, so that neither a kill nor a full disk leaves
-half of one, and locks them."""
+half of one, and locks them.
+
+Every writer of this package asks `check_target` what it may replace.
+"""
 
 import contextlib
 import errno
@@ -10,12 +13,14 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from keras_convnext._messages import one_line, shortened, size_text
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+PNG_MARK = b"Software\0keras_convnext"  # of the pictures that this package draws, see `check_target`
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MAX_TEXT_BYTES = 1 << 26  # of JSON, TOML, CSV and other text that is read at once
 
@@ -132,29 +137,62 @@ def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> d
     return found
 
 
-@contextlib.contextmanager
-def replacing_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the path's place when the block ends without an error.
+def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes = b"") -> None:
+    """Refuses to write a file where something is that this package does not replace.
 
-    Args:
-        path: the file; its folder must be there.
+    That is a folder, a link, whatever it leads to, a pipe and a device; without `replace` every file; and
+    with a `mark` a file that does not have it in its first 4 kB, as another program wrote that one.
 
     Raises:
-        IsADirectoryError: a folder is at the path.
+        IsADirectoryError, FileExistsError: these.
         FileNotFoundError: there is no folder for the file.
-        OSError: the file cannot be written; one that was there stands.
+    """
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
+    if not os.path.lexists(path):
+        return
+    state = path.lstat()
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError(
+            f"Expected the path of a file to write, received the directory '{path}'. Add a file name."
+        )
+    if not stat.S_ISREG(state.st_mode):
+        kind = f"a link to '{os.readlink(path)}'" if path.is_symlink() else "a pipe, a socket or a device"
+        raise FileExistsError(
+            f"'{path}' is there already: {kind}, which is not replaced. Name another path, or remove it."
+        )
+    if not replace:
+        raise FileExistsError(f"'{path}' is there already. Pass replace=True (--force) to write over it.")
+    if mark and state.st_size:
+        with open(path, "rb") as file:
+            if mark not in file.read(4096):
+                raise FileExistsError(
+                    f"'{path}' is there already, and keras_convnext did not write it. Name another path, or "
+                    "move it."
+                )
+
+
+def prepare_folder(folder: str | os.PathLike[str], marks: Mapping[str, bytes]) -> None:
+    """Makes the folder of some files, and refuses those that another program wrote; see `check_target`."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, mark in marks.items():
+        check_target(pathlib.Path(folder) / name, mark=mark)
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | os.PathLike[str], mark: bytes = b"") -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the path's place when the block ends without an error.
+
+    Raises:
+        OSError: the file cannot be written, or what is there is not replaced (`check_target`); it stands.
 
     Example:
         with replacing_file("log.csv") as file:
             file.write(b"epoch,loss")
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"Expected the path of a file to write, received the directory '{path}'. Add a file name."
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
+    check_target(path, mark=mark)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -176,13 +214,14 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
     Raises:
         FileNotFoundError: the block wrote nothing.
-        OSError: the file cannot be written; one that was there stands.
+        OSError: as for `replacing_file`.
 
     Example:
         with replacing_path("model.weights.h5") as temporary:
             model.save_weights(temporary)
     """
     path = pathlib.Path(path)
+    check_target(path)
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
     try:
         yield temporary
@@ -193,9 +232,9 @@ def replacing_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
-def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+def replace_file(path: str | os.PathLike[str], content: bytes, mark: bytes = b"") -> None:
     """Writes the content of a file in one step; see `replacing_file`."""
-    with replacing_file(path) as file:
+    with replacing_file(path, mark) as file:
         file.write(content)
 
 
@@ -227,6 +266,12 @@ def disk_error_text(
     return f"No space at '{folder}' ({reason}): {', '.join(facts)}. {if_full}"
 
 
+def open_to_lock(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file for `try_lock`, without a buffer; what is in it stays. OSError: see `check_target`."""
+    check_target(path)
+    return pathlib.Path(path).open("a+b", buffering=0)  # closing a buffer would fail on a full disk
+
+
 def try_lock(file: BinaryIO) -> bool:
     """Takes the lock if it is free; closing the file, or the end of the process, releases it."""
     if sys.platform == "win32":
@@ -244,6 +289,20 @@ def try_lock(file: BinaryIO) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+    return True
+
+
+def wait_for_lock(file: BinaryIO, note: Callable[[], object] = bool) -> bool:
+    """Waits for the lock, after `note` is called; returns False where the file system has no locks."""
+    try:
+        if not try_lock(file):
+            note()
+            while not try_lock(file):
+                time.sleep(0.05)
+    except OSError as error:
+        if error.errno not in LOCKS_UNSUPPORTED:
+            raise
+        return False
     return True
 
 

@@ -28,6 +28,11 @@ def short_repr(value: object, width: int = 80) -> str:
         return f"a value of type {type(value).__name__} that is too long to show"
 
 
+def printable(text: str) -> str:
+    """Returns a text, such as a path, whose bytes that are not UTF-8 are shown as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def one_line(error: BaseException) -> str:
     """Returns type and text of an error, or of the error that it names as its reason."""
     reason = getattr(error, "reason", None)  # of a UnicodeError it is a text

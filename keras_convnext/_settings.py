@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Strict
 from pydantic.fields import FieldInfo
 
 from keras_convnext._files import FileFormatError, read_bytes
-from keras_convnext._messages import short_repr, shortened
+from keras_convnext._messages import printable, short_repr, shortened
 
 
 def up_to(largest: int) -> AfterValidator:
@@ -236,8 +236,8 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped, and bytes that are not UTF-8.
+        return json.dumps(printable(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     return repr(value)

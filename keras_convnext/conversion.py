@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_convnext import models
-from keras_convnext._files import replacing_path
+from keras_convnext._files import check_target, replacing_path
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import Variant
@@ -89,9 +89,10 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         raise ValueError(
             f"The target must end in {', '.join((*TORCH_SUFFIXES, *KERAS_SUFFIXES))}. Received: {target}"
         )
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"No such folder for the target: {target.parent}")
+    check_target(target)
     found = resolve(source) if architecture is None else resolve(architecture, source)
+    if target.exists() and target.samefile(found.path):
+        raise ValueError(f"Expected another target than the source, received '{target}' for both.")
     if found.variant != found.file_variant:
         named = architecture or found.variant.name
         raise ValueError(

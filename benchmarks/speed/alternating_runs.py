@@ -144,7 +144,7 @@ class Worker:
     def __init__(self, words: Sequence[str], variables: dict[str, str]) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed by `stop`
         self.process = subprocess.Popen(
-            [sys.executable, *words],
+            [sys.executable, "-P", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

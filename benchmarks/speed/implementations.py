@@ -172,7 +172,8 @@ def environment(name: str, threads: int | None) -> dict[str, str]:
     backend = {"litert": "tensorflow", "openvino": "openvino"}.get(name, backend)
     variables = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_CONVNEXT_QUIET": "1", "HF_HUB_OFFLINE": "1"}
     # The packages of this repository, whatever the working directory is.
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, given)])
     if backend in (*KERAS_BACKENDS, "openvino"):
         variables["KERAS_BACKEND"] = backend
     if threads is not None:

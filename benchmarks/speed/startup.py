@@ -248,7 +248,7 @@ def _summary(name: str, model: str, rounds: Sequence[dict], problem: str, alone:
 
 def _lacks_operators() -> bool:
     """Returns whether torchvision, which timm imports, cannot be imported as it is."""
-    command = [sys.executable, "-c", "import torchvision"]
+    command = [sys.executable, "-P", "-c", "import torchvision"]
     return bool(subprocess.run(command, capture_output=True, check=False).returncode)
 
 

@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 from keras_convnext import _terminal
+from keras_convnext._files import prepare_folder
 from keras_convnext._messages import size_text, unknown
 from keras_convnext.cli.predict import read_labels
 from keras_convnext.cli.shared import (
@@ -88,6 +89,8 @@ def export_command(options: argparse.Namespace) -> int:
     )
     if not labels and opened.class_list is not None:
         labels = class_names.class_names(opened.class_list)
+    if options.report is not None:
+        prepare_folder(options.report, report.MARKS)  # before minutes are spent on the exports
     results = []
     for format, precision, path in targets:
         if sys.stderr.isatty():

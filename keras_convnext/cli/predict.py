@@ -70,7 +70,8 @@ def predict_command(options: argparse.Namespace) -> int:
                 if not options.json:
                     print(file)
                     for best in predictions:
-                        print(f"  {100 * best['probability']:6.2f} %  {best['name']}")
+                        (name,) = class_names.to_lines([best["name"]]).splitlines()
+                        print(f"  {100 * best['probability']:6.2f} %  {name}")
             sys.stdout.flush()
             progress.show(len(results) + len(errors))
     if options.json and results:
@@ -143,7 +144,7 @@ def read_labels(path: str | None, name: str | None) -> list[str]:
         path = next((str(candidate) for candidate in candidates if candidate.exists()), None)
     if path is None:
         return []
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return class_names.from_lines(read_text(path))
 
 
 def _read_batches(

@@ -6,6 +6,7 @@ import math
 import pathlib
 from collections.abc import Iterable
 
+from keras_convnext._files import check_target
 from keras_convnext._messages import shortened, size_text
 from keras_convnext.cli.shared import (
     import_quietly,
@@ -158,8 +159,7 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
 def convert_command(options: argparse.Namespace) -> int:
     """Writes a weight file in the layout and format of another project."""
     target = pathlib.Path(options.target)
-    if target.exists() and not options.force:
-        raise FileExistsError(f"{target} is there already. Pass --force to replace it.")
+    check_target(target, options.force)
     import_quietly("keras_convnext.models")
     from keras_convnext.conversion import KERAS_SUFFIXES, convert
 

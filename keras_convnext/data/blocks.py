@@ -81,7 +81,7 @@ def finished(batches: Any, workers: int | None) -> Any:
 def reader(source: Source) -> Callable[[Any], Any]:
     """Return a function from an example's number to its encoded bytes, for use in a graph."""
     if np.all(source.lengths < 0):
-        paths = on_cpu([source.files[number] for number in source.file_numbers])
+        paths = on_cpu([os.fsencode(source.files[number]) for number in source.file_numbers])
         return lambda number: tf.io.read_file(paths[number])
     # TensorFlow has no operation that reads part of a file.
     return lambda number: tf.ensure_shape(

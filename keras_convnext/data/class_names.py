@@ -11,9 +11,14 @@ the ids, so membership is enough to rebuild them. tiny_imagenet_ids.txt holds th
 Tiny ImageNet (CS231n at Stanford, wnids.txt), all among ImageNet-1k's, in the same order.
 """
 
+import contextlib
 import functools
 import gzip
+import json
+from collections.abc import Iterable
 from importlib import resources
+
+from keras_convnext._messages import printable
 
 _MEMBERSHIP = {1000: 1, 11821: 2, 21841: 4}
 TINY_IMAGENET = "tiny_imagenet200"
@@ -27,6 +32,26 @@ def find_class_list(dataset: str, classes: int) -> int | str | None:
     if dataset == TINY_IMAGENET:
         return TINY_IMAGENET
     return classes if classes in _MEMBERSHIP else None
+
+
+def to_lines(names: Iterable[str]) -> str:
+    """Returns the text of a labels file: a name in each line, which `from_lines` reads back.
+
+    A name that would not come back so, as it has line ends, blanks around it, quotation marks or bytes that
+    are not UTF-8, is written as JSON in ASCII.
+    """
+    lines = (name if from_lines(name) == [name] == [printable(name)] else json.dumps(name) for name in names)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def from_lines(text: str) -> list[str]:
+    """Returns the names in a labels file: its lines that are not blank; a text of JSON is read as that."""
+    names = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        with contextlib.suppress(ValueError):
+            line = json.loads(line) if line.startswith('"') else line
+        names.append(line)
+    return names
 
 
 def class_names(classes: int | str) -> list[str]:

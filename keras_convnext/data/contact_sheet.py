@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
-from keras_convnext._files import replacing_file
-from keras_convnext.data import batches, preprocess
+from keras_convnext._files import PNG_MARK, check_target, replacing_file
+from keras_convnext.data import batches, preprocess, sources
 from keras_convnext.data.augment import erase_and_mix, policies
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -32,7 +32,10 @@ def draw(
     Above stands one image under each operation of the policy, from magnitude 0 to 10, then erased; below the
     first 32 images of a training batch, each with its largest targets. `seed` is of the batch and of the
     choice of the image above; `options` are others of `batches.train_batches`, such as image_size.
+    FileExistsError: there is something at `output` that is no contact sheet.
     """
+    check_target(output, mark=PNG_MARK)
+    sources.check_outside(source.path, output)
     policy = policies.parse_policy(augmentation.policy)
     levels = policy.levels if isinstance(policy, policies.RandAugment) else policies.RandAugment().levels
     count = min(4 * _COLUMNS, len(source) // 2 * 2)
@@ -48,8 +51,10 @@ def draw(
     sheet = Image.new("RGB", (max(above.width, below.width), above.height + below.height), "white")
     sheet.paste(above, (0, 0))
     sheet.paste(below, (0, above.height))
-    with replacing_file(output) as file:
-        sheet.save(file, "PNG")
+    marked = PngImagePlugin.PngInfo()
+    marked.add_text(*PNG_MARK.decode().split("\0"))
+    with replacing_file(output, PNG_MARK) as file:
+        sheet.save(file, "PNG", pnginfo=marked)
 
 
 def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:

@@ -212,7 +212,7 @@ def cached_index(path: str, kind: str, split: str, files: list[str], scan: Calla
     except OSError as error:
         print(
             f"The index of '{files[0]}' is not kept, and will be made again: '{folder}' cannot be written "
-            f"({error.strerror}). Set KERAS_CONVNEXT_INDEX_CACHE to a folder that can.",
+            f"({error.strerror or error}). Set KERAS_CONVNEXT_INDEX_CACHE to a folder that can.",
             file=sys.stderr,
         )
     return source

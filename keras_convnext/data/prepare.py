@@ -21,7 +21,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from keras_convnext._environment import require
-from keras_convnext._files import disk_error_text, replace_file, sync_folder, try_lock
+from keras_convnext._files import (
+    disk_error_text,
+    open_to_lock,
+    read_bytes,
+    replace_file,
+    sync_folder,
+    try_lock,
+)
 from keras_convnext._terminal import Progress
 from keras_convnext.data import sources
 from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Source, SourceError, write_index
@@ -29,6 +36,8 @@ from keras_convnext.data.records import read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
+# Of a shard, in journal and manifest.
+_RECORD = {"name": str, "size": int, "sha256": str, "num_examples": int}
 
 
 class PrepareError(SourceError):
@@ -129,13 +138,14 @@ def prepare(
         raise ValueError(
             f"Expected output to be another folder than the source, received '{output}' for both."
         )
+    sources.check_outside(source_path, output)
     require("tensorflow", "Writing shards")
     names = sources.list_splits(source_path) if split is None else [split]
     # All are opened before one is written, so that trouble with the last one shows at once.
     opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
     os.makedirs(output, exist_ok=True)
     images, num_shards, num_bytes, num_kept = {}, {}, 0, 0
-    with open(os.path.join(output, "prepare.lock"), "ab") as lock:
+    with open_to_lock(os.path.join(output, "prepare.lock")) as lock:
         if not try_lock(lock):
             raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
         for asked, source in opened.items():
@@ -264,25 +274,27 @@ def _head(source: Source, number: int, length: int) -> bytes:
 
 def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
     """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
-    settings, records = None, []
-    if os.path.exists(journal):
-        with open(journal, encoding="utf-8") as file:
-            # A line that a killed run began has no end.
-            lines = [json.loads(line) for line in file if line.endswith("\n")]
-        settings, records = (lines[0], lines[1:]) if lines else (None, [])
-    elif entry is not None:
-        settings, records = entry["settings"], entry["shards"]
-    if settings is None:
-        return {}
-    other = [name for name in settings if settings[name] != plan.settings[name]]
+    lines: list[dict] = []
+    for line in read_bytes(journal).splitlines() if os.path.exists(journal) else ():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what a kill or a power cut left
+            lines.append(dict(json.loads(line)))
+    if not lines and entry is not None:
+        lines = [entry["settings"], *entry["shards"]]
+    # Without the settings, the first line, it is not known what the records are of.
+    settings, *records = lines if lines and "sha256" not in lines[0] else [{}]
+    other = [name for name in settings if settings[name] != plan.settings.get(name)]
     if other:
-        expected, received = ([f"{name}={of[name]}" for name in other] for of in (settings, plan.settings))
+        expected, received = (
+            [f"{name}={of.get(name)}" for name in other] for of in (settings, plan.settings)
+        )
         raise PrepareError(
             f"'{plan.folder}' holds the split {plan.split} with {', '.join(expected)}: expected the same, "
             f"received {', '.join(received)} (source is a hash of names, sizes, labels and classes). Pass "
             "what was passed then, or another folder."
         )
     numbers = {plan.name(shard): shard for shard in range(len(plan.ends))}
+    records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
+    records = [record for record in records if record["name"] in numbers]
     intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
     return {
         numbers[record["name"]]: record
@@ -365,7 +377,7 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
     path = os.path.join(plan.folder, plan.name(shard))
     temporary = _temporary_name(path)
     try:
-        with tf.io.TFRecordWriter(temporary) as writer:
+        with tf.io.TFRecordWriter(os.fsencode(temporary)) as writer:
             for number in plan.examples(shard):
                 image, length = plan.source.read(number), int(plan.lengths[number])
                 if len(image) != length:

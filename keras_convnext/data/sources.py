@@ -126,6 +126,19 @@ def canonical_split(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if name in names), None)
 
 
+def check_outside(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Refuses an output in a folder of class folders, which would be taken for a class the next time."""
+    kind, splits = _locate(os.fspath(path)) if os.path.isdir(path) else ("", {})
+    roots = [path] if len(splits) < 2 else [folder for places in splits.values() for folder in places]
+    for root in roots if kind == "folder" else ():
+        inside = os.path.relpath(os.path.realpath(output), os.path.realpath(root))
+        if not any(name.startswith(".") for name in inside.split(os.sep)):  # neither above nor hidden
+            raise SourceError(
+                f"Expected an output outside of the images in '{root}', received '{output}', which would be "
+                "taken for a part of them. Pass another path."
+            )
+
+
 def take(source: Source, numbers: Sequence[int] | np.ndarray) -> Source:
     """Returns a source with the examples at some places, in that order, under the same names and classes."""
     chosen = np.asarray(numbers, np.int64)

@@ -139,9 +139,9 @@ def join(rank: int, world_size: int, tell: Callable[[str], str]) -> Group:
         return alone()
     if rank == 0:
         key = os.urandom(16)
-        with connections.Listener(("", 0), backlog=4 * world_size, authkey=key) as listener:
+        with connections.Listener(("", 0), backlog=4 * world_size) as listener:
             tell(json.dumps({"hosts": _own_hosts(), "port": listener.address[1], "key": key.hex()}))
-            calls, pulses, names = _accepted(listener, world_size)
+            calls, pulses, names = _accepted(listener, world_size, key)
         group_names = [_name(0), *(names[number] for number in sorted(names))]
         for call in calls.values():
             call.send_bytes(json.dumps(group_names).encode())
@@ -169,7 +169,7 @@ def _own_hosts() -> list[str]:
     return [host[:100] for host in (*hosts, "127.0.0.1")]
 
 
-def _accepted(listener: connections.Listener, world_size: int) -> tuple[dict, dict, dict]:
+def _accepted(listener: connections.Listener, world_size: int, key: bytes) -> tuple[dict, dict, dict]:
     """Waits for both connections of each other process."""
     calls: dict[int, Any] = {}
     pulses: dict[int, Any] = {}
@@ -177,12 +177,18 @@ def _accepted(listener: connections.Listener, world_size: int) -> tuple[dict, di
     arrived: queue.Queue[Any] = queue.Queue()
     is_complete = threading.Event()
 
+    def greet(end: Any) -> None:
+        # A stranger, or one that only looks whether somebody is there, is passed over.
+        with contextlib.suppress(multiprocessing.AuthenticationError, OSError, EOFError, ValueError):
+            connections.deliver_challenge(end, key)  # as `Client` expects it
+            connections.answer_challenge(end, key)
+            arrived.put((end, json.loads(end.recv_bytes())))
+
     def accept() -> None:
         while not is_complete.is_set():
-            # A stranger, or one that only looks whether somebody is there, is passed over.
-            with contextlib.suppress(multiprocessing.AuthenticationError, OSError, EOFError, ValueError):
-                end = listener.accept()
-                arrived.put((end, json.loads(end.recv_bytes())))
+            with contextlib.suppress(OSError):
+                # In a thread of its own, since one that says nothing would hold up the others.
+                threading.Thread(target=greet, args=[listener.accept()], daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     deadline = time.monotonic() + JOIN_SECONDS

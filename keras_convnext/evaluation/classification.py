@@ -99,6 +99,7 @@ def evaluate(
     if results is not None:
         check_results_file(results)
     if output is not None:
+        sources.check_outside(data.path if isinstance(data, Source) else data, output)
         report.check_output(output)
     batches = import_batches()
     if split is None and not isinstance(data, Source) and sources.list_splits(data):
@@ -260,7 +261,7 @@ def _synsets(classes: Sequence[str]) -> list[str]:
 
 
 def _subset_digest(classes: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(classes)).encode("utf-8")).hexdigest()
+    return hashlib.sha256("\n".join(sorted(classes)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _without_unused_classes(source: Source) -> Source:

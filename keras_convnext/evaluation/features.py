@@ -225,6 +225,8 @@ def both_features(settings, model, data, cache, max_faults, progress):
         ImportError: TensorFlow, which reads the images, is not installed.
     """
     classification.import_batches()  # its absence is told before anything is downloaded
+    if cache is not None and settings.data:
+        sources.check_outside(settings.data, cache)
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
     if train_source.classes != test_source.classes:
         raise ValueError(
@@ -368,6 +370,6 @@ def _write_cache(path: pathlib.Path, features: Features) -> None:
     except OSError as error:
         print(
             f"The features of {len(features.labels)} images are not kept, and will be computed again: "
-            f"'{path.parent}' cannot be written ({error.strerror}).",
+            f"'{path.parent}' cannot be written ({error.strerror or error}).",
             file=sys.stderr,
         )

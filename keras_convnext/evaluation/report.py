@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from keras_convnext._environment import require
-from keras_convnext._files import replacing_file
-from keras_convnext._messages import shortened
+from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
+from keras_convnext._messages import printable, shortened
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
@@ -21,16 +21,26 @@ from keras_convnext.evaluation.results import Result, percentage
 WORST_CLASSES = 10
 WORST_IMAGES = 6  # of a class
 _THUMBNAIL = 96  # pixels
+# The files of `write_reports`, and what shows that it wrote one, which it may then replace.
+_MARKS = {
+    "predictions.csv": b"name,label,rank,",
+    "classes.csv": b"class,name,n,top1,",
+    "confusions.csv": b"label,predicted,count",
+    "faults.csv": b"name,reason",
+    "worst_classes.png": PNG_MARK,
+}
 
 
 def check_output(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder and checks that pictures can be drawn, before hours are spent on the evaluation."""
+    """Makes the folder and checks that the files can be written, before hours are spent on the evaluation."""
     require("matplotlib", "The picture of the worst classes")
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder, _MARKS)
 
 
 def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     """Writes the tables and the picture of an evaluation; each file appears whole or not at all.
+
+    FileExistsError: one of these names is there and another program wrote it.
 
     - predictions.csv: name, label, rank of the label (0 where right) and first five classes of each image;
     - classes.csv: number of images, top-1 and top-5 accuracy of each class in percent, its most frequent
@@ -105,8 +115,8 @@ def confusions(result: Result) -> list[tuple[int, int, int]]:
 
 
 def display_name(class_name: str) -> str:
-    """Returns the first word of a WordNet id's synset, and any other name as it is."""
-    return _synset_names().get(class_name, class_name).partition(",")[0]
+    """Returns the first word of a WordNet id's synset, and any other name as it is, but in UTF-8."""
+    return printable(_synset_names().get(class_name, class_name).partition(",")[0])
 
 
 @functools.cache
@@ -138,7 +148,8 @@ def _draw_worst_classes(result: Result) -> bytes:
     for axis in axes.flat:
         axis.axis("off")
     title = f"{result.settings['model']}: top-1 {result.top1:.2f} % of {len(result.numbers)} images"
-    figure.suptitle(title if worst else f"{title}, none is wrong", fontsize=10, parse_math=False)
+    title = printable(title if worst else f"{title}, none is wrong")
+    figure.suptitle(title, fontsize=10, parse_math=False)
     for row, (label, count, ranks) in zip(axes, worst, strict=False):
         name = shortened(display_name(result.source.classes[label]), 18)
         text = f"{name}\n{percentage(ranks < 1):.0f} % of {count}"
@@ -149,7 +160,7 @@ def _draw_worst_classes(result: Result) -> bytes:
             taken_for = display_name(result.source.classes[result.predictions[place, 0]])
             axis.set_title(shortened(taken_for, 20), fontsize=7, parse_math=False)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
+    figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
     return file.getvalue()
 
 
@@ -167,5 +178,4 @@ def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]])
 
 
 def _write(folder, name: str, content: bytes) -> None:
-    with replacing_file(pathlib.Path(folder) / name) as file:
-        file.write(content)
+    replace_file(pathlib.Path(folder) / name, content, _MARKS[name])

@@ -10,13 +10,11 @@ import hashlib
 import io
 import os
 import pathlib
-import time
 from collections.abc import Sequence
-from typing import BinaryIO
 
 import numpy as np
 
-from keras_convnext._files import LOCKS_UNSUPPORTED, read_text, reading, try_lock
+from keras_convnext._files import read_text, reading, wait_for_lock
 from keras_convnext._messages import shortened
 from keras_convnext.data.index import Source
 
@@ -30,7 +28,6 @@ COLUMNS = (
 )  # fmt: skip
 # Fingerprint of ImageNet's 50,000 validation images with their published labels.
 IMAGENET_VALIDATION = "b0ac1bf119f3c8a8ad32e56c6e37727a179138865155ab81d666b3b1cde5f1c6"
-_LOCK_POLL_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,7 +135,7 @@ def append_result(path: str | os.PathLike[str], result: Result) -> None:
     row = result_row(result)
     check_results_file(path)  # before it is opened: a pipe would wait for a reader
     with open(path, "ab", buffering=0) as file:
-        _wait_for_lock(file)
+        wait_for_lock(file)
         check_results_file(path)
         size = os.fstat(file.fileno()).st_size
         text = io.StringIO()
@@ -146,7 +143,7 @@ def append_result(path: str | os.PathLike[str], result: Result) -> None:
         if size == 0:
             writer.writeheader()
         writer.writerow(row)
-        content = text.getvalue().encode("utf-8")
+        content = text.getvalue().encode("utf-8", "backslashreplace")
         written = file.write(content)
         if written != len(content):
             file.truncate(size)
@@ -198,15 +195,6 @@ def result_row(result: Result) -> dict[str, str]:
     }
     values = result.settings | scores
     return {name: values[name] for name in COLUMNS}
-
-
-def _wait_for_lock(file: BinaryIO) -> None:
-    try:
-        while not try_lock(file):
-            time.sleep(_LOCK_POLL_SECONDS)
-    except OSError as error:
-        if error.errno not in LOCKS_UNSUPPORTED:
-            raise
 
 
 def check_complete(result: Result) -> None:

@@ -18,8 +18,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext._files import check_target
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
+from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, runtimes, writers
 
@@ -236,6 +238,10 @@ def _check_target(path, format, replace):
             raise FileExistsError(
                 f"'{target}' is there already. Pass replace=True (--force) to write over it."
             )
+        if os.path.lexists(target) and not path.exists():  # PyTorch has weights named .bin
+            raise FileExistsError(
+                f"'{target}' is there already, and is not of '{path}', which is not there. Name another path."
+            )
 
 
 def _check_replaceable(target, is_folder):
@@ -260,6 +266,8 @@ def _check_replaceable(target, is_folder):
             f"'{target}' is there already: a file, which a folder does not replace. Name another path, or "
             "remove the file."
         )
+    else:
+        check_target(target)
 
 
 def _not_of_a_saved_model(folder):
@@ -377,15 +385,17 @@ def _write(model, request, row, folder):
         ) from error
     request_path = os.path.join(folder, "request.json")
     pathlib.Path(request_path).write_text(json.dumps(dataclasses.asdict(request)))
+    # Nothing of the working folder is imported: -P, and no empty part of PYTHONPATH, which means it.
+    folders = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "KERAS_BACKEND": row.backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "-1",
+        "PYTHONPATH": os.pathsep.join(filter(None, os.pathsep.join(folders).split(os.pathsep))),
     }
-    package_folder = str(pathlib.Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([package_folder, environment.get("PYTHONPATH", "")])
+    code = "from keras_convnext.exporting.writers import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", "from keras_convnext.exporting.writers import main; main()", request_path],
+        [sys.executable, "-P", "-c", code, request_path],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -476,16 +486,17 @@ def _store_metadata(path, format, model, request, labels, licence):
         "licence": licence,
         "labels": None if labels is None else list(labels),
     }
-    text = json.dumps(metadata, indent=1, ensure_ascii=False)
+    # A name that is not UTF-8 is written with the escapes that JSON has.
+    text = json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if format == "litert":
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("metadata.json", text)
             if labels is not None:
-                archive.writestr("labels.txt", "\n".join(labels) + "\n")
+                archive.writestr("labels.txt", class_names.to_lines(labels))
     else:
         file = runtimes.metadata_file(path)
         file.parent.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(text)
 
 
 def _move(folder, path, replaced):

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_convnext._environment import require
-from keras_convnext._files import replace_file, replacing_path
+from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
 from keras_convnext._terminal import markdown_table
 
 COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/image", "x Keras model")
 ALIGNMENTS = "<<<>>>>>"
+# The files of a report, and what shows that `write_report` wrote one, which it may then replace.
+MARKS = {"exports.csv": b"path,format,precision,", "table.md": b"\n| file", "exports.png": PNG_MARK}
 
 
 def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
@@ -45,9 +47,8 @@ def write_report(
     `heading` is a line above the table and the picture, such as the model and the machine; `savings` the text
     of `deploy.savings`, for the end of table.md.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("exports.csv", "table.md", "exports.png")]
+    prepare_folder(folder, MARKS)
+    paths = [pathlib.Path(folder) / name for name in MARKS]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(results[0])])
@@ -101,5 +102,6 @@ def _draw(results, path, heading):
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     picture.colorbar(points, label="images with the model's top-1, %")
-    with replacing_path(path) as temporary:
-        picture.savefig(temporary)
+    file = io.BytesIO()
+    picture.savefig(file, format="png", metadata={"Software": "keras_convnext"})
+    replace_file(path, file.getvalue())

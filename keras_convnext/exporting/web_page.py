@@ -100,7 +100,7 @@ def write_page(
     pieces: dict[str, Any] = {name: [html.escape(text).encode()] for name, text in texts.items()}
     # "<" would let a label end the element.
     described = json.dumps(metadata | {"page": settings}, ensure_ascii=False).replace("<", "\\u003c")
-    pieces["metadata"] = [described.encode()]
+    pieces["metadata"] = [described.encode("utf-8", "backslashreplace")]
     pieces["script"] = [(web / "page.js").read_bytes()]
     pieces["runtime"] = [
         element
@@ -121,10 +121,7 @@ def write_page(
 def _check_output(output: pathlib.Path, replace: bool) -> None:
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"Expected a page that ends in .html. Received: '{output}'.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder '{output.parent}'. Create it first.")
-    if output.exists() and not replace:
-        raise FileExistsError(f"'{output}' is there already. Pass replace=True (--force) to write over it.")
+    _files.check_target(output, replace)
 
 
 def _check_model_file(path: pathlib.Path) -> int:

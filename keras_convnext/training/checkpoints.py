@@ -40,8 +40,9 @@ class Counts:
 
     def add(self, in_fit: int, means: Mapping[str, float]) -> None:
         """Counts a micro-batch; `means` are over the `in_fit` micro-batches of this call of `fit`."""
+        count = in_fit if self.carried else self.done % self.plan.micro_batches_per_epoch + 1
         self.done += 1
-        self.sums = {name: self.carried.get(name, 0.0) + in_fit * value for name, value in means.items()}
+        self.sums = {name: self.carried.get(name, 0.0) + count * value for name, value in means.items()}
 
     def end_epoch(self) -> None:
         self.epochs_logged = self.epoch
@@ -63,6 +64,7 @@ class Checkpoints:
         self.model = model
         self.variables = state_variables(model, student)
         self.counts = counts
+        self._metrics: list[Any] = []  # of the part of an epoch before an interruption
         self.saved = -1  # micro-batches that the last checkpoint is of
         self.saved_at = time.monotonic()
 
@@ -83,6 +85,7 @@ class Checkpoints:
             "step": counts.step,
             "epochs_logged": counts.epochs_logged,
             "sums": counts.sums,
+            "metrics": [self.engine.read(v).tolist() for v in self._metrics_variables()],
             "best": counts.best,
             "is_best": is_best,
             "backend": keras.backend.backend(),
@@ -122,9 +125,25 @@ class Checkpoints:
         counts.done = self.saved = state["micro_batches"]
         counts.carried, counts.sums = state["sums"], dict(state["sums"])
         counts.best, counts.epochs_logged = state["best"], state["epochs_logged"]
-        if self.folder and state["is_best"]:  # a kill may have come before this was noted
-            self.folder.mark_best(state["step"], _score(counts.best))
+        if counts.done % counts.plan.micro_batches_per_epoch:
+            self._metrics = state.get("metrics", [])
+        if self.folder and counts.best:  # a kill may have come before this was noted, or a person removed it
+            best_step = counts.best["epoch"] * counts.plan.steps_per_epoch
+            self.folder.mark_best(int(best_step), _score(counts.best))
         return True
+
+    def _metrics_variables(self) -> list[Any]:
+        """Returns what the means are made of; nothing where each device has its own."""
+        is_alone = self.engine.strategy is None and len(self.engine.group) == 1
+        return self.model.metrics_variables if is_alone else []
+
+    def restore_metrics(self) -> None:
+        """Lets the means of an interrupted epoch, which `fit` has reset, go on with the same digits."""
+        variables, metrics, self._metrics = self._metrics_variables(), self._metrics, []
+        if metrics and len(metrics) == len(variables):
+            self.counts.carried = {}
+            for variable, value in zip(variables, metrics, strict=True):
+                variable.assign(value)
 
     def advice(self) -> str:
         """What is printed when another process of the run is lost."""

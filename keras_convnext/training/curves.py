@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_convnext._files import replace_file
+from keras_convnext._messages import printable
 from keras_convnext.training.logs import Value
 
 # Panel of the picture -> label by column; the scores of the task stand between them.
@@ -78,7 +79,7 @@ def _figure(title: str) -> Any:
 
     figure = Figure(figsize=(11.0, 7.2))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
     return figure
 

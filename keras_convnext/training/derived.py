@@ -16,6 +16,7 @@ from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
 from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.run_folder import RUN_FILE
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 
@@ -52,7 +53,7 @@ def choose_recipe(
         return made(changes), []
     problems = _file_problems(changed if folder is None else own.values() | changed)
     if folder is not None:
-        problems += _data_problems((own.values() | changed)["data.source"])
+        problems += _data_problems((own.values() | changed)["data.source"], folder)
     derived: _Derived = {}
     weights = changed.get("model.weights", own.model.weights)
     architecture = changed.get("model.architecture")
@@ -218,7 +219,7 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
     return source
 
 
-def _data_problems(source: Any) -> list[str]:
+def _data_problems(source: Any, folder: str | os.PathLike[str]) -> list[str]:
     if source == "":
         return [
             'data: expected the path of the images, received "". Pass data=..., or --data on the command line'
@@ -226,6 +227,8 @@ def _data_problems(source: Any) -> list[str]:
     try:
         if isinstance(source, str):
             sources.list_splits(os.path.expanduser(source))
+            if not (pathlib.Path(folder).expanduser() / RUN_FILE).exists():  # else the run was begun there
+                sources.check_outside(os.path.expanduser(source), os.path.expanduser(folder))
     except ValueError as error:
         return [f"data: {error}"]
     return []

@@ -26,7 +26,7 @@ from keras_convnext._files import replace_file
 
 Value = float | int | str
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 class CsvLog:
@@ -110,7 +110,7 @@ class TensorBoardLog:
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path = pathlib.Path(folder) / name
-        self._writer = tf.io.TFRecordWriter(str(self.path))
+        self._writer = tf.io.TFRecordWriter(os.fsencode(self.path))
         self._append(file_version="brain.Event:2")  # from this version on a restart purges by its step
         if purge_step is not None:
             start = self._protos.SessionLog(status=self._protos.SessionLog.START)

@@ -13,6 +13,7 @@ Every file appears under its name when it is complete. Nothing here needs Keras.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,10 @@ import numpy as np
 from keras_convnext._files import (
     LOCKS_UNSUPPORTED,
     disk_error_text,
+    open_to_lock,
+    read_bytes,
+    read_json,
+    reading,
     replace_file,
     replacing_path,
     sync_folder,
@@ -60,15 +65,21 @@ class RunFolderError(OSError):
 
 
 def open_run(
-    path: str | os.PathLike[str], identity: Mapping[str, object], *, checkpoint_bytes: int, keep: int = 2
+    path: str | os.PathLike[str],
+    identity: Mapping[str, object],
+    *,
+    checkpoint_bytes: int,
+    keep: int = 2,
+    weights_bytes: int = 0,
 ) -> "RunFolder":
     """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
 
     Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of another
     run, that is of another `identity` (JSON values), a folder of something else, another process in it, no
     permission, not enough space. The space is that of `keep` + 2 checkpoints of `checkpoint_bytes`: the
-    newest ones, the best one and the one that is being written; checkpoints that are there count. What a
-    killed process was writing is removed. A folder that is empty or has hidden files only is a new one.
+    newest ones, the best one and the one that is being written, and `weights_bytes` for weight files beside
+    them; what is there counts. What a killed process was writing is removed. A folder that is empty or has
+    hidden files only is a new one.
 
     The lock ends with the process, however it ends. On a file system without locks a lock file in the
     machine's temporary folder stands in, which other machines do not see.
@@ -82,7 +93,7 @@ def open_run(
         if stored is not None:
             _refuse_other_run(folder, stored, given)
         _remove_leftovers(folder)
-        _refuse_small_disk(folder, checkpoint_bytes, keep)
+        _refuse_small_disk(folder, checkpoint_bytes, keep, weights_bytes)
         with _writing(folder):
             # In any case: a disk that is there and takes no more files shows here.
             _write_bytes(folder / RUN_FILE, _json_bytes({"format": _FORMAT, "identity": stored or given}))
@@ -141,10 +152,12 @@ class RunFolder:
 
     def best(self) -> tuple[int, float] | None:
         """Returns step and value of the last `mark_best`, or None; ValueError where its file is damaged."""
-        with contextlib.suppress(FileNotFoundError):
-            entry = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
-            return int(entry["step"]), float(entry["value"])
-        return None
+        path = self.path / BEST_FILE
+        if not path.exists():
+            return None
+        with reading(path, "the best step", "Remove it."):
+            entry = read_json(path, {"step": int})
+            return entry["step"], float(entry["value"])
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint file, whole or damaged, in rising order."""
@@ -227,7 +240,7 @@ class RunFolder:
         """Removes the whole checkpoints that are neither the best nor among the newest."""
         try:
             best = self.best()
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             _logger.warning(
                 "All checkpoints stay until there is a better one, as %s is damaged: %s", BEST_FILE, error
             )
@@ -293,20 +306,24 @@ def _take_folder(folder: pathlib.Path) -> None:
 def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
     """Holds the lock of a folder until the stack is closed or the process ends."""
     with _writing(folder):
-        # The file stays: removing it would let a process lock a file that others no longer see. Without a
-        # buffer, or else closing it would fail on a full disk.
-        file = stack.enter_context((folder / _LOCK_FILE).open("a+b", buffering=0))
+        # The file stays: removing it would let a process lock a file that others no longer see.
+        file = stack.enter_context(open_to_lock(folder / _LOCK_FILE))
         try:
             is_free = try_lock(file)
         except OSError as error:
             if error.errno not in LOCKS_UNSUPPORTED:
                 raise
-            file = stack.enter_context(_local_lock(folder).open("a+b", buffering=0))
+            file = stack.enter_context(open_to_lock(_local_lock(folder)))
             is_free = try_lock(file)
+    holder = _holder(file)
     if not is_free:
         raise RunFolderError(
-            f"Another process trains in '{folder}' ({_holder(file)}). Wait for it, end it, or pass another "
-            "folder."
+            f"Another process trains in '{folder}' ({holder}). Wait for it, end it, or pass another folder."
+        )
+    if not holder.startswith(("process ", "unknown")):
+        raise RunFolderError(
+            f"Expected the lock of a run in '{file.name}', received another file, which is not written over. "
+            "Move it, or pass another folder."
         )
     with _writing(folder):
         file.truncate(0)
@@ -315,7 +332,7 @@ def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
 
 def _local_lock(folder: pathlib.Path) -> pathlib.Path:
     """Returns a file of this user on a disk of this machine that stands for a folder."""
-    name = hashlib.sha256(f"{pathlib.Path.home()}\n{folder.resolve()}".encode()).hexdigest()
+    name = hashlib.sha256(os.fsencode(f"{pathlib.Path.home()}\n{folder.resolve()}")).hexdigest()
     return pathlib.Path(tempfile.gettempdir()) / f"keras_convnext-{name[:32]}.lock"
 
 
@@ -330,13 +347,13 @@ def _holder(file: BinaryIO) -> str:
 def _read_identity(folder: pathlib.Path) -> dict | None:
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path))
         if content["format"] != _FORMAT:
             raise ValueError(f"expected the format {_FORMAT!r}, received {content['format']!r}")
         return dict(content["identity"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(
             f"'{path}' cannot be read as the description of a run ({one_line(error)}), so it is not known "
             "which run the folder holds. Bring the file back from a copy, or pass another folder."
@@ -367,14 +384,17 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
                 path.unlink()
 
 
-def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int) -> None:
-    present = sum(path.stat().st_size for path in (folder / CHECKPOINT_FOLDER).glob("step-*.safetensors"))
-    needed, free = (keep + 2) * checkpoint_bytes - present, shutil.disk_usage(folder).free
+def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int, weights_bytes: int) -> None:
+    files = itertools.chain(folder.glob("*.h5"), folder.rglob("*.safetensors"))
+    present, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+    needed = (keep + 2) * checkpoint_bytes + weights_bytes - present
     if needed > free:
+        what = (
+            f"{keep + 2} checkpoints of {size_text(checkpoint_bytes)}{' and weights' * (weights_bytes > 0)}"
+        )
         raise RunFolderError(
-            f"Expected {size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
-            f"{size_text(checkpoint_bytes)}, received {size_text(free)}: {size_text(needed - free)} are "
-            "missing. Free some, or pass a folder on another disk."
+            f"Expected {size_text(needed)} free at '{folder}' for {what}, received {size_text(free)}: "
+            f"{size_text(needed - free)} are missing. Free some, or pass a folder on another disk."
         )
 
 

@@ -4,20 +4,23 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import json
+import logging
 import math
 import pathlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_convnext._files import read_json
 from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import identity
 from keras_convnext.weights import resolve
+
+_logger = logging.getLogger("keras_convnext")
 
 LOG_FILE = "log.csv"
 CURVES_FILE = "curves.png"
@@ -146,8 +149,16 @@ def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
     ]
 
 
-def ended_result(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the scores of a run that has ended; None where steps are left."""
-    has_weights = any((folder / name).exists() for name in FINAL_WEIGHTS)
-    path = folder / RESULT_FILE
-    return json.loads(path.read_text()) if has_weights and path.exists() else None
+def ended_result(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the scores of a run that has ended; None where steps are left.
+
+    So it is where the result, or one of the files `names`, is missing or damaged: the run writes them again.
+    """
+    missing = [name for name in (RESULT_FILE, *names) if not (folder / name).is_file()]
+    with contextlib.suppress(ValueError):
+        if not missing:
+            return read_json(folder / RESULT_FILE, {"epoch": int})
+    if RESULT_FILE not in missing:
+        what = ", ".join(missing) or RESULT_FILE
+        _logger.warning("The run in %s has ended; written again: %s", folder, what)
+    return None

@@ -65,7 +65,8 @@ def train(
     Into the folder go recipe.toml (all values, after `overrides`), environment.json, log.csv (one row an
     epoch), curves.png, tensorboard/, checkpoints/, and weights: best.weights.h5 (of the epoch with the best
     top-1), final.weights.h5, and final_ema.weights.h5 where the recipe has an average; final.safetensors
-    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open.
+    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open. Of a run
+    that has ended the same call writes again what is missing of the final files.
 
     SIGTERM and Ctrl-C end the run after the step that is being made, with a checkpoint. Where an image
     cannot be decoded another takes its place; more than 1 % of such images are an error.
@@ -106,7 +107,9 @@ def train(
         folder = _open_folder(path, chosen, datasets, built, engine)
         if folder:
             stack.enter_context(folder)
-        scores = engine.group.gathered(run_state.ended_result(path) if folder else None)[0]
+        finals = run_state.FINAL_WEIGHTS[0 if chosen.optimizer.ema_decay else 1 :]
+        names = (*finals, *getattr(task, "files", ()))
+        scores = engine.group.gathered(run_state.ended_result(path, names) if folder else None)[0]
         if scores is None:
             run = Run(chosen, task, datasets, built, engine, folder, is_shown=progress)
             with run.signals.noted():
@@ -115,9 +118,8 @@ def train(
                 scores = run.finish()
         elif folder:
             _logger.warning("The run in %s has ended; nothing is left to do.", path)
-        weights = path / run_state.FINAL_WEIGHTS[0 if chosen.optimizer.ema_decay else 1]
         steps, seconds = datasets.plan.total_steps, time.monotonic() - begin
-        return TrainingResult(path, weights, steps, scores, seconds, engine.group.rank)
+        return TrainingResult(path, path / finals[0], steps, scores, seconds, engine.group.rank)
 
 
 def _open_folder(
@@ -131,7 +133,14 @@ def _open_folder(
         return None
     variables = run_state.state_variables(built.model, built.student)
     size = sum(map(run_state.variable_bytes, variables.values()))
-    return run_folder.open_run(path, identity, checkpoint_bytes=size, keep=recipe.run.keep_checkpoints)
+    weights = sum(map(run_state.variable_bytes, built.student.weights))
+    return run_folder.open_run(
+        path,
+        identity,
+        checkpoint_bytes=size,
+        keep=recipe.run.keep_checkpoints,
+        weights_bytes=4 * weights,  # the best, the final ones, their average, and .safetensors
+    )
 
 
 class Run:
@@ -176,6 +185,12 @@ class Run:
                 self.progress.say(note)
         is_resumed = self.checkpoints.restore()
         if self.folder:
+            kept = [name for name in run_state.FINAL_WEIGHTS if (self.folder.path / name).exists()]
+            if kept and not is_resumed:
+                raise run_folder.RunFolderError(
+                    f"Expected the last checkpoint of the run in '{self.folder.path}', which has ended, to "
+                    f"write missing files from. Pass another folder, or remove {kept[0]} to train again."
+                )
             environment = {
                 **result_columns.environment(),
                 "command": sys.argv,
@@ -300,7 +315,8 @@ class Run:
         if self.folder:
             write_faults(self.data.faults, self.folder)
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
-            scores = dict(self.log.csv.rows[-1]) | best
+            rows = self.log.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
+            scores = dict(rows[-1]) | best
             self.folder.write_text(run_state.RESULT_FILE, json.dumps(scores, indent=1) + "\n")
             self.log.events.close()
         self.progress.close()
@@ -328,6 +344,9 @@ class BetweenSteps(keras.callbacks.Callback):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.run.checkpoints.restore_metrics()
 
     def on_train_batch_end(self, batch, logs=None):
         self.run.end_batch(batch + 1, logs)

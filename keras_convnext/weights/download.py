@@ -8,6 +8,7 @@ Environment variables:
     Those that `locate` names.
 """
 
+import concurrent.futures
 import contextlib
 import email.message
 import errno
@@ -18,15 +19,24 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from keras_convnext._environment import is_set
-from keras_convnext._files import LOCKS_UNSUPPORTED, NO_SPACE, disk_error_text, replace_file, sync_folder
+from keras_convnext._files import (
+    NO_SPACE,
+    check_target,
+    disk_error_text,
+    open_to_lock,
+    replace_file,
+    sync_folder,
+    wait_for_lock,
+)
 from keras_convnext._messages import one_line, size_text
 from keras_convnext._terminal import Progress, say
 from keras_convnext.weights.locate import (
@@ -42,6 +52,8 @@ RETRIES = 5
 RETRY_WAIT_SECONDS = 0.5  # doubles with each retry, 15.5 s in all
 TIMEOUT_SECONDS = 30.0  # to connect, and between two pieces of the body
 CHUNK_BYTES = 1 << 18
+MAX_BYTES = 1 << 34  # of a file whose length no server says
+SPEED_SECONDS, LEAST_BYTES_A_SECOND = 60.0, 1000  # over which time a transfer must have been so fast
 
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 
@@ -153,10 +165,13 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
             if target.is_file():
                 _check(target, expected, is_recorded=True)
                 return target
-            # Without locks, a name of its own keeps two processes from mixing their bytes.
-            owner = "" if is_alone else f".{uuid.uuid4().hex}"
-            part = target.with_name(f"{target.name}{owner}.part")
-            _receive_with_retries(url, part)
+            check_target(target)
+            # Without locks, a name of its own keeps two processes from mixing their bytes. Browsers name what
+            # they download so too: such a part has no state.
+            part = target.with_name(f"{target.name}.part")
+            if not is_alone or (os.path.lexists(part) and not _state_path(part).exists()):
+                part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+            _receive_with_retries(url, part, is_hashed=bool(expected))
             digest = _file_digest(part)
             if not digest.startswith(expected.lower()):
                 _discard(part)
@@ -180,22 +195,9 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
 @contextlib.contextmanager
 def _locked(target: pathlib.Path) -> Iterator[bool]:
     """Holds "<target>.lock"; gives False where the file system has no locks."""
-    import filelock  # 0.04 s, for downloads only
-
-    lock = filelock.FileLock(f"{target}.lock")
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            say(f"Waiting for another process that downloads {target.name}")
-            lock.acquire()
-    except OSError as error:
-        if error.errno not in LOCKS_UNSUPPORTED:
-            raise
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
+    with open_to_lock(f"{target}.lock") as file:
+        waiting = f"Waiting for another process that downloads {target.name}"
+        yield wait_for_lock(file, lambda: say(waiting))
 
 
 def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
@@ -231,13 +233,16 @@ def _record_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _receive_with_retries(url: str, part: pathlib.Path) -> None:
-    """Completes `part`, resuming after each cut until `RETRIES` are spent."""
+def _receive_with_retries(url: str, part: pathlib.Path, *, is_hashed: bool) -> None:
+    """Completes `part`, resuming after each cut until `RETRIES` are spent.
+
+    Unless `is_hashed`, which tells afterwards, a file whose length no answer says is asked for its end.
+    """
     for attempt in range(RETRIES + 1):
         if attempt > 0:
             time.sleep(RETRY_WAIT_SECONDS * 2 ** (attempt - 1))
         try:
-            return _receive(url, part, is_first=attempt == 0)
+            return _receive(url, part, is_first=attempt == 0, is_hashed=is_hashed)
         except (UnreachableError, _InterruptedError) as error:
             if attempt == 0 and isinstance(error, UnreachableError):  # a network that is not there stays so
                 raise
@@ -249,9 +254,9 @@ def _receive_with_retries(url: str, part: pathlib.Path) -> None:
     ) from failure
 
 
-def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
+def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -> None:
     """Makes one request for what `part` lacks and appends the answer to it."""
-    state_path = part.with_name(f"{part.name}.json")
+    state_path = _state_path(part)
     validator = _read_validator(state_path, url)
     start = part.stat().st_size if validator and part.exists() else 0
     headers = {"User-Agent": "keras-convnext", "Accept-Encoding": "identity"}
@@ -259,7 +264,7 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
     try:
         request = urllib.request.Request(url, headers=headers)
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+        response = _opened(request)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
@@ -276,6 +281,13 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
                 f"{url} redirects to {response.url}: expected an https address. {_use_own_copy(url)}"
             )
         answered = _validator(response.headers)
+        encoding = response.headers.get("Content-Encoding", "identity")
+        length = response.headers.get("Content-Length", "")
+        if response.status in (200, 206) and (encoding != "identity" or length == "0"):
+            raise _InterruptedError(
+                f"{url} answered with the length {length or 'unknown'} in the encoding {encoding}: expected "
+                "a file as it is."
+            )
         if response.status == 206 and start > 0:
             total = _total_of_range(response.headers, start)
             if total is None or answered not in (None, validator):
@@ -285,16 +297,23 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool) -> None:
                     f"expected one from byte {start} of the same file."
                 )
         elif response.status == 200:
+            total = int(length) if length.isdecimal() else None
+            is_ended = total is not None or getattr(response, "chunked", False) or is_hashed
+            if start > 0 and not is_ended:
+                raise WeightsNotFoundError(
+                    f"{url} does not say how long it is, so whether all of it came is not known. "
+                    f"{_use_own_copy(url)}"
+                )
             start = 0
             _discard(part)
-            length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdecimal() else None
             replace_file(state_path, json.dumps({"url": url, "validator": answered}).encode())
         else:
             raise _InterruptedError(f"{url} answered {response.status}: expected 200.")
         if is_first:
             say(f"Downloading {url} ({'unknown size' if total is None else size_text(total)})")
         received = _append(response, part, start, total, url)
+        if total is None and not is_ended:
+            raise _InterruptedError(f"{url} does not say how long it is.")
     if total is not None and received < total:
         raise _InterruptedError(f"{url} ended early: expected {total} bytes, received {received}.")
     if total is not None and received > total:
@@ -312,7 +331,8 @@ def _append(
     if total is not None and total - start > shutil.disk_usage(part.parent).free:
         no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise _disk_error(no_space, part.parent, needed=total - start)
-    received = start
+    received, then, limit = start, time.monotonic(), MAX_BYTES if total is None else total
+    before = received
     try:
         with open(part, "ab") as file, Progress("Downloading", total, "MB") as progress:
             while True:
@@ -327,6 +347,13 @@ def _append(
                 _write(file, chunk)
                 received += len(chunk)
                 progress.show(received)
+                if received > limit:
+                    _discard(part)
+                    raise _InterruptedError(f"{url} sent more than {limit} bytes, which it announced.")
+                if time.monotonic() - then > SPEED_SECONDS:
+                    if received - before < SPEED_SECONDS * LEAST_BYTES_A_SECOND:
+                        raise _InterruptedError(f"{url} sends less than {LEAST_BYTES_A_SECOND} bytes/s.")
+                    then, before = time.monotonic(), received
             file.flush()
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
@@ -334,6 +361,20 @@ def _append(
         if error.errno in NO_SPACE:
             _discard(part)  # what was written is what fills the disk
         raise _disk_error(error, part.parent, needed=total) from error
+
+
+def _opened(request: urllib.request.Request) -> Any:
+    """Returns the answer to a request; its first lines may come more slowly than a socket's time-out sees."""
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(4 * TIMEOUT_SECONDS)  # TimeoutError
 
 
 def _write(file: BinaryIO, chunk: bytes) -> None:
@@ -345,7 +386,7 @@ def _refusal(error: urllib.error.HTTPError, url: str, part: pathlib.Path) -> Exc
     if error.code == 416:
         _discard(part)
         return _InterruptedError(f"{url} has no bytes after those received.")
-    answer = f"{url} answered {error.code} ({error.reason})."
+    answer = f"{url} answered {error.code} ({' '.join(str(error.reason).split())})."
     if error.code in _TRANSIENT_STATUS:
         return _InterruptedError(answer)
     advice = "The server did not deliver the file: try again later."
@@ -379,10 +420,14 @@ def _total_of_range(headers: email.message.Message, start: int) -> int | None:
     return int(match[2]) if match and int(match[1]) == int(match[2]) - 1 else None
 
 
+def _state_path(part: pathlib.Path) -> pathlib.Path:
+    return part.with_name(f"{part.name}.json")
+
+
 def _discard(part: pathlib.Path) -> None:
     """Removes a part and what is stored with it."""
     part.unlink(missing_ok=True)
-    part.with_name(f"{part.name}.json").unlink(missing_ok=True)
+    _state_path(part).unlink(missing_ok=True)
 
 
 def _file_digest(path: pathlib.Path) -> str:

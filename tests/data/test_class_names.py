@@ -8,7 +8,7 @@ from importlib import resources
 
 import pytest
 
-from keras_convnext.data.class_names import class_names, synset_ids
+from keras_convnext.data.class_names import class_names, from_lines, synset_ids, to_lines
 
 pytestmark = pytest.mark.once
 
@@ -97,3 +97,29 @@ def test_importing_the_module_reads_no_file():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "lazy" in result.stdout
+
+
+ODD_NAMES = (
+    "caf\udce9",
+    "two\nlines",
+    "  ",
+    "",
+    " cat",
+    "a\u2028b",
+    "a\rb",
+    "a\x0bb",
+    "\x85",
+    '"cat"',
+    '"',
+    "\udce9",
+)
+
+
+def test_a_labels_file_gives_back_every_name(tmp_path):
+    names = [*ODD_NAMES, "cat", "Schäferhund", "a, b", "\\udce9", "cat'"]
+    (tmp_path / "x.labels.txt").write_bytes(to_lines(names).encode())
+    text = (tmp_path / "x.labels.txt").read_bytes().decode()
+    assert from_lines(text) == names
+    assert text.splitlines()[-5:] == names[-5:]  # plain names stay as they are
+    # What a person wrote: blank lines and blanks around a name do not count.
+    assert from_lines('\n cat \n\n"a" dog\n"b\n') == ["cat", '"a" dog', '"b']

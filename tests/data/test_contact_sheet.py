@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_convnext import _files
 from keras_convnext.cli import main
 from keras_convnext.data import contact_sheet, sources
 
@@ -36,6 +37,7 @@ def test_look_draws_every_operation_and_a_batch(folder, tmp_path, capsys):
     assert blank == [True] + [False] * 16  # the original stands alone in its row
     assert len({cell.tobytes() for cell in cells[1:]}) == 16  # no two operations do the same
     assert not list(tmp_path.glob("*.tmp"))
+    _files.check_target(output, mark=_files.PNG_MARK)  # may be written over
 
 
 def test_a_sheet_that_cannot_be_drawn_says_why(folder, tmp_path, capsys):

@@ -262,6 +262,33 @@ def test_torn_journal_loses_at_most_the_torn_shard(copied, folder, prepared, tea
     assert all_files(copied) == all_files(prepared)
 
 
+DAMAGED_LINES = {
+    "zeros": bytes(512),
+    "garbage": bytes(range(128, 256)),
+    "a list": b"[1, 2]",
+    "nested": b"[" * 100_000,
+    "a record without its size": b'{"name": "train-00000-of-00007.tfrecord", "sha256": "0"}',
+    "a record of another shard": b'{"name": "../x", "size": 1, "sha256": "0", "num_examples": 1}',
+    "a size that is a text": b'{"name": "train-00000-of-00007.tfrecord", "size": "1", "sha256": "0"}',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_line_of_the_journal_is_a_shard_to_be_written(place, line, copied, folder, prepared):
+    """After a power cut, which leaves zeros."""
+    entry = json.loads((copied / MANIFEST).read_text())["splits"]["train"]
+    (copied / MANIFEST).unlink()
+    lines = [json.dumps(one).encode() for one in (entry["settings"], *entry["shards"])]
+    lines[place] = DAMAGED_LINES[line]
+    (copied / "train-journal.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    summary = prepare(folder, copied, shards=7)
+    assert summary.num_kept == (6 if place else 0)
+    for path in prepared.iterdir():
+        if path.name != "prepare.lock":
+            assert (copied / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize("name", ["train-00002-of-00007.tfrecord", "train-index.npz"])
 def test_a_file_that_prepare_did_not_write_is_not_replaced(tmp_path, folder, tf, name):
     (tmp_path / name).write_bytes(b"the only copy")

@@ -161,6 +161,23 @@ def test_a_silent_process_is_lost(monkeypatch, capfd):
 
 
 @pytest.mark.once
+def test_silent_strangers_hold_up_nobody(monkeypatch):
+    """A port scanner, or a health check that keeps its line open."""
+    strangers, called = [], watchdog._accepted
+
+    def with_strangers(listener, *arguments):
+        for words in (b"", b"", b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 8):
+            strangers.append(socket.create_connection(("127.0.0.1", listener.address[1])))
+            strangers[-1].sendall(words)
+        return called(listener, *arguments)
+
+    monkeypatch.setattr(watchdog, "_accepted", with_strangers)
+    begin = time.monotonic()
+    assert in_group(2, lambda group: group.gathered(group.rank)) == ([[0, 1], [0, 1]], [0, 0])
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.once
 def test_a_process_that_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(watchdog, "JOIN_SECONDS", 1.0)
     with pytest.raises(ConnectionError, match=r"Expected 2 other processes .* within 1 s, but 1, 2 did not"):

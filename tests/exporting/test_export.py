@@ -3,7 +3,10 @@
 import collections
 import csv
 import json
+import os
 import pathlib
+import re
+import subprocess
 import zipfile
 
 import keras
@@ -13,9 +16,11 @@ from layer_contract import relative_error
 from PIL import Image
 from test_deploy import pixels, randomized
 
+import keras_convnext
 from keras_convnext import export, load
 from keras_convnext.data import calibration, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.exporting import export as export_module
 from keras_convnext.exporting import runtimes, writers
 from keras_convnext.exporting.export import FORMATS, ExportError
 
@@ -672,3 +677,46 @@ def test_files_that_were_exported_before_keep_their_preprocessing():
     assert found == Preprocessing(64, crop_fraction=1.0, crop_mode="squash", interpolation="bilinear")
     assert runtimes.stored_preprocessing({"input": {"image_size": 64, "preparation": {}}}) is None
     assert runtimes.stored_preprocessing({}) is None
+
+
+def test_a_child_imports_nothing_of_the_working_folder(tmp_path, monkeypatch):
+    """Not with PYTHONPATH either, an empty part of which means the working folder."""
+    for name in ("random", "keras", "keras_convnext"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the working folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("", "/nowhere", "")))
+    found = []
+
+    def run(command, env, **more):
+        code = "import importlib.util, random; print(importlib.util.find_spec('keras_convnext').origin)"
+        place = command.index("-c") + 1
+        ended = real([*command[:place], code, *command[place + 1 :]], env=env, capture_output=True, text=True)
+        found.append((ended.stdout, ended.stderr))
+        raise OSError("enough")
+
+    real = subprocess.run
+    monkeypatch.setattr("subprocess.run", run)
+    backend = "tensorflow" if BACKEND == "torch" else "torch"
+    row = next(row for row in FORMATS.values() if row.backend == backend)
+    request = writers.Request("x", "float32", str(tmp_path / "x"), None, None, None, Preprocessing(32))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(OSError, match="enough"):
+        export_module._write(model, request, row, tmp_path)
+    assert found == [(f"{keras_convnext.__file__}\n", "")]
+
+
+@pytest.mark.once
+def test_every_child_process_leaves_the_working_folder_out():
+    """Of the package, the demo and the benchmarks: -P, or a script, whose own folder comes first."""
+    root = pathlib.Path(keras_convnext.__file__).parents[1]
+    starts = []
+    for path in (
+        path for name in ("keras_convnext", "demo", "benchmarks") for path in (root / name).rglob("*.py")
+    ):
+        text = path.read_text(encoding="utf-8")
+        starts += [
+            (path.name, match[1])
+            for match in re.finditer(r"\[\s*sys\.executable,\s*(?:\"-W\", \"ignore\",\s*)?([^,\s]+)", text)
+        ]
+    assert len(starts) >= 8
+    assert {words for _, words in starts} <= {'"-P"', "__file__"}, starts

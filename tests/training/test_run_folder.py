@@ -593,6 +593,11 @@ def test_too_small_disk_is_refused_before_training(small_disk):
     open_here(small_disk / "run", checkpoint_bytes=900_000).close()
 
 
+def test_weights_beside_the_checkpoints_need_space_too(tmp_path):
+    with pytest.raises(RunFolderError, match=r"Expected 1000000.0 GB free .* 4 checkpoints of 0 bytes and w"):
+        open_here(tmp_path / "run", weights_bytes=10**15)
+
+
 def test_checkpoints_that_are_there_count_as_space(tmp_path, monkeypatch):
     with open_here(tmp_path / "run") as run:
         size = sum(path.stat().st_size for path in save(run, 1, 2))

@@ -18,9 +18,9 @@ import time
 import types
 import urllib.request
 
-import filelock
 import pytest
 
+from keras_convnext import _files
 from keras_convnext.weights import download, locate
 from keras_convnext.weights.catalog import CHECKPOINTS
 
@@ -70,6 +70,8 @@ class Behaviour:
     honours_if_range: bool = True
     content_length: str | None = None
     content_range: str | None = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    redirects: bool = False
     extra_length: int = 0
     piece_seconds: float = 0.0
     next_version: tuple[bytes, str] | None = None
@@ -104,6 +106,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         behaviour.started.set()
         behaviour.gate.wait(10)
         status, error_code = behaviour.status, behaviour.error_code
+        if behaviour.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.end_headers()
+            return
         if behaviour.token and self.headers["Authorization"] != f"Bearer {behaviour.token}":
             status, error_code = 401, "GatedRepo"
         if status != 200:
@@ -133,6 +140,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", behaviour.commit)
         if behaviour.etag:
             self.send_header("ETag", behaviour.etag)
+        for name, value in behaviour.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -274,6 +283,90 @@ def test_a_length_that_is_no_number_is_an_unknown_length(server):
     assert download.fetch(row(server)).read_bytes() == BODY
 
 
+def test_a_cut_without_a_length_is_not_taken_for_the_end(server, tmp_path):
+    server.behaviour.content_length = "many"
+    server.behaviour.cuts = [100_000]
+    assert download.fetch(row(server)).read_bytes() == BODY
+    assert [request["range"] for request in server.behaviour.gets()] == [None, "bytes=100000-"]
+    cached_file(tmp_path).unlink()
+    server.behaviour.cuts, server.behaviour.honours_range = [100_000], False
+    with pytest.raises(download.WeightsNotFoundError, match="does not say how long it is, so whether all"):
+        download.fetch(row(server))
+    assert not cached_file(tmp_path).exists()
+    # A published hash tells it too.
+    server.behaviour.cuts = [100_000]
+    with pytest.raises(download.ChecksumError):
+        download.fetch(row(server, sha256=BODY_SHA256))
+    server.behaviour.cuts = []
+    assert download.fetch(row(server, sha256=BODY_SHA256)).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"headers": {"Content-Encoding": "gzip"}},
+            "answered with the length 307200 in the encoding gzip: expected a file",
+        ),
+        ({"content_length": "0"}, "answered with the length 0 in the encoding identity: expected a file"),
+        ({"redirects": True}, r"answered 302 \(The HTTP server returned a redirect error .* Found\)"),
+    ],
+)
+def test_an_answer_that_is_not_the_file_is_named(changes, message, server, tmp_path):
+    server.behaviour = dataclasses.replace(server.behaviour, **changes)
+    with pytest.raises(download.WeightsNotFoundError, match=message) as raised:
+        download.fetch(row(server))
+    assert "\n" not in str(raised.value)
+    assert not cached_file(tmp_path).exists()
+
+
+def test_a_body_without_end_and_a_slow_one_are_given_up(server, tmp_path, monkeypatch):
+    server.behaviour.content_length = "many"
+    monkeypatch.setattr(download, "MAX_BYTES", 100_000)
+    with pytest.raises(download.UnreachableError, match="sent more than 100000 bytes"):
+        download.fetch(row(server))
+    assert names_in_cache(tmp_path) == ["tiny_1k.pth.lock"]
+    server.behaviour.content_length = None
+    server.behaviour.piece_seconds = 0.01
+    monkeypatch.setattr(download, "RETRIES", 1)
+    monkeypatch.setattr(download, "SPEED_SECONDS", 0.02)
+    monkeypatch.setattr(download, "LEAST_BYTES_A_SECOND", 10**9)
+    with pytest.raises(download.UnreachableError, match="sends less than 1000000000 bytes/s"):
+        download.fetch(row(server))
+
+
+def test_a_status_line_that_comes_slowly_is_given_up(tmp_path, monkeypatch):
+    """Each byte comes within the time-out of the socket."""
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            call, _ = server.accept()
+            with contextlib.suppress(OSError), call:
+                for letter in b"HTTP/1.0 200 OK" * 20:
+                    call.send(bytes([letter]))
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(download.UnreachableError, match="cannot be reached: TimeoutError"):
+            download.fetch(row(url=f"http://127.0.0.1:{server.getsockname()[1]}/tiny_1k.pth"))
+
+
+def test_parts_and_locks_of_another_program_stay(server, tmp_path):
+    """A browser names what it downloads so."""
+    (tmp_path / "cache").mkdir()
+    for end in ("part", "lock"):
+        (tmp_path / "cache" / f"tiny_1k.pth.{end}").write_bytes(b"of a browser")
+    assert download.fetch(row(server)).read_bytes() == BODY
+    for end in ("part", "lock"):
+        assert (tmp_path / "cache" / f"tiny_1k.pth.{end}").read_bytes() == b"of a browser"
+    assert len(names_in_cache(tmp_path)) == 4
+    cached_file(tmp_path).unlink()
+    (tmp_path / "cache" / "tiny_1k.pth").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(download.WeightsNotFoundError, match="a link to"):
+        download.fetch(row(server))
+
+
 def test_server_without_ranges_restarts_from_zero(server):
     server.behaviour.honours_range = False
     server.behaviour.cuts = [100_000]
@@ -370,10 +463,10 @@ def test_killed_process_leaves_no_file_and_next_call_resumes(server, tmp_path):
 
 
 def test_file_system_without_locks_uses_a_part_of_its_own(server, tmp_path, monkeypatch):
-    def no_locks(self, timeout=None):
+    def no_locks(file):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    monkeypatch.setattr(_files, "try_lock", no_locks)
     server.behaviour.always_cut = 1000
     with pytest.raises(download.WeightsNotFoundError):
         download.fetch(row(server))

@@ -61,6 +61,8 @@ class Task(Protocol):
     # Column of the log that decides which epoch is the best, such as "val_top1"; that of the average of the
     # weights, "ema_val_top1", counts too. The largest value is the best, of a loss the smallest.
     best: str
+    # What `save` writes, where an ended run is to write again those that are missing; may be left out.
+    files: Sequence[str]
 
     def open_data(self) -> Datasets:
         """Opens what the recipe names."""

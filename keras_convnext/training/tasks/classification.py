@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_convnext import models
 from keras_convnext.conversion import save_weights
-from keras_convnext.data import sources
+from keras_convnext.data import class_names, sources
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.distribution.engine import Engine
@@ -37,6 +37,7 @@ class Classification:
     """
 
     best = "val_top1"
+    files = ("final.safetensors", "final.labels.txt")
 
     def __init__(self, recipe: Recipe, workers: int | None = None) -> None:
         self.recipe = recipe
@@ -144,7 +145,7 @@ class Classification:
         folder.write_with(
             "final.safetensors", lambda path: save_weights(model, path, layout, self.preprocessing)
         )
-        folder.write_text("final.labels.txt", "".join(f"{name}\n" for name in data.training.classes))
+        folder.write_text("final.labels.txt", class_names.to_lines(data.training.classes))
 
 
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
