@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from keras_convnext.cli.shared import (
     import_quietly,
     licence_text,
+    not_negative,
     option,
     positive,
     print_facts,
@@ -45,7 +46,14 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     )
     option(parser, "--batch-size", "N", "images, default 64", type=positive)
     option(parser, "--limit", "N", "that many images only, spread evenly over the data", type=positive)
-    option(parser, "--max-faults", "SHARE", "damaged images allowed, default 0.01", type=float, default=0.01)
+    option(
+        parser,
+        "--max-faults",
+        "SHARE",
+        "damaged images allowed, default 0.01",
+        type=not_negative,
+        default=0.01,
+    )
     option(parser, "--output", "DIR", "folder for CSV files and a picture")
     option(parser, "--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
     option(parser, "--no-results", None, "add no row")
@@ -161,10 +169,7 @@ def probe_command(options: argparse.Namespace) -> int:
 def _evaluate_features(options: argparse.Namespace, settings_class, function) -> int:
     from keras_convnext.training.recipe_files import recipe_path
 
-    named = {"model": options.model, "data": options.data}
-    overrides = recipe_overrides(options.set) | {
-        key: value for key, value in named.items() if value is not None
-    }
+    overrides = recipe_overrides(options.set, model=options.model, data=options.data)
     settings = settings_class.read(recipe_path(options.recipe), overrides)
     if not settings.data:
         raise ValueError("Expected images: pass --data PATH, a folder of class folders for example.")

@@ -12,6 +12,7 @@ from keras_convnext.cli.predict import read_labels
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
+    not_negative,
     option,
     positive_batch_size,
     print_json,
@@ -61,7 +62,7 @@ def export_options(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         "X",
         "difference allowed, of the largest output; default by precision",
-        type=float,
+        type=not_negative,
     )
     option(parser, "--no-check", None, "do not run what was written")
     option(parser, "--report", "DIR", "folder for a table and a picture")
@@ -71,10 +72,9 @@ def export_options(parser: argparse.ArgumentParser) -> None:
 
 def export_command(options: argparse.Namespace) -> int:
     """Writes files for other runtimes, each checked against the model."""
-    if options.report is not None and options.no_check:
-        raise ValueError(
-            "Expected one of --report and --no-check: a report is made of what the check measures."
-        )
+    for name in ("report", "tolerance"):
+        if getattr(options, name) is not None and options.no_check:
+            raise ValueError(f"Expected one of --{name} and --no-check: it needs what the check measures.")
     labels = read_labels(options.labels, options.model)
     import_quietly("keras_convnext.exporting.export")
     from keras_convnext import _environment, predictor

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = _parser(words).parse_args(words or ["--help"])
         finally:
             sys.stdout.flush()  # of --help
+        _refuse_empty(options)
         code = options.run(options)
         sys.stdout.flush()
         return code
@@ -76,6 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for stream in (sys.stdout, sys.stderr):
             drop_unwritten(stream)
+
+
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """Refuses what a shell makes of a variable that is not set: as a path it is the working folder."""
+    for name, value in vars(options).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            raise ValueError(
+                f"Expected a value of {name!r}, received ''. Is a variable of the shell not set?"
+            )
 
 
 def _open_closed_streams() -> None:

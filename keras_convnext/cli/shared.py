@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
     return int(text)
+
+
+def not_negative(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 0 up, received {text!r}")
 
 
 def positive_batch_size(text: str) -> int | str | None:
@@ -50,12 +58,22 @@ def shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
         option(parser, name, metavar, text, **more)
 
 
-def recipe_overrides(settings: Sequence[str]) -> dict[str, str]:
-    """Returns the `--set key=value` words as a dict."""
-    for setting in settings:
-        if "=" not in setting:
+def recipe_overrides(settings: Sequence[str], **short: str | None) -> dict[str, str]:
+    """Returns the `--set key=value` words as a dict, with the options that are `short` for some of them.
+
+    ValueError: a key has two values.
+    """
+    given: dict[str, str] = {}
+    named = [f"{key}={value}" for key, value in short.items() if value is not None]
+    for setting in (*settings, *named):
+        key, separator, value = setting.partition("=")
+        if not separator:
             raise ValueError(f"Expected --set key=value, received {setting!r}.")
-    return {key.strip(): value for key, _, value in (setting.partition("=") for setting in settings)}
+        if given.setdefault(key.strip(), value) != value:
+            raise ValueError(
+                f"Expected one value of {key.strip()!r}, received {given[key.strip()]!r} and {value!r}."
+            )
+    return given
 
 
 def licence_text(licence: str) -> str:

@@ -51,14 +51,12 @@ def train_command(options: argparse.Namespace) -> int:
         return 0
     if options.recipe is None or options.out is None:
         raise ValueError("Expected RECIPE and --out DIR; keras-convnext train --list names the recipes.")
-    overrides = recipe_overrides(options.set)
-    if options.distribute is not None:
-        overrides["distribution.engine"] = options.distribute
+    overrides = recipe_overrides(options.set, data=options.data, engine=options.distribute)
     # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # All mistakes that can be found before a backend is loaded, which takes seconds.
     _register_for(overrides)
-    derived.choose_recipe(options.recipe, options.data, overrides, options.out)
+    derived.choose_recipe(options.recipe, None, overrides, options.out)
     import_quietly("keras_convnext.training.trainer", "tensorflow")
     from keras_convnext.training import failure, run_state, trainer
 
@@ -66,7 +64,6 @@ def train_command(options: argparse.Namespace) -> int:
         result = trainer.train(
             options.recipe,
             options.out,
-            data=options.data,
             overrides=overrides,
             workers=options.workers,
             progress=not options.quiet,
@@ -123,11 +120,9 @@ def plan_command(options: argparse.Namespace) -> int:
     from keras_convnext.analysis.plan import describe, make_plan
     from keras_convnext.training.derived import choose_recipe
 
-    overrides = recipe_overrides(options.set)
-    if options.engine is not None:
-        overrides["distribution.engine"] = options.engine
+    overrides = recipe_overrides(options.set, data=options.data, engine=options.engine)
     _register_for(overrides)
-    recipe, derived = choose_recipe(options.recipe, options.data, overrides)
+    recipe, derived = choose_recipe(options.recipe, None, overrides)
     plan = make_plan(recipe, options.devices, options.fraction)
     if options.json:
         facts = dataclasses.asdict(plan) | {

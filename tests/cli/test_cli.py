@@ -604,7 +604,51 @@ def test_a_licence_that_forbids_commercial_use_is_announced_once(weights_folder,
 @pytest.mark.once
 def test_weights_that_are_no_file_are_an_error_in_words(refused):
     assert "Received a folder: ." in refused("predict", PHOTOGRAPHS[0], "--weights", ".")
-    assert "or a weight file, received ''" in refused("predict", PHOTOGRAPHS[0], "--weights", "")
+    assert "a value of 'weights', received ''" in refused("predict", PHOTOGRAPHS[0], "--weights", "")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "smoke", "--out", ""],
+        ["train", "smoke", "--out", "run", "--data", ""],
+        ["predict", ""],
+        ["predict", "photo.jpg", ""],
+        ["prepare", "photos", ""],
+        ["evaluate", "model.keras", "--data", "photos", "--output", ""],
+    ],
+)
+def test_a_variable_that_is_not_set_is_not_the_working_folder(refused, words):
+    assert "received ''. Is a variable of the shell not set?" in refused(*words)
+
+
+@pytest.mark.once
+def test_a_key_has_one_value(refused):
+    plan = ("plan", "smoke", "--devices", "8xcpu")
+    assert "one value of 'epochs', received '1' and '2'" in refused(
+        *plan, "--set", "epochs=1", "--set", "epochs=2"
+    )
+    assert "one value of 'data', received 'b' and 'a'" in refused(*plan, "--data", "a", "--set", "data=b")
+    words = ("--engine", "none", "--set", "distribution.engine=auto")
+    assert "engine: given twice, remove one of them" in refused(*plan, *words)
+    words = ("--model", "convnext_tiny", "--set", "model=convnext_base", "--data", "photos")
+    assert "one value of 'model', received 'convnext_base' and 'convnext_tiny'" in refused("knn", *words)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "model.keras", "x.onnx", "--tolerance", "nan"],
+        ["evaluate", "model.keras", "--data", "photos", "--max-faults", "-1"],
+    ],
+)
+def test_a_limit_that_nothing_exceeds_is_refused(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main.main(words)
+    assert ended.value.code == 2
+    assert f"expected a number from 0 up, received '{words[-1]}'" in capsys.readouterr().err
 
 
 @pytest.mark.once
