@@ -45,7 +45,8 @@ def choose_backend() -> None:
         return
     path = _settings_path()
     asked = os.environ.get("KERAS_BACKEND")
-    wanted = wanted_backend()
+    named = _backend_in(path)
+    wanted = asked or named or "tensorflow"
     if wanted not in (*BACKENDS, "openvino") or is_installed(wanted):
         return  # Keras knows its other backends and refuses what is none
     installed = [name for name in BACKENDS if is_installed(name)]
@@ -60,7 +61,7 @@ def choose_backend() -> None:
             f"Expected a backend, but none of {', '.join(BACKENDS)} is installed. "
             "Run pip install tensorflow, or the same with jax or torch."
         )
-    why = f"; tensorflow, which {path} names, is not" if _backend_in(path) else ""
+    why = f"; tensorflow, which {path} names, is not" if named else ""
     print(f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr)
     os.environ["KERAS_BACKEND"] = installed[0]
 
@@ -156,12 +157,24 @@ def _settings_path() -> str:
 
 
 def _backend_in(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-    except (OSError, ValueError):
+    """Returns the backend that keras.json names; ImportError where Keras's own import would fail at it."""
+    if not os.path.exists(path):
         return None
-    backend = settings.get("backend") if isinstance(settings, dict) else None
+    settings: object = None
+    try:
+        if os.path.isfile(path):  # a pipe has no end
+            with open(path, encoding="utf-8") as file:
+                settings = json.load(file)
+    except (OSError, ValueError):  # Keras takes its defaults, or says what it is
+        return None
+    except RecursionError:
+        pass
+    if not isinstance(settings, dict):
+        raise ImportError(
+            f"Expected the settings of Keras, an object in JSON, in '{path}'. Remove it: Keras writes it "
+            "anew."
+        )
+    backend = settings.get("backend")
     return backend if isinstance(backend, str) else None
 
 

@@ -96,13 +96,29 @@ def test_an_installed_backend_is_taken_in_place_of_tensorflow(choose, installed,
     expected = f"Backend: {taken} (installed; choose another with KERAS_BACKEND).\n"
     assert choose(installed) == (taken, expected)
     assert choose(installed, settings="{not JSON") == (taken, expected)
-    assert choose(installed, settings="[]") == (taken, expected)
     # Keras has written "tensorflow" there itself.
     assert choose(installed, settings=json.dumps(WRITTEN_BY_KERAS)) == (
         taken,
         f"Backend: {taken} (installed; tensorflow, which {tmp_path / 'keras.json'} names, is not; "
         "choose another with KERAS_BACKEND).\n",
     )
+
+
+@pytest.mark.parametrize("settings", ["[]", "null", "3", "[" * 100_000])
+def test_settings_at_which_the_import_of_keras_fails_are_named(choose, tmp_path, settings):
+    """Exit code 70: "'list' object has no attribute 'get'"."""
+    path = re.escape(str(tmp_path / "keras.json"))
+    with pytest.raises(ImportError, match=f"an object in JSON, in '{path}'. Remove it: Keras writes it anew"):
+        choose(["torch"], asked="torch", settings=settings)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_settings_that_are_a_pipe_are_not_waited_for(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "keras.json")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
+    with pytest.raises(ImportError, match="an object in JSON"):
+        choose_backend()
 
 
 def test_nothing_happens_where_keras_can_have_its_way(choose):

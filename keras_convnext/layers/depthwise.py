@@ -83,7 +83,9 @@ def depthwise_in_frames(layer, x):
 
     def convolve(part, row_step, column_step):
         rate = (row_step * dilation, column_step * dilation)
-        return keras.ops.depthwise_conv(x, part, strides=1, padding="same", dilation_rate=rate)
+        return keras.ops.depthwise_conv(
+            x, part, strides=1, padding="same", data_format="channels_last", dilation_rate=rate
+        )
 
     radius = layer.kernel_size[0] // 2
     core = min(radius, 2)

@@ -109,13 +109,24 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def settings_of(recipe: Recipe) -> Iterator[None]:
-    """Sets precision and the seed of initial weights for the time of a run."""
-    policy, state = keras.config.dtype_policy(), random.getstate()
+    """Sets precision and the seed of initial weights for the time of a run.
+
+    ValueError: Keras is told to end each `fit` early, so that a run would begin it again for ever.
+    """
+    for name in ("max_epochs", "max_steps_per_epoch"):
+        if (limit := getattr(keras.config, name)()) is not None:
+            raise ValueError(
+                f"Expected no limit of Keras's own on training, received KERAS_{name.upper()}={limit}. Unset "
+                "it; the recipe has epochs."
+            )
+    policy, floatx, state = keras.config.dtype_policy(), keras.config.floatx(), random.getstate()
+    keras.config.set_floatx("float32")  # of metrics and rates, whatever keras.json has
     keras.config.set_dtype_policy(recipe.model.precision)
     random.seed(recipe.run.seed)  # `layers.initializers.RandomNormal` draws from it
     try:
         yield
     finally:
+        keras.config.set_floatx(floatx)
         keras.config.set_dtype_policy(policy)
         random.setstate(state)
 

@@ -144,7 +144,7 @@ def kill_at_new_kind(data, folder, noted):
     done = set((noted / "kinds").read_text().splitlines())
 
     def kill(kind):
-        if kind not in done:
+        if kind not in done and is_seen(kind):
             shutil.rmtree(noted / "folder", ignore_errors=True)
             if folder.exists():
                 shutil.copytree(folder, noted / "folder", copy_function=link_or_copy)
@@ -153,6 +153,11 @@ def kill_at_new_kind(data, folder, noted):
             os.kill(os.getpid(), signal.SIGKILL)
 
     train_and_tell(data, folder, kill)
+
+
+def is_seen(kind):
+    """Whether the next start sees the change: not a temporary file, which is removed."""
+    return not kind.startswith(("open", "sync"))
 
 
 def train_whole(data, work):
@@ -181,7 +186,8 @@ def kill_at_each_kind(data, work):
             assert state(folder) == state(noted / "folder")  # a kill leaves what is there before it
     assert code == 0
     killed = (noted / "kinds").read_text().splitlines()
-    assert set(killed) >= set(json.loads((work / "notes" / "kinds.json").read_text()))
+    kinds = json.loads((work / "notes" / "kinds.json").read_text())
+    assert set(killed) >= set(filter(is_seen, kinds))
     assert not (problems := differences(folder, work / "whole")), "\n".join(problems)
     print(f"killed {len(killed)} times")
 
@@ -239,7 +245,7 @@ def work(few_digits, tmp_path_factory):
 
 def test_a_run_killed_before_each_kind_of_change_ends_with_the_same_bits(work, few_digits):
     (kills,) = run_here("kill_at_each_kind", few_digits, work)
-    assert kills > 40
+    assert kills > 15
 
 
 def test_a_run_goes_on_from_each_state_of_its_folder_with_the_same_bits(work, few_digits):

@@ -218,6 +218,35 @@ def test_an_error_in_the_midst_of_an_epoch_ends_the_process(few_digits, tmp_path
     assert ended.stderr.splitlines()[-1] == "TypeError: 'NoneType' object is not callable"
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["max_epochs", "max_steps_per_epoch"])
+def test_a_limit_of_keras_on_training_is_refused(few_digits, tmp_path, name):
+    """With KERAS_MAX_EPOCHS=1 the second epoch was begun again for ever."""
+    set_limit = getattr(keras.config, f"set_{name}")
+    set_limit(1)
+    try:
+        with pytest.raises(
+            ValueError, match=f"no limit of Keras's own on training, .* KERAS_{name.upper()}=1"
+        ):
+            trainer.train(small(few_digits), tmp_path / "run", progress=False)
+    finally:
+        set_limit(None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.once
+def test_the_precision_of_a_run_is_the_recipes_alone():
+    """keras.json may have float16, in which metrics count to 2,048."""
+    keras.config.set_floatx("float16")
+    try:
+        with run_state.settings_of(small(precision="mixed_bfloat16")):
+            assert keras.config.floatx() == "float32"
+            assert keras.config.dtype_policy().name == "mixed_bfloat16"
+        assert keras.config.floatx() == "float16"
+    finally:
+        keras.config.set_floatx("float32")
+
+
 def test_one_step_changes_every_trained_array(uninterrupted):
     """The control of the comparison above: the checkpoint of the step before is not the same."""
     before, after = (
