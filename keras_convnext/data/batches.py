@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from keras_convnext.data import jpeg, preprocess
 from keras_convnext.data.blocks import (
@@ -127,7 +128,7 @@ def eval_image(path_or_bytes: str | os.PathLike[str] | bytes, preprocessing: Pre
             return transform.with_tensorflow(tf.constant(content)).numpy()
         except tf.errors.InvalidArgumentError:
             pass  # not an image that TensorFlow reads as Pillow does
-    return transform.with_pillow(preprocess.decode_image(content, name))
+    return preprocess.decode_image(content, name, transform.with_pillow)
 
 
 class EvalTransform:
@@ -142,8 +143,8 @@ class EvalTransform:
     def with_tensorflow(self, content: Any) -> Any:
         return jpeg.center_crop(content, self._preprocessing)
 
-    def with_pillow(self, image: np.ndarray) -> np.ndarray:
-        return preprocess.preprocess_image(image, self._preprocessing)
+    def with_pillow(self, image: Image.Image) -> np.ndarray:
+        return preprocess.prepared(image, self._preprocessing)
 
 
 def train_batches(
@@ -173,7 +174,7 @@ def train_batches(
     takes a batch and its reverse; the shuffle makes that the same.
 
     An image that cannot be decoded is noted in `faults`, and the next example of the source that can be
-    stands in for it.
+    stands in for it. One of more than 16.7 million pixels is first reduced by a whole factor.
 
     Args:
         source: what `sources.open_source` returns.
@@ -256,7 +257,7 @@ def _training_examples(
         return crop.from_bytes(read(row["number"]), row), row["number"]
 
     def with_pillow(row: Rows) -> tuple[Any, Any]:
-        pixels, number, _ = read_with_pillow(source, row["number"], faults, neighbours=_NEIGHBOURS)
+        pixels, number, _ = read_with_pillow(source, row["number"], faults, preprocess.reduced, _NEIGHBOURS)
         return crop.from_pixels(pixels, row), number
 
     def made(rows: Rows, cropped: Callable[[Rows], tuple[Any, Any]], is_repaired: bool) -> Rows:
