@@ -4,6 +4,7 @@ Nothing here normalises: the models take uint8 RGB and do that in their first la
 Only NumPy and Pillow are imported, so reading images needs no Keras backend.
 """
 
+import collections
 import io
 import os
 import struct
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from keras_convnext.data.index import IMAGE_SUFFIXES, counted, images_below
 from keras_convnext.data.preprocessing import Preprocessing
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -159,16 +160,18 @@ def preprocess_image(image: np.ndarray, preprocessing: Preprocessing) -> np.ndar
 
 def find_images(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    left_out: collections.Counter[str] | None = None,
 ) -> list[Path]:
     """List the image files that some paths stand for.
 
-    A file stands for itself, whatever its name. A folder stands for the files in it and in its
-    subfolders whose suffix, in any case, is in `IMAGE_SUFFIXES`, sorted by path; links to folders
-    inside it are not followed. The order of `paths` is kept, and a file reached twice is listed
-    twice. Files are not opened, which is left to `read_image`.
+    A file stands for itself, whatever its name. A folder stands for the images at any depth in it, sorted by
+    path, as `index.images_below` lists them for training and evaluation too: by suffix, without hidden ones.
+    The order of `paths` is kept, and a file reached twice is listed twice. Files are not opened, which is
+    left to `read_image`.
 
     Args:
         paths: one file or folder, or several.
+        left_out: counts what is left out of folders, by reason.
 
     Returns:
         list of `Path`, each beginning with the path it was found under.
@@ -183,7 +186,7 @@ def find_images(
     for path in map(Path, paths):
         try:
             path.stat()
-            images += _images_in_folder(path) if path.is_dir() else [path]
+            images += _images_in_folder(path, left_out) if path.is_dir() else [path]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ImageError(
                 f"Expected an image file or a folder at '{path}', but nothing is there. Check the path."
@@ -196,18 +199,16 @@ def find_images(
     return images
 
 
-def _images_in_folder(folder: Path) -> list[Path]:
-    def stop(error: OSError) -> None:
-        # os.walk skips a folder it cannot list; a score over part of the images would be wrong.
-        raise error
-
-    files = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=stop) for name in names]
-    images = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+def _images_in_folder(folder: Path, left_out: collections.Counter[str] | None) -> list[Path]:
+    others: collections.Counter[str] = collections.Counter()
+    images = sorted(map(Path, images_below(os.fspath(folder), others)))
     if not images:
         raise ImageError(
-            f"Expected images in the folder '{folder}', found none among its {len(files)} files. "
+            f"Expected images in the folder '{folder}', found none: {counted(others) or 'it is empty'}. "
             f"Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
         )
+    if left_out is not None:
+        left_out.update(others)
     return images
 
 
