@@ -14,7 +14,7 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class Source:
     # ends; both (0,) when the files are named like the examples.
     name_text: np.ndarray
     name_ends: np.ndarray
-    # What lies beside the images and was left out: reason -> number, see `images_below`.
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # What lies beside the images, by the reason to leave it out, see `list_folder`.
+    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -210,13 +210,14 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def list_folder(path: str, left_out: collections.Counter[str]) -> tuple[list[str], list[str]]:
-    """Returns the sorted names of the folders and images in a folder, and counts what else is there.
+def list_folder(path: str) -> tuple[list[str], list[str], collections.Counter[str]]:
+    """Returns the sorted names of the folders and images in a folder, and how much is left out, by reason.
 
-    Links count as what they lead to. Hidden names, the folders that systems add, such as "__MACOSX", and
-    what is no regular file (a pipe, a device, a broken link) are left out.
+    Links count as what they lead to. Hidden names, folders that systems add, such as "__MACOSX", and what is
+    no regular file (a pipe, a device, a broken link) are left out.
     """
     folders, images = [], []
+    left_out: collections.Counter[str] = collections.Counter()
     with os.scandir(path) as entries:
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
@@ -232,16 +233,17 @@ def list_folder(path: str, left_out: collections.Counter[str]) -> tuple[list[str
                 images.append(entry.name)
             else:
                 left_out["no regular file"] += 1
-    return sorted(folders), sorted(images)
+    return sorted(folders), sorted(images), left_out
 
 
-def images_below(folder: str, left_out: collections.Counter[str]) -> list[str]:
-    """Returns the sorted paths of the images at any depth below a folder, and counts what is left out.
+def images_below(folder: str) -> tuple[list[str], collections.Counter[str]]:
+    """Returns the sorted paths of the images at any depth below a folder, and how much is left out.
 
     Links to folders are followed, each folder is listed once. OSError: a folder cannot be listed, as a part
     of the images would give another score.
     """
     images, waiting, seen = [], [folder], set()
+    left_out: collections.Counter[str] = collections.Counter()
     while waiting:
         path = waiting.pop()
         state = os.stat(path)
@@ -249,17 +251,17 @@ def images_below(folder: str, left_out: collections.Counter[str]) -> list[str]:
             left_out["link to a folder that is listed already"] += 1
             continue
         seen.add((state.st_dev, state.st_ino))
-        folders, names = list_folder(path, left_out)
+        folders, names, others = list_folder(path)
+        left_out += others
         images += [os.path.join(path, name) for name in names]
         waiting += [os.path.join(path, name) for name in reversed(folders)]
-    return sorted(images)
+    return sorted(images), left_out
 
 
-def counted(counts: Mapping[str, int]) -> str:
-    """Says how many there are of what, the most first: "12 .txt, 3 hidden"; "" for nothing."""
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    rest = sum(count for _, count in ranked[_SHOWN:])
-    words = [f"{count:,} {_printable(name)}" for name, count in ranked[:_SHOWN]]
+def counted(left_out: collections.Counter[str]) -> str:
+    """Says how much was left out and why, the most first: "12 .txt, 3 hidden"; "" for nothing."""
+    words = [f"{count:,} {_printable(reason)}" for reason, count in left_out.most_common(_SHOWN)]
+    rest = left_out.total() - sum(count for _, count in left_out.most_common(_SHOWN))
     return ", ".join(words + [f"{rest:,} others"] * bool(rest))
 
 
@@ -267,17 +269,13 @@ def described(source: Source, title: str = "data") -> list[str]:
     """Says in a few lines what was found: images, classes and their counts, what was left out."""
     counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
     names = [f"{_printable(name)} ({count:,})" for name, count in zip(source.classes, counts, strict=True)]
-    classes = ", ".join(names)
+    shown = ", ".join(names)
     if len(names) > _SHOWN:
-        classes = f"{', '.join(names[:5])}, ...; {min(counts):,} to {max(counts):,} a class"
-    lines = [
-        f"{title}: {len(source):,} images of {len(names):,} classes in '{_printable(source.path)}': {classes}"
-    ]
-    if are_numbers(source.classes) and int(source.classes[-1]) != len(source.classes) - 1:
+        shown = f"{', '.join(names[:5])}, ...; {min(counts):,} to {max(counts):,} a class"
+    lines = [f"{title}: {len(source):,} images of {len(names):,} classes in '{source.path}': {shown}"]
+    if are_numbers(source.classes) and int(source.classes[-1]) != len(names) - 1:
         lines.append(f"  the numbers are names, not labels: class 0 is '{source.classes[0]}'")
-    if source.left_out:
-        lines.append(f"  left out: {counted(source.left_out)}")
-    return lines
+    return lines + [f"  left out: {counted(source.left_out)}"] * bool(source.left_out)
 
 
 def are_numbers(names: Iterable[str]) -> bool:

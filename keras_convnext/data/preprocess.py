@@ -4,7 +4,6 @@ Nothing here normalises: the models take uint8 RGB and do that in their first la
 Only NumPy and Pillow are imported, so reading images needs no Keras backend.
 """
 
-import collections
 import io
 import os
 import struct
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from keras_convnext._terminal import say
 from keras_convnext.data.index import IMAGE_SUFFIXES, counted, images_below
 from keras_convnext.data.preprocessing import Preprocessing
 
@@ -160,18 +160,16 @@ def preprocess_image(image: np.ndarray, preprocessing: Preprocessing) -> np.ndar
 
 def find_images(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    left_out: collections.Counter[str] | None = None,
 ) -> list[Path]:
     """List the image files that some paths stand for.
 
     A file stands for itself, whatever its name. A folder stands for the images at any depth in it, sorted by
     path, as `index.images_below` lists them for training and evaluation too: by suffix, without hidden ones.
     The order of `paths` is kept, and a file reached twice is listed twice. Files are not opened, which is
-    left to `read_image`.
+    left to `read_image`. What is left out of a folder is said on stderr.
 
     Args:
         paths: one file or folder, or several.
-        left_out: counts what is left out of folders, by reason.
 
     Returns:
         list of `Path`, each beginning with the path it was found under.
@@ -186,7 +184,7 @@ def find_images(
     for path in map(Path, paths):
         try:
             path.stat()
-            images += _images_in_folder(path, left_out) if path.is_dir() else [path]
+            images += _images_in_folder(path) if path.is_dir() else [path]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ImageError(
                 f"Expected an image file or a folder at '{path}', but nothing is there. Check the path."
@@ -199,17 +197,17 @@ def find_images(
     return images
 
 
-def _images_in_folder(folder: Path, left_out: collections.Counter[str] | None) -> list[Path]:
-    others: collections.Counter[str] = collections.Counter()
-    images = sorted(map(Path, images_below(os.fspath(folder), others)))
-    if not images:
+def _images_in_folder(folder: Path) -> list[Path]:
+    files, left_out = images_below(os.fspath(folder))
+    others = counted(left_out)
+    if not files:
         raise ImageError(
-            f"Expected images in the folder '{folder}', found none: {counted(others) or 'it is empty'}. "
+            f"Expected images in the folder '{folder}', found none: {others or 'it is empty'}. "
             f"Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
         )
-    if left_out is not None:
-        left_out.update(others)
-    return images
+    if others:
+        say(f"{folder}: left out {others}")
+    return sorted(map(Path, files))
 
 
 def _describe_start(start: bytes) -> str:

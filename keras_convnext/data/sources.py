@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def open_source(
     """
     path = os.fspath(path)
     kind, splits = _locate(path)
-    folders, images = list_folder(path, collections.Counter()) if kind == "folder" else ([], [])
+    folders, images = list_folder(path)[:2] if kind == "folder" else ([], [])
     if None in splits and split in folders:
         splits = {split: [os.path.join(path, split)]}
     name = _choose_split(path, splits, split)
@@ -139,11 +139,8 @@ def open_source(
     else:
         source = _open_folder(places[0], labels, classes)
         if name is not None:
-            beside = {
-                "folders beside the splits": len(folders) - len(splits),
-                "images beside the splits": len(images),
-            }
-            left_out = {what: count for what, count in {**source.left_out, **beside}.items() if count}
+            beside = {"folders and images beside the splits": len(folders) + len(images) - len(splits)}
+            left_out = source.left_out + collections.Counter(beside)  # a sum leaves zeros out
             source = dataclasses.replace(source, left_out=left_out)
     return source if classes is None else with_classes(source, list(classes))
 
@@ -255,7 +252,7 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
     shards = _find_shards(path)
     if shards:
         return "tfrecord", shards
-    folders, _ = list_folder(path, collections.Counter())
+    folders = list_folder(path)[0]
     named: dict[str | None, list[str]] = {
         name: [os.path.join(path, name)] for name in _split_folders(path, folders)
     }
@@ -374,12 +371,10 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
 
 
 def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequence[str] | None) -> Source:
-    left_out: collections.Counter[str] = collections.Counter()
-    folders, flat = list_folder(path, left_out)
+    folders, flat, left_out = list_folder(path)
     is_validation = bool(flat) and not folders and all(VALIDATION_NAME.fullmatch(name) for name in flat)
     if labels is not None or is_validation:
-        left_out.clear()
-        files = images_below(path, left_out)
+        files, left_out = images_below(path)
         if not files:
             raise SourceError(f"Expected images below the folder '{path}', found none.")
         return with_labels(_files_source(path, files, np.zeros(len(files)), [], left_out), labels)
@@ -389,7 +384,11 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequ
             f"'{flat[0]}'. Move them to folders named by their class, or pass labels, a file with "
             "'file,label' lines (to train: `keras-convnext prepare FOLDER OUTPUT --labels FILE` first)."
         )
-    images = [images_below(os.path.join(path, name), left_out) for name in folders]
+    images = []
+    for name in folders:
+        found, others = images_below(os.path.join(path, name))
+        images.append(found)
+        left_out += others
     if not any(images):
         raise SourceError(
             f"Expected one folder of images a class in '{path}', found {len(folders)} folders and no image"
@@ -400,11 +399,10 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequ
         raise SourceError(
             f"Expected images in every class folder of '{path}', found none in {len(empty)}: "
             f"{first_few(empty)}. Remove the folders that are no classes, or add their images."
-            f"{' Left out: ' * bool(left_out)}{counted(left_out)}"
         )
     if classes is None or not set(folders) <= set(classes):
         _check_depth(path, folders, images)
-    left_out.update({"images beside the class folders": len(flat)} if flat else {})
+    left_out += collections.Counter({"images beside the class folders": len(flat)})
     names = in_order(folders, path)
     positions = {name: number for number, name in enumerate(names)}
     numbers = np.repeat([positions[name] for name in folders], [len(found) for found in images])
@@ -437,7 +435,7 @@ def _files_source(
     files: list[str],
     labels: np.ndarray,
     classes: list[str],
-    left_out: Mapping[str, int],
+    left_out: collections.Counter[str],
 ) -> Source:
     count = len(files)
     return Source(
