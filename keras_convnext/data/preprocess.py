@@ -21,11 +21,10 @@ from PIL import Image, UnidentifiedImageError
 
 from keras_convnext._files import regular_size
 from keras_convnext._messages import one_line, shortened
-from keras_convnext._terminal import say_once
-from keras_convnext.data.index import check_bytes
+from keras_convnext._terminal import say, say_once
+from keras_convnext.data.index import IMAGE_SUFFIXES, check_bytes, counted, images_below
 from keras_convnext.data.preprocessing import Preprocessing
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Pillow goes by the content: a closed list, as some formats start programs (EPS). JPEG opens MPO too.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 INTERPOLATIONS = {
@@ -349,10 +348,10 @@ def find_images(
 ) -> list[Path]:
     """List the image files that some paths stand for.
 
-    A file stands for itself, whatever its name. A folder stands for the files in it and in its
-    subfolders whose suffix, in any case, is in `IMAGE_SUFFIXES`, sorted by path; links to folders
-    inside it are not followed. The order of `paths` is kept, and a file reached twice is listed
-    twice. Files are not opened, which is left to `read_image`.
+    A file stands for itself, whatever its name. A folder stands for the images at any depth in it, sorted by
+    path, as `index.images_below` lists them for training and evaluation too: by suffix, without hidden ones.
+    The order of `paths` is kept, and a file reached twice is listed twice. Files are not opened, which is
+    left to `read_image`. What is left out of a folder is said on stderr.
 
     Args:
         paths: one file or folder, or several.
@@ -384,18 +383,16 @@ def find_images(
 
 
 def _images_in_folder(folder: Path) -> list[Path]:
-    def stop(error: OSError) -> None:
-        # os.walk skips a folder it cannot list; a score over part of the images would be wrong.
-        raise error
-
-    files = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=stop) for name in names]
-    images = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
+    files, left_out = images_below(os.fspath(folder))
+    others = counted(left_out)
+    if not files:
         raise ImageError(
-            f"Expected images in the folder '{folder}', found none among its {len(files)} files. "
+            f"Expected images in the folder '{folder}', found none: {others or 'it is empty'}. "
             f"Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
         )
-    return images
+    if others:
+        say(f"{folder}: left out {others}")
+    return sorted(map(Path, files))
 
 
 def _describe_start(start: bytes) -> str:

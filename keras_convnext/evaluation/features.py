@@ -28,9 +28,9 @@ import numpy as np
 from keras_convnext import predictor
 from keras_convnext._files import replacing_file
 from keras_convnext._settings import Count, FromZero, InsideOne, Settings, Share, key, one_of
-from keras_convnext._terminal import Progress
+from keras_convnext._terminal import Progress, say
 from keras_convnext.data import sources
-from keras_convnext.data.index import Source
+from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 from keras_convnext.evaluation import classification, forward, result_columns
 
@@ -227,6 +227,8 @@ def both_features(settings, model, data, cache, max_faults, progress):
     """
     classification.import_batches()  # its absence is told before anything is downloaded
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
+    for part, title in ((train_source, "training"), (test_source, "to classify")) if progress else ():
+        say("\n".join(described(part, title)))
     if train_source.classes != test_source.classes:
         raise ValueError(
             f"Expected the same classes in both sources, received {len(train_source.classes)} and "

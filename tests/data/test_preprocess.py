@@ -534,8 +534,8 @@ def test_find_images_reports_a_folder_without_images(tmp_path):
     touch(tmp_path / "a" / "notes.txt")
     touch(tmp_path / "labels.csv")
     assert image_error(find_images, [tmp_path]) == (
-        f"Expected images in the folder '{tmp_path}', found none among its 2 files. "
-        "Known suffixes: .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff."
+        f"Expected images in the folder '{tmp_path}', found none: 1 .csv, 1 .txt. "
+        "Known suffixes: .jpg, .jpeg, .jpe, .jfif, .mpo, .png, .apng, .webp, .bmp, .gif, .tif, .tiff."
     )
 
 
