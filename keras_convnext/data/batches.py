@@ -71,8 +71,8 @@ def eval_batches(
         `tf.data.Dataset` of dicts: "images" uint8 (batch_size, height, width, 3), "labels" int32
         (batch_size,), "numbers" int64 (batch_size,), the example's place in the source or -1 for padding,
         and "mask" bool (batch_size,), False for padding and for images that could not be decoded, whose
-        pixels are 0. Iterating raises `tf.errors.OpError` with the text of `DataError` when `faults.check`
-        does.
+        pixels are 0. A loop over it raises `DataError` when `faults.check` does; what is made of it
+        (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
 
     Raises:
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
@@ -113,7 +113,7 @@ def eval_batches(
 
     fast = with_tensorflow if transform.is_covered else with_pillow
     batches = make_in_blocks(-(-share // batch_size), batch_size, 1, plan, fast, with_pillow, workers)
-    return finished(batches.map(named), workers)
+    return finished(batches.map(named), workers, faults)
 
 
 def eval_image(path_or_bytes: str | os.PathLike[str] | bytes, preprocessing: Preprocessing) -> np.ndarray:
@@ -194,8 +194,8 @@ def train_batches(
     Returns:
         `tf.data.Dataset` without end of (images, targets): `dtype` (n, height, width, 3), RGB, 0 to 255
         (noise in float32 goes beyond), and float32 (n, num_classes), each row with the sum 1; n is
-        batch_size / part.num_hosts. Iterating raises `tf.errors.OpError` with the text of `DataError` when
-        `faults.check` does.
+        batch_size / part.num_hosts. A loop over it raises `DataError` when `faults.check` does; what is
+        made of it (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
 
     Raises:
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
@@ -216,7 +216,7 @@ def train_batches(
 
     batches = make_in_blocks(None, order.rows_a_batch, mix.unit, plan, fast, slow, workers)
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    return finished(batches.map(without_faults).apply(endless), workers)
+    return finished(batches.map(without_faults).apply(endless), workers, faults)
 
 
 def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int) -> Order:

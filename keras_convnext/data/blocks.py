@@ -67,8 +67,11 @@ def make_in_blocks(
     return blocks.batch(blocks_a_batch, drop_remainder=True).map(joined)
 
 
-def finished(batches: Any, workers: int | None) -> Any:
-    """Return a data set that makes two batches ahead, in order, with one thread for each worker."""
+def finished(batches: Any, workers: int | None, faults: Faults) -> Any:
+    """Return a data set that makes two batches ahead, in order, with one thread for each worker.
+
+    Loops over it raise the DataError of `faults`, not TensorFlow's error around its text.
+    """
     options = tf.data.Options()
     options.deterministic = True
     # Nothing is left to tune, and the end of an iterator can wait a minute for the thread that does.
@@ -76,7 +79,27 @@ def finished(batches: Any, workers: int | None) -> Any:
     # One thread an image: the cores are kept busy by several images at a time.
     options.threading.max_intra_op_parallelism = 1
     options.threading.private_threadpool_size = _workers(workers)
-    return batches.prefetch(2).with_options(options)
+    batches = batches.prefetch(2).with_options(options)
+
+    def begin(self: Any) -> Any:
+        iterator = kind.__iter__(self)
+        iterator.__class__ = type("Iterator", (type(iterator),), {"__next__": following(type(iterator))})
+        return iterator
+
+    def following(base: Any) -> Callable[[Any], Any]:
+        def following(self: Any) -> Any:
+            try:
+                return base.__next__(self)
+            except tf.errors.OpError:
+                faults.check()
+                raise
+
+        return following
+
+    # A class of its own, as a wrapper around a data set would not be one for `fit`.
+    kind = type(batches)
+    batches.__class__ = type("Batches", (kind,), {"__iter__": begin})
+    return batches
 
 
 def reader(source: Source) -> Callable[[Any], Any]:
@@ -85,6 +108,8 @@ def reader(source: Source) -> Callable[[Any], Any]:
     # TensorFlow has no operation that reads part of a file, and its other one opens pipes and devices.
     def read(number: np.ndarray) -> bytes:
         content = source.read(number)
+        if content[:2] == b"\xff\xd8":
+            preprocess.check_scans(content, "")
         preprocess.tell_orientation(content, lambda: source.name(number))
         return content
 

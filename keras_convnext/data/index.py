@@ -89,7 +89,7 @@ class Source:
 
 def check_bytes(count: int, what: str, error: type[ValueError] = SourceError) -> None:
     """Refuses an image that takes more memory than one may, its file with its pixels: 512 MB by default."""
-    most = 6 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else count
+    most = 6 * max(Image.MAX_IMAGE_PIXELS, 1 << 20) if Image.MAX_IMAGE_PIXELS else count
     if count > most:
         raise error(
             f"Expected an image that takes at most {size_text(most)} of memory, but {what} takes "

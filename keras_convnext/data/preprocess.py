@@ -37,9 +37,9 @@ LARGE = 1 << 24
 # Pillow 13.0.0 began to resize rows first where that is less work (see `rows_first`).
 _PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 
-# The most bytes a pixel that a decoder holds at once, with the image in RGB, as measured with Pillow 13 by
-# benchmarks/image_memory.py.
-_BYTES_A_PIXEL = {"JPEG": 8, "MPO": 8, "PNG": 8, "WEBP": 24, "BMP": 8, "GIF": 8, "TIFF": 16}
+# Bytes a pixel that decoding holds at most, with the image in RGB, as measured with Pillow 13 by
+# benchmarks/image_memory.py; JPEG: for an image in RGB of one scan.
+_BYTES_A_PIXEL = {"JPEG": 4, "MPO": 4, "PNG": 9, "WEBP": 24, "BMP": 9, "GIF": 9, "TIFF": 16}
 _ONE_LARGE = threading.Lock()
 
 
@@ -171,15 +171,39 @@ def decode_image(
 def _admitted(image: Image.Image, content: bytes, name: str) -> Iterator[None]:
     """Refuses an image that would take too much memory; of large ones one is decoded at a time."""
     a_pixel = _BYTES_A_PIXEL[image.format or "TIFF"]
-    if image.format in ("JPEG", "PNG") and image.mode == "RGB" and "progressive" not in image.info:
+    if image.format == "PNG" and image.mode == "RGB":
         a_pixel = 4
-    elif image.format == "JPEG" and "progressive" in image.info:
-        a_pixel = 12
-    needed = len(content) + image.width * image.height * a_pixel
+    elif a_pixel == 4:
+        a_pixel += 2 * len(image.getbands()) * (check_scans(content, name) > 1) + 5 * (image.mode != "RGB")
+    needed = len(content) + image.width * image.height * a_pixel + image.height * 16
     what = f"'{name}' of {image.width} x {image.height} pixels ({image.format}, {image.mode})"
     check_bytes(needed, what, ImageError)
     with _ONE_LARGE if needed > 4 * LARGE else contextlib.nullcontext():
         yield
+
+
+def check_scans(content: bytes, name: str) -> int:
+    """Returns how many scans a JPEG has, and refuses thousands, in each of which all its pixels change.
+
+    A camera's file has one. All marks of a scan are counted in others, which may stand in other data too.
+    """
+    place, frame = 2, b""
+    while content[place : place + 1] == b"\xff":
+        marker, size = content[place + 1 : place + 2], int.from_bytes(content[place + 2 : place + 4], "big")
+        if marker == b"\xda":
+            if frame[:1] in (b"\xc0", b"\xc1") and frame[8:9] == content[place + 4 : place + 5]:
+                return 1
+            break
+        if marker in (b"\xc0", b"\xc1", b"\xc2"):
+            frame = content[place + 1 : place + 11]
+        place += 2 + size
+    scans = max(2, content.count(b"\xff\xda"))
+    if scans > 200 + len(content) // 2**14:
+        raise ImageError(
+            f"Expected some ten scans in '{name}', received {scans}: each is a pass over all pixels. "
+            "Save it again, as a JPEG of one scan."
+        )
+    return scans
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:
