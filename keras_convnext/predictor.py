@@ -139,7 +139,7 @@ def finite(outputs: np.ndarray, name: str) -> np.ndarray:
     bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
     if bad.any():
         raise ValueError(
-            f"Expected numbers from {name}, received NaN or infinite ones for {int(bad.sum())} of {len(bad)} "
+            f"Expected numbers from {name}, received infinite ones or NaN for {int(bad.sum())} of {len(bad)} "
             "images. Check the weights; with a float16 policy try bfloat16 or float32."
         )
     return outputs

@@ -110,7 +110,7 @@ def reader(source: Source) -> Callable[[Any], Any]:
         content = source.read(number)
         if content[:2] == b"\xff\xd8":
             preprocess.check_scans(content, "")
-        preprocess.tell_orientation(content, lambda: source.name(number))
+            preprocess.tell_orientation(content, lambda: source.name(number))
         return content
 
     return lambda number: tf.ensure_shape(tf.numpy_function(read, [number], tf.string, stateful=False), ())

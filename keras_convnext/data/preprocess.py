@@ -39,7 +39,7 @@ _PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 
 # Bytes a pixel that decoding holds at most, with the image in RGB, as measured with Pillow 13 by
 # benchmarks/image_memory.py; JPEG: for an image in RGB of one scan.
-_BYTES_A_PIXEL = {"JPEG": 4, "MPO": 4, "PNG": 9, "WEBP": 24, "BMP": 9, "GIF": 9, "TIFF": 16}
+_BYTES_A_PIXEL = {"JPEG": 4, "MPO": 4, "PNG": 9, "WEBP": 18, "BMP": 9, "GIF": 9, "TIFF": 12}
 _ONE_LARGE = threading.Lock()
 
 

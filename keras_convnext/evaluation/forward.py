@@ -164,7 +164,7 @@ def check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: 
     bad = ~np.isfinite(outputs).all(axis=1)
     if bad.any():
         raise ValueError(
-            f"Expected numbers from the model, received NaN or infinite ones for {int(bad.sum())} of the "
+            f"Expected numbers from the model, received infinite ones or NaN for {int(bad.sum())} of the "
             f"{len(bad)} images of batch {index}, the first of them '{source.name(int(numbers[bad][0]))}'. "
             "Check the weights; with a float16 policy try bfloat16 or float32."
         )

@@ -629,8 +629,8 @@ def test_a_long_picture_is_not_resized_as_a_whole(monkeypatch, size):
         ("PNG", "RGBA", {}, 9),
         ("JPEG", "RGB", {"progressive": True}, 10),
         ("JPEG", "CMYK", {}, 9),
-        ("WEBP", "RGB", {}, 24),
-        ("TIFF", "L", {}, 16),
+        ("WEBP", "RGB", {}, 18),
+        ("TIFF", "L", {}, 12),
     ],
 )
 def test_the_memory_of_an_image_is_estimated_before_it_is_decoded(
@@ -648,7 +648,7 @@ def test_an_image_that_takes_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)  # of which Pillow opens twice as many
     assert image_error(decode_image, content, "a") == (
         "Expected an image that takes at most 6.3 MB of memory, but 'a' of 1000 x 1000 pixels (WEBP, RGB) "
-        "takes 24.0 MB. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted."
+        "takes 18.0 MB. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted."
     )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert decode_image(content, "a.jpg").shape == (1000, 1000, 3)
