@@ -1,4 +1,4 @@
-"""Pictures that decode to much, in each way that images are read: less than 1 GB more than small ones take."""
+"""Pictures that decode to much, in each way that images are read: at most 1 GB more than small ones take."""
 
 import json
 import os
