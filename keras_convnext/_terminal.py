@@ -16,6 +16,7 @@ _REDRAW_SECONDS = 0.2
 _PLAIN_LINE_SECONDS = 300
 _NOTEBOOK_LINE_SECONDS = 30
 _RATE_SECONDS = 10
+_said: set[str] = set()  # kinds of `say_once`
 
 
 def is_quiet() -> bool:
@@ -41,6 +42,13 @@ def drop_unwritten(stream: TextIO) -> None:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say_once(kind: str, line: str) -> None:
+    """Says a line unless one of its kind was said since the start of the process."""
+    if kind not in _said:
+        _said.add(kind)
+        say(line)
 
 
 class Progress:

@@ -85,6 +85,11 @@ class ModelOptions:
         if isinstance(activation, str) and activation == "default":
             is_projection = source.is_projection and self.classes in (None, available)
             activation = None if is_projection else "softmax"
+        if include_top and classes == 1 and activation == "softmax":
+            raise ValueError(
+                "A softmax over one class is always 1. Received: classes=1, classifier_activation='softmax'. "
+                "Pass classifier_activation='sigmoid', or None for logits, or classes=2."
+            )
         # A `.keras` file by itself stays the model it is; beside a name the arguments decide.
         is_normalised = source.architecture is not None or source.is_normalised
         if not is_normalised:

@@ -978,6 +978,12 @@ def test_number_of_classes_must_be_a_whole_number_from_1(classes):
     )
 
 
+def test_a_softmax_over_one_class_is_refused():
+    received = "Received: classes=1, classifier_activation='softmax'. Pass classifier_activation='sigmoid'"
+    refused(ValueError, ("always 1", received), weights=None, classes=1, classifier_activation="softmax")
+    refused(ValueError, received, weights=None, classes=1)
+
+
 @pytest.mark.parametrize("rate", [1.0, -0.1, 2])
 def test_drop_path_rate_outside_0_to_1_is_refused(rate):
     refused(

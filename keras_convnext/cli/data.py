@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 from keras_convnext._messages import size_text
+from keras_convnext._terminal import say
 from keras_convnext.cli.shared import (
     import_quietly,
     option,
@@ -87,11 +88,12 @@ def look_options(parser: argparse.ArgumentParser) -> None:
 def look_command(options: argparse.Namespace) -> int:
     """Draws what the training pipeline does to images of a data set."""
     import_quietly("tensorflow")
-    from keras_convnext.data import contact_sheet, sources
+    from keras_convnext.data import contact_sheet, index, sources
     from keras_convnext.data.train_transform import Augmentation
 
     augmentation = Augmentation(policy=options.policy)
     source = sources.open_source(options.data, options.split)
+    say("\n".join(index.described(source)))
     contact_sheet.draw(source, options.output, augmentation=augmentation, seed=options.seed)
     print(f"{options.output}: operations and a training batch of {options.data}, {len(source):,} images")
     return 0

@@ -38,6 +38,8 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     option(parser, "--out", "DIR", "folder of the run")
     shared_options(parser, "--data", "--set", "--quiet")
     option(parser, "--distribute", "ENGINE", "devices of a step; short for --set distribution.engine=ENGINE")
+    # Classes of a run come from folders; this option is here to say how a label file becomes some.
+    parser.add_argument("--labels", help=argparse.SUPPRESS)
     option(parser, "--workers", "N", "threads that make the batches", type=positive)
     option(parser, "--list", None, "list the published recipes")
 
@@ -51,6 +53,12 @@ def train_command(options: argparse.Namespace) -> int:
         return 0
     if options.recipe is None or options.out is None:
         raise ValueError("Expected RECIPE and --out DIR; keras-convnext train --list names the recipes.")
+    if options.labels is not None:
+        raise ValueError(
+            "Expected the classes in the data, as folders or as a prepared set, received --labels. First run "
+            f"keras-convnext prepare {shlex.quote(options.data or 'PHOTOS')} PREPARED --labels "
+            f"{shlex.quote(options.labels)}, then train with --data PREPARED."
+        )
     overrides = recipe_overrides(options.set, data=options.data, engine=options.distribute)
     # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,5 +1,6 @@
 """Images that a quantised file is calibrated with and every exported file is checked on."""
 
+import functools
 import importlib.resources
 import os
 import pathlib
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from keras_convnext.data import preprocess, sources
+from keras_convnext.data.index import IMAGE_SUFFIXES, images_below
 from keras_convnext.data.preprocessing import Preprocessing
 
 PHOTOS = ("cat.jpg", "coffee.jpg", "rocket.jpg")  # free to use, see photos/README.md
@@ -85,24 +87,15 @@ def _prepared(
     source: str | os.PathLike[str], preprocessing: Preprocessing, count: int, split: str | None
 ) -> list[np.ndarray]:
     path = pathlib.Path(source)
-    if path.suffix.lower() in preprocess.IMAGE_SUFFIXES or (path.is_dir() and _holds_images(path)):
+    holds_images = path.is_dir() and split is None and images_below(os.fspath(path))[0]
+    if holds_images or path.suffix.lower() in IMAGE_SUFFIXES:
         files: Sequence[pathlib.Path] = preprocess.find_images(path)
-        decoded = (preprocess.read_image(file) for file in _evenly(files, count))
+        found = ((preprocess.read_file(file), str(file)) for file in _evenly(files, count))
     else:
         data = sources.open_source(source, split)
-        decoded = (
-            preprocess.decode_image(data.read(number), data.name(number))
-            for number in _evenly(range(len(data)), count)
-        )
-    return [preprocess.preprocess_image(image, preprocessing) for image in decoded]
-
-
-def _holds_images(folder: pathlib.Path) -> bool:
-    return any(
-        name.lower().endswith(tuple(preprocess.IMAGE_SUFFIXES))
-        for _, _, names in os.walk(folder)
-        for name in names
-    )
+        found = ((data.read(number), data.name(number)) for number in _evenly(range(len(data)), count))
+    transform = functools.partial(preprocess.prepared, preprocessing=preprocessing)
+    return [preprocess.decode_image(content, name, transform) for content, name in found]
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

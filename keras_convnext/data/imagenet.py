@@ -3,6 +3,7 @@
 The tars are indexed without unpacking them.
 """
 
+import collections
 import csv
 import dataclasses
 import importlib.util
@@ -10,27 +11,31 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 
 from keras_convnext._files import read_bytes, read_text, reading
+from keras_convnext._messages import shortened
 from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
 from keras_convnext.data.index import (
-    MAX_NUMBERED_CLASSES,
     IndexBuilder,
     Source,
     SourceError,
+    are_numbers,
     cached_index,
     first_few,
+    in_order,
     is_image,
 )
 from keras_convnext.data.records import examples, feature_values
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
+_LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "wnid", "synset")
+_NO_LABELS = ("", "nan", "<na>", "n/a", "#n/a", "null")  # as tables write that there is none
 # torchvision 0.28.0, torchvision/datasets/imagenet.py
 _MAX_TAR_HEADER_BYTES = 1 << 16  # of a name or of attributes
 _TAR_MD5 = {
@@ -79,24 +84,20 @@ def with_labels(source: Source, path: str | os.PathLike[str] | None) -> Source:
         values = [by_number[_validation_number(name, len(by_number), origin) - 1] for name in names]
     else:
         values = _labels_from_file(path, names, is_validation)
-    if all(value.isascii() and value.isdecimal() for value in values):
-        numbers = [int(value) for value in values]
-        if is_validation and max(numbers) >= 1000:
+    known = class_names.synset_ids(1000)
+    if is_validation and are_numbers(values):
+        wrong = next((value for value in values if int(value) >= 1000), None)
+        if wrong is not None:
             raise SourceError(
-                f"Expected class numbers from 0 to 999 in '{path}', received {max(numbers)}. The numbers of "
+                f"Expected class numbers from 0 to 999 in '{path}', received {wrong}. The numbers of "
                 "ImageNet's development kit (1 to 1000) are in another order: pass WordNet ids."
             )
-        if max(numbers) >= MAX_NUMBERED_CLASSES:
-            raise SourceError(
-                f"Expected class numbers below {MAX_NUMBERED_CLASSES} in '{path}', received {max(numbers)}."
-            )
-        classes = class_names.synset_ids(1000) if is_validation else [str(n) for n in range(max(numbers) + 1)]
-    else:
-        known = set(class_names.synset_ids(1000))
-        classes = sorted(known if is_validation and known.issuperset(values) else set(values))
-        positions = {name: number for number, name in enumerate(classes)}
-        numbers = [positions[value] for value in values]
-    return dataclasses.replace(source, labels=np.array(numbers, np.int32), classes=classes)
+        labels = np.array(list(map(int, values)), np.int32)
+        return dataclasses.replace(source, labels=labels, classes=known)
+    classes = known if is_validation and set(known).issuperset(values) else in_order(values, path or "")
+    positions = {name: number for number, name in enumerate(classes)}
+    labels = np.array([positions[value] for value in values], np.int32)
+    return dataclasses.replace(source, labels=labels, classes=classes)
 
 
 def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
@@ -274,14 +275,8 @@ def _published_validation_labels() -> tuple[list[str], str]:
 
 def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validation: bool) -> list[str]:
     """Returns the label of each name, as it is written in a label file."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise SourceError(f"Expected labels in '{path}', which is empty.")
-    if "\t" in lines[0] or "," in lines[0]:
-        rows = list(csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ","))
-    else:
-        rows = [line.strip().rsplit(maxsplit=1) for line in lines]
-    if all(len(row) == 1 for row in rows):
+    rows = _rows(path, any(os.path.basename(name).startswith("#") for name in names))
+    if len(rows[0][1]) == 1:
         if not is_validation:
             raise SourceError(
                 f"Expected lines 'file,label' in '{path}', received one word a line. Only ImageNet's "
@@ -291,26 +286,135 @@ def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validat
             raise SourceError(
                 f"Expected a line for each of {len(names)} images in '{path}', received {len(rows)} lines."
             )
-        return [rows[_validation_number(name, len(rows), path) - 1][0].strip() for name in names]
-    short = next((number for number, row in enumerate(rows, 1) if len(row) < 2), None)
-    if short is not None:
-        raise SourceError(
-            f"Expected 'file,label' in line {short} of '{path}', received {rows[short - 1][0]!r}."
-        )
-    if not is_image(os.path.basename(rows[0][0].strip())):
-        rows = rows[1:]  # the header
-    given = {row[0].strip().removeprefix("./"): row[1].strip() for row in rows}
-    # A list names its files from the folder, or by their last part.
-    labels = [given.get(name, given.get(os.path.basename(name))) for name in names]
-    missing = [name for name, label in zip(names, labels, strict=True) if label is None]
+        return [rows[_validation_number(name, len(rows), path) - 1][1][0] for name in names]
+    find = _finder(names)
+    columns = list(zip(*(row for _, row in rows), strict=True))
+    first = rows[0][1]
+
+    def fit(column: tuple[str, ...]) -> tuple[bool, int]:
+        """Ranks columns by the images that they name; those named by suffix too are surer."""
+        named = sum(1 + is_image(os.path.basename(field)) for field in column if find(field))
+        return first[columns.index(column)].casefold() not in _LABEL_NAMES, named
+
+    file_column = columns.index(max(columns, key=fit))
+    header = [] if find(first[file_column]) or is_image(os.path.basename(first[file_column])) else first
+    rows = rows[1:] if header else rows
+    label_column = _label_column(header, columns, file_column, path)
+    given: dict[str, str] = {}
+    strange = []
+    for line, row in rows:
+        file, label = row[file_column], row[label_column]
+        meant = find(file)
+        if label.casefold() in _NO_LABELS:
+            raise SourceError(
+                f"Expected a label for '{file}' in line {line} of '{path}', received {label!r}."
+            )
+        if len(meant) > 1:
+            raise SourceError(
+                f"Expected one image for '{file}' in line {line} of '{path}', found {len(meant)}: "
+                f"{first_few(sorted(meant))}. Write their paths from the folder."
+            )
+        for name in meant:
+            if given.setdefault(name, label) != label:
+                raise SourceError(
+                    f"Expected one label for '{name}', received '{given[name]}' and, in line {line} of "
+                    f"'{path}', '{label}'. Remove one."
+                )
+        strange += [] if meant else [file]
+    missing = [name for name in names if name not in given]
     if missing:
+        there = f" It has {first_few(strange)}, which are not there." if strange else ""
         raise SourceError(
             f"Expected a label for every image, but '{path}' has none for {len(missing)}: "
-            f"{first_few(missing)}."
+            f"{first_few(missing)}.{there}"
         )
-    unknown = sorted(given.keys() - set(names) - set(map(os.path.basename, names)))
-    if unknown:
+    if strange:
         raise SourceError(
-            f"'{path}' has labels for {len(unknown)} files that are not there: {first_few(unknown)}."
+            f"'{path}' has labels for {len(strange)} files that are not there: {first_few(strange)}."
         )
-    return [label for label in labels if label is not None]
+    return [given[name] for name in names]
+
+
+def _rows(path: str | os.PathLike[str], has_hashes: bool) -> list[tuple[int, list[str]]]:
+    """Returns the number and the fields of each line of a label file, all of as many fields.
+
+    Lines that begin with "#" are comments, unless images do (`has_hashes`).
+    """
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise SourceError(str(error)) from error
+    if "\0" in text:
+        raise SourceError(f"Expected text in UTF-8 in '{path}', received zero bytes. Save it as UTF-8.")
+    lines = [
+        (number, line)
+        for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1)
+        if line.strip() and (has_hashes or not line.startswith("#"))
+    ]
+    if not lines:
+        raise SourceError(f"Expected labels in '{path}', which is empty.")
+    separator = next((mark for mark in "\t,;" if mark in lines[0][1]), None)
+    rows = []
+    for number, line in lines:
+        try:
+            fields = (
+                next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
+                if separator
+                else line.strip().rsplit(maxsplit=1)
+            )
+        except csv.Error as error:
+            raise SourceError(f"Expected 'file,label' in line {number} of '{path}': {error}.") from error
+        rows.append((number, [field.strip() for field in fields]))
+        if len(fields) != len(rows[0][1]):
+            raise SourceError(
+                f"Expected {len(rows[0][1])} fields in line {number} of '{path}', as in its first, received "
+                f"{len(fields)}: {shortened(line, 80)!r}. Put fields that hold a separator in quotes."
+            )
+    return rows
+
+
+def _finder(names: list[str]) -> Callable[[str], set[str]]:
+    """Returns a function that tells which images a label file may mean by a name."""
+    whole: dict[str, set[str]] = collections.defaultdict(set)  # paths from the folder
+    short: dict[str, set[str]] = collections.defaultdict(set)  # and last parts; with suffix and without
+    for name in names:
+        stem = os.path.splitext(name)[0]
+        whole[stem].add(name)
+        for key in (stem, os.path.basename(name), os.path.basename(stem)):
+            short[key].add(name)
+    exact = {name: {name} for name in names}
+    whole.update(exact)
+    short.update(exact)
+
+    def find(text: str) -> set[str]:
+        text = text if text in short else text.replace("\\", "/")
+        found = short.get(text)
+        while not found and "/" in text:  # a path from elsewhere that ends in one from the folder
+            text = text.partition("/")[2]
+            found = whole.get(text)
+        return found or set()
+
+    return find
+
+
+def _label_column(
+    header: list[str], columns: list[tuple[str, ...]], file_column: int, path: str | os.PathLike[str]
+) -> int:
+    """Returns the column of labels: the only one beside the files, that of this name, or that of words."""
+    names = [name.casefold() for name in header]
+    others = [number for number in range(len(columns)) if number != file_column]
+    named = [number for number in others if header and names[number] in _LABEL_NAMES]
+    exact = [number for number in named if names[number] == "label"]
+    words = [n for n in others if not all(map(_is_number, columns[n][bool(header) :]))]
+    for found in (others, exact, named, words):
+        if len(found) == 1:
+            return found[0]
+    raise SourceError(
+        f"Expected one column of labels in '{path}', received "
+        f"{first_few(header) if header else f'{len(columns)} columns'}, of which several could be it. Keep "
+        "file and label, or name its column 'label' in the first line."
+    )
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?[0-9]*\.?[0-9]*(e[-+]?[0-9]+)?", text.casefold()) is not None

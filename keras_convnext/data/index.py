@@ -1,10 +1,11 @@
 """The index of a data set: where each image lies and which label it has.
 
 `Source` is what every layout is opened as. `IndexBuilder` makes one example by example, and the index of
-large files is kept on disk.
+large files is kept on disk. `images_below` is the one listing of a folder, whatever the images are for.
 """
 
 import array
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -12,21 +13,26 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from PIL import Image
 
 from keras_convnext import _files
 from keras_convnext._files import open_regular, reading, regular_size, replacing_file
-from keras_convnext._messages import near_names, shortened
-from keras_convnext.data.preprocess import IMAGE_SUFFIXES
+from keras_convnext._messages import near_names, shortened, size_text
 
+# Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif")
+IMAGE_SUFFIXES += (".tif", ".tiff")
 INDEX_VERSION = 1
 MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
 CACHED_BYTES = 1 << 30  # files below this size are scanned in about a second, so their index is not kept
 MAX_CLASSES = 1_000_000  # that a number in a file may ask for
-MAX_NUMBERED_CLASSES = 100_000  # larger folder names made of digits are names (dates, ids), not class numbers
 
+# Folders that systems and archives add to folders of images, thumbnails among them.
+_SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+_SHOWN = 12  # classes that `described` names with their counts, and reasons
 _ARRAYS = ("file_numbers", "offsets", "lengths", "labels", "name_text", "name_ends")
 
 
@@ -52,6 +58,8 @@ class Source:
     # ends; both (0,) when the files are named like the examples.
     name_text: np.ndarray
     name_ends: np.ndarray
+    # What lies beside the images, by the reason to leave it out, see `list_folder`.
+    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,8 +73,10 @@ class Source:
         return relative.replace(os.sep, "/")
 
     def read(self, number: int) -> bytes:
-        """Reads the encoded image of example `number`."""
+        """Reads the encoded image of example `number`, of a regular file and not of any size."""
         path, length = self.files[self.file_numbers[number]], int(self.lengths[number])
+        size = regular_size(path)
+        check_bytes(size if length < 0 else length, f"'{self.name(number)}'")
         with open(path, "rb", buffering=0) as file:
             file.seek(self.offsets[number])
             content = file.read(length)
@@ -78,14 +88,25 @@ class Source:
         return content
 
 
+def check_bytes(count: int, what: str, error: type[ValueError] = SourceError) -> None:
+    """Refuses an image that takes more memory than one may, its file with its pixels: 512 MB by default."""
+    most = 6 * max(Image.MAX_IMAGE_PIXELS, 1 << 20) if Image.MAX_IMAGE_PIXELS else count
+    if count > most:
+        raise error(
+            f"Expected an image that takes at most {size_text(most)} of memory, but {what} takes "
+            f"{size_text(count)}. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted."
+        )
+
+
 def with_classes(source: Source, classes: list[str]) -> Source:
     """Returns a source whose labels are positions in another list of class names."""
     present = np.unique(source.labels)
     positions = {name: number for number, name in enumerate(classes)}
     unknown = [source.classes[number] for number in present if source.classes[number] not in positions]
-    are_numbers = all(name.isdecimal() and int(name) == n for n, name in enumerate(source.classes))
-    if unknown and are_numbers and len(source.classes) <= len(classes):
-        return dataclasses.replace(source, classes=classes)
+    if unknown and are_numbers(source.classes) and not any(map(str.isdecimal, classes)):
+        numbers = np.array([int(name) for name in source.classes], np.int32)
+        if numbers.max() < len(classes):
+            return dataclasses.replace(source, labels=numbers[source.labels], classes=classes)
     if unknown:
         raise SourceError(
             f"Expected the classes of '{source.path}' among the {len(classes)} given, such as "
@@ -223,6 +244,98 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def list_folder(path: str) -> tuple[list[str], list[str], collections.Counter[str]]:
+    """Returns the sorted names of the folders and images in a folder, and how much is left out, by reason.
+
+    Links count as what they lead to. Hidden names, folders that systems add, such as "__MACOSX", and what is
+    no regular file (a pipe, a device, a broken link) are left out.
+    """
+    folders, images = [], []
+    left_out: collections.Counter[str] = collections.Counter()
+    with os.scandir(path) as entries:
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif entry.name.casefold() in _SYSTEM_FOLDERS:
+                left_out[entry.name] += 1
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append(entry.name)
+            elif suffix not in IMAGE_SUFFIXES:
+                left_out[suffix or "without suffix"] += 1
+            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                images.append(entry.name)
+            else:
+                left_out["no regular file"] += 1
+    return sorted(folders), sorted(images), left_out
+
+
+def images_below(folder: str) -> tuple[list[str], collections.Counter[str]]:
+    """Returns the sorted paths of the images at any depth below a folder, and how much is left out.
+
+    Links to folders are followed, each folder is listed once. OSError: a folder cannot be listed, as a part
+    of the images would give another score.
+    """
+    images, waiting, seen = [], [folder], set()
+    left_out: collections.Counter[str] = collections.Counter()
+    while waiting:
+        path = waiting.pop()
+        state = os.stat(path)
+        if (state.st_dev, state.st_ino) in seen:
+            left_out["link to a folder that is listed already"] += 1
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders, names, others = list_folder(path)
+        left_out += others
+        images += [os.path.join(path, name) for name in names]
+        waiting += [os.path.join(path, name) for name in reversed(folders)]
+    return sorted(images), left_out
+
+
+def counted(left_out: collections.Counter[str]) -> str:
+    """Says how much was left out and why, the most first: "12 .txt, 3 hidden"; "" for nothing."""
+    words = [f"{count:,} {_printable(reason)}" for reason, count in left_out.most_common(_SHOWN)]
+    rest = left_out.total() - sum(count for _, count in left_out.most_common(_SHOWN))
+    return ", ".join(words + [f"{rest:,} others"] * bool(rest))
+
+
+def described(source: Source, title: str = "data") -> list[str]:
+    """Says in a few lines what was found: images, classes and their counts, what was left out."""
+    counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
+    names = [f"{_printable(name)} ({count:,})" for name, count in zip(source.classes, counts, strict=True)]
+    shown = ", ".join(names)
+    if len(names) > _SHOWN:
+        shown = f"{', '.join(names[:5])}, ...; {min(counts):,} to {max(counts):,} a class"
+    lines = [f"{title}: {len(source):,} images of {len(names):,} classes in '{source.path}': {shown}"]
+    if are_numbers(source.classes) and int(source.classes[-1]) != len(names) - 1:
+        lines.append(f"  the numbers are names, not labels: class 0 is '{source.classes[0]}'")
+    return lines + [f"  left out: {counted(source.left_out)}"] * bool(source.left_out)
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Tells whether all names of classes are whole numbers; longer ones are dates and ids."""
+    return all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names)
+
+
+def in_order(names: Iterable[str], path: str | os.PathLike[str]) -> list[str]:
+    """Returns the names of classes in the order of their labels: numbers by value, else sorted as text.
+
+    So the numbers 0 to n - 1 are the labels themselves, and others are names. SourceError: two names stand
+    for one number.
+    """
+    found = sorted(set(names))
+    if not are_numbers(found):
+        return found
+    if len(set(map(int, found))) < len(found):
+        raise SourceError(f"Two classes of '{path}' stand for one number: {first_few(found)}. Rename one.")
+    return sorted(found, key=int)
+
+
+def _printable(name: str) -> str:
+    """A name as a terminal can show it: short, without line ends and control characters."""
+    return shortened(name if name.isprintable() else ascii(name), 60)
+
+
 def read_json(folder: str, name: str, kinds: Mapping[str, type]) -> dict:
     """Reads a JSON file of a prepared set; SourceError where it is damaged or lacks one of the keys."""
     path = os.path.join(folder, name)
@@ -239,7 +352,7 @@ def file_in(folder: str, name: str) -> str:
 
 def first_few(names: Sequence[str]) -> str:
     """Lists the first names of many."""
-    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(_printable, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _digest(value: object) -> str:

@@ -29,9 +29,9 @@ from keras_convnext._files import (
     sync_folder,
     try_lock,
 )
-from keras_convnext._terminal import Progress
+from keras_convnext._terminal import Progress, say
 from keras_convnext.data import sources
-from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Source, SourceError, write_index
+from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Source, SourceError, described, write_index
 from keras_convnext.data.records import read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
@@ -143,14 +143,22 @@ def prepare(
     names = sources.list_splits(source_path) if split is None else [split]
     # All are opened before one is written, so that trouble with the last one shows at once.
     opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
+    folder = sources.canonical_split(os.path.basename(os.path.abspath(source_path)), is_whole=True)
+    written = {asked: sources.canonical_split(asked or "") or asked or folder or "train" for asked in opened}
+    if len(set(written.values())) < len(written):
+        raise SourceError(
+            f"Expected each split once in '{source_path}', received {', '.join(map(str, opened))}. Name one "
+            "of them as split."
+        )
+    for asked, source in opened.items():
+        say("\n".join(described(source, written[asked])))
     os.makedirs(output, exist_ok=True)
     images, num_shards, num_bytes, num_kept = {}, {}, 0, 0
     with open_to_lock(os.path.join(output, "prepare.lock")) as lock:
         if not try_lock(lock):
             raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
         for asked, source in opened.items():
-            folder_name = os.path.basename(os.path.abspath(source_path))
-            name = sources.canonical_split(asked or folder_name) or asked or "train"
+            name = written[asked]
             plan = _plan(name, output, source, shards, int(shuffle_seed))
             num_kept += _write_split(plan, workers)
             images[name], num_shards[name] = len(source), len(plan.ends)

@@ -5,6 +5,7 @@ file, a first byte, a number of bytes and a label, so that a pipeline reads any 
 Only NumPy and the standard library are used; neither TensorFlow nor TensorFlow Datasets is imported.
 """
 
+import collections
 import dataclasses
 import glob
 import hashlib
@@ -15,22 +16,33 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from keras_convnext._files import regular_size
 from keras_convnext._messages import near_names
 from keras_convnext.data.imagenet import TARS, VALIDATION_NAME, open_tar, split_of_tar, with_labels
 from keras_convnext.data.index import (
+    IMAGE_SUFFIXES,
     MANIFEST,
-    MAX_NUMBERED_CLASSES,
     Source,
     SourceError,
+    counted,
     first_few,
+    images_below,
+    in_order,
     is_image,
+    list_folder,
     with_classes,
 )
-from keras_convnext.data.preprocess import IMAGE_SUFFIXES
 from keras_convnext.data.records import open_prepared, open_records, open_tfds, read_manifest, tfds_splits
 
-# The splits and the other names they go by. What was asked first is looked for first.
-SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
+# The splits and the other words they go by, in any case and beside words that say nothing: "TestSet".
+SPLITS = {
+    "train": ("train", "training", "trn", "trainval"),
+    "validation": ("validation", "val", "valid", "validate", "validating", "eval", "evaluation", "dev"),
+    "test": ("test", "testing", "tests", "tst"),
+}
+_EMPTY = r"(?:(?:data)?sets?|data|splits?|folders?|images?|imgs?|pictures?|photos?)"
+_SPLITS_TEXT = "|".join(f"(?P<{split}>{'|'.join(words)})" for split, words in SPLITS.items())
+_SPLIT_WORD = re.compile(f"{_EMPTY}?(?:{_SPLITS_TEXT}){_EMPTY}?")
 
 _SHARD_NAME = re.compile(
     r"(?P<split>.*?)[-.]?(?:tfrecords?-)?(?P<number>\d{5})-of-(?P<count>\d{5})(?:\.tfrecords?)?"
@@ -59,40 +71,52 @@ def open_source(
     - files `*.tfrecord` or `*-00000-of-00128`, in a folder or by a pattern such as "x/train*": records of
       tf.train.Example with "image/encoded" and "image/class/label", or "image" and "label". Classes:
       "image/class/synset" where records have it, else numbers.
-    - folders: one folder a class, images at any depth in it. Classes: names of the folders, sorted; if all
-      are decimal numbers, the number is the label (ImageNetV2 as published).
+    - folders: one folder a class, images at any depth in it. Classes: names of the folders, sorted; numbers
+      by value, so that 0 to n - 1 are the labels themselves (ImageNetV2 as published).
     - files ILSVRC2012_val_*.JPEG: ImageNet's validation images, unpacked. Classes: WordNet ids.
     - other images, with `labels`: a flat folder. Classes: from the label file.
 
     A folder is divided into splits when all its folders are named after splits, such as "train" and "val", or
-    two of them are. Hidden files and files without an image suffix are ignored.
+    two of them are; "Training" and "Testing", "images_train" and "images_dev" too. Where all folders hold
+    sub-folders of the same names, and no images of their own, either could be the classes, which is refused
+    unless `split` or `classes` names the folders. What else lies there is counted in `Source.left_out`, see
+    `index.list_folder`.
 
     The index of tars and TFRecords above 1 GB is kept in "~/.cache/keras_convnext/index", or the folder named
     by KERAS_CONVNEXT_INDEX_CACHE, and made again when size or time of a file change.
 
     Args:
-        split: "train", "validation" or "test", another name that these go by ("val", "valid", "training"),
-            or one the set uses. "validation" takes the test split where that is the only one for evaluation,
-            as in ImageNetV2. Default: the only split.
+        split: "train", "validation" or "test", another name that these go by ("val", "dev", "training"), one
+            the set uses, or a folder that holds class folders. "validation" takes the test split where that
+            is the only one for evaluation, as in ImageNetV2. Default: the only split.
         classes: the class names in the order of the labels that are wanted, such as those of the training
             split. Some may be without images. Where the source has numbers for names, they count here.
-        labels: label file for a flat folder or for ImageNet's validation images: CSV ("file,label", further
-            columns ignored, a header is recognised), lines "file label", or for ImageNet's validation images
-            one label a line in the order of their numbers. Labels are class names, or numbers from 0.
-            Default for ImageNet's validation images: what the package tensorflow-datasets carries.
+        labels: label file for a flat folder or for ImageNet's validation images: CSV ("file,label"; of more
+            columns that with the header "label" or the like, or the only one of words), lines "file label",
+            or for ImageNet's validation images one label a line in the order of their numbers. Files are
+            named by their path from the folder or its end, or where that is enough, by the last part, with
+            or without suffix. Labels are names of classes, in the order of class folders. Default for
+            ImageNet's validation images: what the package tensorflow-datasets carries.
         first_label: 0 or 1, the number of the first class in plain TFRecords without "image/class/synset".
             Default: 1 when labels run from exactly 1 to 1000 (0 being the background, as in TensorFlow's
             build_imagenet_data.py), else 0; where no label is 0 otherwise, it must be given.
 
     Raises:
         SourceError: nothing usable is at the path, a file is missing, truncated or damaged, a class has no
-            images, a label is missing or out of range, or the split is unknown. The message names it.
+            images, a label is missing, contradicted or out of range, or the split is unknown or could be
+            several. The message names it.
         RecordError: a TFRecord file is compressed, damaged or truncated.
     """
     path = os.fspath(path)
     kind, splits = _locate(path)
+    folders, images = list_folder(path)[:2] if kind == "folder" else ([], [])
+    if None in splits and split in folders:
+        splits = {split: [os.path.join(path, split)]}
     name = _choose_split(path, splits, split)
     places = splits[name]
+    if kind in ("tar", "tfrecord"):
+        for file in places:
+            regular_size(file)
     if labels is not None and kind not in ("folder", "tar"):
         raise SourceError(
             f"Expected labels=None, because '{path}' has labels of its own, received labels='{labels}'. "
@@ -112,7 +136,11 @@ def open_source(
     elif kind == "tfrecord":
         source = open_records(path, places, first_label)
     else:
-        source = _open_folder(places[0], labels)
+        source = _open_folder(places[0], labels, classes)
+        if name is not None:
+            beside = {"folders and images beside the splits": len(folders) + len(images) - len(splits)}
+            left_out = source.left_out + collections.Counter(beside)  # a sum leaves zeros out
+            source = dataclasses.replace(source, left_out=left_out)
     return source if classes is None else with_classes(source, list(classes))
 
 
@@ -121,9 +149,25 @@ def list_splits(path: str | os.PathLike[str]) -> list[str]:
     return [name for name in _locate(os.fspath(path))[1] if name is not None]
 
 
-def canonical_split(name: str) -> str | None:
-    """Returns "train", "validation" or "test" for a split's name or one it goes by, else None."""
-    return next((split for split, names in SPLITS.items() if name in names), None)
+def canonical_split(name: str, *, is_whole: bool = False) -> str | None:
+    """Returns the "train", "validation" or "test" that a split's name stands for, else None.
+
+    `is_whole`: only where nothing else is in the name, as in "val" and "TestSet", but not in "leaf_val".
+    """
+    split, others = _split_and_others(name)
+    return None if others and is_whole else split
+
+
+def _split_and_others(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """Returns the split in a name, and its other words: "validation" and ("leaf",) for "LeafVal_images2"."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name))
+    splits, others = set(), []
+    for word in map(str.casefold, words):
+        if match := _SPLIT_WORD.fullmatch(word):
+            splits.add(match.lastgroup)
+        elif not re.fullmatch(_EMPTY, word):
+            others.append(word)
+    return (splits.pop() if len(splits) == 1 else None), tuple(others)
 
 
 def check_outside(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -205,6 +249,8 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
         if _SHARD_NAME.fullmatch(os.path.basename(path)) or ".tfrecord" in os.path.basename(path):
             return "tfrecord", {None: [path]}
         return "tar", {split_of_tar(path): [path]}
+    if not os.path.isdir(path):
+        regular_size(path)  # says what else it is
     if os.path.exists(os.path.join(path, MANIFEST)):
         return "prepared", {name: [path] for name in read_manifest(path)["splits"]}
     tars: dict[str | None, list[str]] = {
@@ -218,13 +264,31 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
     shards = _find_shards(path)
     if shards:
         return "tfrecord", shards
-    folders, _ = _list_folder(path)
-    known = {name for names in SPLITS.values() for name in names}
-    named = [name for name in folders if name in known]
+    folders = list_folder(path)[0]
+    named: dict[str | None, list[str]] = {
+        name: [os.path.join(path, name)] for name in _split_folders(path, folders)
+    }
+    return "folder", named or {None: [path]}
+
+
+def _split_folders(path: str, folders: list[str]) -> list[str]:
+    """Returns the folders that are splits; none where they are classes."""
+    groups: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
+    for name in folders:
+        split, others = _split_and_others(name)
+        if split is not None:
+            groups[others].append(name)
+    if groups.get(()) == folders:
+        return folders
     # A folder "train" among others is a class, unless there is one for evaluation as well.
-    if len({canonical_split(name) for name in named}) > 1 or (named and named == folders):
-        return "folder", {name: [os.path.join(path, name)] for name in named}
-    return "folder", {None: [path]}
+    divided = {others: names for others, names in groups.items() if len(set(map(canonical_split, names))) > 1}
+    if len(divided) > 1 and () not in divided:
+        raise SourceError(
+            f"Expected one set in '{path}', received {len(divided)} that are divided into splits: "
+            f"{'; '.join(first_few(names) for names in list(divided.values())[:5])}. Pass the folder of one "
+            "set. If these names are classes and splits at once, move the images to train/CLASS, test/CLASS."
+        )
+    return divided.get(()) or next(iter(divided.values()), [])
 
 
 def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | None) -> str | None:
@@ -235,50 +299,27 @@ def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | N
         raise SourceError(f"'{path}' has several splits, and split is None. Pass one of: {known}.")
     if split in splits:
         return split
-    canonical = canonical_split(split)
+    canonical = canonical_split(split, is_whole=True)
     if None in splits:
         # ".../val" and split="validation" agree.
-        if canonical is not None and canonical_split(os.path.basename(os.path.abspath(path))) == canonical:
+        folder = os.path.basename(os.path.abspath(path))
+        if canonical is not None and canonical_split(folder, is_whole=True) == canonical:
             return None
         raise SourceError(
             f"'{path}' is not divided into splits: expected split=None, or a folder named '{split}' in it, "
             f"received split='{split}'."
         )
-    for name in splits:
-        if canonical is not None and canonical_split(str(name)) == canonical:
-            return name
-    if canonical == "validation" and "test" in splits:
-        return "test"
+    for wanted in (canonical, "test") if canonical == "validation" else (canonical,):
+        found = [name for name in splits if wanted and canonical_split(str(name)) == wanted]
+        if len(found) > 1:
+            raise SourceError(
+                f"'{path}' has {len(found)} splits that '{split}' could be. Pass one of: {first_few(found)}."
+            )
+        if found:
+            return found[0]
     near = near_names(split, [*map(str, splits), *SPLITS], 1) if canonical is None else ""
     missing = f" Put {TARS[canonical]} there." if canonical in TARS and splits.keys() <= TARS.keys() else ""
     raise SourceError(f"No split '{split}' in '{path}'.{near} Known: {known}.{missing}")
-
-
-def _list_folder(path: str) -> tuple[list[str], list[str]]:
-    """Returns the sorted names of the folders and images in a folder; links count as what they lead to."""
-    folders, images = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif is_image(entry.name):
-                images.append(entry.name)
-    return sorted(folders), sorted(images)
-
-
-def _images_below(folder: str) -> list[str]:
-    """Returns the sorted paths of the images at any depth below a folder."""
-
-    def stop(error: OSError) -> None:
-        raise error  # os.walk would skip a folder it cannot list
-
-    images = []
-    for parent, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [os.path.join(parent, name) for name in names if is_image(name)]
-    return sorted(images)
 
 
 def _find_tfds(path: str) -> str | None:
@@ -317,7 +358,7 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
     shards: dict[str | None, list[str]] = {}
     counts: dict[str | None, set[str]] = {}
     with os.scandir(path) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
     for name in names:
         match = _SHARD_NAME.fullmatch(name)
         if match is None and not name.endswith((".tfrecord", ".tfrecords")):
@@ -341,26 +382,29 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
     return shards
 
 
-def _open_folder(path: str, labels: str | os.PathLike[str] | None) -> Source:
-    folders, flat = _list_folder(path)
+def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequence[str] | None) -> Source:
+    folders, flat, left_out = list_folder(path)
     is_validation = bool(flat) and not folders and all(VALIDATION_NAME.fullmatch(name) for name in flat)
     if labels is not None or is_validation:
-        files = [os.path.join(path, name) for name in flat] if is_validation else _images_below(path)
+        files, left_out = images_below(path)
         if not files:
             raise SourceError(f"Expected images below the folder '{path}', found none.")
-        source = _files_source(path, files, np.zeros(len(files), np.int32), [])
-        return with_labels(source, labels)
+        return with_labels(_files_source(path, files, np.zeros(len(files)), [], left_out), labels)
     if not folders and flat:
         raise SourceError(
             f"Expected one folder a class in '{path}', received {len(flat)} images without folders, such as "
             f"'{flat[0]}'. Move them to folders named by their class, or pass labels, a file with "
-            "'file,label' lines."
+            "'file,label' lines (to train: `keras-convnext prepare FOLDER OUTPUT --labels FILE` first)."
         )
-    images = [_images_below(os.path.join(path, name)) for name in folders]
+    images = []
+    for name in folders:
+        found, others = images_below(os.path.join(path, name))
+        images.append(found)
+        left_out += others
     if not any(images):
         raise SourceError(
-            f"Expected one folder of images a class in '{path}', found {len(folders)} folders and no image. "
-            f"Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
+            f"Expected one folder of images a class in '{path}', found {len(folders)} folders and no image"
+            f"{', but ' * bool(left_out)}{counted(left_out)}. Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
         )
     empty = [name for name, found in zip(folders, images, strict=True) if not found]
     if empty:
@@ -368,27 +412,43 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None) -> Source:
             f"Expected images in every class folder of '{path}', found none in {len(empty)}: "
             f"{first_few(empty)}. Remove the folders that are no classes, or add their images."
         )
-    classes, numbers = _number_classes(path, folders)
-    files = [file for found in images for file in found]
-    return _files_source(path, files, np.repeat(numbers, [len(found) for found in images]), classes)
+    if classes is None or not set(folders) <= set(classes):
+        _check_depth(path, folders, images)
+    left_out += collections.Counter({"images beside the class folders": len(flat)})
+    names = in_order(folders, path)
+    positions = {name: number for number, name in enumerate(names)}
+    numbers = np.repeat([positions[name] for name in folders], [len(found) for found in images])
+    return _files_source(path, [file for found in images for file in found], numbers, names, left_out)
 
 
-def _number_classes(path: str, folders: list[str]) -> tuple[list[str], list[int]]:
-    """Returns the class names, and the class number of each folder."""
-    numbers = [int(name) for name in folders if name.isascii() and name.isdecimal()]
-    if len(numbers) < len(folders) or max(numbers) >= MAX_NUMBERED_CLASSES:
-        return folders, list(range(len(folders)))
-    if len(set(numbers)) < len(numbers):
-        raise SourceError(
-            f"Two class folders of '{path}' stand for one number: {first_few(folders)}. Rename one."
-        )
-    classes = [str(number) for number in range(max(numbers) + 1)]
-    for name, number in zip(folders, numbers, strict=True):
-        classes[number] = name
-    return classes, numbers
+def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None:
+    """Refuses folders that may be splits, domains or views with the class folders below them."""
+    below = []
+    for name, found in zip(folders, images, strict=True):
+        start = len(os.path.join(path, name, ""))
+        parts = [file[start:].split(os.sep, 1) for file in found]
+        if any(len(part) == 1 for part in parts):
+            return
+        below.append({part[0] for part in parts})
+    common = sorted(set.intersection(*below))
+    if len(folders) < 2 or len(common) < 2:
+        return
+    raise SourceError(
+        f"Expected folders of classes in '{path}', but two readings fit: all {len(folders)} folders "
+        f"({first_few(folders)}) hold the sub-folders {first_few(common)}, and no images of their own. If "
+        "the sub-folders are the classes, name the folders train, validation and test, or pass one of them "
+        "as the split (train_split, val_split). If the folders are the classes, move their images out of the "
+        "sub-folders; where these are splits, to train/CLASS and test/CLASS."
+    )
 
 
-def _files_source(path: str, files: list[str], labels: np.ndarray, classes: list[str]) -> Source:
+def _files_source(
+    path: str,
+    files: list[str],
+    labels: np.ndarray,
+    classes: list[str],
+    left_out: collections.Counter[str],
+) -> Source:
     count = len(files)
     return Source(
         path=path,
@@ -401,4 +461,5 @@ def _files_source(path: str, files: list[str], labels: np.ndarray, classes: list
         classes=classes,
         name_text=np.zeros(0, np.uint8),
         name_ends=np.zeros(0, np.int64),
+        left_out=left_out,
     )

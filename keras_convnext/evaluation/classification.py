@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _environment, predictor
-from keras_convnext._terminal import Progress
+from keras_convnext._terminal import Progress, say
 from keras_convnext.data import class_names, imagenet, sources
-from keras_convnext.data.index import Source
+from keras_convnext.data.faults import DataError
+from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import report
 from keras_convnext.evaluation.forward import run_model
@@ -105,6 +106,8 @@ def evaluate(
     if split is None and not isinstance(data, Source) and sources.list_splits(data):
         split = "validation"
     source = data if isinstance(data, Source) else sources.open_source(data, split)
+    if progress:
+        say("\n".join(described(source)))
     classifier = _open_model(model, preprocessing)
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
     columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
@@ -134,10 +137,9 @@ def evaluate(
     try:
         with shown:
             scores = run_model(classifier.model, dataset, source, columns, shown)
-    except batches.tf.errors.OpError:
+    except DataError:
         if output is not None:
             report.write_faults(output, faults.report())
-        faults.check()  # raises the DataError that tells what is wrong
         raise
     result = Result(
         settings=settings,

@@ -27,9 +27,9 @@ import numpy as np
 from keras_convnext import predictor
 from keras_convnext._files import replacing_file
 from keras_convnext._settings import Count, FromZero, InsideOne, Settings, Share, key, one_of
-from keras_convnext._terminal import Progress
+from keras_convnext._terminal import Progress, say
 from keras_convnext.data import sources
-from keras_convnext.data.index import Source
+from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 from keras_convnext.evaluation import classification, forward, result_columns
 
@@ -185,21 +185,17 @@ def extract_features(
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(source, preprocessing, batch_size=batch_size, faults=faults)
     features, labels, numbers, count = [], [], [], 0
-    try:
-        with Progress("features", len(source), is_wanted=progress) as shown:
-            outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
-            for index, (batch, values) in enumerate(outputs):
-                mask = batch["mask"]
-                kept_numbers = batch["numbers"][mask]
-                forward.check_outputs(values[mask], index, kept_numbers, source)
-                features.append(values[mask])
-                labels.append(batch["labels"][mask])
-                numbers.append(kept_numbers)
-                count += len(kept_numbers)
-                shown.show(count)
-    except batches.tf.errors.OpError:
-        faults.check()  # raises the DataError that tells what is wrong
-        raise
+    with Progress("features", len(source), is_wanted=progress) as shown:
+        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
+        for index, (batch, values) in enumerate(outputs):
+            mask = batch["mask"]
+            kept_numbers = batch["numbers"][mask]
+            forward.check_outputs(values[mask], index, kept_numbers, source)
+            features.append(values[mask])
+            labels.append(batch["labels"][mask])
+            numbers.append(kept_numbers)
+            count += len(kept_numbers)
+            shown.show(count)
     result = Features(
         np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
     )
@@ -228,6 +224,8 @@ def both_features(settings, model, data, cache, max_faults, progress):
     if cache is not None and settings.data:
         sources.check_outside(settings.data, cache)
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
+    for part, title in ((train_source, "training"), (test_source, "to classify")) if progress else ():
+        say("\n".join(described(part, title)))
     if train_source.classes != test_source.classes:
         raise ValueError(
             f"Expected the same classes in both sources, received {len(train_source.classes)} and "

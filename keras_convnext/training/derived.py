@@ -95,12 +95,14 @@ def choose_recipe(
 def split_names(data: Data) -> tuple[str | None, str | None]:
     """The split to train on and the one to evaluate on; None for data without splits, or without this one.
 
-    Without `val_split` it is the data's validation split (validation, val or valid), else its test split.
+    Without `val_split` it is the data's validation split, by whatever name, else its test split.
     """
     splits = sources.list_splits(data.source)
-    kinds = {sources.canonical_split(split): split for split in reversed(splits)}
-    validation = data.val_split or kinds.get("validation") or kinds.get("test")
-    return (data.train_split or "train") if splits else None, validation
+    others = {"validation", "test"} & set(map(sources.canonical_split, splits))
+    train = data.train_split or "train"
+    if not splits and sources.canonical_split(train) == "train":  # all are for training
+        return None, data.val_split or None
+    return train, data.val_split or ("validation" if others else None)
 
 
 def training_images(data: Data, seed: int) -> Source:

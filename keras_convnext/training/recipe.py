@@ -81,7 +81,7 @@ class Data(Settings):
     """The images: the table [data]."""
 
     source: str = key('path of the images, relative to the recipe\'s folder; "" when it must be given')
-    train_split: str = key('split to train on; "" for data without splits')
+    train_split: str = key('split to train on, or a folder of class folders; "" for the data\'s own, or all')
     val_split: str = key('split that is evaluated; "" for the data\'s own, or none')
     validation_fraction: BelowOne = key(
         "share of the training split that is held out, by class, where there is no other split to evaluate"

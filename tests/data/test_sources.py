@@ -22,9 +22,12 @@ from PIL import Image
 from keras_convnext.data import imagenet as imagenet_module
 from keras_convnext.data import index as index_module
 from keras_convnext.data import sources
+from keras_convnext.data.calibration import calibration_images
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.imagenet import _scan_train_tar, imagenet_class_numbers, read_real_labels
-from keras_convnext.data.index import IndexBuilder, SourceError
+from keras_convnext.data.index import IndexBuilder, SourceError, described
+from keras_convnext.data.preprocess import find_images
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.sources import hold_out, list_splits, open_source, take
 from keras_convnext.data.tfrecords import RecordError
 
@@ -155,17 +158,24 @@ def test_links_to_class_folders_are_followed(tmp_path):
 @pytest.mark.parametrize(
     "folders, classes, labels",
     [
-        (["0", "10", "9"], [str(n) for n in range(11)], [0, 10, 9]),  # ImageNetV2: not 0, 1, 2
-        (["00", "02"], ["00", "1", "02"], [0, 2]),
+        ([str(n) for n in range(11)], [str(n) for n in range(11)], [0, 1, 10, *range(2, 10)]),  # ImageNetV2
+        (["00", "01", "02"], ["00", "01", "02"], [0, 1, 2]),
+        (["10", "100", "20", "2000", "5"], ["5", "10", "20", "100", "2000"], [1, 3, 2, 4, 0]),  # banknotes
+        (["1", "10", "2"], ["1", "2", "10"], [0, 2, 1]),
+        (["01", "03"], ["01", "03"], [0, 1]),
         (["0", "10", "x"], ["0", "10", "x"], [0, 1, 2]),
-        (["20240101", "20240102"], ["20240101", "20240102"], [0, 1]),
+        (["-1", "0", "1"], ["-1", "0", "1"], [0, 1, 2]),
+        (["1.5", "10", "9"], ["1.5", "10", "9"], [0, 1, 2]),
+        (["20240101001", "9"], ["20240101001", "9"], [0, 1]),
     ],
 )
-def test_folders_named_by_numbers_are_class_numbers(tmp_path, folders, classes, labels):
+def test_numbers_of_folders_are_labels_where_they_are_0_to_n_else_names(tmp_path, folders, classes, labels):
     class_folders(tmp_path, folders, images_per_class=1)
     source = open_source(tmp_path)
     assert source.classes == classes
     assert source.labels.tolist() == labels
+    are_told = len(folders) in (2, 3, 5) and folders[0] in ("10", "1", "01")
+    assert ("numbers are names" in "".join(described(source))) == are_told
 
 
 @pytest.mark.parametrize(
@@ -178,6 +188,20 @@ def test_folders_named_by_numbers_are_class_numbers(tmp_path, folders, classes, 
         (["training", "valid", "test", "meta"], "train", "training"),
         (["train", "test"], "validation", "test"),
         (["train"], None, "train"),
+        (["Training", "Testing"], "train", "Training"),
+        (["Training", "Testing"], "validation", "Testing"),
+        (["TEST", "TRAIN"], "test", "TEST"),
+        (["test_set", "training_set"], "train", "training_set"),
+        (["eval", "train"], "val", "eval"),
+        (["dev", "test", "train"], "validation", "dev"),
+        (["train", "validate"], "validation", "validate"),
+        (["images_test", "images_train"], "train", "images_train"),
+        (["TestSet", "leaves", "trainset"], "train", "trainset"),
+        (["flowers-train", "flowers-val"], "train", "flowers-train"),
+        (["train2017", "val2017"], "validation", "val2017"),
+        (["01 Train images", "02 Test images"], "test", "02 Test images"),
+        (["masks_train", "masks_val", "train", "val"], "train", "train"),
+        (["amazon", "webcam"], "amazon", "amazon"),  # a folder that the caller names
     ],
 )
 def test_split_is_found_under_its_usual_names(tmp_path, folders, asked, found):
@@ -197,6 +221,142 @@ def test_folder_of_a_split_agrees_with_the_split(tmp_path):
 def test_class_named_train_is_a_class(tmp_path):
     class_folders(tmp_path, ["bus", "car", "train"])
     assert open_source(tmp_path).classes == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("folders", [["bus", "test_tube"], ["contest", "train"], ["positive_test", "test"]])
+def test_classes_with_a_word_of_splits_in_their_names_are_classes(tmp_path, folders):
+    class_folders(tmp_path, folders)
+    assert open_source(tmp_path).classes == folders and list_splits(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "outer, inner",
+    [
+        (["entrenamiento", "prueba"], ["glioma", "none"]),
+        (["part1", "part2"], ["glioma", "none", "pituitary"]),
+        (["amazon", "dslr", "webcam"], ["bike", "mug"]),
+        (["cat", "dog"], ["test", "train"]),
+        (["cat", "dog"], ["images", "masks"]),
+    ],
+)
+def test_folders_that_may_be_splits_or_classes_are_refused_with_both_readings(tmp_path, outer, inner):
+    for name in outer:
+        class_folders(tmp_path / name, inner)
+    write(tmp_path / outer[0] / "only here" / "1.jpg")
+    message = (
+        rf"two readings fit: all {len(outer)} folders \({', '.join(outer)}\) hold the sub-folders "
+        rf"{', '.join(inner)}, and no images.*name the folders train.*train_split.*move their images"
+    )
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path)
+    assert open_source(tmp_path, classes=outer).classes == outer
+    assert open_source(tmp_path, outer[1]).classes == inner
+    write(tmp_path / outer[1] / "own.jpg")  # then there is one reading
+    assert open_source(tmp_path).classes == outer
+
+
+def test_one_sub_folder_of_the_same_name_in_each_class_is_no_class(tmp_path):
+    class_folders(tmp_path, ["n01/images", "n02/images"])  # Tiny ImageNet
+    assert open_source(tmp_path).classes == ["n01", "n02"]
+
+
+@pytest.mark.parametrize(
+    "folders, split, message",
+    [
+        (
+            ["trainA", "testA", "trainB", "testB"],
+            None,
+            r"received 2 that are divided into splits: testA, trainA;",
+        ),
+        (
+            ["fold1_train", "fold2_train", "fold1_test"],
+            "train",
+            r"2 splits that 'train' could be.*fold2_train",
+        ),
+        (
+            ["train", "val", "eval"],
+            "validation",
+            r"2 splits that 'validation' could be. Pass one of: eval, val",
+        ),
+    ],
+)
+def test_names_that_could_be_several_splits_are_refused(tmp_path, folders, split, message):
+    for folder in folders:
+        class_folders(tmp_path / folder)
+    with pytest.raises(SourceError, match=message):
+        open_source(tmp_path, split)
+
+
+# What a folder holds
+
+
+def odd_folder(path):
+    """Six images as in `images_of_odd_folder`, and what lies beside images on real disks."""
+    for number, name in enumerate(
+        ["kiwi/0.jpg", "kiwi/deep/1.JPE", "kiwi/2.jfif", "plum/3.png", "plum/4.Webp"]
+    ):
+        write(path / name, jpeg(number))
+    strays = [".hidden.jpg", "kiwi/._0.jpg", ".thumbs/0.jpg", "kiwi/.ipynb_checkpoints/0-checkpoint.jpg"]
+    strays += ["__MACOSX/kiwi/0.jpg", "plum/@eaDir/3.jpg/SYNOPHOTO_THUMB_M.jpg", "plum/5.avif", "plum/6.txt"]
+    for name in [*strays, "kiwi/none"]:
+        write(path / name)
+    os.mkfifo(path / "plum" / "7.jpg")
+    (path / "plum" / "8.jpg").symlink_to("/dev/zero")
+    (path / "plum" / "9.jpg").symlink_to("nowhere")
+    (path / "plum" / "10.jpg").symlink_to("10.jpg")
+    (path / "plum" / "again").symlink_to(path / "plum")
+    return {"kiwi/0.jpg", "kiwi/2.jfif", "kiwi/deep/1.JPE", "plum/3.png", "plum/4.Webp"}
+
+
+def test_a_folder_has_the_same_images_for_training_prediction_and_calibration(tmp_path, monkeypatch, capsys):
+    expected = odd_folder(tmp_path)
+    source = open_source(tmp_path)
+    assert set(contents(source)) == expected and source.classes == ["kiwi", "plum"]
+    monkeypatch.delenv("KERAS_CONVNEXT_QUIET")
+    assert {path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)} == expected
+    left_out = (
+        "4 hidden, 4 no regular file, 1 .avif, 1 .txt, 1 @eaDir, 1 __MACOSX, "
+        "1 link to a folder that is listed already, 1 without suffix"
+    )
+    assert sorted(capsys.readouterr().err.strip().partition("left out ")[2].split(", ")) == sorted(
+        left_out.split(", ")
+    )
+    assert sorted(described(source)[-1].partition("left out: ")[2].split(", ")) == sorted(
+        left_out.split(", ")
+    )
+    images = calibration_images(tmp_path, preprocessing=Preprocessing(8), count=9)
+    assert len(images) == len(expected)
+
+
+def test_what_was_found_is_said_in_a_few_short_lines(tmp_path):
+    class_folders(tmp_path / "train", ["cat", "dog\nsaid \x1b[31m"], images_per_class=3)
+    class_folders(tmp_path / "val", [f"{number:03}" for number in range(40)], images_per_class=1)
+    write(tmp_path / "docs" / "1.txt")
+    write(tmp_path / "train" / "overview.jpg")
+    write(tmp_path / "train" / "cat" / "labels.csv")
+    assert described(open_source(tmp_path, "train"), "training") == [
+        f"training: 6 images of 2 classes in '{tmp_path / 'train'}': cat (3), 'dog\\nsaid \\x1b[31m' (3)",
+        "  left out: 1 .csv, 1 images beside the class folders, 1 folders and images beside the splits",
+    ]
+    assert described(open_source(tmp_path, "val"))[0].endswith(
+        "': 000 (1), 001 (1), 002 (1), 003 (1), 004 (1), ...; 1 to 1 a class"
+    )
+
+
+@pytest.mark.parametrize("name", ["photos", "photos.tfrecord", "x-00000-of-00001"])
+def test_a_pipe_in_place_of_data_is_not_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="named pipe"):
+        open_source(tmp_path / name)
+    if name != "photos":
+        with pytest.raises(SourceError, match="no image"):
+            open_source(tmp_path)
+
+
+def test_a_tar_that_is_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "ILSVRC2012_img_val.tar")
+    with pytest.raises(OSError, match="named pipe"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +381,12 @@ def test_unknown_split_is_refused_with_the_known_ones(tmp_path, split, message):
         (["cat/readme.txt"], "found 1 folders and no image"),
         (["cat/1.jpg", "dog/.keep", "eel/x.txt"], "found none in 2: dog, eel. Remove the folders"),
         (["1.jpg", "2.jpg"], r"received 2 images without folders, such as '1.jpg'.*'file,label' lines"),
-        (["1/a.jpg", "01/a.jpg"], "Two class folders .* stand for one number: 01, 1. Rename one"),
-        (["data.zip"], "found 0 folders"),
+        (["1/a.jpg", "01/a.jpg"], "Two classes of .* stand for one number: 01, 1. Rename one"),
+        (["data.zip"], "found 0 folders and no image, but 1 .zip"),
+        (
+            ["cat/1.avif", "cat/2.heic"],
+            "no image, but 1 .avif, 1 .heic. Known suffixes: .jpg, .jpeg, .jpe, .jfif",
+        ),
     ],
 )
 def test_unusable_folder_is_refused_with_what_is_wrong(tmp_path, files, message):
@@ -435,7 +599,18 @@ def test_file_that_is_no_tar_is_refused(tmp_path):
         ("file,label\na.jpg,dog\nsub/b.jpg,cat\n", ["cat", "dog"], [1, 0]),
         ("a.jpg dog\nsub/b.jpg cat\n", ["cat", "dog"], [1, 0]),
         ("b.jpg\tcat\t0\t5\na.jpg\tdog\t1\t1\n", ["cat", "dog"], [1, 0]),  # Tiny ImageNet's validation list
-        ("./a.jpg,3\nsub/b.jpg,0\n", ["0", "1", "2", "3"], [3, 0]),
+        ("./a.jpg,1\nsub/b.jpg,0\n", ["0", "1"], [1, 0]),
+        ("./a.jpg,1000\nsub/b.jpg,5\n", ["5", "1000"], [1, 0]),  # with gaps: names
+        ("a.jpg,dog\na.jpg,dog\nb.jpg,cat\n", ["cat", "dog"], [1, 0]),
+        ("file,width,label\na.jpg,64,dog\nb.jpg,65,cat\n", ["cat", "dog"], [1, 0]),
+        ("a.jpg,64,dog\nb.jpg,65,cat\n", ["cat", "dog"], [1, 0]),
+        ("id,breed,score\na,dog,0.5\nb,cat,1e-3\n", ["cat", "dog"], [1, 0]),  # without suffix
+        (",label,file\n0,dog,a.jpg\n1,cat,b.jpg\n", ["cat", "dog"], [1, 0]),
+        ('"a.jpg", "dog"\r\n"b.jpg", "cat, domestic"\r\n', ["cat, domestic", "dog"], [1, 0]),
+        ("a.jpg;dog\nb.jpg;cat", ["cat", "dog"], [1, 0]),
+        ("# made by hand\na.jpg,dog\n\n# more\nb.jpg,cat\n", ["cat", "dog"], [1, 0]),
+        ("/mnt/x/a.jpg,dog\n/mnt/x/sub/b.jpg,cat\n", ["cat", "dog"], [1, 0]),
+        ("data\\a.jpg,dog\ndata\\sub\\b.jpg,cat\n", ["cat", "dog"], [1, 0]),
     ],
 )
 def test_label_file_gives_a_flat_folder_its_classes(tmp_path, lines, classes, labels):
@@ -451,17 +626,50 @@ def test_label_file_gives_a_flat_folder_its_classes(tmp_path, lines, classes, la
     [
         ("a.jpg,cat\n", r"has none for 1: b.jpg"),
         ("a.jpg,cat\nb.jpg,dog\nc.jpg,dog\n", r"labels for 1 files that are not there: c.jpg"),
-        ("a.jpg,cat\nb.jpg\n", r"Expected 'file,label' in line 2 of .*received 'b.jpg'"),
+        ("a.jpg,cat\nb.jpg\n", r"Expected 2 fields in line 2 of .*as in its first, received 1: 'b.jpg'"),
+        ("a.jpg,cat\nb.jpg,dog, old\n", r"Expected 2 fields in line 2 of .*received 3.*in quotes"),
+        (
+            "a.jpg,cat\nb.jpg,dog\na.jpg,dog\n",
+            r"one label for 'a.jpg', received 'cat' and, in line 3 .*'dog'",
+        ),
+        ("a.jpg,cat\nb.jpg,\n", r"Expected a label for 'b.jpg' in line 2 of .*labels.txt', received ''"),
+        ("a.jpg,cat\nb.jpg,NaN\n", r"Expected a label for 'b.jpg' in line 2 .*received 'NaN'"),
+        ("file,cat,dog\na.jpg,1,0\nb.jpg,0,1\n", r"one column of labels .*received file, cat, dog, of which"),
+        (
+            "a.jpg,cat,dog\nb.jpg,dog,eel\n",
+            r"one column of labels .*received 3 columns.*name its column 'label'",
+        ),
+        ("x/a.jpg,cat\nb,dog\n", r"has none for 1: c/a.jpg. It has x/a.jpg, which are not there"),
+        ("c/a.jpg,cat\nb,dog\n", r"one image for 'b' in line 2 .*found 2: b.jpg, b.png. Write their paths"),
+        ('a.jpg,"cat\nb.jpg,dog\n', r"in line 1 of .*labels.txt': unexpected end of data"),
+        ("a.jpg," + "x" * 200_000, r"in line 1 of .*labels.txt': field larger than field limit"),
+        ("a.jpg,cat\nb.jpg,dog\n".encode("utf-16"), r"Expected text in UTF-8 in .*labels.txt'"),
+        ("a.jpg,cat\nb.jpg,dog\n".encode("utf-16-le"), r"in UTF-8 in .*labels.txt', received zero bytes"),
+        ("a.jpg,caf\xe9\nb.jpg,dog\n".encode("latin-1"), r"Expected text in UTF-8 in .*labels.txt'"),
+        (b"\x89PNG\r\n\x1a\n", r"Expected text in UTF-8 in .*labels.txt'"),
         ("cat\ndog\n", r"received one word a line"),
-        ("a.jpg,1\nb.jpg,1234567\n", r"class numbers below 100000 .*received 1234567"),
+        ("a.jpg,1\nb.jpg,01\n", r"Two classes of .*labels.txt' stand for one number: 01, 1"),
         ("\n", r"is empty"),
+        ("# a\n# b\n", r"is empty"),
     ],
 )
 def test_label_file_that_does_not_fit_is_refused(tmp_path, lines, message):
-    write(tmp_path / "data" / "a.jpg")
-    write(tmp_path / "data" / "b.jpg")
+    is_deep = isinstance(lines, str) and "/a.jpg" in lines
+    for name in ["c/a.jpg", "b.jpg", *["b.png"] * ("c/a" in lines)] if is_deep else ["a.jpg", "b.jpg"]:
+        write(tmp_path / "data" / name)
+    content = lines if isinstance(lines, bytes) else lines.encode()
     with pytest.raises(SourceError, match=message):
-        open_source(tmp_path / "data", labels=write(tmp_path / "labels.txt", lines.encode()))
+        open_source(tmp_path / "data", labels=write(tmp_path / "labels.txt", content))
+
+
+def test_label_of_a_name_that_two_folders_have_is_refused(tmp_path):
+    for name in ["a/0.jpg", "b/0.jpg"]:
+        write(tmp_path / "data" / name)
+    labels = write(tmp_path / "labels.csv", b"0.jpg,cat\n")
+    with pytest.raises(SourceError, match=r"one image for '0.jpg' in line 1 .*found 2: a/0.jpg, b/0.jpg"):
+        open_source(tmp_path / "data", labels=labels)
+    labels.write_text("a/0.jpg,cat\nb/0.jpg,dog\n")
+    assert open_source(tmp_path / "data", labels=labels).labels.tolist() == [0, 1]
 
 
 def test_label_file_replaces_the_published_validation_labels(tmp_path):
@@ -922,6 +1130,8 @@ def test_numbers_for_names_count_in_the_given_classes(tmp_path):
     assert (source.classes, source.labels.tolist()) == (["cat", "dog", "eel"], [0, 2])
     with pytest.raises(SourceError, match=r"among the 2 given, such as cat, dog; 2 are not: 0, 2"):
         open_source(tmp_path, classes=["cat", "dog"])
+    with pytest.raises(SourceError, match=r"1 are not: 0"):  # numbers as names: 0 is not the first
+        open_source(tmp_path, classes=["1", "2", "3"])
 
 
 def test_class_outside_the_given_ones_is_named(tmp_path):

@@ -272,6 +272,11 @@ def test_a_tag_is_enough_and_the_last_line_is_the_next_command(photos, tmp_path,
     assert main.main(["train", "fine_tune", "--data", str(photos), "--out", str(folder), *words]) == 0
     printed = capsys.readouterr()
     assert "image_size = 64: of the weights" in printed.err
+    found = [line for line in printed.err.splitlines() if line.startswith(("training: ", "validation: "))]
+    assert found == [
+        f"training: 32 images of 2 classes in '{photos}': dark (16), light (16)",
+        f"validation: 8 images of 2 classes in '{photos}': dark (4), light (4)",
+    ]
     command = printed.out.splitlines()[-1]
     assert command == f"keras-convnext predict PHOTO --weights '{folder / 'final.safetensors'}'"
     photo = next((photos / "light").iterdir())

@@ -685,6 +685,10 @@ def test_command_line_lists_recipes_and_explains_mistakes(tmp_path, capsys):
     assert "epochs" in capsys.readouterr().err
     assert main.main(["train", "smoke", "--out", str(tmp_path / "run"), "--set", "epochs"]) == 2
     assert "key=value" in capsys.readouterr().err
+    assert (
+        main.main(["train", "smoke", "--out", str(tmp_path / "run"), "--data=a b", "--labels", "x.csv"]) == 2
+    )
+    assert "keras-convnext prepare 'a b' PREPARED --labels x.csv, then train" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from keras_convnext import models
 from keras_convnext.conversion import save_weights
 from keras_convnext.data import class_names, sources
-from keras_convnext.data.index import Source
+from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import classification, forward
@@ -89,7 +89,8 @@ class Classification:
             warnings.append(
                 "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
             )
-        notes = []
+        notes = described(data.training, "training")
+        notes += described(data.validation, "validation") if data.validation else []
         if recipe.model.weights and not has_new_head:
             notes.append(f"The classifier of the weights is kept, for {num_classes} classes.")
         return TaskModel(compile_model(recipe, student, data.plan), student, warnings, notes)
