@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import os
 import pathlib
 import statistics
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext import _environment
-from keras_convnext._messages import unknown
+from keras_convnext import _environment, _files
+from keras_convnext._messages import shortened, size_text, unknown
 from keras_convnext._terminal import silenced
-from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
 
 # format -> the module that runs it, and the package that brings it
 RUNTIMES = {
@@ -40,7 +39,10 @@ class ExportedModel:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # `read_metadata`
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """float32 (n, ...) of images (n, H, W, C), pixels in 0..255; as many at a time as the file takes."""
+        """float32 (n, ...) of images (n, H, W, C), pixels in 0..255; as many at a time as the file takes.
+
+        Raises a ValueError for images of another size, and where a number that comes out is not finite.
+        """
         fits = len(images.shape) == 4 and all(
             own in (None, given) for own, given in zip(self.input_shape[1:], images.shape[1:], strict=True)
         )
@@ -61,7 +63,14 @@ class ExportedModel:
             if lacking:
                 batch = np.concatenate([batch, np.zeros((lacking, *batch.shape[1:]), batch.dtype)])
             results.append(self.call(batch)[: step - lacking])
-        return np.concatenate(results)
+        outputs = np.concatenate(results)
+        if not np.isfinite(outputs).all():
+            name = self.metadata.get("name") or "the file"
+            raise ValueError(
+                f"{name} gives numbers that are not finite, as after a training that diverged. Export another "
+                "model."
+            )
+        return outputs
 
 
 def open_exported(
@@ -103,21 +112,47 @@ def open_exported(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `export` stored with a file: name, input, output, precision, licence, labels; {} without."""
+    """What `export` stored with a file: name, input, output, precision, licence, labels; {} without.
+
+    Raises a ValueError that names the file where a value is of another kind than `export` writes.
+    """
     path = pathlib.Path(path)
-    try:
-        if path.suffix == ".tflite":
-            if not zipfile.is_zipfile(path):
-                return {}
-            with zipfile.ZipFile(path) as archive:
-                is_stored = "metadata.json" in archive.namelist()
-                return json.loads(archive.read("metadata.json")) if is_stored else {}
-        file = metadata_file(path)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"The metadata of '{path}' cannot be read ({error}). Export the model again."
-        ) from error
+    file = path if path.suffix == ".tflite" else metadata_file(path)
+    if not file.is_file() or (file == path and not zipfile.is_zipfile(path)):
+        return {}
+    with _files.reading(file, "what `keras-convnext export` writes", "Export the model again."):
+        text = _files.read_bytes(file) if file != path else _archived(path)
+        return {} if text is None else _checked(_files.json_object(text, {"input": dict, "output": dict}))
+
+
+def _archived(path):
+    """The metadata inside a LiteRT file, None where it has none."""
+    with zipfile.ZipFile(path) as archive:
+        if "metadata.json" not in archive.namelist():
+            return None
+        size = archive.getinfo("metadata.json").file_size
+        if size > _files.MAX_TEXT_BYTES:
+            raise ValueError(f"metadata.json is of {size_text(size)}")
+        return archive.read("metadata.json")
+
+
+def _checked(metadata):
+    """The metadata; an error tells a value that cannot be used."""
+    output, labels = metadata["output"], metadata.get("labels")
+    texts = {name: metadata.get(name) for name in ("name", "licence", "precision")}
+    for name, text in (texts | {"activation": output.get("activation")}).items():
+        if not isinstance(text, str | None):
+            raise TypeError(f"expected a text as {name!r}, received {shortened(repr(text), 80)}")
+    if not is_positive_integer(output.get("classes")):
+        received = shortened(repr(output.get("classes")), 80)
+        raise TypeError(f"expected a whole number above 0 as 'classes', received {received}")
+    is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if labels is not None and not (is_list and len(labels) == output["classes"]):
+        received = shortened(repr(labels), 80)
+        raise TypeError(f"expected a list of {output['classes']} texts as 'labels', received {received}")
+    preprocessing = stored_preprocessing(metadata) or Preprocessing(224)
+    preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
+    return metadata
 
 
 def stored_preprocessing(metadata: dict[str, Any]) -> Preprocessing | None:

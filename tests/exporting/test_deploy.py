@@ -13,7 +13,7 @@ from peers import reduced_depths
 from keras_convnext import deploy, models
 from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block, InferenceBlock
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.exporting.deploy import deploy_for_litert, savings
+from keras_convnext.exporting.deploy import deploy_for_file, savings
 from keras_convnext.layers import normalization, pointwise
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import VARIANTS
@@ -296,7 +296,7 @@ def test_deployed_form_of_a_frozen_model_is_frozen(name):
 def test_litert_model_equals_the_model():
     for name in ("convnext_atto", "convnextv2_atto"):
         model = built(name)
-        deployed = deploy_for_litert(model, batch_size=1)
+        deployed = deploy_for_file(model, batch_size=1, litert=True)
         assert deployed.input_shape == (1, 64, 64, 3)
         image = pixels((1, 64, 64, 3))
         assert relative_error(outputs(deployed, image), outputs(model, image)) < TOLERANCE
