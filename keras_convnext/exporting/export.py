@@ -369,7 +369,8 @@ def _calibration_images(model, calibration, preprocessing):
             f"Expected calibration images with pixels in 0..255, received {images.dtype} from "
             f"{lowest.min():g} to {highest.max():g}"
             + (f", and up to {highest[divided][0]:g} in image {divided.argmax()}" if divided.any() else "")
-            + ". Pass them as read_image gives them: not divided by 255, and not normalised."
+            + ". Pass them as read_image gives them; a model that takes other numbers needs a Rescaling or "
+            "Normalization layer in front."
         )
     return np.rint(images).astype("uint8"), "images of calibration="
 
@@ -538,14 +539,17 @@ def _store_metadata(path, format, model, request, labels, licence):
         "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
         "precision": request.precision,
         "licence": licence,
-        "labels": None if labels is None else list(labels),
+        "labels": None if labels is None else list(map(str, labels)),
     }
-    text = json.dumps(metadata, indent=1, ensure_ascii=False)
+    text = json.dumps(
+        metadata, indent=1
+    )  # in ASCII, as a class may have the name of a folder that is no text
     if format == "litert":
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("metadata.json", text)
-            if labels is not None:
-                archive.writestr("labels.txt", "\n".join(labels) + "\n")
+            if labels is not None:  # a line each
+                lines = "".join(" ".join(label.splitlines()) + "\n" for label in metadata["labels"])
+                archive.writestr("labels.txt", lines.encode("utf-8", "surrogateescape"))
     else:
         file = runtimes.metadata_file(path)
         file.parent.mkdir(exist_ok=True)

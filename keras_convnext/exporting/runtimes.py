@@ -65,10 +65,9 @@ class ExportedModel:
             results.append(self.call(batch)[: step - lacking])
         outputs = np.concatenate(results)
         if not np.isfinite(outputs).all():
-            name = self.metadata.get("name") or "the file"
             raise ValueError(
-                f"{name} gives numbers that are not finite, as after a training that diverged. Export another "
-                "model."
+                f"{self.metadata.get('name') or 'The file'} gives numbers that are not finite, as after a "
+                "training that diverged. Export another model."
             )
         return outputs
 

@@ -99,7 +99,7 @@ def write_page(
     }
     pieces: dict[str, Any] = {name: [html.escape(text).encode()] for name, text in texts.items()}
     # "<" would let a label end the element.
-    described = json.dumps(metadata | {"page": settings}, ensure_ascii=False).replace("<", "\\u003c")
+    described = json.dumps(metadata | {"page": settings}).replace("<", "\\u003c")
     pieces["metadata"] = [described.encode()]
     pieces["script"] = [(web / "page.js").read_bytes()]
     pieces["runtime"] = [
