@@ -235,8 +235,9 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
         return deployed
     except (ValueError, TypeError, NotImplementedError) as error:
         shapes = ", ".join(str((batch_size, *each.shape[1:])) for each in tree.flatten(inputs))
+        reason = shortened(" ".join(str(error).split()), 500)
         raise ValueError(
-            f"{model.name} could not be rebuilt for inputs of shape {shapes}: {shortened(str(error), 500)}"
+            f"{model.name} could not be rebuilt for inputs of shape {shapes}: {reason}"
         ) from error
 
 

@@ -59,8 +59,8 @@ FORMATS = {
 # weights float32 is at 1e-6, float16 at 1e-3, dynamic_int8 at 0.02 to 0.04, int8 at 0.04 to 0.12
 # (benchmarks/exports).
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "dynamic_int8": 0.15, "int8": 0.3}
-# And beyond that where the model itself, but no file, computes in 16 bits.
-ROUNDING = {"float16": 0.03, "bfloat16": 0.1}
+# How far 16 bits may take a model from its deployed form in float32: times what they change in that form.
+_ROUNDING_MARGIN = 8
 _SAVED_MODEL_FILES = (
     r"saved_model\.pb|fingerprint\.pb|keras_metadata\.pb|assets\.extra/metadata\.json|"
     r"variables/variables\.(index|data-\d{5}-of-\d{5})"
@@ -155,7 +155,7 @@ def export(
             signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`.
         check: whether to run the file and compare, else nothing is measured; or as a number the largest
             allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`, and
-            `ROUNDING` more for a model that computes in 16 bits.
+            for a model that computes in 16 bits what these change.
         replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel
             and nothing else.
 
@@ -435,30 +435,41 @@ def _title(request):
 def _references(model, size, images, precision, check):
     """What the file must equal on the images: (model, its outputs, difference allowed), the last to report.
 
-    The first of two is the deployed model, where the model itself computes in 16 bits or at another size.
+    The file computes in float32 and at `size`. Where the model does not, the first is its deployed form that
+    does, which is compared with the model in its own size before.
     """
     limit = TOLERANCES[precision] if check is True else check
-    rounding = max((ROUNDING[name] for name in deploy.dtypes_of_16_bits(model)), default=0.0)
+    is_exact = not deploy.dtypes_of_16_bits(model)
     own = model.input_shape[1:]
     fits = size is None or all(side in (None, wanted) for side, wanted in zip(own[:2], size, strict=True))
+    if fits and is_exact:
+        return [(model, _outputs(model, images), limit)]
     if fits:
-        outputs = _outputs(model, images)
-        if not rounding:
-            return [(model, outputs, limit)]
-        exact = deploy.deploy_for_file(model)
-        allowed = limit + rounding if check is True else check
-        return [(exact, _outputs(exact, images), limit), (model, outputs, allowed)]
-    sides = [side or wanted for side, wanted in zip(own, (*size, None), strict=True)]
-    noise = np.random.default_rng(0).integers(0, 256, (4, *sides), "uint8")
-    expected, received = (_outputs(each, noise) for each in (model, deploy.deploy_for_file(model)))
-    difference = np.abs(received - expected).max() / max(np.abs(expected).max(), 1e-30)
-    if difference > TOLERANCES["float32"] + rounding:
+        sample = images
+    else:
+        sides = [side or wanted for side, wanted in zip(own, (*size, None), strict=True)]
+        sample = np.random.default_rng(0).integers(0, 256, (4, *sides), "uint8")
+    copy = deploy.deploy_for_file(model)
+    expected, copied = _outputs(model, sample), _outputs(copy, sample)
+    allowed = TOLERANCES["float32"]
+    if not is_exact:
+        rounded = _difference(_outputs(deploy.deploy(model), sample), copied)
+        allowed += max(2**-8, _ROUNDING_MARGIN * rounded)  # bfloat16 has 8 bits
+    difference = _difference(copied, expected)
+    if difference > (allowed if check is True else max(allowed, check)):
         raise ExportError(
-            f"{model.name} cannot be written for another image size: its deployed form differs from it by "
-            f"{difference:.2g} of its largest output. {_STATE}"
+            f"{model.name} cannot be written: its deployed form differs from it by {difference:.2g} of its "
+            f"largest output; {allowed:.2g} is allowed. {_STATE}"
         )
+    if fits:
+        return [(copy, copied, limit), (model, expected, limit + allowed if check is True else check)]
     resized = deploy.deploy_for_file(model, image_size=size)
     return [(resized, _outputs(resized, images), limit)]
+
+
+def _difference(received, expected):
+    """The largest of an output, relative to the largest output."""
+    return float(np.abs(received - expected).max()) / max(float(np.abs(expected).max()), 1e-30)
 
 
 def _outputs(model, images):
@@ -491,14 +502,13 @@ def _compare(references, path, format, images):
                 f"The {format} file gives an array of shape {received.shape}; the model one of shape "
                 f"{expected.shape}. It was not kept."
             )
-        difference = float(np.abs(received - expected).max())
-        relative = difference / max(float(np.abs(expected).max()), 1e-30)
+        relative = _difference(received, expected)
         agreement = float((received.argmax(-1) == expected.argmax(-1)).mean())
         if relative > tolerance:
             other = "Calibrate it with images of your own, choose another precision, or allow"
             raise ExportError(
                 f"The {format} file differs from the model by {relative:.2g} of its largest output on "
-                f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:g} is allowed. It was not "
+                f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:.2g} is allowed. It was not "
                 f"kept. {other if tolerance >= TOLERANCES['dynamic_int8'] else _STATE + ' Or allow'} more: "
                 "check= (--tolerance)."
             )
@@ -512,7 +522,7 @@ def _compare(references, path, format, images):
     milliseconds, model_milliseconds = (1000 * seconds / count for seconds in taken)
     return {
         "num_images": len(images),
-        "max_difference": difference,
+        "max_difference": float(np.abs(received - expected).max()),
         "relative_difference": relative,
         "agreement": agreement,
         "milliseconds": milliseconds,

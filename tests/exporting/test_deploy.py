@@ -200,9 +200,9 @@ def test_a_model_around_ours_loses_dropout_and_augmentation(nested):
 # Wrappers: what their layers keep, several inputs, layers in several places
 
 
-def adapted(low=60, high=200, **settings):
+def adapted(low=60, high=200, shape=(8, 16, 16, 3), **settings):
     layer = keras.layers.Normalization(**settings)
-    layer.adapt(np.random.default_rng(1).uniform(low, high, (8, 16, 16, 3)).astype("float32"))
+    layer.adapt(np.random.default_rng(1).uniform(low, high, shape).astype("float32"))
     return layer
 
 
@@ -215,8 +215,9 @@ class Standardized(keras.layers.Layer):
         self.norm, self.mix = keras.layers.Normalization(), keras.layers.Conv2D(3, 1)
 
     def build(self, shape):
-        self.norm.build(shape)
-        self.mix.build(shape)
+        for layer in (self.norm, self.mix):
+            if not layer.built:
+                layer.build(shape)
 
     def call(self, x):
         return self.mix(self.norm(x))
@@ -240,7 +241,7 @@ WRAPPERS = {
     "rescaled": lambda: [keras.layers.Rescaling(1 / 255), adapted(0, 1), small_body()],
     "of two axes": lambda: [adapted(axis=(1, 3)), keras.layers.Flatten()],
     "in a layer": lambda: [standardized(), small_body()],
-    "in a wrapper": lambda: [keras.layers.TimeDistributed(adapted()), small_body()],
+    "in a wrapper": lambda: [keras.layers.TimeDistributed(adapted(shape=(8, 16, 3))), small_body()],
     "inverse": lambda: [adapted(invert=True), small_body()],
     "in bins": lambda: [in_bins(), keras.layers.Rescaling(1.0), small_body()],
 }
