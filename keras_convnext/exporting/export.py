@@ -215,7 +215,7 @@ def export(
         comparison: dict[str, Any] = {}
         if is_checked:
             said += ", which it was calibrated with" if precision == "int8" else ""
-            comparison = {"images": said, **_compare(references, written, format, images)}
+            comparison = {"images": said, **_compare(references, written, format, precision, images)}
         _store_metadata(written, format, model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
         _move(written.parent, path, pathlib.Path(folder, "replaced"))
@@ -486,7 +486,7 @@ def _outputs(model, images):
     return outputs
 
 
-def _compare(references, path, format, images):
+def _compare(references, path, format, precision, images):
     """Runs the file on the images of the references; the fields of `ExportResult` that come of it."""
     try:
         exported = runtimes.open_exported(path, format)
@@ -505,12 +505,11 @@ def _compare(references, path, format, images):
         relative = _difference(received, expected)
         agreement = float((received.argmax(-1) == expected.argmax(-1)).mean())
         if relative > tolerance:
-            other = "Calibrate it with images of your own, choose another precision, or allow"
+            advice = "Calibrate it with images of your own, or choose another precision."
             raise ExportError(
                 f"The {format} file differs from the model by {relative:.2g} of its largest output on "
-                f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:.2g} is allowed. It was not "
-                f"kept. {other if tolerance >= TOLERANCES['dynamic_int8'] else _STATE + ' Or allow'} more: "
-                "check= (--tolerance)."
+                f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:.2g} is allowed. It was "
+                f"not kept. {advice if 'int8' in precision else _STATE} check= (--tolerance) allows more."
             )
     model, pixels = references[-1][0], images.astype("float32")
     count = exported.input_shape[0] or 1
