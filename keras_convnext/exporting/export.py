@@ -182,6 +182,8 @@ def export(
         raise ValueError(
             f"Expected a precision of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}."
         )
+    if not isinstance(check, bool) and not 0 <= check < float("inf"):  # nan would allow everything
+        raise ValueError(f"Expected check to be a bool or a number from 0 up. Received: {check!r}.")
     _check_target(path, format, replace)
     _check_model(model)
     if labels is not None and len(labels) != model.output_shape[-1]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _environment, _files
-from keras_convnext._messages import shortened, size_text, unknown
+from keras_convnext._messages import shortened, unknown
 from keras_convnext._terminal import silenced
 from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
 
@@ -120,38 +120,32 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file() or (file == path and not zipfile.is_zipfile(path)):
         return {}
     with _files.reading(file, "what `keras-convnext export` writes", "Export the model again."):
-        text = _files.read_bytes(file) if file != path else _archived(path)
-        return {} if text is None else _checked(_files.json_object(text, {"input": dict, "output": dict}))
+        if file != path:
+            text = _files.read_bytes(file)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if "metadata.json" not in archive.namelist():
+                    return {}
+                with archive.open("metadata.json") as member:
+                    text = member.read(_files.MAX_TEXT_BYTES)  # what is cut off is no JSON
+        metadata = _files.json_object(text, {"input": dict, "output": dict})
+        classes, labels = metadata["output"].get("classes"), metadata.get("labels")
+        names = {name: metadata.get(name) for name in ("name", "licence", "precision")}
+        names["activation"] = metadata["output"].get("activation")
+        for expected, received, fits in (
+            *((f"a text as {name!r}", text, isinstance(text, str | None)) for name, text in names.items()),
+            ("a whole number above 0 as 'classes'", classes, is_positive_integer(classes)),
+            (f"{classes} texts as 'labels'", labels, labels is None or _are_texts(labels, classes)),
+        ):
+            if not fits:
+                raise TypeError(f"expected {expected}, received {shortened(repr(received), 80)}")
+        preprocessing = stored_preprocessing(metadata) or Preprocessing(224)
+        preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
+        return metadata
 
 
-def _archived(path):
-    """The metadata inside a LiteRT file, None where it has none."""
-    with zipfile.ZipFile(path) as archive:
-        if "metadata.json" not in archive.namelist():
-            return None
-        size = archive.getinfo("metadata.json").file_size
-        if size > _files.MAX_TEXT_BYTES:
-            raise ValueError(f"metadata.json is of {size_text(size)}")
-        return archive.read("metadata.json")
-
-
-def _checked(metadata):
-    """The metadata; an error tells a value that cannot be used."""
-    output, labels = metadata["output"], metadata.get("labels")
-    texts = {name: metadata.get(name) for name in ("name", "licence", "precision")}
-    for name, text in (texts | {"activation": output.get("activation")}).items():
-        if not isinstance(text, str | None):
-            raise TypeError(f"expected a text as {name!r}, received {shortened(repr(text), 80)}")
-    if not is_positive_integer(output.get("classes")):
-        received = shortened(repr(output.get("classes")), 80)
-        raise TypeError(f"expected a whole number above 0 as 'classes', received {received}")
-    is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    if labels is not None and not (is_list and len(labels) == output["classes"]):
-        received = shortened(repr(labels), 80)
-        raise TypeError(f"expected a list of {output['classes']} texts as 'labels', received {received}")
-    preprocessing = stored_preprocessing(metadata) or Preprocessing(224)
-    preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
-    return metadata
+def _are_texts(labels, count):
+    return isinstance(labels, list) and len(labels) == count and all(isinstance(text, str) for text in labels)
 
 
 def stored_preprocessing(metadata: dict[str, Any]) -> Preprocessing | None:

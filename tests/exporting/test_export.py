@@ -401,6 +401,8 @@ def test_bad_sources_of_images_are_refused(tmp_path):
         ({"precision": "int4"}, ValueError, r"float32, float16, dynamic_int8, int8. Received: 'int4'"),
         ({"path": "none/m.tflite"}, FileNotFoundError, "There is no folder 'none'"),
         ({"image_size": 0}, ValueError, "image_size=0"),
+        ({"check": float("nan")}, ValueError, "check to be a bool or a number from 0 up. Received: nan"),
+        ({"check": -0.1}, ValueError, "check to be .* Received: -0.1"),
         ({"calibration": np.zeros((2, 32, 32, 3))}, ValueError, r"\(n, 64, 64, 3\).*\(2, 32, 32, 3\)"),
         ({"calibration": "nowhere"}, ValueError, "nowhere"),
     ],
@@ -603,10 +605,10 @@ def test_the_activation_of_the_outputs_is_told(last, name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"labels": ["a", "b"]}, r"expected a list of 3 texts as 'labels', received \['a', 'b'\]"),
-        ({"labels": 3}, "expected a list of 3 texts as 'labels', received 3"),
-        ({"labels": ["a", "b", float("nan")]}, "expected a list of 3 texts as 'labels'"),
-        ({"labels": {"0": "a"}}, "expected a list of 3 texts as 'labels'"),
+        ({"labels": ["a", "b"]}, r"expected 3 texts as 'labels', received \['a', 'b'\]"),
+        ({"labels": 3}, "expected 3 texts as 'labels', received 3"),
+        ({"labels": ["a", "b", float("nan")]}, "expected 3 texts as 'labels'"),
+        ({"labels": {"0": "a"}}, "expected 3 texts as 'labels'"),
         ({"licence": 1}, "expected a text as 'licence', received 1"),
         ({"name": ["m"]}, "expected a text as 'name'"),
         ({"input": []}, r"expected an object as 'input', received \[\]"),
@@ -659,7 +661,7 @@ def test_metadata_in_a_damaged_or_endless_archive_is_told_in_a_sentence(tmp_path
         runtimes.read_metadata(tmp_path / "m.tflite")
     with zipfile.ZipFile(tmp_path / "large.tflite", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("metadata.json", bytes(70_000_000))
-    with pytest.raises(ValueError, match=r"metadata\.json is of 70\.0 MB"):
+    with pytest.raises(ValueError, match="what `keras-convnext export` writes"):
         runtimes.read_metadata(tmp_path / "large.tflite")
 
 
