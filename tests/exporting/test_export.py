@@ -21,6 +21,7 @@ from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, report, runtimes, web_page, writers
 from keras_convnext.exporting import export as export_module
 from keras_convnext.exporting.export import FORMATS, ExportError, ExportResult
+from keras_convnext.layers import normalization
 
 pytestmark = pytest.mark.one_backend
 
@@ -596,6 +597,16 @@ def test_the_activation_of_the_outputs_is_told(last, name):
     x = keras.Input((3,))
     assert export_module._activation(keras.Model(x, model(x))) == name
     assert export_module._activation(keras.Model(x, keras.ops.sigmoid(model(x)))) == "sigmoid"
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the exporter of PyTorch that traces sizes")
+def test_keras_exports_our_layers_by_itself(tmp_path):
+    norms = [normalization.LayerNormalization(), normalization.RMSNormalization()]
+    model = keras.Sequential([keras.Input((4, 4, 3)), *norms, keras.layers.Flatten(), keras.layers.Dense(2)])
+    model.export(tmp_path / "m.onnx", format="onnx", verbose=False)
+    few = pixels((2, 4, 4, 3))
+    exported = runtimes.open_exported(tmp_path / "m.onnx")
+    assert relative_error(exported(few), predicted(model, few)) < 1e-4
 
 
 # What files say, and outputs that are no numbers
