@@ -187,7 +187,7 @@ def converted(function, shape, dtype=tf.float32, images=None, tracked=None):
 
 
 def converted_deployed(model, images=None):
-    deployed = deploy.deploy_for_litert(model)
+    deployed = deploy.deploy_for_file(model, batch_size=1, litert=True)
     dtype = tf.float32 if images is not None else tf.uint8
     tracked = tf.Module()
     tracked.weights = [variable.value for variable in deployed.weights]

@@ -117,6 +117,7 @@ def export_command(options: argparse.Namespace) -> int:
             print(f"{result.path}: {size_text(result.num_bytes)}, not checked")
     else:
         print_table(report.COLUMNS, report.ALIGNMENTS, report.rows(results))
+        print(report.measured_on(results))
     if options.report is not None:
         heading = f"{opened.model.name}, {_environment.cpu_name()}, {_environment.available_cores()} cores"
         folded = deploy.savings(opened.model, deploy.deploy(opened.model))

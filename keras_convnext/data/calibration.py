@@ -42,8 +42,8 @@ def calibration_images(
         uint8 (n, height, width, channels).
 
     Raises:
-        ValueError: an image cannot be read; the message names it. Also for a source that is not there or a
-            count below 1.
+        ValueError: an image cannot be read; the message names it. Also for a source that is not there, a
+            count below 1 or other channels.
 
     Example:
         >>> calibration_images(preprocessing=Preprocessing(64), count=2).shape
@@ -51,6 +51,11 @@ def calibration_images(
     """
     if count < 1:
         raise ValueError(f"Expected a count of calibration images from 1 up, received {count}.")
+    if channels not in (1, 3):
+        raise ValueError(
+            f"Expected a model of 1 or 3 channels, received one of {channels}: pass images of your own as an "
+            "array (n, H, W, C), or check=False (--no-check)."
+        )
     if source is None:
         images = _crops(preprocessing.size, count)
     else:

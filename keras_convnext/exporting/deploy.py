@@ -6,6 +6,7 @@ norm of the stem keeps its gain and shift: a residual path and a padded convolut
 
 import collections
 import dataclasses
+import tempfile
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ import numpy as np
 from keras import tree
 
 from keras_convnext import convnext, models
+from keras_convnext._messages import shortened
 from keras_convnext.weights import assign
 
 _NORMS = tuple(convnext.NORMS.values())
@@ -34,6 +36,7 @@ _TRAINING_ONLY = (
     keras.layers.RandomZoom,
     keras.layers.SpatialDropout2D,
 )
+_POLICIES_OF_16_BITS = ("float16", "mixed_float16", "bfloat16", "mixed_bfloat16")
 
 
 def deploy(
@@ -46,7 +49,8 @@ def deploy(
 
     Folds norms, LayerScale, GRN's shift and the pixel normaliser into the layers that follow, replaces the
     blocks' Dense layers by 1x1 convolutions, and leaves out drop path, dropout and random augmentation. Works
-    on the models of this package and on functional and sequential models around them; unknown layers stay.
+    on the models of this package and on functional and sequential models around them, of any number of
+    inputs. Other layers stay, with what they keep beside weights: an adapted mean, a vocabulary, a function.
 
     Args:
         model: a built functional or sequential `keras.Model`. It is not changed, and shares no weights with
@@ -68,7 +72,7 @@ def deploy(
         >>> model.count_params() - deploy(model).count_params()
         6720
     """
-    return _deploy(model, batch_size, image_size, for_litert=False)
+    return _deploy(model, batch_size, image_size)
 
 
 def savings(model: keras.Model, deployed: keras.Model) -> str:
@@ -148,33 +152,33 @@ def as_program(model):
     return Program().eval()
 
 
-def deploy_for_litert(model: keras.Model, *, batch_size=1, image_size=None) -> keras.Model:
-    """`deploy`, in the operations that the LiteRT converter maps to its own one by one."""
-    return _deploy(model, batch_size, image_size, for_litert=True)
+def deploy_for_file(model: keras.Model, *, batch_size=None, image_size=None, litert=False) -> keras.Model:
+    """`deploy`, in float32 whatever the model's policy.
+
+    With `litert`, in the operations that the LiteRT converter maps to its own one by one.
+    """
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")  # for layers that layers of unknown classes make themselves
+    try:
+        return _deploy(model, batch_size, image_size, for_litert=litert, in_float32=True)
+    finally:
+        keras.config.set_dtype_policy(previous)
 
 
-def in_float32(model: keras.Model) -> keras.Model:
-    """The model, or where layers of it compute in 16 bits, a copy of it in which all compute in float32."""
-    if all(layer.compute_dtype in ("float32", "float64") for layer in model.layers):
-        return model
-
-    def copied(layer):
-        if not isinstance(layer, keras.layers.Layer):
-            return layer
-        return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
-
-    copy = keras.models.clone_model(_functional(model), clone_function=copied, recursive=True)
-    copy.set_weights(model.get_weights())
-    return copy
+def dtypes_of_16_bits(model: keras.Model) -> set[str]:
+    """Those of "float16" and "bfloat16" in which layers of a model compute."""
+    found = {getattr(layer, "compute_dtype", None) for layer in model._flatten_layers()}
+    return found & {"float16", "bfloat16"}
 
 
-def _deploy(model, batch_size, image_size, for_litert):
+def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
     model = _functional(model)
-    inputs = _new_inputs(model, batch_size, image_size)
+    inputs = _new_inputs(model, batch_size, image_size, in_float32)
     folds, normalisers = _find_folds(model)
     bare_norms = {fold.norm.name for fold in folds.values() if fold.norm is not None}
     deployed_layers: dict[str, Any] = {}
     values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
+    kept: list[tuple[Any, Any]] = []  # layers with weights, and their copies
 
     def vanishes(layer):
         return isinstance(layer, _TRAINING_ONLY) or layer.name in normalisers
@@ -185,13 +189,13 @@ def _deploy(model, batch_size, image_size, for_litert):
         if isinstance(layer, keras.Model):
             takes_same = getattr(layer, "input_shape", None) == model.input_shape
             new_size = image_size if takes_same and None not in layer.input_shape[1:] else None
-            return _deploy(layer, None, new_size, for_litert)
-        if not isinstance(layer, keras.layers.Layer):  # an operation, such as a sum of tensors
-            return layer
+            return _deploy(layer, None, new_size, for_litert, in_float32)
+        if not getattr(layer, "variables", None):  # of a layer, or of an operation such as a sum
+            return _twin(layer, in_float32)
         if isinstance(layer, _BLOCKS):
-            block, values[layer.name] = _inference_block(layer, for_litert)
+            block, values[layer.name] = _inference_block(layer, for_litert, in_float32)
             return block
-        config = layer.get_config()
+        config = _config_in_float32(layer.get_config()) if in_float32 else layer.get_config()
         if layer.name in bare_norms:
             return type(layer).from_config({**config, "affine": False})
         if isinstance(layer, _LINEAR):
@@ -200,7 +204,8 @@ def _deploy(model, batch_size, image_size, for_litert):
             config = {name: value for name, value in config.items() if not name.startswith("lora_")}
             return type(layer).from_config({**config, "use_bias": bias is not None})
         values[layer.name] = layer.get_weights()
-        return type(layer).from_config(config)
+        kept.append((layer, type(layer).from_config(config)))
+        return kept[-1][1]
 
     def deployed_layer(layer):  # one layer may be called in several places
         if layer.name not in deployed_layers:
@@ -224,12 +229,47 @@ def _deploy(model, batch_size, image_size, for_litert):
         if isinstance(operation, keras.Model):
             deployed_layer(operation)  # outside the scope in which this one's weights are only declared
     try:
-        return assign.filled(assemble, values_of)
-    except (ValueError, TypeError) as error:
+        deployed = assign.filled(assemble, values_of)
+        for layer, copy in kept:
+            _carry_over(layer, copy)
+        return deployed
+    except (ValueError, TypeError, NotImplementedError) as error:
+        shapes = ", ".join(str((batch_size, *each.shape[1:])) for each in tree.flatten(inputs))
+        reason = shortened(" ".join(str(error).split()), 500)
         raise ValueError(
-            f"{model.name} could not be rebuilt for inputs of shape "
-            f"{(batch_size, *tree.flatten(inputs)[0].shape[1:])}: {error}"
+            f"{model.name} could not be rebuilt for inputs of shape {shapes}: {reason}"
         ) from error
+
+
+def _twin(layer, in_float32):
+    """The layer in a graph of its own: it shares all that a layer without weights holds."""
+    twin = object.__new__(type(layer))
+    vars(twin).update(vars(layer), _inbound_nodes=[], _outbound_nodes=[])
+    if in_float32 and getattr(layer, "compute_dtype", None) in ("float16", "bfloat16"):
+        twin.dtype_policy = "float32"
+    return twin
+
+
+def _config_in_float32(config):
+    """A layer's configuration with float32 for each policy of 16 bits, those of layers inside it too."""
+    if isinstance(config, dict):
+        return {key: _config_in_float32(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return type(config)(map(_config_in_float32, config))
+    return "float32" if isinstance(config, str) and config in _POLICIES_OF_16_BITS else config
+
+
+def _carry_over(layer, copy):
+    """Gives a copy what a layer keeps beside its weights, as Keras does when it saves and loads."""
+    for source, target in zip(layer._flatten_layers(), copy._flatten_layers(), strict=True):
+        if type(source).load_own_variables is not keras.layers.Layer.load_own_variables:
+            store: dict[str, Any] = {}
+            source.save_own_variables(store)
+            target.load_own_variables(store)
+        if hasattr(source, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                source.save_assets(folder)
+                target.load_assets(folder)
 
 
 def check_built(model) -> None:
@@ -269,13 +309,14 @@ def _functional(model):
         ) from None
 
 
-def _new_inputs(model, batch_size, image_size):
+def _new_inputs(model, batch_size, image_size, in_float32):
     """Inputs of the deployed model: those of the model, with other sizes where they are given."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected batch_size to be a whole number above 0, received {batch_size!r}.")
 
     def new_input(x, shape):
-        return keras.Input(batch_shape=shape, dtype=x.dtype, name=x.name)
+        dtype = "float32" if in_float32 and x.dtype in ("float16", "bfloat16") else x.dtype
+        return keras.Input(batch_shape=shape, dtype=dtype, name=x.name)
 
     if image_size is None and batch_size is None:
         return tree.map_structure(lambda x: new_input(x, x.shape), model.input)
@@ -303,25 +344,24 @@ def _find_folds(model):
     """What to fold into which layer, {name: `_Fold`}, and the names of normalisers that vanish."""
     folds: dict[str, _Fold] = {}
     normalisers: set[str] = set()
-    try:
-        readers = _readers(model)
-    except (AttributeError, ValueError):  # a layer is called in several places, so nothing is folded across
-        return folds, normalisers
+    graph = _Graph(model)
     for layer in model.layers:
         if isinstance(layer, _NORMS) and layer.affine:
-            target = _linear_reader(layer, readers, may_average=True)
+            target = _linear_reader(layer, graph, may_average=True)
             if target is not None:
                 folds[target.name] = _fold_of(layer)
         elif isinstance(layer, keras.layers.Normalization) and not layer.invert and layer.mean is not None:
-            target = _linear_reader(layer, readers)
+            target = _linear_reader(layer, graph)
             # In 16 bits the mean, no longer subtracted first, would cost digits.
-            is_per_channel = layer.axis in ((), (-1,), (3,))
-            if target is not None and target.compute_dtype == "float32" and is_per_channel:
-                deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
-                values = (1 / deviation, -_float64(layer.mean) / deviation)
-                channels = model.input.shape[-1]
-                folds[target.name] = _Fold(*(np.broadcast_to(value.ravel(), channels) for value in values))
-                normalisers.add(layer.name)
+            if target is not None and target.compute_dtype == "float32":
+                shape = graph.calls[layer.name][0].input_tensors[0].shape
+                if {axis % len(shape) for axis in layer.axis} <= {len(shape) - 1}:
+                    deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
+                    values = (1 / deviation, -_float64(layer.mean) / deviation)
+                    folds[target.name] = _Fold(
+                        *(np.broadcast_to(value.ravel(), shape[-1]) for value in values)
+                    )
+                    normalisers.add(layer.name)
     return folds, normalisers
 
 
@@ -329,22 +369,29 @@ def _fold_of(norm):
     return _Fold(_float64(norm.gamma), None if norm.beta is None else _float64(norm.beta), norm)
 
 
-def _readers(model):
-    """{id of a tensor: the operations that take it}; None stands for the outside."""
-    readers = collections.defaultdict(list)
-    for operation in model.operations:
-        if not isinstance(operation, keras.layers.InputLayer):
-            for tensor in tree.flatten(operation.input):
-                readers[id(tensor)].append(operation)
-    for tensor in tree.flatten(model.output):
-        readers[id(tensor)].append(None)
-    return readers
+class _Graph:
+    """Who takes whose output in one model; its layers may be called in other models as well."""
+
+    def __init__(self, model):
+        self.calls = collections.defaultdict(list)  # name of a layer -> its calls
+        self.readers = collections.defaultdict(list)  # id of a tensor -> who takes it; None is the outside
+        for call in (call for calls in model._nodes_by_depth.values() for call in calls):
+            self.calls[call.operation.name].append(call)
+            for tensor in call.input_tensors:
+                self.readers[id(tensor)].append(call.operation)
+        for tensor in tree.flatten(model.output):
+            self.readers[id(tensor)].append(None)
+
+    def only_reader(self, layer):
+        """Who alone takes a layer's output; None where either is called in several places."""
+        call, *others = self.calls[layer.name]
+        reader, *more = self.readers[id(call.output_tensors[0])] or [None]
+        return None if others or more or reader is None or self.calls[reader.name][1:] else reader
 
 
-def _linear_reader(layer, readers, may_average=False):
+def _linear_reader(layer, graph, may_average=False):
     """The linear layer without padding that alone takes a layer's output, through what keeps it linear."""
-    while len(found := readers[id(layer.output)]) == 1 and found[0] is not None:
-        layer = found[0]
+    while (layer := graph.only_reader(layer)) is not None:
         if isinstance(layer, keras.layers.Dense):
             return layer
         if isinstance(layer, keras.layers.Conv2D):
@@ -377,7 +424,7 @@ def _folded(layer, fold):
     return kernel, bias
 
 
-def _inference_block(block, for_litert):
+def _inference_block(block, for_litert, in_float32):
     """The `InferenceBlock` of a block, and its weights in order."""
     response_norm = isinstance(block, convnext.ConvNeXtV2Block)
     kept = ("dim", "kernel_size", "dilation_rate", "norm", "epsilon", "activation")
@@ -386,7 +433,7 @@ def _inference_block(block, for_litert):
         response_norm=response_norm,
         for_litert=for_litert,
         trainable=block.trainable,
-        dtype=block.dtype_policy,
+        dtype="float32" if in_float32 else block.dtype_policy,
         name=block.name,
     )
     kernel1, bias1 = _folded(block.pwconv1, _fold_of(block.norm))

@@ -61,11 +61,17 @@ FORMATS = {
 # weights float32 is at 1e-6, float16 at 1e-3, dynamic_int8 at 0.02 to 0.04, int8 at 0.04 to 0.12
 # (benchmarks/exports).
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "dynamic_int8": 0.15, "int8": 0.3}
+# How far 16 bits may take a model from its deployed form in float32: times what they change in that form.
+_ROUNDING_MARGIN = 8
 _SAVED_MODEL_FILES = (
     r"saved_model\.pb|fingerprint\.pb|keras_metadata\.pb|assets\.extra/metadata\.json|"
     r"variables/variables\.(index|data-\d{5}-of-\d{5})"
 )
 _MAX_NAMED = 3
+_STATE = (
+    "Does a layer of your own keep something that neither its weights nor get_config() hold? Give it "
+    "save_own_variables() and load_own_variables()."
+)
 DEFAULT_SIZE = 224  # pixels, where a size must be fixed and the model has none
 
 
@@ -75,7 +81,7 @@ class ExportError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What was written and how it compares with the model.
+    """What was written and how it compares with the model, as the caller passed it.
 
     Attributes:
         path: the file, or the folder of a SavedModel.
@@ -83,6 +89,7 @@ class ExportResult:
         precision: of weights or arithmetic.
         num_bytes: of all files together.
         num_images: number of images compared; 0 when nothing was.
+        images: what these are, such as "crops of three photographs"; "" when nothing was compared.
         max_difference: largest difference of an output from the model's.
         relative_difference: the same relative to the model's largest output.
         agreement: share of the images with the same largest output, in [0, 1].
@@ -96,6 +103,7 @@ class ExportResult:
     precision: str
     num_bytes: int
     num_images: int = 0
+    images: str = ""
     max_difference: float = float("nan")
     relative_difference: float = float("nan")
     agreement: float = float("nan")
@@ -122,9 +130,10 @@ def export(
     """Writes a model for another runtime, runs what was written, and compares it with the model.
 
     The file holds the deployed model (`deploy`), in float32 whatever the model's policy: it takes pixels in
-    0..255, in the order N, H, W, C, and gives what the model gives. Where a format's converter needs another
-    backend than the one in use, a child process with that backend writes it. When something fails, nothing
-    stays at the path.
+    0..255, in the order N, H, W, C, and gives what the model gives. It is compared with the model that is
+    passed; with another image size, which that does not take, with its deployed form of that size, after that
+    was compared with the model at the model's own. Where a format's converter needs another backend than the
+    one in use, a child process with that backend writes it. When something fails, nothing stays at the path.
 
     Args:
         model: a built functional or sequential `keras.Model`, of this package or around it.
@@ -140,13 +149,15 @@ def export(
         image_size: side in pixels or (height, width); None for the model's own. A model that takes any size
             keeps it free, at 224 for LiteRT.
         calibration: images for the check, and for int8 the ranges: uint8 or float (n, H, W, C) of the right
-            size, or what `calibration_images` takes. Default: crops of the package's photographs.
+            size, pixels in 0..255, or what `calibration_images` takes. Default: crops of the package's
+            photographs.
         labels: names of the classes, in order, stored with the file.
         licence: of the weights, stored with the file.
         preprocessing: how images are prepared: stored with every file, and done by the SavedModel's
             signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`.
         check: whether to run the file and compare, else nothing is measured; or as a number the largest
-            allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`.
+            allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`, and
+            for a model that computes in 16 bits what these change.
         replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel
             and nothing else.
 
@@ -154,8 +165,10 @@ def export(
         `ExportResult`.
 
     Raises:
-        ExportError: the converter failed, or the file differs from the model by more than `check` allows.
-        ValueError: an unknown format or precision, a model that is not built, sizes that do not fit.
+        ExportError: the converter failed, the file differs from the model by more than `check` allows, or
+            the model gives numbers that are not finite.
+        ValueError: an unknown format or precision, a model that is not built, sizes that do not fit, images
+            for the check with pixels in another range than 0..255.
         ImportError: a package that the format needs is missing; the message says what to install.
         FileExistsError: there is something at the path, and `replace` is False; or a folder with other
             files or a link to a folder, which is never replaced.
@@ -171,6 +184,8 @@ def export(
         raise ValueError(
             f"Expected a precision of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}."
         )
+    if not isinstance(check, bool) and not 0 <= check < float("inf"):  # nan would allow everything
+        raise ValueError(f"Expected check to be a bool or a number from 0 up. Received: {check!r}.")
     _check_target(path, format, replace)
     _check_model(model)
     if labels is not None and len(labels) != model.output_shape[-1]:
@@ -182,11 +197,12 @@ def export(
         _check_packages(format, {module: package})
     batch = _batch_size(batch_size, row)
     size = _image_size(model, image_size, row)
-    model = deploy.in_float32(model)
     preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
-    images = None
+    images, references = None, []
     if is_checked or precision == "int8":
-        images = _calibration_images(model, calibration, preprocessing)
+        images, said = _calibration_images(model, calibration, preprocessing)
+    if is_checked:
+        references = _references(model, size, images, precision, check)
     with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as folder:
         written = pathlib.Path(folder, "written", path.name)
         written.parent.mkdir()
@@ -202,8 +218,8 @@ def export(
         _write(model, request, row, folder)
         comparison: dict[str, Any] = {}
         if is_checked:
-            limit = TOLERANCES[precision] if check is True else check
-            comparison = _compare(_at_size(model, size), written, format, images, limit)
+            said += ", which it was calibrated with" if precision == "int8" else ""
+            comparison = {"images": said, **_compare(references, written, format, precision, images)}
         _store_metadata(written, format, model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
         _move(written.parent, path, pathlib.Path(folder, "replaced"))
@@ -295,7 +311,8 @@ def _check_model(model):
     shape = getattr(model, "input_shape", None)
     if not isinstance(shape, tuple) or len(shape) != 4:
         raise ValueError(
-            f"Expected a model with one input of images (N, H, W, C). Received: {model.name}, inputs {shape}."
+            f"Expected a model with one input of images (N, H, W, C). Received: {model.name}, inputs "
+            f"{shape}. Keras exports others: deploy(model).export(path, format=...), unchecked."
         )
     if not isinstance(model.output_shape, tuple):
         raise ValueError(
@@ -340,19 +357,32 @@ def _sized(preprocessing, model, size):
 
 
 def _calibration_images(model, calibration, preprocessing):
+    """uint8 (n, H, W, C), and what they are, in words."""
     channels = model.input_shape[3]
+    height, width = preprocessing.size
     if calibration is None or isinstance(calibration, (str, os.PathLike)):
         from keras_convnext.data.calibration import calibration_images  # not when the package is imported
 
-        return calibration_images(calibration, preprocessing=preprocessing, channels=channels)
-    height, width = preprocessing.size
+        said = "crops of three photographs" if calibration is None else f"images of '{calibration}'"
+        return calibration_images(calibration, preprocessing=preprocessing, channels=channels), said
     images = np.asarray(calibration)
     if images.ndim != 4 or len(images) == 0 or images.shape[1:] != (height, width, channels):
         raise ValueError(
             f"Expected calibration images (n, {height}, {width}, {channels}) with pixels in 0..255, received "
             f"an array of shape {images.shape}."
         )
-    return np.clip(np.rint(images), 0, 255).astype("uint8")
+    lowest, highest = (extreme(images, axis=(1, 2, 3)).astype("float64") for extreme in (np.min, np.max))
+    # Fractions up to 1 were divided by 255; whole numbers up to 1 may be one dark picture of many.
+    divided = (highest <= 1) & (highest > 0) & (images.dtype.kind == "f")
+    if not (lowest.min() >= 0 and 1 < highest.max() <= 255) or divided.any():  # NaN fails too
+        raise ValueError(
+            f"Expected calibration images with pixels in 0..255, received {images.dtype} from "
+            f"{lowest.min():g} to {highest.max():g}"
+            + (f", and up to {highest[divided][0]:g} in image {divided.argmax()}" if divided.any() else "")
+            + ". Pass them as read_image gives them; a model that takes other numbers needs a Rescaling or "
+            "Normalization layer in front."
+        )
+    return np.rint(images).astype("uint8"), "images of calibration="
 
 
 def _save_images(folder, images):
@@ -414,16 +444,62 @@ def _title(request):
     return f"{request.format} in {request.precision}"
 
 
-def _at_size(model, size):
-    """The model, or where it has another image size, the deployed model of that size."""
-    own = model.input_shape[1:3]
-    fits = size is None or all(side in (None, wanted) for side, wanted in zip(own, size, strict=True))
-    return model if fits else deploy.deploy(model, image_size=size)
+def _references(model, size, images, precision, check):
+    """What the file must equal on the images: (model, its outputs, difference allowed), the last to report.
+
+    The file computes in float32 and at `size`. Where the model does not, the first is its deployed form that
+    does, which is compared with the model in its own size before.
+    """
+    limit = TOLERANCES[precision] if check is True else check
+    is_exact = not deploy.dtypes_of_16_bits(model)
+    own = model.input_shape[1:]
+    fits = size is None or all(side in (None, wanted) for side, wanted in zip(own[:2], size, strict=True))
+    if fits and is_exact:
+        return [(model, _outputs(model, images), limit)]
+    if fits:
+        sample = images
+    else:
+        sides = [side or wanted for side, wanted in zip(own, (*size, None), strict=True)]
+        sample = np.random.default_rng(0).integers(0, 256, (4, *sides), "uint8")
+    copy = deploy.deploy_for_file(model)
+    expected, copied = _outputs(model, sample), _outputs(copy, sample)
+    allowed = TOLERANCES["float32"]
+    if not is_exact:
+        rounded = _difference(_outputs(deploy.deploy(model), sample), copied)
+        allowed += max(2**-8, _ROUNDING_MARGIN * rounded)  # bfloat16 has 8 bits
+    difference = _difference(copied, expected)
+    if difference > (allowed if check is True else max(allowed, check)):
+        raise ExportError(
+            f"{model.name} cannot be written: its deployed form differs from it by {difference:.2g} of its "
+            f"largest output; {allowed:.2g} is allowed. {_STATE}"
+        )
+    if fits:
+        return [(copy, copied, limit), (model, expected, limit + allowed if check is True else check)]
+    resized = deploy.deploy_for_file(model, image_size=size)
+    return [(resized, _outputs(resized, images), limit)]
 
 
-def _compare(model, path, format, images, tolerance):
-    """Runs the file and the model on the same images; the fields of `ExportResult` that come of it."""
+def _difference(received, expected):
+    """The largest of an output, relative to the largest output."""
+    return float(np.abs(received - expected).max()) / max(float(np.abs(expected).max()), 1e-30)
+
+
+def _outputs(model, images):
+    """What a model gives for uint8 images, float64; ExportError where that is not finite."""
     pixels = images.astype("float32")
+    outputs = [model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
+    outputs = np.concatenate(outputs).astype("float64")
+    bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    if bad.any():
+        raise ExportError(
+            f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(bad)} images, as after "
+            "a training that diverged. Nothing was kept."
+        )
+    return outputs
+
+
+def _compare(references, path, format, precision, images):
+    """Runs the file on the images of the references; the fields of `ExportResult` that come of it."""
     try:
         exported = runtimes.open_exported(path, format)
         received = exported(images)
@@ -431,23 +507,23 @@ def _compare(model, path, format, images, tolerance):
         raise
     except Exception as error:  # runtimes raise of many classes
         raise ExportError(f"The {format} file does not run: {error}. It was not kept.") from error
-    expected = np.concatenate([model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)])
-    if received.shape != expected.shape or not np.isfinite(received).all():
-        raise ExportError(
-            f"The {format} file gives an array of shape {received.shape}, finite: "
-            f"{bool(np.isfinite(received).all())}; the model one of shape {expected.shape}. It was not kept."
-        )
-    expected, received = expected.astype("float64"), received.astype("float64")
-    difference = float(np.abs(received - expected).max())
-    relative = difference / max(float(np.abs(expected).max()), 1e-30)
-    agreement = float((received.argmax(-1) == expected.argmax(-1)).mean())
-    if relative > tolerance:
-        raise ExportError(
-            f"The {format} file differs from the model by {relative:.2g} of its largest output on "
-            f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:g} is allowed. It was not "
-            "kept. Calibrate it with images of your own, choose another precision, or allow more: check= "
-            "(--tolerance)."
-        )
+    received = received.astype("float64")
+    for _, expected, tolerance in references:
+        if received.shape != expected.shape:
+            raise ExportError(
+                f"The {format} file gives an array of shape {received.shape}; the model one of shape "
+                f"{expected.shape}. It was not kept."
+            )
+        relative = _difference(received, expected)
+        agreement = float((received.argmax(-1) == expected.argmax(-1)).mean())
+        if relative > tolerance:
+            advice = "Calibrate it with images of your own, or choose another precision."
+            raise ExportError(
+                f"The {format} file differs from the model by {relative:.2g} of its largest output on "
+                f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:.2g} is allowed. It was "
+                f"not kept. {advice if 'int8' in precision else _STATE} check= (--tolerance) allows more."
+            )
+    model, pixels = references[-1][0], images.astype("float32")
     count = exported.input_shape[0] or 1
     batch, floats = images[:count], pixels[:count]
     if len(batch) < count:
@@ -457,7 +533,7 @@ def _compare(model, path, format, images, tolerance):
     milliseconds, model_milliseconds = (1000 * seconds / count for seconds in taken)
     return {
         "num_images": len(images),
-        "max_difference": difference,
+        "max_difference": float(np.abs(received - expected).max()),
         "relative_difference": relative,
         "agreement": agreement,
         "milliseconds": milliseconds,
@@ -467,24 +543,24 @@ def _compare(model, path, format, images, tolerance):
 
 def _store_metadata(path, format, model, request, labels, licence):
     """Stores what an app needs to know: in a LiteRT file, as a ZIP archive at its end; else next to it."""
-    activation = getattr(getattr(model.layers[-1], "activation", None), "__name__", "linear")
     prepared = dataclasses.asdict(request.preprocessing)
     del prepared["mean"], prepared["std"]  # the file normalises by itself
+    channels = model.input_shape[3]
     metadata = {
         "name": model.name,
         "input": {
             "order": "N, H, W, C",
-            "colours": "RGB" if model.input_shape[3] == 3 else "gray",
+            "colours": {1: "gray", 3: "RGB"}.get(channels, f"{channels} channels"),
             "range": [0, 255],
             "dtype": "uint8" if request.precision == "int8" else "float32",
             "image_size": request.image_size,
             "batch_size": request.batch_size,
             "preprocessing": prepared,
         },
-        "output": {"classes": model.output_shape[-1], "activation": activation},
+        "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
         "precision": request.precision,
         "licence": licence,
-        "labels": None if labels is None else list(labels),
+        "labels": None if labels is None else list(map(str, labels)),
     }
     # A name that is not UTF-8 is written with the escapes that JSON has.
     text = json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -497,6 +573,15 @@ def _store_metadata(path, format, model, request, labels, licence):
         file = runtimes.metadata_file(path)
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(text)
+
+
+def _activation(model):
+    """The name of what makes the outputs: an activation, or another layer or operation."""
+    last = model.outputs[0]._keras_history.operation
+    if isinstance(last, keras.Model):
+        return _activation(last)
+    made_by = getattr(last, "activation", last)
+    return getattr(made_by, "__name__", type(made_by).__name__.lower())
 
 
 def _move(folder, path, replaced):

@@ -39,6 +39,12 @@ def rows(results: Sequence[Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def measured_on(results: Sequence[Any]) -> str:
+    """Says on which images the files were compared with the model."""
+    images = dict.fromkeys(f"{result.num_images} {result.images}" for result in results)
+    return f"difference, same top-1: on {'; '.join(images)}"
+
+
 def write_report(
     results: Sequence[Any], folder: str | os.PathLike[str], heading: str, savings: str = ""
 ) -> list[pathlib.Path]:
@@ -53,7 +59,7 @@ def write_report(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(results[0])])
     writer.writerows(dataclasses.astuple(result) for result in results)
-    lines = [heading, "", *markdown_table(COLUMNS, ALIGNMENTS, rows(results))]
+    lines = [heading, "", *markdown_table(COLUMNS, ALIGNMENTS, rows(results)), "", measured_on(results)]
     if savings:
         lines += ["", "What was folded, in the model -> in the files:", "", "```", savings, "```"]
     replace_file(paths[0], text.getvalue().encode())

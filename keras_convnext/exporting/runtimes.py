@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import os
 import pathlib
 import statistics
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext import _environment
-from keras_convnext._messages import unknown
+from keras_convnext import _environment, _files
+from keras_convnext._messages import shortened, unknown
 from keras_convnext._terminal import silenced
-from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
 
 # format -> the module that runs it, and the package that brings it
 RUNTIMES = {
@@ -40,7 +39,10 @@ class ExportedModel:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # `read_metadata`
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """float32 (n, ...) of images (n, H, W, C), pixels in 0..255; as many at a time as the file takes."""
+        """float32 (n, ...) of images (n, H, W, C), pixels in 0..255; as many at a time as the file takes.
+
+        Raises a ValueError for images of another size, and where a number that comes out is not finite.
+        """
         fits = len(images.shape) == 4 and all(
             own in (None, given) for own, given in zip(self.input_shape[1:], images.shape[1:], strict=True)
         )
@@ -61,7 +63,13 @@ class ExportedModel:
             if lacking:
                 batch = np.concatenate([batch, np.zeros((lacking, *batch.shape[1:]), batch.dtype)])
             results.append(self.call(batch)[: step - lacking])
-        return np.concatenate(results)
+        outputs = np.concatenate(results)
+        if not np.isfinite(outputs).all():
+            raise ValueError(
+                f"{self.metadata.get('name') or 'The file'} gives numbers that are not finite, as after a "
+                "training that diverged. Export another model."
+            )
+        return outputs
 
 
 def open_exported(
@@ -103,21 +111,41 @@ def open_exported(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `export` stored with a file: name, input, output, precision, licence, labels; {} without."""
+    """What `export` stored with a file: name, input, output, precision, licence, labels; {} without.
+
+    Raises a ValueError that names the file where a value is of another kind than `export` writes.
+    """
     path = pathlib.Path(path)
-    try:
-        if path.suffix == ".tflite":
-            if not zipfile.is_zipfile(path):
-                return {}
+    file = path if path.suffix == ".tflite" else metadata_file(path)
+    if not file.is_file() or (file == path and not zipfile.is_zipfile(path)):
+        return {}
+    with _files.reading(file, "what `keras-convnext export` writes", "Export the model again."):
+        if file != path:
+            text = _files.read_bytes(file)
+        else:
             with zipfile.ZipFile(path) as archive:
-                is_stored = "metadata.json" in archive.namelist()
-                return json.loads(archive.read("metadata.json")) if is_stored else {}
-        file = metadata_file(path)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"The metadata of '{path}' cannot be read ({error}). Export the model again."
-        ) from error
+                if "metadata.json" not in archive.namelist():
+                    return {}
+                with archive.open("metadata.json") as member:
+                    text = member.read(_files.MAX_TEXT_BYTES)  # what is cut off is no JSON
+        metadata = _files.json_object(text, {"input": dict, "output": dict})
+        classes, labels = metadata["output"].get("classes"), metadata.get("labels")
+        names = {name: metadata.get(name) for name in ("name", "licence", "precision")}
+        names["activation"] = metadata["output"].get("activation")
+        for expected, received, fits in (
+            *((f"a text as {name!r}", text, isinstance(text, str | None)) for name, text in names.items()),
+            ("a whole number above 0 as 'classes'", classes, is_positive_integer(classes)),
+            (f"{classes} texts as 'labels'", labels, labels is None or _are_texts(labels, classes)),
+        ):
+            if not fits:
+                raise TypeError(f"expected {expected}, received {shortened(repr(received), 80)}")
+        preprocessing = stored_preprocessing(metadata) or Preprocessing(224)
+        preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
+        return metadata
+
+
+def _are_texts(labels, count):
+    return isinstance(labels, list) and len(labels) == count and all(isinstance(text, str) for text in labels)
 
 
 def stored_preprocessing(metadata: dict[str, Any]) -> Preprocessing | None:

@@ -5,7 +5,6 @@ and never comes with this package.
 """
 
 import base64
-import contextlib
 import gzip
 import hashlib
 import html
@@ -18,7 +17,6 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,6 +42,8 @@ RUNTIME_FILES = {
     ),
 }
 MAX_MODEL_BYTES = 400_000_000  # a tab holds the model several times; tried up to 355 MB (ConvNeXt-Base)
+MAX_PIXELS = 2**24
+MAX_RUNTIME_BYTES = 100_000_000  # of a file in the package; the largest has 40 MB
 DEFAULT_SIZE = 224  # pixels, where neither the file nor its preprocessing says one
 NPM_SECONDS = 600.0
 
@@ -152,16 +152,7 @@ def _read_metadata(model_file: pathlib.Path) -> dict[str, Any]:
             f"Expected '{path}' beside the model: `keras-convnext export` writes both. Keep the two files "
             "together, or export the model again."
         )
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        for part, name in (("input", "image_size"), ("output", "classes")):
-            metadata[part][name]  # raises where it is missing
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"Expected '{path}' to be as `keras-convnext export` writes it, but it cannot be read: "
-            f"{type(error).__name__}: {error}. Export the model again."
-        ) from error
-    return metadata
+    return runtimes.read_metadata(model_file)
 
 
 def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[str, Any]:
@@ -178,13 +169,23 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
             f"Expected a classifier whose activation is {', '.join(_SOFTMAX_TO_TAKE)}. '{model_file}' has "
             f"{activation!r}."
         )
+    channels = {"RGB": 3, "gray": 1}.get(metadata["input"].get("colours", "RGB"))
+    if channels is None:
+        raise ValueError(
+            f"Expected a model of RGB or gray pictures. '{model_file}' takes {metadata['input']['colours']}."
+        )
     stored = runtimes.stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
     preprocessing = stored.at(metadata["input"]["image_size"])
     height, width = preprocessing.size
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"Expected images of at most {MAX_PIXELS:,} pixels, as more do not fit in a browser's tab. "
+            f"'{model_file}' takes {height:,} x {width:,}."
+        )
     return {
         "height": height,
         "width": width,
-        "channels": 1 if metadata["input"].get("colours") == "gray" else 3,
+        "channels": channels,
         "classes": metadata["output"]["classes"],
         "softmax": _SOFTMAX_TO_TAKE[activation],
         "crop_fraction": preprocessing.crop_fraction,
@@ -252,17 +253,17 @@ def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
 
 def _read_archive(path: pathlib.Path) -> dict[str, bytes]:
     parts = dict.fromkeys(RUNTIME_FILES, b"")
-    try:
-        with tarfile.open(path) as archive:
-            for name, (file, _) in RUNTIME_FILES.items():
-                with contextlib.suppress(KeyError):
-                    member = archive.extractfile(f"package/dist/{file}")
-                    parts[name] = b"" if member is None else member.read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"Expected {_PACKAGE} as a folder or a .tgz file, but '{path}' is no such archive or is damaged: "
-            f"{error}"
-        ) from error
+    wanted = {f"package/dist/{file}": name for name, (file, _) in RUNTIME_FILES.items()}
+    with (
+        _files.reading(path, f"{_PACKAGE} as a folder or a .tgz file", f"Fetch it: npm pack {_PACKAGE}"),
+        _files.open_regular(path) as content,
+        tarfile.open(fileobj=content) as archive,
+    ):
+        for member in archive:
+            if not 0 <= member.size <= MAX_RUNTIME_BYTES:
+                raise ValueError(f"'{member.name[:80]}' in it is of {member.size:,} bytes")
+            if member.name in wanted and member.isreg():
+                parts[wanted[member.name]] = archive.extractfile(member).read()
     return parts
 
 

@@ -54,7 +54,8 @@ def main() -> int:
     request = Request(**values | converted)
     import keras
 
-    model = keras.saving.load_model(folder / "model.keras", compile=False)
+    # Our own process saved it a moment ago, so that a Lambda layer in it is as safe as the model is there.
+    model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
     write(model, request)
     return 0
 
@@ -62,9 +63,9 @@ def main() -> int:
 def _write_saved_model(model, request):
     import tensorflow as tf
 
-    from keras_convnext.exporting.deploy import deploy
+    from keras_convnext.exporting.deploy import deploy_for_file
 
-    deployed = deploy(model, batch_size=request.batch_size, image_size=request.image_size)
+    deployed = deploy_for_file(model, batch_size=request.batch_size, image_size=request.image_size)
     module = _tracked(deployed)
     shape = deployed.input.shape
 
@@ -77,7 +78,7 @@ def _write_saved_model(model, request):
         name: serve.get_concrete_function(tf.TensorSpec(shape, dtype, name="images"))
         for name, dtype in (("serving_default", tf.uint8), ("float", tf.float32))
     }
-    if None not in shape[1:3]:
+    if None not in shape[1:3] and shape[3] in (1, 3):
         signatures["jpeg"] = _jpeg_signature(serve, shape, request)
     tf.saved_model.save(module, request.path, signatures=signatures)
 
@@ -114,10 +115,11 @@ def _jpeg_signature(serve, shape, request):
 def _write_litert(model, request):
     import tensorflow as tf
 
-    from keras_convnext.exporting.deploy import deploy_for_litert
+    from keras_convnext.exporting.deploy import deploy_for_file
     from keras_convnext.exporting.litert_int8 import PLANS, quantized
 
-    deployed = deploy_for_litert(model, batch_size=request.batch_size, image_size=request.image_size)
+    sizes = {"batch_size": request.batch_size, "image_size": request.image_size}
+    deployed = deploy_for_file(model, **sizes, litert=True)
     input_dtype = tf.uint8 if request.precision == "int8" else tf.float32
 
     @tf.function(input_signature=[tf.TensorSpec(deployed.input.shape, input_dtype, name="images")])
@@ -148,9 +150,9 @@ def _torch_program(model, request):
     """A module of the deployed model, images to try it on, and which of their sizes are free."""
     import torch
 
-    from keras_convnext.exporting.deploy import as_program, deploy
+    from keras_convnext.exporting.deploy import as_program, deploy_for_file
 
-    deployed = deploy(model, batch_size=request.batch_size, image_size=request.image_size)
+    deployed = deploy_for_file(model, batch_size=request.batch_size, image_size=request.image_size)
     names = ("batch", "height", "width")
     free = {
         axis: torch.export.Dim(name, min=1 if axis == 0 else 32)
@@ -192,11 +194,11 @@ def _write_torch(model, request):
 def _write_openvino(model, request):
     import openvino
 
-    from keras_convnext.exporting.deploy import deploy
+    from keras_convnext.exporting.deploy import deploy_for_file
 
     # Keras traces a free size with images of one pixel, which the first layers take for nothing.
     traced_size = request.image_size or (224, 224)
-    deployed = deploy(model, batch_size=request.batch_size, image_size=traced_size)
+    deployed = deploy_for_file(model, batch_size=request.batch_size, image_size=traced_size)
     deployed.export(request.path, format="openvino", verbose=False)
     if request.precision == "float32" and request.image_size is not None:
         return

@@ -80,7 +80,8 @@ class LayerNormalization(_Norm):
         if keras.backend.backend() == "torch":  # one fused kernel, which subtracts first
             import torch
 
-            y = torch.nn.functional.layer_norm(x, x.shape[-1:], gamma, beta, self.epsilon)
+            channels = [int(x.shape[-1])]  # Keras's ONNX export traces sizes as tensors
+            y = torch.nn.functional.layer_norm(x, channels, gamma, beta, self.epsilon)
             return ops.cast(y, self.compute_dtype)
         if keras.backend.backend() == "openvino":
             from openvino import opset13

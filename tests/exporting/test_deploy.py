@@ -13,7 +13,7 @@ from peers import reduced_depths
 from keras_convnext import deploy, models
 from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block, InferenceBlock
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.exporting.deploy import deploy_for_litert, savings
+from keras_convnext.exporting.deploy import deploy_for_file, dtypes_of_16_bits, savings
 from keras_convnext.layers import normalization, pointwise
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import VARIANTS
@@ -197,6 +197,188 @@ def test_a_model_around_ours_loses_dropout_and_augmentation(nested):
     assert "InferenceBlock" in {type(layer).__name__ for layer in inner.layers}
 
 
+# Wrappers: what their layers keep, several inputs, layers in several places
+
+
+def adapted(low=60, high=200, shape=(8, 16, 16, 3), **settings):
+    layer = keras.layers.Normalization(**settings)
+    layer.adapt(np.random.default_rng(1).uniform(low, high, shape).astype("float32"))
+    return layer
+
+
+@keras.saving.register_keras_serializable("test_deploy")
+class Standardized(keras.layers.Layer):
+    """A layer of a user's with an adapted one and weights inside."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.norm, self.mix = keras.layers.Normalization(), keras.layers.Conv2D(3, 1)
+
+    def build(self, shape):
+        for layer in (self.norm, self.mix):
+            if not layer.built:
+                layer.build(shape)
+
+    def call(self, x):
+        return self.mix(self.norm(x))
+
+
+def standardized():
+    layer = Standardized()
+    layer.norm.adapt(np.random.default_rng(1).uniform(60, 200, (8, 16, 16, 3)).astype("float32"))
+    return layer
+
+
+def small_body():
+    return keras.Sequential(
+        [keras.Input((16, 16, 3)), keras.layers.Conv2D(4, 3, padding="same"), keras.layers.Flatten()],
+        name="body",
+    )
+
+
+WRAPPERS = {
+    "nested": lambda: [adapted(), small_body()],
+    "rescaled": lambda: [keras.layers.Rescaling(1 / 255), adapted(0, 1), small_body()],
+    "of two axes": lambda: [adapted(axis=(1, 3)), keras.layers.Flatten()],
+    "in a layer": lambda: [standardized(), small_body()],
+    "in a wrapper": lambda: [keras.layers.TimeDistributed(adapted(shape=(8, 16, 3))), small_body()],
+    "inverse": lambda: [adapted(invert=True), small_body()],
+    "in bins": lambda: [in_bins(), keras.layers.Rescaling(1.0), small_body()],
+}
+
+
+def in_bins():
+    layer = keras.layers.Discretization(num_bins=5)
+    layer.adapt(pixels((2, 16, 16, 3)))
+    return layer
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_a_layer_keeps_beside_its_weights_is_deployed(name):
+    model = keras.Sequential([keras.Input((16, 16, 3)), *WRAPPERS[name](), keras.layers.Dense(3)])
+    images = pixels((2, 16, 16, 3))
+    deployed = deploy(model)
+    assert relative_error(outputs(deployed, images), outputs(model, images)) < TOLERANCE
+    shifted = images + 20.0
+    assert relative_error(outputs(deployed, shifted), outputs(model, images)) > 100 * TOLERANCE
+    assert not {id(weight) for weight in deployed.weights} & {id(weight) for weight in model.weights}
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="texts are inputs of a model on TensorFlow alone")
+def test_vocabularies_are_deployed(tmp_path):
+    words = keras.layers.TextVectorization(output_mode="multi_hot", max_tokens=8)
+    words.adapt(["old cat", "young dog", "old dog"])
+    places = keras.layers.StringLookup(output_mode="one_hot")
+    places.adapt(["garden", "house"])
+    image = keras.Input((16, 16, 3))
+    note, place = (keras.Input((1,), dtype="string") for _ in range(2))
+    features = [small_body()(image), words(note), places(place)]
+    model = keras.Model([image, note, place], keras.layers.Dense(3)(keras.layers.Concatenate()(features)))
+    import tensorflow as tf
+
+    texts = tf.constant([["old dog"], ["cat"]]), tf.constant([["house"], ["sea"]])
+    arrays = [pixels((2, 16, 16, 3)), *texts]
+    assert relative_error(outputs(deploy(model), arrays), outputs(model, arrays)) < TOLERANCE
+    other = [arrays[0], texts[0], texts[1][::-1]]
+    assert relative_error(outputs(deploy(model), other), outputs(model, arrays)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_of_an_image_and_a_table_is_deployed(nested):
+    table = keras.Input((5,), name="table")
+    norm = keras.layers.Normalization(name="table_norm")
+    norm.adapt(np.random.default_rng(1).normal(3, 2, (50, 5)).astype("float32"))
+    body = built("convnextv2_atto", include_top=False, pooling="avg")
+    image = keras.Input((64, 64, 3)) if nested else body.input
+    features = [body(image) if nested else body.output, keras.layers.Dense(4)(norm(table))]
+    model = keras.Model([image, table], keras.layers.Dense(3)(keras.layers.Concatenate()(features)))
+    arrays = [pixels(), np.random.default_rng(2).normal(3, 2, (3, 5)).astype("float32")]
+    deployed = deploy(model)
+    assert relative_error(outputs(deployed, arrays), outputs(model, arrays)) < TOLERANCE
+    assert relative_error(outputs(deployed, [arrays[0], arrays[1] + 1]), outputs(model, arrays)) > 1e-3
+    assert "table_norm" not in [layer.name for layer in deployed.layers]  # it is in the Dense
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gray_images_made_three_channels_are_deployed(mixed):
+    gray = keras.Input((64, 64, 1))
+    three = keras.layers.Conv2D(3, 1)(gray) if mixed else keras.layers.Concatenate()([gray] * 3)
+    body = models.assemble(
+        VARIANTS["test_convnext2"],
+        ModelOptions(input_tensor=three, include_top=False, pooling="avg", input_shape=(64, 64, 3)),
+        Preprocessing(64),
+    )
+    model = keras.Model(gray, keras.layers.Dense(4)(body.output))
+    images = pixels((2, 64, 64, 1))
+    deployed = deploy(model)
+    assert relative_error(outputs(deployed, images), outputs(model, images)) < TOLERANCE
+    assert not any(isinstance(layer, keras.layers.Normalization) for layer in deployed.layers)
+
+
+def test_layers_that_are_called_in_several_places_are_not_folded():
+    norm, dense = normalization.LayerNormalization(), keras.layers.Dense(3, name="dense")
+    once = normalization.LayerNormalization(name="once")
+    first, second = keras.Input((6,), name="first"), keras.Input((6,), name="second")
+    x = keras.layers.Add()([dense(norm(first)), keras.layers.Dense(3)(norm(second)), dense(once(second))])
+    model = keras.Model([first, second], x)
+    randomized(model)
+    arrays = [pixels((4, 6), seed) for seed in range(2)]
+    expected = outputs(model, arrays)
+    assert relative_error(outputs(deploy(model), arrays), expected) < TOLERANCE
+    # A layer that another model calls first is folded all the same.
+    lone = keras.Model(second, keras.layers.Dense(2)(once(second)))
+    count = lone.count_params() - deploy(lone).count_params()
+    assert count == 2 * 6
+    assert relative_error(outputs(deploy(lone), arrays[1]), outputs(lone, arrays[1])) < TOLERANCE
+
+
+def test_a_lambda_stays_and_the_model_can_be_deployed_again():
+    scale = 0.5
+    inputs = keras.Input((16, 16, 3))
+    x = keras.layers.Lambda(lambda x: keras.ops.flip(x, 2) * scale, name="half")(inputs)
+    x = normalization.LayerNormalization()(x + 1.0)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    randomized(model)
+    before, images = model.get_layer("half").output, pixels((2, 16, 16, 3))
+    first, second = deploy(model), deploy(model)
+    assert relative_error(outputs(second, images), outputs(model, images)) < TOLERANCE
+    assert first.count_params() == second.count_params() < model.count_params()
+    assert model.get_layer("half").output is before and len(model.get_layer("half")._inbound_nodes) == 1
+    in_float32 = deploy_for_file(model)
+    assert relative_error(outputs(in_float32, images), outputs(model, images)) < TOLERANCE
+
+
+def test_a_layer_that_cannot_be_rebuilt_is_named():
+    class Odd(keras.layers.Layer):
+        def __init__(self, kernel):
+            super().__init__()
+            self.kernel = self.add_weight(shape=(3,), initializer=lambda shape, dtype: kernel)
+
+        def call(self, x):
+            return x * self.kernel
+
+    model = keras.Sequential([keras.Input((16, 16, 3)), Odd(keras.ops.ones(3)), keras.layers.Flatten()])
+    with pytest.raises(ValueError, match=r"could not be rebuilt .* Odd") as caught:
+        deploy(model)
+    assert len(str(caught.value)) < 700
+
+
+def test_a_file_is_deployed_in_float32_whatever_the_policy():
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        layers = [adapted(), standardized(), keras.layers.Lambda(lambda x: x / 2), small_body()]
+        model = keras.Sequential([keras.Input((16, 16, 3)), *layers, keras.layers.Dense(3)])
+        deployed = deploy_for_file(model)
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy(previous)
+    assert dtypes_of_16_bits(model) == {"bfloat16"} and not dtypes_of_16_bits(deployed)
+    images = pixels((4, 16, 16, 3))
+    assert 1e-5 < relative_error(outputs(deployed, images), outputs(model, images)) < 0.05
+
+
 def test_sequential_model_and_dense_without_bias():
     model = keras.Sequential(
         [
@@ -296,7 +478,7 @@ def test_deployed_form_of_a_frozen_model_is_frozen(name):
 def test_litert_model_equals_the_model():
     for name in ("convnext_atto", "convnextv2_atto"):
         model = built(name)
-        deployed = deploy_for_litert(model, batch_size=1)
+        deployed = deploy_for_file(model, batch_size=1, litert=True)
         assert deployed.input_shape == (1, 64, 64, 3)
         image = pixels((1, 64, 64, 3))
         assert relative_error(outputs(deployed, image), outputs(model, image)) < TOLERANCE

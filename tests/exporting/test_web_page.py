@@ -352,11 +352,26 @@ def test_a_damaged_model_is_said_in_a_sentence(context, exported, runtime, tmp_p
     other = Tab(context, web_page.write_page(copy, tmp_path / "page.html", runtime))
     assert other.status().startswith("The model could not be run: ")
     metadata = json.loads(sidecar(exported).read_text())
-    metadata["output"]["classes"] = 11
+    metadata["output"]["classes"], metadata["labels"] = 11, None
     shutil.copy(exported, tmp_path)
     sidecar(copy).write_text(json.dumps(metadata))
     other = Tab(context, web_page.write_page(copy, tmp_path / "page.html", runtime, replace=True))
     assert other.status() == "Expected a classifier of 11 classes; the model gives 10 numbers."
+
+
+@needs_chromium
+@pytest.mark.parametrize("activation", [None, "sigmoid"])
+def test_numbers_that_are_not_finite_are_no_classes(activation, context, runtime, tmp_path):
+    model = load(
+        "test_convnext", weights=None, input_shape=(32, 32, 3), classes=3, classifier_activation=activation
+    )
+    kernel, _ = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([kernel, np.array([0, np.nan, 0])])
+    export(model, tmp_path / "m.onnx", check=False)
+    opened = Tab(context, web_page.write_page(tmp_path / "m.onnx", tmp_path / "m.html", runtime))
+    opened.drop(PHOTOS[0].read_bytes(), "cat.jpg")
+    assert "numbers that are not finite, as after a training that diverged" in opened.status()
+    assert opened.classes()[0] == []
 
 
 @needs_chromium
@@ -481,7 +496,7 @@ def test_another_runtime_is_refused(exported, runtime, tmp_path):
     ):
         web_page.write_page(exported, page, tmp_path / "nowhere")
     (tmp_path / "broken.tgz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"'.*broken\.tgz' is no such archive or is damaged"):
+    with pytest.raises(ValueError, match=r"a \.tgz file in '.*broken\.tgz', which is damaged"):
         web_page.write_page(exported, page, tmp_path / "broken.tgz")
     with tarfile.open(tmp_path / "other.tgz", "w:gz") as archive:
         archive.add(PHOTOS[0], "package/cat.jpg")
@@ -594,7 +609,7 @@ def test_only_models_that_a_page_can_show_are_taken(exported, tmp_path, monkeypa
     refused(alone, r"'.*alone\.onnx\.metadata\.json' beside the model.*export the model", FileNotFoundError)
     for text in ("{", "[]", "{}", '{"input": null}'):
         sidecar(alone).write_text(text)
-        refused(alone, r"'.*alone\.onnx\.metadata\.json' to be as `keras-convnext export` writes it")
+        refused(alone, r"what `keras-convnext export` writes in '.*alone\.onnx\.metadata\.json', which")
     changes = (
         (lambda metadata: metadata["input"].update(batch_size=4), "takes 4: export it with --batch-size any"),
         (lambda metadata: metadata["output"].update(activation="relu"), "linear, softmax, sigmoid.*'relu'"),

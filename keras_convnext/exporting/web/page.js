@@ -164,6 +164,9 @@ async function run({ ort, opened }, pixels) {
   if (outputs.length !== classes) {
     throw new PageError(`Expected a classifier of ${classes} classes; the model gives ${outputs.length} numbers.`);
   }
+  if (!outputs.every(Number.isFinite)) {
+    throw new PageError("The model gives numbers that are not finite, as after a training that diverged.");
+  }
   return { outputs, milliseconds };
 }
 
