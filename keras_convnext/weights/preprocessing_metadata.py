@@ -66,7 +66,7 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
     path = pathlib.Path(path)
     text: Any = None
     try:
-        if path.suffix == ".h5":
+        if path.suffix in (".h5", ".hdf5"):
             import h5py  # here, as the command line's `list` is not to wait for it
 
             with h5py.File(path, "r") as file:
