@@ -345,10 +345,10 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
     become stride 1 and the blocks after them dilate by 2 and 4; the weights stay the same (timm
     models/convnext.py).
 
-    `block` is a function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer; `named` makes
-    a name of the official one. The last block has `drop_path_rate`, the first 0; block number i gets seed + i.
-    Gives the list of the stages' outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]) at stride
-    32; of an isotropic model one, (N, H / 16, W / 16, dim).
+    `block` is a function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer; `named`
+    names it. The last block has `drop_path_rate`, the first 0; block number i gets seed +
+    i. Gives the list of the stages' outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]) at
+    stride 32; of an isotropic model one, (N, H / 16, W / 16, dim).
     """
     rates = drop_path_rates(drop_path_rate, sum(variant.depths))
     stride, dilation, number = 4, 1, 0

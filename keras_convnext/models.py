@@ -220,7 +220,8 @@ Args:
         image, give them names, or call them on it.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
         with the top, (None, None, 3) without, or as many channels as a file has. For other than 3 channels
-        the stem is adapted: summed for one, else R, G, B repeated.
+        the stem is adapted: a gray picture gives what its three equal channels give, a fourth channel starts
+        at zero, others repeat R, G, B.
     pooling: None, "avg" or "max": without the top, whether to pool the last map, and how.
     classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file;
         a tag with another number (not the default) keeps its body and gets a new, random classifier. Weights

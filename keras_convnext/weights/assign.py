@@ -62,11 +62,12 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
 def whole_state(model: keras.Model) -> layouts.StateDict:
     """`state_dict`, with the weights that have no place in a ConvNeXt under "layer/variable"."""
     placed, others = places(model)
-    state = _arrays(model, placed)
-    for layer in others:
-        for path, variable in _variables(layer):
-            state[f"{layer.name}/{path}"] = keras.ops.convert_to_numpy(variable)
-    return state
+    beside = {
+        f"{layer.name}/{path}": keras.ops.convert_to_numpy(variable)
+        for layer in others
+        for path, variable in _variables(layer)
+    }
+    return _arrays(model, placed) | beside
 
 
 def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer]]:
@@ -133,28 +134,21 @@ def _connections(model: keras.Model) -> list[tuple[keras.Layer, keras.Layer | No
     """(layer, the layer that it reads first) through nested models, in the order of the forward pass."""
     found: list[tuple[keras.Layer, keras.Layer | None]] = []
 
-    def visit(model, inputs):
-        graph = getattr(model, "_functional", None) or model  # that of a Sequential
+    def visit(operation, sources):
+        """The layers that write the outputs of an operation, which reads those of `sources`."""
+        if not isinstance(operation, keras.Model):
+            if isinstance(operation, keras.Layer):
+                found.append((operation, sources[0]))
+            return sources if isinstance(operation, _HAND_ON) else [operation]
+        graph = getattr(operation, "_functional", None) or operation  # that of a Sequential
         if not hasattr(graph, "_nodes_by_depth"):  # a subclass, whose connections its own code makes
-            for layer in model.layers:
-                if isinstance(layer, keras.Model):
-                    visit(layer, [])
-                else:
-                    found.append((layer, None))
+            for layer in operation.layers:
+                visit(layer, [None])
             return []
-        origin = dict(zip(map(id, graph.inputs), inputs, strict=False))
+        origin = dict(zip(map(id, graph.inputs), sources, strict=False))
         for _, nodes in sorted(graph._nodes_by_depth.items(), reverse=True):
-            for node in nodes:
-                layer, sources = node.operation, [origin.get(id(tensor)) for tensor in node.input_tensors]
-                if node.is_input:
-                    continue
-                if isinstance(layer, keras.Model):
-                    written = visit(layer, sources)
-                elif isinstance(layer, keras.Layer):
-                    found.append((layer, sources[0]))
-                    written = [sources[0] if isinstance(layer, _HAND_ON) else layer] * len(node.outputs)
-                else:
-                    written = []  # an operation, such as a sum of tensors
+            for node in (node for node in nodes if not node.is_input):
+                written = visit(node.operation, [origin.get(id(tensor)) for tensor in node.input_tensors])
                 origin.update(zip(map(id, node.outputs), written, strict=False))
         return [origin.get(id(tensor)) for tensor in graph.outputs]
 
@@ -164,43 +158,42 @@ def _connections(model: keras.Model) -> list[tuple[keras.Layer, keras.Layer | No
 
 def _variables(layer) -> Iterator[tuple[str, keras.Variable]]:
     """The path of each weight within its layer, such as "dwconv/kernel", and the weight."""
-    parts = [part for part in layer._flatten_layers(include_self=False, recursive=False) if part.weights]
-    for part in parts:
+    for part in layer._layers:
         yield from ((f"{part.name}/{path}", variable) for path, variable in _variables(part))
-    inner = {id(variable) for part in parts for variable in part.weights}
-    for variable in layer.weights:
-        if id(variable) not in inner:
-            yield variable.name, variable
+    inner = {id(variable) for part in layer._layers for variable in part.weights}
+    yield from ((variable.name, variable) for variable in layer.weights if id(variable) not in inner)
+
+
+def _official(placed) -> Iterator[tuple[str, str, keras.Variable]]:
+    """Canonical name, path ("stages_1_0/dwconv/kernel") and variable of each weight of the layers."""
+    for place, layer in placed.items():
+        for path, variable in _variables(layer):
+            yield _canonical_name(f"{place}/{path}"), f"{place}/{path}", variable
 
 
 def _arrays(model, placed) -> layouts.StateDict:
     state = {}
-    for place, layer in placed.items():
-        adapted = {
-            id(part._kernel): part for part in layer._flatten_layers() if getattr(part, "lora_enabled", False)
-        }
-        for path, variable in _variables(layer):
-            path = f"{place}/{path}"
-            name = _canonical_name(path)
-            if "/lora_" in path:
-                continue
-            if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
-                raise ValueError(
-                    f"{model.name!r} is quantised: {path} has no counterpart in PyTorch's layouts. "
-                    "Take its weights before quantize()."
-                )
-            value = adapted[id(variable)].kernel if id(variable) in adapted else variable
-            state[name] = _to_torch(keras.ops.convert_to_numpy(value), path)
-    if "head.weight" in state and "head.bias" not in state:  # Dense(use_bias=False)
-        state["head.bias"] = np.zeros(len(state["head.weight"]), state["head.weight"].dtype)
+    layers = [part for layer in placed.values() for part in layer._flatten_layers()]
+    adapted = {id(part._kernel): part for part in layers if getattr(part, "lora_enabled", False)}
+    for name, path, variable in _official(placed):
+        if "/lora_" in path:
+            continue
+        if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
+            raise ValueError(
+                f"{model.name!r} is quantised: {path} has no counterpart in PyTorch's layouts. "
+                "Take its weights before quantize()."
+            )
+        value = adapted[id(variable)].kernel if id(variable) in adapted else variable
+        state[name] = _to_torch(keras.ops.convert_to_numpy(value), path)
+    if "head.weight" in state:  # Dense(use_bias=False) has none
+        state.setdefault("head.bias", np.zeros(len(state["head.weight"]), state["head.weight"].dtype))
     return state
 
 
 def _canonical_name(path: str) -> str:
     """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
     layer, *inner, leaf = path.split("/")
-    layer = _OFFICIAL.search(layer)[1]
-    layer = re.sub(r"_(?=\d)", ".", layer)
+    layer = re.sub(r"_(?=\d)", ".", _OFFICIAL.search(layer)[1])
     if inner == ["layer_scale"]:
         return f"{layer}.gamma"
     if inner != ["grn"]:
@@ -244,12 +237,9 @@ def filled(assemble, values_of):
 def placed_values(model, values):
     """Yields each variable of a model that has a value in the file, and the value."""
     remaining = dict(values)
-    for place, layer in places(model)[0].items():
-        for path, variable in _variables(layer):
-            path = f"{place}/{path}"
-            name = _canonical_name(path)
-            if name in remaining:
-                yield variable, _to_keras(remaining.pop(name), path)
+    for name, path, variable in _official(places(model)[0]):
+        if name in remaining:
+            yield variable, _to_keras(remaining.pop(name), path)
     if remaining:
         raise ValueError(f"Weights without a place in the model: {', '.join(remaining)}")
 

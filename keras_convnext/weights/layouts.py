@@ -120,7 +120,7 @@ MARKERS = (
 )
 
 # What PyTorch's wrappers and timm's features_only leave in the middle of names, and what it stands for.
-_WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPED = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FLATTENED = re.compile(r"(^|\.)(stem|stages)_(\d)\.")
 
 # Beside open_clip's trunk: the projection, or a hidden layer and the projection.

@@ -51,7 +51,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the weights in a file of `torch.save`, of any PyTorch since 0.1.10, or in a .safetensors file.
 
     In a PyTorch file the state dict is the file's dictionary itself or what it has under one of `_KEYS`, the
-    first that holds tensors, else under the only other key with a network, averaged weights before others; such
+    first that holds tensors, else under the only other key with a network, averaged weights first; such
     dictionaries may be nested. All else (optimizer, epoch, arguments) is ignored. If every name starts with
     `module.`, as `DataParallel` leaves it, this prefix is removed.
 

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 
-
 import keras_convnext
 from keras_convnext import models
 from keras_convnext.weights import assign, torch_files
@@ -48,7 +47,9 @@ WRAPPERS = pytest.mark.parametrize("wrapped", [nested, flat, sequential])
 def test_a_classifier_in_another_order_of_norm_and_mean_is_refused(wrapped, name, tmp_path):
     """However it is called: norm, then mean, is not what the file's readers compute."""
     model = wrapped(lambda x: layers.Dense(3, name=name)(layers.GlobalAveragePooling2D()(x)))
-    with pytest.raises(ValueError, match=f"one: '{name}' .Dense.*pooling='avg', then Dense.*pass ") as raised:
+    with pytest.raises(
+        ValueError, match=rf"one: '{name}' .Dense.*pooling='avg', then Dense.*pass "
+    ) as raised:
         keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm")
     assert not (tmp_path / "x.safetensors").exists()
     alone = str(raised.value).rpartition("alone pass ")[2][:-1]
@@ -62,7 +63,9 @@ def test_a_classifier_on_the_norm_of_the_averaged_map_is_timms(wrapped, name, tm
     model = wrapped(lambda x: layers.Dense(3, name=name)(layers.Dropout(0.5)(x)), "avg")
     path = keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm")
     peer = timm.create_model("test_convnext2", num_classes=3).eval()
-    peer.load_state_dict({key: torch.from_numpy(array.copy()) for key, array in torch_files.read_state_dict(path).items()})
+    peer.load_state_dict(
+        {key: torch.from_numpy(array.copy()) for key, array in torch_files.read_state_dict(path).items()}
+    )
     mean, std = (np.array(values) for values in models.normaliser_of(model))
     with torch.no_grad():
         expected = peer(torch.from_numpy((IMAGES / 255 - mean) / std).float().permute(0, 3, 1, 2))
@@ -74,7 +77,11 @@ def test_a_classifier_on_the_norm_of_the_averaged_map_is_timms(wrapped, name, tm
     [
         (lambda x: layers.Dense(3, name="head")(x), "max", "'head'"),
         (lambda x: layers.Dense(3)(layers.Dense(8, "relu", name="hidden")(x)), "avg", "'dense"),
-        (lambda x: layers.Dense(3, name="head")(layers.BatchNormalization(name="bn")(x)), "avg", "'bn' .*'head'"),
+        (
+            lambda x: layers.Dense(3, name="head")(layers.BatchNormalization(name="bn")(x)),
+            "avg",
+            "'bn' .*'head'",
+        ),
         (lambda x: layers.Dense(3, name="head")(layers.ReLU()(x)), "avg", "'head'"),
         (lambda x: layers.Dense(3, name="head")(layers.Flatten()(x)), None, "'head'"),
         (lambda x: layers.Conv2D(3, 1, name="norm")(x), None, "'norm' .Conv2D"),
@@ -82,7 +89,7 @@ def test_a_classifier_on_the_norm_of_the_averaged_map_is_timms(wrapped, name, tm
     ids=["max", "hidden", "batch norm", "relu", "flatten", "convolution"],
 )
 def test_what_a_convnext_does_not_have_is_named(around, pooling, name):
-    with pytest.raises(ValueError, match=f"layers without one: {name}"):
+    with pytest.raises(ValueError, match=rf"layers without one: {name}"):
         keras_convnext.state_dict(nested(around, pooling))
 
 
@@ -90,18 +97,18 @@ def test_layers_in_front_and_two_networks_are_named():
     image = keras.Input((32, 32, 1))
     rgb = layers.Conv2D(3, 1, name="stem")(image)
     model = keras_convnext.TestConvNeXt2(weights=None, include_top=False, input_tensor=rgb)
-    with pytest.raises(ValueError, match="without one: 'stem' .Conv2D"):
+    with pytest.raises(ValueError, match=r"without one: 'stem' .Conv2D"):
         keras_convnext.state_dict(model)
     adapted = layers.Normalization(name="adapted")
     adapted.adapt(IMAGES)
     image = keras.Input((32, 32, 3))
-    with pytest.raises(ValueError, match="without one: 'adapted' .Normalization"):
+    with pytest.raises(ValueError, match=r"without one: 'adapted' .Normalization"):
         keras_convnext.state_dict(keras.Model(image, body()(adapted(image))))
     two = keras.Model(image, layers.Concatenate()([body(name="a")(image), body(name="b")(image)]))
-    with pytest.raises(ValueError, match="Expected one ConvNeXt .*'a_downsample_layers_0_0' and 'b_down"):
+    with pytest.raises(ValueError, match=r"Expected one ConvNeXt .*'a_downsample_layers_0_0' and 'b_down"):
         keras_convnext.state_dict(two)
     image = keras.Input((2, 32, 32, 3))
-    with pytest.raises(ValueError, match="Expected a model made by keras_convnext.*'each'"):
+    with pytest.raises(ValueError, match=r"Expected a model made by keras_convnext.*'each'"):
         keras_convnext.state_dict(keras.Model(image, layers.TimeDistributed(body(), name="each")(image)))
 
 
@@ -111,17 +118,25 @@ def test_a_file_of_a_wrapper_is_converted_whole_or_refused(wrapped, tmp_path, ru
     for ending in ("m.keras", "m.h5") if wrapped is nested else ("m.keras",):
         file = tmp_path / ending
         model.save(file)
-        with pytest.raises(ValueError, match="Left over .2.: predictions/kernel, predictions/bias.*new_head=True"):
+        with pytest.raises(
+            ValueError, match=r"Left over .2.: predictions/kernel, predictions/bias.*new_head=True"
+        ):
             keras_convnext.convert(file, tmp_path / "x.pth", "timm")
-        with pytest.raises(ValueError, match="no classifier of a ConvNeXt. Beside the network it holds predict"):
+        with pytest.raises(
+            ValueError, match=r"no classifier of a ConvNeXt. Beside the network it holds predict"
+        ):
             keras_convnext.load(file)
-        with pytest.raises(ValueError, match="include_top=True asks for one. Beside the network it holds predict"):
+        with pytest.raises(
+            ValueError, match=r"include_top=True asks for one. Beside the network it holds predict"
+        ):
             keras_convnext.load("test_convnext2", weights=file, classes=3)
         alone = keras_convnext.load(file, include_top=False)
         image = keras.Model(alone.input, alone.get_layer("norm").output)
         inner = model.get_layer("test_convnext2") if wrapped is not flat else None
         if inner is not None:
-            np.testing.assert_allclose(image.predict_on_batch(IMAGES), inner.predict_on_batch(IMAGES), atol=1e-5)
+            np.testing.assert_allclose(
+                image.predict_on_batch(IMAGES), inner.predict_on_batch(IMAGES), atol=1e-5
+            )
         assert keras_convnext.load(file, classes=4, new_head=True).output_shape == (None, 4)
         code, out, _ = run("info", file)
         assert code == 0 and "predictions/kernel, predictions/bias" in out
@@ -174,7 +189,7 @@ def test_official_names_find_their_layers_whatever_the_model_is_called(name):
     assert model.get_layer("norm").gamma.shape == (128,)
     assert model.get_layer("normalization").mean is not None and model.get_layer("image")
     assert model.get_layer(index=-1) is model.get_layer("head")
-    with pytest.raises(ValueError, match="No such layer: none"):
+    with pytest.raises(ValueError, match=r"No such layer: none"):
         model.get_layer("none")
     assert list(model.pyramid_outputs) == ["P2", "P3", "P4", "P5"]
 
@@ -187,7 +202,9 @@ def test_files_with_the_names_of_before_load(tmp_path, monkeypatch):
     assert {"image", "normalization", "norm", "head"} <= {layer.name for layer in old.layers}
     for ending in ("old.keras", "old.weights.h5", "old.h5"):
         old.save_weights(tmp_path / ending) if "weights" in ending else old.save(tmp_path / ending)
-        new = keras_convnext.load("test_convnext2", weights=tmp_path / ending, input_shape=(32, 32, 3), classes=3)
+        new = keras_convnext.load(
+            "test_convnext2", weights=tmp_path / ending, input_shape=(32, 32, 3), classes=3
+        )
         np.testing.assert_array_equal(new.predict_on_batch(IMAGES), old.predict_on_batch(IMAGES))
     loaded = keras.models.load_model(tmp_path / "old.keras")
     assert loaded.get_layer("head").kernel.shape == (128, 3) and models.normaliser_of(loaded) is not None
@@ -211,7 +228,10 @@ def test_a_normaliser_is_the_one_that_the_stem_reads():
 
 
 def test_places_of_an_mlp_head_and_of_a_norm_in_front():
-    for name, expected in (("convnext_large_mlp", ["norm", "pre_logits", "head"]), ("convnext_tiny_hnf", ["norm_pre", "head"])):
+    for name, expected in (
+        ("convnext_large_mlp", ["norm", "pre_logits", "head"]),
+        ("convnext_tiny_hnf", ["norm_pre", "head"]),
+    ):
         with keras.StatelessScope():
             model = keras_convnext.load(name, None, classes=3, input_shape=(32, 32, 3))
         assert [*assign.places(model)[0]][-len(expected) :] == expected
@@ -220,5 +240,3 @@ def test_places_of_an_mlp_head_and_of_a_norm_in_front():
 def test_without_a_bias_the_classifier_has_zeros():
     state = keras_convnext.state_dict(nested(lambda x: layers.Dense(3, use_bias=False)(x), "avg"))
     assert not state["head.bias"].any() and state["head.bias"].shape == (3,)
-
-
