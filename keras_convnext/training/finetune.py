@@ -28,7 +28,7 @@ def choose_trainable(model: keras.Model, trainable: str) -> None:
     if kind == "all":
         return
     placed = places(model)[0]
-    classifier = [placed.get("pre_logits"), placed["head"]]
+    classifier = [placed.get("pre_logits"), placed.get("head")]
     for layer in model.layers:
         if layer in classifier:
             continue

@@ -377,8 +377,7 @@ def adapt_channels(state: StateDict, channels: int, mean=None, std=None) -> Stat
     Reference: timm 1.0.31 models/_manipulate.py, `adapt_input_conv`, for all but four channels and the bias.
     """
     name = next(name for name in STEMS if name in state)
-    bias_name = name.replace("weight", "bias")
-    kernel, bias = state[name], state[bias_name]
+    kernel, changed = state[name], {}
     if kernel.shape[1] == channels:
         return state
     if kernel.shape[1] != 3:
@@ -390,7 +389,9 @@ def adapt_channels(state: StateDict, channels: int, mean=None, std=None) -> Stat
     if channels == 1 and mean is not None:
         means, stds = (np.asarray(value, "float64")[:, None, None] for value in (mean, std))
         scaled = values / stds  # (O, 3, H, W), of pixels
-        bias = bias.astype("float64") + (scaled * (means.mean() - means)).sum((1, 2, 3))
+        bias = name.replace("weight", "bias")
+        shift = (scaled * (means.mean() - means)).sum((1, 2, 3))
+        changed[bias] = (state[bias] + shift).astype("float32")
         values = scaled.sum(axis=1, keepdims=True) * stds.mean()
     elif channels == 1:
         values = values.sum(axis=1, keepdims=True)
@@ -398,27 +399,30 @@ def adapt_channels(state: StateDict, channels: int, mean=None, std=None) -> Stat
         values = np.pad(values, ((0, 0), (0, 1), (0, 0), (0, 0)))
     else:
         values = np.tile(values, (1, math.ceil(channels / 3), 1, 1))[:, :channels] * (3 / channels)
-    dtype = np.result_type(kernel.dtype, "float32") if mean is not None else kernel.dtype
-    return {**state, name: values.astype(dtype), bias_name: bias.astype(dtype)}
+    return {**state, **changed, name: values.astype("float32" if changed else kernel.dtype)}
 
 
 def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
     """Layout, prefix, the arrays by their names in the layout, and their full names in the file by these.
 
-    A name beside the network loses what it shares with the prefix: behind "model.backbone." the head is
-    "head.fc.weight", whether it is "model.head.fc.weight" or "head.fc.weight" in the file.
+    A head beside the network loses what it shares with the prefix: behind "model.backbone." it is
+    "head.fc.weight", whether the file has "model.head.fc.weight" or "head.fc.weight". What else is beside
+    gets a "/" in front, which no name of a layout has.
     """
     plain = {name: _FLATTENED.sub(r"\1\2.\3.", _WRAPPED.sub("", name)) for name in state}
     layout, prefix = detect_layout(dict.fromkeys(plain.values()))
-    parts = prefix.split(".")[:-1]
+    ends = tuple(rename(f"{name}.", layout) for name in ("norm", "norm_pre", "pre_logits", "head"))
     present, full_names = {}, {}
     for full, name in plain.items():
-        for part in parts:
+        is_beside = not name.startswith(prefix)
+        for part in prefix.split(".")[:-1]:
             if not name.startswith(f"{part}."):
                 break
             name = name.removeprefix(f"{part}.")
         if layout == "open_clip":
             name = _CLIP_HEADS.get(name, name)
+        if is_beside and not name.startswith(ends) and not _is_unused(name):
+            name = f"/{full}"
         if name in present:
             raise StateDictError(
                 f"Some weights are there twice, with and without the prefix {prefix!r}, among them "

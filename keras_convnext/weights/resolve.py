@@ -71,7 +71,9 @@ class ResolvedWeights:
             return False
         from keras_convnext.weights import keras_files
 
-        return keras_files.holds_model(self.file)
+        return keras_files.holds_model(self.file) and (
+            self.file.suffix == ".keras" or not self.is_keras_applications
+        )
 
     @property
     def is_bare(self) -> bool:
@@ -392,7 +394,7 @@ def existing_file(weights: Name) -> pathlib.Path:
     if not path.name.endswith(WEIGHT_SUFFIXES):
         from keras_convnext.weights import torch_files
 
-        if not torch_files.is_weight_file(path):
+        if not (path.is_file() and torch_files.is_weight_file(path)):
             raise ValueError(
                 f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}"
             )

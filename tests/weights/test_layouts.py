@@ -45,10 +45,7 @@ def transformers_state(version, prefix):
     )
     with torch.device("meta"):
         model = getattr(transformers, f"{words}ForImageClassification")(config)
-    return {
-        prefix + name: np.broadcast_to(np.float32(0), value.shape)
-        for name, value in model.state_dict().items()
-    }
+    return {prefix + name: np.zeros(value.shape, "float32") for name, value in model.state_dict().items()}
 
 
 WRAPPERS = ("", "module.", "model.", "_orig_mod.", "backbone.", "model.model.", "model._orig_mod.", "net.0.")
@@ -83,7 +80,7 @@ def test_any_prefix_of_open_clip_is_stripped(prefix, head):
                 continue
             where = "proj" if head == "proj" else "mlp.fc2" if name.startswith("head") else "mlp.fc1"
             full = f"visual.head.{where}.{name.partition('.')[2]}"
-        state[prefix + full] = np.broadcast_to(np.float32(0), shape)
+        state[prefix + full] = np.zeros(shape, "float32")
     state[f"{prefix}transformer.resblocks.0.weight"] = state[f"{prefix}logit_scale"] = np.zeros(1, "float32")
     contents = layouts.inspect(state)
     assert (contents.layout, contents.classes, contents.others) == ("open_clip", 640, ())
@@ -103,8 +100,14 @@ def test_what_a_training_program_keeps_beside_the_network_is_left_out_with_a_wor
     assert load(path, classes=3, new_head=True).output_shape == (None, 3)
 
 
-@pytest.mark.parametrize("head", ["fc", "classifier.1", "my_head.0.linear"])
-@pytest.mark.parametrize("prefix", ["", "backbone.", "model.backbone."])
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        *(("", head) for head in ("fc", "classifier.1")),
+        *(("backbone.", head) for head in ("fc", "classifier.1", "head")),
+        *(("model.backbone.", head) for head in ("my_head.0.linear", "head", "stages")),
+    ],
+)
 def test_a_head_of_ones_own_is_named_and_the_body_loads(prefix, head, timm_state, tmp_path, caplog):
     outer = prefix.replace("backbone.", "")
     state = {prefix + name: value for name, value in timm_state.items() if not name.startswith("head.fc")}
@@ -145,9 +148,7 @@ def test_two_networks_in_one_file_are_named(timm_state, tmp_path):
 def test_a_classifier_behind_dropout_is_read(layout, timm_state, tmp_path):
     name = "convnext_tiny"
     shapes = layouts.weight_shapes(layouts.VARIANTS[name], 7)
-    state = {
-        layouts.rename(key, layout): np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()
-    }
+    state = {layouts.rename(key, layout): np.zeros(shape, "float32") for key, shape in shapes.items()}
     head = layouts.rename("head.", layout)
     for leaf in ("weight", "bias"):
         state[f"{head}1.{leaf}"] = state.pop(f"{head}{leaf}")
