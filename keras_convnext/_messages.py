@@ -16,6 +16,13 @@ def near_names(name: str, known: Iterable[str], count: int = 3, cutoff: float = 
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
+def listed(names: Iterable[object], count: int = 10) -> str:
+    """Returns at most `count` names, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f", and {len(names) - count} more" if len(names) > count else ""
+    return f"{', '.join(names[:count])}{more}"
+
+
 def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 

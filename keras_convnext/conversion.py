@@ -25,7 +25,7 @@ from keras_convnext.weights.resolve import resolve
 
 _logger = logging.getLogger("keras_convnext")
 
-KERAS_SUFFIXES = (".weights.h5", ".keras")
+KERAS_TARGETS = (".weights.h5", ".keras")
 
 
 def save_weights(
@@ -85,9 +85,9 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         FileNotFoundError: when there is no source.
     """
     target = pathlib.Path(target)
-    if not target.name.endswith((*KERAS_SUFFIXES, *TORCH_SUFFIXES)):
+    if not target.name.endswith((*KERAS_TARGETS, *TORCH_SUFFIXES)):
         raise ValueError(
-            f"The target must end in {', '.join((*TORCH_SUFFIXES, *KERAS_SUFFIXES))}. Received: {target}"
+            f"The target must end in {', '.join((*TORCH_SUFFIXES, *KERAS_TARGETS))}. Received: {target}"
         )
     check_target(target)
     found = resolve(source) if architecture is None else resolve(architecture, source)

@@ -6,7 +6,8 @@ V2: Woo et al. 2023, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked
 Overlapping stems, RMS norms, norm-first and MLP heads, output strides: timm 1.0.31, models/convnext.py.
 
 Names of layers and weights repeat those of the official code, with "_" where it has "." in a layer's name:
-`stages.1.0.dwconv.weight` is `stages_1_0/dwconv/kernel`. Maps are channels-last, (N, H, W, C).
+`stages.1.0.dwconv.weight` is `stages_1_0/dwconv/kernel`. What others may call a layer too has a prefix
+(`layer_name`): `norm.weight` is `convnext_norm/gamma`. Maps are channels-last, (N, H, W, C).
 """
 
 import functools
@@ -294,10 +295,21 @@ def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
     return [float(rate) for rate in np.linspace(0, drop_path_rate, depth)]
 
 
+def layer_name(official: str, model_name: str | None = None) -> str:
+    """The name of a layer in a graph, where those of Keras and of the user's own layers stand beside it.
+
+    A model that was given a name puts it in front of all, so that two of them fit into one graph.
+    """
+    if model_name is not None:
+        return f"{model_name.replace('.', '_')}_{official}"
+    is_rare = official.startswith(("stages_", "blocks_", "downsample_layers_"))
+    return official if is_rare else f"convnext_{official}"
+
+
 _convolution = functools.partial(PatchConv2D, data_format="channels_last", kernel_initializer=INITIALIZER)
 
 
-def stem(x, variant):
+def stem(x, variant, named=layer_name):
     """Turns normalised pixels into the first map, at a quarter of the resolution.
 
     "patch" is the papers' stem: 4x4 patches, side by side. Three are timm's: two 3x3 convolutions of stride 2
@@ -306,24 +318,26 @@ def stem(x, variant):
     """
     dim = variant.dims[0]
     if variant.isotropic:
-        return _convolution(dim, 16, 16, name="stem")(x)  # (N, H / 16, W / 16, C)
+        return _convolution(dim, 16, 16, name=named("stem"))(x)  # (N, H / 16, W / 16, C)
     last = 0  # counts as the official nn.Sequential does
     if variant.stem == "patch":
-        x = _convolution(dim, 4, 4, name="downsample_layers_0_0")(x)  # (N, H / 4, W / 4, C)
+        x = _convolution(dim, 4, 4, name=named("downsample_layers_0_0"))(x)  # (N, H / 4, W / 4, C)
     else:
         # One pixel of padding on both sides; "same" would pad an even-sized map only after its last pixel.
-        x = layers.ZeroPadding2D(1, data_format="channels_last", name="stem_padding_0")(x)
-        x = _convolution(variant.stem_dim, 3, 2, name="downsample_layers_0_0")(x)  # (N, H / 2, W / 2, D)
+        x = layers.ZeroPadding2D(1, data_format="channels_last", name=named("stem_padding_0"))(x)
+        x = _convolution(variant.stem_dim, 3, 2, name=named("downsample_layers_0_0"))(
+            x
+        )  # (N, H / 2, W / 2, D)
         last = 1
         if variant.stem == "overlap_act":
-            x = layers.Activation(ACTIVATIONS[variant.activation], name="stem_activation")(x)
+            x = layers.Activation(ACTIVATIONS[variant.activation], name=named("stem_activation"))(x)
             last = 2
-        x = layers.ZeroPadding2D(1, data_format="channels_last", name="stem_padding_1")(x)
-        x = _convolution(dim, 3, 2, name=f"downsample_layers_0_{last}")(x)  # (N, H / 4, W / 4, C)
-    return NORMS[variant.norm](variant.epsilon, name=f"downsample_layers_0_{last + 1}")(x)
+        x = layers.ZeroPadding2D(1, data_format="channels_last", name=named("stem_padding_1"))(x)
+        x = _convolution(dim, 3, 2, name=named(f"downsample_layers_0_{last}"))(x)  # (N, H / 4, W / 4, C)
+    return NORMS[variant.norm](variant.epsilon, name=named(f"downsample_layers_0_{last + 1}"))(x)
 
 
-def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int | None):
+def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int | None, named=layer_name):
     """Applies the stem and the stages of blocks, with a halving of the resolution between stages.
 
     Reference: Liu et al. 2022, table 9; models/convnext.py, class ConvNeXt. An isotropic model has one stage
@@ -331,19 +345,19 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
     become stride 1 and the blocks after them dilate by 2 and 4; the weights stay the same (timm
     models/convnext.py).
 
-    `block` is a function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer. The last
-    block has `drop_path_rate`, the first 0; block number i gets seed + i. Gives the list of the stages'
-    outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]) at stride 32; of an isotropic model
-    one, (N, H / 16, W / 16, dim).
+    `block` is a function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer; `named`
+    names it. The last block has `drop_path_rate`, the first 0; block number i gets seed +
+    i. Gives the list of the stages' outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]) at
+    stride 32; of an isotropic model one, (N, H / 16, W / 16, dim).
     """
     rates = drop_path_rates(drop_path_rate, sum(variant.depths))
     stride, dilation, number = 4, 1, 0
     outputs = []
-    x = stem(x, variant)
+    x = stem(x, variant, named)
     for stage, (depth, dim) in enumerate(zip(variant.depths, variant.dims, strict=True)):
         if stage > 0:
-            x = NORMS[variant.norm](variant.epsilon, name=f"downsample_layers_{stage}_0")(x)
-            name = f"downsample_layers_{stage}_1"
+            x = NORMS[variant.norm](variant.epsilon, name=named(f"downsample_layers_{stage}_0"))(x)
+            name = named(f"downsample_layers_{stage}_1")
             if stride < output_stride:
                 x = _convolution(dim, 2, 2, name=name)(x)  # (N, H / (2 * stride), W / (2 * stride), C)
                 stride *= 2
@@ -357,14 +371,14 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
                 dilation_rate=dilation,
                 drop_path_rate=rates[number],
                 seed=None if seed is None else seed + number,
-                name=f"blocks_{index}" if variant.isotropic else f"stages_{stage}_{index}",
+                name=named(f"blocks_{index}" if variant.isotropic else f"stages_{stage}_{index}"),
             )(x)
             number += 1
         outputs.append(x)
     return outputs
 
 
-def final_norm(x, variant, pooling: str | None, dtype):
+def final_norm(x, variant, pooling: str | None, dtype, named=layer_name):
     """Pools the last map and normalises it, in the order that the head asks for: (N, H, W, C) -> (N, C).
 
     "norm_last" and "mlp": pool, then norm (models/convnext.py, `forward_features`). "norm_first": norm, then
@@ -373,15 +387,16 @@ def final_norm(x, variant, pooling: str | None, dtype):
     sums over a map lose digits.
     """
     norm_first = variant.head == "norm_first"
-    normalise = NORMS[variant.norm](variant.epsilon, dtype=dtype, name="norm_pre" if norm_first else "norm")
+    name = named("norm_pre" if norm_first else "norm")
+    normalise = NORMS[variant.norm](variant.epsilon, dtype=dtype, name=name)
     if pooling is None:
         return normalise(x)
     kind = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[pooling]
-    pool = kind(data_format="channels_last", dtype=dtype, name=f"{pooling}_pool")
+    pool = kind(data_format="channels_last", dtype=dtype, name=named(f"{pooling}_pool"))
     return pool(normalise(x)) if norm_first else normalise(pool(x))
 
 
-def classifier(x, variant, classes: int, activation, dtype):
+def classifier(x, variant, classes: int, activation, dtype, named=layer_name):
     """Computes logits, or what `activation` makes of them: (N, C) -> (N, classes).
 
     An "mlp" head has a hidden layer with exact GELU in front, as wide as its input (timm
@@ -389,5 +404,5 @@ def classifier(x, variant, classes: int, activation, dtype):
     """
     dense = functools.partial(layers.Dense, kernel_initializer=INITIALIZER, dtype=dtype)
     if variant.head == "mlp":
-        x = dense(x.shape[-1], activation="gelu", name="pre_logits")(x)
-    return dense(classes, activation=activation, name="head")(x)
+        x = dense(x.shape[-1], activation="gelu", name=named("pre_logits"))(x)
+    return dense(classes, activation=activation, name=named("head"))(x)

@@ -81,6 +81,11 @@ class ModelOptions:
         include_top, activation = self.include_top, self.classifier_activation
         if include_top is None:
             include_top = available > 0 or self.classes is not None
+            if not include_top and source.beside and not self.new_head:
+                raise ValueError(
+                    f"{source.path} has no classifier of a ConvNeXt.{source.beside} Pass include_top=False "
+                    "for the features without that, or classes=... and new_head=True to start one."
+                )
         classes = self.classes or available or IMAGENET_CLASSES
         if isinstance(activation, str) and activation == "default":
             is_projection = source.is_projection and self.classes in (None, available)

@@ -12,11 +12,12 @@ import keras
 import numpy as np
 
 from keras_convnext import convnext
+from keras_convnext.convnext import layer_name
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
-from keras_convnext.weights.assign import filled, placed_values
+from keras_convnext.weights.assign import filled, first_reads, placed_values, places
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
@@ -42,17 +43,30 @@ class ConvNeXt(keras.Model):
             >>> tuple(features(np.zeros((1, 64, 64, 3)))["P5"].shape)
             (1, 2, 2, 320)
         """
-        names = [layer.name for layer in self.layers]
-        if "norm0" in names:
-            return {f"P{stage + 2}": self.get_layer(f"norm{stage}").output for stage in range(4)}
+        layers = places(self)[0]
+        norms = {f"P{stage + 2}": f"norm{stage}" for stage in range(4)}
+        if "norm0" in layers:
+            return {level: layers[name].output for level, name in norms.items()}
         last = {}
-        for name in names:
+        for name, layer in layers.items():
             kind, *numbers = name.split("_")
             if kind == "stages":
-                last[f"P{int(numbers[0]) + 2}"] = self.get_layer(name).output
+                last[f"P{int(numbers[0]) + 2}"] = layer.output
             elif kind == "blocks":
-                last["P4"] = self.get_layer(name).output
+                last["P4"] = layer.output
         return last
+
+    def get_layer(self, name=None, index=None):
+        """As of any Keras model; the official names, such as "head", find their layers too."""
+        if name is not None and index is None:
+            mine = {layer.name for layer in self.layers}
+            wanted = (name, layer_name(name), layer_name(name, self.name))
+            name = next((candidate for candidate in wanted if candidate in mine), name)
+        return super().get_layer(name, index)
+
+
+# The legacy `.h5` format writes the bare name of the outermost class.
+keras.saving.get_custom_objects().setdefault("ConvNeXt", ConvNeXt)
 
 
 def load(
@@ -137,8 +151,10 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
 
 def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessing) -> ConvNeXt:
     """Connects the layers, in the order of the forward pass; settled options."""
+    own_name = None if options.name == variant.name else options.name
+    named = functools.partial(layer_name, model_name=own_name)
     if options.input_tensor is None:
-        inputs = x = keras.Input(shape=options.input_shape, name="image")
+        inputs = x = keras.Input(shape=options.input_shape, name=named("image"))
     else:
         sources, x = keras.utils.get_source_inputs(options.input_tensor), options.input_tensor
         inputs = sources[0] if len(sources) == 1 else sources
@@ -149,7 +165,7 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
             mean=[255 * value for value in mean],
             variance=[(255 * value) ** 2 for value in std],
             dtype="float32",  # a mean of 123.675 would be rounded in 16 bits
-            name="normalization",
+            name=named("normalization"),
         )(x)
 
     settings = {
@@ -166,20 +182,22 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
         )
     else:
         block = functools.partial(convnext.ConvNeXtV2Block, **settings)
-    stages = convnext.body(x, variant, block, options.output_stride, options.drop_path_rate, options.seed)
+    stages = convnext.body(
+        x, variant, block, options.output_stride, options.drop_path_rate, options.seed, named
+    )
 
     if options.pyramid_norms:
         outputs = {
-            f"P{stage + 2}": convnext.LayerNormalization(name=f"norm{stage}")(x)
+            f"P{stage + 2}": convnext.LayerNormalization(name=named(f"norm{stage}"))(x)
             for stage, x in enumerate(stages)
         }
     else:
         dtype = _head_dtype()
         pooling = "avg" if options.include_top else options.pooling
-        outputs = convnext.final_norm(stages[-1], variant, pooling, dtype)
+        outputs = convnext.final_norm(stages[-1], variant, pooling, dtype, named)
         if options.include_top:
             outputs = convnext.classifier(
-                outputs, variant, options.classes, options.classifier_activation, dtype
+                outputs, variant, options.classes, options.classifier_activation, dtype, named
             )
     return ConvNeXt(inputs, outputs, name=options.name)
 
@@ -199,16 +217,18 @@ Args:
         or any project whose layout `convert` knows. The normaliser is then the one that the file names or a
         .keras model has, else that of "imagenet".
     input_tensor: Keras tensor to use as the image, default a new `keras.Input`. To join two models on one
-        image, call them on it instead: layer names are the official ones in each.
+        image, give them names, or call them on it.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
         with the top, (None, None, 3) without, or as many channels as a file has. For other than 3 channels
-        the stem is adapted: summed for one, else R, G, B repeated.
+        the stem is adapted: a gray picture gives what its three equal channels give, a fourth channel starts
+        at zero, others repeat R, G, B.
     pooling: None, "avg" or "max": without the top, whether to pool the last map, and how.
     classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file;
         a tag with another number (not the default) keeps its body and gets a new, random classifier. Weights
         that ship with the package bring their own number in place of the default.
     classifier_activation: of the classifier; None for logits.
-    name: of the model; has no other meaning.
+    name: of the model. One of your own stands in front of the names of its layers, so that two models fit
+        into one graph.
     drop_path_rate: float in [0, 1), probability of dropping the last block for a sample in training; earlier
         blocks less, linearly from 0.
     layer_scale_init_value: float, start of LayerScale; 0 for none; default None, as published. V1 only.
@@ -321,11 +341,11 @@ TestConvNeXt3 = _constructor("TestConvNeXt3", "test_convnext3")
 
 def normaliser_of(model) -> tuple[list[float], list[float]] | None:
     """(mean, standard deviation) by channel, for pixels in 0..1, of a model; None without a normaliser."""
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Normalization) and layer.name == "normalization":
-            mean = np.ravel(layer.input_mean) / 255
-            return mean.tolist(), (np.sqrt(np.ravel(layer.input_variance)) / 255).tolist()
-    return None
+    layer = first_reads(model)
+    if not isinstance(layer, keras.layers.Normalization) or layer.input_mean is None:
+        return None
+    mean = np.ravel(layer.input_mean) / 255
+    return mean.tolist(), (np.sqrt(np.ravel(layer.input_variance)) / 255).tolist()
 
 
 def _task(include_top: bool | None) -> str | None:

@@ -16,6 +16,7 @@ from keras_convnext import models
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import ModelOptions
+from keras_convnext.weights import assign
 from keras_convnext.weights.published import Checkpoint
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
@@ -84,7 +85,7 @@ def open_predictor(
             raise ValueError(f"Expected weights=None beside a Keras model, received {weights!r}.")
         return predictor_of(name, getattr(name, "name", repr(name)), image_size, task=task)
     source = resolve(name, "default" if weights is None else weights, task)
-    if source.file is not None and source.file.suffix == ".keras":
+    if source.is_model:
         return _open_keras_model(source, image_size, task)
     preprocessing = source.preprocessing_at(image_size)
     shape = (*preprocessing.size, source.channels)
@@ -149,11 +150,11 @@ def without_classifier(model: Any) -> Any:
     """The part of a model of this package in front of its classifier; other models as they are."""
     if not isinstance(model, models.ConvNeXt):
         return model
-    names = {layer.name for layer in model.layers}
-    first = next((name for name in ("pre_logits", "head") if name in names), None)
+    layers = assign.places(model)[0]
+    first = layers.get("pre_logits") or layers.get("head")
     if first is None:
         return model
-    return keras.Model(model.input, model.get_layer(first).input, name=model.name)
+    return keras.Model(model.input, first.input, name=model.name)
 
 
 def for_channels(images: np.ndarray, model: Any) -> np.ndarray:

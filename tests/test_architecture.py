@@ -37,7 +37,7 @@ def test_channels_kernels_and_sides_are_those_of_the_model(name, image_size):
                 assert (layer.inputs, layer.outputs) == tuple(found.kernel.shape)
         else:
             found = model.get_layer(whole)
-            outside.append(whole)
+            outside.append(found.name)
             assert (layer.inputs, layer.outputs) == (found.input.shape[-1], found.output.shape[-1])
             if layer.kind == "convolution":
                 assert (layer.kernel, layer.side) == (found.kernel_size[0], found.output.shape[1])

@@ -293,7 +293,7 @@ def test_pooled_features_are_the_norm_of_the_pooled_map(pooling):
     pooled = {"avg": last.mean((1, 2)), "max": last.max((1, 2))}
     features = forward(model, IMAGES)
     expected = {kind: layer_norm(one, model, "norm", 1e-5) for kind, one in pooled.items()}
-    assert model.output_shape == (None, 32) and "head" not in [layer.name for layer in model.layers]
+    assert model.output_shape == (None, 32) and "convnext_head" not in [layer.name for layer in model.layers]
     assert relative_error(features, expected[pooling]) < TOLERANCE
     # On a 1x1 map mean and maximum are one; on a larger map they are not.
     wide = pixels(1, 64, 64, 3)
@@ -332,7 +332,7 @@ def test_mlp_head_has_a_hidden_layer_only_with_the_top():
     model = build("convnext_large_mlp")
     assert model.get_layer("pre_logits").kernel.shape == (32, 32)
     names = [layer.name for layer in model.layers]
-    assert names[-3:] == ["norm", "pre_logits", "head"]
+    assert names[-3:] == ["convnext_norm", "convnext_pre_logits", "convnext_head"]
     bare = build("convnext_large_mlp", include_top=False, pooling="avg")
     assert "pre_logits" not in [layer.name for layer in bare.layers]
     features = forward(share_weights(model, bare), IMAGES).astype("float64")
@@ -358,6 +358,33 @@ def test_images_need_not_be_square_or_divisible_by_32():
 
 
 @pytest.mark.every_backend
+@pytest.mark.every_backend
+def test_images_below_32_pixels_end_in_the_same_sentence_as_an_input_shape():
+    sentence = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
+    with pytest.raises(ValueError, match=sentence):
+        build(V1, input_shape=(28, 28, 3), random=False)
+    model = build(V1, input_shape=(None, None, 3))
+    small = np.zeros((1, 28, 64, 3), "float32")
+    for _ in range(2):  # the second time with a graph for any size, on TensorFlow
+        for call in (model, lambda x: model.predict(x, verbose=0), lambda x: model(keras.Input(x.shape[1:]))):
+            with pytest.raises(Exception, match=sentence):
+                call(small)
+        for side in (32, 40):
+            assert np.isfinite(model.predict(np.zeros((1, side, 33, 3)), verbose=0)).all()
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("name", [V1, V2])
+def test_a_batch_of_no_images_gives_no_results(name):
+    model = base(name)
+    for images in (np.zeros((0, *IMAGES.shape[1:]), "float32"), np.zeros((0, *IMAGES.shape[1:]), "uint8")):
+        assert (
+            tuple(model(images).shape)
+            == tuple(model.predict_on_batch(images).shape)
+            == (0, *model.output_shape[1:])
+        )
+
+
 def test_open_input_shape_takes_images_of_several_sizes():
     model = share_weights(base(V1), build(V1, include_top=False, input_shape=(None, None, 3)))
     assert model.output_shape == (None, None, None, 32)
@@ -396,7 +423,7 @@ def test_uint8_pixels_give_the_same_as_float_pixels():
 @pytest.mark.every_backend
 def test_without_preprocessing_the_caller_normalises():
     bare = share_weights(base(V1), build(V1, include_preprocessing=False))
-    assert "normalization" not in [layer.name for layer in bare.layers]
+    assert "convnext_normalization" not in [layer.name for layer in bare.layers]
     row = catalog.CHECKPOINTS[catalog.IMAGENET[V1]]
     normalised = ((IMAGES / 255 - np.array(row.mean)) / np.array(row.std)).astype("float32")
     expected = forward(base(V1), IMAGES)
@@ -563,7 +590,7 @@ def test_pyramid_norms_normalise_each_level(tmp_path):
     model = build(V1, include_top=False, pyramid_norms=True)
     share_weights(base(V1), model)
     names = [layer.name for layer in model.layers]
-    assert names[-4:] == ["norm0", "norm1", "norm2", "norm3"] and "norm" not in names
+    assert names[-4:] == [f"convnext_norm{level}" for level in range(4)] and "convnext_norm" not in names
     assert {level: tensor.shape for level, tensor in model.output.items()} == {
         "P2": (None, 8, 8, 8),
         "P3": (None, 4, 4, 16),
@@ -726,7 +753,10 @@ def test_a_backbone_that_is_frozen_by_a_word_is_frozen_after_a_restart(tmp_path)
     finetune.choose_trainable(model, "head")
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert [weight.path for weight in loaded.trainable_weights] == ["head/kernel", "head/bias"]
+    assert [weight.path for weight in loaded.trainable_weights] == [
+        "convnext_head/kernel",
+        "convnext_head/bias",
+    ]
 
 
 # Precision and training

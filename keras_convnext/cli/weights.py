@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable
 
 from keras_convnext._files import check_target
-from keras_convnext._messages import shortened, size_text
+from keras_convnext._messages import listed, shortened, size_text
 from keras_convnext.cli.shared import (
     import_quietly,
     joined,
@@ -21,7 +21,7 @@ from keras_convnext.cli.shared import (
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, layouts, locate, safetensors_files
-from keras_convnext.weights.published import Checkpoint
+from keras_convnext.weights.published import KERAS_SUFFIXES, Checkpoint
 from keras_convnext.weights.resolve import ResolvedWeights, meaning, resolve
 
 LIST_EXAMPLES = """examples:
@@ -161,13 +161,13 @@ def convert_command(options: argparse.Namespace) -> int:
     target = pathlib.Path(options.target)
     check_target(target, options.force)
     import_quietly("keras_convnext.models")
-    from keras_convnext.conversion import KERAS_SUFFIXES, convert
+    from keras_convnext.conversion import KERAS_TARGETS, convert
 
     named = options.architecture
     source = resolve(options.source) if named is None else resolve(named, options.source)
     convert(source, target, options.layout)
     found = _file_facts(source)
-    written = "Keras" if target.name.endswith(KERAS_SUFFIXES) else options.layout
+    written = "Keras" if target.name.endswith(KERAS_TARGETS) else options.layout
     read = f"{source.path}: {found['architecture']}, layout {found['layout']}"
     classes = f"{found['classes']} classes" if found["classes"] else "no classifier"
     size = size_text(target.stat().st_size)
@@ -255,7 +255,7 @@ def _file_facts(source: ResolvedWeights) -> dict:
 
     path, state, contents = source.path, source.state, source.contents
     layout, metadata = contents.layout, {}
-    if path.suffix in (".h5", ".keras"):
+    if path.suffix in KERAS_SUFFIXES:
         layout = "keras_applications" if source.is_keras_applications else "keras_convnext"
     elif path.suffix == ".safetensors":
         metadata = safetensors_files.read_safetensors_metadata(path)
@@ -272,6 +272,7 @@ def _file_facts(source: ResolvedWeights) -> dict:
         "channels": contents.channels,
         "final_norm": contents.final_norm,
         "pyramid_norms": contents.pyramid_norms,
+        "others": contents.others,
         "images": None if source.stored is None else source.stored.stored(),
         "metadata": {key: value for key, value in metadata.items() if key != preprocessing_metadata.KEY},
     }
@@ -291,6 +292,7 @@ def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, obj
         "final norm": "yes" if facts["final_norm"] else "no",
         "size": size_text(facts["bytes"]),
         "pyramid norms": "yes" if facts["pyramid_norms"] else None,
+        "beside": listed(facts["others"]) or None,
         "resize": None if source.stored is None else _resize_text(source.stored),
     }
     return [*lines.items(), *((f"metadata {key!r}", value) for key, value in facts["metadata"].items())]

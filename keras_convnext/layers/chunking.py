@@ -50,6 +50,8 @@ def _samples_in_a_chunk(x, hidden_channels):
     if not _on_a_cpu_that_gains(x):
         return x.shape[0]
     samples, height, width, _ = x.shape
+    if samples * height * width == 0:
+        return samples
     if keras.backend.backend() == "jax":
         return samples_in_a_chunk_of_jax(samples, height * width)
     itemsize = 2 if "16" in keras.backend.standardize_dtype(x.dtype) else 4

@@ -12,6 +12,8 @@ import keras
 from keras_convnext.layers.bfloat16 import is_widened, rounded_once
 from keras_convnext.layers.chunking import is_eager_on_cpu
 
+_TOO_SMALL = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
+
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
@@ -85,6 +87,9 @@ class PatchConv2D(keras.layers.Conv2D):
 
     def call(self, x):
         channels_last = self.data_format == "channels_last"
+        if channels_last:
+            self._check(x.shape)
+            x = self._checked_in_graph(x)
         if not (self.use_bias and self.activation is keras.activations.linear and channels_last):
             return super().call(x)
         kernel, bias = (
@@ -94,6 +99,27 @@ class PatchConv2D(keras.layers.Conv2D):
         if patches is None:
             return rounded_once(self._convolve, x, kernel, bias) if is_widened(x) else super().call(x)
         return _product(patches, keras.ops.reshape(kernel, (-1, self.filters)), bias)
+
+    def compute_output_shape(self, input_shape):
+        self._check(input_shape)
+        return super().compute_output_shape(input_shape)
+
+    def _check(self, shape):
+        """Refuses maps without a place for the kernel, of which nothing would be left."""
+        size = self.kernel_size[0]
+        sides = [side for side in shape[1:3] if isinstance(side, int)]
+        if self.padding == "valid" and min(sides, default=size) < size:
+            raise ValueError(f"{_TOO_SMALL}. Received a map {shape[1:3]} at {self.name!r}, of kernel {size}.")
+
+    def _checked_in_graph(self, x):
+        """The same in a graph of TensorFlow, where sides may be free."""
+        if keras.backend.backend() != "tensorflow" or self.padding != "valid" or None not in x.shape[1:3]:
+            return x
+        import tensorflow as tf
+
+        check = tf.debugging.assert_greater_equal(tf.shape(x)[1:3], self.kernel_size, _TOO_SMALL)
+        with tf.control_dependencies([check]):
+            return tf.identity(x)
 
     def _convolve(self, x, kernel, bias):
         return self.convolution_op(x, kernel) + bias

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_convnext.layers.initializers import RandomNormal
+from keras_convnext.weights.assign import places
 
 
 def scale_head(model: keras.Model, factor: float) -> None:
@@ -12,7 +13,7 @@ def scale_head(model: keras.Model, factor: float) -> None:
     Reference: facebookresearch/ConvNeXt models/convnext.py, `head_init_scale`; ConvNeXt-V2 main_finetune.py
     draws the kernel with a standard deviation of 2e-5, which is 0.001 times the usual 0.02.
     """
-    for variable in model.get_layer("head").weights:
+    for variable in places(model)[0]["head"].weights:
         variable.assign(keras.ops.convert_to_numpy(variable) * np.float32(factor))
 
 
@@ -26,8 +27,10 @@ def choose_trainable(model: keras.Model, trainable: str) -> None:
     kind, _, rank = trainable.partition(":")
     if kind == "all":
         return
+    placed = places(model)[0]
+    classifier = [placed.get("pre_logits"), placed.get("head")]
     for layer in model.layers:
-        if layer.name in ("head", "pre_logits"):
+        if layer in classifier:
             continue
         if kind == "head" or not hasattr(layer, "pwconv1"):
             layer.trainable = False  # which a saved model keeps, as it does not for single weights

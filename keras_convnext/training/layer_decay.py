@@ -6,8 +6,8 @@ from collections.abc import Sequence
 LAYER_DECAY_GROUPS = ("group", "single", "layer_wise", "stage_wise", "timm")
 
 _STAGES = 4
-_PLACE = re.compile(r"(?:^|/)(stages|downsample_layers)_(\d+)_(\d+)(?:/|$)")
-_NORM_PRE = re.compile(r"(?:^|/)norm_pre(?:/|$)")
+_PLACE = re.compile(r"(?:^|/|_)(stages|downsample_layers)_(\d+)_(\d+)(?:/|$)")
+_NORM_PRE = re.compile(r"(?:^|/|_)norm_pre(?:/|$)")
 
 
 def layer_ids(paths: Sequence[str], groups: str) -> list[int]:

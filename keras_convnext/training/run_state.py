@@ -135,7 +135,8 @@ def state_variables(model: Any, student: Any) -> dict[str, Any]:
     """Returns all variables that a step reads and writes, by names that are the same in each process."""
     weights = {id(v): v for v in student.weights}
     others = [v for v in student.variables if id(v) not in weights]  # of the random generators
-    named = {f"model/{v.path}": v for v in weights.values()}
+    # Without the prefix, which the runs of before it lack.
+    named = {f"model/{v.path.removeprefix('convnext_')}": v for v in weights.values()}
     named |= {f"random/{number:04d}": v for number, v in enumerate(others)}
     # The optimizer's names repeat some; its order is that of the model.
     named |= {f"optimizer/{number:05d}/{v.name}": v for number, v in enumerate(model.optimizer.variables)}

@@ -1,62 +1,199 @@
 """Gives every weight of a model its value (`filled`), and reads them back under official names."""
 
 import functools
+import re
+from collections.abc import Iterator
 
 import keras
 import numpy as np
 
+from keras_convnext._messages import listed
 from keras_convnext.weights import arrays, layouts
 
-PYRAMID_NORMS = ("norm0", "norm1", "norm2", "norm3")
+# The official part of a layer's name; what stands in front is a prefix (`convnext.layer_name`).
+_OFFICIAL = re.compile(
+    r"(?:^|_)(stem|downsample_layers_\d_\d|stages_\d_\d+|blocks_\d+|norm_pre|norm[0-3]?|pre_logits|head)$"
+)
+
+# Layers that may stand between two layers of ours: outside training they hand on what they are given.
+_HAND_ON = (
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.Flatten,  # of pooled features (N, C)
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.ZeroPadding2D,
+)
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:
     """The weights of a model under the names and in the shapes of the official PyTorch code.
 
     Args:
-        model: made by a constructor of this package, or loaded from a file of one.
+        model: made by a constructor of this package, or loaded from a file of one; or a functional or
+            sequential model around one, in which a Dense layer of any name that reads the final norm of the
+            averaged map (include_top=False, pooling="avg") is the classifier.
 
     Returns:
-        {canonical name: array}, in the order of the forward pass. Of a model on an `input_tensor` only the
-        layers of this package are taken.
+        {canonical name: array}, in the order of the forward pass.
 
     Raises:
-        ValueError: when the model is none of ours, or quantised. LoRA is merged.
+        ValueError: when the model is none of ours, has weights without a place in a ConvNeXt, or is
+            quantised. LoRA is merged.
     """
-    state = {}
-    adapted = {}  # path of a kernel -> layer whose LoRA is merged into it
-    for layer in model._flatten_layers():
-        if getattr(layer, "lora_enabled", False):
-            adapted[layer._kernel.path] = layer
-    for variable in model.weights:
-        name = _canonical_name(variable.path)
-        if name is None or "/lora_" in variable.path:
-            continue
-        if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
+    placed, others = places(model)
+    if others:
+        names = [f"{layer.name!r} ({type(layer).__name__})" for layer in others]
+        bodies = [layer.name for layer in model.layers if hasattr(layer, "pyramid_outputs")]
+        body = f"keras.Model(model.input, model.get_layer({[*placed.values()][-1].name!r}).output)"
+        if bodies:
+            body = f"model.get_layer({bodies[0]!r})"
+        raise ValueError(
+            f"Expected every weight of {model.name!r} to have a place in a ConvNeXt. Received layers without "
+            f"one: {listed(names, 5)}. A classifier has one where it reads the norm of the averaged map: "
+            "include_top=False, pooling='avg', then Dense. model.save('x.keras') keeps all; for the body "
+            f"alone pass {body}."
+        )
+    return _arrays(model, placed)
+
+
+def whole_state(model: keras.Model) -> layouts.StateDict:
+    """`state_dict`, with the weights that have no place in a ConvNeXt under "layer/variable"."""
+    placed, others = places(model)
+    beside = {
+        f"{layer.name}/{path}": keras.ops.convert_to_numpy(variable)
+        for layer in others
+        for path, variable in _variables(layer)
+    }
+    return _arrays(model, placed) | beside
+
+
+def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer]]:
+    """Which layer is which of the official code, {"stages_1_0": layer}, and those that have weights beside.
+
+    A layer of this package is known by its class and the official end of its name, a classifier by what it
+    reads: the norm of the averaged map. ValueError where two layers have one place.
+    """
+    placed: dict[str, keras.Layer] = {}
+    others: list[keras.Layer] = []
+    reads: dict[int, keras.Layer | None] = {}  # id of a layer -> the one that it reads first
+    for layer, source in _connections(model):
+        if id(layer) in reads:
+            continue  # it is called in several places
+        reads[id(layer)] = source
+        name = _place(layer, reads) if layer.weights else None
+        if name in placed:
             raise ValueError(
-                f"{model.name!r} is quantised: {variable.path} has no counterpart in PyTorch's layouts. "
-                "Take its weights before quantize()."
+                f"Expected one ConvNeXt in {model.name!r}, received two: {placed[name].name!r} and "
+                f"{layer.name!r} are both its {name!r}. Pass one of the models inside it."
             )
-        value = adapted[variable.path].kernel if variable.path in adapted else variable
-        state[name] = _to_torch(keras.ops.convert_to_numpy(value), variable.path)
-    if not state:
+        if name is not None:
+            placed[name] = layer
+        elif layer.weights:
+            others.append(layer)
+    if not placed:
         raise ValueError(
             f"Expected a model made by keras_convnext. Received {model.name!r}, with layers "
             f"{', '.join(layer.name for layer in model.layers[:5])}, ..."
         )
+    return placed, others
+
+
+def first_reads(model: keras.Model) -> keras.Layer | None:
+    """The layer that the stem of a model reads, None for the image itself."""
+    for layer, source in _connections(model):
+        if _place(layer, {}) in ("stem", "downsample_layers_0_0"):
+            return source
+    return None
+
+
+def _place(layer, reads) -> str | None:
+    """The official name of a layer, with "_" for "."; None for one of another network."""
+    match = _OFFICIAL.search(layer.name)
+    name = match[1] if match else None
+    is_ours = type(layer).__module__.partition(".")[0] == __name__.partition(".")[0]
+    if is_ours or (name or "").startswith("downsample_layers"):
+        return name if name not in ("head", "pre_logits") else None
+    source = reads.get(id(layer))
+    if type(layer) is not keras.layers.Dense or source is None:
+        return None
+    before = reads.get(id(source))
+    average = keras.layers.GlobalAveragePooling2D
+    if isinstance(source, keras.layers.Dense):  # behind the hidden layer of an "mlp" head
+        is_last = source.name.endswith("pre_logits") and _place(source, reads) == "pre_logits"
+    elif isinstance(source, average):
+        is_last = before is not None and _place(before, reads) == "norm_pre"
+    else:
+        is_last = isinstance(before, average) and _place(source, reads) == "norm"
+    return ("pre_logits" if name == "pre_logits" else "head") if is_last else None
+
+
+def _connections(model: keras.Model) -> list[tuple[keras.Layer, keras.Layer | None]]:
+    """(layer, the layer that it reads first) through nested models, in the order of the forward pass."""
+    found: list[tuple[keras.Layer, keras.Layer | None]] = []
+
+    def visit(operation, sources):
+        """The layers that write the outputs of an operation, which reads those of `sources`."""
+        if not isinstance(operation, keras.Model):
+            if isinstance(operation, keras.Layer):
+                found.append((operation, sources[0]))
+            return sources if isinstance(operation, _HAND_ON) else [operation]
+        graph = getattr(operation, "_functional", None) or operation  # that of a Sequential
+        if not hasattr(graph, "_nodes_by_depth"):  # a subclass, whose connections its own code makes
+            for layer in operation.layers:
+                visit(layer, [None])
+            return []
+        origin = dict(zip(map(id, graph.inputs), sources, strict=False))
+        for _, nodes in sorted(graph._nodes_by_depth.items(), reverse=True):
+            for node in (node for node in nodes if not node.is_input):
+                written = visit(node.operation, [origin.get(id(tensor)) for tensor in node.input_tensors])
+                origin.update(zip(map(id, node.outputs), written, strict=False))
+        return [origin.get(id(tensor)) for tensor in graph.outputs]
+
+    visit(model, [])
+    return found
+
+
+def _variables(layer) -> Iterator[tuple[str, keras.Variable]]:
+    """The path of each weight within its layer, such as "dwconv/kernel", and the weight."""
+    for part in layer._layers:
+        yield from ((f"{part.name}/{path}", variable) for path, variable in _variables(part))
+    inner = {id(variable) for part in layer._layers for variable in part.weights}
+    yield from ((variable.name, variable) for variable in layer.weights if id(variable) not in inner)
+
+
+def _official(placed) -> Iterator[tuple[str, str, keras.Variable]]:
+    """Canonical name, path ("stages_1_0/dwconv/kernel") and variable of each weight of the layers."""
+    for place, layer in placed.items():
+        for path, variable in _variables(layer):
+            yield _canonical_name(f"{place}/{path}"), f"{place}/{path}", variable
+
+
+def _arrays(model, placed) -> layouts.StateDict:
+    state = {}
+    layers = [part for layer in placed.values() for part in layer._flatten_layers()]
+    adapted = {id(part._kernel): part for part in layers if getattr(part, "lora_enabled", False)}
+    for name, path, variable in _official(placed):
+        if "/lora_" in path:
+            continue
+        if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
+            raise ValueError(
+                f"{model.name!r} is quantised: {path} has no counterpart in PyTorch's layouts. "
+                "Take its weights before quantize()."
+            )
+        value = adapted[id(variable)].kernel if id(variable) in adapted else variable
+        state[name] = _to_torch(keras.ops.convert_to_numpy(value), path)
+    if "head.weight" in state:  # Dense(use_bias=False) has none
+        state.setdefault("head.bias", np.zeros(len(state["head.weight"]), state["head.weight"].dtype))
     return state
 
 
-def _canonical_name(path: str) -> str | None:
+def _canonical_name(path: str) -> str:
     """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
     layer, *inner, leaf = path.split("/")
-    head, *numbers = layer.split("_")
-    if layer.startswith("downsample_layers_"):
-        layer = "downsample_layers." + ".".join(numbers[1:])
-    elif head in ("stages", "blocks") and inner:
-        layer = ".".join([head, *numbers])
-    elif layer not in ("stem", "norm", "norm_pre", "pre_logits", "head", *PYRAMID_NORMS):
-        return None
+    layer = re.sub(r"_(?=\d)", ".", _OFFICIAL.search(layer)[1])
     if inner == ["layer_scale"]:
         return f"{layer}.gamma"
     if inner != ["grn"]:
@@ -100,10 +237,9 @@ def filled(assemble, values_of):
 def placed_values(model, values):
     """Yields each variable of a model that has a value in the file, and the value."""
     remaining = dict(values)
-    for variable in model.weights:
-        name = _canonical_name(variable.path)
+    for name, path, variable in _official(places(model)[0]):
         if name in remaining:
-            yield variable, _to_keras(remaining.pop(name), variable.path)
+            yield variable, _to_keras(remaining.pop(name), path)
     if remaining:
         raise ValueError(f"Weights without a place in the model: {', '.join(remaining)}")
 

@@ -51,8 +51,17 @@ def is_keras_applications(path) -> bool:
         return "layers/sequential/layers/conv2d/vars/0" in file and "layers/layer_scale" in file
 
 
+def holds_model(path) -> bool:
+    """Whether a file holds a whole model, as `model.save` writes it, `.h5` files too, not weights alone."""
+    path = pathlib.Path(path)
+    if path.suffix == ".keras":
+        return True
+    with _open(path) as file:
+        return "model_config" in file.attrs
+
+
 def read_model_input(path):
-    """What the model of a `.keras` file takes: ((height, width), normaliser).
+    """What the model of a file that holds one takes: ((height, width), normaliser).
 
     A side is None where any will do. The normaliser is (mean, standard deviation) of R, G and B, for pixels
     in 0..1, as `Preprocessing` has them; None for a model without one.
@@ -126,7 +135,10 @@ def load_weights(model, path) -> None:
 
 
 def _config(path) -> str:
-    """The JSON text that a `.keras` file has of its model."""
+    """The JSON text that a `.keras` file, or an `.h5` one of a whole model, has of its model."""
+    if path.suffix != ".keras":
+        with _open(path) as file:
+            return _texts([file.attrs["model_config"]])[0]
     text = _member(path, "config.json")
     if text is None:
         raise FileFormatError(

@@ -13,6 +13,8 @@ Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895,
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import math
 import re
 
@@ -21,6 +23,8 @@ import numpy as np
 from keras_convnext import _messages
 from keras_convnext.architecture import layers_of
 from keras_convnext.variants import VARIANTS, Variant
+
+_logger = logging.getLogger("keras_convnext")
 
 StateDict = dict[str, np.ndarray]
 
@@ -115,6 +119,18 @@ MARKERS = (
     ("official", "stem.weight"),
 )
 
+# What PyTorch's wrappers and timm's features_only leave in the middle of names, and what it stands for.
+_WRAPPED = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_FLATTENED = re.compile(r"(^|\.)(stem|stages)_(\d)\.")
+
+# Beside open_clip's trunk: the projection, or a hidden layer and the projection.
+_CLIP_HEADS = {
+    "head.proj.weight": "head.weight",
+    "head.mlp.fc1.weight": "pre_logits.weight",
+    "head.mlp.fc1.bias": "pre_logits.bias",
+    "head.mlp.fc2.weight": "head.weight",
+}
+
 # What published files hold besides the network, by what it is; without the layout's prefix.
 UNUSED = {
     "copies of the final norm (DINOv3, EUPE)": r"norms\.",
@@ -153,17 +169,20 @@ def detect_layout(names) -> tuple[str, str]:
     """The layout and the prefix of a state dict's names: ("timm", ""), or ("official", "backbone.").
 
     Raises:
-        StateDictError: when no layout fits; the first names are shown.
+        StateDictError: when no layout fits, where the first names are shown; when two networks do.
     """
     names = list(names)
     for layout, marker in MARKERS:
-        for name in names:
-            if name == marker or name.endswith("." + marker):
-                prefix = name[: -len(marker)]
-                if layout == "open_clip":
-                    prefix += "visual.trunk."
-                return layout, prefix
-    shown = ", ".join(names[:8]) or "(no names at all)"
+        found = [name[: -len(marker)] for name in names if name == marker or name.endswith("." + marker)]
+        if len(found) > 1:
+            raise StateDictError(
+                f"Expected one ConvNeXt, received {len(found)}, whose names start with "
+                f"{_messages.listed(map(repr, found), 5)}. Leave one of them in the file: "
+                f"{{name: value for name, value in state.items() if name.startswith({found[0]!r})}}."
+            )
+        if found:
+            return layout, found[0] + ("visual.trunk." if layout == "open_clip" else "")
+    shown = _messages.listed(names, 8) or "(no names at all)"
     raise StateDictError(
         f"Expected the weights of a ConvNeXt in one of the layouts {', '.join(RULES)}. Received {len(names)} "
         f"names that fit none of them: {shown}"
@@ -181,17 +200,22 @@ class Contents:
     final_norm: bool  # the norm in front of the classifier, which FCMAE and detection files lack
     pyramid_norms: bool  # all of `norm0` .. `norm3`
     any_pyramid_norm: bool
+    others: tuple[str, ...]  # names of what is no part of the network, as a head of one's own or a loss
 
 
 def inspect(state: StateDict) -> Contents:
     """Reads from a state dict what its architecture leaves open; StateDictError when no layout fits."""
-    layout, prefix = detect_layout(state)
-    present = _strip(state, layout, prefix)
+    layout, prefix, present, full_names = _opened(state)
 
     def has(norm):
         return any(rename(f"{norm}.{leaf}", layout) in present for leaf in ("weight", "bias"))
 
     head = present.get(rename("head.weight", layout))
+    if head is not None and any(size > 1 and not head.strides[axis] for axis, size in enumerate(head.shape)):
+        raise StateDictError(
+            f"Expected as many numbers in the file as the classifier has, received one of shape {head.shape} "
+            "that repeats a few. Save it again from a model."
+        )
     stems = (present.get(rename(name, layout)) for name in STEMS)
     stem = next((array for array in stems if array is not None and array.ndim == 4), None)
     levels = [has(f"norm{level}") for level in range(4)]
@@ -203,6 +227,7 @@ def inspect(state: StateDict) -> Contents:
         final_norm=has("norm") or has("norm_pre"),
         pyramid_norms=all(levels),
         any_pyramid_norm=any(levels),
+        others=tuple(full_names[name] for name in present if _is_foreign(name, layout)),
     )
 
 
@@ -213,8 +238,7 @@ def find_variant(state: StateDict) -> Variant:
         StateDictError: when none fits; the nearest is named with what it lacks.
     """
     contents = inspect(state)
-    layout = contents.layout
-    present = _strip(state, layout, contents.prefix)
+    layout, _, present, _ = _opened(state)
     depthwise = re.compile(r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$")  # in any layout
     blocks = sum(bool(depthwise.search(name)) for name in present)
     nearest: tuple[float, str, list[str]] = (-1.0, "", [])
@@ -253,8 +277,9 @@ def read(
 ) -> StateDict:
     """The canonical state dict of a file: every expected weight once, every name of the file accounted for.
 
-    A stem for another number of channels than expected is adapted (`adapt_stem`). Arrays are views of the
-    file's where possible, in the order of `shapes`.
+    What is no part of the network (a loss, metrics, a head of one's own) is left out, with a warning that
+    names it, where the head may be there too, or where a classifier lies with the network under a prefix and
+    it beside. Arrays are views of the file's where possible, in the order of `shapes`.
 
     Args:
         state: {name: array} as read from the file.
@@ -266,8 +291,7 @@ def read(
     Raises:
         StateDictError: lists what is missing, what is left over and what has another shape.
     """
-    layout, prefix = detect_layout(state)
-    present = _strip(state, layout, prefix)
+    layout, prefix, present, full_names = _opened(state)
     result: StateDict = {}
     missing, mis_shaped = [], []
     for name, shape in shapes.items():
@@ -280,8 +304,6 @@ def read(
         if not _is_floating(array.dtype):
             mis_shaped.append(f"{prefix}{key}: expected floating point numbers, received {array.dtype}")
             continue
-        if name in STEMS and array.ndim == 4 and array.shape[1] != shape[1]:
-            array = adapt_stem(array, shape[1])
         canonical = _to_canonical(array, name, shape, layout)
         if canonical is None:
             mis_shaped.append(f"{prefix}{key}: expected {shape}, received {array.shape}")
@@ -289,18 +311,24 @@ def read(
             result[name] = canonical
     allowed = tuple(rename(name + ".", layout) for name in may_hold)
     left_over = [
-        name
-        for name in present
-        if not (allowed and name.startswith(allowed))
-        and not any(re.match(pattern, name) for pattern in UNUSED.values())
+        name for name in present if not (allowed and name.startswith(allowed)) and not _is_unused(name)
     ]
+    others = [full_names[name] for name in left_over if _is_foreign(name, layout)]
+    if others and ("head" in may_hold or (prefix and "head.weight" in result)):
+        _logger.warning("Left out what is no part of the network: %s.", _messages.listed(others))
+        left_over, others = [name for name in left_over if full_names[name] not in others], []
+    left_over = [full_names[name] for name in left_over]
     if missing or left_over or mis_shaped:
         parts = [f"The state dict (layout {layout}) does not fit the model."]
         faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
         for title, rows in faults.items():
             if rows:
-                more = f", and {len(rows) - 10} more" if len(rows) > 10 else ""
-                parts.append(f"{title} ({len(rows)}): {', '.join(rows[:10])}{more}.")
+                parts.append(f"{title} ({len(rows)}): {_messages.listed(rows)}.")
+        if others:
+            parts.append(
+                "What is no part of the network is left out with include_top=False or new_head=True; or take "
+                "it out of the file."
+            )
         with contextlib.suppress(StateDictError):
             parts.append(f"The names and shapes are those of {find_variant(state).name!r}.")
         raise StateDictError(" ".join(parts))
@@ -338,49 +366,98 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     return result
 
 
-def adapt_stem(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """A stem kernel (O, 3, H, W) for images with another number of channels: (O, channels, H, W), same dtype.
+def adapt_channels(state: StateDict, channels: int, mean=None, std=None) -> StateDict:
+    """A canonical state dict whose stem takes images with another number of channels than 3.
 
-    One channel: the sum over R, G and B. Others: R, G, B repeated in turn, scaled by 3 / channels, so that
-    the response to an image whose channels are all alike stays the same.
-    Reference: timm 1.0.31 models/_manipulate.py, `adapt_input_conv`.
+    One channel: a gray picture gives what its three equal channels give. Without `mean` and `std` the kernel
+    is summed over R, G and B. With those of R, G and B, where the model normalises with their averages,
+    kernel and bias take up the rest; exact, but for the border where a stem pads.
+    Four: the fourth, as in RGBA, starts at zero. Others: R, G, B repeated in turn, scaled by 3 / channels, so
+    that the response to an image whose channels are all alike stays the same.
+    Reference: timm 1.0.31 models/_manipulate.py, `adapt_input_conv`, for all but four channels and the bias.
     """
+    name = next(name for name in STEMS if name in state)
+    kernel, changed = state[name], {}
     if kernel.shape[1] == channels:
-        return kernel
+        return state
     if kernel.shape[1] != 3:
         raise ValueError(
             f"Can adapt a stem for 3 channels to {channels}. Received one for {kernel.shape[1]} channels, "
             f"of shape {kernel.shape}: build the model with input_shape=(H, W, {kernel.shape[1]})."
         )
     values = kernel.astype("float32")
-    if channels == 1:
-        return values.sum(axis=1, keepdims=True).astype(kernel.dtype)
-    repeated = np.tile(values, (1, math.ceil(channels / 3), 1, 1))[:, :channels]
-    return (repeated * (3 / channels)).astype(kernel.dtype)
+    if channels == 1 and mean is not None:
+        means, stds = (np.asarray(value, "float64")[:, None, None] for value in (mean, std))
+        scaled = values / stds  # (O, 3, H, W), of pixels
+        bias = name.replace("weight", "bias")
+        shift = (scaled * (means.mean() - means)).sum((1, 2, 3))
+        changed[bias] = (state[bias] + shift).astype("float32")
+        values = scaled.sum(axis=1, keepdims=True) * stds.mean()
+    elif channels == 1:
+        values = values.sum(axis=1, keepdims=True)
+    elif channels == 4:
+        values = np.pad(values, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    else:
+        values = np.tile(values, (1, math.ceil(channels / 3), 1, 1))[:, :channels] * (3 / channels)
+    return {**state, **changed, name: values.astype("float32" if changed else kernel.dtype)}
 
 
-def _strip(state: StateDict, layout: str, prefix: str) -> StateDict:
-    """The state dict without the layout's prefix; heads of CLIP get the names of timm's."""
-    present = {name.removeprefix(prefix): array for name, array in state.items()}
-    if layout == "open_clip":
-        for source, target in (
-            ("visual.head.proj.weight", "head.weight"),
-            ("visual.head.mlp.fc1.weight", "pre_logits.weight"),
-            ("visual.head.mlp.fc1.bias", "pre_logits.bias"),
-            ("visual.head.mlp.fc2.weight", "head.weight"),
-        ):
-            if source in present:
-                present[target] = present.pop(source)
-        if "head.weight" in present:
-            weight = present["head.weight"]
-            present["head.bias"] = np.zeros(weight.shape[0], weight.dtype)
-    elif len(present) != len(state):
-        twice = [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) in state]
-        raise StateDictError(
-            f"Some weights are there twice, with and without the prefix {prefix!r}, among them "
-            f"{', '.join(twice[:3])}: leave one of the two in the file."
-        )
-    return present
+def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
+    """Layout, prefix, the arrays by their names in the layout, and their full names in the file by these.
+
+    A head beside the network loses what it shares with the prefix: behind "model.backbone." it is
+    "head.fc.weight", whether the file has "model.head.fc.weight" or "head.fc.weight". What else is beside
+    gets a "/" in front, which no name of a layout has.
+    """
+    plain = {name: _FLATTENED.sub(r"\1\2.\3.", _WRAPPED.sub("", name)) for name in state}
+    layout, prefix = detect_layout(dict.fromkeys(plain.values()))
+    ends = tuple(rename(f"{name}.", layout) for name in ("norm", "norm_pre", "pre_logits", "head"))
+    present, full_names = {}, {}
+    for full, name in plain.items():
+        is_beside = not name.startswith(prefix)
+        for part in prefix.split(".")[:-1]:
+            if not name.startswith(f"{part}."):
+                break
+            name = name.removeprefix(f"{part}.")
+        if layout == "open_clip":
+            name = _CLIP_HEADS.get(name, name)
+        if is_beside and not name.startswith(ends) and not _is_unused(name):
+            name = f"/{full}"
+        if name in present:
+            raise StateDictError(
+                f"Some weights are there twice, with and without the prefix {prefix!r}, among them "
+                f"{full_names[name]} and {full}: leave one of the two in the file."
+            )
+        present[name], full_names[name] = state[full], full
+    head = rename("head.", layout)
+    if layout == "open_clip" and "head.weight" in present:
+        weight = present["head.weight"]
+        present["head.bias"], full_names["head.bias"] = np.zeros(weight.shape[0], weight.dtype), "head.bias"
+    # A Sequential of one linear layer and some without weights, as dropout in front of a classifier.
+    numbered = [name for name in present if re.fullmatch(re.escape(head) + r"\d+\.(weight|bias)", name)]
+    inner = {name.rpartition(".")[0] for name in numbered}
+    if len(inner) == 1 and len(numbered) == 2 and head + "weight" not in present:
+        for name in numbered:
+            new = head + name.rpartition(".")[2]
+            present[new], full_names[new] = present.pop(name), full_names[name]
+    return layout, prefix, present, full_names
+
+
+@functools.cache
+def _modules(layout: str) -> frozenset[str]:
+    """The first parts of the names that the layout has."""
+    firsts = ("downsample_layers.0.0", "downsample_layers.1.0", "stages.0.0.norm", "blocks.0.norm", "stem")
+    ends = ("norm", "norm_pre", "norm0", "norm1", "norm2", "norm3", "pre_logits", "head")
+    return frozenset(rename(f"{name}.weight", layout).partition(".")[0] for name in (*firsts, *ends))
+
+
+def _is_unused(name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in UNUSED.values())
+
+
+def _is_foreign(name: str, layout: str) -> bool:
+    """Whether a name is neither one of the layout nor of what published files hold besides."""
+    return name.partition(".")[0] not in _modules(layout) and not _is_unused(name)
 
 
 def _to_canonical(array, name, shape, layout):

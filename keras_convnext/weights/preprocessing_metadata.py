@@ -63,7 +63,7 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
     """
     path = pathlib.Path(path)
     try:
-        if path.suffix in (".h5", ".keras"):
+        if path.suffix in (".h5", ".hdf5", ".keras"):
             from keras_convnext.weights import (
                 keras_files,
             )  # here: the command line's `list` waits for no h5py

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass, replace
 
 from keras_convnext.data.preprocessing import Preprocessing
 
-# Endings of the weight files that the package reads; those of PyTorch it writes too.
+# Endings of the weight files that the package reads; the first ones of PyTorch it writes too.
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".h5", ".keras")
+KERAS_SUFFIXES = (".h5", ".hdf5", ".keras")
+WEIGHT_SUFFIXES = (*TORCH_SUFFIXES, ".pth.tar", ".ckpt", *KERAS_SUFFIXES)
 
 NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license", "research-only")
 

@@ -16,7 +16,7 @@ from keras_convnext import _messages
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, download, layouts, locate, preprocessing_metadata
-from keras_convnext.weights.published import WEIGHT_SUFFIXES, Checkpoint
+from keras_convnext.weights.published import KERAS_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint
 
 _logger = logging.getLogger("keras_convnext")
 _announced_licences: set[str] = set()
@@ -62,12 +62,23 @@ class ResolvedWeights:
     def is_keras_applications(self) -> bool:
         from keras_convnext.weights import keras_files
 
-        return self.path.suffix in (".h5", ".keras") and keras_files.is_keras_applications(self.path)
+        return self.path.suffix in KERAS_SUFFIXES and keras_files.is_keras_applications(self.path)
+
+    @functools.cached_property
+    def is_model(self) -> bool:
+        """Whether it is a file of one's own that holds a whole Keras model."""
+        if self.file is None or self.file.suffix not in KERAS_SUFFIXES:
+            return False
+        from keras_convnext.weights import keras_files
+
+        return keras_files.holds_model(self.file) and (
+            self.file.suffix == ".keras" or not self.is_keras_applications
+        )
 
     @property
     def is_bare(self) -> bool:
         """Whether the file is an `.h5` of this package: weights without the model they belong to."""
-        return self.path.suffix == ".h5" and not self.is_keras_applications
+        return self.path.suffix in KERAS_SUFFIXES and not (self.is_keras_applications or self.is_model)
 
     @functools.cached_property
     def state(self) -> layouts.StateDict:
@@ -77,7 +88,7 @@ class ResolvedWeights:
                 f"{self.path} does not say which architecture it holds. Pass that as model, the file as "
                 "weights: load(architecture, weights=path). Or take the .keras file instead."
             )
-        if self.path.suffix not in (".h5", ".keras"):
+        if self.path.suffix not in KERAS_SUFFIXES:
             from keras_convnext.weights import torch_files
 
             return torch_files.read_state_dict(self.path)
@@ -94,7 +105,8 @@ class ResolvedWeights:
         except Exception as error:  # damaged archives and unknown layers raise of many classes
             reason = _messages.shortened(_messages.one_line(error), 400)
             raise ValueError(f"{self.path} could not be opened as a Keras model: {reason}") from error
-        return assign.state_dict(model)
+        with _naming(self.path):
+            return assign.whole_state(model)
 
     @functools.cached_property
     def contents(self) -> layouts.Contents:
@@ -123,8 +135,8 @@ class ResolvedWeights:
 
     @functools.cached_property
     def model_input(self) -> tuple | None:
-        """`keras_files.read_model_input` of a `.keras` file, None where a tag or the file says more."""
-        if self.file is None or self.file.suffix != ".keras" or self.is_described:
+        """`keras_files.read_model_input` of a model's file, None where a tag or the file says more."""
+        if not self.is_model or self.is_described:
             return None
         from keras_convnext.weights import keras_files
 
@@ -192,6 +204,13 @@ class ResolvedWeights:
             return True
         return self.file is not None and not self.is_bare and self.contents.layout == "open_clip"
 
+    @property
+    def beside(self) -> str:
+        """Names what the file holds beside the network, in a sentence; "" for nothing."""
+        if self.file is None or self.is_bare or not self.contents.others:
+            return ""
+        return f" Beside the network it holds {_messages.listed(self.contents.others, 5)}."
+
     def starts_new_head(self, include_top: bool, classes: int, new_head: bool | None) -> bool:
         """Whether the classifier starts fresh; an error where that would surprise. See the constructors."""
         if not include_top:
@@ -226,13 +245,13 @@ class ResolvedWeights:
         if include_top and not new_head and contents.classes != classes:
             if contents.classes == 0:
                 raise ValueError(
-                    f"{self.path} has no classifier, and include_top=True asks for one. Pass "
+                    f"{self.path} has no classifier, and include_top=True asks for one.{self.beside} Pass "
                     "include_top=False for the features, or new_head=True to start a classifier of your own "
                     "on them."
                 )
             raise ValueError(_wrong_classes(self.path, contents.classes, classes))
         shapes = layouts.weight_shapes(
-            variant, classes if include_top else 0, options.input_shape[-1], pyramid_norms
+            variant, classes if include_top else 0, contents.channels, pyramid_norms
         )
         may_lack: tuple[str, ...] = ()
         may_hold: tuple[str, ...] = () if include_top else ("head", "pre_logits")
@@ -247,7 +266,11 @@ class ResolvedWeights:
             may_hold += ("norm", "norm_pre")
             if not contents.any_pyramid_norm:
                 may_lack += ("norm0.", "norm1.", "norm2.", "norm3.")
-        return self._read(shapes, may_lack, may_hold)
+        values = self._read(shapes, may_lack, may_hold)
+        prepared = self.preprocessing if options.include_preprocessing else None
+        normaliser = () if prepared is None else (prepared.mean, prepared.std)
+        with _naming(self.path):
+            return layouts.adapt_channels(values, options.input_shape[-1], *normaliser)
 
     def _read(self, shapes, may_lack, may_hold):
         """`layouts.read`, with the file named in errors and what it lacks in the log."""
@@ -370,7 +393,12 @@ def existing_file(weights: Name) -> pathlib.Path:
         near = f" Near names in that folder: {', '.join(found)}." if found else ""
         raise FileNotFoundError(f"No such weight file: {path}.{near}")
     if not path.name.endswith(WEIGHT_SUFFIXES):
-        raise ValueError(f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}")
+        from keras_convnext.weights import torch_files
+
+        if not (path.is_file() and torch_files.is_weight_file(path)):
+            raise ValueError(
+                f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}"
+            )
     return path
 
 
@@ -395,8 +423,8 @@ def _check_classifier(found: ResolvedWeights) -> None:
         instead = catalog.IMAGENET[row.architecture] or catalog.IMAGENET["convnext_tiny"]
         what = f"gives {row.classes} features of CLIP, not classes" if row.classes else "has no classifier"
         raise ValueError(f"{row.tag!r} {what}. Use weights that have one, for example {instead}.")
-    # A .keras file may hold any model, which whoever opens it checks.
-    if found.file is not None and found.file.suffix != ".keras" and not found.classes:
+    # A model's file may hold any, which whoever opens it checks.
+    if found.file is not None and not found.is_model and not found.classes:
         raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
 
 

@@ -30,7 +30,8 @@ from keras_convnext.weights.arrays import (
 from keras_convnext.weights.safetensors_files import safetensors_arrays
 from keras_convnext.weights.torch_pickles import TORCH_STORAGES, Tensor, unpickle
 
-# Where training scripts keep the weights: the averaged ones first, when a file has both.
+# Where training scripts keep the weights: the averaged ones first, when a file has both. Under other keys a
+# network is told from an optimizer or a loss by its convolutions.
 _KEYS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "state_dict", "model", "module")
 
 # A training checkpoint of the largest model has pickles below 1 MB: the weights are not in them.
@@ -50,8 +51,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the weights in a file of `torch.save`, of any PyTorch since 0.1.10, or in a .safetensors file.
 
     In a PyTorch file the state dict is the file's dictionary itself or what it has under one of `_KEYS`, the
-    first that holds tensors; such dictionaries may be nested. All else (optimizer, epoch, arguments) is
-    ignored. If every name starts with `module.`, as `DataParallel` leaves it, this prefix is removed.
+    first that holds tensors, else under the only other key with a network, averaged weights first; such
+    dictionaries may be nested. All else (optimizer, epoch, arguments) is ignored. If every name starts with
+    `module.`, as `DataParallel` leaves it, this prefix is removed.
 
     Arrays come in the order of the file, bfloat16 and float8 in the dtypes of `ml_dtypes`. They are read-only
     views of the memory-mapped file, read from the disk at their first use; it may be replaced meanwhile, but
@@ -81,14 +83,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         )
     else:
         raise unknown_content(path, start)
-    tensors = _find_tensors(content)
+    tensors = _find_tensors(path, content)
     if tensors is None:
         received = type(content).__name__
         if isinstance(content, dict):
             received = f"dict with the keys {[key[:50] for key in content if isinstance(key, str)][:10]}"
         raise damaged_file(
             path,
-            f"expected a dictionary of tensors, at the top or under one of {', '.join(_KEYS)}; "
+            f"expected a dictionary of tensors, at the top or under a key such as {', '.join(_KEYS)}; "
             f"received a {received}",
             _SAVE_WEIGHTS,
         )
@@ -126,18 +128,40 @@ def write_torch(
         _write_member(file, archive, "archive/version", b"3\n")
 
 
-def _find_tensors(content: object, depth: int = 3) -> dict[str, Tensor] | None:
-    """The first dictionary of tensors under `_KEYS`, or the content itself; None if neither."""
+def is_weight_file(path: Path) -> bool:
+    """Whether a file of any ending starts as a .safetensors file or one of `torch.save` does."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    zipped = start.startswith(b"PK\x03\x04") and b"/data.pkl" in start
+    return looks_like_safetensors(start) or zipped or (start[:1] == b"\x80" and _LEGACY_MAGIC in start)
+
+
+def _find_tensors(path: Path, content: object, depth: int = 3) -> dict[str, Tensor] | None:
+    """The first dictionary of tensors under `_KEYS`, the content itself, or a network; None if neither."""
     if not isinstance(content, dict) or depth == 0:  # a dictionary may hold itself
         return None
     for key in _KEYS:
-        found = _find_tensors(content.get(key), depth - 1)
+        found = _find_tensors(path, content.get(key), depth - 1)
         if found is not None:
             return found
-    tensors = {
-        name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    return tensors or None
+    items = {name: value for name, value in content.items() if isinstance(name, str)}
+    tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
+    if tensors:
+        return tensors
+    networks = {}
+    for name, value in items.items():
+        found = _find_tensors(path, value, depth - 1)
+        if found and any(
+            isinstance(tensor.size, tuple) and len(tensor.size) == 4 for tensor in found.values()
+        ):
+            networks[name] = found
+    averaged = [name for name in networks if "ema" in name.lower()]
+    chosen = averaged or [*networks]
+    if len(chosen) > 1:
+        raise damaged_file(
+            path, f"expected one network, received one under each of {', '.join(chosen)}", _SAVE_WEIGHTS
+        )
+    return networks[chosen[0]] if chosen else None
 
 
 def _zip_content(path: Path, data: memoryview) -> object:

@@ -599,7 +599,7 @@ def test_kept_features_of_anything_else_are_not_taken(backbone, few, monkeypatch
     keys.append(features._cache_key(backbone, other_classes, PREPROCESSING))
     other_activation = keras.Sequential([backbone, keras.layers.Activation("relu")])
     keys.append(features._cache_key(other_activation, few, PREPROCESSING))
-    weight = backbone.get_layer("norm").weights[1]
+    weight = backbone.get_layer("convnext_norm").weights[1]
     before = keras.ops.convert_to_numpy(weight).copy()
     weight.assign(before + 1)
     keys.append(features._cache_key(backbone, few, PREPROCESSING))
