@@ -19,6 +19,18 @@ _STORED_MODES = {"center": "shorter_side", "squash": "squash"}
 RESIZE_MODES = tuple(_STORED_MODES.values())
 
 
+def preprocess_input(x: Any, data_format: str | None = None) -> Any:
+    """Returns pixels in 0..255 as they are, as in keras.applications: the models normalise by themselves.
+
+    ValueError for a `data_format` other than "channels_last".
+    """
+    if data_format not in (None, "channels_last"):
+        raise ValueError(
+            f"Expected images (N, H, W, 3), channels last. Received: data_format={data_format!r}"
+        )
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the pixels of a model: resized, cut to its centre, normalised.
