@@ -124,3 +124,27 @@ def test_the_functions_take_the_arguments_of_keras_applications():
     assert preprocess_input(IMAGES) is IMAGES
     with pytest.raises(ValueError, match=r"channels last. Received: data_format='channels_first'"):
         preprocess_input(IMAGES, "channels_first")
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_counts_what_learns(monkeypatch):
+    monkeypatch.undo()
+    base = ConvNeXtTiny(include_top=False, weights=None)
+
+    def millions(choose):
+        for layer in base.layers:
+            layer.trainable = True
+        choose(base.layers)
+        return f"{sum(np.prod(weight.shape) for weight in base.trainable_weights) / 1e6:.1f}"
+
+    def freeze(part):
+        return lambda layers: [setattr(layer, "trainable", False) for layer in layers[part]]
+
+    found = [millions(freeze(slice(20))), millions(freeze(slice(-10))), millions(freeze(slice(-2)))]
+    assert found == ["19.1", "20.3", "4.8"]
+    stages = [millions(lambda _, n=n: keras_convnext.freeze_stages(base, n)) for n in (1, 2, 3)]
+    assert stages == ["27.6", "26.6", "15.5"]
+    fourth = [
+        weight for layer in base.layers if layer.name.startswith("stages_3") for weight in layer.weights
+    ]
+    assert round(sum(np.prod(weight.shape) for weight in fourth) / 1e6, 1) == 14.3

@@ -44,7 +44,8 @@ def grad_cam(
         class_index: one class for all images or one for each. Default: the most likely class of each image.
         layer: name of the layer whose output is the map A, or a level of `model.pyramid_outputs` such as
             "P4"; of a model inside, where two have the name, as "inside/name". Default: the last stage of a
-            ConvNeXt, else the last layer with an output (N, h, w, K).
+            ConvNeXt, else the last layer with an output (N, h, w, K). Where one is called several times, or
+            for several images, the last call counts, and its image.
 
     Returns float32 (N, H, W) in 0..1, the maximum of each map 1; all 0 where nothing speaks for the class.
     Raises a ValueError for what does not fit, such as a layer that is not on the only way from image to
@@ -241,7 +242,7 @@ def _split_head(model: keras.Model, result: _Value) -> tuple[_Value, Callable]:
     last = result.layer
     is_activation = isinstance(last, keras.layers.Softmax | keras.layers.Activation)
     if is_activation or type(last).__name__ in ("Softmax", "Sigmoid"):  # of keras.ops
-        return result.args[0], lambda logits: ops.cast(logits, "float32")
+        return result.arguments()[0], lambda logits: ops.cast(logits, "float32")
     if getattr(last, "activation", None) in (None, keras.activations.linear):
         return result, lambda logits: ops.cast(logits, "float32")
     if not isinstance(last, keras.layers.Dense) or last.quantization_mode is not None:
@@ -253,7 +254,7 @@ def _split_head(model: keras.Model, result: _Value) -> tuple[_Value, Callable]:
     # By hand: with its activation off the layer would be another while the model may be in use elsewhere.
     kernel = ops.cast(last.kernel, "float32")
     bias = ops.cast(last.bias, "float32") if last.use_bias else 0.0
-    return result.args[0], lambda x: ops.matmul(ops.cast(x, "float32"), kernel) + bias
+    return result.arguments()[0], lambda x: ops.matmul(ops.cast(x, "float32"), kernel) + bias
 
 
 def _chosen_classes(class_index: Any, classes: int, count: int) -> np.ndarray | None:

@@ -77,10 +77,8 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
         raise ValueError(
             f"Expected from 0 to {depth} stages of '{model.name}' to freeze. Received: stages={stages!r}"
         )
-    for owner in owners:  # from the outside in
-        if not owner.trainable:
-            owner.trainable = True
     for owner in owners:
+        owner._trainable = True  # of the model alone: its setter would free the other layers too
         for layer in owner.layers:
             stage = _stage(layer)
             if stage is not None and stage < stages:
@@ -93,7 +91,7 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
 def _depth(model):
     """How many stages a model has, those in it too."""
     blocks = [each for each in model._flatten_layers() if isinstance(each, convnext.Composite)]
-    return 1 + max(map(_stage, blocks), default=-1)
+    return 1 + max((stage for stage in map(_stage, blocks) if stage is not None), default=-1)
 
 
 def _is_ours(layer):
