@@ -139,6 +139,8 @@ np.savez(sys.argv[2], *test_plain_fit.fit(model))
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_another_backend_goes_on_from_a_file(optimizer, tmp_path):
+    if optimizer == "Keras's" and BACKEND == "torch":
+        pytest.skip("Keras 3.15 writes the name of PyTorch's own class of its optimizer into the file")
     model = compiled(optimizer)
     fit(model)
     model.save(tmp_path / "model.keras")
