@@ -16,7 +16,8 @@ from keras_convnext._environment import __version__, choose_backend
 if TYPE_CHECKING:  # Editors read this block; at run time `__getattr__` imports a name at its first use.
     from keras_convnext.conversion import convert, save_weights
     from keras_convnext.convnext import ConvNeXtBlock, ConvNeXtV2Block
-    from keras_convnext.data.preprocessing import Preprocessing
+    from keras_convnext.data.class_names import decode_predictions
+    from keras_convnext.data.preprocessing import Preprocessing, preprocess_input
     from keras_convnext.exporting.deploy import deploy
     from keras_convnext.exporting.export import export
     from keras_convnext.layers.depthwise import DepthwiseConv2D
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # Editors read this block; at run time `__getattr__` imports 
         ConvNeXtV2Atto, ConvNeXtV2Femto, ConvNeXtV2Pico, ConvNeXtV2Nano, ConvNeXtV2Tiny, ConvNeXtV2Small,
         ConvNeXtV2Base, ConvNeXtV2Large, ConvNeXtV2Huge, TestConvNeXt, TestConvNeXt2, TestConvNeXt3,
     )
+    from keras_convnext.training.finetune import freeze_stages
     from keras_convnext.training.optimizer import AdamW, ema_weights
     from keras_convnext.training.schedule import WarmupCosine
     from keras_convnext.weights.assign import state_dict
@@ -43,7 +45,8 @@ if TYPE_CHECKING:  # Editors read this block; at run time `__getattr__` imports 
 _PLACES = {
     "conversion": "convert save_weights",
     "convnext": "ConvNeXtBlock ConvNeXtV2Block",
-    "data.preprocessing": "Preprocessing",
+    "data.class_names": "decode_predictions",
+    "data.preprocessing": "Preprocessing preprocess_input",
     "exporting.deploy": "deploy",
     "exporting.export": "export",
     "layers.depthwise": "DepthwiseConv2D",
@@ -60,6 +63,7 @@ _PLACES = {
         ConvNeXtV2Atto ConvNeXtV2Femto ConvNeXtV2Pico ConvNeXtV2Nano ConvNeXtV2Tiny ConvNeXtV2Small
         ConvNeXtV2Base ConvNeXtV2Large ConvNeXtV2Huge TestConvNeXt TestConvNeXt2 TestConvNeXt3
     """,
+    "training.finetune": "freeze_stages",
     "training.optimizer": "AdamW ema_weights",
     "training.schedule": "WarmupCosine",
     "weights.assign": "state_dict",

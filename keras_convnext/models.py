@@ -7,6 +7,7 @@ anything, read the file, give every weight its value.
 import dataclasses
 import functools
 import os
+import warnings
 
 import keras
 import numpy as np
@@ -21,6 +22,19 @@ from keras_convnext.weights.assign import filled, first_reads, placed_values, pl
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
+class _Layers(list):
+    """The layers of a model; warns where more are asked for, as programs for keras.applications do."""
+
+    def __getitem__(self, key):
+        if isinstance(key, slice) and any(abs(end or 0) > len(self) for end in (key.start, key.stop)):
+            warnings.warn(
+                f"Expected a place among {len(self)} layers. Received: {key}. A block is one layer, and in "
+                "keras.applications seven: keras_convnext.freeze_stages(model, n) freezes by stage.",
+                stacklevel=2,
+            )
+        return super().__getitem__(key)
+
+
 @keras.saving.register_keras_serializable(package="keras_convnext")
 class ConvNeXt(keras.Model):
     """A functional Keras model that also knows its feature pyramid.
@@ -28,6 +42,10 @@ class ConvNeXt(keras.Model):
     Made by the constructors (`ConvNeXtTiny(...)`) and `load`; everything that holds for a functional
     `keras.Model` holds for it.
     """
+
+    @property
+    def layers(self) -> list:
+        return _Layers(super().layers)
 
     @property
     def pyramid_outputs(self) -> dict:

@@ -123,7 +123,10 @@ def predictor_of(
 
 
 def check_outputs(model: Any, name: str, task: str) -> None:
-    """Refuses a model that does not end in (N, classes), or for the task "features" in (N, C)."""
+    """Refuses a model not of one input of images, to (N, classes) or, for the task "features", to (N, C)."""
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        raise ValueError(f"Expected a model of one input (N, H, W, C). Received {name}, with inputs {shape}.")
     shape = getattr(model, "output_shape", None)
     if isinstance(shape, tuple) and len(shape) == 2:
         return
@@ -147,8 +150,11 @@ def finite(outputs: np.ndarray, name: str) -> np.ndarray:
 
 
 def without_classifier(model: Any) -> Any:
-    """The part of a model of this package in front of its classifier; other models as they are."""
+    """The part of a model in front of its classifier; one that does not end in probabilities as it is."""
     if not isinstance(model, models.ConvNeXt):
+        last = model.layers[-1] if getattr(model, "layers", None) else None
+        if getattr(last, "activation", None) in (keras.activations.softmax, keras.activations.sigmoid):
+            return keras.Model(model.inputs, last.input, name=model.name)
         return model
     layers = assign.places(model)[0]
     first = layers.get("pre_logits") or layers.get("head")

@@ -17,6 +17,9 @@ import gzip
 import json
 from collections.abc import Iterable
 from importlib import resources
+from typing import Any
+
+import numpy as np
 
 from keras_convnext._messages import printable
 
@@ -70,6 +73,32 @@ def synset_ids(classes: int | str) -> list[str]:
     ImageNet's class folders have these names, so the list also orders the folders.
     """
     return [synset_id for synset_id, _ in _synsets(classes)]
+
+
+def decode_predictions(preds: Any, top: int = 5, classes: int | str | None = None) -> list[list[tuple]]:
+    """Names the likeliest classes of each image, as `decode_predictions` of keras.applications does.
+
+    `preds` is (N, K), probabilities as `model.predict` gives them; `classes` what `class_names` takes, by
+    default K. Gives for each image a list of (WordNet id, first word of the name, probability), the likeliest
+    first. ValueError for probabilities that are not finite or that have no list.
+
+    Example:
+        >>> decode_predictions(np.eye(1000)[[2]], top=1)
+        [[('n01484850', 'great_white_shark', 1.0)]]
+    """
+    import keras
+
+    preds = keras.ops.convert_to_numpy(preds)
+    if preds.ndim != 2 or not np.isfinite(preds).all() or top < 1:
+        raise ValueError(
+            f"Expected finite probabilities (N, classes), and top from 1. Received: top={top}, shape "
+            f"{preds.shape}, {np.isfinite(preds).sum()} of {preds.size} finite"
+        )
+    synsets = _synsets(preds.shape[1] if classes is None else classes)
+    if len(synsets) != preds.shape[1]:
+        raise ValueError(f"Expected probabilities of {len(synsets)} classes. Received: shape {preds.shape}")
+    names = [(synset_id, name.split(", ")[0].replace(" ", "_")) for synset_id, name in synsets]
+    return [[(*names[i], float(row[i])) for i in row.argsort()[::-1][:top]] for row in preds]
 
 
 @functools.cache

@@ -25,6 +25,18 @@ MEAN_BOUNDS = (-1000, 1000)
 STD_BOUNDS = (1e-6, 1000)
 
 
+def preprocess_input(x: Any, data_format: str | None = None) -> Any:
+    """Returns pixels in 0..255 as they are, as in keras.applications: the models normalise by themselves.
+
+    ValueError for a `data_format` other than "channels_last".
+    """
+    if data_format not in (None, "channels_last"):
+        raise ValueError(
+            f"Expected images (N, H, W, 3), channels last. Received: data_format={data_format!r}"
+        )
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the pixels of a model: resized, cut to its centre, normalised.

@@ -4,13 +4,18 @@
 >>> picture = gradcam.overlay(images[0], heat[0])  # doctest: +SKIP
 """
 
-from collections.abc import Callable, Sequence
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
+from keras_convnext import convnext
 from keras_convnext._messages import near_names
 from keras_convnext.predictor import finite
 
@@ -33,11 +38,15 @@ def grad_cam(
     Localization" (arXiv:1610.02391), equations 1 and 2.
 
     Args:
-        model: functional model from images (N, H, W, C) to classes (N, K); channels-last.
-        images: (N, H, W, C), as the model takes them: pixels in 0..255, uint8 or float, for ours.
+        model: functional or sequential model from images (N, H, W, C) to classes (N, K); channels-last. It
+            may have models inside, and other inputs beside the images.
+        images: (N, H, W, C), as the model takes them: pixels in 0..255, uint8 or float, for ours. Where it
+            has several inputs, all of them, in a list or by name.
         class_index: one class for all images or one for each. Default: the most likely class of each image.
         layer: name of the layer whose output is the map A, or a level of `model.pyramid_outputs` such as
-            "P4". Default: the last stage of a ConvNeXt, else the last layer with an output (N, h, w, K).
+            "P4"; of a model inside, where two have the name, as "inside/name". Default: the last stage of a
+            ConvNeXt, else the last layer with an output (N, h, w, K). Where one is called several times, or
+            for several images, the last call counts, and its image.
 
     Returns float32 (N, H, W) in 0..1, the maximum of each map 1; all 0 where nothing speaks for the class.
     Raises a ValueError for what does not fit, such as a layer that is not on the only way from image to
@@ -49,25 +58,27 @@ def grad_cam(
         (2, 32, 32)
     """
     _check_model(model)
-    images = ops.convert_to_tensor(images)
-    if len(images.shape) != 4 or 0 in images.shape:
-        raise ValueError(f"Expected images (N, H, W, C), at least one. Received: {tuple(images.shape)}")
-    map_tensor = _map_tensor(model, layer)
-    features, logits_from = _split_head(model)
-    try:
-        front = keras.Model(model.inputs, map_tensor)
-        back = keras.Model(map_tensor, features)
-    except ValueError as error:
+    inputs, result, known = _opened(model)
+    features, logits_from = _split_head(model, result)
+    name = _chosen_name(model, known, layer)
+    target = known[name]
+    before, beside = _needed(target), _needed(features, {target})
+    image = next((each for each in inputs if each in before and len(each.shape) == 4), None)
+    if target not in beside or image is None or image in beside:
         raise ValueError(
-            f"'{layer}' is not on the only way from the image to the classes of '{model.name}': something "
+            f"'{name}' is not on the only way from the image to the classes of '{model.name}': something "
             "passes it by, or it comes too late. Name a layer between two stages."
-        ) from error
+        )
+    tensors = dict(zip(inputs, _tensors(model, images), strict=True))
+    count, *size = tensors[image].shape
+    if len(size) != 3 or 0 in (count, *size):
+        raise ValueError(f"Expected images (N, H, W, C), at least one. Received: {(count, *size)}")
 
     def logits_of(maps):
-        return logits_from(back(maps, training=False))
+        return logits_from(_computed(features, {**tensors, target: maps}))
 
-    maps = ops.stop_gradient(front(images, training=False))  # (N, h, w, K)
-    chosen = _chosen_classes(class_index, model.output_shape[-1], len(images))
+    maps = ops.stop_gradient(_computed(target, tensors))  # (N, h, w, K)
+    chosen = _chosen_classes(class_index, model.output_shape[-1], count)
     if chosen is None:
         chosen = ops.argmax(ops.stop_gradient(logits_of(maps)), axis=-1)
     one_hot = ops.one_hot(chosen, model.output_shape[-1], dtype="float32")
@@ -77,7 +88,7 @@ def grad_cam(
     maps, gradient = ops.cast(maps, "float32"), ops.cast(gradient, "float32")
     weights = ops.mean(gradient, axis=(1, 2), keepdims=True)  # (N, 1, 1, K)
     heat = ops.relu(ops.sum(weights * maps, axis=-1, keepdims=True))  # (N, h, w, 1)
-    heat = ops.image.resize(heat, images.shape[1:3], interpolation="bilinear", data_format="channels_last")
+    heat = ops.image.resize(heat, size[:2], interpolation="bilinear", data_format="channels_last")
     heat = finite(ops.convert_to_numpy(heat)[..., 0], f"the gradients of '{model.name}'")
     highest = heat.max(axis=(1, 2), keepdims=True)
     return np.divide(heat, highest, out=np.zeros_like(heat), where=highest > 0)
@@ -106,42 +117,135 @@ def overlay(image: Any, heat: Any, opacity: float = 0.7) -> np.ndarray:
 
 
 def _check_model(model: keras.Model) -> None:
-    inputs, outputs = getattr(model, "inputs", None), getattr(model, "outputs", None)
-    if not inputs or not outputs:
+    if _graph(model) is None:
         raise ValueError(f"Expected a functional model, whose layers are known. Received: {model!r}")
-    if len(inputs) != 1 or len(outputs) != 1 or len(outputs[0].shape) != 2:
+    inputs, outputs = model.inputs, model.outputs
+    if not any(len(each.shape) == 4 for each in inputs) or len(outputs) != 1 or len(outputs[0].shape) != 2:
         raise ValueError(
             "Expected a model from images (N, H, W, C) to classes (N, K). Received: inputs "
             f"{[tuple(each.shape) for each in inputs]}, outputs {[tuple(each.shape) for each in outputs]}"
         )
 
 
-def _map_tensor(model: keras.Model, name: str | None) -> keras.KerasTensor:
-    pyramid = getattr(model, "pyramid_outputs", {})
-    if name is None and pyramid:
-        return pyramid[max(pyramid)]
-    by_name = {each.name: each.output for each in model.layers if isinstance(each.output, keras.KerasTensor)}
-    known = {key: tensor for key, tensor in {**by_name, **pyramid}.items() if len(tensor.shape) == 4}
-    if name is None:
-        maps = [key for key in known if known[key] is not model.inputs[0]]
-        if not maps:
-            raise ValueError(f"Expected a model with maps (N, h, w, K); '{model.name}' has none.")
-        name = maps[-1]
-    if name not in known:
-        raise ValueError(
-            f"No layer {name!r} with maps in '{model.name}'.{near_names(name, known)} "
-            f"Known: {', '.join(known)}"
+def _graph(operation: Any) -> Any:
+    """The graph of a functional or sequential model; None for a layer or any other operation."""
+    graph = getattr(operation, "_functional", operation)  # of a Sequential
+    return graph if isinstance(graph, keras.Model) and hasattr(graph, "operations") else None
+
+
+def _tensors(model: keras.Model, images: Any) -> list[Any]:
+    """One tensor for each input of the model."""
+    names = [each.name for each in model.inputs]
+    if isinstance(images, Mapping):
+        images = [images[name] for name in names if name in images]
+    elif len(names) == 1:
+        images = [images]
+    if not isinstance(images, list | tuple) or len(images) != len(names):
+        received = f"{type(images).__name__} of {len(images)}"
+        raise ValueError(f"Expected inputs in a list or by name: {', '.join(names)}. Received: {received}")
+    pairs = zip(images, model.inputs, strict=True)
+    return [ops.cast(ops.convert_to_tensor(image), each.dtype) for image, each in pairs]
+
+
+@dataclasses.dataclass(eq=False)
+class _Value:
+    """An input of a model, or an output of one call of a layer, whose arguments are such values too."""
+
+    shape: tuple
+    layer: Any = None
+    args: tuple = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    index: int = 0  # of several outputs
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)  # above those of arguments
+
+    def arguments(self) -> list["_Value"]:
+        return [each for each in tree.flatten((self.args, self.kwargs)) if isinstance(each, _Value)]
+
+
+def _opened(model: keras.Model) -> tuple[list[_Value], _Value, dict[str, _Value]]:
+    """Inputs and output of a model whose inner models are opened, and its maps by layer and level.
+
+    Names of an inner model have its own in front, as in "inner/layer".
+    """
+    known: dict[str, _Value] = {}
+
+    def run(owner, values, prefix):
+        outputs = _graph(owner)._run_through_graph(
+            values, lambda layer: functools.partial(call, layer, prefix)
         )
-    return known[name]
+        for level, tensor in getattr(owner, "pyramid_outputs", {}).items():
+            known[prefix + level] = known[prefix + tensor._keras_history.operation.name]
+        return outputs
+
+    def call(layer, prefix, *args, **kwargs):
+        if _graph(layer) is not None:
+            return run(layer, tree.flatten(args or kwargs["inputs"]), f"{prefix}{layer.name}/")
+        outputs = enumerate(layer._inbound_nodes[0].outputs)
+        values = [_Value(each.shape, layer, args, kwargs, index) for index, each in outputs]
+        if len(values) == 1 and len(values[0].shape) == 4:
+            known[prefix + layer.name] = values[0]
+        return values
+
+    inputs = [_Value(each.shape) for each in model.inputs]
+    (result,) = tree.flatten(run(model, inputs, ""))
+    reached = _needed(result)
+    return inputs, result, {name: value for name, value in known.items() if value in reached}
 
 
-def _split_head(model: keras.Model) -> tuple[keras.KerasTensor, Callable]:
-    """Returns what the last layer takes, and a function that makes float32 logits of it."""
-    last = model.get_layer(model.output_names[0])
-    if isinstance(last, keras.layers.Softmax | keras.layers.Activation):
-        return last.input, lambda logits: ops.cast(logits, "float32")
+def _needed(value: _Value, given: Container[_Value] = ()) -> set[_Value]:
+    """A value and all that it is computed from, where those of `given` are known."""
+    found: set[_Value] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if value not in found:
+            found.add(value)
+            waiting += [] if value in given else value.arguments()
+    return found
+
+
+def _computed(value: _Value, tensors: dict[_Value, Any]) -> Any:
+    """The tensor of a value, from those of others; a map is kept until its last reader has it."""
+    tensors = dict(tensors)
+    calls = sorted(_needed(value, tensors).difference(tensors), key=lambda each: each.number)
+    readers = collections.Counter(argument for each in calls for argument in each.arguments())
+
+    def tensor_of(argument):
+        if not isinstance(argument, _Value):
+            return argument
+        readers[argument] -= 1
+        return tensors[argument] if readers[argument] else tensors.pop(argument)
+
+    for each in calls:
+        args, kwargs = tree.map_structure(tensor_of, (each.args, each.kwargs))
+        if isinstance(each.layer, keras.Layer):
+            kwargs = {**kwargs, "training": False}
+        tensors[each] = tree.flatten(each.layer(*args, **kwargs))[each.index]
+    return tensors[value]
+
+
+def _chosen_name(model: keras.Model, known: Mapping[str, _Value], name: str | None) -> str:
+    if name is None and not known:
+        raise ValueError(f"Expected a model with maps (N, h, w, K); '{model.name}' has none.")
+    if name is None:
+        blocks = [key for key, value in known.items() if isinstance(value.layer, convnext.Composite)]
+        return (blocks or list(known))[-1]
+    found = [name] if name in known else [key for key in known if key.endswith(f"/{name}")]
+    if len(found) != 1:
+        near = near_names(name, dict.fromkeys(key.rpartition("/")[2] for key in known))
+        problem = "Several layers" if found else "No layer"
+        raise ValueError(f"{problem} {name!r} with maps in '{model.name}'.{near} Known: {', '.join(known)}")
+    return found[0]
+
+
+def _split_head(model: keras.Model, result: _Value) -> tuple[_Value, Callable]:
+    """Returns the last value in front of the classes, and a function that makes float32 logits of it."""
+    last = result.layer
+    is_activation = isinstance(last, keras.layers.Softmax | keras.layers.Activation)
+    if is_activation or type(last).__name__ in ("Softmax", "Sigmoid"):  # of keras.ops
+        return result.arguments()[0], lambda logits: ops.cast(logits, "float32")
     if getattr(last, "activation", None) in (None, keras.activations.linear):
-        return last.input, lambda x: ops.cast(last(x, training=False), "float32")
+        return result, lambda logits: ops.cast(logits, "float32")
     if not isinstance(last, keras.layers.Dense) or last.quantization_mode is not None:
         raise ValueError(
             f"Expected a model that ends in a Dense layer that is not quantised, or in logits. "
@@ -151,7 +255,7 @@ def _split_head(model: keras.Model) -> tuple[keras.KerasTensor, Callable]:
     # By hand: with its activation off the layer would be another while the model may be in use elsewhere.
     kernel = ops.cast(last.kernel, "float32")
     bias = ops.cast(last.bias, "float32") if last.use_bias else 0.0
-    return last.input, lambda x: ops.matmul(ops.cast(x, "float32"), kernel) + bias
+    return result.arguments()[0], lambda x: ops.matmul(ops.cast(x, "float32"), kernel) + bias
 
 
 def _chosen_classes(class_index: Any, classes: int, count: int) -> np.ndarray | None:

@@ -436,6 +436,8 @@ def _inference_block(block, for_litert, in_float32):
         dtype="float32" if in_float32 else block.dtype_policy,
         name=block.name,
     )
+    for layer in folded._layers:  # a part may be frozen by itself
+        layer.trainable = getattr(block, layer.name).trainable
     kernel1, bias1 = _folded(block.pwconv1, _fold_of(block.norm))
     weights = [_float64(block.dwconv.kernel), _float64(block.dwconv.bias), kernel1[None, None], bias1]
     kernel2, bias2 = _folded(block.pwconv2, None)

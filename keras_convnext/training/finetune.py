@@ -1,10 +1,16 @@
 """Prepares a model for fine-tuning: scales a new head, and chooses which weights learn."""
 
+import re
+
 import keras
 import numpy as np
 
+from keras_convnext import convnext, models
+from keras_convnext._messages import shortened
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.weights.assign import places
+
+_PLACE = re.compile(r"(?:^|_)(?:(?:stages|downsample_layers)_(\d+)_\d+|stem|blocks_\d+)$")
 
 
 def scale_head(model: keras.Model, factor: float) -> None:
@@ -41,3 +47,61 @@ def choose_trainable(model: keras.Model, trainable: str) -> None:
                 # The standard deviation of PyTorch's nn.Linear, which LoRA's A starts with; B starts at 0.
                 deviation = (3 * dense.kernel.shape[0]) ** -0.5
                 dense.enable_lora(int(rank), a_initializer=RandomNormal(deviation))
+
+
+def freeze_stages(model: keras.Model, stages: int) -> None:
+    """Freezes the stem and the first stages of a ConvNeXt, and lets the rest of it learn. Compile afterwards.
+
+    A stage is its blocks and the downsampling in front of them. What follows in the ConvNeXt learns also
+    where it, or a model that it is in, was frozen; other layers stay as they are. Files and copies keep it.
+
+    Args:
+        model: of this package, or around one of it, as a layer or by its layers.
+        stages: int, from 0, which frees the stem too, to 4, which leaves the final norm and a classifier of
+            this package. An isotropic model has one stage.
+
+    Raises:
+        ValueError: there is no ConvNeXt of this package in the model, or it has fewer stages.
+
+    Example:
+        >>> model = keras_convnext.TestConvNeXt2(weights=None, input_shape=(32, 32, 3))
+        >>> freeze_stages(model, 4)
+        >>> [weight.path for weight in model.trainable_weights]
+        ['norm/gamma', 'norm/beta', 'head/kernel', 'head/bias']
+    """
+    owners = [each for each in model._flatten_layers() if isinstance(each, keras.Model) and _depth(each)]
+    if not owners:
+        names = shortened(", ".join(layer.name for layer in model.layers), 200)
+        raise ValueError(
+            f"Expected a ConvNeXt of this package in '{model.name}'. Received the layers {names}"
+        )
+    depth = _depth(model)
+    if isinstance(stages, bool) or stages not in range(depth + 1):
+        raise ValueError(
+            f"Expected from 0 to {depth} stages of '{model.name}' to freeze. Received: stages={stages!r}"
+        )
+    for owner in owners:
+        owner._trainable = True  # of the model alone: its setter would free the other layers too
+        for layer in owner.layers:
+            stage = _stage(layer)
+            if stage is not None and stage < stages:
+                for part in layer._flatten_layers():
+                    part.trainable = False
+            elif not layer.trainable and (isinstance(owner, models.ConvNeXt) or _is_ours(layer)):
+                layer.trainable = True
+
+
+def _depth(model):
+    """How many stages a model has, those in it too."""
+    blocks = [each for each in model._flatten_layers() if isinstance(each, convnext.Composite)]
+    return 1 + max((stage for stage in map(_stage, blocks) if stage is not None), default=-1)
+
+
+def _is_ours(layer):
+    return type(layer).__module__.startswith("keras_convnext.")
+
+
+def _stage(layer):
+    """The stage of a layer of this package; None behind the stages and for other layers."""
+    place = _PLACE.search(layer.name) if _is_ours(layer) else None
+    return None if place is None else int(place[1] or 0)

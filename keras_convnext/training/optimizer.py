@@ -301,6 +301,9 @@ class AdamW(keras.optimizers.AdamW):
     def finalize_variable_values(self, var_list):
         if self.overwrite_after_fit:
             super().finalize_variable_values(var_list)
+            if self.use_ema and keras.backend.backend() == "jax":
+                for variable in var_list:  # the next fit cannot donate one array as weight and as average
+                    variable.assign(ops.copy(variable.value))
 
     def get_config(self):
         config = super().get_config()

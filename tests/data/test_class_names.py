@@ -6,9 +6,16 @@ import subprocess
 import sys
 from importlib import resources
 
+import numpy as np
 import pytest
 
-from keras_convnext.data.class_names import class_names, from_lines, synset_ids, to_lines
+from keras_convnext.data.class_names import (
+    class_names,
+    decode_predictions,
+    from_lines,
+    synset_ids,
+    to_lines,
+)
 
 pytestmark = pytest.mark.once
 
@@ -123,3 +130,41 @@ def test_a_labels_file_gives_back_every_name(tmp_path):
     assert text.splitlines()[-5:] == names[-5:]  # plain names stay as they are
     # What a person wrote: blank lines and blanks around a name do not count.
     assert from_lines('\n cat \n\n"a" dog\n"b\n') == ["cat", '"a" dog', '"b']
+
+
+def test_decoded_predictions_have_the_form_of_keras_applications():
+    preds = np.full((2, 1000), 0.0001, "float32")
+    preds[0, [2, 134, 517]] = 0.5, 0.3, 0.1  # both cranes
+    preds[1, 999] = 0.9
+    first, second = decode_predictions(preds, top=3)
+    assert [row[:2] for row in first] == [
+        ("n01484850", "great_white_shark"), ("n02012849", "crane"), ("n03126707", "crane"),
+    ]  # fmt: skip
+    assert [row[2] for row in first] == pytest.approx([0.5, 0.3, 0.1]) and type(first[0][2]) is float
+    assert second[0][:2] == ("n15075141", "toilet_tissue")
+    assert [len(row) for row in decode_predictions(preds)] == [5, 5]
+    assert len(decode_predictions(preds, top=2000)[0]) == 1000
+
+
+def test_names_of_other_lists_are_asked_for():
+    assert decode_predictions(np.eye(21841)[[0]], 1)[0][0][0] == synset_ids(21841)[0]
+    tiny = np.eye(200)[[3]]
+    assert decode_predictions(tiny, 1, classes="tiny_imagenet200") == [
+        [(synset_ids("tiny_imagenet200")[3], "bullfrog", 1.0)]
+    ]
+    with pytest.raises(ValueError, match=r"No class names for 200 classes.*'tiny_imagenet200'"):
+        decode_predictions(tiny)
+
+
+@pytest.mark.parametrize(
+    ("preds", "settings", "message"),
+    [
+        (np.zeros(1000), {}, r"\(N, classes\).*shape \(1000,\)"),
+        (np.full((1, 1000), np.nan), {}, "0 of 1000 finite"),
+        (np.zeros((1, 5)), {"classes": 1000}, r"of 1000 classes. Received: shape \(1, 5\)"),
+        (np.zeros((1, 1000)), {"top": 0}, "top from 1. Received: top=0"),
+    ],
+)
+def test_what_is_not_a_table_of_probabilities_is_refused(preds, settings, message):
+    with pytest.raises(ValueError, match=message):
+        decode_predictions(preds, **settings)

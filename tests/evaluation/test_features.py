@@ -702,6 +702,27 @@ def test_models_of_others_are_taken_as_they_are():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("nested", [False, True])
+def test_features_of_a_model_around_a_body_are_those_in_front_of_its_probabilities(nested, backbone):
+    image = keras.Input((SIZE, SIZE, 3)) if nested else backbone.input
+    features = keras.layers.Dropout(0.5)(backbone(image) if nested else backbone.output)
+    model = keras.Model(image, keras.layers.Dense(3, activation="softmax")(features))
+    images = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3)).astype(np.uint8)
+    found = open_backbone(model).model.predict_on_batch(images)
+    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(backbone(images)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("task", ["features", "classification"])
+def test_a_model_of_several_inputs_is_refused(task, backbone):
+    inputs = [keras.Input((SIZE, SIZE, 3)), keras.Input((4,))]
+    x = keras.layers.Concatenate()([backbone(inputs[0]), inputs[1]])
+    model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax")(x), name="two")
+    with pytest.raises(ValueError, match=r"of one input \(N, H, W, C\). Received two, with inputs \["):
+        open_predictor(model, task=task)
+
+
+@pytest.mark.once
 def test_a_model_that_ends_in_maps_is_refused(folder):
     maps = keras_convnext.load("test_convnext2", weights=None, include_top=False)
     with pytest.raises(ValueError, match=r"ends in features \(N, C\), received outputs .*pooling='avg'"):

@@ -214,6 +214,151 @@ def test_lora_is_part_of_the_logits():
     assert abs(gradcam.grad_cam(model, pixels(2, 16, 16, 1), 0) - without).max() > 0.01
 
 
+# Models around a body.
+
+
+def wrapper(wrap, pooling="avg"):
+    """A model that `wrap(body, classes)` makes, with the same weights in each."""
+    body = build(V2, include_top=False, pooling=pooling, input_shape=(64, 64, 3))
+    classes = keras.layers.Dense(3, activation="softmax", name="classes")
+    model = wrap(body, classes)
+    randomize(body, seed=1, scale=0.2)
+    randomize(classes, seed=2)
+    return model
+
+
+def flat(body, classes):
+    return keras.Model(body.input, classes(body.output))
+
+
+def nested(body, classes, front=lambda x: x):
+    image = keras.Input((64, 64, 3))
+    return keras.Model(image, classes(body(front(image))))
+
+
+def sequential(*front):
+    return lambda body, classes: keras.Sequential([keras.Input((64, 64, 3)), *front, body, classes])
+
+
+def with_a_table(body, classes, is_flat=False):
+    image, x = (body.input, body.output) if is_flat else (keras.Input((64, 64, 3), name="photo"),) * 2
+    table = keras.Input((4,), name="table")
+    features = keras.layers.Concatenate()([x if is_flat else body(x), keras.layers.Dense(2)(table)])
+    model = keras.Model([image, table], classes(features))
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dense) and layer is not classes:
+            randomize(layer, seed=3)
+    return model
+
+
+WRAPPERS = {
+    "nested": nested,
+    "nested, in inference": lambda body, classes: nested(lambda x: body(x, training=False), classes),
+    "sequential": sequential(),
+    "augmentation": sequential(keras.layers.RandomFlip(), keras.layers.RandomRotation(0.5)),
+    "augmentation inside": lambda body, classes: nested(
+        body, classes, keras.Sequential([keras.layers.RandomFlip(), keras.layers.RandomRotation(0.5)])
+    ),
+    "rescaling": sequential(keras.layers.Rescaling(1 / 255), keras.layers.Rescaling(255.0)),
+    "head inside": lambda body, classes: nested(body, keras.Sequential([keras.layers.Dropout(0.5), classes])),
+    "all inside": lambda body, classes: keras.Sequential([keras.Input((64, 64, 3)), nested(body, classes)]),
+    "softmax behind": lambda body, classes: keras.Sequential(
+        [keras.Input((64, 64, 3)), body, keras.layers.Dense(3, name="logits"), keras.layers.Softmax()]
+    ),
+}
+
+
+@functools.cache
+def heat_of_flat(**settings):
+    return gradcam.grad_cam(wrapper(flat), IMAGES, **settings)
+
+
+@pytest.mark.every_backend
+@pytest.mark.parametrize("name", ["nested", "augmentation"])
+def test_a_model_around_a_body_has_the_heat_of_the_flat_one(name):
+    np.testing.assert_allclose(
+        gradcam.grad_cam(wrapper(WRAPPERS[name]), IMAGES, 1), heat_of_flat(class_index=1), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_any_model_around_a_body_has_the_heat_of_the_flat_one(name):
+    model = wrapper(WRAPPERS[name])
+    if name == "softmax behind":
+        randomize(model.get_layer("logits"), seed=2)
+    for level in (None, "P4", "stages_1_0"):
+        expected = heat_of_flat(class_index=1, layer=level)
+        assert expected.max() == 1
+        np.testing.assert_allclose(gradcam.grad_cam(model, IMAGES, 1, level), expected, atol=1e-5)
+
+
+def test_grad_cam_takes_the_last_stage_in_front_of_a_norm_and_a_pooling_of_the_user():
+    pool = keras.layers.GlobalAveragePooling2D()
+    models = [
+        wrapper(lambda body, classes, wrap=wrap: wrap(body, lambda x: classes(pool(x))), pooling=None)
+        for wrap in (flat, nested)
+    ]
+    for layer in (None, "stages_3_0"):
+        heat, other = (gradcam.grad_cam(model, IMAGES, 1, layer) for model in models)
+        np.testing.assert_allclose(heat, other, atol=1e-5)
+
+
+def test_other_inputs_are_given_beside_the_images():
+    table = np.random.default_rng(4).normal(size=(2, 4)).astype("float32")
+    model, joined = wrapper(with_a_table), wrapper(functools.partial(with_a_table, is_flat=True))
+    expected = gradcam.grad_cam(joined, [IMAGES, table], 1)
+    for inputs in ([IMAGES, table], (IMAGES.astype("uint8"), table), {"table": table, "photo": IMAGES}):
+        np.testing.assert_allclose(gradcam.grad_cam(model, inputs, 1), expected, atol=1e-5)
+    likely = run(keras.Model(model.inputs, model.outputs), [IMAGES, table]).argmax(-1)
+    heat = gradcam.grad_cam(model, [IMAGES, table])
+    np.testing.assert_array_equal(heat, gradcam.grad_cam(model, [IMAGES, table], likely.tolist()))
+    with pytest.raises(
+        ValueError, match=r"Expected inputs in a list or by name: photo, table. Received: ndarray of 2"
+    ):
+        gradcam.grad_cam(model, IMAGES)
+
+
+def test_gray_images_repeated_for_a_body_have_the_heat_of_the_colour_ones():
+    def repeated(body, classes):
+        gray = keras.Input((64, 64, 1))
+        return keras.Model(gray, classes(body(keras.layers.Concatenate()([gray, gray, gray]))))
+
+    gray = IMAGES[..., :1]
+    expected = gradcam.grad_cam(wrapper(flat), np.repeat(gray, 3, axis=-1), 1)
+    np.testing.assert_allclose(gradcam.grad_cam(wrapper(repeated), gray, 1), expected, atol=1e-5)
+
+
+def two_bodies(names):
+    keras.utils.set_random_seed(1)
+    images = [keras.Input((64, 64, 3), name=name) for name in ("left", "right")]
+    bodies = {name: build(V2, include_top=False, pooling="avg", name=name) for name in names}
+    features = [bodies[name](image) for name, image in zip(names, images, strict=True)]
+    return keras.Model(images, keras.layers.Dense(3)(keras.layers.Subtract()(features)), name="pair")
+
+
+def test_two_bodies_are_told_apart_and_of_one_the_last_call_counts():
+    model, shared = two_bodies("ab"), two_bodies("aa")
+    images = [IMAGES, IMAGES[::-1]]
+    for body in ("a", "b"):
+        model.get_layer(body).set_weights(shared.get_layer("a").get_weights())
+    model.layers[-1].set_weights(shared.layers[-1].get_weights())
+    heats = [gradcam.grad_cam(model, images, 1, layer=f"{name}/P5") for name in "ab"]
+    assert abs(heats[0] - heats[1]).max() > 0.1
+    np.testing.assert_allclose(gradcam.grad_cam(shared, images, 1), heats[1], atol=1e-5)
+    np.testing.assert_allclose(gradcam.grad_cam(shared, images, 1, "P5"), heats[1], atol=1e-5)
+    with pytest.raises(ValueError, match="Several layers 'P5' with maps in 'pair'"):
+        gradcam.grad_cam(model, images, 1, layer="P5")
+
+
+def test_deep_models_of_others_have_a_heat():
+    x = image = keras.Input((8, 8, 1))
+    for _ in range(400):
+        x = keras.layers.ReLU()(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(image, keras.layers.Dense(2)(x))
+    assert gradcam.grad_cam(model, pixels(1, 8, 8, 1), 0).shape == (1, 8, 8)
+
+
 def quantized_model():
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 1)(inputs))

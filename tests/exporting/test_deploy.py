@@ -475,6 +475,20 @@ def test_deployed_form_of_a_frozen_model_is_frozen(name):
     assert [weight.path for weight in deployed.trainable_weights] == ["head/kernel", "head/bias"]
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
+def test_deployed_form_of_a_half_frozen_block_is_half_frozen(name):
+    model = keras.models.clone_model(built(name))
+    first, second = (layer for layer in model.layers if layer.name in ("stages_0_0", "stages_1_0"))
+    first.pwconv1.trainable = False
+    second.trainable = False
+    second.pwconv2.trainable = True
+    learn = {weight.path for weight in deploy(model).trainable_weights}
+    assert "stages_0_0/pwconv1/kernel" not in learn and "stages_0_0/pwconv2/kernel" in learn
+    assert {path for path in learn if path.startswith("stages_1_0")} == {
+        "stages_1_0/pwconv2/kernel", "stages_1_0/pwconv2/bias",
+    }  # fmt: skip
+
+
 def test_litert_model_equals_the_model():
     for name in ("convnext_atto", "convnextv2_atto"):
         model = built(name)

@@ -1,6 +1,7 @@
-"""Distillation, the scale of a new head, frozen backbones and LoRA."""
+"""Distillation, the scale of a new head, frozen backbones and stages, and LoRA."""
 
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -146,3 +147,130 @@ def test_saved_lora_weights_are_those_of_a_plain_model(tmp_path):
     other = tiny()
     other.load_weights(tmp_path / "x.weights.h5")
     np.testing.assert_allclose(keras.ops.convert_to_numpy(other(images())), expected, rtol=1e-3, atol=1e-3)
+
+
+# Frozen stages.
+
+
+def body(name="test_convnext2", **settings):
+    settings = {"include_top": False, "pooling": "avg", "input_shape": (32, 32, 3)} | settings
+    return keras_convnext.load(name, weights=None, **settings)
+
+
+def classes_of(x):
+    return keras.layers.Dense(3, activation="softmax", name="classes")(x)
+
+
+def nested(model):
+    image = keras.Input((32, 32, 3))
+    return keras.Model(image, classes_of(model(image)))
+
+
+WRAPPERS = {
+    "alone": lambda model: model,
+    "flat": lambda model: keras.Model(model.input, classes_of(model.output)),
+    "nested": nested,
+    "sequential": lambda model: keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.RandomFlip(), model, keras.layers.Dense(3, name="classes")]
+    ),
+    "twice": lambda model: nested(keras.Sequential([model])),
+    "deployed": lambda model: keras_convnext.deploy(nested(model)),
+}
+
+
+def stages_that_learn(model):
+    """Numbers of the stages of which a weight learns, and the other layers; parts of blocks do not count."""
+    found = set()
+    for weight in model.trainable_weights:
+        place = re.search(r"(?:stages|downsample_layers)_(\d)|blocks|stem", weight.path)
+        found.add(int(place[1] or 0) if place else weight.path.split("/")[-2])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "stages"), [*(("alone", n) for n in range(5)), *((name, 2) for name in list(WRAPPERS)[1:])]
+)
+def test_frozen_stages_are_the_first_ones_in_any_model(wrapper, stages):
+    inner = body()
+    model = WRAPPERS[wrapper](inner)
+    rest = stages_that_learn(model) - set(range(4))
+    assert rest <= {"norm", "classes"}
+    finetune.freeze_stages(model, stages)
+    assert stages_that_learn(model) == {*range(stages, 4), *rest}
+    frozen = [
+        weight for weight in model.weights if not any(weight is each for each in model.trainable_weights)
+    ]
+    assert len({re.search(r"(\d)_\d", weight.path)[1] for weight in frozen}) == stages
+    copy = keras.models.clone_model(model)
+    assert stages_that_learn(copy) == {*range(stages, 4), *rest}
+
+
+def freeze_all(model, inner):
+    model.trainable = False
+
+
+def freeze_the_body(model, inner):
+    inner.trainable = False
+
+
+def freeze_each_layer(model, inner):
+    for layer in inner.layers:
+        layer.trainable = False
+
+
+def freeze_four_stages(model, inner):
+    finetune.freeze_stages(model, 4)
+
+
+@pytest.mark.parametrize("wrapper", ["flat", "nested", "sequential"])
+@pytest.mark.parametrize("before", [freeze_all, freeze_the_body, freeze_each_layer, freeze_four_stages])
+def test_stages_that_were_frozen_learn_again(before, wrapper, tmp_path):
+    """Two-stage fine-tuning: the head alone, then the last stages; from a file too."""
+    inner = body(pooling=None)
+    model = WRAPPERS["flat"](keras.Model(inner.input, keras.layers.GlobalMaxPooling2D()(inner.output)))
+    if wrapper != "flat":
+        model = WRAPPERS[wrapper](inner := body())
+    before(model, inner)
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        finetune.freeze_stages(each, 2)
+        head = set() if before is freeze_all else {"classes"}
+        assert stages_that_learn(each) == {2, 3, "norm"} | head
+
+
+def test_parts_of_later_blocks_and_layers_of_the_user_stay_as_they_are():
+    inner = body()
+    model = WRAPPERS["nested"](inner)
+    inner.get_layer("stages_3_0").dwconv.trainable = False
+    inner.get_layer("stages_0_0").trainable = False
+    inner.get_layer("stages_0_0").pwconv1.trainable = True  # Keras counts it among the weights that learn
+    model.get_layer("classes").trainable = False
+    finetune.freeze_stages(model, 1)
+    paths = [weight.path for weight in model.trainable_weights]
+    assert "stages_3_0/dwconv/kernel" not in paths and "stages_3_0/norm/gamma" in paths
+    assert not any(path.startswith(("stages_0", "functional", "classes")) for path in paths)
+
+
+def test_an_isotropic_model_has_one_stage():
+    model = body("convnext_isotropic_small", include_top=True, classes=3)
+    finetune.freeze_stages(model, 1)
+    assert stages_that_learn(model) == {"norm", "head"}
+    with pytest.raises(
+        ValueError, match=r"from 0 to 1 stages of 'convnext_isotropic_small'.*Received: stages=2"
+    ):
+        finetune.freeze_stages(model, 2)
+
+
+@pytest.mark.parametrize("stages", [-1, 5, True, "2", None, 1.5])
+def test_the_number_of_stages_is_checked(stages):
+    with pytest.raises(
+        ValueError, match=f"from 0 to 4 stages of 'test_convnext2'.*Received: stages={stages!r}"
+    ):
+        finetune.freeze_stages(body(), stages)
+
+
+def test_a_model_without_a_convnext_of_this_package_is_refused():
+    image = keras.Input((8, 8, 3))
+    other = keras.Model(image, keras.layers.Conv2D(3, 1, name="stages_0_0")(image), name="other")
+    with pytest.raises(ValueError, match=r"in 'other'. Received the layers input_layer.*, stages_0_0"):
+        finetune.freeze_stages(other, 2)
