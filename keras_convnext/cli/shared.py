@@ -125,6 +125,7 @@ def complain(text: str) -> None:
 def error_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, ModuleNotFoundError) and error.name in (*_environment.BACKENDS, "openvino"):
-        return f"This command needs {error.name}, which is not installed. Run pip install {error.name}."
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("", "keras_convnext"):
+        return _environment.missing_text("This command", package)
     return str(error) or type(error).__name__

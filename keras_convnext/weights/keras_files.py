@@ -1,12 +1,10 @@
 """Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
 import contextlib
-import io
 import json
 import math
 import pathlib
 import re
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -20,10 +18,9 @@ from keras_convnext._messages import one_line, shortened
 from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
 
 _MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file
-_MAX_INDEX_BYTES = 1 << 24  # of a `.keras` file's list of members
 _MAX_EXPANSION = 10  # times the bytes of the file, compressed weights included
 _MAX_OBJECTS = 100_000
-_CHUNK = 1 << 24
+_REMEDY = "Is it whole? Copy or download it again."
 
 # Layer of keras.applications -> canonical name; the part in front is the model's name, free to choose.
 # Reference: keras/src/applications/convnext.py (Keras 3.15).
@@ -130,8 +127,7 @@ def _config(path) -> str:
     text = _member(path, "config.json")
     if text is None:
         raise FileFormatError(
-            f"{path} is not a Keras model file: there is no 'config.json' in it. Expected an archive written "
-            "by model.save()."
+            f"{path} is not a Keras model file: it has no 'config.json'. Expected what model.save() wrote."
         )
     return text
 
@@ -148,26 +144,13 @@ def _member(path, name: str) -> str | None:
         return content.decode()
 
 
-class _Bounded(io.BufferedReader):
-    """A file for `zipfile`, which reads the index of an archive at once, however long it says that it is."""
-
-    limit = _MAX_INDEX_BYTES
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > self.limit:
-            raise ValueError(f"expected at most {self.limit} bytes of index, received {size}")
-        return super().read(size)
-
-
 @contextlib.contextmanager
 def _opened_archive(path) -> Iterator[zipfile.ZipFile]:
-    regular_size(path)
     with (
-        reading(path, "an archive written by model.save()", "Is it whole? Copy or download it again."),
-        _Bounded(io.FileIO(path)) as file,
+        reading(path, "an archive written by model.save()", _REMEDY),
+        open_regular(path) as file,
         zipfile.ZipFile(file) as archive,
     ):
-        file.limit = sys.maxsize
         yield archive
 
 
@@ -180,23 +163,15 @@ def _serialised(value):
 
 
 @contextlib.contextmanager
-def _open(
-    path,
-    expected: str = "readable weights in HDF5",
-    remedy: str = "Is it whole? Copy or download it again.",
-) -> Iterator[h5py.File]:
+def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator[h5py.File]:
     """Checks and opens an `.h5` file, or that in a `.keras` file; tells what a block meets in it."""
-    with contextlib.ExitStack() as stack:
-        size = regular_size(path)
-        stack.enter_context(reading(path, expected, remedy))
-        source: BinaryIO
+    with reading(path, expected, remedy), contextlib.ExitStack() as stack:
+        size, source = regular_size(path), stack.enter_context(open_regular(path))
         if path.suffix == ".keras":
             archive = stack.enter_context(_opened_archive(path))
-            expanded = archive.getinfo("model.weights.h5").file_size
-            _check_bytes(expanded, size)
-            source, size = stack.enter_context(archive.open("model.weights.h5")), expanded
-        else:
-            source = stack.enter_context(open_regular(path))
+            member = archive.getinfo("model.weights.h5")
+            _check_bytes(member.file_size, size)
+            size, source = member.file_size, stack.enter_context(archive.open(member))
         _check_heaps(source)
         source.seek(0)
         file = stack.enter_context(h5py.File(source if path.suffix == ".keras" else path, "r"))
@@ -219,10 +194,12 @@ def _check_heaps(source: BinaryIO) -> None:
     if start[:8] != b"\x89HDF\r\n\x1a\n" or sizes != b"\x08\x08":
         raise ValueError(f"it is not an HDF5 file with numbers of 8 bytes: it starts with {start!r}")
     position, rest, heaps = 15, b"", []
-    while chunk := source.read(_CHUNK):
+    while chunk := source.read(1 << 24):
         text = rest + chunk
         heaps += [position - len(rest) + match.start() for match in re.finditer(b"GCOL\1", text)]
         position, rest = position + len(chunk), text[-4:]
+        if len(heaps) > _MAX_OBJECTS:
+            raise ValueError(f"it has more than {_MAX_OBJECTS} heaps")
     count = 0
     for heap in heaps:
         source.seek(heap)
