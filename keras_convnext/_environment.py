@@ -42,10 +42,7 @@ def require(package: str, what: str) -> None:
 
 
 def missing_text(what: str, *packages: str) -> str:
-    """Returns the message that packages, by the names to import, are missing which `what` needs.
-
-    It never names this package: whoever had its name in a public registry would be installed.
-    """
+    """Returns the message that packages, by the names to import, are missing which `what` needs."""
     names = [_INSTALLED_AS.get(package, package) for package in packages]
     verb = "is" if len(names) == 1 else "are"
     return (

@@ -41,7 +41,7 @@ def is_keras_applications(path) -> bool:
     path = pathlib.Path(path)
     with _open(path) as file:  # checks it for those who let Keras read it
         if path.suffix == ".keras":
-            return "_stage_0_block_0_depthwise_conv" in _config(path)
+            return "_stage_0_block_0_depthwise_conv" in _member(path, "config.json")
         names = _legacy_layer_names(file)
         if names:
             return any(re.search(r"_stage_0_block_0_depthwise_conv$", name) for name in names)
@@ -56,7 +56,9 @@ def read_model_input(path):
     """
     sides, normaliser = (None, None), None
     with reading(path, "a model that takes images", "Save it again by model.save()."):
-        for kind, config in reversed([*_serialised(json.loads(_config(path)))]):  # the first of each counts
+        for kind, config in reversed(
+            [*_serialised(json.loads(_member(path, "config.json")))]
+        ):  # the first of each counts
             if kind == "InputLayer" and len(config["batch_shape"]) == 4:
                 sides = tuple(config["batch_shape"][1:3])
                 Preprocessing(tuple(side or MAX_SIDE for side in sides))  # raises for what is no size
@@ -73,7 +75,7 @@ def read_stored_text(path, key: str) -> str | None:
     """The text under a key, an attribute of an `.h5` file or a member of a `.keras` file; None without it."""
     path = pathlib.Path(path)
     if path.suffix == ".keras":
-        return _member(path, key)
+        return _member(path, key, optional=True) or None
     with _open(path) as file:
         text = file.attrs.get(key)
         return None if text is None else str(text)
@@ -122,36 +124,17 @@ def load_weights(model, path) -> None:
         ) from error
 
 
-def _config(path) -> str:
-    """The JSON text that a `.keras` file has of its model."""
-    text = _member(path, "config.json")
-    if text is None:
-        raise FileFormatError(
-            f"{path} is not a Keras model file: it has no 'config.json'. Expected what model.save() wrote."
-        )
-    return text
-
-
-def _member(path, name: str) -> str | None:
-    """The text of a member of a `.keras` file; None where there is none of that name."""
-    with _opened_archive(path) as archive:
-        if name not in archive.namelist():
-            return None
+def _member(path, name: str, optional: bool = False) -> str:
+    """The text of a member of a `.keras` file; "" where it is optional and not there."""
+    expected = "an archive written by model.save()"
+    with reading(path, expected, _REMEDY), open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        if optional and name not in archive.namelist():
+            return ""
         with archive.open(name) as member:
             content = member.read(_MAX_CONFIG_BYTES + 1)
         if len(content) > _MAX_CONFIG_BYTES:
             raise ValueError(f"expected at most {_MAX_CONFIG_BYTES} bytes of {name!r}, received more")
         return content.decode()
-
-
-@contextlib.contextmanager
-def _opened_archive(path) -> Iterator[zipfile.ZipFile]:
-    with (
-        reading(path, "an archive written by model.save()", _REMEDY),
-        open_regular(path) as file,
-        zipfile.ZipFile(file) as archive,
-    ):
-        yield archive
 
 
 def _serialised(value):
@@ -168,7 +151,7 @@ def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator
     with reading(path, expected, remedy), contextlib.ExitStack() as stack:
         size, source = regular_size(path), stack.enter_context(open_regular(path))
         if path.suffix == ".keras":
-            archive = stack.enter_context(_opened_archive(path))
+            archive = stack.enter_context(zipfile.ZipFile(source))
             member = archive.getinfo("model.weights.h5")
             _check_bytes(member.file_size, size)
             size, source = member.file_size, stack.enter_context(archive.open(member))

@@ -368,7 +368,7 @@ def test_predict_opens_a_fine_tuned_keras_model(run, refused, monkeypatch, tmp_p
     )
     path.write_bytes(path.read_bytes()[:1000])
     for words in (("predict", PHOTOGRAPHS[0], "--weights"), ("info",)):
-        assert f"Expected an archive written by model.save() in '{path}'" in refused(*words, path)
+        assert f"Expected readable weights in HDF5 in '{path}'" in refused(*words, path)
 
 
 def test_no_error_is_longer_than_a_screen(refused, tmp_path):
