@@ -176,7 +176,7 @@ def _backend_in(path: str) -> str | None:
     try:
         with open(path, encoding="utf-8") as file:
             settings = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     backend = settings.get("backend") if isinstance(settings, dict) else None
     return backend if isinstance(backend, str) else None

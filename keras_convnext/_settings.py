@@ -99,7 +99,7 @@ class Settings(pydantic.BaseModel):
     def _bounded(cls, value: Any) -> Any:
         numbers = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(number, int) and abs(number) > _MAX_NUMBER for number in numbers):
-            raise ValueError("numbers up to 2**53")
+            raise ValueError(f"at most {_MAX_NUMBER:,}")
         return value
 
     @classmethod
