@@ -371,6 +371,7 @@ def test_predict_opens_a_fine_tuned_keras_model(run, refused, monkeypatch, tmp_p
         assert f"Expected readable weights in HDF5 in '{path}'" in refused(*words, path)
 
 
+@pytest.mark.once
 def test_no_error_is_longer_than_a_screen(refused, tmp_path):
     """What a file holds comes back shortened: shapes, keys, tables of 100 kB and more."""
     shape = f'{{"a": {{"dtype": "F32", "shape": [{"1," * 300_000}1], "data_offsets": [0, 4]}}}}'
