@@ -19,6 +19,7 @@ from keras_convnext._messages import one_line, shortened
 from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
 
 _MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file; what is cut there is no JSON
+_MAX_INDEX_BYTES = 1 << 20  # of the list of members of a `.keras` file
 _MAX_EXPANSION = 10  # times the bytes of the file, compressed weights included
 _MAX_OBJECTS = 10_000
 _checked: set[tuple[str, int, int]] = set()  # path, bytes and time of change of files without fault
@@ -133,11 +134,20 @@ def load_weights(model, path) -> None:
 def _member(path, name: str, optional: bool = False) -> str:
     """The text of a member of a `.keras` file; "" where it is optional and not there."""
     expected = "an archive written by model.save()"
-    with reading(path, expected, _REMEDY), open_regular(path) as file, zipfile.ZipFile(file) as archive:
+    with reading(path, expected, _REMEDY), open_regular(path) as file, _archive(file) as archive:
         if optional and name not in archive.namelist():
             return ""
         with archive.open(name) as member:
             return member.read(_MAX_CONFIG_BYTES).decode(errors="replace")
+
+
+def _archive(file: BinaryIO) -> zipfile.ZipFile:
+    """Opens an archive whose index is short: `zipfile` makes an object of each of its entries."""
+    file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16) - 22))  # where the end record may begin
+    end = file.read().rpartition(b"PK\5\6")[2]
+    if int.from_bytes(end[8:12], "little") > _MAX_INDEX_BYTES:
+        raise ValueError("its list of members is too long")
+    return zipfile.ZipFile(file)
 
 
 def _serialised(value):
@@ -154,7 +164,7 @@ def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator
     with reading(path, expected, remedy), contextlib.ExitStack() as stack:
         size, source = regular_size(path), stack.enter_context(open_regular(path))
         if path.suffix == ".keras":
-            archive = stack.enter_context(zipfile.ZipFile(source))
+            archive = stack.enter_context(_archive(source))
             member = archive.getinfo("model.weights.h5")
             _check_bytes(member.file_size, size)
             size, source = member.file_size, stack.enter_context(archive.open(member))

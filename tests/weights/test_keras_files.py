@@ -281,6 +281,20 @@ def test_members_of_an_archive_are_bounded(tmp_path):
 
 
 @pytest.mark.once
+def test_an_archive_of_many_members_is_refused(tmp_path):
+    path = tmp_path / "many.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(6):
+            archive.writestr(zipfile.ZipInfo(f"{'m' * 60_000}{number}"), b"")
+    keras_files.read_stored_text(path, "none")  # the control
+    with zipfile.ZipFile(path, "a") as archive:
+        for number in range(12):
+            archive.writestr(zipfile.ZipInfo(f"{'n' * 60_000}{number}"), b"")
+    with pytest.raises(FileFormatError, match="list of members is too long"):
+        keras_files.read_stored_text(path, "none")
+
+
+@pytest.mark.once
 def test_a_damaged_archive_is_one_sentence(tmp_path):
     path = tmp_path / "x.keras"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
