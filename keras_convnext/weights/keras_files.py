@@ -20,6 +20,7 @@ from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
 
 _MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file; what is cut there is no JSON
 _MAX_INDEX_BYTES = 1 << 20  # of the list of members of a `.keras` file
+_SMALL_BYTES = 1 << 26  # that any file may expand to
 _MAX_EXPANSION = 10  # times the bytes of the file, compressed weights included
 _MAX_OBJECTS = 10_000
 _checked: set[tuple[str, int, int]] = set()  # path, bytes and time of change of files without fault
@@ -180,7 +181,7 @@ def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator
 
 
 def _check_bytes(num_bytes: int, size: int) -> None:
-    if num_bytes > _MAX_EXPANSION * size:
+    if num_bytes > max(_MAX_EXPANSION * size, _SMALL_BYTES):
         raise ValueError(f"it says that it holds {num_bytes} bytes, and has {size}")
 
 
