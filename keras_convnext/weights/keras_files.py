@@ -59,7 +59,8 @@ def read_model_input(path):
     in 0..1, as `Preprocessing` has them; None for a model without one.
     """
     sides, normaliser = (None, None), None
-    with reading(path, "a model that takes images", "Save it again by model.save()."):
+    remedy = "Save it again by model.save()."
+    with reading(path, "a model that takes images", remedy), np.errstate(all="ignore"):
         for kind, config in reversed(
             [*_serialised(json.loads(_member(path, "config.json")))]
         ):  # the first of each counts
