@@ -19,7 +19,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MAX_TEXT_BYTES = 1 << 26  # of JSON, TOML, CSV and other text that is read at once
 
-_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 
 class FileFormatError(ValueError):
@@ -115,7 +115,8 @@ def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> d
     The types are dict, list, str and int. Errors are of many classes: call it within `reading`.
     """
     found = json.loads(text)
-    for name, kind in {"": dict, **(kinds or {})}.items():
+    wanted: dict[str, type] = {"": dict, **(kinds or {})}
+    for name, kind in wanted.items():
         value = found[name] if name else found
         if not isinstance(value, kind) or isinstance(value, bool):
             where = f" as {name!r}" if name else ""

@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 
 import h5py
 import numpy as np
@@ -143,7 +143,7 @@ def _member(path, name: str, optional: bool = False) -> str:
             return member.read(_MAX_CONFIG_BYTES).decode(errors="replace")
 
 
-def _archive(file: BinaryIO) -> zipfile.ZipFile:
+def _archive(file: IO[bytes]) -> zipfile.ZipFile:
     """Opens an archive whose index is short: `zipfile` makes an object of each of its entries."""
     file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16) - 22))  # where the end record may begin
     end = file.read().rpartition(b"PK\5\6")[2]
@@ -165,16 +165,17 @@ def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator
     """Checks and opens an `.h5` file, or that in a `.keras` file; tells what a block meets in it."""
     with reading(path, expected, remedy), contextlib.ExitStack() as stack:
         size, source = regular_size(path), stack.enter_context(open_regular(path))
+        content: IO[bytes] = source
         if path.suffix == ".keras":
             archive = stack.enter_context(_archive(source))
             member = archive.getinfo("model.weights.h5")
             _check_bytes(member.file_size, size)
-            size, source = member.file_size, stack.enter_context(archive.open(member))
+            size, content = member.file_size, stack.enter_context(archive.open(member))
         state = (str(path), size, os.stat(path).st_mtime_ns)
         if state not in _checked:
-            _check_heaps(source)
-            source.seek(0)
-        file = stack.enter_context(h5py.File(source if path.suffix == ".keras" else path, "r"))
+            _check_heaps(content)
+            content.seek(0)
+        file = stack.enter_context(h5py.File(content if path.suffix == ".keras" else path, "r"))
         if state not in _checked:
             _check_objects(file, size)
             _checked.add(state)
@@ -186,7 +187,7 @@ def _check_bytes(num_bytes: int, size: int) -> None:
         raise ValueError(f"it says that it holds {num_bytes} bytes, and has {size}")
 
 
-def _check_heaps(source: BinaryIO) -> None:
+def _check_heaps(source: IO[bytes]) -> None:
     """Follows the objects of each global heap, where texts lie: libhdf5 never ends at one of no length.
 
     Reference: HDF5 File Format Specification, III.E; H5HG__cache_heap_deserialize in HDF5 1.14.
@@ -195,7 +196,8 @@ def _check_heaps(source: BinaryIO) -> None:
     sizes = start[13:15] if start[8:9] in (b"\0", b"\1") else start[9:11]
     if start[:8] != b"\x89HDF\r\n\x1a\n" or sizes != b"\x08\x08":
         raise ValueError(f"it is not an HDF5 file with numbers of 8 bytes: it starts with {start!r}")
-    position, rest, heaps = 15, b"", []
+    position, rest = 15, b""
+    heaps: list[int] = []
     while chunk := source.read(1 << 24):
         text = rest + chunk
         heaps += [position - len(rest) + match.start() for match in re.finditer(b"GCOL\1", text)]
