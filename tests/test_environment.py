@@ -221,7 +221,6 @@ def test_commands_that_need_tensorflow_say_so(refused, forget_tensorflow, words)
     ("hidden", "words", "named"),
     [
         ("pydantic", ["plan", "smoke", "--devices", "cpu"], "This command needs pydantic, which"),
-        ("h5py", ["info", "x.h5"], "This command needs h5py, which"),
         ("numpy", ["info", "x.safetensors"], "This command needs numpy, which"),
     ],
 )
