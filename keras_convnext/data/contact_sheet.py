@@ -52,7 +52,8 @@ def draw(
     sheet.paste(above, (0, 0))
     sheet.paste(below, (0, above.height))
     marked = PngImagePlugin.PngInfo()
-    marked.add_text(*PNG_MARK.decode().split("\0"))
+    name, _, text = PNG_MARK.decode().partition("\0")
+    marked.add_text(name, text)
     with replacing_file(output, PNG_MARK) as file:
         sheet.save(file, "PNG", pnginfo=marked)
 

@@ -37,7 +37,7 @@ class Classification:
     """
 
     best = "val_top1"
-    files = ("final.safetensors", "final.labels.txt")
+    files: Sequence[str] = ("final.safetensors", "final.labels.txt")
 
     def __init__(self, recipe: Recipe, workers: int | None = None) -> None:
         self.recipe = recipe
