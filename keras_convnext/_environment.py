@@ -62,7 +62,10 @@ def choose_backend() -> None:
             "Run pip install tensorflow, or the same with jax or torch."
         )
     why = f"; tensorflow, which {path} names, is not" if named else ""
-    print(f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(
+            f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr
+        )
     os.environ["KERAS_BACKEND"] = installed[0]
 
 

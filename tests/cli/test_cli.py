@@ -662,12 +662,12 @@ def test_a_closed_output_is_no_error(monkeypatch):
 @pytest.mark.parametrize("words", [["list"], ["--help"], ["train", "--help"]])
 def test_output_that_cannot_be_written_is_an_error(capsys, monkeypatch, words):
     """Help ended with an exception of Python's end, and an error on a full disk with its exit code 120."""
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
         assert main.main(words) == 2
     assert capsys.readouterr().err == "keras-convnext: error: No space left on device\n"
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
         assert main.main(["list", "nothing"]) == 2
 
 
