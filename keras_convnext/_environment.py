@@ -82,6 +82,14 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
+def integer(variable: str) -> int:
+    """Returns the integer in a variable; ValueError names it where there is something else."""
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise ValueError(f"Expected an integer in {variable}, received {os.environ[variable]!r}.") from None
+
+
 def machine() -> dict[str, str]:
     """Returns time, version, commit, Python, CPU, cores and load, without importing a framework."""
     return {
