@@ -6,6 +6,7 @@ Another run is really killed, once before each kind of change, and started again
 """
 
 import csv
+import ctypes
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 
 import pytest
 
@@ -117,8 +119,12 @@ def in_child(function, *arguments):
     child = os.fork()
     if not child:
         try:
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
             function(*arguments)
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -184,7 +190,7 @@ def kill_at_each_kind(data, work):
     while (code := in_child(kill_at_new_kind, data, folder, noted)) == -signal.SIGKILL:
         if folder.exists():
             assert state(folder) == state(noted / "folder")  # a kill leaves what is there before it
-    assert code == 0
+    assert code == 0, code
     killed = (noted / "kinds").read_text().splitlines()
     kinds = json.loads((work / "notes" / "kinds.json").read_text())
     assert set(killed) >= set(filter(is_seen, kinds))
