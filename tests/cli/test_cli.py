@@ -499,6 +499,7 @@ def test_wrong_usage_ends_with_2_and_help_with_0(capsys):
         (["trian"], 2, "invalid choice: 'trian'"),
         (["predict"], 2, "IMAGE_OR_FOLDER"),
         (["predict", "x.jpg", "--top", "0"], 2, "expected a whole number from 1 up, received '0'"),
+        (["predict", "x.jpg", "--batch-size", "9" * 30], 2, "from 1 up, below 10**9, received '999"),
     ):
         with pytest.raises(SystemExit) as ended:
             main.main(words)
