@@ -69,7 +69,8 @@ def one_of(
     return AfterValidator(check)
 
 
-_MAX_FILE_BYTES = 1 << 16  # of TOML: its parser is slow with keys of many parts
+_MAX_FILE_BYTES = 1 << 16  # of TOML
+_MAX_DOTS = 200  # in a line of it: the time of its parser is quadratic in the parts of a key
 _MAX_NUMBER = 1 << 53  # beyond it numbers are no longer exact, nor of use
 _MAX_SHOWN = 20  # problems
 
@@ -111,7 +112,7 @@ class Settings(pydantic.BaseModel):
     def _bounded(cls, value: Any) -> Any:
         numbers = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(number, int) and abs(number) > _MAX_NUMBER for number in numbers):
-            raise ValueError("numbers up to 2**53")
+            raise ValueError(f"at most {_MAX_NUMBER:,}")
         return value
 
     @classmethod
@@ -214,7 +215,10 @@ def is_optional(field: FieldInfo) -> bool:
 def read_toml(path: Path) -> dict[str, Any]:
     """Reads a TOML file; errors name it with the line."""
     try:
-        return tomllib.loads(read_bytes(path, _MAX_FILE_BYTES).decode("utf-8"))
+        text = read_bytes(path, _MAX_FILE_BYTES).decode("utf-8")
+        if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {_MAX_DOTS} dots")
+        return tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"Expected a TOML file in UTF-8, but byte {error.start} of '{path}' is not. Save it as UTF-8."

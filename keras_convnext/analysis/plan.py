@@ -21,7 +21,7 @@ from keras_convnext.weights import catalog
 
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
-MAX_BATCH_SIZE = 10**9  # its divisors are looked for one by one
+MAX_BATCH_SIZE = 10**12  # its divisors are looked for one by one
 KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
 
 

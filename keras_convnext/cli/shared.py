@@ -149,6 +149,7 @@ def error_message(error: BaseException) -> str:
         return "The working folder is no longer there. Change to another one."  # os.getcwd names no file
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    if isinstance(error, ModuleNotFoundError) and error.name in (*_environment.BACKENDS, "openvino"):
-        return f"This command needs {error.name}, which is not installed. Run pip install {error.name}."
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("", "keras_convnext"):
+        return _environment.missing_text("This command", package)
     return str(error) or type(error).__name__

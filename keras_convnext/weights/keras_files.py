@@ -1,16 +1,15 @@
 """Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
 import contextlib
-import io
 import json
 import math
+import os
 import pathlib
 import re
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 
 import h5py
 import numpy as np
@@ -19,11 +18,13 @@ from keras_convnext._files import FileFormatError, open_regular, reading, regula
 from keras_convnext._messages import one_line, shortened
 from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
 
-_MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file
-_MAX_INDEX_BYTES = 1 << 24  # of a `.keras` file's list of members
+_MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file; what is cut there is no JSON
+_MAX_INDEX_BYTES = 1 << 20  # of the list of members of a `.keras` file
+_SMALL_BYTES = 1 << 26  # that any file may expand to
 _MAX_EXPANSION = 10  # times the bytes of the file, compressed weights included
-_MAX_OBJECTS = 100_000
-_CHUNK = 1 << 24
+_MAX_OBJECTS = 10_000
+_checked: set[tuple[str, int, int]] = set()  # path, bytes and time of change of files without fault
+_REMEDY = "Is it whole? Copy or download it again."
 
 # Layer of keras.applications -> canonical name; the part in front is the model's name, free to choose.
 # Reference: keras/src/applications/convnext.py (Keras 3.15).
@@ -44,7 +45,7 @@ def is_keras_applications(path) -> bool:
     path = pathlib.Path(path)
     with _open(path) as file:  # checks it for those who let Keras read it
         if path.suffix == ".keras":
-            return "_stage_0_block_0_depthwise_conv" in _config(path)
+            return "_stage_0_block_0_depthwise_conv" in _member(path, "config.json")
         names = _legacy_layer_names(file)
         if names:
             return any(re.search(r"_stage_0_block_0_depthwise_conv$", name) for name in names)
@@ -58,11 +59,16 @@ def read_model_input(path):
     in 0..1, as `Preprocessing` has them; None for a model without one.
     """
     sides, normaliser = (None, None), None
-    with reading(path, "a model that takes images", "Save it again by model.save()."):
-        for kind, config in reversed([*_serialised(json.loads(_config(path)))]):  # the first of each counts
+    remedy = "Save it again by model.save()."
+    with reading(path, "a model that takes images", remedy), np.errstate(all="ignore"):
+        for kind, config in reversed(
+            [*_serialised(json.loads(_member(path, "config.json")))]
+        ):  # the first of each counts
             if kind == "InputLayer" and len(config["batch_shape"]) == 4:
                 sides = tuple(config["batch_shape"][1:3])
-                Preprocessing(tuple(side or MAX_SIDE for side in sides))  # raises for what is no size
+                Preprocessing(
+                    tuple(MAX_SIDE if side is None else side for side in sides)
+                )  # raises for what is no size
             elif kind == "Normalization" and config.get("mean") is not None:
                 # Rounded: what the square root leaves behind is no part of the value that was saved.
                 mean = np.round(np.ravel(config["mean"]) / 255, 9)
@@ -76,7 +82,7 @@ def read_stored_text(path, key: str) -> str | None:
     """The text under a key, an attribute of an `.h5` file or a member of a `.keras` file; None without it."""
     path = pathlib.Path(path)
     if path.suffix == ".keras":
-        return _member(path, key)
+        return _member(path, key, optional=True) or None
     with _open(path) as file:
         text = file.attrs.get(key)
         return None if text is None else str(text)
@@ -105,6 +111,8 @@ def read_keras_applications(path) -> dict[str, np.ndarray]:
             for key, array in _canonical(name, arrays):
                 if key in state:
                     raise ValueError(f"two layers for {key}; the second is {name!r}")
+                if array.dtype.kind not in "fiu":
+                    raise ValueError(f"{key} is of the type {array.dtype}")
                 state[key] = array
     return state
 
@@ -125,50 +133,23 @@ def load_weights(model, path) -> None:
         ) from error
 
 
-def _config(path) -> str:
-    """The JSON text that a `.keras` file has of its model."""
-    text = _member(path, "config.json")
-    if text is None:
-        raise FileFormatError(
-            f"{path} is not a Keras model file: there is no 'config.json' in it. Expected an archive written "
-            "by model.save()."
-        )
-    return text
-
-
-def _member(path, name: str) -> str | None:
-    """The text of a member of a `.keras` file; None where there is none of that name."""
-    with _opened_archive(path) as archive:
-        if name not in archive.namelist():
-            return None
+def _member(path, name: str, optional: bool = False) -> str:
+    """The text of a member of a `.keras` file; "" where it is optional and not there."""
+    expected = "an archive written by model.save()"
+    with reading(path, expected, _REMEDY), open_regular(path) as file, _archive(file) as archive:
+        if optional and name not in archive.namelist():
+            return ""
         with archive.open(name) as member:
-            content = member.read(_MAX_CONFIG_BYTES + 1)
-        if len(content) > _MAX_CONFIG_BYTES:
-            raise ValueError(f"expected at most {_MAX_CONFIG_BYTES} bytes of {name!r}, received more")
-        return content.decode()
+            return member.read(_MAX_CONFIG_BYTES).decode(errors="replace")
 
 
-class _Bounded(io.BufferedReader):
-    """A file for `zipfile`, which reads the index of an archive at once, however long it says that it is."""
-
-    limit = _MAX_INDEX_BYTES
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > self.limit:
-            raise ValueError(f"expected at most {self.limit} bytes of index, received {size}")
-        return super().read(size)
-
-
-@contextlib.contextmanager
-def _opened_archive(path) -> Iterator[zipfile.ZipFile]:
-    regular_size(path)
-    with (
-        reading(path, "an archive written by model.save()", "Is it whole? Copy or download it again."),
-        _Bounded(io.FileIO(path)) as file,
-        zipfile.ZipFile(file) as archive,
-    ):
-        file.limit = sys.maxsize
-        yield archive
+def _archive(file: IO[bytes]) -> zipfile.ZipFile:
+    """Opens an archive whose index is short: `zipfile` makes an object of each of its entries."""
+    file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16) - 22))  # where the end record may begin
+    end = file.read().rpartition(b"PK\5\6")[2]
+    if int.from_bytes(end[8:12], "little") > _MAX_INDEX_BYTES:
+        raise ValueError("its list of members is too long")
+    return zipfile.ZipFile(file)
 
 
 def _serialised(value):
@@ -180,36 +161,33 @@ def _serialised(value):
 
 
 @contextlib.contextmanager
-def _open(
-    path,
-    expected: str = "readable weights in HDF5",
-    remedy: str = "Is it whole? Copy or download it again.",
-) -> Iterator[h5py.File]:
+def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator[h5py.File]:
     """Checks and opens an `.h5` file, or that in a `.keras` file; tells what a block meets in it."""
-    with contextlib.ExitStack() as stack:
-        size = regular_size(path)
-        stack.enter_context(reading(path, expected, remedy))
-        source: BinaryIO
+    with reading(path, expected, remedy), contextlib.ExitStack() as stack:
+        size, source = regular_size(path), stack.enter_context(open_regular(path))
+        content: IO[bytes] = source
         if path.suffix == ".keras":
-            archive = stack.enter_context(_opened_archive(path))
-            expanded = archive.getinfo("model.weights.h5").file_size
-            _check_bytes(expanded, size)
-            source, size = stack.enter_context(archive.open("model.weights.h5")), expanded
-        else:
-            source = stack.enter_context(open_regular(path))
-        _check_heaps(source)
-        source.seek(0)
-        file = stack.enter_context(h5py.File(source if path.suffix == ".keras" else path, "r"))
-        _check_objects(file, size)
+            archive = stack.enter_context(_archive(source))
+            member = archive.getinfo("model.weights.h5")
+            _check_bytes(member.file_size, size)
+            size, content = member.file_size, stack.enter_context(archive.open(member))
+        state = (str(path), size, os.stat(path).st_mtime_ns)
+        if state not in _checked:
+            _check_heaps(content)
+            content.seek(0)
+        file = stack.enter_context(h5py.File(content if path.suffix == ".keras" else path, "r"))
+        if state not in _checked:
+            _check_objects(file, size)
+            _checked.add(state)
         yield file
 
 
 def _check_bytes(num_bytes: int, size: int) -> None:
-    if num_bytes > _MAX_EXPANSION * size:
+    if num_bytes > max(_MAX_EXPANSION * size, _SMALL_BYTES):
         raise ValueError(f"it says that it holds {num_bytes} bytes, and has {size}")
 
 
-def _check_heaps(source: BinaryIO) -> None:
+def _check_heaps(source: IO[bytes]) -> None:
     """Follows the objects of each global heap, where texts lie: libhdf5 never ends at one of no length.
 
     Reference: HDF5 File Format Specification, III.E; H5HG__cache_heap_deserialize in HDF5 1.14.
@@ -218,11 +196,14 @@ def _check_heaps(source: BinaryIO) -> None:
     sizes = start[13:15] if start[8:9] in (b"\0", b"\1") else start[9:11]
     if start[:8] != b"\x89HDF\r\n\x1a\n" or sizes != b"\x08\x08":
         raise ValueError(f"it is not an HDF5 file with numbers of 8 bytes: it starts with {start!r}")
-    position, rest, heaps = 15, b"", []
-    while chunk := source.read(_CHUNK):
+    position, rest = 15, b""
+    heaps: list[int] = []
+    while chunk := source.read(1 << 24):
         text = rest + chunk
         heaps += [position - len(rest) + match.start() for match in re.finditer(b"GCOL\1", text)]
         position, rest = position + len(chunk), text[-4:]
+        if len(heaps) > _MAX_OBJECTS:
+            raise ValueError(f"it has more than {_MAX_OBJECTS} heaps")
     count = 0
     for heap in heaps:
         source.seek(heap)
@@ -247,7 +228,7 @@ def _check_objects(file: h5py.File, size: int) -> None:
         group = groups.pop()
         for name in group:
             seen += 1
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            if group.id.links.get_info(name.encode(errors="surrogateescape")).type != h5py.h5l.TYPE_HARD:
                 raise ValueError(f"{shortened(name, 80)!r} is a link to another place")
             if seen > _MAX_OBJECTS:
                 raise ValueError(f"it has more than {_MAX_OBJECTS} objects, or groups that hold each other")
@@ -257,7 +238,9 @@ def _check_objects(file: h5py.File, size: int) -> None:
             elif isinstance(found, h5py.Dataset):
                 if found.external or found.is_virtual:
                     raise ValueError(f"the values of {shortened(name, 80)!r} lie in another file")
-                items = max(math.prod(found.shape or ()), math.prod(found.chunks or ()))
+                if found.dtype.hasobject or found.shape is None:  # texts and lists name their bytes often
+                    raise ValueError(f"{shortened(name, 80)!r} holds no numbers")
+                items = max(math.prod(found.shape), math.prod(found.chunks or ()))
                 num_bytes += items * found.dtype.itemsize
                 _check_bytes(num_bytes, size)
 

@@ -72,6 +72,8 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
         else:
             text = safetensors_files.read_safetensors_metadata(path).get(KEY)
     except FileFormatError:
+        if path.suffix in (".h5", ".keras"):
+            raise
         return None  # another format or a damaged file, which the reader of its weights tells
     return None if text is None else from_json(text, path)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import zipfile
 
 import h5py
 import keras
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file as save_safetensors
 
 import keras_convnext
 from keras_convnext import models, predictor
+from keras_convnext._files import FileFormatError
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import classification
 from keras_convnext.weights import preprocessing_metadata, safetensors_files
@@ -160,11 +162,19 @@ def test_files_of_others_say_nothing(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
     (tmp_path / "x.bin").write_bytes(b"")
     (tmp_path / "x.safetensors").write_bytes(b"no such file")
-    (tmp_path / "x.keras").write_bytes(b"no archive")
-    (tmp_path / "x.h5").write_bytes(b"no HDF5")
     h5py.File(tmp_path / "plain.h5", "w").close()
     for path in tmp_path.iterdir():
         assert read_preprocessing(path) is None, path
+    for name in ("x.keras", "x.h5"):
+        (tmp_path / name).write_bytes(b"neither an archive nor HDF5")
+        with pytest.raises(FileFormatError, match=name):
+            read_preprocessing(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "y.keras", "w") as archive:  # a description that cannot be read
+        archive.writestr(KEY, to_json(IMAGES))
+    content = (tmp_path / "y.keras").read_bytes()
+    (tmp_path / "y.keras").write_bytes(content.replace(b"0.", b"0,", 1))
+    with pytest.raises(FileFormatError, match=r"Bad CRC-32 for file 'keras_convnext\.images'"):
+        read_preprocessing(tmp_path / "y.keras")
     for name in ("none.safetensors", "none.h5", "none.keras"):
         with pytest.raises(FileNotFoundError):
             read_preprocessing(tmp_path / name)
