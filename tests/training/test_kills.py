@@ -28,8 +28,8 @@ _WEIGHTS = (
     "final.safetensors", "final.weights.h5", "final_ema.weights.h5", "best.weights.h5", "best.json",
     "final.labels.txt",
 )  # fmt: skip
-# Times; and on TensorFlow, where Keras makes the metrics in the first step only, the last digits of the means of
-# an epoch that was interrupted.
+# Times; and on TensorFlow, where Keras makes the metrics in the first step only, the means of an epoch that
+# was interrupted, which differ in the last digits.
 _NOT_COMPARED = {"images_per_second"}
 if os.environ.get("KERAS_BACKEND") == "tensorflow":
     _NOT_COMPARED |= {"loss", "accuracy"}
