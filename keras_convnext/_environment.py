@@ -79,7 +79,10 @@ def choose_backend() -> None:
             "Run pip install tensorflow, or the same with jax or torch."
         )
     why = f"; tensorflow, which {path} names, is not" if named else ""
-    print(f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(
+            f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr
+        )
     os.environ["KERAS_BACKEND"] = installed[0]
 
 
@@ -94,6 +97,14 @@ def is_set(variable: str) -> bool:
     Unset, empty, "0", "false", "no" and "off", in any case, are off; everything else is on.
     """
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def integer(variable: str) -> int:
+    """Returns the integer in a variable; ValueError names it where there is something else."""
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise ValueError(f"Expected an integer in {variable}, received {os.environ[variable]!r}.") from None
 
 
 def machine() -> dict[str, str]:

@@ -39,7 +39,8 @@ def print_line(line: str, stream: TextIO | None) -> None:
 def drop_unwritten(stream: TextIO) -> None:
     """Forgets what cannot be written: Python would try once more when it ends, and end with another code."""
     try:
-        stream.flush()
+        with contextlib.suppress(ValueError):  # it is closed
+            stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -163,21 +164,26 @@ class Progress:
 def _started_bar(stream: TextIO) -> Any:
     from rich import console, progress
 
+    shown: Any = console.Console(file=stream, force_terminal=True)
+    shown.on_broken_pipe = lambda: None  # rich's own ends the process
     bar = progress.Progress(
         progress.BarColumn(20),  # gives way to the text where the terminal is narrow
         progress.TextColumn("{task.description}", markup=False),
-        console=console.Console(file=stream, force_terminal=True),
+        console=shown,
         auto_refresh=False,  # no thread
         transient=True,
         redirect_stdout=False,  # it may be a file
     )
+    if shown.width > 1000:  # what COLUMNS says is filled with blanks
+        shown.width = 1000
     bar.add_task("")
     bar.start()
-    bar.console.show_cursor(True)  # a killed process would leave it hidden
+    shown.show_cursor(True)  # a killed process would leave it hidden
     return bar
 
 
 def duration_text(seconds: float) -> str:
+    seconds = max(seconds, 0)  # more than was expected is done, or a clock was set back
     hours = round(seconds / 3600)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"

@@ -291,3 +291,10 @@ print(grad_cam(keras_convnext.load({PACKAGED!r}), image[None]).shape)
     done = without("tensorflow,jax", "-c", code)
     assert (done.returncode, done.stdout) == (0, "(1, 64, 64)\n"), done.stderr
     assert done.stderr.count("Backend: torch (installed; choose another with KERAS_BACKEND).\n") == 1
+
+
+def test_a_variable_that_is_no_integer_is_named(monkeypatch):
+    """For JAX's processes it was "invalid literal for int() with base 10: 'two'"."""
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="Expected an integer in JAX_NUM_PROCESSES, received 'two'"):
+        _environment.integer("JAX_NUM_PROCESSES")

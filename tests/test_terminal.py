@@ -176,6 +176,14 @@ def test_work_goes_on_where_its_progress_cannot_be_written(loud, monkeypatch, is
     say("and so do lines")
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "-1", "x", "99999999"])
+def test_odd_sizes_of_a_terminal_are_drawn_on(loud, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    stream = Terminal()
+    run(stream, 10, count=3, step=100)  # more is done than there is
+    assert len(stream.getvalue()) < 10_000 and "-1 day" not in stream.getvalue()
+
+
 def test_a_process_without_a_console_works_in_silence(loud, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     monkeypatch.setattr(sys, "stdout", None)

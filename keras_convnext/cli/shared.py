@@ -20,8 +20,10 @@ MAX_MESSAGE = 1800  # characters of an error: a screen has 24 lines of 80
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, received {text!r}")
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 up{', below 10**9' * (len(text) > 9)}, received {text!r}"
+        )
     return int(text)
 
 

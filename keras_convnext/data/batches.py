@@ -37,6 +37,7 @@ from keras_convnext.data.train_transform import Augment, Augmentation, Mix, Rand
 
 _PADDING = -1  # in place of an example's number
 _NEIGHBOURS = 8  # tried in place of an image that cannot be decoded
+_MOST_PADDED = 65_536  # examples of a batch that is larger than the data
 
 _PAPERS, _WHOLE = Augmentation(), Part()
 
@@ -86,6 +87,11 @@ def eval_batches(
     faults = Faults(source) if faults is None else faults
     read, labels = reader(source), on_cpu(source.labels)
     share = -(-len(source) // num_hosts)
+    if batch_size > max(share, _MOST_PADDED):
+        raise ValueError(
+            f"Expected batch_size of at most {_MOST_PADDED:,}, as the last batch is filled up, received "
+            f"{batch_size:,} for {share:,} images."
+        )
     begin, end = (min(number * share, len(source)) for number in (host, host + 1))
 
     def plan(places: Any) -> Rows:

@@ -21,6 +21,7 @@ from PIL import Image
 from keras_convnext import _files
 from keras_convnext._files import open_regular, reading, regular_size, replacing_file
 from keras_convnext._messages import near_names, shortened, size_text
+from keras_convnext._terminal import print_line
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif")
@@ -231,10 +232,10 @@ def cached_index(path: str, kind: str, split: str, files: list[str], scan: Calla
         os.makedirs(folder, exist_ok=True)
         write_index(index, source, stamp)
     except OSError as error:
-        print(
+        print_line(
             f"The index of '{files[0]}' is not kept, and will be made again: '{folder}' cannot be written "
             f"({error.strerror or error}). Set KERAS_CONVNEXT_INDEX_CACHE to a folder that can.",
-            file=sys.stderr,
+            sys.stderr,
         )
     return source
 

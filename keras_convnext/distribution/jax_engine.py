@@ -11,6 +11,7 @@ import jax
 import keras
 import numpy as np
 
+from keras_convnext._environment import integer
 from keras_convnext.distribution import watchdog
 from keras_convnext.distribution.engine import Engine
 
@@ -58,7 +59,7 @@ def _settings() -> dict[str, Any] | None:
     environment = os.environ
     if environment.get("KERAS_CONVNEXT_PROCESSES") == "auto":
         return {}  # Cloud TPU, Kubernetes: no variable has the count
-    name = next((name for name in _COUNTS if int(environment.get(name) or 1) > 1), None)
+    name = next((name for name in _COUNTS if environment.get(name) and integer(name) > 1), None)
     if name is None:
         return None
     if _COUNTS[name]:
@@ -79,8 +80,8 @@ def _settings() -> dict[str, Any] | None:
         )
     return {
         "coordinator_address": environment[address].split(",")[0],
-        "num_processes": int(environment[name]),
-        "process_id": int(environment[f"{prefix}PROCESS_ID"]),
+        "num_processes": integer(name),
+        "process_id": integer(f"{prefix}PROCESS_ID"),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from keras_convnext._environment import integer
 from keras_convnext.distribution import watchdog
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.layers import residual
@@ -41,7 +42,7 @@ def join() -> watchdog.Group:
 def _place() -> tuple[int, int]:
     """Returns the rank of this process, and the number of all."""
     environment = os.environ
-    count = _integer("WORLD_SIZE") if environment.get("WORLD_SIZE") else 1
+    count = integer("WORLD_SIZE") if environment.get("WORLD_SIZE") else 1
     if count == 1:
         return 0, 1
     names = ("RANK", *_ADDRESS, *(["LOCAL_RANK"] if _is_on_gpu() else []))
@@ -51,7 +52,7 @@ def _place() -> tuple[int, int]:
             f"Expected {', '.join(names)} beside WORLD_SIZE={count}, received no {' and no '.join(missing)}. "
             "Start the processes with torchrun, which sets them."
         )
-    number = _integer("RANK")
+    number = integer("RANK")
     if not 0 <= number < count:
         raise ValueError(
             f"Expected RANK, the number of this process, from 0 to {count - 1} as WORLD_SIZE={count}, "
@@ -60,20 +61,13 @@ def _place() -> tuple[int, int]:
     return number, count
 
 
-def _integer(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError:
-        raise ValueError(f"Expected an integer in {name}, received {os.environ[name]!r}.") from None
-
-
 def _is_on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("KERAS_TORCH_DEVICE", "cuda").startswith("cuda")
 
 
 def _take_own_gpu() -> None:
     """Makes Keras's device, "cuda", one of this process's own."""
-    number, count = _integer("LOCAL_RANK"), torch.cuda.device_count()
+    number, count = integer("LOCAL_RANK"), torch.cuda.device_count()
     if number >= count:
         raise ValueError(
             f"Expected a GPU for each process of a machine, received LOCAL_RANK={number} on one that has "

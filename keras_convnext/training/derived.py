@@ -41,7 +41,8 @@ def choose_recipe(
     """
     changes = dict(overrides or {})
     if data is not None:
-        changes["data"] = os.path.abspath(os.path.expanduser(data))
+        place = os.path.expanduser(data)
+        changes["data"] = os.path.abspath(place) if place else ""  # that is not the working folder
 
     def made(new: Mapping[str, Any]) -> Recipe:
         return given.replaced(new) if isinstance(given, Recipe) else load_recipe(given, new)

@@ -580,6 +580,7 @@ def test_wrong_usage_ends_with_2_and_help_with_0(capsys):
         (["trian"], 2, "invalid choice: 'trian'"),
         (["predict"], 2, "IMAGE_OR_FOLDER"),
         (["predict", "x.jpg", "--top", "0"], 2, "expected a whole number from 1 up, received '0'"),
+        (["predict", "x.jpg", "--batch-size", "9" * 30], 2, "from 1 up, below 10**9, received '999"),
     ):
         with pytest.raises(SystemExit) as ended:
             main.main(words)
@@ -743,12 +744,12 @@ def test_a_closed_output_is_no_error(monkeypatch):
 @pytest.mark.parametrize("words", [["list"], ["--help"], ["train", "--help"]])
 def test_output_that_cannot_be_written_is_an_error(capsys, monkeypatch, words):
     """Help ended with an exception of Python's end, and an error on a full disk with its exit code 120."""
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
         assert main.main(words) == 2
     assert capsys.readouterr().err == "keras-convnext: error: No space left on device\n"
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
         assert main.main(["list", "nothing"]) == 2
 
 

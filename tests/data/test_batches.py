@@ -391,6 +391,13 @@ def test_tensorflow_leaves_the_gpu_to_another_backend(sound, monkeypatch):
         assert calls == expected
 
 
+def test_a_batch_that_no_memory_holds_is_refused(sound):
+    """`knn --set batch_size=2147483647` filled its only batch up for minutes."""
+    message = "batch_size of at most 65,536, as the last batch is filled up, received 65,537"
+    with pytest.raises(ValueError, match=message):
+        eval_batches(sound, Preprocessing(32), batch_size=65_537)
+
+
 def test_faults_refuse_a_share_beyond_one(sound):
     with pytest.raises(ValueError, match=r"Expected max_share in \[0, 1\], received 2"):
         Faults(sound, 2)

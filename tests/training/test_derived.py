@@ -283,3 +283,11 @@ def test_a_tag_is_enough_and_the_last_line_is_the_next_command(photos, tmp_path,
     program, *words = [word.replace("PHOTO", str(photo)) for word in shlex.split(command)]
     assert program == "keras-convnext" and main.main(words) == 0
     assert {"light", "dark"} & set(capsys.readouterr().out.split())
+
+
+def test_no_data_is_not_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='data: expected the path of the images, received ""'):
+        choose_recipe("smoke", "", folder=tmp_path / "run")
