@@ -1132,11 +1132,11 @@ def test_folder_as_weights_is_refused(tmp_path):
 
 
 def test_file_with_another_ending_is_refused(tmp_path):
-    path = tmp_path / "weights.ckpt"
+    path = tmp_path / "weights.npz"
     path.touch()
     refused(
         ValueError,
-        ("Expected a weight file ending in .safetensors, .pth, .pt, .bin, .h5, .keras.", f"Received: {path}"),
+        ("Expected a weight file ending in .safetensors, .pth, .pt, .bin, .pth.tar, ", f"Received: {path}"),
         weights=path,
     )
 

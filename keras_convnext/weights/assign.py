@@ -201,6 +201,13 @@ def _canonical_name(path: str) -> str:
     return ".".join([layer, *inner, leaf])
 
 
+def plain_path(path: str) -> str:
+    """The path of a variable as it is without the prefix of its layer, whatever the model is called."""
+    layer, *rest = path.split("/")
+    match = _OFFICIAL.search(layer)
+    return "/".join([match[1] if match else layer, *rest])
+
+
 def _to_keras(array, path):
     if path.endswith("dwconv/kernel"):
         return array.transpose(2, 3, 0, 1)  # (C, 1, H, W) -> (H, W, C, 1)
