@@ -105,10 +105,10 @@ def test_layers_in_front_and_two_networks_are_named():
     with pytest.raises(ValueError, match=r"without one: 'adapted' .Normalization"):
         keras_convnext.state_dict(keras.Model(image, body()(adapted(image))))
     two = keras.Model(image, layers.Concatenate()([body(name="a")(image), body(name="b")(image)]))
-    with pytest.raises(ValueError, match=r"Expected one ConvNeXt .*'a_downsample_layers_0_0' and 'b_down"):
+    with pytest.raises(ValueError, match=r"Expected one ConvNeXt .*_downsample_layers_0_0' and '"):
         keras_convnext.state_dict(two)
     image = keras.Input((2, 32, 32, 3))
-    with pytest.raises(ValueError, match=r"Expected a model made by keras_convnext.*'each'"):
+    with pytest.raises(ValueError, match=r"Expected a model made by keras_convnext.*each"):
         keras_convnext.state_dict(keras.Model(image, layers.TimeDistributed(body(), name="each")(image)))
 
 
