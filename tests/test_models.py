@@ -365,7 +365,7 @@ def test_images_below_32_pixels_end_in_the_same_sentence_as_an_input_shape():
         build(V1, input_shape=(28, 28, 3), random=False)
     model = build(V1, input_shape=(None, None, 3))
     small = np.zeros((1, 28, 64, 3), "float32")
-    # On JAX Keras's `predict` drops the weights of a model in which an error is raised; `predict_on_batch` not.
+    # On JAX an error in Keras's `predict` costs the model its weights; in `predict_on_batch` it does not.
     for _ in range(2):  # the second time with a graph for any size, on TensorFlow
         for call in (model, lambda x: model.predict_on_batch(x), lambda x: model(keras.Input(x.shape[1:]))):
             with pytest.raises(Exception, match=sentence):
