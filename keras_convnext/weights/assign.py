@@ -192,8 +192,8 @@ def _arrays(model, placed) -> layouts.StateDict:
 
 def _canonical_name(path: str) -> str:
     """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
-    layer, *inner, leaf = path.split("/")
-    layer = re.sub(r"_(?=\d)", ".", _OFFICIAL.search(layer)[1])
+    layer, *inner, leaf = plain_path(path).split("/")
+    layer = re.sub(r"_(?=\d)", ".", layer)
     if inner == ["layer_scale"]:
         return f"{layer}.gamma"
     if inner != ["grn"]:

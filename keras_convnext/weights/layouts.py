@@ -381,7 +381,8 @@ def adapt_channels(state: StateDict, channels: int, mean=None, std=None) -> Stat
     Reference: timm 1.0.31 models/_manipulate.py, `adapt_input_conv`, for all but four channels and the bias.
     """
     name = next(name for name in STEMS if name in state)
-    kernel, changed = state[name], {}
+    kernel = state[name]
+    changed: StateDict = {}
     if kernel.shape[1] == channels:
         return state
     if kernel.shape[1] != 3:
@@ -416,7 +417,8 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
     plain = {name: _FLATTENED.sub(r"\1\2.\3.", _WRAPPED.sub("", name)) for name in state}
     layout, prefix = detect_layout(dict.fromkeys(plain.values()))
     ends = tuple(rename(f"{name}.", layout) for name in ("norm", "norm_pre", "pre_logits", "head"))
-    present, full_names = {}, {}
+    present: StateDict = {}
+    full_names: dict[str, str] = {}
     for full, name in plain.items():
         is_beside = not name.startswith(prefix)
         for part in prefix.split(".")[:-1]:
