@@ -19,6 +19,7 @@ from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
+from keras_convnext.weights.assign import plain_path
 
 
 def model_settings(classifier: Predictor) -> dict[str, str]:
@@ -98,8 +99,7 @@ def digest_of_arrays(model: Any) -> str:
     digest = hashlib.sha256()
     for variable in model.weights:
         array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
-        path = variable.path.removeprefix("convnext_")  # as of before these names had it
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(f"{plain_path(variable.path)} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
 

@@ -19,6 +19,7 @@ from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import identity
 from keras_convnext.weights import resolve
+from keras_convnext.weights.assign import plain_path
 
 _logger = logging.getLogger("keras_convnext")
 
@@ -135,8 +136,7 @@ def state_variables(model: Any, student: Any) -> dict[str, Any]:
     """Returns all variables that a step reads and writes, by names that are the same in each process."""
     weights = {id(v): v for v in student.weights}
     others = [v for v in student.variables if id(v) not in weights]  # of the random generators
-    # Without the prefix, which the runs of before it lack.
-    named = {f"model/{v.path.removeprefix('convnext_')}": v for v in weights.values()}
+    named = {f"model/{plain_path(v.path)}": v for v in weights.values()}
     named |= {f"random/{number:04d}": v for number, v in enumerate(others)}
     # The optimizer's names repeat some; its order is that of the model.
     named |= {f"optimizer/{number:05d}/{v.name}": v for number, v in enumerate(model.optimizer.variables)}

@@ -192,13 +192,20 @@ def _arrays(model, placed) -> layouts.StateDict:
 
 def _canonical_name(path: str) -> str:
     """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
-    layer, *inner, leaf = path.split("/")
-    layer = re.sub(r"_(?=\d)", ".", _OFFICIAL.search(layer)[1])
+    layer, *inner, leaf = plain_path(path).split("/")
+    layer = re.sub(r"_(?=\d)", ".", layer)
     if inner == ["layer_scale"]:
         return f"{layer}.gamma"
     if inner != ["grn"]:
         leaf = {"kernel": "weight", "gamma": "weight", "beta": "bias"}.get(leaf, leaf)
     return ".".join([layer, *inner, leaf])
+
+
+def plain_path(path: str) -> str:
+    """The path of a variable as it is without the prefix of its layer, whatever the model is called."""
+    layer, *rest = path.split("/")
+    match = _OFFICIAL.search(layer)
+    return "/".join([match[1] if match else layer, *rest])
 
 
 def _to_keras(array, path):

@@ -131,7 +131,7 @@ def write_torch(
 def is_weight_file(path: Path) -> bool:
     """Whether a file of any ending starts as a .safetensors file or one of `torch.save` does."""
     with open(path, "rb") as file:
-        start = file.read(64)
+        start = file.read(512)  # a zip archive begins with a name of its own choice
     zipped = start.startswith(b"PK\x03\x04") and b"/data.pkl" in start
     return looks_like_safetensors(start) or zipped or (start[:1] == b"\x80" and _LEGACY_MAGIC in start)
 

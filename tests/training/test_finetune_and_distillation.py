@@ -99,14 +99,14 @@ def test_head_scale_multiplies_kernel_and_bias_of_the_head_alone():
     before = values(model)
     finetune.scale_head(model, 0.001)
     for path, value in values(model).items():
-        factor = np.float32(0.001 if path.startswith("convnext_head/") else 1)
+        factor = np.float32(0.001 if path.startswith("student_head/") else 1)
         np.testing.assert_allclose(value, before[path] * factor, rtol=1e-6)
 
 
 def test_a_frozen_backbone_leaves_only_the_head_to_learn():
     model = tiny()
     finetune.choose_trainable(model, "head")
-    assert [v.path for v in model.trainable_variables] == ["convnext_head/kernel", "convnext_head/bias"]
+    assert [v.path for v in model.trainable_variables] == ["student_head/kernel", "student_head/bias"]
 
 
 def test_lora_learns_its_updates_and_the_head_and_starts_as_the_model_was():
@@ -123,7 +123,7 @@ def test_lora_learns_its_updates_and_the_head_and_starts_as_the_model_was():
         model.train_on_batch(x, np.eye(10, dtype="float32")[:4])
     after = values(model)
     for path, value in frozen.items():
-        assert np.array_equal(after[path], value) == (not path.startswith("convnext_head/")), path
+        assert np.array_equal(after[path], value) == (not path.startswith("student_head/")), path
     assert np.abs(keras.ops.convert_to_numpy(model(x)) - before).max() > 1e-3
 
 

@@ -1,5 +1,7 @@
 """Every weight of a model has a place in a ConvNeXt, by graph and not by name, or is named in an error."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import keras_convnext
 from keras_convnext import models
+from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import assign, torch_files
 
 pytestmark = pytest.mark.one_backend
@@ -105,10 +108,10 @@ def test_layers_in_front_and_two_networks_are_named():
     with pytest.raises(ValueError, match=r"without one: 'adapted' .Normalization"):
         keras_convnext.state_dict(keras.Model(image, body()(adapted(image))))
     two = keras.Model(image, layers.Concatenate()([body(name="a")(image), body(name="b")(image)]))
-    with pytest.raises(ValueError, match=r"Expected one ConvNeXt .*'a_downsample_layers_0_0' and 'b_down"):
+    with pytest.raises(ValueError, match=r"Expected one ConvNeXt .*_downsample_layers_0_0' and '"):
         keras_convnext.state_dict(two)
     image = keras.Input((2, 32, 32, 3))
-    with pytest.raises(ValueError, match=r"Expected a model made by keras_convnext.*'each'"):
+    with pytest.raises(ValueError, match=r"Expected a model made by keras_convnext.*each"):
         keras_convnext.state_dict(keras.Model(image, layers.TimeDistributed(body(), name="each")(image)))
 
 
@@ -227,11 +230,13 @@ def test_a_normaliser_is_the_one_that_the_stem_reads():
     assert models.normaliser_of(model) is None
 
 
-def test_places_of_an_mlp_head_and_of_a_norm_in_front():
+def test_places_of_an_mlp_head_and_of_a_norm_in_front(monkeypatch):
     for name, expected in (
         ("convnext_large_mlp", ["norm", "pre_logits", "head"]),
         ("convnext_tiny_hnf", ["norm_pre", "head"]),
     ):
+        shallow = dataclasses.replace(VARIANTS[name], depths=(1, 1, 1, 1))
+        monkeypatch.setitem(VARIANTS, name, shallow)
         with keras.StatelessScope():
             model = keras_convnext.load(name, None, classes=3, input_shape=(32, 32, 3))
         assert [*assign.places(model)[0]][-len(expected) :] == expected
