@@ -260,8 +260,9 @@ def images_below(folder: str) -> tuple[list[str], collections.Counter[str]]:
 
 def counted(left_out: collections.Counter[str]) -> str:
     """Says how much was left out and why, the most first: "12 .txt, 3 hidden"; "" for nothing."""
-    words = [f"{count:,} {_printable(reason)}" for reason, count in left_out.most_common(_SHOWN)]
-    rest = left_out.total() - sum(count for _, count in left_out.most_common(_SHOWN))
+    ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{count:,} {_printable(reason)}" for reason, count in ranked[:_SHOWN]]
+    rest = sum(count for _, count in ranked[_SHOWN:])
     return ", ".join(words + [f"{rest:,} others"] * bool(rest))
 
 
@@ -273,7 +274,9 @@ def described(source: Source, title: str = "data") -> list[str]:
     if len(names) > _SHOWN:
         shown = f"{', '.join(names[:5])}, ...; {min(counts):,} to {max(counts):,} a class"
     lines = [f"{title}: {len(source):,} images of {len(names):,} classes in '{source.path}': {shown}"]
-    if are_numbers(source.classes) and int(source.classes[-1]) != len(names) - 1:
+    if 0 in counts:
+        lines.append(f"  no images: {counts.count(0):,} of these classes")
+    if are_numbers(source.classes) and set(map(int, source.classes)) != set(range(len(names))):
         lines.append(f"  the numbers are names, not labels: class 0 is '{source.classes[0]}'")
     return lines + [f"  left out: {counted(source.left_out)}"] * bool(source.left_out)
 
@@ -284,17 +287,17 @@ def are_numbers(names: Iterable[str]) -> bool:
 
 
 def in_order(names: Iterable[str], path: str | os.PathLike[str]) -> list[str]:
-    """Returns the names of classes in the order of their labels: numbers by value, else sorted as text.
+    """Returns the names of classes in the order of their labels: sorted, but the numbers 0 to n - 1 by value.
 
-    So the numbers 0 to n - 1 are the labels themselves, and others are names. SourceError: two names stand
-    for one number.
+    SourceError: two names stand for one number.
     """
     found = sorted(set(names))
     if not are_numbers(found):
         return found
-    if len(set(map(int, found))) < len(found):
+    numbers = set(map(int, found))
+    if len(numbers) < len(found):
         raise SourceError(f"Two classes of '{path}' stand for one number: {first_few(found)}. Rename one.")
-    return sorted(found, key=int)
+    return sorted(found, key=int) if numbers == set(range(len(found))) else found
 
 
 def _printable(name: str) -> str:

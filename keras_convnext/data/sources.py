@@ -72,8 +72,8 @@ def open_source(
     - files `*.tfrecord` or `*-00000-of-00128`, in a folder or by a pattern such as "x/train*": records of
       tf.train.Example with "image/encoded" and "image/class/label", or "image" and "label". Classes:
       "image/class/synset" where records have it, else numbers.
-    - folders: one folder a class, images at any depth in it. Classes: names of the folders, sorted; numbers
-      by value, so that 0 to n - 1 are the labels themselves (ImageNetV2 as published).
+    - folders: one folder a class, images at any depth in it. Classes: names of the folders, sorted; if
+      these are the numbers 0 to n - 1, the number is the label (ImageNetV2 as published).
     - files ILSVRC2012_val_*.JPEG: ImageNet's validation images, unpacked. Classes: WordNet ids.
     - other images, with `labels`: a flat folder. Classes: from the label file.
 
