@@ -210,6 +210,11 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tells a folder or a link to one; no links in a ring, at which `DirEntry.is_dir` raises."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
 def list_folder(path: str) -> tuple[list[str], list[str], collections.Counter[str]]:
     """Returns the sorted names of the folders and images in a folder, and how much is left out, by reason.
 
@@ -225,24 +230,27 @@ def list_folder(path: str) -> tuple[list[str], list[str], collections.Counter[st
                 left_out["hidden"] += 1
             elif entry.name.casefold() in _SYSTEM_FOLDERS:
                 left_out[entry.name] += 1
-            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            elif is_folder(entry):
                 folders.append(entry.name)
             elif suffix not in IMAGE_SUFFIXES:
                 left_out[suffix or "without suffix"] += 1
-            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+            elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
                 images.append(entry.name)
             else:
                 left_out["no regular file"] += 1
     return sorted(folders), sorted(images), left_out
 
 
-def images_below(folder: str) -> tuple[list[str], collections.Counter[str]]:
+def images_below(
+    folder: str, seen: set[tuple[int, int]] | None = None
+) -> tuple[list[str], collections.Counter[str]]:
     """Returns the sorted paths of the images at any depth below a folder, and how much is left out.
 
-    Links to folders are followed, each folder is listed once. OSError: a folder cannot be listed, as a part
-    of the images would give another score.
+    Links to folders are followed, each folder is listed once, and those `seen` before not again. OSError: a
+    folder cannot be listed, as a part of the images would give another score.
     """
-    images, waiting, seen = [], [folder], set()
+    images, waiting = [], [folder]
+    seen = set() if seen is None else seen
     left_out: collections.Counter[str] = collections.Counter()
     while waiting:
         path = waiting.pop()

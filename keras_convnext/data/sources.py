@@ -28,6 +28,7 @@ from keras_convnext.data.index import (
     first_few,
     images_below,
     in_order,
+    is_folder,
     is_image,
     list_folder,
     read_json,
@@ -335,7 +336,7 @@ def _tfds_folders(path: str, depth: int) -> Iterator[str]:
             for entry in entries:
                 if is_image(entry.name):
                     return  # a class folder; TensorFlow Datasets keeps no images as files
-                if entry.is_dir() and not entry.name.startswith((".", "incomplete")):
+                if is_folder(entry) and not entry.name.startswith((".", "incomplete")):
                     folders.append(entry.path)
         for folder in folders:
             yield from _tfds_folders(folder, depth - 1)
@@ -345,11 +346,11 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
     """Returns the TFRecord files of a folder by the split that is part of their names."""
     shards: dict[str | None, list[str]] = {}
     counts: dict[str | None, set[str]] = {}
-    with os.scandir(path) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
-    for name in names:
+    for name in sorted(os.listdir(path)):
         match = _SHARD_NAME.fullmatch(name)
-        if match is None and not name.endswith((".tfrecord", ".tfrecords")):
+        if name.startswith(".") or not (match or name.endswith((".tfrecord", ".tfrecords"))):
+            continue
+        if not os.path.isfile(os.path.join(path, name)):
             continue
         parts = re.split(r"[-_.]", name)
         split = next((part for part in parts if canonical_split(part)), match["split"] if match else None)
@@ -385,8 +386,10 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequ
             "'file,label' lines (to train: `keras-convnext prepare FOLDER OUTPUT --labels FILE` first)."
         )
     images = []
+    state = os.stat(path)
+    seen = {(state.st_dev, state.st_ino)}  # a folder that is linked to from two classes has one of them
     for name in folders:
-        found, others = images_below(os.path.join(path, name))
+        found, others = images_below(os.path.join(path, name), seen)
         images.append(found)
         left_out += others
     if not any(images):

@@ -155,6 +155,13 @@ def test_links_to_class_folders_are_followed(tmp_path):
     }
 
 
+def test_one_folder_under_two_names_is_not_of_two_classes(tmp_path):
+    write(tmp_path / "cat" / "1.jpg")
+    (tmp_path / "dog").symlink_to("cat")
+    with pytest.raises(SourceError, match="found none in 1: dog"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     "folders, classes, labels",
     [
@@ -305,6 +312,8 @@ def odd_folder(path):
     (path / "plum" / "9.jpg").symlink_to("nowhere")
     (path / "plum" / "10.jpg").symlink_to("10.jpg")
     (path / "plum" / "again").symlink_to(path / "plum")
+    (path / "ring").symlink_to("ring")
+    (path / "plum" / "up").symlink_to(path)
     return {"kiwi/0.jpg", "kiwi/2.jfif", "kiwi/deep/1.JPE", "plum/3.png", "plum/4.Webp"}
 
 
@@ -315,8 +324,8 @@ def test_a_folder_has_the_same_images_for_training_prediction_and_calibration(tm
     monkeypatch.delenv("KERAS_CONVNEXT_QUIET")
     assert {path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)} == expected
     left_out = (
-        "4 hidden, 4 no regular file, 1 .avif, 1 .txt, 1 @eaDir, 1 __MACOSX, "
-        "1 link to a folder that is listed already, 1 without suffix"
+        "4 hidden, 4 no regular file, 2 link to a folder that is listed already, 2 without suffix, "
+        "1 .avif, 1 .txt, 1 @eaDir, 1 __MACOSX"
     )
     assert capsys.readouterr().err == f"{tmp_path}: left out {left_out}\n"
     assert described(source)[-1] == f"  left out: {left_out}"
