@@ -297,8 +297,8 @@ def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validat
             problem = f"a label for '{file}', received {label!r}"
         elif len(meant) > 1:
             problem = f"the path of one image for '{file}', found {first_few(sorted(meant))}"
-        elif meant and given.setdefault(*meant, label) != label:
-            problem = f"one label for '{file}', received '{given[meant.pop()]}' before and '{label}'"
+        elif any(given.setdefault(name, label) != label for name in meant):
+            problem = f"one label for '{file}', received '{given[min(meant)]}' before and '{label}'"
         if problem:
             raise SourceError(f"Expected {problem} in line {line} of '{path}'. Correct it.")
     missing = [name for name in names if name not in given]

@@ -299,7 +299,7 @@ def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | N
             f"received split='{split}'."
         )
     for wanted in (canonical, "test") if canonical == "validation" else (canonical,):
-        found = [name for name in splits if wanted and canonical_split(str(name)) == wanted]
+        found = [name for name in map(str, splits) if wanted and canonical_split(name) == wanted]
         if len(found) > 1:
             raise SourceError(
                 f"'{path}' has {len(found)} splits that '{split}' could be. Pass one of: {first_few(found)}."
