@@ -22,7 +22,8 @@ from keras_convnext._files import replacing_file
 from keras_convnext._messages import near_names, shortened
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
-IMAGE_SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .gif .tif .tiff".split())
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+IMAGE_SUFFIXES = (*_JPEG, ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 INDEX_VERSION = 1
 MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
 CACHED_BYTES = 1 << 30  # files below this size are scanned in about a second, so their index is not kept
