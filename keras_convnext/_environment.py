@@ -15,6 +15,14 @@ __version__ = "0.1.0"
 
 BACKENDS = ("tensorflow", "jax", "torch")  # in the order in which one is taken
 
+# The names in pip's registry of packages that are imported by another name.
+_INSTALLED_AS = {
+    "PIL": "pillow",
+    "ai_edge_litert": "ai-edge-litert",
+    "ai_edge_quantizer": "ai-edge-quantizer",
+    "tensorflow_datasets": "tensorflow-datasets importlib_resources",
+}
+
 # Of these, as /proc/cpuinfo names them, oneDNN has bfloat16 kernels that add up in float32.
 _FLAGS_FOR_BFLOAT16 = {"avx512f", "avx_ne_convert", "bf16"}
 # Values of ONEDNN_MAX_CPU_ISA with which it has none.
@@ -30,7 +38,16 @@ def is_installed(package: str) -> bool:
 def require(package: str, what: str) -> None:
     """Raises an ImportError where a package is missing that `what`, which begins the message, needs."""
     if not is_installed(package):
-        raise ImportError(f"{what} needs {package}, which is not installed. Run pip install {package}.")
+        raise ImportError(missing_text(what, package))
+
+
+def missing_text(what: str, *packages: str) -> str:
+    """Returns the message that packages, by the names to import, are missing which `what` needs."""
+    names = [_INSTALLED_AS.get(package, package) for package in packages]
+    verb = "is" if len(names) == 1 else "are"
+    return (
+        f"{what} needs {' and '.join(names)}, which {verb} not installed. Run pip install {' '.join(names)}."
+    )
 
 
 def choose_backend() -> None:
@@ -159,7 +176,7 @@ def _backend_in(path: str) -> str | None:
     try:
         with open(path, encoding="utf-8") as file:
             settings = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     backend = settings.get("backend") if isinstance(settings, dict) else None
     return backend if isinstance(backend, str) else None

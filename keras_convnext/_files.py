@@ -39,13 +39,13 @@ def regular_size(path: str | os.PathLike[str]) -> int:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file to read its bytes; OSError, before it is opened, where it is none: see `regular_size`."""
+    """Opens a file to read its bytes; the errors are those of `regular_size`, before it is opened."""
     regular_size(path)
     return open(path, "rb")
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
-    """Returns the content of a file; FileFormatError, before it is read, where it is longer than `limit`."""
+    """Returns the content of a file; FileFormatError where it is longer than `limit`."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -66,19 +66,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def reading(
-    path: str | os.PathLike[str],
-    expected: str,
-    remedy: str,
-    error: type[Exception] = FileFormatError,
+    path: str | os.PathLike[str], expected: str, remedy: str, error: type[Exception] = FileFormatError
 ) -> Iterator[None]:
     """Tells whatever the content of a file does to the block that takes it apart in one sentence.
 
-    Args:
-        path: the file, as the message names it.
-        expected: what it should hold, such as "the index of a data set".
-        remedy: a sentence, what to do.
-        error: the class that is raised. One that the block raises itself goes on as it is, as do errors of
-            the system (an OSError with a number) and an ImportError.
+    That names the file, what was `expected` in it, and the `remedy`, and is raised as `error`. An `error` of
+    the block's own, an ImportError and errors of the system go on as they are.
 
     Example:
         with reading(path, "the list of splits", "Prepare the set again."):
@@ -89,8 +82,9 @@ def reading(
     except (error, FileFormatError, ImportError):
         raise
     except Exception as problem:
-        if isinstance(problem, OSError) and problem.errno is not None:
-            raise
+        is_system = isinstance(problem, OSError) and problem.errno not in (None, errno.EINVAL)
+        if is_system or getattr(problem, "filename", None) is not None:
+            raise  # EINVAL without a name is a seek to a place that the content gave
         what = f"{problem} is missing" if isinstance(problem, KeyError) else one_line(problem)
         raise error(
             f"Expected {expected} in '{path}', which is damaged or something else: "
@@ -106,12 +100,7 @@ def read_json(
     remedy: str = "Write it again.",
     error: type[Exception] = FileFormatError,
 ) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; the errors are those of `reading`.
-
-    Args:
-        path: the file.
-        kinds: the keys that must be there, and the type of each one's value: dict, list, str or int.
-        expected, remedy, error: as for `reading`, in which what is below these keys is best read.
+    """Reads a JSON file that holds an object; the rest is as for `reading` and `json_object`.
 
     Example:
         read_json("best.json", {"step": int}, remedy="Remove it.")["step"]
@@ -121,7 +110,10 @@ def read_json(
 
 
 def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Returns the object that a JSON text holds, with keys as for `read_json`; to be called in `reading`."""
+    """Returns the object of a JSON text, which must have the keys of `kinds` with values of these types.
+
+    The types are dict, list, str and int. Errors are of many classes: call it within `reading`.
+    """
     found = json.loads(text)
     for name, kind in {"": dict, **(kinds or {})}.items():
         value = found[name] if name else found

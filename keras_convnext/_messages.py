@@ -7,17 +7,25 @@ from typing import Any
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Returns the message for a name that is not among the known ones: near names first, then all."""
-    return f"Unknown {kind} {name!r}.{near_names(str(name), known)} Known: {', '.join(known)}"
+    return f"Unknown {kind} {short_repr(name)}.{near_names(str(name), known)} Known: {', '.join(known)}"
 
 
 def near_names(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> str:
     """Returns " Did you mean ...?" with at most `count` near names, or ""."""
-    matches = difflib.get_close_matches(name, list(known), count, cutoff)
+    matches = difflib.get_close_matches(name[:200], list(known), count, cutoff)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
 def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def short_repr(value: object, width: int = 80) -> str:
+    """Returns a value as Python writes it, cut to a width; some are too long or too deep to be written."""
+    try:
+        return shortened(repr(value), width)
+    except (ValueError, RecursionError, MemoryError):
+        return f"a value of type {type(value).__name__} that is too long to show"
 
 
 def one_line(error: BaseException) -> str:

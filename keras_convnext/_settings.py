@@ -19,6 +19,9 @@ import pydantic
 from pydantic import AfterValidator, Strict
 from pydantic.fields import FieldInfo
 
+from keras_convnext._files import FileFormatError, read_bytes
+from keras_convnext._messages import short_repr, shortened
+
 NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -53,13 +56,21 @@ def one_of(
     return AfterValidator(check)
 
 
+_MAX_FILE_BYTES = 1 << 16  # of TOML
+_MAX_DOTS = 200  # in a line of it: the time of its parser is quadratic in the parts of a key
+_MAX_NUMBER = 1 << 53  # beyond it numbers are no longer exact, nor of use
+_MAX_SHOWN = 20  # problems
+
+
 class SettingsError(ValueError):
     """Values that do not fit, with one sentence for each in `problems`."""
 
     def __init__(self, cls: type, problems: Iterable[str], received: str = "one") -> None:
         self.problems, self.received = list(dict.fromkeys(problems)), received
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        lines = "".join(f"\n  {problem}" for problem in self.problems)
+        lines = "".join(f"\n  {problem}" for problem in self.problems[:_MAX_SHOWN])
+        if len(self.problems) > _MAX_SHOWN:
+            lines += f"\n  and {len(self.problems) - _MAX_SHOWN} more"
         super().__init__(
             f"Expected values of {cls.__name__} that are known and fit, received {received} with "
             f"{count}:{lines}"
@@ -82,6 +93,14 @@ class Settings(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             found = [_problems(type(self), one, values) for one in error.errors(include_url=False)]
             raise SettingsError(type(self), itertools.chain(*found)) from None
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > _MAX_NUMBER for number in numbers):
+            raise ValueError(f"at most {_MAX_NUMBER:,}")
+        return value
 
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
@@ -134,7 +153,8 @@ class Settings(pydantic.BaseModel):
         for name, value in _flat(cls, given):
             full = cls.full_key(name)
             if full is None:
-                problems.append(_unknown_key(cls, name, value))
+                near = len(problems) < _MAX_SHOWN  # to look for near names takes time
+                problems.append(_unknown_key(cls, name, value) if near else shortened(name, 80))
             elif full in values:
                 problems.append(f"{name}: given twice, remove one of them")
             else:
@@ -182,14 +202,19 @@ def is_optional(field: FieldInfo) -> bool:
 def read_toml(path: Path) -> dict[str, Any]:
     """Reads a TOML file; errors name it with the line."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(
-            f"Expected a TOML file, but '{path}' is not one: {error}. Correct that line."
-        ) from error
+        text = read_bytes(path, _MAX_FILE_BYTES).decode("utf-8")
+        if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {_MAX_DOTS} dots")
+        return tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"Expected a TOML file in UTF-8, but byte {error.start} of '{path}' is not. Save it as UTF-8."
+        ) from error
+    except FileFormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"Expected a TOML file, but '{path}' is not one: {shortened(str(error), 200)}. Correct that line."
         ) from error
     except OSError as error:
         raise ValueError(
@@ -207,6 +232,13 @@ def toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     return repr(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shortened(toml_value(value), 80)
+    except (RecursionError, ValueError):  # nested too deep, or of too many digits
+        return short_repr(value)
 
 
 def _short(full: str) -> str:
@@ -230,6 +262,7 @@ def _flat(cls: type[Settings], given: Mapping[str, Any]) -> Iterable[tuple[str, 
 
 
 def _unknown_key(cls: type[Settings], name: str, value: Any) -> str:
+    name = shortened(name, 80)
     known = list(cls.fields())
     if isinstance(value, Mapping):
         tables = dict.fromkeys(full.partition(".")[0] for full in known if "." in full)
@@ -272,7 +305,7 @@ def _problems(cls: type[Settings], error: Any, values: Mapping[str, Any]) -> lis
     field = cls.model_fields[name]
     if name not in values:
         return [_missing(name, field)]
-    return [f"{name}: expected {raised or range_words(field)}, received {toml_value(values[name])}"]
+    return [f"{name}: expected {raised or range_words(field)}, received {_shown(values[name])}"]
 
 
 def _missing(name: str, field: FieldInfo) -> str:

@@ -217,6 +217,37 @@ def test_commands_that_need_tensorflow_say_so(refused, forget_tensorflow, words)
     assert message.endswith("not installed. Run pip install tensorflow.\n")
 
 
+@pytest.mark.parametrize(
+    ("hidden", "words", "named"),
+    [
+        ("pydantic", ["plan", "smoke", "--devices", "cpu"], "This command needs pydantic, which"),
+        ("h5py", ["info", "x.h5"], "This command needs h5py, which"),
+        ("numpy", ["info", "x.safetensors"], "This command needs numpy, which"),
+    ],
+)
+def test_a_missing_package_is_one_sentence_with_its_remedy(without, hidden, words, named, tmp_path):
+    (tmp_path / words[-1]).touch()
+    last = tmp_path / words[-1] if words[0] == "info" else words[-1]
+    done = without(hidden, "-m", "keras_convnext_main", *words[:-1], last)
+    assert done.returncode == 2 and named in done.stderr, done.stderr
+    assert re.search(r"not installed\. Run pip install \w+\.\n$", done.stderr)
+
+
+def test_names_of_packages_are_those_of_the_registry():
+    assert _environment.missing_text("This", "PIL", "onnx") == (
+        "This needs pillow and onnx, which are not installed. Run pip install pillow onnx."
+    )
+    assert "pip install ai-edge-litert." in _environment.missing_text("This", "ai_edge_litert")
+
+
+def test_no_message_names_this_package_for_pip():
+    """Whoever registered its name in a public registry would be installed."""
+    for path in (ROOT / "keras_convnext").rglob("*.py"):
+        text = path.read_text()
+        assert "pip install 'keras" not in text and "pip install keras" not in text, path
+        assert "keras-convnext[" not in text and "keras_convnext[" not in text, path
+
+
 def test_eval_image_gives_the_same_pixels_without_tensorflow(forget_tensorflow):
     settings = (
         {},

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from keras_convnext._messages import near_names
+from keras_convnext._messages import near_names, short_repr
 
 USABLE_MEMORY = 0.9  # of a device; the rest is for libraries, their workspaces and pieces too small to use
 FRACTION = 0.4  # of the peak figures, where nothing else is said
@@ -51,11 +51,11 @@ DEVICES: dict[str, Device] = {
 
 def parse_devices(text: str) -> tuple[int, str]:
     """Reads "64xh100": 64 and a key of `DEVICES`; without a number, one. ValueError: there is none such."""
-    count, name = re.fullmatch(r"(?:(\d+)x)?(.*)", text.strip().lower(), re.S).groups()  # type: ignore[union-attr]
+    count, name = re.fullmatch(r"(?:(\d{1,9})x)?(.*)", text.strip().lower(), re.S).groups()  # type: ignore[union-attr]
     if name not in DEVICES:
         near = near_names(name, DEVICES, cutoff=0.5)
         raise ValueError(
-            f"Expected devices such as 64xh100, received {text!r}.{near} Known: {', '.join(DEVICES)}."
+            f"Expected devices such as 64xh100, received {short_repr(text)}.{near} Known: {', '.join(DEVICES)}."
         )
     if count is not None and int(count) < 1:
         raise ValueError(f"Expected at least one device, such as 8x{name}, received {text!r}.")

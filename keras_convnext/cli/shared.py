@@ -15,6 +15,7 @@ from keras_convnext.weights.published import NON_COMMERCIAL_LICENCES
 
 DEFAULT_MODEL = "convnext_tiny.keras_applications"  # as ConvNeXtTiny(weights="imagenet")
 MAX_FAULTS_SHOWN = 20
+MAX_MESSAGE = 1800  # characters of an error: a screen has 24 lines of 80
 
 
 def positive(text: str) -> int:
@@ -116,12 +117,15 @@ def print_json(value) -> None:
 def complain(text: str) -> None:
     if _environment.is_set("KERAS_CONVNEXT_DEBUG"):
         traceback.print_exc()
+    if len(text) > MAX_MESSAGE:  # the beginning says what it is, the end what to do
+        text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
     print(f"keras-convnext: {text}", file=sys.stderr)
 
 
 def error_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, ModuleNotFoundError) and error.name in (*_environment.BACKENDS, "openvino"):
-        return f"This command needs {error.name}, which is not installed. Run pip install {error.name}."
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("", "keras_convnext"):
+        return _environment.missing_text("This command", package)
     return str(error) or type(error).__name__

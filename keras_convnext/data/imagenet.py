@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from keras_convnext._files import read_text
+from keras_convnext._files import read_bytes, read_text, reading
 from keras_convnext._messages import shortened
 from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
@@ -37,6 +37,7 @@ TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.t
 _LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "wnid", "synset")
 _NO_LABELS = ("", "nan", "<na>", "n/a", "#n/a", "null")  # as tables write that there is none
 # torchvision 0.28.0, torchvision/datasets/imagenet.py
+_MAX_TAR_HEADER_BYTES = 1 << 16  # of a name or of attributes
 _TAR_MD5 = {
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
@@ -135,8 +136,8 @@ def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None)
             tuple(feature_values(features, "real_label", path))
             for _, path, _, features in examples(source.files)
         ]
-    with open(path, encoding="utf-8") as file:
-        lists = json.load(file)
+    with reading(path, "ReaL's real.json", "Download it again.", SourceError):
+        lists = json.loads(read_bytes(path))
     if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
         raise SourceError(f"Expected a list of lists of class numbers in '{path}'. Pass ReaL's real.json.")
     if len(lists) != len(source):
@@ -146,6 +147,16 @@ def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None)
         )
     numbers = [_validation_number(source.name(number), len(lists), path) for number in range(len(source))]
     return [tuple(lists[number - 1]) for number in numbers]
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a tar whose bytes are at least 0, else `tarfile` goes back for ever, and few for a name."""
+
+    def _block(self, count: int) -> int:  # CPython has this bound since CVE-2025-8194
+        of_header = self.type in (b"L", b"K", b"x", b"g", b"X")
+        if count < 0 or (of_header and count > _MAX_TAR_HEADER_BYTES):
+            raise ValueError(f"a member or header of {count} bytes")
+        return super()._block(count)  # type: ignore[misc]
 
 
 def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfile.TarInfo]:
@@ -158,9 +169,14 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
     md5 = _TAR_MD5.get(os.path.basename(path))
     again += f" (the MD5 sum of the published file is {md5})." if md5 else "."
     file.seek(start)
-    try:
-        archive = tarfile.TarFile(fileobj=file)
+    with reading(path, f"a tar archive at byte {start}", again, SourceError):
+        archive = tarfile.TarFile(fileobj=file, tarinfo=_Member)
         for member in archive:
+            if member.issparse():
+                raise SourceError(
+                    f"Expected whole files in '{path}', received '{member.name}' with holes, as tar -S "
+                    "writes them. Write the archive without -S."
+                )
             if member.offset_data + member.size > end:
                 raise SourceError(
                     f"Expected '{member.name}' in '{path}' to end at byte "
@@ -171,8 +187,6 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
                 raise SourceError(f"Expected files in '{path}', received the link '{member.name}'. {again}")
             if member.isreg() and not os.path.basename(member.name).startswith("."):
                 yield member
-    except tarfile.TarError as error:
-        raise SourceError(f"Expected a tar archive at byte {start} of '{path}': {error}. {again}") from error
     file.seek(archive.offset)
     if archive.offset + tarfile.BLOCKSIZE > end or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise SourceError(

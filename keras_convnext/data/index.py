@@ -13,12 +13,12 @@ import json
 import os
 import sys
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from keras_convnext._files import replacing_file
+from keras_convnext import _files
+from keras_convnext._files import open_regular, reading, regular_size, replacing_file
 from keras_convnext._messages import near_names, shortened
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
@@ -27,6 +27,7 @@ IMAGE_SUFFIXES = (*_JPEG, ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".ti
 INDEX_VERSION = 1
 MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
 CACHED_BYTES = 1 << 30  # files below this size are scanned in about a second, so their index is not kept
+MAX_CLASSES = 1_000_000  # that a number in a file may ask for
 
 # Folders that systems and archives add to folders of images, thumbnails among them.
 _SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
@@ -163,20 +164,40 @@ def write_index(path: str, source: Source, stamp: str = "") -> None:
 
 def read_index(path: str, source_path: str, kind: str, files: list[str], stamp: str = "") -> Source:
     """Reads what `write_index` wrote; SourceError where the file is damaged or has another stamp."""
-    try:
+    with reading(path, "an index", "Make it again.", SourceError):
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > regular_size(path):
+                raise ValueError("its arrays are compressed, or longer than the file")
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in _ARRAYS}
             found = content["stamp"].tobytes().decode("utf-8")
             classes = json.loads(content["classes"].tobytes())
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise SourceError(
-            f"Expected an index in '{path}', which is damaged: {error}. Make it again."
-        ) from error
+        _check_index(arrays, len(files), classes)
     if found != stamp:
         raise SourceError(
             f"Expected the stamp {stamp!r} in the index '{path}', received {found!r}. Make it again."
         )
     return Source(path=source_path, kind=kind, files=files, classes=classes, **arrays)
+
+
+def _check_index(arrays: dict[str, np.ndarray], num_files: int, classes: list[str]) -> None:
+    """Raises a ValueError unless each image lies in one of the files and has one of the classes."""
+    count, names = len(arrays["labels"]), arrays["name_ends"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of names")
+    lows = {"file_numbers": 0, "offsets": 0, "lengths": -1, "labels": -1, "name_ends": 0}
+    highs = {"file_numbers": num_files - 1, "name_ends": len(arrays["name_text"])}
+    if classes:
+        highs["labels"] = len(classes) - 1
+    for name, low in lows.items():
+        values = arrays[name]
+        length = len(values) if name == "name_ends" and not len(values) else count
+        if values.shape != (length,) or values.dtype.kind != "i":
+            raise ValueError(f"{name} has the shape {values.shape} and the type {values.dtype}")
+        if len(values) and not low <= values.min() <= values.max() <= highs.get(name, sys.maxsize):
+            raise ValueError(f"{name} has numbers from {values.min()} to {values.max()}")
+    if (np.diff(names) < 0).any():
+        raise ValueError("name_ends does not rise")
 
 
 def cached_index(path: str, kind: str, split: str, files: list[str], scan: Callable[[], Source]) -> Source:
@@ -313,16 +334,18 @@ def _printable(name: str) -> str:
     return shortened(name if name.isprintable() else ascii(name), 60)
 
 
-def read_json(folder: str, name: str) -> dict:
-    """Reads a JSON file of a prepared set; SourceError where it is damaged."""
+def read_json(folder: str, name: str, kinds: Mapping[str, type]) -> dict:
+    """Reads a JSON file of a prepared set; SourceError where it is damaged or lacks one of the keys."""
     path = os.path.join(folder, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise SourceError(
-            f"Expected JSON in '{path}', which is damaged: {error}. Prepare the set again."
-        ) from error
+    remedy = "Prepare the set again."
+    return _files.read_json(path, kinds, remedy=remedy, error=SourceError)
+
+
+def file_in(folder: str, name: str) -> str:
+    """Returns the path of a file that a description names; ValueError for the name of a place elsewhere."""
+    if not name or os.path.basename(name) != name:
+        raise ValueError(f"expected the name of a file in the folder, received {shortened(name, 80)!r}")
+    return os.path.join(folder, name)
 
 
 def first_few(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ import math
 import numbers
 from typing import Any
 
-from keras_convnext._messages import shortened
+from keras_convnext._messages import short_repr
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -18,6 +18,12 @@ _STORED_NAMES = {"crop_fraction": "crop", "crop_mode": "resize_mode"}
 _STORED_MODES = {"center": "shorter_side", "squash": "squash"}
 RESIZE_MODES = tuple(_STORED_MODES.values())
 
+# What files may ask for: larger pictures take the memory, and other normalisers the digits, of the machine.
+MAX_SIDE = 16_384
+MIN_CROP_FRACTION = 0.01
+MEAN_BOUNDS = (-1000, 1000)
+STD_BOUNDS = (1e-6, 1000)
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -27,16 +33,17 @@ class Preprocessing:
     Pillow's antialiased filter, and the central `image_size` is cut out. The models normalise by themselves.
 
     Args:
-        image_size: pixels of the result, one side of a square or (height, width); equal sides become one.
-        crop_fraction: part of the scale size that the crop keeps along each side, in (0, 1]. The default is
+        image_size: pixels of the result, one side of a square or (height, width), each at most 16,384; equal
+            sides become one.
+        crop_fraction: part of the scale size that the crop keeps along each side, 0.01 to 1. The default is
             timm's `DEFAULT_CROP_PCT`.
         interpolation: "bicubic" or "bilinear", Pillow's filter of that name.
         crop_mode: "center" keeps the aspect ratio and lets the image cover the scale size; "squash" stretches
             the image to it. timm's words.
-        resize_size: the scale size of both sides in pixels, in place of `crop_fraction`, which then has no
-            effect. torchvision's ConvNeXt weights give it, such as 236 for 224.
-        mean: of R, G and B, for pixels in 0..1. Default: ImageNet's.
-        std: of R, G and B, above 0, for pixels in 0..1. Default: ImageNet's.
+        resize_size: the scale size of both sides in pixels, at most 16,384, in place of `crop_fraction`,
+            which then has no effect. torchvision's ConvNeXt weights give it, such as 236 for 224.
+        mean: of R, G and B, for pixels in 0..1; -1000 to 1000. Default: ImageNet's.
+        std: of R, G and B, for pixels in 0..1; 1e-6 to 1000. Default: ImageNet's.
 
     Raises:
         ValueError: a value is out of range or a name unknown; the message has the value and the allowed ones.
@@ -57,33 +64,38 @@ class Preprocessing:
     def __post_init__(self) -> None:
         size = self.image_size
         sides = list(size) if isinstance(size, tuple | list) else [size, size]
-        if len(sides) != 2 or not all(map(is_positive_integer, sides)):
+        if len(sides) != 2 or not all(map(_is_side, sides)):
             raise ValueError(
-                f"Expected image_size to be a positive integer or (height, width), received "
-                f"{_short(size)}. Pass a number of pixels, such as 224 or (224, 320)."
+                f"Expected image_size to be a positive integer or (height, width), at most {MAX_SIDE:,}, "
+                f"received {short_repr(size)}. Pass a number of pixels, such as 224 or (224, 320)."
             )
-        if not _is_number(self.crop_fraction) or not 0 < self.crop_fraction <= 1:
+        if not _is_number(self.crop_fraction) or not MIN_CROP_FRACTION <= self.crop_fraction <= 1:
             raise ValueError(
-                f"Expected crop_fraction in (0, 1], received {_short(self.crop_fraction)}. Pass the fraction "
-                "of the resized image that is kept, such as 0.875."
+                f"Expected crop_fraction from {MIN_CROP_FRACTION} to 1, received "
+                f"{short_repr(self.crop_fraction)}. Pass the fraction of the resized image that is kept, "
+                "such as 0.875."
             )
-        if self.resize_size is not None and not is_positive_integer(self.resize_size):
+        if self.resize_size is not None and not _is_side(self.resize_size):
             raise ValueError(
-                f"Expected resize_size to be a positive integer or None, received "
-                f"{_short(self.resize_size)}. Pass a number of pixels, such as 236."
+                f"Expected resize_size to be a positive integer, at most {MAX_SIDE:,}, or None, received "
+                f"{short_repr(self.resize_size)}. Pass a number of pixels, such as 236."
             )
         for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"Unknown {name} {_short(getattr(self, name))}. Known: {', '.join(known)}.")
-        for name, least in (("mean", -math.inf), ("std", 0)):
+                raise ValueError(
+                    f"Unknown {name} {short_repr(getattr(self, name))}. Known: {', '.join(known)}."
+                )
+        for name, (least, most) in (("mean", MEAN_BOUNDS), ("std", STD_BOUNDS)):
             values = getattr(self, name)
             if (
                 not isinstance(values, tuple | list)
                 or len(values) != 3
-                or not all(_is_number(value) and least < value < math.inf for value in values)
+                or not all(_is_number(value) and least <= value <= most for value in values)
             ):
-                above = " above 0" if name == "std" else ""
-                raise ValueError(f"Expected {name} to be three numbers{above}, received {_short(values)}.")
+                raise ValueError(
+                    f"Expected {name} to be three numbers from {least} to {most}, received "
+                    f"{short_repr(values)}."
+                )
             object.__setattr__(self, name, tuple(map(float, values)))
         height, width = map(int, sides)
         object.__setattr__(self, "image_size", height if height == width else (height, width))
@@ -121,7 +133,7 @@ class Preprocessing:
         fields = {name: values[stored] for name, stored in named.items() if stored in values}
         mode = values.get("resize_mode", "shorter_side")
         if mode not in RESIZE_MODES:
-            raise ValueError(f"Unknown resize_mode {_short(mode)}. Known: {', '.join(RESIZE_MODES)}.")
+            raise ValueError(f"Unknown resize_mode {short_repr(mode)}. Known: {', '.join(RESIZE_MODES)}.")
         return cls(**fields | {"crop_mode": CROP_MODES[RESIZE_MODES.index(mode)]})
 
 
@@ -129,9 +141,9 @@ def is_positive_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
 
+def _is_side(value: object) -> bool:
+    return is_positive_integer(value) and value <= MAX_SIDE  # type: ignore[operator]
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _short(value: object) -> str:
-    return shortened(repr(value), 80)

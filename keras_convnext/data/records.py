@@ -3,6 +3,7 @@
 Each image keeps its place inside its file, so that it is read without reading the records before it.
 """
 
+import contextlib
 import dataclasses
 import mmap
 import os
@@ -11,16 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from keras_convnext._files import read_text, reading, regular_size
 from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names
 from keras_convnext.data.index import (
     INDEX_VERSION,
     MANIFEST,
+    MAX_CLASSES,
     IndexBuilder,
     Source,
     SourceError,
     cached_index,
     check_labels,
+    file_in,
     first_few,
     read_index,
     read_json,
@@ -45,19 +49,31 @@ def open_prepared(folder: str, split: str) -> Source:
 
 def read_manifest(folder: str) -> dict:
     """Reads the manifest of a folder; SourceError where it is damaged or of another version."""
-    manifest = read_json(folder, MANIFEST)
+    manifest = read_json(folder, MANIFEST, {})
     if manifest.get("format") != "keras_convnext" or manifest.get("version") != INDEX_VERSION:
         raise SourceError(
             "Expected a folder written by this version of prepare (format keras_convnext, version "
             f"{INDEX_VERSION}), but '{folder}' has format {manifest.get('format')!r}, version "
             f"{manifest.get('version')!r}. Prepare it again into another folder."
         )
+    with _describing(folder, MANIFEST):
+        for entry in manifest["splits"].values():
+            entry["settings"].keys(), list(entry["classes"])
+            for record in (*entry["shards"], entry["index"]):
+                file_in(folder, record["name"]), record["sha256"], int(record["size"])
     return manifest
+
+
+def tfds_splits(folder: str) -> list[str]:
+    """Returns the names of the splits that TensorFlow Datasets prepared in a folder."""
+    info = read_json(folder, "dataset_info.json", {"splits": list})
+    with _describing(folder, "dataset_info.json"):
+        return [str(item["name"]) for item in info["splits"]]
 
 
 def open_tfds(folder: str, split: str) -> Source:
     """Opens a split that TensorFlow Datasets prepared as tfrecord."""
-    info = read_json(folder, "dataset_info.json")
+    info = read_json(folder, "dataset_info.json", {"name": str, "splits": list})
     format_name = info.get("fileFormat", "tfrecord")
     if format_name != "tfrecord":
         raise SourceError(
@@ -66,16 +82,17 @@ def open_tfds(folder: str, split: str) -> Source:
             "--dataset_version_dir FOLDER --out_file_format tfrecord --out_dir OTHER, or build it with "
             "file_format='tfrecord'."
         )
-    entry = next(item for item in info["splits"] if item["name"] == split)
-    counts = [int(length) for length in entry["shardLengths"]]
-    template = entry.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    template = template.replace("{SHARD_X_OF_Y}", "{SHARD_INDEX}-of-{NUM_SHARDS}")
-    parts = {"DATASET": info["name"], "SPLIT": split, "FILEFORMAT": format_name}
-    parts["NUM_SHARDS"] = f"{len(counts):05d}"
-    for part, value in parts.items():
-        template = template.replace(f"{{{part}}}", value)
-    names = [template.replace("{SHARD_INDEX}", f"{number:05d}") for number in range(len(counts))]
-    files = [os.path.join(folder, name) for name in names]
+    with _describing(folder, "dataset_info.json"):
+        entry = next(item for item in info["splits"] if item["name"] == split)
+        counts = [int(length) for length in entry["shardLengths"]]
+        template = entry.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        template = template.replace("{SHARD_X_OF_Y}", "{SHARD_INDEX}-of-{NUM_SHARDS}")
+        parts = {"DATASET": info["name"], "SPLIT": split, "FILEFORMAT": format_name}
+        parts["NUM_SHARDS"] = f"{len(counts):05d}"
+        for part, value in parts.items():
+            template = template.replace(f"{{{part}}}", value)
+        names = [template.replace("{SHARD_INDEX}", f"{number:05d}") for number in range(len(counts))]
+        files = [file_in(folder, name) for name in names]
     missing = [os.path.basename(file) for file in files if not os.path.exists(file)]
     if missing:
         raise SourceError(
@@ -103,7 +120,7 @@ def open_records(path: str, files: list[str], first_label: int | None) -> Source
         return source
     labels = source.labels
     low, high = int(labels.min()), int(labels.max())
-    check_labels(source, high + 1)
+    check_labels(source, min(high + 1, MAX_CLASSES))
     if first_label is None:
         if low == 1 and high != 1000:
             raise SourceError(
@@ -123,7 +140,7 @@ def open_records(path: str, files: list[str], first_label: int | None) -> Source
 def examples(files: list[str]) -> Iterator[tuple[int, str, mmap.mmap, dict[str, list[Range] | list[int]]]]:
     """Yields number and path of the file, the mapped file and the features of every record."""
     for number, path in enumerate(files):
-        if not os.path.getsize(path):
+        if not regular_size(path):
             continue  # cannot be mapped
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if hasattr(content, "madvise"):
@@ -144,10 +161,12 @@ def feature_values(features: dict, name: str, path: str) -> list:
 
 def _tfds_features(folder: str) -> tuple[str, str, str | None, list[str]]:
     """Returns the features that are the image, the label and, if there is one, the file name; the classes."""
-    features = read_json(folder, "features.json").get("featuresDict", {}).get("features", {})
-    kinds = {
-        name: feature.get("pythonClassName", "").rpartition(".")[2] for name, feature in features.items()
-    }
+    content = read_json(folder, "features.json", {})
+    with _describing(folder, "features.json"):
+        features = content.get("featuresDict", {}).get("features", {})
+        kinds = {
+            name: feature.get("pythonClassName", "").rpartition(".")[2] for name, feature in features.items()
+        }
     images = [name for name, kind in kinds.items() if kind == "Image"]
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     # ImageNet-ReaL and its kin carry the label of ILSVRC2012 next to lists of others.
@@ -161,10 +180,13 @@ def _tfds_features(folder: str) -> tuple[str, str, str | None, list[str]]:
     names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
     path = os.path.join(folder, f"{label}.labels.txt")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            classes = file.read().splitlines()
+        classes = read_text(path).splitlines()
     else:
-        classes = [str(number) for number in range(int(features[label]["classLabel"]["numClasses"]))]
+        with _describing(folder, "features.json"):
+            count = int(features[label]["classLabel"]["numClasses"])
+            if not 0 < count <= MAX_CLASSES:
+                raise ValueError(f"numClasses is {count}")
+        classes = [str(number) for number in range(count)]
     return images[0], label, names[0] if names else None, classes
 
 
@@ -197,7 +219,9 @@ def _scan_records(
                 )
             if has_synset:
                 first, size = _one(features["image/class/synset"], tuple, "image/class/synset", file)
-                value = synsets.setdefault(content[first : first + size].decode("utf-8"), len(synsets))
+                value = synsets.setdefault(
+                    content[first : first + size].decode("utf-8", "surrogateescape"), len(synsets)
+                )
             if not -1 <= value < 1 << 31:
                 raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {value}.")
             text = f"{os.path.basename(file)}@{start}"
@@ -225,3 +249,9 @@ def _one(values: list, kind: type, name: str, path: str) -> Any:
             f"Expected one value, {wanted}, for '{name}' in every record of '{path}', received {len(values)}."
         )
     return values[0]
+
+
+def _describing(folder: str, name: str) -> contextlib.AbstractContextManager[None]:
+    """Names the description in a folder in whatever its content does to the block."""
+    remedy = "Prepare the set again."
+    return reading(os.path.join(folder, name), "a description of data", remedy, SourceError)

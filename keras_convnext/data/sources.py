@@ -31,10 +31,9 @@ from keras_convnext.data.index import (
     is_folder,
     is_image,
     list_folder,
-    read_json,
     with_classes,
 )
-from keras_convnext.data.records import open_prepared, open_records, open_tfds, read_manifest
+from keras_convnext.data.records import open_prepared, open_records, open_tfds, read_manifest, tfds_splits
 
 # The splits and the other words they go by, in any case and beside words that say nothing: "TestSet".
 SPLITS = {
@@ -249,7 +248,7 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
         return "tar", tars
     folder = _find_tfds(path)
     if folder is not None:
-        return "tfds", {item["name"]: [folder] for item in read_json(folder, "dataset_info.json")["splits"]}
+        return "tfds", {name: [folder] for name in tfds_splits(folder)}
     shards = _find_shards(path)
     if shards:
         return "tfrecord", shards

@@ -5,11 +5,13 @@ the record, masked CRC-32C of the record. Reference: tensorflow/core/lib/io/reco
 protocol buffers, tensorflow/core/example/example.proto and feature.proto (field numbers below).
 """
 
+import itertools
 import mmap
 import os
 import struct
 from collections.abc import Iterator
 
+MAX_VALUES = 100_000  # of a feature; an image has one or a few, and what is beyond these is not read
 HEADER_BYTES = 12  # before a record: length and its checksum
 FOOTER_BYTES = 4  # after it: its checksum
 
@@ -88,7 +90,7 @@ def parse_example(
                 name = buffer[name_start : name_start + name_length].decode("utf-8")
                 for kind, values in _fields(buffer, value):
                     if kind == 1 and isinstance(values, tuple):  # Feature.bytes_list
-                        features[name] = list(_ranges(buffer, values, 1))
+                        features[name] = list(itertools.islice(_ranges(buffer, values, 1), MAX_VALUES))
                     elif kind == 3 and isinstance(values, tuple):  # Feature.int64_list
                         features[name] = _integers(buffer, values)
     except (IndexError, ValueError) as error:
@@ -155,7 +157,7 @@ def _integers(buffer: Buffer, within: Range) -> list[int]:
             values.append(value)
         elif number == 1 and isinstance(value, tuple):  # packed
             start, end = value[0], value[0] + value[1]
-            while start < end:
+            while start < end and len(values) < MAX_VALUES:
                 item, start = _read_varint(buffer, start)
                 values.append(item)
     return [value - (1 << 64) if value >> 63 else value for value in values]
@@ -163,14 +165,14 @@ def _integers(buffer: Buffer, within: Range) -> list[int]:
 
 def _read_varint(buffer: Buffer, start: int) -> tuple[int, int]:
     """Returns the integer and the place of the byte after it."""
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):  # 64 bits have 10 bytes of 7
         byte = buffer[start]
         start += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, start
-        shift += 7
+    raise ValueError(f"an integer of more than 10 bytes before byte {start}")
 
 
 def _varint(value: int) -> bytes:

@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from keras_convnext._files import LOCKS_UNSUPPORTED, try_lock
+from keras_convnext._files import LOCKS_UNSUPPORTED, read_text, reading, try_lock
+from keras_convnext._messages import shortened
 from keras_convnext.data.index import Source
 
 COLUMNS = (
@@ -124,8 +125,8 @@ def fingerprint(source: Source) -> str:
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """Reads the rows that `append_result` wrote: the text of each column of `COLUMNS` by its name."""
     check_results_file(path)
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    with reading(path, "a table of results", "Pass another file."):
+        return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
 
 
 def append_result(path: str | os.PathLike[str], result: Result) -> None:
@@ -135,6 +136,7 @@ def append_result(path: str | os.PathLike[str], result: Result) -> None:
     be written is left as it was. The errors are those of `check_results_file` and `check_complete`.
     """
     row = result_row(result)
+    check_results_file(path)  # before it is opened: a pipe would wait for a reader
     with open(path, "ab", buffering=0) as file:
         _wait_for_lock(file)
         check_results_file(path)
@@ -163,14 +165,14 @@ def check_results_file(path: str | os.PathLike[str]) -> None:
         if not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"Expected the folder of the results file '{path}'. Make it first.")
         return
-    with open(path, encoding="utf-8", newline="") as file:
-        text = file.read()
-    if not text:
-        return
-    found = next(csv.reader(io.StringIO(text)))
+    with reading(path, "a table of results", "Pass another file."):
+        text = read_text(path)
+        if not text:
+            return
+        found = next(csv.reader(io.StringIO(text, newline="")))
     if tuple(found) != COLUMNS:
         missing = ", ".join(name for name in COLUMNS if name not in found) or "none"
-        unknown = ", ".join(name for name in found if name not in COLUMNS) or "none"
+        unknown = shortened(", ".join(name for name in found if name not in COLUMNS), 200) or "none"
         raise ValueError(
             f"Expected the columns of this version in '{path}', received others: missing {missing}; unknown "
             f"{unknown}. Pass another file."

@@ -1,7 +1,6 @@
 """`export`: writes a model as a file for another runtime, and checks the file in that runtime."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext import _environment
 from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
 from keras_convnext.data.preprocessing import Preprocessing
@@ -297,12 +297,9 @@ def _check_model(model):
 
 
 def _check_packages(format, packages):
-    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    missing = [package for module, package in packages.items() if not _environment.is_installed(module)]
     if missing:
-        raise ImportError(
-            f"The format {format!r} needs what is not installed: {', '.join(missing)}. "
-            f"Install it: pip install {' '.join(missing)}"
-        )
+        raise ImportError(_environment.missing_text(f"The format {format!r}", *missing))
 
 
 def _batch_size(batch_size, row):

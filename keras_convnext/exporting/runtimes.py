@@ -84,9 +84,8 @@ def open_exported(
         with silenced():
             importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"Running a file in the format {format!r} needs {package}: pip install {package}"
-        ) from error
+        what = f"Running a file in the format {format!r}"
+        raise ImportError(_environment.missing_text(what, package)) from error
     opener = {
         "saved_model": _open_saved_model,
         "litert": _open_litert,

@@ -2,16 +2,29 @@
 
 import contextlib
 import json
+import math
+import os
 import pathlib
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import h5py
 import numpy as np
 
-from keras_convnext.weights.arrays import FileFormatError
+from keras_convnext._files import FileFormatError, open_regular, reading, regular_size
+from keras_convnext._messages import one_line, shortened
+from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
+
+_MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file; what is cut there is no JSON
+_MAX_INDEX_BYTES = 1 << 20  # of the list of members of a `.keras` file
+_SMALL_BYTES = 1 << 26  # that any file may expand to
+_MAX_EXPANSION = 10  # times the bytes of the file, compressed weights included
+_MAX_OBJECTS = 10_000
+_checked: set[tuple[str, int, int]] = set()  # path, bytes and time of change of files without fault
+_REMEDY = "Is it whole? Copy or download it again."
 
 # Layer of keras.applications -> canonical name; the part in front is the model's name, free to choose.
 # Reference: keras/src/applications/convnext.py (Keras 3.15).
@@ -30,9 +43,9 @@ _LAYERS = (
 def is_keras_applications(path) -> bool:
     """Whether a file holds a ConvNeXt of `keras.applications`; FileFormatError when it is damaged."""
     path = pathlib.Path(path)
-    if path.suffix == ".keras":
-        return "_stage_0_block_0_depthwise_conv" in _config(path)
-    with _open(path) as file:
+    with _open(path) as file:  # checks it for those who let Keras read it
+        if path.suffix == ".keras":
+            return "_stage_0_block_0_depthwise_conv" in _member(path, "config.json")
         names = _legacy_layer_names(file)
         if names:
             return any(re.search(r"_stage_0_block_0_depthwise_conv$", name) for name in names)
@@ -46,32 +59,42 @@ def read_model_input(path):
     in 0..1, as `Preprocessing` has them; None for a model without one.
     """
     sides, normaliser = (None, None), None
-    for kind, config in reversed([*_serialised(json.loads(_config(path)))]):  # the first of each counts
-        if kind == "InputLayer" and len(config["batch_shape"]) == 4:
-            sides = tuple(config["batch_shape"][1:3])
-        elif kind == "Normalization" and config.get("mean") is not None:
-            # Rounded: what the square root leaves behind is no part of the value that was saved.
-            mean = np.round(np.ravel(config["mean"]) / 255, 9)
-            std = np.round(np.sqrt(np.ravel(config["variance"])) / 255, 9)
-            normaliser = tuple(tuple(np.resize(values, 3).tolist()) for values in (mean, std))
+    remedy = "Save it again by model.save()."
+    with reading(path, "a model that takes images", remedy), np.errstate(all="ignore"):
+        for kind, config in reversed(
+            [*_serialised(json.loads(_member(path, "config.json")))]
+        ):  # the first of each counts
+            if kind == "InputLayer" and len(config["batch_shape"]) == 4:
+                sides = tuple(config["batch_shape"][1:3])
+                Preprocessing(
+                    tuple(MAX_SIDE if side is None else side for side in sides)
+                )  # raises for what is no size
+            elif kind == "Normalization" and config.get("mean") is not None:
+                # Rounded: what the square root leaves behind is no part of the value that was saved.
+                mean = np.round(np.ravel(config["mean"]) / 255, 9)
+                std = np.round(np.sqrt(np.ravel(config["variance"])) / 255, 9)
+                normaliser = tuple(tuple(np.resize(values, 3).tolist()) for values in (mean, std))
+                Preprocessing(1, mean=normaliser[0], std=normaliser[1])
     return sides, normaliser
+
+
+def read_stored_text(path, key: str) -> str | None:
+    """The text under a key, an attribute of an `.h5` file or a member of a `.keras` file; None without it."""
+    path = pathlib.Path(path)
+    if path.suffix == ".keras":
+        return _member(path, key, optional=True) or None
+    with _open(path) as file:
+        text = file.attrs.get(key)
+        return None if text is None else str(text)
 
 
 def read_sizes(path) -> tuple[int, int]:
     """(classes, channels) of the model of this package that an `.h5` file is of; 0 for no classifier."""
-    with _open(path) as file:
-        try:
-            layers = file["layers"]
-            dense = [
-                name for name in layers if re.fullmatch(r"dense(_\d)?", name)
-            ]  # pre_logits, then the head
-            classes = layers[max(dense)]["vars/0"].shape[-1] if dense else 0
-            return classes, layers["patch_conv2d/vars/0"].shape[2]
-        except KeyError as error:
-            raise FileFormatError(
-                f"{path} has not the weights of a model of this package: {error}. Pass the file that "
-                "model.save_weights() wrote."
-            ) from None
+    with _open(path, "weights of a model of this package", "Pass what model.save_weights() wrote.") as file:
+        layers = file["layers"]
+        dense = [name for name in layers if re.fullmatch(r"dense(_\d)?", name)]  # pre_logits, then the head
+        classes = layers[max(dense)]["vars/0"].shape[-1] if dense else 0
+        return classes, layers["patch_conv2d/vars/0"].shape[2]
 
 
 def read_keras_applications(path) -> dict[str, np.ndarray]:
@@ -82,43 +105,51 @@ def read_keras_applications(path) -> dict[str, np.ndarray]:
     """
     path = pathlib.Path(path)
     state: dict[str, np.ndarray] = {}
-    try:
-        with _open(path) as file:
-            for name, arrays in _legacy_layers(file) if _legacy_layer_names(file) else _current_layers(file):
-                for key, array in _canonical(name, arrays):
-                    if key in state:
-                        raise FileFormatError(f"{path} has two layers for {key}; the second is {name!r}.")
-                    state[key] = array
-    except (KeyError, IndexError) as error:
-        raise FileFormatError(
-            f"{path} is not a plain ConvNeXt of keras.applications ({error}). If it is part of a larger "
-            "model, save it by itself."
-        ) from None
+    remedy = "If it is part of a larger model, save it by itself."
+    with _open(path, "a plain ConvNeXt of keras.applications", remedy) as file:
+        for name, arrays in _legacy_layers(file) if _legacy_layer_names(file) else _current_layers(file):
+            for key, array in _canonical(name, arrays):
+                if key in state:
+                    raise ValueError(f"two layers for {key}; the second is {name!r}")
+                if array.dtype.kind not in "fiu":
+                    raise ValueError(f"{key} is of the type {array.dtype}")
+                state[key] = array
     return state
 
 
 def load_weights(model, path) -> None:
     """Loads weights that a model of this package wrote; ValueError when they are of another model."""
+    with _open(pathlib.Path(path)):
+        pass
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Keras warns of, it then raises
             model.load_weights(path)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # Keras and h5py raise of many classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else one_line(error)
         raise ValueError(
-            f"{path} does not fit {model.name!r}: {str(error).strip().splitlines()[0]} "
+            f"{path} does not fit {model.name!r}: {shortened(reason, 400)} "
             "Build the model with the arguments it was saved with."
         ) from error
 
 
-def _config(path) -> str:
-    """The JSON text that a `.keras` file has of its model."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read("config.json").decode()
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FileFormatError(
-            f"{path} is not a Keras model file: {error}. Expected an archive written by model.save()."
-        ) from None
+def _member(path, name: str, optional: bool = False) -> str:
+    """The text of a member of a `.keras` file; "" where it is optional and not there."""
+    expected = "an archive written by model.save()"
+    with reading(path, expected, _REMEDY), open_regular(path) as file, _archive(file) as archive:
+        if optional and name not in archive.namelist():
+            return ""
+        with archive.open(name) as member:
+            return member.read(_MAX_CONFIG_BYTES).decode(errors="replace")
+
+
+def _archive(file: BinaryIO) -> zipfile.ZipFile:
+    """Opens an archive whose index is short: `zipfile` makes an object of each of its entries."""
+    file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16) - 22))  # where the end record may begin
+    end = file.read().rpartition(b"PK\5\6")[2]
+    if int.from_bytes(end[8:12], "little") > _MAX_INDEX_BYTES:
+        raise ValueError("its list of members is too long")
+    return zipfile.ZipFile(file)
 
 
 def _serialised(value):
@@ -130,19 +161,86 @@ def _serialised(value):
 
 
 @contextlib.contextmanager
-def _open(path) -> Iterator[h5py.File]:
-    with contextlib.ExitStack() as stack:
-        source = path
+def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator[h5py.File]:
+    """Checks and opens an `.h5` file, or that in a `.keras` file; tells what a block meets in it."""
+    with reading(path, expected, remedy), contextlib.ExitStack() as stack:
+        size, source = regular_size(path), stack.enter_context(open_regular(path))
         if path.suffix == ".keras":
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            source = stack.enter_context(archive.open("model.weights.h5"))
-        try:
-            file = stack.enter_context(h5py.File(source, "r"))
-        except OSError as error:
-            raise FileFormatError(
-                f"{path} is not a readable HDF5 file ({error}). Is it whole? Copy or download it again."
-            ) from None
+            archive = stack.enter_context(_archive(source))
+            member = archive.getinfo("model.weights.h5")
+            _check_bytes(member.file_size, size)
+            size, source = member.file_size, stack.enter_context(archive.open(member))
+        state = (str(path), size, os.stat(path).st_mtime_ns)
+        if state not in _checked:
+            _check_heaps(source)
+            source.seek(0)
+        file = stack.enter_context(h5py.File(source if path.suffix == ".keras" else path, "r"))
+        if state not in _checked:
+            _check_objects(file, size)
+            _checked.add(state)
         yield file
+
+
+def _check_bytes(num_bytes: int, size: int) -> None:
+    if num_bytes > max(_MAX_EXPANSION * size, _SMALL_BYTES):
+        raise ValueError(f"it says that it holds {num_bytes} bytes, and has {size}")
+
+
+def _check_heaps(source: BinaryIO) -> None:
+    """Follows the objects of each global heap, where texts lie: libhdf5 never ends at one of no length.
+
+    Reference: HDF5 File Format Specification, III.E; H5HG__cache_heap_deserialize in HDF5 1.14.
+    """
+    start = source.read(15)
+    sizes = start[13:15] if start[8:9] in (b"\0", b"\1") else start[9:11]
+    if start[:8] != b"\x89HDF\r\n\x1a\n" or sizes != b"\x08\x08":
+        raise ValueError(f"it is not an HDF5 file with numbers of 8 bytes: it starts with {start!r}")
+    position, rest, heaps = 15, b"", []
+    while chunk := source.read(1 << 24):
+        text = rest + chunk
+        heaps += [position - len(rest) + match.start() for match in re.finditer(b"GCOL\1", text)]
+        position, rest = position + len(chunk), text[-4:]
+        if len(heaps) > _MAX_OBJECTS:
+            raise ValueError(f"it has more than {_MAX_OBJECTS} heaps")
+    count = 0
+    for heap in heaps:
+        source.seek(heap)
+        size = int.from_bytes(source.read(16)[8:], "little")
+        if heap + size > position:
+            continue  # libhdf5 refuses it
+        content, at = source.read(size - 16) if size > 16 else b"", 0
+        while at + 16 <= len(content):
+            index, length = int.from_bytes(content[at : at + 2], "little"), content[at + 8 : at + 16]
+            step = int.from_bytes(length, "little")
+            step = 16 + (step + 7) // 8 * 8 if index else step
+            count += 1
+            if not 16 <= step <= len(content) - at or count > _MAX_OBJECTS:
+                raise ValueError(f"the heap at byte {heap} has an object of {step} bytes at byte {at}")
+            at += step
+
+
+def _check_objects(file: h5py.File, size: int) -> None:
+    """Refuses what is not in the file itself, and more than a file of `size` bytes can hold."""
+    groups, seen, num_bytes = [file["/"]], 0, 0
+    while groups:
+        group = groups.pop()
+        for name in group:
+            seen += 1
+            if group.id.links.get_info(name.encode(errors="surrogateescape")).type != h5py.h5l.TYPE_HARD:
+                raise ValueError(f"{shortened(name, 80)!r} is a link to another place")
+            if seen > _MAX_OBJECTS:
+                raise ValueError(f"it has more than {_MAX_OBJECTS} objects, or groups that hold each other")
+            found = group[name]
+            if isinstance(found, h5py.Group):
+                groups.append(found)
+            elif isinstance(found, h5py.Dataset):
+                if found.external or found.is_virtual:
+                    raise ValueError(f"the values of {shortened(name, 80)!r} lie in another file")
+                if found.dtype.hasobject or found.shape is None:  # texts and lists name their bytes often
+                    raise ValueError(f"{shortened(name, 80)!r} holds no numbers")
+                items = max(math.prod(found.shape), math.prod(found.chunks or ()))
+                num_bytes += items * found.dtype.itemsize
+                _check_bytes(num_bytes, size)
 
 
 def _texts(names) -> list[str]:

@@ -9,11 +9,11 @@ import json
 import os
 import pathlib
 import zipfile
-from typing import Any
 
-from keras_convnext._messages import shortened
+from keras_convnext._files import FileFormatError
+from keras_convnext._messages import short_repr, shortened
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.weights import arrays, safetensors_files
+from keras_convnext.weights import safetensors_files
 
 KEY = "keras_convnext.images"
 DESCRIBED_SUFFIXES = (".safetensors", ".h5", ".keras")
@@ -39,9 +39,7 @@ def from_json(text: str, file: str | os.PathLike[str]) -> Preprocessing:
             raise ValueError(f"Expected JSON, received {shortened(text, 80)}.") from None
         if not isinstance(values, dict) or sorted(values) != names:
             received = sorted(values) if isinstance(values, dict) else values
-            raise ValueError(
-                f"Expected the values {', '.join(names)}, received {shortened(repr(received), 80)}."
-            )
+            raise ValueError(f"Expected the values {', '.join(names)}, received {short_repr(received)}.")
         return Preprocessing.from_stored(**values)
     except ValueError as error:
         raise ValueError(
@@ -64,23 +62,20 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
         read_preprocessing("runs/flowers/final.safetensors").image_size
     """
     path = pathlib.Path(path)
-    text: Any = None
     try:
-        if path.suffix == ".h5":
-            import h5py  # here, as the command line's `list` is not to wait for it
+        if path.suffix in (".h5", ".keras"):
+            from keras_convnext.weights import (
+                keras_files,
+            )  # here: the command line's `list` waits for no h5py
 
-            with h5py.File(path, "r") as file:
-                text = file.attrs.get(KEY)
-        elif path.suffix == ".keras":
-            with zipfile.ZipFile(path) as archive:
-                text = archive.read(KEY).decode(errors="replace") if KEY in archive.namelist() else None
+            text = keras_files.read_stored_text(path, KEY)
         else:
             text = safetensors_files.read_safetensors_metadata(path).get(KEY)
-    except FileNotFoundError:
-        raise
-    except (arrays.FileFormatError, zipfile.BadZipFile, OSError):
+    except FileFormatError:
+        if path.suffix in (".h5", ".keras"):
+            raise
         return None  # another format or a damaged file, which the reader of its weights tells
-    return None if text is None else from_json(str(text), path)
+    return None if text is None else from_json(text, path)
 
 
 def add_preprocessing(path: str | os.PathLike[str], preprocessing: Preprocessing) -> None:

@@ -92,7 +92,8 @@ class ResolvedWeights:
         try:
             model = keras.saving.load_model(self.path, compile=False)
         except Exception as error:  # damaged archives and unknown layers raise of many classes
-            raise ValueError(f"{self.path} could not be opened as a Keras model: {error}") from error
+            reason = _messages.shortened(_messages.one_line(error), 400)
+            raise ValueError(f"{self.path} could not be opened as a Keras model: {reason}") from error
         return assign.state_dict(model)
 
     @functools.cached_property

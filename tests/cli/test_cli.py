@@ -367,8 +367,27 @@ def test_predict_opens_a_fine_tuned_keras_model(run, refused, monkeypatch, tmp_p
         3,
     )
     path.write_bytes(path.read_bytes()[:1000])
-    assert "could not be opened as a Keras model" in refused("predict", PHOTOGRAPHS[0], "--weights", path)
-    assert "is not a Keras model file" in refused("info", path)
+    for words in (("predict", PHOTOGRAPHS[0], "--weights"), ("info",)):
+        assert f"Expected readable weights in HDF5 in '{path}'" in refused(*words, path)
+
+
+@pytest.mark.once
+def test_no_error_is_longer_than_a_screen(refused, tmp_path):
+    """What a file holds comes back shortened: shapes, keys, tables of 100 kB and more."""
+    shape = f'{{"a": {{"dtype": "F32", "shape": [{"1," * 300_000}1], "data_offsets": [0, 4]}}}}'
+    keys = "{" + ", ".join(f'"{"k" * 60_000}{n}": 1' for n in range(2)) + "}"
+    for text in (shape, keys):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+        assert len(refused("info", path)) < 2000
+    (tmp_path / "x.toml").write_text("k" * 60_000 + " = 1\n")
+    assert len(refused("train", tmp_path / "x.toml", "--out", tmp_path / "run")) < 2000
+    for words in (
+        ["info", "a" * 100_000],
+        ["info", "a." + "b" * 100_000],
+        ["plan", "smoke", "--devices", "z" * 99_999],
+    ):
+        assert len(refused(*words)) < 2000
 
 
 # convert

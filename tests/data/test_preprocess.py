@@ -461,7 +461,7 @@ def test_preprocess_image_rejects_what_is_not_a_uint8_rgb_array(image, received)
 )
 def test_preprocess_image_rejects_bad_image_sizes(image_size):
     assert value_error(image_size=image_size) == (
-        "Expected image_size to be a positive integer or (height, width), received "
+        "Expected image_size to be a positive integer or (height, width), at most 16,384, received "
         f"{image_size!r}. Pass a number of pixels, such as 224 or (224, 320)."
     )
 
@@ -469,15 +469,16 @@ def test_preprocess_image_rejects_bad_image_sizes(image_size):
 @pytest.mark.parametrize("crop", [0, -0.5, 1.0001, 87.5, math.nan, True, "0.9", None], ids=repr)
 def test_preprocess_image_rejects_crops_outside_zero_to_one(crop):
     assert value_error(crop_fraction=crop) == (
-        f"Expected crop_fraction in (0, 1], received {crop!r}. Pass the fraction of the resized image that "
-        "is kept, such as 0.875."
+        f"Expected crop_fraction from 0.01 to 1, received {crop!r}. Pass the fraction of the resized image "
+        "that is kept, such as 0.875."
     )
 
 
 @pytest.mark.parametrize("resize_size", [0, -1, 236.0, True, (236, 236)], ids=repr)
 def test_preprocess_image_rejects_bad_resize_sizes(resize_size):
     assert value_error(resize_size=resize_size) == (
-        f"Expected resize_size to be a positive integer or None, received {resize_size!r}. Pass a "
+        "Expected resize_size to be a positive integer, at most 16,384, or None, received "
+        f"{resize_size!r}. Pass a "
         "number of pixels, such as 236."
     )
 

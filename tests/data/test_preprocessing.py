@@ -49,7 +49,9 @@ def test_files_have_names_of_their_own():
         Preprocessing.from_stored(**stored | {"resize_mode": "center"})
 
 
-@pytest.mark.parametrize("std", [(1, 1), (1, 0, 1), (1, float("nan"), 1), 0.5, ("1", 1, 1)])
+@pytest.mark.parametrize(
+    "std", [(1, 1), (1, 0, 1), (1, float("nan"), 1), 0.5, ("1", 1, 1), (1, 1, 2**99_999)]
+)
 def test_a_wrong_normaliser_is_refused(std):
-    with pytest.raises(ValueError, match="std to be three numbers above 0, received"):
+    with pytest.raises(ValueError, match="std to be three numbers from 1e-06 to 1000, received"):
         Preprocessing(64, std=std)

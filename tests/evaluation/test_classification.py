@@ -410,6 +410,31 @@ def test_a_file_with_other_columns_is_left_as_it_is(result, model, tmp_path):
 
 
 @pytest.mark.once
+def test_a_results_file_of_another_kind_is_left_as_it_is(result, tmp_path):
+    path = tmp_path / "results.csv"
+    os.mkfifo(path)
+    for use in (read_results, lambda path: append_result(path, result)):
+        for place in (path, "/dev/full"):
+            with pytest.raises(OSError, match=r"Expected a file, received the (named pipe|device)"):
+                use(place)
+    path.unlink()
+    append_result(path, result)
+    head = path.read_bytes()
+    for content, message in (
+        (head + b"\xff\n", "Expected text in UTF-8"),
+        (head + b"x" * 140_000 + b"\n", "Error: field larger than field limit"),
+        (b"x" * 140_000 + b"\n" + head, "Error: field larger than field limit"),
+        (b"a," * 60_000 + b"\n", r"unknown a, a, .*\.\.\.\. Pass another file"),
+        (b"\n", r"missing time, "),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error:
+            read_results(path)
+        assert "results.csv" in str(error.value) and len(str(error.value)) < 1800
+        assert path.read_bytes() == content
+
+
+@pytest.mark.once
 def test_processes_that_write_at_once_write_whole_rows(result, tmp_path):
     (tmp_path / "result.pickle").write_bytes(pickle.dumps(result))
     code = (

@@ -3,8 +3,10 @@
 import hashlib
 import importlib
 import json
+import os
 import pathlib
 import re
+import time
 import tomllib
 
 import pydantic
@@ -840,3 +842,58 @@ def test_the_remedies_are_free_of_warnings(published):
     better = small.replaced({"ema_decay": ema, "warmup_epochs": warmup, "drop_path_rate": 0.2})
     better = better.replaced({"image_size": size, "eval_image_size": size})
     assert warnings_for(better, has_weights=True, trained_size=224, num_steps=900) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"learning_rate": "1" + "0" * 400},
+            "learning_rate: expected at most 9,007,199,254,740,992, received 1000",
+        ),
+        (
+            {"learning_rate": "0x" + "f" * 9000},
+            "learning_rate: expected at most 9,007,199,254,740,992, received a value",
+        ),
+        ({"epochs": "-" + "9" * 30}, "epochs: expected at most 9,007,199,254,740,992, received -999"),
+        (
+            {"crop_scale": "[0.1, 1" + "0" * 400 + "]"},
+            "crop_scale: expected at most 9,007,199,254,740,992, received [0.1, 1",
+        ),
+        ({"crop_scale": "[" * 300 + "]" * 300}, "crop_scale: expected a list of 2"),
+        ({"crop_scale": "[" * 500 + "]" * 500}, "xpected a"),
+        ({"title": "[" * 20_000}, "is not one"),
+        ({"learning_rate": "9" * 5000}, "is not one: Exceeds the limit"),
+        ({"architecture": '"' + "x" * 20_000 + '"'}, "architecture: expected"),
+        ({"x" * 30_000: "1"}, "x...: unknown key"),
+        ({".".join("a" * 20_000): "1"}, "is not one: a line has more than 200 dots"),
+        ({"title": '"' + "x" * 100_000 + '"'}, "Expected at most 65.5 kB in"),
+    ],
+)
+def test_numbers_texts_and_depths_beyond_use_are_one_short_sentence(write, changes, words):
+    with pytest.raises(ValueError) as caught:
+        load_recipe(write(**changes))
+    assert words in str(caught.value) and "mine.toml" in str(caught.value)
+    assert len(str(caught.value)) < 2500
+
+
+def test_unknown_keys_without_number_are_answered_soon(write):
+    path = write()
+    path.write_text(path.read_text() + "\n[more]\n" + "\n".join(f"k{n} = 1" for n in range(6000)))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="unknown"):
+        load_recipe(path)
+    path.write_text(
+        "\n".join(f"batch_sizf{n} = 1" for n in range(3000)) + "\n" + write(name="b.toml").read_text()
+    )
+    with pytest.raises(ValueError, match=r"with 3000 problems[^~]*and 2980 more"):
+        load_recipe(path)
+    assert time.monotonic() - start < 5
+
+
+def test_a_recipe_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    for name in ("pipe.toml", "zero.toml"):
+        with pytest.raises(ValueError, match="Expected"):
+            load_recipe(tmp_path / name)

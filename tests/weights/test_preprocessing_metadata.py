@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import zipfile
 
 import h5py
 import keras
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file as save_safetensors
 
 import keras_convnext
 from keras_convnext import models, predictor
+from keras_convnext._files import FileFormatError
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import classification
 from keras_convnext.weights import preprocessing_metadata, safetensors_files
@@ -98,20 +100,32 @@ def test_every_row_of_the_table_can_be_described():
 
 
 DAMAGED = [
-    ("image_size", 0, r"image_size to be a positive integer or \(height, width\), received 0\."),
+    (
+        "image_size",
+        0,
+        r"image_size to be a positive integer or \(height, width\), at most 16,384, received 0\.",
+    ),
     ("image_size", 64.0, r"image_size to be .*, received 64\.0\."),
     ("image_size", True, r"image_size to be .*, received True\."),
-    ("crop", 0, r"crop_fraction in \(0, 1\], received 0\."),
-    ("crop", 1.5, r"crop_fraction in \(0, 1\], received 1\.5\."),
-    ("crop", "0.9", r"crop_fraction in \(0, 1\], received '0\.9'\."),
-    ("crop", float("nan"), r"crop_fraction in \(0, 1\], received nan\."),
+    ("crop", 0, r"crop_fraction from 0\.01 to 1, received 0\."),
+    ("crop", 1.5, r"crop_fraction from 0\.01 to 1, received 1\.5\."),
+    ("crop", "0.9", r"crop_fraction from 0\.01 to 1, received '0\.9'\."),
+    ("crop", float("nan"), r"crop_fraction from 0\.01 to 1, received nan\."),
+    ("image_size", 1_000_000, "image_size to be .*, at most 16,384, received 1000000"),
+    ("image_size", [64, 10**400], r"image_size to be .*, received \[64, 1000.*\.\.\.\."),
+    ("resize_size", 10**9, "resize_size to be .*, at most 16,384, or None, received 1000000000"),
+    ("crop", 1e-300, "crop_fraction from 0.01 to 1, received 1e-300"),
+    ("crop", 10**400, r"crop_fraction from 0.01 to 1, received 1000.*\.\.\.\."),
+    ("mean", [0, 1e308, 0], r"mean to be three numbers from -1000 to 1000, received \[0, 1e\+308, 0\]"),
+    ("mean", [0, 10**400, 0], r"mean to be three numbers .*, received \[0, 1000.*\.\.\.\."),
+    ("std", [1, 1, 1e-300], r"std to be three numbers from 1e-06 to 1000, received \[1, 1, 1e-300\]"),
     ("resize_mode", "stretch", r"resize_mode 'stretch'\. Known: shorter_side, squash\."),
     ("resize_mode", ["squash"], r"resize_mode \['squash'\]\. Known: "),
-    ("resize_size", 0, r"resize_size to be a positive integer or None, received 0\."),
+    ("resize_size", 0, r"resize_size to be a positive integer, at most 16,384, or None, received 0\."),
     ("interpolation", "nearest", r"interpolation 'nearest'\. Known: bicubic, bilinear\."),
-    ("mean", [0.5, 0.5], r"mean to be three numbers, received \[0\.5, 0\.5\]\."),
-    ("mean", 0.5, r"mean to be three numbers, received 0\.5\."),
-    ("std", [0.5, 0, 0.5], r"std to be three numbers above 0, received \[0\.5, 0, 0\.5\]\."),
+    ("mean", [0.5, 0.5], r"mean to be three numbers from -1000 to 1000, received \[0\.5, 0\.5\]\."),
+    ("mean", 0.5, r"mean to be three numbers from -1000 to 1000, received 0\.5\."),
+    ("std", [0.5, 0, 0.5], r"std to be three numbers from 1e-06 to 1000, received \[0\.5, 0, 0\.5\]\."),
     ("gamma", 2.2, r"the values crop, .*, std, received \['crop', 'gamma', "),
 ]
 
@@ -148,11 +162,19 @@ def test_files_of_others_say_nothing(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
     (tmp_path / "x.bin").write_bytes(b"")
     (tmp_path / "x.safetensors").write_bytes(b"no such file")
-    (tmp_path / "x.keras").write_bytes(b"no archive")
-    (tmp_path / "x.h5").write_bytes(b"no HDF5")
     h5py.File(tmp_path / "plain.h5", "w").close()
     for path in tmp_path.iterdir():
         assert read_preprocessing(path) is None, path
+    for name in ("x.keras", "x.h5"):
+        (tmp_path / name).write_bytes(b"neither an archive nor HDF5")
+        with pytest.raises(FileFormatError, match=name):
+            read_preprocessing(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "y.keras", "w") as archive:  # a description that cannot be read
+        archive.writestr(KEY, to_json(IMAGES))
+    content = (tmp_path / "y.keras").read_bytes()
+    (tmp_path / "y.keras").write_bytes(content.replace(b"0.", b"0,", 1))
+    with pytest.raises(FileFormatError, match=r"Bad CRC-32 for file 'keras_convnext\.images'"):
+        read_preprocessing(tmp_path / "y.keras")
     for name in ("none.safetensors", "none.h5", "none.keras"):
         with pytest.raises(FileNotFoundError):
             read_preprocessing(tmp_path / name)
