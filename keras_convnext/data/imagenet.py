@@ -305,22 +305,16 @@ def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validat
     for line, row in rows:
         file, label = row[file_column], row[label_column]
         meant = find(file)
-        if label.casefold() in _NO_LABELS:
-            raise SourceError(
-                f"Expected a label for '{file}' in line {line} of '{path}', received {label!r}."
-            )
-        if len(meant) > 1:
-            raise SourceError(
-                f"Expected one image for '{file}' in line {line} of '{path}', found {len(meant)}: "
-                f"{first_few(sorted(meant))}. Write their paths from the folder."
-            )
-        for name in meant:
-            if given.setdefault(name, label) != label:
-                raise SourceError(
-                    f"Expected one label for '{name}', received '{given[name]}' and, in line {line} of "
-                    f"'{path}', '{label}'. Remove one."
-                )
         strange += [] if meant else [file]
+        problem = ""
+        if label.casefold() in _NO_LABELS:
+            problem = f"a label for '{file}', received {label!r}"
+        elif len(meant) > 1:
+            problem = f"the path of one image for '{file}', found {first_few(sorted(meant))}"
+        elif any(given.setdefault(name, label) != label for name in meant):
+            problem = f"one label for '{file}', received '{given[min(meant)]}' before and '{label}'"
+        if problem:
+            raise SourceError(f"Expected {problem} in line {line} of '{path}'. Correct it.")
     missing = [name for name in names if name not in given]
     if missing:
         there = f" It has {first_few(strange)}, which are not there." if strange else ""
@@ -374,25 +368,22 @@ def _rows(path: str | os.PathLike[str], has_hashes: bool) -> list[tuple[int, lis
 
 
 def _finder(names: list[str]) -> Callable[[str], set[str]]:
-    """Returns a function that tells which images a label file may mean by a name."""
-    whole: dict[str, set[str]] = collections.defaultdict(set)  # paths from the folder
-    short: dict[str, set[str]] = collections.defaultdict(set)  # and last parts; with suffix and without
+    """Returns a function that tells which images a label file may mean by a name, with suffix or without."""
+    meant: dict[str, set[str]] = collections.defaultdict(set)
+    whole = {path for name in names for path in (name, os.path.splitext(name)[0])}
     for name in names:
-        stem = os.path.splitext(name)[0]
-        whole[stem].add(name)
-        for key in (stem, os.path.basename(name), os.path.basename(stem)):
-            short[key].add(name)
-    exact = {name: {name} for name in names}
-    whole.update(exact)
-    short.update(exact)
+        for path in (name, os.path.splitext(name)[0]):
+            meant[path].add(name)
+            meant[os.path.basename(path)].add(name)
+    meant.update({name: {name} for name in names})
 
     def find(text: str) -> set[str]:
-        text = text if text in short else text.replace("\\", "/")
-        found = short.get(text)
+        text = text if text in meant else text.replace("\\", "/")
+        found = meant.get(text, set())
         while not found and "/" in text:  # a path from elsewhere that ends in one from the folder
             text = text.partition("/")[2]
-            found = whole.get(text)
-        return found or set()
+            found = meant[text] if text in whole else found
+        return found
 
     return find
 

@@ -24,8 +24,8 @@ from keras_convnext._messages import near_names, shortened, size_text
 from keras_convnext._terminal import print_line
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif")
-IMAGE_SUFFIXES += (".tif", ".tiff")
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+IMAGE_SUFFIXES = (*_JPEG, ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 INDEX_VERSION = 1
 MANIFEST = "manifest.json"  # of a folder that `prepare` wrote
 CACHED_BYTES = 1 << 30  # files below this size are scanned in about a second, so their index is not kept
@@ -245,6 +245,11 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tells a folder or a link to one; no links in a ring, at which `DirEntry.is_dir` raises."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
 def list_folder(path: str) -> tuple[list[str], list[str], collections.Counter[str]]:
     """Returns the sorted names of the folders and images in a folder, and how much is left out, by reason.
 
@@ -260,24 +265,27 @@ def list_folder(path: str) -> tuple[list[str], list[str], collections.Counter[st
                 left_out["hidden"] += 1
             elif entry.name.casefold() in _SYSTEM_FOLDERS:
                 left_out[entry.name] += 1
-            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            elif is_folder(entry):
                 folders.append(entry.name)
             elif suffix not in IMAGE_SUFFIXES:
                 left_out[suffix or "without suffix"] += 1
-            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+            elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
                 images.append(entry.name)
             else:
                 left_out["no regular file"] += 1
     return sorted(folders), sorted(images), left_out
 
 
-def images_below(folder: str) -> tuple[list[str], collections.Counter[str]]:
+def images_below(
+    folder: str, seen: set[tuple[int, int]] | None = None
+) -> tuple[list[str], collections.Counter[str]]:
     """Returns the sorted paths of the images at any depth below a folder, and how much is left out.
 
-    Links to folders are followed, each folder is listed once. OSError: a folder cannot be listed, as a part
-    of the images would give another score.
+    Links to folders are followed, each folder is listed once, and those `seen` before not again. OSError: a
+    folder cannot be listed, as a part of the images would give another score.
     """
-    images, waiting, seen = [], [folder], set()
+    images, waiting = [], [folder]
+    seen = set() if seen is None else seen
     left_out: collections.Counter[str] = collections.Counter()
     while waiting:
         path = waiting.pop()
@@ -295,8 +303,9 @@ def images_below(folder: str) -> tuple[list[str], collections.Counter[str]]:
 
 def counted(left_out: collections.Counter[str]) -> str:
     """Says how much was left out and why, the most first: "12 .txt, 3 hidden"; "" for nothing."""
-    words = [f"{count:,} {_printable(reason)}" for reason, count in left_out.most_common(_SHOWN)]
-    rest = left_out.total() - sum(count for _, count in left_out.most_common(_SHOWN))
+    ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{count:,} {_printable(reason)}" for reason, count in ranked[:_SHOWN]]
+    rest = sum(count for _, count in ranked[_SHOWN:])
     return ", ".join(words + [f"{rest:,} others"] * bool(rest))
 
 
@@ -308,7 +317,9 @@ def described(source: Source, title: str = "data") -> list[str]:
     if len(names) > _SHOWN:
         shown = f"{', '.join(names[:5])}, ...; {min(counts):,} to {max(counts):,} a class"
     lines = [f"{title}: {len(source):,} images of {len(names):,} classes in '{source.path}': {shown}"]
-    if are_numbers(source.classes) and int(source.classes[-1]) != len(names) - 1:
+    if 0 in counts:
+        lines.append(f"  no images: {counts.count(0):,} of these classes")
+    if are_numbers(source.classes) and set(map(int, source.classes)) != set(range(len(names))):
         lines.append(f"  the numbers are names, not labels: class 0 is '{source.classes[0]}'")
     return lines + [f"  left out: {counted(source.left_out)}"] * bool(source.left_out)
 
@@ -319,17 +330,17 @@ def are_numbers(names: Iterable[str]) -> bool:
 
 
 def in_order(names: Iterable[str], path: str | os.PathLike[str]) -> list[str]:
-    """Returns the names of classes in the order of their labels: numbers by value, else sorted as text.
+    """Returns the names of classes in the order of their labels: sorted, but the numbers 0 to n - 1 by value.
 
-    So the numbers 0 to n - 1 are the labels themselves, and others are names. SourceError: two names stand
-    for one number.
+    SourceError: two names stand for one number.
     """
     found = sorted(set(names))
     if not are_numbers(found):
         return found
-    if len(set(map(int, found))) < len(found):
+    numbers = set(map(int, found))
+    if len(numbers) < len(found):
         raise SourceError(f"Two classes of '{path}' stand for one number: {first_few(found)}. Rename one.")
-    return sorted(found, key=int)
+    return sorted(found, key=int) if numbers == set(range(len(found))) else found
 
 
 def _printable(name: str) -> str:

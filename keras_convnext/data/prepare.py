@@ -145,11 +145,8 @@ def prepare(
     opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
     folder = sources.canonical_split(os.path.basename(os.path.abspath(source_path)), is_whole=True)
     written = {asked: sources.canonical_split(asked or "") or asked or folder or "train" for asked in opened}
-    if len(set(written.values())) < len(written):
-        raise SourceError(
-            f"Expected each split once in '{source_path}', received {', '.join(map(str, opened))}. Name one "
-            "of them as split."
-        )
+    if len(set(written.values())) < len(written):  # "train1" and "train2"
+        written = {asked: str(asked) for asked in opened}
     for asked, source in opened.items():
         say("\n".join(described(source, written[asked])))
     os.makedirs(output, exist_ok=True)

@@ -28,6 +28,7 @@ from keras_convnext.data.index import (
     first_few,
     images_below,
     in_order,
+    is_folder,
     is_image,
     list_folder,
     with_classes,
@@ -71,8 +72,8 @@ def open_source(
     - files `*.tfrecord` or `*-00000-of-00128`, in a folder or by a pattern such as "x/train*": records of
       tf.train.Example with "image/encoded" and "image/class/label", or "image" and "label". Classes:
       "image/class/synset" where records have it, else numbers.
-    - folders: one folder a class, images at any depth in it. Classes: names of the folders, sorted; numbers
-      by value, so that 0 to n - 1 are the labels themselves (ImageNetV2 as published).
+    - folders: one folder a class, images at any depth in it. Classes: names of the folders, sorted; if
+      these are the numbers 0 to n - 1, the number is the label (ImageNetV2 as published).
     - files ILSVRC2012_val_*.JPEG: ImageNet's validation images, unpacked. Classes: WordNet ids.
     - other images, with `labels`: a flat folder. Classes: from the label file.
 
@@ -310,7 +311,7 @@ def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | N
             f"received split='{split}'."
         )
     for wanted in (canonical, "test") if canonical == "validation" else (canonical,):
-        found = [name for name in splits if wanted and canonical_split(str(name)) == wanted]
+        found = [name for name in map(str, splits) if wanted and canonical_split(name) == wanted]
         if len(found) > 1:
             raise SourceError(
                 f"'{path}' has {len(found)} splits that '{split}' could be. Pass one of: {first_few(found)}."
@@ -347,7 +348,7 @@ def _tfds_folders(path: str, depth: int) -> Iterator[str]:
             for entry in entries:
                 if is_image(entry.name):
                     return  # a class folder; TensorFlow Datasets keeps no images as files
-                if entry.is_dir() and not entry.name.startswith((".", "incomplete")):
+                if is_folder(entry) and not entry.name.startswith((".", "incomplete")):
                     folders.append(entry.path)
         for folder in folders:
             yield from _tfds_folders(folder, depth - 1)
@@ -357,11 +358,11 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
     """Returns the TFRecord files of a folder by the split that is part of their names."""
     shards: dict[str | None, list[str]] = {}
     counts: dict[str | None, set[str]] = {}
-    with os.scandir(path) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
-    for name in names:
+    for name in sorted(os.listdir(path)):
         match = _SHARD_NAME.fullmatch(name)
-        if match is None and not name.endswith((".tfrecord", ".tfrecords")):
+        if name.startswith(".") or not (match or name.endswith((".tfrecord", ".tfrecords"))):
+            continue
+        if not os.path.isfile(os.path.join(path, name)):
             continue
         parts = re.split(r"[-_.]", name)
         split = next((part for part in parts if canonical_split(part)), match["split"] if match else None)
@@ -397,8 +398,10 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequ
             "'file,label' lines (to train: `keras-convnext prepare FOLDER OUTPUT --labels FILE` first)."
         )
     images = []
+    state = os.stat(path)
+    seen = {(state.st_dev, state.st_ino)}  # a folder that is linked to from two classes has one of them
     for name in folders:
-        found, others = images_below(os.path.join(path, name))
+        found, others = images_below(os.path.join(path, name), seen)
         images.append(found)
         left_out += others
     if not any(images):
