@@ -438,6 +438,7 @@ def _classified(
         right: for each picture the numbers of the classes that are right.
     """
     logits = np.asarray(model.predict_on_batch(predictor.for_channels(pictures, model)), "float64")
+    predictor.finite(logits, model.name)
     probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
     level = HEAT_LEVEL if HEAT_LEVEL in model.pyramid_outputs else None

@@ -40,7 +40,15 @@ class Predictor:
     def predict(self, images: list[np.ndarray]) -> np.ndarray:
         """uint8 images (H, W, 3) of any size to the model's outputs, float32 (N, classes)."""
         batch = np.stack([preprocess.preprocess_image(image, self.preprocessing) for image in images])
-        return np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), "float32")
+        return self.outputs(batch)
+
+    def outputs(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 images (N, height, width, 3), prepared, to the model's outputs, float32 (N, classes).
+
+        Raises a ValueError where they are not finite.
+        """
+        outputs = np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), "float32")
+        return finite(outputs, str(self.file or self.model.name))
 
 
 def open_predictor(
@@ -124,6 +132,17 @@ def check_outputs(model: Any, name: str, task: str) -> None:
             "with include_top=False, pooling='avg'."
         )
     raise ValueError(f"Expected a model that ends in (N, classes). Received {name}, with outputs {shape}.")
+
+
+def finite(outputs: np.ndarray, name: str) -> np.ndarray:
+    """Returns what a model gave, (N, ...); a ValueError names the model where it is NaN or infinite."""
+    bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"Expected numbers from {name}, received infinite ones or NaN for {int(bad.sum())} of {len(bad)} "
+            "images. Check the weights; with a float16 policy try bfloat16 or float32."
+        )
+    return outputs
 
 
 def without_classifier(model: Any) -> Any:

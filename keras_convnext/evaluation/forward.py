@@ -161,10 +161,10 @@ def best_classes(outputs: np.ndarray, count: int) -> np.ndarray:
 
 
 def check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: Source) -> None:
-    bad = np.isnan(outputs).any(axis=1)
+    bad = ~np.isfinite(outputs).all(axis=1)
     if bad.any():
         raise ValueError(
-            f"Expected numbers from the model, received NaN for {int(bad.sum())} of the {len(bad)} images of "
-            f"batch {index}, the first of them '{source.name(int(numbers[bad][0]))}'. Check the weights; "
-            "with a float16 policy try bfloat16 or float32."
+            f"Expected numbers from the model, received infinite ones or NaN for {int(bad.sum())} of the "
+            f"{len(bad)} images of batch {index}, the first of them '{source.name(int(numbers[bad][0]))}'. "
+            "Check the weights; with a float16 policy try bfloat16 or float32."
         )

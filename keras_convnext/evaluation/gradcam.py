@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_convnext._messages import near_names
+from keras_convnext.predictor import finite
 
 # From cold to hot, at equal distances; the cold end is transparent.
 _COLORS = np.array([(255, 255, 90), (255, 190, 0), (255, 90, 0), (190, 0, 40)], "float32")
@@ -77,7 +78,7 @@ def grad_cam(
     weights = ops.mean(gradient, axis=(1, 2), keepdims=True)  # (N, 1, 1, K)
     heat = ops.relu(ops.sum(weights * maps, axis=-1, keepdims=True))  # (N, h, w, 1)
     heat = ops.image.resize(heat, images.shape[1:3], interpolation="bilinear", data_format="channels_last")
-    heat = ops.convert_to_numpy(heat)[..., 0]
+    heat = finite(ops.convert_to_numpy(heat)[..., 0], f"the gradients of '{model.name}'")
     highest = heat.max(axis=(1, 2), keepdims=True)
     return np.divide(heat, highest, out=np.zeros_like(heat), where=highest > 0)
 

@@ -129,6 +129,15 @@ def test_grad_cam_leaves_the_model_as_it_was():
     np.testing.assert_array_equal(run(model, IMAGES), before)
 
 
+@pytest.mark.once
+def test_heat_of_a_model_that_is_not_finite_is_an_error():
+    model = build(V1, input_shape=(64, 64, 3))
+    kernel, bias = model.get_layer("head").get_weights()
+    model.get_layer("head").set_weights([np.full_like(kernel, np.nan), bias])
+    with pytest.raises(ValueError, match="received infinite ones or NaN for 2 of 2 images"):
+        gradcam.grad_cam(model, IMAGES, class_index=0)
+
+
 def test_frozen_models_have_the_same_heat():
     model = model_of(V1)
     model.trainable = False
