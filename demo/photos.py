@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -104,17 +105,18 @@ def _read_credits(path: pathlib.Path) -> dict[str, dict[str, str]]:
 def _read_source(source: index.Source, share: int, seed: int) -> tuple[list, list, list]:
     """Pixels, labels and names of at most `share` photos of each class."""
     images, labels, names, faults = [], [], [], []
+    transform = functools.partial(preprocess.prepared, preprocessing=PREPROCESSING)
     generator = np.random.default_rng(seed)
     for label in range(len(source.classes)):
         numbers = np.flatnonzero(source.labels == label)
         for number in sorted(generator.permutation(numbers)[:share].tolist()):
             name = source.name(number)
             try:
-                image = preprocess.decode_image(source.read(number), name)
+                image = preprocess.decode_image(source.read(number), name, transform)
             except (preprocess.ImageError, OSError) as error:
                 faults.append(str(error))
                 continue
-            images.append(preprocess.preprocess_image(image, PREPROCESSING))
+            images.append(image)
             labels.append(label)
             names.append(name)
     for fault in faults[:5]:

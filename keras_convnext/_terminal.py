@@ -16,6 +16,7 @@ _REDRAW_SECONDS = 0.2
 _PLAIN_LINE_SECONDS = 300
 _NOTEBOOK_LINE_SECONDS = 30
 _RATE_SECONDS = 10
+_said: set[str] = set()  # kinds of `say_once`
 
 
 def is_quiet() -> bool:
@@ -26,6 +27,13 @@ def say(line: str) -> None:
     """Prints a line on stderr, unless KERAS_CONVNEXT_QUIET is set."""
     if not is_quiet():
         print(line, file=sys.stderr, flush=True)
+
+
+def say_once(kind: str, line: str) -> None:
+    """Says a line unless one of its kind was said since the start of the process."""
+    if kind not in _said:
+        _said.add(kind)
+        say(line)
 
 
 class Progress:

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,14 @@ def predict_command(options: argparse.Namespace) -> int:
             paths += preprocess.find_images(image)
         except preprocess.ImageError as error:
             note(errors, error)
-    classifier = None
+    load = functools.cache(lambda: _load_classifier(options))
     results: list[dict] = []
     # On a terminal the results themselves are the progress.
     progress = Progress("predict", len(paths), is_wanted=options.json or not sys.stdout.isatty())
     with progress:
-        for files, images in _read_batches(paths, options.batch_size, errors):
-            if classifier is None:  # not before one image could be read: it may be a large download
-                classifier = _load_classifier(options)
-            probabilities = classifier(images)
+        for files, images in _read_batches(paths, options.batch_size, errors, load):
+            classifier = load()
+            probabilities = classifier(np.stack(images))
             for file, values in zip(files, probabilities, strict=True):
                 predictions = classifier.best(values, options.top)
                 results.append({"file": str(file), "predictions": predictions})
@@ -92,9 +92,14 @@ class Classifier:
     synsets: list[str]  # a WordNet id for each class; empty when it is not an ImageNet classifier
     gives_logits: bool  # whether a softmax is still to be taken
 
-    def __call__(self, images: list[np.ndarray]) -> np.ndarray:
-        """uint8 images (H, W, 3) of any size to probabilities (N, classes)."""
-        outputs = self.predictor.predict(images)
+    def prepared(self, content: bytes, name: str) -> np.ndarray:
+        """An encoded image to the pixels that the model takes; `name` is for errors."""
+        transform = functools.partial(preprocess.prepared, preprocessing=self.predictor.preprocessing)
+        return preprocess.decode_image(content, name, transform)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 images (N, height, width, 3), prepared, to probabilities (N, classes)."""
+        outputs = self.predictor.outputs(images)
         if self.gives_logits:
             outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
             outputs /= outputs.sum(axis=-1, keepdims=True)
@@ -147,14 +152,22 @@ def read_labels(path: str | None, name: str | None) -> list[str]:
 
 
 def _read_batches(
-    paths: list[pathlib.Path], batch_size: int, errors: list[str]
+    paths: list[pathlib.Path], batch_size: int, errors: list[str], load: Callable[[], Classifier]
 ) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray]]]:
-    """Files and their pixels, `batch_size` at a time; those that cannot be read are noted and left out."""
+    """Files and what the model takes, `batch_size` at a time, without those that cannot be read: noted.
+
+    The model, which may be a large download, is loaded when one image could be read.
+    """
 
     def readable():
+        is_loaded = False
         for path in paths:
             try:
-                yield path, preprocess.read_image(path)
+                content, name = preprocess.read_file(path), str(path)
+                if not is_loaded:
+                    preprocess.decode_image(content, name, lambda image: np.empty(0))
+                    is_loaded = True
+                yield path, load().prepared(content, name)
             except preprocess.ImageError as error:
                 note(errors, error)
 

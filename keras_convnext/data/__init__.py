@@ -49,8 +49,7 @@ def eval_image(
         from keras_convnext.data import batches
 
         return batches.eval_image(path_or_bytes, preprocessing)
-    if isinstance(path_or_bytes, bytes):
-        image = preprocess.decode_image(path_or_bytes, f"{len(path_or_bytes)} bytes")
-    else:
-        image = preprocess.read_image(path_or_bytes)
-    return preprocess.preprocess_image(image, preprocessing)
+    is_bytes = isinstance(path_or_bytes, bytes)
+    content = path_or_bytes if is_bytes else preprocess.read_file(path_or_bytes)
+    name = f"{len(content)} bytes" if is_bytes else os.fspath(path_or_bytes)
+    return preprocess.decode_image(content, name, lambda image: preprocess.prepared(image, preprocessing))

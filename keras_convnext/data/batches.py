@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from keras_convnext.data import jpeg, preprocess
 from keras_convnext.data.blocks import (
@@ -70,8 +71,8 @@ def eval_batches(
         `tf.data.Dataset` of dicts: "images" uint8 (batch_size, height, width, 3), "labels" int32
         (batch_size,), "numbers" int64 (batch_size,), the example's place in the source or -1 for padding,
         and "mask" bool (batch_size,), False for padding and for images that could not be decoded, whose
-        pixels are 0. Iterating raises `tf.errors.OpError` with the text of `DataError` when `faults.check`
-        does.
+        pixels are 0. A loop over it raises `DataError` when `faults.check` does; what is made of it
+        (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
 
     Raises:
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
@@ -112,7 +113,7 @@ def eval_batches(
 
     fast = with_tensorflow if transform.is_covered else with_pillow
     batches = make_in_blocks(-(-share // batch_size), batch_size, 1, plan, fast, with_pillow, workers)
-    return finished(batches.map(named), workers)
+    return finished(batches.map(named), workers, faults)
 
 
 def eval_image(path_or_bytes: str | os.PathLike[str] | bytes, preprocessing: Preprocessing) -> np.ndarray:
@@ -127,7 +128,7 @@ def eval_image(path_or_bytes: str | os.PathLike[str] | bytes, preprocessing: Pre
             return transform.with_tensorflow(tf.constant(content)).numpy()
         except tf.errors.InvalidArgumentError:
             pass  # not an image that TensorFlow reads as Pillow does
-    return transform.with_pillow(preprocess.decode_image(content, name))
+    return preprocess.decode_image(content, name, transform.with_pillow)
 
 
 class EvalTransform:
@@ -142,8 +143,8 @@ class EvalTransform:
     def with_tensorflow(self, content: Any) -> Any:
         return jpeg.center_crop(content, self._preprocessing)
 
-    def with_pillow(self, image: np.ndarray) -> np.ndarray:
-        return preprocess.preprocess_image(image, self._preprocessing)
+    def with_pillow(self, image: Image.Image) -> np.ndarray:
+        return preprocess.prepared(image, self._preprocessing)
 
 
 def train_batches(
@@ -173,7 +174,7 @@ def train_batches(
     takes a batch and its reverse; the shuffle makes that the same.
 
     An image that cannot be decoded is noted in `faults`, and the next example of the source that can be
-    stands in for it.
+    stands in for it. One of more than 16.7 million pixels is first reduced by a whole factor.
 
     Args:
         source: what `sources.open_source` returns.
@@ -193,8 +194,8 @@ def train_batches(
     Returns:
         `tf.data.Dataset` without end of (images, targets): `dtype` (n, height, width, 3), RGB, 0 to 255
         (noise in float32 goes beyond), and float32 (n, num_classes), each row with the sum 1; n is
-        batch_size / part.num_hosts. Iterating raises `tf.errors.OpError` with the text of `DataError` when
-        `faults.check` does.
+        batch_size / part.num_hosts. A loop over it raises `DataError` when `faults.check` does; what is
+        made of it (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
 
     Raises:
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
@@ -215,7 +216,7 @@ def train_batches(
 
     batches = make_in_blocks(None, order.rows_a_batch, mix.unit, plan, fast, slow, workers)
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    return finished(batches.map(without_faults).apply(endless), workers)
+    return finished(batches.map(without_faults).apply(endless), workers, faults)
 
 
 def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int) -> Order:
@@ -256,7 +257,7 @@ def _training_examples(
         return crop.from_bytes(read(row["number"]), row), row["number"]
 
     def with_pillow(row: Rows) -> tuple[Any, Any]:
-        pixels, number, _ = read_with_pillow(source, row["number"], faults, neighbours=_NEIGHBOURS)
+        pixels, number, _ = read_with_pillow(source, row["number"], faults, preprocess.reduced, _NEIGHBOURS)
         return crop.from_pixels(pixels, row), number
 
     def made(rows: Rows, cropped: Callable[[Rows], tuple[Any, Any]], is_repaired: bool) -> Rows:

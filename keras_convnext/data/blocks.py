@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from keras_convnext.data import preprocess
 from keras_convnext.data.faults import Faults
@@ -66,8 +67,11 @@ def make_in_blocks(
     return blocks.batch(blocks_a_batch, drop_remainder=True).map(joined)
 
 
-def finished(batches: Any, workers: int | None) -> Any:
-    """Return a data set that makes two batches ahead, in order, with one thread for each worker."""
+def finished(batches: Any, workers: int | None, faults: Faults) -> Any:
+    """Return a data set that makes two batches ahead, in order, with one thread for each worker.
+
+    Loops over it raise the DataError of `faults`, not TensorFlow's error around its text.
+    """
     options = tf.data.Options()
     options.deterministic = True
     # Nothing is left to tune, and the end of an iterator can wait a minute for the thread that does.
@@ -75,40 +79,63 @@ def finished(batches: Any, workers: int | None) -> Any:
     # One thread an image: the cores are kept busy by several images at a time.
     options.threading.max_intra_op_parallelism = 1
     options.threading.private_threadpool_size = _workers(workers)
-    return batches.prefetch(2).with_options(options)
+    batches = batches.prefetch(2).with_options(options)
+
+    def begin(self: Any) -> Any:
+        iterator = kind.__iter__(self)
+        iterator.__class__ = type("Iterator", (type(iterator),), {"__next__": following(type(iterator))})
+        return iterator
+
+    def following(base: Any) -> Callable[[Any], Any]:
+        def following(self: Any) -> Any:
+            try:
+                return base.__next__(self)
+            except tf.errors.OpError:
+                faults.check()
+                raise
+
+        return following
+
+    # A class of its own, as a wrapper around a data set would not be one for `fit`.
+    kind = type(batches)
+    batches.__class__ = type("Batches", (kind,), {"__iter__": begin})
+    return batches
 
 
 def reader(source: Source) -> Callable[[Any], Any]:
     """Return a function from an example's number to its encoded bytes, for use in a graph."""
-    if np.all(source.lengths < 0):
-        paths = on_cpu([source.files[number] for number in source.file_numbers])
-        return lambda number: tf.io.read_file(paths[number])
-    # TensorFlow has no operation that reads part of a file.
-    return lambda number: tf.ensure_shape(
-        tf.numpy_function(source.read, [number], tf.string, stateful=False), ()
-    )
+
+    # TensorFlow has no operation that reads part of a file, and its other one opens pipes and devices.
+    def read(number: np.ndarray) -> bytes:
+        content = source.read(number)
+        if content[:2] == b"\xff\xd8":
+            preprocess.check_scans(content, "")
+            preprocess.tell_orientation(content, lambda: source.name(number))
+        return content
+
+    return lambda number: tf.ensure_shape(tf.numpy_function(read, [number], tf.string, stateful=False), ())
 
 
 def read_with_pillow(
     source: Source,
     number: Any,
     faults: Faults,
-    transform: Callable[[np.ndarray], np.ndarray] = lambda image: image,
+    transform: Callable[[Image.Image], np.ndarray],
     neighbours: int = 0,
 ) -> tuple[Any, Any, Any]:
     """Read an example and decode it with Pillow, or one of so many that follow; failures go to `faults`.
 
-    Returns uint8 (H, W, 3), the number of the example that it is, and whether any could be decoded; if not,
-    the image is one black pixel.
+    `transform` is as for `preprocess.decode_image`. Returns uint8 (H, W, 3), the number of the example that
+    it is, and whether any could be decoded; if not, the image is one black pixel.
     """
 
     def read(number: np.ndarray) -> tuple[np.ndarray, np.int64, np.bool_]:
         for candidate in range(int(number), int(number) + neighbours + 1) if number >= 0 else ():
             candidate %= len(source)
             try:
-                image = preprocess.decode_image(source.read(candidate), source.name(candidate))
-                return transform(image), np.int64(candidate), np.True_
-            except (ValueError, OSError) as error:
+                content, name = source.read(candidate), source.name(candidate)
+                return preprocess.decode_image(content, name, transform), np.int64(candidate), np.True_
+            except (ValueError, OSError, MemoryError) as error:
                 faults.add(candidate, str(error))
         return np.zeros((1, 1, 3), np.uint8), np.int64(number), np.False_
 

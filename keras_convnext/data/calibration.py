@@ -1,5 +1,6 @@
 """Images that a quantised file is calibrated with and every exported file is checked on."""
 
+import functools
 import importlib.resources
 import os
 import pathlib
@@ -89,14 +90,12 @@ def _prepared(
     holds_images = path.is_dir() and split is None and images_below(os.fspath(path))[0]
     if holds_images or path.suffix.lower() in IMAGE_SUFFIXES:
         files: Sequence[pathlib.Path] = preprocess.find_images(path)
-        decoded = (preprocess.read_image(file) for file in _evenly(files, count))
+        found = ((preprocess.read_file(file), str(file)) for file in _evenly(files, count))
     else:
         data = sources.open_source(source, split)
-        decoded = (
-            preprocess.decode_image(data.read(number), data.name(number))
-            for number in _evenly(range(len(data)), count)
-        )
-    return [preprocess.preprocess_image(image, preprocessing) for image in decoded]
+        found = ((data.read(number), data.name(number)) for number in _evenly(range(len(data)), count))
+    transform = functools.partial(preprocess.prepared, preprocessing=preprocessing)
+    return [preprocess.decode_image(content, name, transform) for content, name in found]
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -17,9 +17,10 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from PIL import Image
 
-from keras_convnext._files import replacing_file
-from keras_convnext._messages import near_names, shortened
+from keras_convnext._files import regular_size, replacing_file
+from keras_convnext._messages import near_names, shortened, size_text
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif")
@@ -71,8 +72,10 @@ class Source:
         return relative.replace(os.sep, "/")
 
     def read(self, number: int) -> bytes:
-        """Reads the encoded image of example `number`."""
+        """Reads the encoded image of example `number`, of a regular file and not of any size."""
         path, length = self.files[self.file_numbers[number]], int(self.lengths[number])
+        size = regular_size(path)
+        check_bytes(size if length < 0 else length, f"'{self.name(number)}'")
         with open(path, "rb", buffering=0) as file:
             file.seek(self.offsets[number])
             content = file.read(length)
@@ -82,6 +85,16 @@ class Source:
                 f"'{path}', received {len(content)}: the file changed. Open the data set again."
             )
         return content
+
+
+def check_bytes(count: int, what: str, error: type[ValueError] = SourceError) -> None:
+    """Refuses an image that takes more memory than one may, its file with its pixels: 512 MB by default."""
+    most = 6 * max(Image.MAX_IMAGE_PIXELS, 1 << 20) if Image.MAX_IMAGE_PIXELS else count
+    if count > most:
+        raise error(
+            f"Expected an image that takes at most {size_text(most)} of memory, but {what} takes "
+            f"{size_text(count)}. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted."
+        )
 
 
 def with_classes(source: Source, classes: list[str]) -> Source:

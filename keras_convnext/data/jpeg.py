@@ -8,21 +8,16 @@ not read as Pillow does (CMYK, PNG named .JPEG, other formats) goes through `wit
 from typing import Any
 
 import numpy as np
-import PIL
 import tensorflow as tf
 
+from keras_convnext.data import preprocess
 from keras_convnext.data.preprocessing import Preprocessing
-
-# Pillow's bound against decompression bombs, which a damaged header can exceed too.
-MAX_PIXELS = 2 * 89_478_485
 
 _SUPPORTS = {"bicubic": 2.0, "bilinear": 1.0}
 _ONE = float(1 << 22)  # Pillow's coefficients are integers of 22 bits after the point (Resample.c)
 _TILE = 8  # outputs that share a window of inputs; 8 and 16 were fastest, one window for all 5 times slower
 _MARGIN = 2  # columns; chroma is interpolated across the edge of what is decoded, which reaches 1 column
-
-# Pillow 13.0.0 began to resize rows first where that is less work (see `_Axes`).
-_PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
+_LARGE_WINDOWS = 1 << 24  # values of all tiles' windows; more are made tile by tile, which takes less memory
 
 
 def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
@@ -30,7 +25,7 @@ def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
 
     When run, it and all that decodes here raise tf.errors.InvalidArgumentError where TensorFlow does not
     decode to the pixels that Pillow does: if the image is not a JPEG in grayscale or three colours of at most
-    `MAX_PIXELS`, or is damaged.
+    `preprocess.LARGE` pixels, or is damaged.
     """
     is_jpeg = tf.strings.substr(content, 0, 2) == b"\xff\xd8"
     # Asked first, because libjpeg complains on stderr about each file that is of another format.
@@ -38,7 +33,7 @@ def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
         content = tf.identity(content)
     shape = tf.io.extract_jpeg_shape(content)
     pixels = tf.cast(shape[0], tf.int64) * tf.cast(shape[1], tf.int64)
-    is_plain = (shape[2] != 4) & (pixels <= MAX_PIXELS)
+    is_plain = (shape[2] != 4) & (pixels <= preprocess.LARGE)
     with tf.control_dependencies([tf.debugging.Assert(is_plain, [shape])]):
         return tf.identity(shape[0]), tf.identity(shape[1])
 
@@ -191,10 +186,7 @@ class _Axes:
             weights = _float(tf.cast(weights * _ONE + tf.sign(weights) * 0.5, tf.int32)) / _ONE
         self.weights = weights
 
-        # Pillow 13 resizes rows before columns where this holds, as seen on 1,494 random pairs of sizes; up
-        # to Pillow 12 columns were always first. It matters because the first pass rounds to uint8.
-        fewer = tf.stack(in_size) - tf.stack(out_size)
-        self.rows_first = (fewer[0] > 0) & (fewer[0] > 2 * fewer[1]) & _PILLOW_CHOOSES_ORDER
+        self.rows_first = preprocess.rows_first(tf.stack(in_size), tf.stack(out_size))
 
 
 def _float(x: Any) -> Any:
@@ -241,8 +233,16 @@ def _resize(pixels: Any, axes: _Axes, first_row: Any, first_column: Any) -> Any:
     """Resize pixels whose first row and column have the given places on the axes."""
 
     def resize_rows(x: Any, axis: int, first: Any) -> Any:  # (h, n) -> (count, n)
-        x = tf.cast(tf.gather(x, axes.inputs[axis] - first), axes.weights.dtype)
-        x = tf.matmul(axes.weights[axis], x)  # (tiles, _TILE, n)
+        def products(tiles: tuple[Any, Any]) -> Any:
+            inputs, weights = tiles
+            return tf.matmul(weights, tf.cast(tf.gather(x, inputs - first), weights.dtype))
+
+        tiles, dtype = (axes.inputs[axis], axes.weights[axis]), axes.weights.dtype
+        x = tf.cond(
+            tf.size(tiles[0]) * tf.shape(x)[1] > _LARGE_WINDOWS,
+            lambda: tf.map_fn(products, tiles, fn_output_signature=dtype, parallel_iterations=1),
+            lambda: products(tiles),
+        )  # (tiles, _TILE, n)
         bounds = {"clip_value_min": tf.constant(0, x.dtype), "clip_value_max": tf.constant(255, x.dtype)}
         x = tf.raw_ops.ClipByValue(t=x + 0.5, **bounds)
         return tf.reshape(tf.cast(x, tf.uint8), (-1, tf.shape(x)[2]))[: axes.count[axis]]

@@ -2,40 +2,45 @@
 
 Nothing here normalises: the models take uint8 RGB and do that in their first layer.
 Only NumPy and Pillow are imported, so reading images needs no Keras backend.
+
+How files that are not plain RGB are treated, the same wherever images are read, is in `read_image`.
 """
 
+import contextlib
 import io
+import math
 import os
-import struct
-import zlib
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image, UnidentifiedImageError
 
-from keras_convnext._terminal import say
-from keras_convnext.data.index import IMAGE_SUFFIXES, counted, images_below
+from keras_convnext._files import regular_size
+from keras_convnext._messages import one_line, shortened
+from keras_convnext._terminal import say, say_once
+from keras_convnext.data.index import IMAGE_SUFFIXES, check_bytes, counted, images_below
 from keras_convnext.data.preprocessing import Preprocessing
 
+# Pillow goes by the content: a closed list, as some formats start programs (EPS). JPEG opens MPO too.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
+# Pixels. A larger JPEG is left to Pillow, a larger resized image is not made as a whole.
+LARGE = 1 << 24
 
-# What Pillow's decoders raise on damaged data; which one depends on the format and the damage.
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+# Pillow 13.0.0 began to resize rows first where that is less work (see `rows_first`).
+_PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
+
+# Bytes a pixel that decoding and the image in RGB take at most, as measured with Pillow 13 by
+# benchmarks/image_memory.py: by format, else by mode, else 9.
+_BYTES_A_PIXEL = {"WEBP": 18, "TIFF": 12, "RGB": 4, "L": 6, "P": 6, "1": 6}
+_ONE_LARGE = threading.Lock()
 
 
 class ImageError(ValueError):
@@ -46,23 +51,31 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an image file as RGB.
 
     Decodes with Pillow and calls `convert("RGB")`, as timm's dataset does, so the pixels are the
-    ones the published scores were measured on. What that means for files that are not plain RGB:
-    grayscale is repeated in the three channels; a palette is looked up; CMYK is converted without
-    its colour profile; an alpha channel is dropped, not blended; 16-bit grayscale is clipped at
-    255, not rescaled, so such a file should be scaled to 8 bits first; of an animation the first
-    frame is taken. The EXIF orientation is not applied, as timm does not apply it: a photograph
-    stored sideways stays sideways.
+    ones the published scores were measured on. What that means for files that are not plain RGB, in
+    prediction, training, calibration and evaluation alike:
+
+    - grayscale is repeated in the three channels; a palette is looked up; CMYK is converted without
+      its colour profile; of an animation the first frame is taken;
+    - an alpha channel is dropped, not blended, so that the colours below it show;
+    - the EXIF orientation is not applied: a photograph stored sideways stays sideways;
+    - other than in timm, which clips them, 16-bit and 32-bit grayscale and floating-point numbers are
+      scaled by the range of their type: 0 to 65535, to 2**31 - 1 (signed) or 2**32 - 1, and 0.0 to 1.0.
+      Numbers outside of it, or so small that the image would be black, are an error, as they mean
+      another range.
+
+    The last three are told on stderr when the first such file is met.
 
     Args:
-        path: an image file in any format that Pillow reads.
+        path: a JPEG, PNG, WebP, BMP, GIF or TIFF file, whatever its suffix.
 
     Returns:
         uint8 (H, W, 3), RGB, 0 to 255.
 
     Raises:
-        ImageError: the file is missing, a folder, not readable by this user, empty, not an image
-            (the message shows its first bytes), truncated or corrupt, or has so many pixels that
-            Pillow takes it for a decompression bomb. The message names the file.
+        ImageError: the file is missing, a folder or a device, not readable by this user, empty, not an
+            image (the message shows its first bytes), truncated or corrupt, has so many pixels that Pillow
+            takes it for a decompression bomb, or would take more than 512 MB of memory (six bytes for each
+            of `PIL.Image.MAX_IMAGE_PIXELS`). The message names the file.
     """
     return decode_image(read_file(path), str(path))
 
@@ -71,7 +84,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read the bytes of an image file.
 
     Raises:
-        ImageError: the file is missing, a folder, or not readable by this user. The message names it.
+        ImageError: the file is missing, a folder or a device, not readable by this user, or larger than 512
+            MB. The message names it.
     """
     path = Path(path)
     try:
@@ -81,6 +95,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
                 f"Expected an image file, received the folder '{path}'. "
                 "List the images in it with find_images."
             )
+        check_bytes(regular_size(path), f"'{path}'", ImageError)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError(
@@ -98,27 +113,45 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         ) from error
 
 
-def decode_image(content: bytes, name: str) -> np.ndarray:
+def reduced(image: Image.Image) -> np.ndarray:
+    """The pixels of an image for training: one of more than `LARGE` is reduced by a whole factor."""
+    factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
+    return _pixels(image.reduce(factor) if factor > 1 else image)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, band in _bands(image):
+        pixels[rows] = band
+    return pixels
+
+
+def decode_image(
+    content: bytes, name: str, transform: Callable[[Image.Image], np.ndarray] = _pixels
+) -> np.ndarray:
     """Decode the bytes of an image file as RGB, as `read_image` does.
 
     Args:
-        content: the encoded image, in any format that Pillow reads.
+        content: the encoded image: JPEG, PNG, WebP, BMP, GIF or TIFF.
         name: what errors call it.
+        transform: from Pillow's image, in RGB, to what is returned, such as `prepared`: the whole image as an
+            array takes twice the memory.
 
     Returns:
         uint8 (H, W, 3), RGB, 0 to 255.
 
     Raises:
-        ImageError: the bytes are not an image, truncated or corrupt, or have too many pixels.
+        ImageError: the bytes are not an image, truncated or corrupt, or take too much memory.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.array(image.convert("RGB"))
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image, _admitted(image, content, name):
+            return transform(_as_rgb(image, name))
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(
             f"Expected an image, but '{name}' is not one or its header is damaged: "
-            f"{_describe_start(content[:40])}. Pass a JPEG, a PNG or another file that Pillow "
-            "reads."
+            f"{_describe_start(content[:40])}. Pass a JPEG, PNG, WebP, BMP, GIF or TIFF file."
         ) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -127,11 +160,122 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
             "decompression bomb. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted. "
             f"Pillow says: {error}"
         ) from error
-    except _DECODER_ERRORS as error:
+    except Exception as error:  # decoders raise of many classes on damaged data, MemoryError among them
         raise ImageError(
-            f"Expected a complete image, but '{name}' is truncated or corrupt: {error}. "
-            "Download or export it again."
+            f"Expected a complete image, but '{name}' is truncated or corrupt: "
+            f"{shortened(one_line(error), 200)}. Download or export it again."
         ) from error
+
+
+@contextlib.contextmanager
+def _admitted(image: Image.Image, content: bytes, name: str) -> Iterator[None]:
+    """Refuses an image that would take too much memory; of large ones one is decoded at a time."""
+    a_pixel = _BYTES_A_PIXEL.get(image.format or "", _BYTES_A_PIXEL.get(image.mode, 9))
+    if image.format in ("JPEG", "MPO") and check_scans(content, name) > 1:
+        a_pixel += 2 * len(image.getbands())
+    needed = len(content) + image.width * image.height * a_pixel + image.height * 16
+    what = f"'{name}' of {image.width} x {image.height} pixels ({image.format}, {image.mode})"
+    check_bytes(needed, what, ImageError)
+    with _ONE_LARGE if needed > 4 * LARGE else contextlib.nullcontext():
+        yield
+
+
+def check_scans(content: bytes, name: str) -> int:
+    """Returns how many scans a JPEG has, and refuses thousands, in each of which all its pixels change.
+
+    A camera's file has one. All marks of a scan are counted in others, which may stand in other data too.
+    """
+    place, frame = 2, b""
+    while content[place : place + 1] == b"\xff":
+        marker, size = content[place + 1 : place + 2], int.from_bytes(content[place + 2 : place + 4], "big")
+        if marker == b"\xda":
+            if frame[:1] in (b"\xc0", b"\xc1") and frame[8:9] == content[place + 4 : place + 5]:
+                return 1
+            break
+        if marker in (b"\xc0", b"\xc1", b"\xc2"):
+            frame = content[place + 1 : place + 11]
+        place += 2 + size
+    scans = max(2, content.count(b"\xff\xda"))
+    if scans > 200 + len(content) // 2**14:
+        raise ImageError(
+            f"Expected some ten scans in '{name}', received {scans}: each is a pass over all pixels. "
+            "Save it again, as a JPEG of one scan."
+        )
+    return scans
+
+
+def _as_rgb(image: Image.Image, name: str) -> Image.Image:
+    image.load()
+    tell_orientation(image.info.get("exif", b""), lambda: name)
+    if image.has_transparency_data and _shows_through(image):
+        say_once(
+            "transparency",
+            f"note: '{name}' has transparent pixels. The alpha channel is dropped, as published scores were "
+            "measured: the colours below it show. Blend such files with a background to change that.",
+        )
+    if image.mode[0] in "IF":
+        image = _scaled(image, name)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _shows_through(image: Image.Image) -> bool:
+    return "A" not in image.getbands() or image.getchannel("A").getextrema()[0] < 255
+
+
+def tell_orientation(exif: bytes, name: Callable[[], str]) -> None:
+    """Says once that an image is stored turned; `exif` is the EXIF data, or the start of a JPEG file."""
+    start = exif.find(b"Exif\0\0", 0, 1 << 16)
+    if start < 0 and exif[:2] not in (b"II", b"MM"):
+        return
+    tiff = exif[start + 6 if start >= 0 else 0 :][: 1 << 16]
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(tiff[place : place + size], "little" if tiff[:2] == b"II" else "big")
+
+    first = number(4, 4) + 2
+    entries = range(first, min(first + 12 * number(first - 2, 2), len(tiff)), 12)
+    turned = next((number(entry + 8, 2) for entry in entries if number(entry, 2) == 0x0112), 1)
+    if 1 < turned < 9:
+        say_once(
+            "orientation",
+            f"note: '{name()}' is stored turned or mirrored (EXIF orientation {turned}) and taken as it is "
+            "stored, as published scores were measured. Turn such files with PIL.ImageOps.exif_transpose.",
+        )
+
+
+def _scaled(image: Image.Image, name: str) -> Image.Image:
+    """Scales numbers of 16 or 32 bits, or floating-point ones, by the range of their type: to mode "L"."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF; 16-bit PNG has no sign
+    bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]  # bits per sample; unsigned, signed, float
+    is_float = image.mode == "F"
+    top_bits = bits - 1 if kind == 2 else bits
+    highest = 1 if is_float else 2**top_bits - 1
+    levels = np.empty((image.height, image.width), np.uint8)
+    low, high = math.inf, -math.inf
+    for rows, band in _bands(image):
+        band = band.view(np.uint32) if bits == 32 and kind == 1 and not is_float else band
+        low, high = np.minimum(low, band.min()), np.maximum(high, band.max())  # NaN stays
+        with np.errstate(all="ignore"):
+            levels[rows] = np.rint(band * 255) if is_float else band >> (top_bits - 8)
+    if not (low >= 0 and high <= highest) or (high > 0 and not levels.any()):
+        raise ImageError(
+            f"Expected numbers from 0 to {highest} in '{name}', the range of its type, received {low:g} to "
+            f"{high:g}: its scale is not known. Save it with 8 bits, or scaled to 0 to {highest}."
+        )
+    say_once(
+        "scale",
+        f"note: '{name}' has {'floating-point' if is_float else f'{bits}-bit'} numbers, here from {low:g} to "
+        f"{high:g}: they are scaled from 0 to {highest} to 0 to 255.",
+    )
+    return Image.fromarray(levels if tags.get(262, 1) else 255 - levels)  # 0: white is zero
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields an image in bands of rows, since Pillow copies twice what it turns into an array."""
+    count = max(1, (LARGE >> 2) // image.width)
+    for top in range(0, image.height, count):
+        bottom = min(top + count, image.height)
+        yield slice(top, bottom), np.asarray(image.crop((0, top, image.width, bottom)))
 
 
 def preprocess_image(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
@@ -153,9 +297,72 @@ def preprocess_image(image: np.ndarray, preprocessing: Preprocessing) -> np.ndar
             received.
     """
     _check_image(image)
-    height, width = resized_size((image.shape[0], image.shape[1]), preprocessing)
-    resized = Image.fromarray(image).resize((width, height), INTERPOLATIONS[preprocessing.interpolation])
-    return _crop_center(np.asarray(resized), preprocessing.size)
+    return prepared(Image.fromarray(image), preprocessing)
+
+
+def prepared(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """What `preprocess_image` does, of Pillow's image in RGB.
+
+    The part that is cut out alone is made where the resized image is large, as of a picture of 1 x 40,000.
+    """
+    in_size = (image.height, image.width)
+    out_size = resized_size(in_size, preprocessing)
+    if out_size[0] * out_size[1] <= LARGE:
+        resized = image.resize(out_size[::-1], INTERPOLATIONS[preprocessing.interpolation])
+        return _crop_center(np.asarray(resized), preprocessing.size)
+    axes = [
+        _Axis(*sizes, preprocessing.interpolation)
+        for sizes in zip(in_size, out_size, preprocessing.size, strict=True)
+    ]
+    (top, bottom), (left, right) = ((axis.begins[0], axis.ends[-1]) for axis in axes)
+    pixels = np.asarray(image.crop((left, top, right, bottom)))
+    for number in (0, 1) if rows_first(in_size, out_size) else (1, 0):
+        pixels = np.moveaxis(axes[number].resize(np.moveaxis(pixels, number, 0)), 0, number)
+    return _crop_center(pixels, preprocessing.size)
+
+
+def rows_first(in_size: Any, out_size: Any) -> Any:
+    """Tells whether Pillow resizes rows before columns, which matters as the first pass rounds to uint8.
+
+    Sizes are (height, width), as integers or in a graph.
+
+    As seen on 1,494 random pairs of sizes; up to Pillow 12 columns were always first.
+    """
+    rows, columns = (in_size[axis] - out_size[axis] for axis in (0, 1))
+    return (rows > 0) & (rows > 2 * columns) & _PILLOW_CHOOSES_ORDER
+
+
+class _Axis:
+    """The central `count` of `out_size` outputs along one axis, made as Pillow makes them, in every bit.
+
+    `Image.resize` with a box would not do: it rounds the box to float32. Reference: Pillow 13,
+    src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
+    """
+
+    def __init__(self, in_size: int, out_size: int, count: int, interpolation: str) -> None:
+        first = round(max(out_size - count, 0) / 2)
+        scale = in_size / out_size
+        self.filter_scale, self.bicubic = max(scale, 1.0), interpolation == "bicubic"
+        self.centers = (first + np.arange(min(count, out_size)) + 0.5) * scale
+        reach = self.filter_scale * (2 if self.bicubic else 1)
+        self.begins = np.maximum((self.centers - reach + 0.5).astype(int), 0)
+        self.ends = np.minimum((self.centers + reach + 0.5).astype(int), in_size)
+
+    def resize(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (n, ...), from the first to the last input that is needed, to (count, ...)."""
+        made = np.empty((len(self.centers), *pixels.shape[1:]), np.uint8)
+        for number, (begin, end) in enumerate(zip(self.begins, self.ends, strict=True)):
+            x = np.abs((np.arange(begin, end) - self.centers[number] + 0.5) * (1.0 / self.filter_scale))
+            weights = np.maximum(1.0 - x, 0.0)
+            if self.bicubic:
+                near, far = (1.5 * x - 2.5) * x * x + 1.0, (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+                weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+            weights /= np.cumsum(weights)[-1]  # summed one by one, as in C
+            weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights))
+            window = pixels[begin - self.begins[0] : end - self.begins[0]]
+            sums = np.tensordot(weights, window.astype(np.float64), 1)  # exact: integers below 2**53
+            made[number] = np.clip(np.floor(sums / 2**22 + 0.5), 0, 255)
+        return made
 
 
 def find_images(

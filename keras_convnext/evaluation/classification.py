@@ -16,6 +16,7 @@ import numpy as np
 from keras_convnext import _environment, predictor
 from keras_convnext._terminal import Progress, say
 from keras_convnext.data import class_names, imagenet, sources
+from keras_convnext.data.faults import DataError
 from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import report
@@ -135,10 +136,9 @@ def evaluate(
     try:
         with shown:
             scores = run_model(classifier.model, dataset, source, columns, shown)
-    except batches.tf.errors.OpError:
+    except DataError:
         if output is not None:
             report.write_faults(output, faults.report())
-        faults.check()  # raises the DataError that tells what is wrong
         raise
     result = Result(
         settings=settings,

@@ -186,21 +186,17 @@ def extract_features(
     faults = batches.Faults(source, max_faults)
     dataset = batches.eval_batches(source, preprocessing, batch_size=batch_size, faults=faults)
     features, labels, numbers, count = [], [], [], 0
-    try:
-        with Progress("features", len(source), is_wanted=progress) as shown:
-            outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
-            for index, (batch, values) in enumerate(outputs):
-                mask = batch["mask"]
-                kept_numbers = batch["numbers"][mask]
-                forward.check_outputs(values[mask], index, kept_numbers, source)
-                features.append(values[mask])
-                labels.append(batch["labels"][mask])
-                numbers.append(kept_numbers)
-                count += len(kept_numbers)
-                shown.show(count)
-    except batches.tf.errors.OpError:
-        faults.check()  # raises the DataError that tells what is wrong
-        raise
+    with Progress("features", len(source), is_wanted=progress) as shown:
+        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
+        for index, (batch, values) in enumerate(outputs):
+            mask = batch["mask"]
+            kept_numbers = batch["numbers"][mask]
+            forward.check_outputs(values[mask], index, kept_numbers, source)
+            features.append(values[mask])
+            labels.append(batch["labels"][mask])
+            numbers.append(kept_numbers)
+            count += len(kept_numbers)
+            shown.show(count)
     result = Features(
         np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
     )

@@ -154,8 +154,10 @@ def _draw_worst_classes(result: Result) -> bytes:
 
 
 def _thumbnail(source: Source, number: int) -> np.ndarray:
-    image = preprocess.decode_image(source.read(number), source.name(number))
-    return preprocess.preprocess_image(image, Preprocessing(_THUMBNAIL, crop_fraction=1.0))
+    transform = functools.partial(
+        preprocess.prepared, preprocessing=Preprocessing(_THUMBNAIL, crop_fraction=1.0)
+    )
+    return preprocess.decode_image(source.read(number), source.name(number), transform)
 
 
 def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:

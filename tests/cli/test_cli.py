@@ -24,6 +24,7 @@ from keras_convnext.cli import predict as predict_module
 from keras_convnext.cli.predict import Classifier
 from keras_convnext.data.preprocess import preprocess_image, read_image
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.predictor import Predictor
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog, layouts, safetensors_files
 from keras_convnext.weights.catalog import CHECKPOINTS, IMAGENET, list_weights
@@ -240,6 +241,7 @@ def test_predict_shows_its_progress_to_a_terminal_only(run, monkeypatch, tmp_pat
         Image.new("RGB", (2, 2)).save(tmp_path / f"{number:02}.png")
     classifier = Classifier(None, ["black"], [], False)
     monkeypatch.setattr(predict_module, "_load_classifier", lambda _: classifier)
+    monkeypatch.setattr(Classifier, "prepared", lambda *_: np.zeros((2, 2, 3), "uint8"))
     monkeypatch.setattr(Classifier, "__call__", lambda _, images: np.ones((len(images), 1), "float32"))
     assert run("predict", tmp_path, "--json")[2] == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -248,6 +250,66 @@ def test_predict_shows_its_progress_to_a_terminal_only(run, monkeypatch, tmp_pat
     code, out, err = run("predict", tmp_path, "--json", "--batch-size", 10)
     assert (code, len(json.loads(out))) == (0, 21)
     assert "predict, 10/21 images" in err
+
+
+class _Odd:
+    """A model of 8 pixels that gives what it is told, and notes what it is given."""
+
+    name, input_shape = "odd", (None, 8, 8, 3)
+
+    def __init__(self, *outputs):
+        self.outputs, self.given = outputs, []
+
+    def predict_on_batch(self, images):
+        self.given.append(images)
+        return np.full((len(images), len(self.outputs)), self.outputs, "float32")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("gives_logits", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_predict_prints_no_probability_that_is_not_finite(
+    refused, monkeypatch, tmp_path, gives_logits, value
+):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    opened = Predictor(_Odd(0.5, value), Preprocessing(8), file=pathlib.Path("x.safetensors"))
+    monkeypatch.setattr(
+        predict_module, "_load_classifier", lambda _: Classifier(opened, ["a", "b"], [], gives_logits)
+    )
+    said = "Expected numbers from x.safetensors, received infinite ones or NaN for 1 of 1 images."
+    assert said in refused("predict", tmp_path)
+
+
+@pytest.mark.once
+def test_predict_keeps_images_at_the_size_of_the_model_only(run, monkeypatch, tmp_path):
+    """Eight photographs of 100 million pixels would take 2.4 GB."""
+    for number in range(3):
+        Image.new("RGB", (90, 60), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])
+    odd = _Odd(0.25, 0.75)
+    opened = Predictor(odd, Preprocessing(8))
+    monkeypatch.setattr(
+        predict_module, "_load_classifier", lambda _: Classifier(opened, ["a", "b"], [], False)
+    )
+    code, out, err = run("predict", tmp_path, "--batch-size", 2)
+    assert code == 1 and err.count("truncated or corrupt") == 1 and out.count("75.00 %  b") == 3
+    assert [images.shape for images in odd.given] == [(2, 8, 8, 3), (1, 8, 8, 3)]
+    assert [images[0, 0, 0, 0] for images in odd.given] == [0, 2]
+
+
+@pytest.mark.once
+def test_predict_goes_on_where_a_picture_would_take_the_machine(run, monkeypatch, tmp_path):
+    Image.new("RGB", (1, 40_000), (9, 0, 0)).save(tmp_path / "long.png")
+    (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    opened = Predictor(_Odd(0.25, 0.75), Preprocessing(8))
+    monkeypatch.setattr(
+        predict_module, "_load_classifier", lambda _: Classifier(opened, ["a", "b"], [], False)
+    )
+    monkeypatch.setattr(Image.Image, "resize", None)  # which would make 8 x 320,000 pixels
+    code, out, err = run("predict", *sorted(tmp_path.iterdir()))
+    assert code == 1 and out.splitlines()[0].endswith("long.png")
+    assert "begins with the text '%!PS" in err and "pipe.jpg' failed: Expected a file" in err
 
 
 @pytest.mark.once

@@ -1,6 +1,7 @@
 """Batches for evaluation and training: which examples, which pixels, and what happens to damaged files."""
 
 import io
+import os
 import pathlib
 import random
 
@@ -11,7 +12,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from keras_convnext.data import eval_image, sources
+from keras_convnext import _terminal
+from keras_convnext.data import eval_image, preprocess, sources
+from keras_convnext.data import jpeg as jpeg_graph
 from keras_convnext.data.batches import eval_batches, steps_per_epoch, train_batches
 from keras_convnext.data.faults import DataError, Faults
 from keras_convnext.data.preprocessing import Preprocessing
@@ -118,9 +121,7 @@ def test_damaged_images_are_counted_and_named(source):
 
 
 def test_more_damaged_images_than_allowed_are_an_error(source):
-    with pytest.raises(
-        tf.errors.OpError, match=r"at most 0\.03 of the 37 images .* 2 could not .* c/30\.jpg"
-    ):
+    with pytest.raises(DataError, match=r"^Expected at most 0\.03 of the 37 .* 2 could not .* c/30\.jpg"):
         evaluated(source, faults=Faults(source, 0.03))
     evaluated(source, faults=Faults(source, 2 / 37))
     with pytest.raises(tf.errors.OpError, match=r"at most 0\.01 of the 37 images"):
@@ -173,6 +174,64 @@ def test_fuzzed_images_are_decoded_or_reported(tmp_path):
     masks = np.array([mask for _, _, mask, _ in rows])
     assert len(masks) == 1000 and 400 < masks.sum() < 1000
     assert {source.name(number) for number in np.flatnonzero(~masks)} == set(faults.report())
+
+
+def test_what_takes_the_machine_elsewhere_is_a_fault(tmp_path, monkeypatch):
+    """After the listing: a pipe would hang, a device fill the memory, EPS start a program."""
+    (tmp_path / "a").mkdir()
+    for number in range(8):
+        (tmp_path / "a" / f"{number}.jpg").write_bytes(jpeg(number))
+    source = sources.open_source(tmp_path)
+    odd = [tmp_path / "a" / f"{number}.jpg" for number in range(5)]
+    for path in odd:
+        path.unlink()
+    os.mkfifo(odd[0])
+    odd[1].symlink_to("/dev/zero")
+    odd[2].write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n")
+    Image.new("RGB", (4, 4)).save(odd[3], "PNG")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", raise_memory_error)
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 77).save(file, "JPEG", progressive=True)
+    content, scan = file.getvalue()[:-2], file.getvalue().rindex(b"\xff\xda")
+    odd[4].write_bytes(content + content[scan:] * 1000 + b"\xff\xd9")
+    faults = Faults(source, 1.0)
+    assert [mask for _, _, mask, _ in evaluated(source, faults=faults)] == [False] * 5 + [True] * 3
+    said = ["the named pipe", "the device", "is not one", "MemoryError", "ten scans"]
+    assert all(words in text for words, text in zip(said, faults.report().values(), strict=True))
+    faults = Faults(source, 1.0)
+    trained(source, 1, batch_size=8, faults=faults, augmentation=PLAIN)
+    assert len(faults) == 5
+
+
+def raise_memory_error(*_):
+    raise MemoryError
+
+
+def test_large_images_take_other_ways_to_the_same_pixels(sound, monkeypatch):
+    plain = [image for *_, image in evaluated(sound)]
+    options = {"seed": 3, "dtype": "uint8", "augmentation": PLAIN}
+    images, _ = trained(sound, 3, **options)
+    monkeypatch.setattr(jpeg_graph, "_LARGE_WINDOWS", 0)
+    np.testing.assert_array_equal(plain, [image for *_, image in evaluated(sound)])
+    np.testing.assert_array_equal(images, trained(sound, 3, **options)[0])
+    monkeypatch.setattr(preprocess, "LARGE", 1500)  # of 2000 pixels
+    np.testing.assert_array_equal(plain, [image for *_, image in evaluated(sound)])
+    reduced, _ = trained(sound, 3, **options)  # by 2
+    difference = np.abs(reduced.astype(int) - images).mean()
+    assert 0 < difference < 10
+
+
+def test_a_turned_photo_is_told_once_where_tensorflow_decodes_it(tmp_path, monkeypatch, capfd):
+    turned, upright = Image.Exif(), Image.open(io.BytesIO(jpeg(1)))
+    turned[0x0112] = 8
+    (tmp_path / "a").mkdir()
+    for number in range(4):
+        upright.save(tmp_path / "a" / f"{number}.jpg", exif=turned)
+    source = sources.open_source(tmp_path)
+    monkeypatch.delenv("KERAS_CONVNEXT_QUIET", raising=False)
+    monkeypatch.setattr(_terminal, "_said", set())
+    evaluated(source)
+    assert capfd.readouterr().err.count("jpg' is stored turned or mirrored (EXIF orientation 8)") == 1
 
 
 def test_training_starts_anywhere_and_does_not_depend_on_workers(sound):

@@ -1,17 +1,31 @@
 """Reading, resizing and cropping images, bit for bit against timm and torchvision."""
 
+import contextlib
 import csv
+import io
 import math
 import os
+import random
+import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
+from keras_convnext import _terminal
 from keras_convnext.data import preprocess
-from keras_convnext.data.preprocess import ImageError, find_images, preprocess_image, read_image
+from keras_convnext.data.preprocess import (
+    ImageError,
+    decode_image,
+    find_images,
+    preprocess_image,
+    read_image,
+    tell_orientation,
+)
 from keras_convnext.data.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing
 
 pytestmark = pytest.mark.once
@@ -263,8 +277,6 @@ def save_image_variants(folder):
     transparent.putalpha(Image.fromarray(gradient))
     rotated = Image.Exif()
     rotated[0x0112] = 6  # the orientation tag: turn by 90 degrees to view
-    deep = Image.fromarray(np.linspace(0, 1000, 61 * 40).reshape(40, 61).astype(np.uint16))
-    deep.save(folder / "deep.png")
     colour.save(folder / "rgb.jpg")
     colour.save(folder / "rotated.jpg", exif=rotated)
     colour.convert("L").save(folder / "grayscale.jpg")
@@ -274,7 +286,6 @@ def save_image_variants(folder):
     transparent.save(folder / "transparent.png")
     transparent.convert("LA").save(folder / "grayscale_alpha.png")
     return {
-        "deep.png": "I;16",
         "rgb.jpg": "RGB",
         "rotated.jpg": "RGB",
         "grayscale.jpg": "L",
@@ -311,9 +322,6 @@ def test_read_image_treats_unusual_files_as_documented(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "rotated.jpg"), read_image(tmp_path / "rgb.jpg"))
     gray = read_image(tmp_path / "grayscale.jpg")
     np.testing.assert_array_equal(gray, np.repeat(gray[:, :, :1], 3, axis=2))
-    deep = read_image(tmp_path / "deep.png")
-    clipped = np.linspace(0, 1000, 61 * 40).reshape(40, 61).astype(np.uint16).clip(0, 255)
-    np.testing.assert_array_equal(deep[:, :, 0], clipped)
 
 
 def test_read_image_takes_the_first_frame_of_an_animation(tmp_path):
@@ -389,7 +397,7 @@ def test_read_image_shows_the_start_of_a_file_that_is_not_an_image(tmp_path, con
     path.write_bytes(content)
     assert image_error(read_image, path) == (
         f"Expected an image, but '{path}' is not one or its header is damaged: {description}. "
-        "Pass a JPEG, a PNG or another file that Pillow reads."
+        "Pass a JPEG, PNG, WebP, BMP, GIF or TIFF file."
     )
 
 
@@ -422,6 +430,284 @@ def test_read_image_reports_a_decompression_bomb(monkeypatch):
         "decompression bomb. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted. "
         "Pillow says: Image size (135300 pixels) exceeds limit"
     )
+
+
+def encoded(image, format_name, **options):
+    content = io.BytesIO()
+    image.save(content, format_name, **options)
+    return content.getvalue()
+
+
+@pytest.fixture
+def notes(monkeypatch, capsys):
+    """Returns a function that gives what was told on stderr since its last call, as at the start of a run."""
+    monkeypatch.delenv("KERAS_CONVNEXT_QUIET", raising=False)
+
+    def notes():
+        _terminal._said.clear()
+        return capsys.readouterr().err
+
+    notes()
+    yield notes
+    _terminal._said.clear()
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("values", "format_name", "told"),
+    [
+        ((RAMP * 65535).astype(np.uint16), "PNG", "16-bit numbers, here from 0 to 65535"),
+        ((RAMP * 65535).astype(np.uint16), "TIFF", "scaled from 0 to 65535 to 0 to 255"),
+        ((RAMP * 65535).astype(">u2"), "TIFF", "scaled from 0 to 65535"),
+        ((RAMP * (2**31 - 1)).astype(np.int32), "TIFF", "32-bit numbers, here from 0 to 2.14748e+09"),
+        (RAMP.astype(np.float32), "TIFF", "floating-point numbers, here from 0 to 1: they are scaled"),
+    ],
+    ids=["uint16_png", "uint16_tiff", "big_endian", "int32", "float"],
+)
+def test_grayscale_of_other_types_is_scaled_by_their_range_and_told_once(notes, values, format_name, told):
+    content = encoded(Image.fromarray(values), format_name)
+    result = decode_image(content, "scan.tif")
+    np.testing.assert_allclose(result[:, :, 0], RAMP * 255, atol=1)
+    assert (result == result[:, :, :1]).all()
+    decode_image(content, "other.tif")
+    text = notes()
+    assert text.startswith("note: 'scan.tif' has ") and told in text and text.count("\n") == 1
+
+
+def unsigned_tiff(values, bits, photometric=1):
+    """A TIFF of one strip of little-endian whole numbers without sign."""
+    height, width = values.shape
+    data = values.tobytes()
+    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
+    entries += [(278, height), (279, len(data)), (339, 1)]
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + ifd + b"\0\0\0\0"
+
+
+def test_numbers_without_sign_and_white_that_is_zero_are_read_as_they_are_meant():
+    values = np.arange(256, dtype=np.uint32).reshape(16, 16)
+    full = decode_image(unsigned_tiff(values << 24, 32), "a.tif")
+    np.testing.assert_array_equal(full[:, :, 0], values)
+    inverted = decode_image(unsigned_tiff((values << 8).astype("<u2"), 16, photometric=0), "a.tif")
+    np.testing.assert_array_equal(inverted[:, :, 0], 255 - values)
+
+
+@pytest.mark.parametrize(
+    ("values", "received"),
+    [
+        ((RAMP * 65535).astype(np.int32), "0 to 65535"),  # 16 bits in 32: scaled it would be black
+        ((RAMP * 255).astype(np.uint16), "0 to 255"),
+        ((RAMP * 255).astype(np.float32), "0 to 255"),
+        (RAMP.astype(np.float32) - 0.5, "-0.5 to 0.5"),
+        (np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32), "nan to nan"),
+        (np.where(RAMP > 0.5, np.inf, RAMP).astype(np.float32), "0 to inf"),
+        (-(RAMP * 2000).astype(np.int32), "-2000 to 0"),
+    ],
+    ids=["int32_of_16_bits", "uint16_of_8_bits", "float_255", "negative", "nan", "inf", "hounsfield"],
+)
+def test_numbers_whose_scale_is_not_known_are_an_error(values, received):
+    message = image_error(decode_image, encoded(Image.fromarray(values), "TIFF"), "scan.tif")
+    assert f"in 'scan.tif', the range of its type, received {received}: its scale is not known" in message
+
+
+def test_a_black_image_of_another_type_is_black():
+    assert not decode_image(encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG"), "a.png").any()
+
+
+def test_transparency_and_orientation_are_told_once_and_only_when_met(notes):
+    red, turned = Image.new("RGB", (8, 4), "red"), Image.Exif()
+    turned[0x0112] = 6
+    upright = Image.Exif()
+    upright[0x0112] = 1
+    for content in (
+        encoded(red, "JPEG"),
+        encoded(red, "JPEG", exif=upright),
+        encoded(red.convert("RGBA"), "PNG"),  # opaque
+        encoded(red, "TIFF", exif=turned),  # Pillow turns it
+    ):
+        decode_image(content, "plain")
+    assert notes() == ""
+    for format_name in ("JPEG", "PNG", "WEBP"):
+        for name in ("first", "second"):
+            decode_image(encoded(red, format_name, exif=turned), name)
+        text = notes()
+        assert text.startswith("note: 'first' is stored turned or mirrored (EXIF orientation 6)")
+        assert text.count("\n") == 1
+    for image, options in (
+        (Image.new("RGBA", (8, 4), (255, 0, 0, 100)), {}),
+        (Image.new("LA", (8, 4), (255, 0)), {}),
+        (red.convert("P"), {"transparency": 0}),
+        (red, {"transparency": (255, 0, 0)}),
+    ):
+        decode_image(encoded(image, "PNG", **options), "first")
+        assert notes().startswith("note: 'first' has transparent pixels. The alpha channel is dropped")
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"II", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"II*\0" + b"\xff" * 99]
+)
+def test_damaged_exif_data_is_no_damage_to_the_image(notes, exif):
+    tell_orientation(exif, lambda: "a.jpg")
+    assert notes() == ""
+
+
+def test_only_a_closed_list_of_formats_is_opened(monkeypatch):
+    """EPS makes Pillow start a program: `gs`."""
+    started = []
+    monkeypatch.setattr("subprocess.check_call", started.append)
+    red = Image.new("RGB", (32, 32), "red")
+    for format_name in ("EPS", "PPM", "ICO", "TGA", "PCX", "DDS", *(["AVIF"] * features.check("avif"))):
+        content = encoded(red, format_name)
+        with Image.open(io.BytesIO(content)) as image:  # Pillow would
+            assert image.size == (32, 32)
+        assert "is not one or its header" in image_error(decode_image, content, "cat.jpg")
+    assert not started
+    for format_name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF"):
+        assert decode_image(encoded(red, format_name), "cat.jpg").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, ZeroDivisionError, AttributeError, Exception])
+def test_whatever_a_decoder_raises_is_a_damaged_image(monkeypatch, kind):
+    def fail(*_):
+        raise kind("frame 0")
+
+    content = encoded(Image.new("RGB", (4, 4)), "PNG")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    message = image_error(decode_image, content, "cat.png")
+    assert f"'cat.png' is truncated or corrupt: {kind.__name__}: frame 0. Download" in message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_only_regular_files_of_bounded_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):
+        listener.bind("socket.jpg")
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(1 << 40)
+    for name, said in (
+        ("pipe", "pipe"),
+        ("zero", "device"),
+        ("socket", "socket"),
+        ("huge", "takes 1099.5 GB"),
+    ):
+        assert said in image_error(read_image, tmp_path / f"{name}.jpg")
+
+
+LONG = [(1, 900), (900, 1), (2, 601), (333, 7), (40, 60)]
+
+
+@pytest.mark.parametrize("size", LONG, ids=str)
+@pytest.mark.parametrize("settings", TIMM_SETTINGS[:1] + TIMM_SETTINGS[4:8], ids=str)
+def test_the_part_that_is_cut_out_alone_has_the_same_pixels(monkeypatch, settings, size):
+    names = ("image_size", "crop_fraction", "crop_mode", "interpolation")
+    fields = dict(zip(names, settings, strict=True))
+    whole = prepare(noise(*size), **fields)
+    padded = prepare(noise(*size), image_size=225, resize_size=200)
+    monkeypatch.setattr(preprocess, "LARGE", 0)
+    np.testing.assert_array_equal(prepare(noise(*size), **fields), whole)
+    np.testing.assert_array_equal(prepare(noise(*size), image_size=225, resize_size=200), padded)
+
+
+@pytest.mark.parametrize("size", [(1, 40_000), (65_500, 1), (2, 1_000_001)], ids=str)
+def test_a_long_picture_is_not_resized_as_a_whole(monkeypatch, size):
+    monkeypatch.setattr(Image.Image, "resize", None)
+    image = Image.new("RGB", size, (9, 200, 30))
+    assert (preprocess.prepared(image, Preprocessing(224)) == (9, 200, 30)).all()
+    small = Image.new("RGB", (300, 200))
+    with pytest.raises(TypeError):  # which is resized as a whole
+        preprocess.prepared(small, Preprocessing(224))
+
+
+@pytest.mark.parametrize(
+    ("format_name", "mode", "options", "a_pixel"),
+    [
+        ("PNG", "RGB", {}, 4),
+        ("JPEG", "RGB", {}, 4),
+        ("PNG", "RGBA", {}, 9),
+        ("PNG", "L", {}, 6),
+        ("JPEG", "RGB", {"progressive": True}, 10),
+        ("JPEG", "CMYK", {}, 9),
+        ("WEBP", "RGB", {}, 18),
+        ("TIFF", "L", {}, 12),
+    ],
+)
+def test_the_memory_of_an_image_is_estimated_before_it_is_decoded(
+    monkeypatch, format_name, mode, options, a_pixel
+):
+    content, asked = encoded(Image.new(mode, (100, 100)), format_name, **options), []
+    monkeypatch.setattr(preprocess, "check_bytes", lambda *words: asked.append(words))
+    decode_image(content, "a")
+    what = f"'a' of 100 x 100 pixels ({format_name}, {mode})"
+    assert asked == [(len(content) + 10_000 * a_pixel + 1600, what, ImageError)]
+
+
+def test_an_image_that_takes_too_much_memory_is_refused(monkeypatch):
+    content = encoded(Image.new("RGB", (1000, 1000)), "WEBP")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)  # of which Pillow opens twice as many
+    assert image_error(decode_image, content, "a") == (
+        "Expected an image that takes at most 6.3 MB of memory, but 'a' of 1000 x 1000 pixels (WEBP, RGB) "
+        "takes 18.0 MB. Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is trusted."
+    )
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode_image(content, "a.jpg").shape == (1000, 1000, 3)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused():
+    """65 bytes are one more pass over all pixels: a megabyte takes minutes."""
+    content = encoded(Image.new("L", (64, 64), 77), "JPEG", progressive=True)
+    start = content.rindex(b"\xff\xda")
+    many = content[:-2] + content[start:-2] * 1000 + content[-2:]
+    assert decode_image(content, "a.jpg").shape == (64, 64, 3)
+    assert "Expected some ten scans in 'a.jpg', received 10" in image_error(decode_image, many, "a.jpg")
+    one = encoded(Image.new("RGB", (64, 64), 77), "JPEG")
+    film = one + b"\xff\xda" * 1000  # a camera's film behind its photo is not looked at
+    assert decode_image(film, "a.jpg").shape == (64, 64, 3)
+
+
+def test_fuzzed_pngs_with_right_checksums_are_decoded_or_reported():
+    """1,000 of all modes, so that the decoder is reached: its chunks, and what is in its stream."""
+    generator, decoded = random.Random(0), 0
+    colour = Image.open(IMAGES / "chelsea.png").resize((40, 30))
+    modes = [colour.convert(mode) for mode in ("RGB", "L", "P", "1", "RGBA", "LA")]
+    modes.append(Image.fromarray((RAMP * 65535).astype(np.uint16)))
+    originals = [encoded(image, "PNG") for image in modes]
+    for number in range(1000):
+        chunks, content = [], originals[number % len(originals)]
+        place = 8
+        while place < len(content):
+            size = struct.unpack(">I", content[place : place + 4])[0]
+            chunks.append((content[place + 4 : place + 8], bytearray(content[place + 8 : place + 8 + size])))
+            place += size + 12
+        kind = number // len(originals) % 4
+        data = chunks[generator.randrange(len(chunks) - 1)][1]
+        if kind == 0:  # any byte of a chunk
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        elif kind == 1:  # what is compressed: filters and pixels, cut or lengthened
+            pixels = bytearray(zlib.decompress(chunks[-2][1]))
+            for _ in range(generator.randrange(1, 20)):
+                pixels[generator.randrange(len(pixels))] = generator.randrange(256)
+            del pixels[generator.randrange(len(pixels)) :]
+            chunks[-2][1][:] = zlib.compress(pixels * generator.randrange(1, 3))
+        elif kind == 2:  # size, depth, colours, interlacing
+            header = chunks[0][1]
+            header[generator.choice((2, 3, 6, 7, 8, 9, 12))] = generator.choice(
+                (0, 1, 2, 3, 4, 6, 8, 16, 255)
+            )
+        else:  # chunks in another order, twice, of another name
+            other = bytes(generator.choice((b"PLTE", b"tRNS", b"eXIf", b"iCCP", b"acTL", b"fdAT", b"zTXt")))
+            chunks.insert(generator.randrange(len(chunks)), (other, bytearray(generator.randbytes(40))))
+        made = content[:8] + b"".join(
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in chunks
+        )
+        with contextlib.suppress(ImageError):
+            pixels = decode_image(made, "fuzz.png", preprocess.reduced)
+            assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
+            decoded += 1
+    assert 200 < decoded < 900
 
 
 def test_image_error_is_a_value_error():
