@@ -114,9 +114,9 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def reduced(image: Image.Image) -> np.ndarray:
-    """The pixels of an image for training: one of more than `LARGE` is reduced by a whole factor."""
-    factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
-    return _pixels(image.reduce(factor) if factor > 1 else image)
+    """The pixels of an image for training: one of more than `LARGE` is reduced to at most half as many."""
+    pixels = image.width * image.height
+    return _pixels(image if pixels <= LARGE else image.reduce(math.ceil(math.sqrt(2 * pixels / LARGE))))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -219,7 +219,7 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _shows_through(image: Image.Image) -> bool:
-    return "A" not in image.getbands() or image.getchannel("A").getextrema()[0] < 255
+    return "A" not in image.getbands() or image.getchannel("A").getextrema() != (255, 255)
 
 
 def tell_orientation(exif: bytes, name: Callable[[], str]) -> None:
