@@ -38,21 +38,22 @@ BOMBS: dict[str, tuple[str, str, Size, dict]] = {
     "WebP 16,383 x 10,900": ("WEBP", "RGB", (16_383, 10_900), {"method": 0}),
     "GIF 13,300 x 13,300": ("GIF", "P", (13_300, 13_300), {}),
 }
-STRIP = {"compression": "tiff_deflate", "strip_size": 1 << 31}
+STRIP: dict = {"compression": "tiff_deflate", "strip_size": 1 << 31}
+KINDS: list[tuple[str, tuple[str, ...], str, dict]] = [
+    ("JPEG", ("L", "RGB", "CMYK"), "", {}),
+    ("JPEG", ("L", "RGB", "CMYK"), "progressive", {"progressive": True, "subsampling": 0}),
+    ("PNG", ("1", "L", "P", "LA", "RGB", "RGBA", "I;16"), "", {}),
+    ("WEBP", ("RGB", "RGBA"), "", {"method": 0}),
+    ("WEBP", ("RGB", "RGBA"), "lossless", {"method": 0, "lossless": True}),
+    ("BMP", ("1", "L", "P", "RGB", "RGBA"), "", {}),
+    ("GIF", ("L", "P"), "", {}),
+    ("TIFF", ("L", "RGB", "RGBA", "CMYK", "I;16", "I", "F"), "", {}),
+    ("TIFF", ("L", "RGB", "RGBA", "CMYK", "I;16"), "one strip", STRIP),
+    ("TIFF", ("RGB",), "JPEG", {"compression": "jpeg"}),
+]
 FORMATS: dict[str, tuple[str, str, Size, dict]] = {
     f"{name}, {mode} {words}": (name, mode, PHOTO, options)
-    for name, modes, words, options in [
-        ("JPEG", ("L", "RGB", "CMYK"), "", {}),
-        ("JPEG", ("L", "RGB", "CMYK"), "progressive", {"progressive": True, "subsampling": 0}),
-        ("PNG", ("1", "L", "P", "LA", "RGB", "RGBA", "I;16"), "", {}),
-        ("WEBP", ("RGB", "RGBA"), "", {"method": 0}),
-        ("WEBP", ("RGB", "RGBA"), "lossless", {"method": 0, "lossless": True}),
-        ("BMP", ("1", "L", "P", "RGB", "RGBA"), "", {}),
-        ("GIF", ("L", "P"), "", {}),
-        ("TIFF", ("L", "RGB", "RGBA", "CMYK", "I;16", "I", "F"), "", {}),
-        ("TIFF", ("L", "RGB", "RGBA", "CMYK", "I;16"), "one strip", STRIP),
-        ("TIFF", ("RGB",), "JPEG", {"compression": "jpeg"}),
-    ]
+    for name, modes, words, options in KINDS
     for mode in modes
 }
 

@@ -49,7 +49,8 @@ def eval_image(
         from keras_convnext.data import batches
 
         return batches.eval_image(path_or_bytes, preprocessing)
-    is_bytes = isinstance(path_or_bytes, bytes)
-    content = path_or_bytes if is_bytes else preprocess.read_file(path_or_bytes)
-    name = f"{len(content)} bytes" if is_bytes else os.fspath(path_or_bytes)
+    if isinstance(path_or_bytes, bytes):
+        content, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
+    else:
+        content, name = preprocess.read_file(path_or_bytes), os.fspath(path_or_bytes)
     return preprocess.decode_image(content, name, lambda image: preprocess.prepared(image, preprocessing))

@@ -107,10 +107,10 @@ def reader(source: Source) -> Callable[[Any], Any]:
 
     # TensorFlow has no operation that reads part of a file, and its other one opens pipes and devices.
     def read(number: np.ndarray) -> bytes:
-        content = source.read(number)
+        content = source.read(int(number))
         if content[:2] == b"\xff\xd8":
             preprocess.check_scans(content, "")
-            preprocess.tell_orientation(content, lambda: source.name(number))
+            preprocess.tell_orientation(content, lambda: source.name(int(number)))
         return content
 
     return lambda number: tf.ensure_shape(tf.numpy_function(read, [number], tf.string, stateful=False), ())

@@ -240,7 +240,7 @@ def _resize(pixels: Any, axes: _Axes, first_row: Any, first_column: Any) -> Any:
         tiles, dtype = (axes.inputs[axis], axes.weights[axis]), axes.weights.dtype
         x = tf.cond(
             tf.size(tiles[0]) * tf.shape(x)[1] > _LARGE_WINDOWS,
-            lambda: tf.map_fn(products, tiles, dtype, parallel_iterations=1),
+            lambda: tf.map_fn(products, tiles, fn_output_signature=dtype, parallel_iterations=1),
             lambda: products(tiles),
         )  # (tiles, _TILE, n)
         bounds = {"clip_value_min": tf.constant(0, x.dtype), "clip_value_max": tf.constant(255, x.dtype)}

@@ -37,9 +37,9 @@ LARGE = 1 << 24
 # Pillow 13.0.0 began to resize rows first where that is less work (see `rows_first`).
 _PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 
-# Bytes a pixel that decoding holds at most, with the image in RGB, as measured with Pillow 13 by
-# benchmarks/image_memory.py; JPEG: for an image in RGB of one scan.
-_BYTES_A_PIXEL = {"JPEG": 4, "MPO": 4, "PNG": 9, "WEBP": 18, "BMP": 9, "GIF": 9, "TIFF": 12}
+# Bytes a pixel that decoding and the image in RGB take at most, as measured with Pillow 13 by
+# benchmarks/image_memory.py: by format, else by mode, else 9.
+_BYTES_A_PIXEL = {"WEBP": 18, "TIFF": 12, "RGB": 4, "L": 6, "P": 6, "1": 6}
 _ONE_LARGE = threading.Lock()
 
 
@@ -114,9 +114,9 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def reduced(image: Image.Image) -> np.ndarray:
-    """The pixels of an image for training: one of more than `LARGE` is reduced by a whole factor."""
-    factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
-    return _pixels(image.reduce(factor) if factor > 1 else image)
+    """The pixels of an image for training: one of more than `LARGE` is reduced to at most half as many."""
+    pixels = image.width * image.height
+    return _pixels(image if pixels <= LARGE else image.reduce(math.ceil(math.sqrt(2 * pixels / LARGE))))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -170,11 +170,9 @@ def decode_image(
 @contextlib.contextmanager
 def _admitted(image: Image.Image, content: bytes, name: str) -> Iterator[None]:
     """Refuses an image that would take too much memory; of large ones one is decoded at a time."""
-    a_pixel = _BYTES_A_PIXEL[image.format or "TIFF"]
-    if image.format == "PNG" and image.mode == "RGB":
-        a_pixel = 4
-    elif a_pixel == 4:
-        a_pixel += 2 * len(image.getbands()) * (check_scans(content, name) > 1) + 5 * (image.mode != "RGB")
+    a_pixel = _BYTES_A_PIXEL.get(image.format or "", _BYTES_A_PIXEL.get(image.mode, 9))
+    if image.format in ("JPEG", "MPO") and check_scans(content, name) > 1:
+        a_pixel += 2 * len(image.getbands())
     needed = len(content) + image.width * image.height * a_pixel + image.height * 16
     what = f"'{name}' of {image.width} x {image.height} pixels ({image.format}, {image.mode})"
     check_bytes(needed, what, ImageError)
@@ -221,7 +219,7 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _shows_through(image: Image.Image) -> bool:
-    return "A" not in image.getbands() or image.getchannel("A").getextrema()[0] < 255
+    return "A" not in image.getbands() or image.getchannel("A").getextrema() != (255, 255)
 
 
 def tell_orientation(exif: bytes, name: Callable[[], str]) -> None:

@@ -285,7 +285,7 @@ def test_predict_keeps_images_at_the_size_of_the_model_only(run, monkeypatch, tm
     """Eight photographs of 100 million pixels would take 2.4 GB."""
     for number in range(3):
         Image.new("RGB", (90, 60), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    (tmp_path / "3.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])
+    (tmp_path / "3.png").write_bytes((tmp_path / "2.png").read_bytes()[:100])
     odd = _Odd(0.25, 0.75)
     opened = Predictor(odd, Preprocessing(8))
     monkeypatch.setattr(
@@ -302,11 +302,11 @@ def test_predict_goes_on_where_a_picture_would_take_the_machine(run, monkeypatch
     Image.new("RGB", (1, 40_000), (9, 0, 0)).save(tmp_path / "long.png")
     (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     os.mkfifo(tmp_path / "pipe.jpg")
-    opened = Predictor(_Odd(0.25, 0.75), Preprocessing(8))
+    opened = Predictor(_Odd(0.25, 0.75), Preprocessing(64))
     monkeypatch.setattr(
         predict_module, "_load_classifier", lambda _: Classifier(opened, ["a", "b"], [], False)
     )
-    monkeypatch.setattr(Image.Image, "resize", None)  # which would make 8 x 320,000 pixels
+    monkeypatch.setattr(Image.Image, "resize", None)  # which would make 73 x 2,920,000 pixels
     code, out, err = run("predict", *sorted(tmp_path.iterdir()))
     assert code == 1 and out.splitlines()[0].endswith("long.png")
     assert "begins with the text '%!PS" in err and "pipe.jpg' failed: Expected a file" in err

@@ -627,6 +627,7 @@ def test_a_long_picture_is_not_resized_as_a_whole(monkeypatch, size):
         ("PNG", "RGB", {}, 4),
         ("JPEG", "RGB", {}, 4),
         ("PNG", "RGBA", {}, 9),
+        ("PNG", "L", {}, 6),
         ("JPEG", "RGB", {"progressive": True}, 10),
         ("JPEG", "CMYK", {}, 9),
         ("WEBP", "RGB", {}, 18),
