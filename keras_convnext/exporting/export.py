@@ -367,10 +367,11 @@ def _calibration_images(model, calibration, preprocessing):
     # Fractions up to 1 were divided by 255; whole numbers up to 1 may be one dark picture of many.
     divided = (highest <= 1) & (highest > 0) & (images.dtype.kind == "f")
     if not (lowest.min() >= 0 and 1 < highest.max() <= 255) or divided.any():  # NaN fails too
+        some = divided.any() and highest.max() > 1
         raise ValueError(
             f"Expected calibration images with pixels in 0..255, received {images.dtype} from "
             f"{lowest.min():g} to {highest.max():g}"
-            + (f", and up to {highest[divided][0]:g} in image {divided.argmax()}" if divided.any() else "")
+            + (f", and up to {highest[divided][0]:g} in image {divided.argmax()}" if some else "")
             + ". Pass them as read_image gives them; a model that takes other numbers needs a Rescaling or "
             "Normalization layer in front."
         )
