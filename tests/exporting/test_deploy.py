@@ -277,7 +277,7 @@ def test_vocabularies_are_deployed(tmp_path):
     import tensorflow as tf
 
     texts = tf.constant([["old dog"], ["cat"]]), tf.constant([["house"], ["sea"]])
-    arrays = [pixels((2, 16, 16, 3)), *texts]
+    arrays = [tf.constant(pixels((2, 16, 16, 3))), *texts]
     assert relative_error(outputs(deploy(model), arrays), outputs(model, arrays)) < TOLERANCE
     other = [arrays[0], texts[0], texts[1][::-1]]
     assert relative_error(outputs(deploy(model), other), outputs(model, arrays)) > 100 * TOLERANCE
