@@ -196,7 +196,8 @@ def export(
     batch = _batch_size(batch_size, row)
     size = _image_size(model, image_size, row)
     preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
-    images, references = None, []
+    images, said = None, ""
+    references: list[Any] = []
     if is_checked or precision == "int8":
         images, said = _calibration_images(model, calibration, preprocessing)
     if is_checked:
