@@ -479,12 +479,12 @@ def _difference(received, expected):
 def _outputs(model, images):
     """What a model gives for uint8 images, float64; ExportError where that is not finite."""
     pixels = images.astype("float32")
-    outputs = [model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
-    outputs = np.concatenate(outputs).astype("float64")
+    parts = [model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
+    outputs = np.concatenate(parts).astype("float64")
     bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
     if bad.any():
         raise ExportError(
-            f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(bad)} images, as after "
+            f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(images)} images, as after "
             "a training that diverged. Nothing was kept."
         )
     return outputs
