@@ -484,8 +484,8 @@ def _outputs(model, images):
     bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
     if bad.any():
         raise ExportError(
-            f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(images)} images, as after "
-            "a training that diverged. Nothing was kept."
+            f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(images)} images, as "
+            "after a training that diverged. Nothing was kept."
         )
     return outputs
 
