@@ -168,7 +168,7 @@ def deploy_for_file(model: keras.Model, *, batch_size=None, image_size=None, lit
 def dtypes_of_16_bits(model: keras.Model) -> set[str]:
     """Those of "float16" and "bfloat16" in which layers of a model compute."""
     found = {getattr(layer, "compute_dtype", None) for layer in model._flatten_layers()}
-    return found & {"float16", "bfloat16"}
+    return {name for name in ("float16", "bfloat16") if name in found}
 
 
 def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):

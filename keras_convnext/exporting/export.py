@@ -198,7 +198,8 @@ def export(
     batch = _batch_size(batch_size, row)
     size = _image_size(model, image_size, row)
     preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
-    images, references = None, []
+    images, said = None, ""
+    references: list[Any] = []
     if is_checked or precision == "int8":
         images, said = _calibration_images(model, calibration, preprocessing)
     if is_checked:
@@ -372,10 +373,11 @@ def _calibration_images(model, calibration, preprocessing):
     # Fractions up to 1 were divided by 255; whole numbers up to 1 may be one dark picture of many.
     divided = (highest <= 1) & (highest > 0) & (images.dtype.kind == "f")
     if not (lowest.min() >= 0 and 1 < highest.max() <= 255) or divided.any():  # NaN fails too
+        some = divided.any() and highest.max() > 1
         raise ValueError(
             f"Expected calibration images with pixels in 0..255, received {images.dtype} from "
             f"{lowest.min():g} to {highest.max():g}"
-            + (f", and up to {highest[divided][0]:g} in image {divided.argmax()}" if divided.any() else "")
+            + (f", and up to {highest[divided][0]:g} in image {divided.argmax()}" if some else "")
             + ". Pass them as read_image gives them; a model that takes other numbers needs a Rescaling or "
             "Normalization layer in front."
         )
@@ -484,13 +486,13 @@ def _difference(received, expected):
 def _outputs(model, images):
     """What a model gives for uint8 images, float64; ExportError where that is not finite."""
     pixels = images.astype("float32")
-    outputs = [model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
-    outputs = np.concatenate(outputs).astype("float64")
+    parts = [model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
+    outputs = np.concatenate(parts).astype("float64")
     bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
     if bad.any():
         raise ExportError(
-            f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(bad)} images, as after "
-            "a training that diverged. Nothing was kept."
+            f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(images)} images, as "
+            "after a training that diverged. Nothing was kept."
         )
     return outputs
 

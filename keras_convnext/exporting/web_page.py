@@ -262,8 +262,8 @@ def _read_archive(path: pathlib.Path) -> dict[str, bytes]:
         for member in archive:
             if not 0 <= member.size <= MAX_RUNTIME_BYTES:
                 raise ValueError(f"'{member.name[:80]}' in it is of {member.size:,} bytes")
-            if member.name in wanted and member.isreg():
-                parts[wanted[member.name]] = archive.extractfile(member).read()
+            if member.name in wanted and member.isreg() and (file := archive.extractfile(member)):
+                parts[wanted[member.name]] = file.read()
     return parts
 
 

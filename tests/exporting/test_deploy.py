@@ -272,12 +272,12 @@ def test_vocabularies_are_deployed(tmp_path):
     places.adapt(["garden", "house"])
     image = keras.Input((16, 16, 3))
     note, place = (keras.Input((1,), dtype="string") for _ in range(2))
-    features = [small_body()(image), words(note), places(place)]
+    features = [small_body()(image), keras.layers.Flatten()(words(note)), places(place)]
     model = keras.Model([image, note, place], keras.layers.Dense(3)(keras.layers.Concatenate()(features)))
     import tensorflow as tf
 
     texts = tf.constant([["old dog"], ["cat"]]), tf.constant([["house"], ["sea"]])
-    arrays = [pixels((2, 16, 16, 3)), *texts]
+    arrays = [tf.constant(pixels((2, 16, 16, 3))), *texts]
     assert relative_error(outputs(deploy(model), arrays), outputs(model, arrays)) < TOLERANCE
     other = [arrays[0], texts[0], texts[1][::-1]]
     assert relative_error(outputs(deploy(model), other), outputs(model, arrays)) > 100 * TOLERANCE
