@@ -300,7 +300,7 @@ def test_other_inputs_are_given_beside_the_images():
     expected = gradcam.grad_cam(joined, [IMAGES, table], 1)
     for inputs in ([IMAGES, table], (IMAGES.astype("uint8"), table), {"table": table, "photo": IMAGES}):
         np.testing.assert_allclose(gradcam.grad_cam(model, inputs, 1), expected, atol=1e-5)
-    likely = run(keras.Model(model.inputs, model.outputs), [IMAGES, table]).argmax(-1)
+    likely = model.predict_on_batch([IMAGES, table]).argmax(-1)
     heat = gradcam.grad_cam(model, [IMAGES, table])
     np.testing.assert_array_equal(heat, gradcam.grad_cam(model, [IMAGES, table], likely.tolist()))
     with pytest.raises(
@@ -322,7 +322,10 @@ def test_gray_images_repeated_for_a_body_have_the_heat_of_the_colour_ones():
 def two_bodies(names):
     keras.utils.set_random_seed(1)
     images = [keras.Input((64, 64, 3), name=name) for name in ("left", "right")]
-    bodies = {name: build(V2, include_top=False, pooling="avg", name=name) for name in names}
+    bodies = {
+        name: build(V2, include_top=False, pooling="avg", name=name, input_shape=(64, 64, 3))
+        for name in names
+    }
     features = [bodies[name](image) for name, image in zip(names, images, strict=True)]
     return keras.Model(images, keras.layers.Dense(3)(keras.layers.Subtract()(features)), name="pair")
 
