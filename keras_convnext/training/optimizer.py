@@ -395,18 +395,19 @@ def _copy_of(variable):
             return ops.copy(variable.value)
         import tensorflow as tf
 
-        return tf.identity(variable)
+        with tf.init_scope():
+            return tf.identity(variable)
 
     return initializer
 
 
 def _outside_of_graphs():
-    """On TensorFlow `fit` builds the optimizer while it traces; XLA refuses averages that begin so."""
+    """On TensorFlow `fit` builds the optimizer while it traces, and XLA refuses averages that begin so."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf
 
-    return tf.init_scope()
+    return contextlib.nullcontext() if tf.distribute.has_strategy() else tf.init_scope()
 
 
 def check_number(name, value, owner):
