@@ -152,7 +152,7 @@ def finite(outputs: np.ndarray, name: str) -> np.ndarray:
 def without_classifier(model: Any) -> Any:
     """The part of a model in front of its classifier; one that does not end in probabilities as it is."""
     if not isinstance(model, models.ConvNeXt):
-        last = model.layers[-1] if getattr(model, "layers", None) else None
+        last: Any = model.layers[-1] if getattr(model, "layers", None) else None
         if getattr(last, "activation", None) in (keras.activations.softmax, keras.activations.sigmoid):
             return keras.Model(model.inputs, last.input, name=model.name)
         return model

@@ -147,7 +147,8 @@ class AdamW(keras.optimizers.AdamW):
             len(variable.shape) > 1 and path.rsplit("/", 1)[-1] not in _NO_DECAY
             for variable, path in zip(variables, paths, strict=True)
         )
-        super().build(variables)
+        with _outside_of_graphs():
+            super().build(variables)
 
     def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
         if name == "average":
@@ -394,10 +395,19 @@ def _copy_of(variable):
             return ops.copy(variable.value)
         import tensorflow as tf
 
-        with tf.init_scope():  # `fit` builds the optimizer while it traces
+        with tf.init_scope():
             return tf.identity(variable)
 
     return initializer
+
+
+def _outside_of_graphs():
+    """On TensorFlow `fit` builds the optimizer while it traces, and XLA refuses averages that begin so."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return contextlib.nullcontext() if tf.distribute.has_strategy() else tf.init_scope()
 
 
 def check_number(name, value, owner):

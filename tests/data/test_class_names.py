@@ -150,7 +150,7 @@ def test_names_of_other_lists_are_asked_for():
     assert decode_predictions(np.eye(21841)[[0]], 1)[0][0][0] == synset_ids(21841)[0]
     tiny = np.eye(200)[[3]]
     assert decode_predictions(tiny, 1, classes="tiny_imagenet200") == [
-        [(synset_ids("tiny_imagenet200")[3], "bullfrog", 1.0)]
+        [(synset_ids("tiny_imagenet200")[3], "tailed_frog", 1.0)]
     ]
     with pytest.raises(ValueError, match=r"No class names for 200 classes.*'tiny_imagenet200'"):
         decode_predictions(tiny)

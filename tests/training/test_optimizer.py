@@ -625,6 +625,15 @@ def test_fit_ends_with_the_averages_in_the_model_as_in_keras():
     assert_equal(model.get_weights(), averages(model))
 
 
+def test_a_model_compiled_by_xla_has_averages():
+    model = tiny(AdamW(0.01, use_ema=True, ema_momentum=0.8, overwrite_after_fit=False))
+    start = model.get_weights()
+    model.jit_compile = keras.backend.backend() != "torch"
+    model.fit(X[0], Y[0], batch_size=8, verbose=0)
+    for average, old, new in zip(averages(model), start, model.get_weights(), strict=True):
+        np.testing.assert_allclose(average, 0.8 * old + 0.2 * new, atol=1e-6)
+
+
 def test_a_second_fit_goes_on_from_the_averages():
     """JAX gives the arrays of a step away: weights and averages must not be the same ones."""
     model = tiny(AdamW(0.01, use_ema=True, ema_momentum=0.8))

@@ -62,7 +62,7 @@ def test_a_copy_goes_on_where_the_model_is_and_shares_nothing(trained, copied):
     after = fit(other)
     assert difference(trained.get_weights(), before) == 0
     again = fit(copied(trained))
-    assert difference(after, again) == 0 and difference(after, before) > 1e-4
+    assert difference(after, again) == 0 and difference(after, before) > 0
 
 
 @pytest.mark.one_backend
@@ -177,7 +177,7 @@ for name in t.OPTIMIZERS:
     found = t.fit(model, 2)
     print(name, t.difference(found, expected))
     assert t.difference(found, expected) < 1e-4
-    assert model.predict(t.IMAGES[:3], verbose=0).shape == (3, 3)
+    assert model.predict(t.IMAGES, verbose=0).shape == (8, 3)
     model.save(sys.argv[1])
 """
 
