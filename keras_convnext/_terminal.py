@@ -52,13 +52,6 @@ def say_once(kind: str, line: str) -> None:
         say(line)
 
 
-def say_once(kind: str, line: str) -> None:
-    """Says a line unless one of its kind was said since the start of the process."""
-    if kind not in _said:
-        _said.add(kind)
-        say(line)
-
-
 class Progress:
     """Shows on stderr what is done of some work, how fast, and how long the rest takes.
 
