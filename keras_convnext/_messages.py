@@ -18,9 +18,9 @@ def near_names(name: str, known: Iterable[str], count: int = 3, cutoff: float = 
 
 def listed(names: Iterable[object], count: int = 10) -> str:
     """Returns at most `count` names, and how many more there are."""
-    names = [str(name) for name in names]
-    more = f", and {len(names) - count} more" if len(names) > count else ""
-    return f"{', '.join(names[:count])}{more}"
+    texts = [str(name) for name in names]
+    more = f", and {len(texts) - count} more" if len(texts) > count else ""
+    return f"{', '.join(texts[:count])}{more}"
 
 
 def shortened(text: str, width: int) -> str:

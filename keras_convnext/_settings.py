@@ -162,7 +162,7 @@ class Settings(pydantic.BaseModel):
     def by_key(cls, given: Mapping[str, Any], texts: bool = False) -> tuple[dict[str, Any], list[str]]:
         """Returns values by full key and what is wrong with the keys; may read texts by their types."""
         values: dict[str, Any] = {}
-        problems = []
+        problems: list[str] = []
         for name, value in _flat(cls, given):
             full = cls.full_key(name)
             if full is None:

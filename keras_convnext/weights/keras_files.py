@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -61,27 +61,27 @@ def holds_model(path) -> bool:
         return "model_config" in file.attrs
 
 
-def read_model_input(path):
+def read_model_input(path) -> tuple[Any, Any]:
     """What the model of a file that holds one takes: ((height, width), normaliser).
 
     A side is None where any will do. The normaliser is (mean, standard deviation) of R, G and B, for pixels
     in 0..1, as `Preprocessing` has them; None for a model without one.
     """
-    sides, normaliser = (None, None), None
+    sides: Any = (None, None)
+    normaliser: Any = None
     remedy = "Save it again by model.save()."
     with reading(path, "a model that takes images", remedy), np.errstate(all="ignore"):
         for kind, config in reversed([*_serialised(json.loads(_config(path)))]):  # the first of each counts
             if kind == "InputLayer" and len(config["batch_shape"]) == 4:
                 sides = tuple(config["batch_shape"][1:3])
-                Preprocessing(
-                    tuple(MAX_SIDE if side is None else side for side in sides)
-                )  # raises for what is no size
+                height, width = (MAX_SIDE if side is None else side for side in sides)
+                Preprocessing((height, width))  # raises for what is no size
             elif kind == "Normalization" and config.get("mean") is not None:
                 # Rounded: what the square root leaves behind is no part of the value that was saved.
                 mean = np.round(np.ravel(config["mean"]) / 255, 9)
                 std = np.round(np.sqrt(np.ravel(config["variance"])) / 255, 9)
                 normaliser = tuple(tuple(np.resize(values, 3).tolist()) for values in (mean, std))
-                Preprocessing(1, mean=normaliser[0], std=normaliser[1])
+                Preprocessing(1, mean=normaliser[0], std=normaliser[1])  # raises for what is none
     return sides, normaliser
 
 
