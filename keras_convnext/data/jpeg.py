@@ -8,6 +8,7 @@ not read as Pillow does (CMYK, PNG named .JPEG, other formats) goes through `wit
 from typing import Any
 
 import numpy as np
+import PIL
 import tensorflow as tf
 
 from keras_convnext.data import preprocess
@@ -17,6 +18,8 @@ _SUPPORTS = {"bicubic": 2.0, "bilinear": 1.0}
 _ONE = float(1 << 22)  # Pillow's coefficients are integers of 22 bits after the point (Resample.c)
 _TILE = 8  # outputs that share a window of inputs; 8 and 16 were fastest, one window for all 5 times slower
 _MARGIN = 2  # columns; chroma is interpolated across the edge of what is decoded, which reaches 1 column
+# Pillow 13.0.0 began to resize rows first where that is less work (see `_Axes`).
+_PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 _LARGE_WINDOWS = 1 << 24  # values of all tiles' windows; more are made tile by tile, which takes less memory
 
 
@@ -186,7 +189,10 @@ class _Axes:
             weights = _float(tf.cast(weights * _ONE + tf.sign(weights) * 0.5, tf.int32)) / _ONE
         self.weights = weights
 
-        self.rows_first = preprocess.rows_first(tf.stack(in_size), tf.stack(out_size))
+        # Pillow 13 resizes rows before columns where this holds, as seen on 1,494 random pairs of sizes; up
+        # to Pillow 12 columns were always first. It matters because the first pass rounds to uint8.
+        fewer = tf.stack(in_size) - tf.stack(out_size)
+        self.rows_first = (fewer[0] > 0) & (fewer[0] > 2 * fewer[1]) & _PILLOW_CHOOSES_ORDER
 
 
 def _float(x: Any) -> Any:

@@ -13,10 +13,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import PIL
 from PIL import Image, UnidentifiedImageError
 
 from keras_convnext._files import regular_size
@@ -33,9 +31,6 @@ INTERPOLATIONS = {
 }
 # Pixels. A larger JPEG is left to Pillow, a larger resized image is not made as a whole.
 LARGE = 1 << 24
-
-# Pillow 13.0.0 began to resize rows first where that is less work (see `rows_first`).
-_PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 
 # Bytes a pixel that decoding and the image in RGB take at most, as measured with Pillow 13 by
 # benchmarks/image_memory.py: by format, else by mode, else 9.
@@ -303,66 +298,22 @@ def preprocess_image(image: np.ndarray, preprocessing: Preprocessing) -> np.ndar
 def prepared(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """What `preprocess_image` does, of Pillow's image in RGB.
 
-    The part that is cut out alone is made where the resized image is large, as of a picture of 1 x 40,000.
+    Where the resized image would be large, as of a picture of 1 x 40,000, only the part that is cut out is
+    made, within a level on average: Pillow may then take rows and columns in another order.
     """
     in_size = (image.height, image.width)
     out_size = resized_size(in_size, preprocessing)
     if out_size[0] * out_size[1] <= LARGE:
         resized = image.resize(out_size[::-1], INTERPOLATIONS[preprocessing.interpolation])
         return _crop_center(np.asarray(resized), preprocessing.size)
-    axes = [
-        _Axis(*sizes, preprocessing.interpolation)
-        for sizes in zip(in_size, out_size, preprocessing.size, strict=True)
-    ]
-    (top, bottom), (left, right) = ((axis.begins[0], axis.ends[-1]) for axis in axes)
-    pixels = np.asarray(image.crop((left, top, right, bottom)))
-    for number in (0, 1) if rows_first(in_size, out_size) else (1, 0):
-        pixels = np.moveaxis(axes[number].resize(np.moveaxis(pixels, number, 0)), 0, number)
-    return _crop_center(pixels, preprocessing.size)
-
-
-def rows_first(in_size: Any, out_size: Any) -> Any:
-    """Tells whether Pillow resizes rows before columns, which matters as the first pass rounds to uint8.
-
-    Sizes are (height, width), as integers or in a graph.
-
-    As seen on 1,494 random pairs of sizes; up to Pillow 12 columns were always first.
-    """
-    rows, columns = (in_size[axis] - out_size[axis] for axis in (0, 1))
-    return (rows > 0) & (rows > 2 * columns) & _PILLOW_CHOOSES_ORDER
-
-
-class _Axis:
-    """The central `count` of `out_size` outputs along one axis, made as Pillow makes them, in every bit.
-
-    `Image.resize` with a box would not do: it rounds the box to float32. Reference: Pillow 13,
-    src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
-    """
-
-    def __init__(self, in_size: int, out_size: int, count: int, interpolation: str) -> None:
-        first = round(max(out_size - count, 0) / 2)
-        scale = in_size / out_size
-        self.filter_scale, self.bicubic = max(scale, 1.0), interpolation == "bicubic"
-        self.centers = (first + np.arange(min(count, out_size)) + 0.5) * scale
-        reach = self.filter_scale * (2 if self.bicubic else 1)
-        self.begins = np.maximum((self.centers - reach + 0.5).astype(int), 0)
-        self.ends = np.minimum((self.centers + reach + 0.5).astype(int), in_size)
-
-    def resize(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (n, ...), from the first to the last input that is needed, to (count, ...)."""
-        made = np.empty((len(self.centers), *pixels.shape[1:]), np.uint8)
-        for number, (begin, end) in enumerate(zip(self.begins, self.ends, strict=True)):
-            x = np.abs((np.arange(begin, end) - self.centers[number] + 0.5) * (1.0 / self.filter_scale))
-            weights = np.maximum(1.0 - x, 0.0)
-            if self.bicubic:
-                near, far = (1.5 * x - 2.5) * x * x + 1.0, (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
-                weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
-            weights /= np.cumsum(weights)[-1]  # summed one by one, as in C
-            weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights))
-            window = pixels[begin - self.begins[0] : end - self.begins[0]]
-            sums = np.tensordot(weights, window.astype(np.float64), 1)  # exact: integers below 2**53
-            made[number] = np.clip(np.floor(sums / 2**22 + 0.5), 0, 255)
-        return made
+    sides = np.minimum(out_size, preprocessing.size)
+    starts = np.rint((np.array(out_size) - sides) / 2)
+    scales = np.array(in_size) / out_size
+    (top, left), (bottom, right) = starts * scales, np.minimum((starts + sides) * scales, in_size)
+    height, width = sides.tolist()
+    filter = INTERPOLATIONS[preprocessing.interpolation]
+    part = image.resize((width, height), filter, box=(left, top, right, bottom))
+    return _crop_center(np.asarray(part), preprocessing.size)
 
 
 def find_images(

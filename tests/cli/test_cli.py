@@ -306,8 +306,12 @@ def test_predict_goes_on_where_a_picture_would_take_the_machine(run, monkeypatch
     monkeypatch.setattr(
         predict_module, "_load_classifier", lambda _: Classifier(opened, ["a", "b"], [], False)
     )
-    monkeypatch.setattr(Image.Image, "resize", None)  # which would make 73 x 2,920,000 pixels
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda *given, **box: sizes.append(given[1]) or resize(*given, **box)
+    )
     code, out, err = run("predict", *sorted(tmp_path.iterdir()))
+    assert sizes == [(64, 64)]  # not 73 x 2,920,000
     assert code == 1 and out.splitlines()[0].endswith("long.png")
     assert "begins with the text '%!PS" in err and "pipe.jpg' failed: Expected a file" in err
 
@@ -322,7 +326,7 @@ def test_predict_without_a_readable_image_ends_with_2(refused, monkeypatch, tmp_
     assert "truncated or corrupt" in refused("predict", _truncated(PHOTOGRAPHS[1], tmp_path))
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "found none among its 0 files" in refused("predict", empty)
+    assert "found none: it is empty" in refused("predict", empty)
     if os.geteuid() != 0:
         empty.chmod(0)
         assert "may not look into" in refused("predict", empty)
