@@ -14,7 +14,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from keras_convnext._messages import one_line, shortened, size_text
@@ -284,18 +284,14 @@ def try_lock(file: BinaryIO) -> bool:
     return True
 
 
-def wait_for_lock(file: BinaryIO, note: Callable[[], object] = bool) -> bool:
-    """Waits for the lock, after `note` is called; returns False where the file system has no locks."""
+def wait_for_lock(file: BinaryIO) -> None:
+    """Waits until the lock is taken; returns at once where the file system has none."""
     try:
-        if not try_lock(file):
-            note()
-            while not try_lock(file):
-                time.sleep(0.05)
+        while not try_lock(file):
+            time.sleep(0.05)
     except OSError as error:
         if error.errno not in LOCKS_UNSUPPORTED:
             raise
-        return False
-    return True
 
 
 def sync_folder(folder: pathlib.Path) -> None:
