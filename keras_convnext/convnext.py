@@ -325,9 +325,8 @@ def stem(x, variant, named=layer_name):
     else:
         # One pixel of padding on both sides; "same" would pad an even-sized map only after its last pixel.
         x = layers.ZeroPadding2D(1, data_format="channels_last", name=named("stem_padding_0"))(x)
-        x = _convolution(variant.stem_dim, 3, 2, name=named("downsample_layers_0_0"))(
-            x
-        )  # (N, H / 2, W / 2, D)
+        # To (N, H / 2, W / 2, D).
+        x = _convolution(variant.stem_dim, 3, 2, name=named("downsample_layers_0_0"))(x)
         last = 1
         if variant.stem == "overlap_act":
             x = layers.Activation(ACTIVATIONS[variant.activation], name=named("stem_activation"))(x)
@@ -346,9 +345,9 @@ def body(x, variant, block, output_stride: int, drop_path_rate: float, seed: int
     models/convnext.py).
 
     `block` is a function (dim, kernel_size, dilation_rate, drop_path_rate, seed, name) -> layer; `named`
-    names it. The last block has `drop_path_rate`, the first 0; block number i gets seed +
-    i. Gives the list of the stages' outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]) at
-    stride 32; of an isotropic model one, (N, H / 16, W / 16, dim).
+    names it. The last block has `drop_path_rate`, the first 0; block number i gets seed + i. Gives the list
+    of the stages' outputs, (N, H / 4, W / 4, dims[0]) to (N, H / 32, W / 32, dims[3]) at stride 32; of an
+    isotropic model one, (N, H / 16, W / 16, dim).
     """
     rates = drop_path_rates(drop_path_rate, sum(variant.depths))
     stride, dilation, number = 4, 1, 0
