@@ -277,7 +277,7 @@ def test_convert_refuses_a_wrong_architecture_and_endings(good_state, tmp_path):
         keras_convnext.convert(source, tmp_path / "out.pth", architecture="convnext_tinny")
     with pytest.raises(ValueError, match=r"must end in .*\.onnx"):
         keras_convnext.convert(source, tmp_path / "out.onnx")
-    with pytest.raises(FileNotFoundError, match="No such folder"):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
         keras_convnext.convert(source, tmp_path / "nowhere" / "out.pth")
     with pytest.raises(FileNotFoundError, match=r"Near names in that folder: in\.safetensors"):
         keras_convnext.convert(tmp_path / "inn.safetensors", tmp_path / "out.pth")

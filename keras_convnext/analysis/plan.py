@@ -21,7 +21,6 @@ from keras_convnext.weights import catalog
 
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
-MAX_BATCH_SIZE = 10**12  # its divisors are looked for one by one
 KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
 
 
@@ -91,8 +90,6 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
         )
     model, batch_size = recipe.model, recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
-    if batch_size > MAX_BATCH_SIZE:
-        raise ValueError(f"Expected a batch_size of at most {MAX_BATCH_SIZE:,}, received {batch_size:,}.")
     engine, model_devices = _engine(recipe, num_devices)
     images, classes = _data_of(recipe)
     num_parts = num_devices // model_devices

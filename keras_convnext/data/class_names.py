@@ -19,8 +19,6 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
 from keras_convnext._messages import printable
 
 _MEMBERSHIP = {1000: 1, 11821: 2, 21841: 4}
@@ -87,6 +85,7 @@ def decode_predictions(preds: Any, top: int = 5, classes: int | str | None = Non
         [[('n01484850', 'great_white_shark', 1.0)]]
     """
     import keras
+    import numpy as np
 
     preds = keras.ops.convert_to_numpy(preds)
     if preds.ndim != 2 or not np.isfinite(preds).all() or top < 1:

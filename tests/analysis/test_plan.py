@@ -235,8 +235,8 @@ def test_accumulation_fills_what_memory_does_not_hold():
 
 @pytest.mark.once
 def test_a_huge_batch_is_answered_at_once():
-    plan = make_plan(load_recipe("smoke", {"batch_size": str(10**12)}), "1xcpu")
-    assert plan.fits and plan.images_per_device * plan.accumulation_steps == 10**12
+    plan = make_plan(load_recipe("smoke", {"batch_size": str(2**31 - 1)}), "1xcpu")
+    assert plan.fits and plan.images_per_device * plan.accumulation_steps == 2**31 - 1
 
 
 @pytest.mark.once
@@ -260,7 +260,7 @@ def test_fewer_images_than_a_batch_are_told():
         (["--devices", "h100", "--engine", "data_paralel"], r"did you mean 'data_parallel'"),
         (["--devices", "8xcpu", "--set", "batch_size=999999999999999999999999999999"],
          r"batch_size: expected at most 9,007,\S+, received 9999999"),
-        (["--devices", "8xcpu", "--set", "batch_size=9007199254740992"], r"batch_size of at most 1,000,000"),
+        (["--devices", "8xcpu", "--set", "batch_size=9007199254740992"], r"batch_size: expected at most 2,14"),
         (["--devices", f"{10**20}xh100", "--engine", "model_parallel"], r"such as 64xh100, received '10000"),
         (["--devices", "9" * 5000 + "xh100"], r"devices such as 64xh100, received '9999.*\.\.\."),
         (["--devices", "999999999xcpu", "--set", "batch_size=7"], r"into 999999999 equal parts"),

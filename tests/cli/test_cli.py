@@ -485,7 +485,7 @@ def test_convert_to_official_and_back_is_exact(run, refused, atto, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     content = back.read_bytes()
-    assert f"{back} is there already. Pass --force" in refused(
+    assert f"'{back}' is there already. Pass replace=True (--force)" in refused(
         "convert", official, back, "--layout", "official"
     )
     assert back.read_bytes() == content
@@ -517,7 +517,7 @@ def test_convert_refuses_what_it_cannot_write(refused, atto, tmp_path):
         "convert", atto, target, "--layout", "tim"
     )
     assert "must end in .safetensors" in refused("convert", atto, tmp_path / "target.onnx")
-    assert "No such folder for the target" in refused("convert", atto, tmp_path / "none" / "target.pth")
+    assert "There is no folder" in refused("convert", atto, tmp_path / "none" / "target.pth")
     assert "holds a 'convnext_atto'" in refused("convert", atto, target, "--architecture", "convnext_pico")
     assert "Did you mean 'convnext_atto'" in refused(
         "convert", atto, target, "--architecture", "convnext_ato"

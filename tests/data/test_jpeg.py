@@ -12,6 +12,7 @@ from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from keras_convnext.data import eval_image, preprocess
+from keras_convnext.data import jpeg as jpeg_module
 from keras_convnext.data.jpeg import crop_box, plan_crop, random_resized_crop, resize
 from keras_convnext.data.preprocessing import Preprocessing
 
@@ -168,7 +169,7 @@ def test_the_order_of_the_passes_is_seen(monkeypatch):
     """Negative control: with columns always first, an image that Pillow 13 resizes by rows first differs."""
     image = noise(400, 230)
     expected = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
-    monkeypatch.setattr(preprocess, "_PILLOW_CHOOSES_ORDER", not preprocess._PILLOW_CHOOSES_ORDER)
+    monkeypatch.setattr(jpeg_module, "_PILLOW_CHOOSES_ORDER", not jpeg_module._PILLOW_CHOOSES_ORDER)
     received = resize(image, False, image_size=(224, 224), interpolation="bicubic", dtype=tf.float64)
     assert difference(received.numpy(), np.asarray(expected)).max() > 0
 
