@@ -67,7 +67,7 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
         >>> model = keras_convnext.TestConvNeXt2(weights=None, input_shape=(32, 32, 3))
         >>> freeze_stages(model, 4)
         >>> [weight.path for weight in model.trainable_weights]
-        ['norm/gamma', 'norm/beta', 'head/kernel', 'head/bias']
+        ['convnext_norm/gamma', 'convnext_norm/beta', 'convnext_head/kernel', 'convnext_head/bias']
     """
     owners = [each for each in model._flatten_layers() if isinstance(each, keras.Model) and _depth(each)]
     if not owners:

@@ -55,10 +55,8 @@ def is_keras_applications(path) -> bool:
 def holds_model(path) -> bool:
     """Whether a file holds a whole model, as `model.save` writes it, `.h5` files too, not weights alone."""
     path = pathlib.Path(path)
-    if path.suffix == ".keras":
-        return True
-    with _open(path) as file:
-        return "model_config" in file.attrs
+    with _open(path) as file:  # checks it for those who let Keras read it
+        return path.suffix == ".keras" or "model_config" in file.attrs
 
 
 def read_model_input(path) -> tuple[Any, Any]:

@@ -472,7 +472,8 @@ def test_deployed_form_of_a_frozen_model_is_frozen(name):
     for layer in model.layers[:-1]:
         layer.trainable = False
     deployed = deploy(model)
-    assert [weight.path for weight in deployed.trainable_weights] == ["head/kernel", "head/bias"]
+    paths = [weight.path for weight in deployed.trainable_weights]
+    assert paths == ["convnext_head/kernel", "convnext_head/bias"]
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])

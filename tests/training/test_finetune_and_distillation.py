@@ -194,7 +194,7 @@ def test_frozen_stages_are_the_first_ones_in_any_model(wrapper, stages):
     inner = body()
     model = WRAPPERS[wrapper](inner)
     rest = stages_that_learn(model) - set(range(4))
-    assert rest <= {"norm", "classes"}
+    assert rest <= {"convnext_norm", "classes"}
     finetune.freeze_stages(model, stages)
     assert stages_that_learn(model) == {*range(stages, 4), *rest}
     frozen = [
@@ -235,7 +235,7 @@ def test_stages_that_were_frozen_learn_again(before, wrapper, tmp_path):
     for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
         finetune.freeze_stages(each, 2)
         head = set() if before is freeze_all else {"classes"}
-        assert stages_that_learn(each) == {2, 3, "norm"} | head
+        assert stages_that_learn(each) == {2, 3, "convnext_norm"} | head
 
 
 def test_parts_of_later_blocks_and_layers_of_the_user_stay_as_they_are():
@@ -254,7 +254,7 @@ def test_parts_of_later_blocks_and_layers_of_the_user_stay_as_they_are():
 def test_an_isotropic_model_has_one_stage():
     model = body("convnext_isotropic_small", include_top=True, classes=3)
     finetune.freeze_stages(model, 1)
-    assert stages_that_learn(model) == {"norm", "head"}
+    assert stages_that_learn(model) == {"convnext_norm", "convnext_head"}
     with pytest.raises(
         ValueError, match=r"from 0 to 1 stages of 'convnext_isotropic_small'.*Received: stages=2"
     ):
