@@ -217,7 +217,7 @@ def test_large_images_take_other_ways_to_the_same_pixels(sound, monkeypatch):
     monkeypatch.setattr(jpeg_graph, "_LARGE_WINDOWS", 0)
     np.testing.assert_array_equal(plain, [image for *_, image in evaluated(sound)])
     np.testing.assert_array_equal(images, trained(sound, 3, **options)[0])
-    monkeypatch.setattr(preprocess, "LARGE", 1500)  # of 2000 pixels
+    monkeypatch.setattr(preprocess, "LARGE", 1700)  # of 2000 pixels, resized to 1620
     np.testing.assert_array_equal(plain, [image for *_, image in evaluated(sound)])
     reduced, _ = trained(sound, 3, **options)  # by 2
     difference = np.abs(reduced.astype(int) - images).mean()
