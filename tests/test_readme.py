@@ -287,9 +287,7 @@ def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
     small = small_in_place_of_published_weights(monkeypatch)
     exporting = importlib.import_module("keras_convnext.exporting.export")
     exported = []
-    for (
-        name
-    ) in keras_convnext.__all__:  # what earlier tests have imported is found there, not where it is made
+    for name in keras_convnext.__all__:  # what earlier tests imported is found there, not where it is made
         monkeypatch.delitem(vars(keras_convnext), name, raising=False)
     signature = inspect.signature(exporting.export)
     monkeypatch.setattr(
@@ -313,7 +311,7 @@ def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
             names["model"].compile("sgd", "categorical_crossentropy")
             code = code.replace("1024", "4").replace("epochs=300", "epochs=1")
         exec(compile(code, "README.md", "exec"), names)
-    assert len(rest) == 5 and len(exported) == 2
+    assert len(rest) == 6 and len(exported) == 2
     assert set(names["maps"]) == {"P2", "P3", "P4", "P5"} and names["steps"] == 2
     assert all(
         pathlib.Path(name).stat().st_size for name in ("flowers.keras", "tiny.safetensors", "tiny.pth")

@@ -652,7 +652,7 @@ def test_free_sizes_are_those_of_the_preprocessing(exported, tmp_path):
     assert size(image_size=[96, 64]) == (96, 64)
     assert size(image_size=None, preprocessing={"image_size": 288}) == (288, 288)
     assert size(image_size=None, preprocessing={}) == size(image_size=None, preprocessing=None) == (224, 224)
-    found = settings(preprocessing={"crop_fraction": 0.5})
+    found = settings(preprocessing={"image_size": 64, "crop_fraction": 0.5})
     assert (found["crop_fraction"], found["crop_mode"], found["resize_size"]) == (0.5, "center", None)
     assert (settings()["channels"], settings(colours="gray")["channels"]) == (3, 1)
 
