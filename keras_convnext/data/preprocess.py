@@ -35,6 +35,7 @@ LARGE = 1 << 24
 # Bytes a pixel that decoding and the image in RGB take at most, as measured with Pillow 13 by
 # benchmarks/image_memory.py: by format, else by mode, else 9.
 _BYTES_A_PIXEL = {"WEBP": 18, "TIFF": 12, "RGB": 4, "L": 6, "P": 6, "1": 6}
+_MOST_PASSED = 1 << 31  # pixels, in all scans of a JPEG; some seconds
 _ONE_LARGE = threading.Lock()
 
 
@@ -176,9 +177,9 @@ def _admitted(image: Image.Image, content: bytes, name: str) -> Iterator[None]:
 
 
 def check_scans(content: bytes, name: str) -> int:
-    """Returns how many scans a JPEG has, and refuses thousands, in each of which all its pixels change.
+    """Returns how many scans a JPEG has, and refuses many, as in each all its pixels may change.
 
-    A camera's file has one. All marks of a scan are counted in others, which may stand in other data too.
+    A camera's file has one, a progressive one about ten. All marks of a scan count behind the first.
     """
     place, frame = 2, b""
     while content[place : place + 1] == b"\xff":
@@ -190,8 +191,9 @@ def check_scans(content: bytes, name: str) -> int:
         if marker in (b"\xc0", b"\xc1", b"\xc2"):
             frame = content[place + 1 : place + 11]
         place += 2 + size
-    scans = max(2, content.count(b"\xff\xda"))
-    if scans > 200 + len(content) // 2**14:
+    scans = max(2, content.count(b"\xff\xda", place))
+    pixels = int.from_bytes(frame[4:6], "big") * int.from_bytes(frame[6:8], "big")
+    if scans > min(200, max(20, _MOST_PASSED // max(pixels, 1))):
         raise ImageError(
             f"Expected some ten scans in '{name}', received {scans}: each is a pass over all pixels. "
             "Save it again, as a JPEG of one scan."

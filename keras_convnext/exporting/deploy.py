@@ -213,9 +213,9 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
         return deployed_layers[layer.name]
 
     def call(layer, *args, **kwargs):
-        if vanishes(layer):
-            return args[0]
         kwargs.pop("training", None)
+        if vanishes(layer):
+            return args[0] if args else next(iter(kwargs.values()))
         return layer(*args, **kwargs)
 
     def assemble():

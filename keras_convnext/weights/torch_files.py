@@ -9,6 +9,7 @@ import io
 import math
 import mmap
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from keras_convnext.weights.torch_pickles import TORCH_STORAGES, Tensor, unpickl
 
 # Where training scripts keep the weights: the averaged ones first, when a file has both. Under other keys a
 # network is told from an optimizer or a loss by its convolutions.
+_AVERAGED = re.compile(r"(?:^|_)ema(?:_|$)", re.IGNORECASE)
 _KEYS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "state_dict", "model", "module")
 
 # A training checkpoint of the largest model has pickles below 1 MB: the weights are not in them.
@@ -136,32 +138,38 @@ def is_weight_file(path: Path) -> bool:
     return looks_like_safetensors(start) or zipped or (start[:1] == b"\x80" and _LEGACY_MAGIC in start)
 
 
-def _find_tensors(path: Path, content: object, depth: int = 3) -> dict[str, Tensor] | None:
-    """The first dictionary of tensors under `_KEYS`, the content itself, or a network; None if neither."""
-    if not isinstance(content, dict) or depth == 0:  # a dictionary may hold itself
+def _find_tensors(
+    path: Path, content: object, depth: int = 3, seen: dict | None = None
+) -> dict[str, Tensor] | None:
+    """The averaged network of a file, the first under `_KEYS`, the content itself, or a network."""
+    if not isinstance(content, dict) or depth == 0:  # a dictionary may hold itself, many times
         return None
-    for key in _KEYS:
-        found = _find_tensors(path, content.get(key), depth - 1)
-        if found is not None:
-            return found
+    seen = {} if seen is None else seen
     items = {name: value for name, value in content.items() if isinstance(name, str)}
-    tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
-    if tensors:
-        return tensors
-    networks = {}
+    found = {}
     for name, value in items.items():
-        found = _find_tensors(path, value, depth - 1)
-        if found and any(
-            isinstance(tensor.size, tuple) and len(tensor.size) == 4 for tensor in found.values()
-        ):
-            networks[name] = found
-    averaged = [name for name in networks if "ema" in name.lower()]
-    chosen = averaged or [*networks]
+        place = id(value), depth
+        if place not in seen:
+            seen[place] = _find_tensors(path, value, depth - 1, seen)
+        found[name] = seen[place]
+    networks = [name for name, tensors in found.items() if _is_network(tensors)]
+    averaged = [name for name in networks if _AVERAGED.search(name)]
+    for name in _KEYS[:4] if len(averaged) > 1 else (*averaged, *_KEYS):
+        if found.get(name) is not None:
+            return found[name]
+    tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
+    if _is_network(tensors):
+        return tensors
+    chosen = averaged or networks
     if len(chosen) > 1:
         raise damaged_file(
             path, f"expected one network, received one under each of {', '.join(chosen)}", _SAVE_WEIGHTS
         )
-    return networks[chosen[0]] if chosen else None
+    return found[chosen[0]] if chosen else tensors or None
+
+
+def _is_network(tensors: dict[str, Tensor] | None) -> bool:
+    return any(isinstance(one.size, tuple) and len(one.size) == 4 for one in (tensors or {}).values())
 
 
 def _zip_content(path: Path, data: memoryview) -> object:

@@ -671,6 +671,10 @@ def test_a_jpeg_of_thousands_of_scans_is_refused():
     many = content[:-2] + content[start:-2] * 1000 + content[-2:]
     assert decode_image(content, "a.jpg").shape == (64, 64, 3)
     assert "Expected some ten scans in 'a.jpg', received 10" in image_error(decode_image, many, "a.jpg")
+    large = encoded(Image.new("L", (8000, 8000), 77), "JPEG", progressive=True)
+    assert decode_image(large, "a.jpg").shape == (8000, 8000, 3)
+    many = large[:-2] + large[large.rindex(b"\xff\xda") : -2] * 30 + bytes(10**6) + large[-2:]
+    assert "Expected some ten scans" in image_error(decode_image, many, "a.jpg")
     one = encoded(Image.new("RGB", (64, 64), 77), "JPEG")
     film = one + b"\xff\xda" * 1000  # a camera's film behind its photo is not looked at
     assert decode_image(film, "a.jpg").shape == (64, 64, 3)

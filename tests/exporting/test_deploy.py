@@ -181,7 +181,7 @@ def transfer_model(nested):
         x = backbone(x)
     else:
         inputs, x = backbone.input, backbone.output
-    x = keras.layers.Dropout(0.3)(x)
+    x = keras.layers.Dropout(0.3)(inputs=x)
     x = keras.layers.Dense(5, name="leaves")(x * 2.0)
     return keras.Model(inputs, x)
 

@@ -196,6 +196,17 @@ def test_averaged_weights_come_first_and_two_networks_are_named(timm_state, tmp_
     torch.save({"model_state_dict": timm_state, "model_ema_state_dict": averaged}, tmp_path / "x.pth")
     read = torch_files.read_state_dict(tmp_path / "x.pth")
     assert np.array_equal(read["stem.0.bias"], averaged["stem.0.bias"])
+    torch.save({"model": timm_state, "cinema": timm_state, "ema_model": averaged}, tmp_path / "x.pth")
+    read = torch_files.read_state_dict(tmp_path / "x.pth")
+    assert np.array_equal(read["stem.0.bias"], averaged["stem.0.bias"])
+    torch.save({"net": timm_state, "loss": torch.tensor(3.0), "epoch": torch.tensor(1)}, tmp_path / "x.pth")
+    read = torch_files.read_state_dict(tmp_path / "x.pth")
+    assert np.array_equal(read["stem.0.bias"], timm_state["stem.0.bias"])
+    ring: dict = {}
+    ring |= {str(number): ring for number in range(3000)}
+    torch.save(ring, tmp_path / "x.pth")
+    with pytest.raises(FileFormatError, match="received a dict with the keys"):
+        torch_files.read_state_dict(tmp_path / "x.pth")
     torch.save({"student": timm_state, "teacher": averaged}, tmp_path / "x.pth")
     with pytest.raises(FileFormatError, match=r"one under each of student, teacher"):
         torch_files.read_state_dict(tmp_path / "x.pth")
