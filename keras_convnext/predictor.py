@@ -16,7 +16,7 @@ from keras_convnext import models
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import ModelOptions
-from keras_convnext.weights import assign
+from keras_convnext.weights import arrays, assign
 from keras_convnext.weights.published import Checkpoint
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
@@ -140,7 +140,7 @@ def check_outputs(model: Any, name: str, task: str) -> None:
 
 def finite(outputs: np.ndarray, name: str) -> np.ndarray:
     """Returns what a model gave, (N, ...); a ValueError names the model where it is NaN or infinite."""
-    bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    bad = arrays.not_finite(outputs)
     if bad.any():
         raise ValueError(
             f"Expected numbers from {name}, received infinite ones or NaN for {int(bad.sum())} of {len(bad)} "

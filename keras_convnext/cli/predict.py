@@ -95,8 +95,7 @@ class Classifier:
 
     def prepared(self, content: bytes, name: str) -> np.ndarray:
         """An encoded image to the pixels that the model takes; `name` is for errors."""
-        transform = functools.partial(preprocess.prepared, preprocessing=self.predictor.preprocessing)
-        return preprocess.decode_image(content, name, transform)
+        return preprocess.decode_prepared(content, name, self.predictor.preprocessing)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 images (N, height, width, 3), prepared, to probabilities (N, classes)."""

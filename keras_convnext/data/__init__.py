@@ -53,4 +53,4 @@ def eval_image(
         content, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
     else:
         content, name = preprocess.read_file(path_or_bytes), os.fspath(path_or_bytes)
-    return preprocess.decode_image(content, name, lambda image: preprocess.prepared(image, preprocessing))
+    return preprocess.decode_prepared(content, name, preprocessing)

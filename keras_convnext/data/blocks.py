@@ -83,10 +83,8 @@ def finished(batches: Any, workers: int | None, faults: Faults) -> Any:
 
     def begin(self: Any) -> Any:
         iterator = kind.__iter__(self)
-        iterator.__class__ = type("Iterator", (type(iterator),), {"__next__": following(type(iterator))})
-        return iterator
+        base = type(iterator)
 
-    def following(base: Any) -> Callable[[Any], Any]:
         def following(self: Any) -> Any:
             try:
                 return base.__next__(self)
@@ -94,7 +92,8 @@ def finished(batches: Any, workers: int | None, faults: Faults) -> Any:
                 faults.check()
                 raise
 
-        return following
+        iterator.__class__ = type("Iterator", (base,), {"__next__": following})
+        return iterator
 
     # A class of its own, as a wrapper around a data set would not be one for `fit`.
     kind = type(batches)

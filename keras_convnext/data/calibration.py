@@ -1,6 +1,5 @@
 """Images that a quantised file is calibrated with and every exported file is checked on."""
 
-import functools
 import importlib.resources
 import os
 import pathlib
@@ -99,8 +98,7 @@ def _prepared(
     else:
         data = sources.open_source(source, split)
         found = ((data.read(number), data.name(number)) for number in _evenly(range(len(data)), count))
-    transform = functools.partial(preprocess.prepared, preprocessing=preprocessing)
-    return [preprocess.decode_image(content, name, transform) for content, name in found]
+    return [preprocess.decode_prepared(content, name, preprocessing) for content, name in found]
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -318,6 +318,11 @@ def prepared(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     return _crop_center(np.asarray(part), preprocessing.size)
 
 
+def decode_prepared(content: bytes, name: str, preprocessing: Preprocessing) -> np.ndarray:
+    """Decode the bytes of an image file to what `preprocess_image` gives; errors as of `decode_image`."""
+    return decode_image(content, name, lambda image: prepared(image, preprocessing))
+
+
 def find_images(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 ) -> list[Path]:

@@ -15,6 +15,7 @@ from keras_convnext.data.index import Source
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation.results import percentage
 from keras_convnext.exporting import runtimes
+from keras_convnext.weights import arrays
 
 _jax_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -161,7 +162,7 @@ def best_classes(outputs: np.ndarray, count: int) -> np.ndarray:
 
 
 def check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: Source) -> None:
-    bad = ~np.isfinite(outputs).all(axis=1)
+    bad = arrays.not_finite(outputs)
     if bad.any():
         raise ValueError(
             f"Expected numbers from the model, received infinite ones or NaN for {int(bad.sum())} of the "

@@ -165,10 +165,8 @@ def _draw_worst_classes(result: Result) -> bytes:
 
 
 def _thumbnail(source: Source, number: int) -> np.ndarray:
-    transform = functools.partial(
-        preprocess.prepared, preprocessing=Preprocessing(_THUMBNAIL, crop_fraction=1.0)
-    )
-    return preprocess.decode_image(source.read(number), source.name(number), transform)
+    small = Preprocessing(_THUMBNAIL, crop_fraction=1.0)
+    return preprocess.decode_prepared(source.read(number), source.name(number), small)
 
 
 def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:

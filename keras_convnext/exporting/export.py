@@ -24,6 +24,7 @@ from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, runtimes, writers
+from keras_convnext.weights import arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,13 +263,10 @@ def _check_target(path, format, replace):
 
 
 def _check_replaceable(target, is_folder):
-    """Refuses to replace what `export` does not write: any folder but a bare SavedModel, a link to one."""
-    if target.is_symlink() and (is_folder or target.is_dir()):
-        raise FileExistsError(
-            f"'{target}' is there already: a link to '{os.readlink(target)}', which is not replaced. Name "
-            "another path, or remove the link."
-        )
-    if target.is_dir():
+    """Refuses to replace what `export` does not write: a folder but a bare SavedModel; see `check_target`."""
+    if target.is_symlink():
+        check_target(target)
+    elif target.is_dir():
         foreign = _not_of_a_saved_model(target)
         if foreign or not (target / "saved_model.pb").is_file():
             shown = ", ".join(foreign[:_MAX_NAMED]) + (", ..." if len(foreign) > _MAX_NAMED else "")
@@ -488,7 +486,7 @@ def _outputs(model, images):
     pixels = images.astype("float32")
     parts = [model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
     outputs = np.concatenate(parts).astype("float64")
-    bad = ~np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    bad = arrays.not_finite(outputs)
     if bad.any():
         raise ExportError(
             f"{model.name} gives numbers that are not finite for {bad.sum()} of {len(images)} images, as "

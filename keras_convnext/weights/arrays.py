@@ -39,6 +39,11 @@ class UnsafeFileError(ValueError):
     """A .pth file asks for code that a state dict does not need; none of it was executed."""
 
 
+def not_finite(outputs: np.ndarray) -> np.ndarray:
+    """Tells which of N outputs, (N, ...), hold NaN or infinity: bool (N,)."""
+    return ~np.isfinite(outputs).all(axis=tuple(range(1, outputs.ndim)))
+
+
 def release_pages(array: np.ndarray) -> None:
     """Lets the system drop the memory of the file that an array is a view of, once its values are copied.
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 import h5py
 import numpy as np
 
-from keras_convnext._files import FileFormatError, open_regular, reading, regular_size
+from keras_convnext._files import FileFormatError, open_regular, reading
 from keras_convnext._messages import one_line, shortened
 from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
 
@@ -177,14 +177,16 @@ def _serialised(value):
 def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator[h5py.File]:
     """Checks and opens an `.h5` file, or that in a `.keras` file; tells what a block meets in it."""
     with reading(path, expected, remedy), contextlib.ExitStack() as stack:
-        size, source = regular_size(path), stack.enter_context(open_regular(path))
+        source = stack.enter_context(open_regular(path))
         content: IO[bytes] = source
+        status = os.fstat(source.fileno())
+        size = status.st_size
         if path.suffix == ".keras":
             archive = stack.enter_context(_archive(source))
             member = archive.getinfo("model.weights.h5")
             _check_bytes(member.file_size, size)
             size, content = member.file_size, stack.enter_context(archive.open(member))
-        state = (str(path), size, os.stat(path).st_mtime_ns)
+        state = (str(path), size, status.st_mtime_ns)
         if state not in _checked:
             _check_heaps(content)
             content.seek(0)
