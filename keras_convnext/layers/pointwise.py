@@ -244,6 +244,7 @@ def _differentiable_product():
 
     class Product(torch.autograd.Function):
         @staticmethod
+        @torch.compiler.disable  # the code around it may be compiled; the compiler cannot read this operator
         def forward(x, kernel, bias):
             return _onednn()(x, kernel.t(), bias, "none", [], "none")
 

@@ -137,13 +137,18 @@ class Checkpoints:
         is_alone = self.engine.strategy is None and len(self.engine.group) == 1
         return self.model.metrics_variables if is_alone else []
 
-    def restore_metrics(self) -> None:
-        """Lets the means of an interrupted epoch, which `fit` has reset, go on with the same digits."""
-        variables, metrics, self._metrics = self._metrics_variables(), self._metrics, []
-        if metrics and len(metrics) == len(variables):
-            self.counts.carried = {}
-            for variable, value in zip(variables, metrics, strict=True):
-                variable.assign(value)
+    def restore_metrics(self) -> bool:
+        """Lets the means of an interrupted epoch, which `fit` has reset, go on with the same digits.
+
+        Returns whether this call did so. TensorFlow makes the variables in the first batch: they hold sums.
+        """
+        variables, metrics = self._metrics_variables(), self._metrics
+        if not metrics or len(metrics) != len(variables):
+            return False
+        self.counts.carried, self._metrics = {}, []
+        for variable, value in zip(variables, metrics, strict=True):
+            variable.assign_add(value)
+        return True
 
     def advice(self) -> str:
         """What is printed when another process of the run is lost."""

@@ -212,7 +212,7 @@ class AdamW(keras.optimizers.AdamW):
         v = [self._velocities[index].value for index in indices]
         learning_rate = ops.cast(learning_rate, "float32")
         groups = self._groups(indices, trainable_variables)
-        if all(
+        if not torch.compiler.is_compiling() and all(
             tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
             for tensor in (*weights, *m, *v)
         ):

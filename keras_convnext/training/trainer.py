@@ -349,6 +349,8 @@ class BetweenSteps(keras.callbacks.Callback):
         self.run.checkpoints.restore_metrics()
 
     def on_train_batch_end(self, batch, logs=None):
+        if self.run.checkpoints.restore_metrics():
+            logs = {name: float(value) for name, value in self.model.get_metrics_result().items()}
         self.run.end_batch(batch + 1, logs)
 
     def on_epoch_end(self, epoch, logs=None):

@@ -272,7 +272,8 @@ def test_vocabularies_are_deployed(tmp_path):
     places.adapt(["garden", "house"])
     image = keras.Input((16, 16, 3))
     note, place = (keras.Input((1,), dtype="string") for _ in range(2))
-    features = [small_body()(image), keras.layers.Flatten()(words(note)), places(place)]
+    body = keras.layers.Rescaling(0.01)(small_body()(image))  # else the words say little beside the image
+    features = [body, keras.layers.Flatten()(words(note)), places(place)]
     model = keras.Model([image, note, place], keras.layers.Dense(3)(keras.layers.Concatenate()(features)))
     import tensorflow as tf
 

@@ -1,5 +1,6 @@
 """Our models and optimizer under what Keras offers beside plain `fit`: copies, threads, devices, restarts."""
 
+import contextlib
 import copy
 import gc
 import os
@@ -103,7 +104,14 @@ def test_predict_in_a_loop_takes_no_more_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_compiled_program_learns_as_an_eager_one(optimizer):
-    jit, plain = (fit(compiled(optimizer, jit_compile=jit), 2) for jit in (True, False))
+    settings = contextlib.nullcontext()
+    if BACKEND == "torch":
+        import torch._dynamo
+
+        # Inductor of PyTorch 2.13 cannot order the strides of a view of unknown height and width.
+        settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with settings:
+        jit, plain = (fit(compiled(optimizer, jit_compile=jit), 2) for jit in (True, False))
     assert difference(jit, plain) < 1e-4
 
 
@@ -131,7 +139,7 @@ import sys
 sys.path.insert(0, "tests"), sys.path.insert(0, "tests/training")
 import keras, numpy as np, test_plain_fit
 model = keras.models.load_model(sys.argv[1])
-assert int(model.optimizer.iterations) == 2
+assert int(model.optimizer.iterations) == int(sys.argv[3]) > 0
 np.savez(sys.argv[2], *test_plain_fit.fit(model))
 """
 
@@ -146,6 +154,7 @@ def test_another_backend_goes_on_from_a_file(optimizer, tmp_path):
     model.save(tmp_path / "model.keras")
     other = {"torch": "jax", "jax": "tensorflow", "tensorflow": "torch"}[BACKEND]
     words = [sys.executable, "-W", "ignore", "-c", GO_ON, tmp_path / "model.keras", tmp_path / "weights.npz"]
+    words.append(str(int(model.optimizer.iterations)))
     subprocess.run(words, env={**os.environ, "KERAS_BACKEND": other}, check=True)
     with np.load(tmp_path / "weights.npz") as found:
         assert difference(fit(model), [found[name] for name in found.files]) < 1e-4
