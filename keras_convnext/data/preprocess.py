@@ -202,7 +202,9 @@ def check_scans(content: bytes, name: str) -> int:
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:
-    has_16_bits = any(";16" in str(tile[3]) for tile in image.tile)  # in the file; Pillow keeps 8 of a colour
+    has_16_bits = any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    )  # Pillow keeps 8 of a colour
     image.load()
     tell_orientation(image.info.get("exif", b""), lambda: name)
     if image.has_transparency_data and _shows_through(image):
@@ -215,7 +217,7 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
         return _scaled(image, name).convert("RGB")
     image = image if image.mode == "RGB" else image.convert("RGB")
     if has_16_bits:
-        if not any(high for _, high in image.getextrema()):
+        if not np.any(image.getextrema()):
             raise ImageError(
                 f"Expected colours from 0 to 65535 in '{name}', received none above 255: their scale is not "
                 "known. Save it with 8 bits, or scaled to 0 to 65535."
