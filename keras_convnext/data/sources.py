@@ -482,6 +482,17 @@ def _open_folder(
 
 def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None:
     """Refuses folders that may be splits, domains or views with the class folders below them."""
+    inner = os.path.commonpath(images[0])
+    if len(folders) == 1 and len(images[0]) > 1:
+        start = len(os.path.join(inner, ""))
+        parts = {file[start:].partition(os.sep)[::2] for file in images[0]}
+        names = sorted({name for name, rest in parts if rest})
+        if len(names) > 1 and 10 * sum(not rest for _, rest in parts) <= len(images[0]):
+            raise SourceError(
+                f"Expected folders of classes or splits in '{path}', received the one folder '{folders[0]}' "
+                f"around the folders {first_few(names)}. Pass '{inner}'."
+            )
+        return
     below, own = [], 0
     for name, found in zip(folders, images, strict=True):
         start = len(os.path.join(path, name, ""))
@@ -492,11 +503,6 @@ def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None
     # A few images of their own make no classes of folders, and one name for all, as "images", none below.
     if 10 * own > sum(map(len, images)) or len(set.union(*below)) < 2 or not common:
         return
-    if len(folders) == 1:
-        raise SourceError(
-            f"Expected folders of classes or splits in '{path}', received the one folder '{folders[0]}' with "
-            f"the sub-folders {first_few(common)}. Pass '{os.path.join(path, folders[0])}'."
-        )
     if len(common) == 1 and 2 * len(common) < min(map(len, below)):
         return  # as a patient or a date that two classes share
     raise SourceError(

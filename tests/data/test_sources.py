@@ -277,10 +277,13 @@ def test_one_common_name_is_enough_for_two_readings_unless_it_is_one_of_many(tmp
 
 
 def test_one_folder_around_all_is_named(tmp_path):
-    class_folders(tmp_path / "flowers", ["rose", "tulip"])
-    with pytest.raises(SourceError, match=r"received the one folder 'flowers'.*Pass '.*flowers'"):
-        open_source(tmp_path)
-    assert open_source(tmp_path / "flowers").classes == ["rose", "tulip"]
+    class_folders(tmp_path / "x" / "flowers", ["rose", "tulip"])
+    for path in (tmp_path, tmp_path / "x"):
+        with pytest.raises(SourceError, match=r"received the one folder .*rose, tulip. Pass '.*/x/flowers'"):
+            open_source(path)
+    assert open_source(tmp_path / "x" / "flowers").classes == ["rose", "tulip"]
+    class_folders(tmp_path, ["one/images/deeper"])
+    assert open_source(tmp_path / "one").classes == ["images"]
 
 
 def test_records_beside_class_folders_are_two_sets(tmp_path):
