@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import math
 import signal
 import threading
@@ -106,7 +105,7 @@ def check_faults(faults: Mapping[str, Faults], split: str, folder: RunFolder | N
 def write_faults(faults: Mapping[str, Faults], folder: RunFolder | None) -> None:
     reports = {split: found.report() for split, found in faults.items() if len(found)}
     if reports and folder:
-        folder.write_text(FAULTS_FILE, json.dumps(reports, indent=1) + "\n")
+        folder.write_json(FAULTS_FILE, reports)
 
 
 def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable[[], Any]) -> NonFiniteError:
@@ -138,7 +137,7 @@ def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable
     name = f"nonfinite-step-{step:08d}"
     folder.write_bytes(f"{name}/batch.npz", content.getvalue())
     folder.write_bytes(f"{name}/images.png", _contact_picture(images[:_MAX_DUMPED]))
-    folder.write_text(f"{name}/report.json", json.dumps(report, indent=1) + "\n")
+    folder.write_json(f"{name}/report.json", report)
     stands = f"step {saved_step}" if checkpoints.saved > 0 else "none was written yet"
     return NonFiniteError(
         f"Expected finite numbers, received {what} in step {step} of {counts.plan.total_steps}. Its images "

@@ -10,7 +10,6 @@ that was interrupted ends with the weights of one that was not, bit for bit on o
 
 import contextlib
 import gc
-import json
 import logging
 import math
 import os
@@ -191,14 +190,9 @@ class Run:
                     f"Expected the last checkpoint of the run in '{self.folder.path}', which has ended, to "
                     f"write missing files from. Pass another folder, or remove {kept[0]} to train again."
                 )
-            environment = {
-                **result_columns.environment(),
-                "command": sys.argv,
-                "engine": described,
-                **self.data.facts,
-            }
+            environment = {**result_columns.environment(), "command": sys.argv, "engine": described}
             self.folder.write_text(run_state.RECIPE_FILE, self.recipe.to_toml())
-            self.folder.write_text(run_state.ENVIRONMENT_FILE, json.dumps(environment, indent=1) + "\n")
+            self.folder.write_json(run_state.ENVIRONMENT_FILE, environment | self.data.facts)
             self.log.begin(self.counts)
         if is_resumed:
             self.progress.say(f"resumes after step {self.counts.step} of {self.plan.total_steps}")
@@ -317,7 +311,7 @@ class Run:
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
             rows = self.log.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
             scores = dict(rows[-1]) | best
-            self.folder.write_text(run_state.RESULT_FILE, json.dumps(scores, indent=1) + "\n")
+            self.folder.write_json(run_state.RESULT_FILE, scores)
             self.log.events.close()
         self.progress.close()
         return self.engine.group.gathered(scores)[0]
