@@ -393,8 +393,9 @@ def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int, w
     if needed > free:
         raise RunFolderError(
             f"Expected {size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
-            f"{size_text(checkpoint_bytes)}{' and weights' * (weights_bytes > 0)}, received {size_text(free)}: "
-            f"{size_text(needed - free)} are missing. Free some, or pass a folder on another disk."
+            f"{size_text(checkpoint_bytes)}{' and weights' * (weights_bytes > 0)}, received "
+            f"{size_text(free)}: {size_text(needed - free)} are missing. Free some, or pass a folder on "
+            "another disk."
         )
 
 
