@@ -63,13 +63,12 @@ def _settings() -> dict[str, Any] | None:
     if name is None:
         return None
     if _COUNTS[name]:
-        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-        if gpus.isdecimal() and re.fullmatch(
-            r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-        ):
-            # JAX would give the only process of a node one GPU.
-            return {"local_device_ids": list(range(int(gpus)))}
-        return {}
+        gpus, tasks = (
+            environment.get(f"SLURM_{what}", "") for what in ("GPUS_ON_NODE", "STEP_TASKS_PER_NODE")
+        )
+        # JAX would give the only process of a node one GPU.
+        is_only = gpus.isdecimal() and re.fullmatch(r"1(\(x\d+\))?", tasks)
+        return {"local_device_ids": list(range(int(gpus)))} if is_only else {}
     prefix = name.removesuffix("NUM_PROCESSES")
     address = prefix + ("COORDINATOR_ADDRESS" if prefix == "JAX_" else "JOB_ADDRESSES")
     missing = [key for key in (address, f"{prefix}PROCESS_ID") if not environment.get(key)]

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Self
 
 import pydantic
 
+from keras_convnext import distribution
 from keras_convnext._settings import (
     BelowOne,
     Count,
@@ -32,16 +33,9 @@ from keras_convnext.weights.catalog import ALIASES, CHECKPOINTS, find_checkpoint
 from keras_convnext.weights.published import Checkpoint
 from keras_convnext.weights.resolve import is_path
 
-# How a step is divided among devices, and the backend that does so; `distribution.choose` has the engines.
-ENGINES = {
-    "auto": "any backend",
-    "none": "any backend",
-    "data_parallel": "jax",
-    "model_parallel": "jax",
-    "mirrored": "tensorflow",
-    "multi_worker_mirrored": "tensorflow",
-    "tpu": "tensorflow",
-    "ddp": "torch",
+# How a step is divided among devices, and the backend that does so.
+ENGINES = dict.fromkeys(("auto", "none"), "any backend") | {
+    engine: backend for backend, engines in distribution.ENGINES.items() for engine in engines
 }
 
 # Below, the last stage of a model with stride 32 has no pixel.
