@@ -110,10 +110,7 @@ def _module() -> Any:
 
 
 def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
-    """Refuses a run whose processes are about to do different things; facts are JSON values by name.
-
-    ValueError, in all processes, tells which of them differ from process 0, and in what.
-    """
+    """Refuses, in all processes by a ValueError, a run in whose facts, JSON values by name, they differ."""
     expected, *others = group.gathered(flat(facts))
     lines = []
     for name, received in zip(group.names[1:], others, strict=True):
@@ -134,10 +131,7 @@ def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
 
 
 def slow_processes(group: watchdog.Group, seconds: float) -> str:
-    """Names the processes that take more than twice as long as the middle one; "" if none does.
-
-    `seconds` is the time that the same work took in this process.
-    """
+    """Names the processes that took more than twice the middle one's seconds; "" if none did."""
     times = group.gathered(seconds)
     middle = float(np.median(times))
     pairs = zip(group.names, times, strict=True)

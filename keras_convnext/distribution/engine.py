@@ -55,14 +55,11 @@ class Engine:
         )
 
     def check_batch(self, batch_size: int, accumulation_steps: int = 1) -> None:
-        """Refuses a batch of an optimizer step that cannot be divided into equal parts; names the nearest.
-
-        The batch is that of all devices together, made of `accumulation_steps` micro-batches.
-        """
+        """Refuses the batch of a step that cannot be divided into equal parts; names the nearest."""
         unit = self.num_parts * accumulation_steps
-        if batch_size % unit == 0:
-            return
         lower = batch_size // unit * unit
+        if lower == batch_size:
+            return
         nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
         steps = f", each in {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
         hint = ' Or set distribution.engine = "none".' if len(self.group) == 1 else ""
@@ -71,10 +68,6 @@ class Engine:
             f"{self.name!r} needs on {len(self.devices)} devices, received {batch_size}. The nearest are "
             f"{nearest}.{hint}"
         )
-
-    def share(self, batch_size: int) -> int:
-        """Returns how many images of a batch this process makes."""
-        return batch_size // len(self.group)
 
     def filled(self, batch_size: int) -> int:
         """Returns the least size from `batch_size` up that can be divided; for batches that are padded."""

@@ -114,8 +114,7 @@ def model_parallel(group: watchdog.Group, model_devices: int) -> Engine:
     num_parts = len(names) // model_devices
     mesh = keras.distribution.DeviceMesh((num_parts, model_devices), ["batch", "model"], list(names))
     layout = keras.distribution.LayoutMap(mesh)
-    for path, axes in POINTWISE_LAYOUT.items():
-        layout[path] = axes
+    layout.update(POINTWISE_LAYOUT)
     strategy = keras.distribution.ModelParallel(
         layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False
     )

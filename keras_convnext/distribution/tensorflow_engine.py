@@ -293,10 +293,7 @@ def _everywhere(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _train_step(model: Any, strategy: Any) -> Callable[[Any], dict[str, Any]]:
-    """Makes a step of all replicas, which returns the means of their losses and metrics.
-
-    Keras makes such a function too, whose means fail for many processes.
-    """
+    """Makes a step of all replicas that returns their mean logs; Keras's own fails for many processes."""
 
     def replica(batch: Any) -> dict[str, Any]:
         logs = model.train_step(batch)

@@ -120,10 +120,9 @@ class TorchEngine(Engine):
 class _Replica:
     """The training step of a model in one process of many; takes the place of the model's own.
 
-    `fit` calls `train_step`, and this the model, whose forward pass goes through `DistributedDataParallel`:
-    that averages the gradients over the processes, each as soon as the backward pass has it, so before the
-    optimizer accumulates, unscales or clips them. Then the sums that loss and metrics are made of are
-    averaged, and `fit` reports those of the whole batch.
+    The forward pass goes through `DistributedDataParallel`, which averages the gradients over the processes
+    in the backward pass, so before the optimizer accumulates, unscales or clips them. Then the sums that loss
+    and metrics are made of are averaged, and `fit` reports those of the whole batch.
     """
 
     def __init__(self, model: Any) -> None:

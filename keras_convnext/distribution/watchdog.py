@@ -32,10 +32,9 @@ _PULSE, _BYE = "pulse", "bye"  # of a process that is lost they say [its rank, w
 
 
 class Group:
-    """The processes of a run, as one of them sees them. `alone()` and `join` make one.
+    """The processes of a run, as one of them sees them, by names as "process 1 (host, 4711)".
 
-    Every method but `is_writer` is called by all processes, in the same order. `names` are what messages
-    have: "process 1 (host, 4711)".
+    Every method but `is_writer` is called by all processes, in the same order.
     """
 
     def __init__(self, rank: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
@@ -75,10 +74,7 @@ class Group:
         }
 
     def close(self, failure: str = "") -> None:
-        """Leaves the group, so that the others do not take the end of this process for a loss.
-
-        With a failure, why the run ends, the others end too; without one they end by themselves.
-        """
+        """Leaves the group, which is no loss to the others; with a failure, which is told, they end too."""
         self._watch.leave(failure)
 
     def _gathered(self, content: bytes) -> list[bytes]:
@@ -114,9 +110,8 @@ def alone() -> Group:
 def join(rank: int, world_size: int, tell: Callable[[str], str]) -> Group:
     """Connects the processes of a run.
 
-    `tell` carries a text of at most 480 ASCII characters from process 0 to all, which call it once, the
-    others with "", and returns it. Raises ConnectionError when the others did not connect within
-    `JOIN_SECONDS`, or process 0 cannot be reached.
+    All call `tell` once, the others than process 0 with "", which returns the text of process 0, at most 480
+    ASCII characters. ConnectionError: some did not connect within `JOIN_SECONDS`.
     """
     if world_size == 1:
         return alone()

@@ -18,13 +18,12 @@ def warnings_for(
 ) -> list[str]:
     """Tells where a recipe's values do not fit the weights that it starts from, in sentences to print.
 
-    The bounds lie between the published values for the weights at hand and those for other weights: what most
-    often goes wrong is that pretrained weights are fine-tuned with the rate of training from scratch. No
+    The bounds lie between the published values for the weights at hand and those for other weights; no
     published recipe is warned of with its own weights.
 
-    `is_self_supervised` weights are trained without labels (FCMAE), which leaves more to learn and has higher
-    published rates. `trained_size` is the side in pixels of the images of the weights; `has_new_head` says
-    whether the classifier begins at random; `num_steps` are optimizer steps of the whole run.
+    `is_self_supervised` weights are trained without labels (FCMAE). `trained_size` is the side in pixels of
+    the images of the weights; `has_new_head` says whether the classifier begins at random; `num_steps` are
+    optimizer steps of the whole run.
     """
     messages: list[str] = []
     if not has_weights:

@@ -27,11 +27,10 @@ def draw_curves(
     scores: Mapping[str, str],
     title: str = "",
 ) -> None:
-    """Draws the curves of a run by epoch: losses, scores, learning rate and images per second.
+    """Draws the rows of a `CsvLog`: losses, scores, learning rate and images per second by epoch.
 
-    `rows` are of `CsvLog`, each of their columns may be missing. `scores` has the title of a panel by the
-    name of its score, such as "top1" of the columns "val_top1" and "ema_val_top1". The PNG appears whole or
-    not at all.
+    `scores` has the title of a panel by the name of its score, such as "top1" of the columns "val_top1" and
+    "ema_val_top1".
     """
     of_scores = {
         panel: {f"val_{name}": "validation", f"ema_val_{name}": "validation, EMA"}

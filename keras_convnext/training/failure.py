@@ -69,11 +69,7 @@ class Signals:
                 signal.signal(number, handler)
 
     def after_step(self, done: int) -> int:
-        """Returns the signal on which all stop after so many micro-batches, 0 for none.
-
-        Several processes make as many steps as fit into a second before they ask each other again, since
-        each of them waits here for the slowest.
-        """
+        """Returns the signal on which all stop, 0 for none; processes ask each other once a second."""
         return self.agreed(done) if done >= self._ask_at else self._stop
 
     def agreed(self, done: int) -> int:
@@ -111,8 +107,8 @@ def write_faults(faults: Mapping[str, Faults], folder: RunFolder | None) -> None
 def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable[[], Any]) -> NonFiniteError:
     """Writes the last batch and a report that help to find the cause, and returns the error to raise.
 
-    `make_batches` returns a `tf.data.Dataset` that begins with the last micro-batch: images (N, H, W, 3) in
-    0..255, and targets, an array or a dict of arrays.
+    `make_batches` returns a `tf.data.Dataset` from the last micro-batch on: images (N, H, W, 3) in 0..255,
+    and targets, an array or a dict of arrays.
     """
     counts, folder = checkpoints.counts, checkpoints.folder
     step = (counts.done - 1) // counts.plan.accumulation_steps + 1
@@ -121,12 +117,11 @@ def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable
     images, targets = next(make_batches().as_numpy_iterator())
     named = targets if isinstance(targets, Mapping) else {"targets": targets}
     saved_step = max(checkpoints.saved, 0) // counts.plan.accumulation_steps
-    rate = inner_optimizer(checkpoints.model.optimizer)._learning_rate(step - 1)
     report = {
         "step": step,
         "micro_batch": counts.done - 1,
         "what": what,
-        "learning_rate": float(rate),
+        "learning_rate": float(inner_optimizer(checkpoints.model.optimizer)._learning_rate(step - 1)),
         "last_checkpoint_step": saved_step,
         "images_finite": bool(np.isfinite(images).all()),
         "targets_finite": not non_finite_names(named),

@@ -1,11 +1,9 @@
 """Reports a run while it trains: a CSV, events for TensorBoard and a line on stderr.
 
-The names of the columns, in the CSV and in TensorBoard:
+The columns, in the CSV and in TensorBoard:
 
-- epoch: number of finished epochs, from 1; step: optimizer steps since the beginning of the run;
-- loss, val_loss, ema_val_loss: means over an epoch, of training, of validation, of validation with the
-  averaged weights (EMA);
-- val_..., ema_val_...: the scores of the task, such as val_top1, in percent;
+- epoch, from 1; step: optimizer steps of the run; loss: mean over the epoch's training;
+- val_..., ema_val_...: loss and scores, such as top1 in percent, of the weights and of their average (EMA);
 - learning_rate: of the last step; images_per_second: of training.
 """
 
@@ -60,10 +58,9 @@ class CsvLog:
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
-    """Reads the rows that `CsvLog` wrote, without their empty fields.
+    """Reads the rows that `CsvLog` wrote, without empty fields: whole numbers, other numbers, texts.
 
-    What reads as a whole number is an int, what reads as another number (nan and inf too) is a float, the
-    rest is text. ValueError: the file is not a CSV with a column "epoch".
+    ValueError: the file is not a CSV with a column "epoch".
     """
     try:
         lines = list(csv.reader(io.StringIO(pathlib.Path(path).read_text("utf-8"), newline="")))
@@ -90,11 +87,8 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
 class TensorBoardLog:
     """Scalars for TensorBoard, in an event file of their own for each start of a run.
 
-    Each call of `write` is in the file when it returns, so a killed process loses nothing: readers pass over
-    an incomplete last record. TensorFlow writes the file, without touching a device.
-
-    `purge_step` is the first step that a resumed run repeats: TensorBoard then forgets what older files say
-    from this step on. None for a run from the beginning.
+    Each call of `write` is in the file when it returns. TensorFlow writes it, without touching a device.
+    From `purge_step` on, the first step that a resumed run repeats, TensorBoard forgets older files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
@@ -134,8 +128,7 @@ class TensorBoardLog:
 class Progress:
     """Says on stderr how far a run is, how fast, and how long it will take; see `_terminal.Progress`.
 
-    One line of each epoch stays. `steps` are optimizer steps of an epoch, `batch_size` images of a step;
-    `clock` returns seconds.
+    `steps` are optimizer steps of an epoch, `batch_size` images of a step; `clock` returns seconds.
     """
 
     def __init__(

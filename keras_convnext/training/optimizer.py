@@ -215,8 +215,9 @@ class AdamW(keras.optimizers.AdamW):
         learning_rate = ops.cast(learning_rate, "float32")
         with torch.no_grad():
             for (scale, decays), members in groups.items():
+                weights, gradients, m, v = map(list, zip(*members, strict=True))
                 decay = self.weight_decay if decays else 0.0
-                update(*map(list, zip(*members, strict=True)), learning_rate * scale, decay)
+                update(weights, gradients, m, v, learning_rate * scale, decay)
 
     def _torch_fused_update(self, weights, grads, m, v, rate, decay):
         import torch

@@ -34,8 +34,8 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, An
     where they are files.
 
     Raises:
-        ValueError: there is no such recipe, the file is not TOML (the message has its line), or a key is
-            unknown, missing, mistyped or outside its range; all of these are listed, with near names.
+        ValueError: there is no such recipe, or the message has the line that is not TOML, or all keys that
+            are unknown, missing, mistyped or outside their range.
 
     Example:
         load_recipe("smoke", {"epochs": "1"}).optimizer.epochs     # 1
@@ -87,8 +87,8 @@ def known_recipes() -> list[str]:
 def recipes_folder() -> Path:
     """Returns the folder of the published recipes and their small data sets, `digits` and `flowers`.
 
-    It lies in the package where that is installed, and next to it in the repository. Of a package that is
-    imported from a zip file a copy in a temporary folder is returned, which is removed when the process ends.
+    It lies in the package where that is installed, next to it in the repository. Of a package in a zip file
+    it is a copy, which is removed when the process ends.
     """
     inside = importlib.resources.files("keras_convnext") / "recipes"
     if not inside.is_dir():
@@ -102,10 +102,10 @@ def recipes_folder() -> Path:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Returns what decides the result of a run: all keys but titles, the keeping of checkpoints and devices.
+    """Returns what decides the result of a run, by short key; two runs of the same may share a folder.
 
-    Two runs of the same identity may share a folder. The values, by short key, are equal after JSON. Optional
-    ones that have their default are left out: a key of a later version keeps no run from being resumed.
+    The values are equal after JSON. Optional ones that have their default are left out: a key of a later
+    version keeps no run from being resumed.
     """
     fields, values = Recipe.fields().values(), recipe.by_short_key()
     return {

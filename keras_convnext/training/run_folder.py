@@ -1,14 +1,9 @@
 """Keeps a training run on the disk so that a kill, a full disk or a damaged file loses as little as possible.
 
-A run folder holds
-
-- run.json: what makes this run this run (its recipe and data), so that no other one continues it;
-- checkpoints/step-00001234.safetensors: all arrays and the state of a step, with a checksum of both;
-- best.json: which of the checkpoints is the best one;
-- .lock: held by the process that trains;
-- and what the caller writes (logs, curves, final weights).
-
-Every file appears under its name when it is complete. Nothing here needs Keras.
+A run folder holds run.json, what makes this run this run (its recipe and data), so that no other one
+continues it; checkpoints/step-00001234.safetensors, all arrays and the state of a step, with a checksum of
+both; best.json, which of them is the best one; .lock, held by the process that trains; and what the caller
+writes. Every file appears under its name when it is complete. Nothing here needs Keras.
 """
 
 import contextlib
@@ -24,7 +19,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -74,14 +69,14 @@ def open_run(
 ) -> "RunFolder":
     """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
 
-    Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of another
-    run, that is of another `identity` (JSON values), a folder of something else, another process in it, no
-    permission, not enough space for `keep` + 2 checkpoints of `checkpoint_bytes` (the newest ones, the best
-    one and the one that is being written) and for `weights_bytes` beside them; what is there counts. What a
-    killed process was writing is removed. A folder that is empty or has hidden files only is a new one.
+    Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of a run of
+    another `identity` (JSON values) or of something else, another process in it, no permission, not enough
+    space for `keep` + 2 checkpoints of `checkpoint_bytes` (the newest ones, the best one and the one that is
+    being written) and for `weights_bytes` beside them; what is there counts. What a killed process was
+    writing is removed. A folder that is empty or has hidden files only is a new one.
 
-    The lock ends with the process, however it ends. On a file system without locks a lock file in the
-    machine's temporary folder stands in, which other machines do not see.
+    On a file system without locks a lock file in the machine's temporary folder stands in, which other
+    machines do not see.
     """
     given = json.loads(json.dumps(dict(identity)))
     folder = pathlib.Path(path).absolute()
@@ -105,9 +100,7 @@ class RunFolder(contextlib.AbstractContextManager):
     """The folder of one training run, made by `open_run`; keeps the best and some newest checkpoints."""
 
     def __init__(self, path: pathlib.Path, keep: int, locks: contextlib.ExitStack):
-        self.path = path
-        self.keep = keep
-        self._locks = locks
+        self.path, self.keep, self._locks = path, keep, locks
         self._damaged: set[int] = set()  # steps whose checkpoint `latest` could not read
 
     def __exit__(self, *exception: object) -> None:
@@ -118,13 +111,12 @@ class RunFolder(contextlib.AbstractContextManager):
         self._locks.close()
 
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> pathlib.Path:
-        """Writes the checkpoint of a step, then removes old ones.
+        """Writes the checkpoint of a step in place of an earlier one, then removes old ones.
 
         `state` has JSON values and "step", the number of finished steps. The arrays are written without a
-        second copy of all, with a CRC-32 of the state, names, shapes, dtypes and bytes. The file appears when
-        it is complete and on the disk, so whatever ends the process in between leaves the earlier
-        checkpoints. Then all but the newest `keep`, the best and this one are removed, and with them those
-        that `latest` found damaged. A checkpoint of the same step is replaced.
+        second copy of all, with a CRC-32 of the state, names, shapes, dtypes and bytes. Whatever ends the
+        process before the file is complete leaves the earlier checkpoints. Then all but the newest `keep`,
+        the best and this one are removed, and those that `latest` found damaged.
         """
         step, text = int(state["step"]), json.dumps(dict(state))
         path = self._checkpoint_path(step)
@@ -139,10 +131,7 @@ class RunFolder(contextlib.AbstractContextManager):
         return path
 
     def mark_best(self, step: int, value: float) -> None:
-        """Keeps the checkpoint of a step as the best one by a value, such as the accuracy.
-
-        To repeat it changes nothing, so a run that was killed between `save` and this can make up for it.
-        """
+        """Keeps the checkpoint of a step as the best one by a value; to repeat it changes nothing."""
         self.write_json(BEST_FILE, {"step": int(step), "value": float(value)})
         self._prune()
 
@@ -181,22 +170,20 @@ class RunFolder(contextlib.AbstractContextManager):
     def latest(self) -> tuple[Arrays, dict] | None:
         """Reads the newest checkpoint that is whole; returns None when the run has none yet.
 
-        A damaged one is named in a warning of the logger "keras_convnext" and left where it is; the next
-        `save` removes it, because then there is a newer one. Where all are damaged a RunFolderError is
-        raised. So is any OSError: the disk may give the file at another time, so no other one is taken.
+        A damaged one is named in a warning, and removed by the next `save`. RunFolderError: all are damaged.
+        So is any OSError: the disk may give the file at another time, so no other one is taken.
         """
         steps = self.steps()
         reasons = []
         for step in reversed(steps):
             try:
                 found = self.read(step)
+                self._damaged.discard(step)
+                return found
             except FileFormatError as error:
                 reasons.append(f"step {step} ({error})")
                 self._damaged.add(step)
                 _logger.warning("Skipping the damaged checkpoint of %s", reasons[-1])
-            else:
-                self._damaged.discard(step)
-                return found
         if not steps:
             return None
         raise RunFolderError(
@@ -219,10 +206,9 @@ class RunFolder(contextlib.AbstractContextManager):
         return path
 
     def write_with(self, name: str, function: Callable[[pathlib.Path], object]) -> pathlib.Path:
-        """Has a function write a file, and gives it the name when the function returns.
+        """Has a function write a file, to a path that ends in `name`, and gives it the name when it returns.
 
-        That is called with a path that ends in `name`, since libraries tell the format from that. Its
-        OSErrors, or that it wrote nothing, become a RunFolderError; an earlier file of this name stands.
+        Its OSErrors, or that it wrote nothing, become a RunFolderError; an earlier file of this name stands.
         """
         path = self.path / name
         with _writing(path.parent):
@@ -316,7 +302,10 @@ def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
                 raise
             file = stack.enter_context(open_to_lock(_local_lock(folder)))
             is_free = try_lock(file)
-    holder = _holder(file)
+    holder = "unknown"
+    with contextlib.suppress(OSError):  # Windows locks the bytes too
+        file.seek(0)
+        holder = file.read(300).decode("utf-8", "replace") or "unknown"
     if not is_free:
         raise RunFolderError(
             f"Another process trains in '{folder}' ({holder}). Wait for it, end it, or pass another folder."
@@ -335,14 +324,6 @@ def _local_lock(folder: pathlib.Path) -> pathlib.Path:
     """Returns a file of this user on a disk of this machine that stands for a folder."""
     name = hashlib.sha256(os.fsencode(f"{pathlib.Path.home()}\n{folder.resolve()}")).hexdigest()
     return pathlib.Path(tempfile.gettempdir()) / f"keras_convnext-{name[:32]}.lock"
-
-
-def _holder(file: BinaryIO) -> str:
-    try:
-        file.seek(0)
-        return file.read(300).decode("utf-8", "replace") or "unknown"
-    except OSError:  # Windows locks the bytes too
-        return "unknown"
 
 
 def _read_identity(folder: pathlib.Path) -> dict | None:
