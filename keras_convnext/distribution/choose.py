@@ -110,7 +110,7 @@ def _module() -> Any:
 
 
 def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
-    """Refuses, in all processes by a ValueError, a run in whose facts, JSON values by name, they differ."""
+    """Raises a ValueError in all processes when they differ in their facts, JSON values by name."""
     expected, *others = group.gathered(flat(facts))
     lines = []
     for name, received in zip(group.names[1:], others, strict=True):

@@ -63,9 +63,8 @@ def _settings() -> dict[str, Any] | None:
     if name is None:
         return None
     if _COUNTS[name]:
-        gpus, tasks = (
-            environment.get(f"SLURM_{what}", "") for what in ("GPUS_ON_NODE", "STEP_TASKS_PER_NODE")
-        )
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
         # JAX would give the only process of a node one GPU.
         is_only = gpus.isdecimal() and re.fullmatch(r"1(\(x\d+\))?", tasks)
         return {"local_device_ids": list(range(int(gpus)))} if is_only else {}

@@ -29,7 +29,7 @@ _WORKERS = "multi_worker_mirrored"
 
 # By engine. A process makes each once: of a second one the sums would meet those of the first.
 _strategies: dict[str, Any] = {}
-_groups: list[watchdog.Group] = []  # of the processes of TF_CONFIG, one for each training
+_groups: list[watchdog.Group] = []  # the last one of the processes of TF_CONFIG, if any
 _forwards: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -56,7 +56,7 @@ def join() -> watchdog.Group:
         )
         group.close(message)
         raise ValueError(message) from error
-    _groups.append(group)
+    _groups[:] = [group]
     return group
 
 

@@ -31,7 +31,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
 _PULSE, _BYE = "pulse", "bye"  # of a process that is lost they say [its rank, what happened to it]
 
 
-class Group:
+class Group(contextlib.AbstractContextManager):
     """The processes of a run, as one of them sees them, by names as "process 1 (host, 4711)".
 
     Every method but `is_writer` is called by all processes, in the same order.
@@ -90,9 +90,6 @@ class Group:
         except (EOFError, OSError):  # a connection is closed: the thread that watches has the last word
             self._watch.wait_for_end()
             raise
-
-    def __enter__(self) -> "Group":
-        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Leaves the group, and tells the others why where this process fails."""
@@ -225,6 +222,7 @@ class _Watch:
             if self._left:
                 return
             self._left = True
+        self.advice = str  # the other is a run's, with all its arrays
         self._send([self.rank, f"stopped: {failure[:2000]}"] if failure else _BYE)
 
     def wait_for_end(self, seconds: float = SILENCE_SECONDS + 2 * PULSE_SECONDS) -> None:

@@ -138,7 +138,7 @@ class Checkpoints:
             return False
         self.counts.carried, self._metrics = {}, []
         for variable, value in zip(variables, metrics, strict=True):
-            variable.assign_add(value)
+            variable.assign_add(value)  # TensorFlow makes it in the first batch: it holds a sum
         return True
 
     def advice(self) -> str:

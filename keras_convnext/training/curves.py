@@ -1,12 +1,11 @@
 """Draws the log of a run: loss, scores, learning rate and speed by epoch."""
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_convnext._files import replace_file
+from keras_convnext._files import replacing_file
 from keras_convnext._messages import printable
 from keras_convnext.training.logs import Value
 
@@ -52,9 +51,8 @@ def draw_curves(
         _finish(axes)
         if name in _SPEED:
             axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.lines else 1)  # else noise of 1 % fills the panel
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    replace_file(path, file.getvalue())
+    with replacing_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def _curve(rows: Sequence[Mapping[str, Value]], column: str) -> tuple[list[int], list[float]]:
@@ -73,11 +71,9 @@ def _note(is_score: bool, epochs: list[int], values: list[float]) -> str:
 
 
 def _figure(title: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.0, 7.2))
-    FigureCanvasAgg(figure)
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
     return figure

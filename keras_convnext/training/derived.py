@@ -14,7 +14,7 @@ from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
 from keras_convnext.training.recipe_files import load_recipe
-from keras_convnext.training.run_folder import RUN_FILE
+from keras_convnext.training.run_folder import RECIPE_FILE, RUN_FILE
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 
@@ -38,6 +38,7 @@ def choose_recipe(
     Its ValueError lists all that is wrong.
     """
     changes = dict(overrides or {})
+    run_path = None if folder is None else pathlib.Path(os.path.expanduser(folder))
     if data is not None:
         place = os.path.expanduser(data)
         changes["data"] = os.path.abspath(place) if place else ""  # that is not the working folder
@@ -52,9 +53,9 @@ def choose_recipe(
         return made(changes), []
     before = own.values()
     values = before | changed
-    problems = _file_problems(changed if folder is None else values)
-    if folder is not None:
-        problems += _data_problems(values["data.source"], folder)
+    problems = _file_problems(values if run_path else changed)
+    if run_path:
+        problems += _data_problems(values["data.source"], run_path)
     derived: _Derived = {}
     weights, architecture = values["model.weights"], values["model.architecture"]
     if architecture not in [*VARIANTS]:  # told by the recipe's own check
@@ -77,7 +78,8 @@ def choose_recipe(
         else:
             if not problems:
                 derived |= _lengths(chosen, changed)
-            derived = _as_begun(derived, chosen, folder)
+            if run_path and (run_path / RECIPE_FILE).is_file():
+                derived = _as_begun(derived, chosen, load_recipe(run_path / RECIPE_FILE))
     try:
         chosen = made(_values(derived) | changes)
         if problems:
@@ -117,12 +119,9 @@ def _values(derived: _Derived) -> dict[str, Any]:
     return {key: value for key, (value, _) in derived.items()}
 
 
-def _as_begun(derived: _Derived, chosen: Recipe, folder: str | os.PathLike[str] | None) -> _Derived:
+def _as_begun(derived: _Derived, chosen: Recipe, begun: Recipe) -> _Derived:
     """Takes the values of the run in the folder, if it began with the same weights."""
-    path = None if folder is None else pathlib.Path(os.path.expanduser(folder)) / "recipe.toml"
-    if path is None or not path.is_file():
-        return derived
-    begun, model = load_recipe(path), chosen.model
+    model = chosen.model
     if (begun.model.weights, begun.model.architecture) != (model.weights, model.architecture):
         return derived  # `run_folder` refuses the folder of another run
     return {key: (begun.values()[key], "as the run began") for key in derived}
@@ -209,7 +208,7 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
     return source
 
 
-def _data_problems(source: Any, folder: str | os.PathLike[str]) -> list[str]:
+def _data_problems(source: Any, folder: pathlib.Path) -> list[str]:
     try:
         if source == "":
             raise ValueError(
@@ -217,8 +216,8 @@ def _data_problems(source: Any, folder: str | os.PathLike[str]) -> list[str]:
             )
         if isinstance(source, str):
             sources.list_splits(os.path.expanduser(source))
-            if not (pathlib.Path(folder).expanduser() / RUN_FILE).exists():  # else the run was begun there
-                sources.check_outside(os.path.expanduser(source), os.path.expanduser(folder))
+            if not (folder / RUN_FILE).exists():  # else the run was begun there
+                sources.check_outside(os.path.expanduser(source), folder)
     except ValueError as error:
         return [f"data: {error}"]
     return []

@@ -1,7 +1,6 @@
 """What ends a run early: signals, and numbers that are not finite."""
 
 import contextlib
-import io
 import math
 import signal
 import threading
@@ -127,11 +126,10 @@ def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable
         "targets_finite": not non_finite_names(named),
         "arrays_not_finite": non_finite_names(checkpoints.arrays()),
     }
-    content = io.BytesIO()
-    np.savez(content, **{key: array[:_MAX_DUMPED] for key, array in {"images": images, **named}.items()})
+    dumped = {key: array[:_MAX_DUMPED] for key, array in {"images": images, **named}.items()}
     name = f"nonfinite-step-{step:08d}"
-    folder.write_bytes(f"{name}/batch.npz", content.getvalue())
-    folder.write_bytes(f"{name}/images.png", _contact_picture(images[:_MAX_DUMPED]))
+    folder.write_with(f"{name}/batch.npz", lambda path: np.savez(path, **dumped))
+    folder.write_with(f"{name}/images.png", _contact_picture(dumped["images"]).save)
     folder.write_json(f"{name}/report.json", report)
     stands = f"step {saved_step}" if checkpoints.saved > 0 else "none was written yet"
     return NonFiniteError(
@@ -141,14 +139,12 @@ def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable
     )
 
 
-def _contact_picture(images: np.ndarray) -> bytes:
-    """A PNG of images side by side; what is not finite is black."""
+def _contact_picture(images: np.ndarray) -> PIL.Image.Image:
+    """Puts images side by side; what is not finite is black."""
     columns = math.ceil(math.sqrt(len(images)))
     height, width = images.shape[1:3]
     sheet = np.zeros((math.ceil(len(images) / columns) * height, columns * width, 3), np.uint8)
     for number, image in enumerate(np.nan_to_num(images, nan=0, posinf=0, neginf=0)):
         top, left = number // columns * height, number % columns * width
         sheet[top : top + height, left : left + width] = np.clip(image, 0, 255)
-    content = io.BytesIO()
-    PIL.Image.fromarray(sheet).save(content, "png")
-    return content.getvalue()
+    return PIL.Image.fromarray(sheet)

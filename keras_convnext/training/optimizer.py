@@ -178,7 +178,7 @@ class AdamW(keras.optimizers.AdamW):
         super()._backend_apply_gradients(grads, trainable_variables)
 
     def _backend_increment_gradient_accumulators(self, grads, acc_grads):
-        if keras.backend.backend() == "tensorflow" and self.across is not None:
+        if self.across is not None:
             for gradient, accumulator in zip(grads, acc_grads, strict=True):
                 accumulator.assign(accumulator + gradient)
         else:
@@ -187,7 +187,7 @@ class AdamW(keras.optimizers.AdamW):
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if keras.backend.backend() == "torch":
             self._torch_update(grads, trainable_variables, learning_rate)
-        elif keras.backend.backend() == "tensorflow" and self.across is not None:
+        elif self.across is not None:
             # Each device by itself, where Keras sums, and leaves the device, which it cannot in a condition.
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 self.update_step(gradient, variable, learning_rate)

@@ -43,6 +43,7 @@ from keras_convnext.weights.torch_files import read_state_dict
 _logger = logging.getLogger("keras_convnext")
 
 RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.toml"
 BEST_FILE = "best.json"
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -90,7 +91,8 @@ def open_run(
         _refuse_small_disk(folder, checkpoint_bytes, keep, weights_bytes)
         with _writing(folder):
             # In any case: a disk that is there and takes no more files shows here.
-            _write(folder / RUN_FILE, _json_text({"format": _FORMAT, "identity": stored or given}).encode())
+            content = _json_text({"format": _FORMAT, "identity": stored or given})
+            replace_file(folder / RUN_FILE, content.encode())
             (folder / CHECKPOINT_FOLDER).mkdir(exist_ok=True)
             sync_folder(folder)
         return RunFolder(folder, keep, stack.pop_all())
@@ -199,19 +201,18 @@ class RunFolder(contextlib.AbstractContextManager):
         return self.write_bytes(name, text.encode("utf-8"))
 
     def write_bytes(self, name: str, content: bytes) -> pathlib.Path:
-        path = self.path / name
-        with _writing(path.parent, len(content)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, content)
-        return path
+        return self.write_with(name, lambda path: path.write_bytes(content), len(content))
 
-    def write_with(self, name: str, function: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    def write_with(
+        self, name: str, function: Callable[[pathlib.Path], object], needed: int | None = None
+    ) -> pathlib.Path:
         """Has a function write a file, to a path that ends in `name`, and gives it the name when it returns.
 
-        Its OSErrors, or that it wrote nothing, become a RunFolderError; an earlier file of this name stands.
+        Its OSErrors, or that it wrote nothing, become a RunFolderError, with the bytes `needed` where the
+        disk is full; an earlier file of this name stands.
         """
         path = self.path / name
-        with _writing(path.parent):
+        with _writing(path.parent, needed):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing_path(path) as temporary:
                 function(temporary)
@@ -392,11 +393,6 @@ def _writing(folder: pathlib.Path, needed: int | None = None) -> Iterator[None]:
         if_full = f"{kept} Free some, and start the same run again: it continues from the last checkpoint."
         if_refused = f"{kept} Make it writable, or pass another folder."
         raise RunFolderError(disk_error_text(error, folder, if_full, if_refused, needed)) from error
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    replace_file(path, content)
-    sync_folder(path.parent)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], state: str) -> str:

@@ -25,7 +25,6 @@ _logger = logging.getLogger("keras_convnext")
 
 LOG_FILE = "log.csv"
 CURVES_FILE = "curves.png"
-RECIPE_FILE = "recipe.toml"
 ENVIRONMENT_FILE = "environment.json"
 RESULT_FILE = "result.json"
 FAULTS_FILE = "faults.json"

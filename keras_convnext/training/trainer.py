@@ -181,7 +181,7 @@ class Run:
                     f"write missing files from. Pass another folder, or remove {kept[0]} to train again."
                 )
             environment = {**result_columns.environment(), "command": sys.argv, "engine": described}
-            self.folder.write_text(run_state.RECIPE_FILE, self.recipe.to_toml())
+            self.folder.write_text(run_folder.RECIPE_FILE, self.recipe.to_toml())
             self.folder.write_json(run_state.ENVIRONMENT_FILE, environment | self.data.facts)
             self.log.begin(self.counts)
         if is_resumed:
