@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -24,8 +25,10 @@ _HAND_ON = (
     keras.layers.GaussianDropout,
     keras.layers.GaussianNoise,
     keras.layers.Identity,
-    keras.layers.ZeroPadding2D,
 )
+_IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
+# Augmentation, which is nothing outside training; RandomCrop cuts there too.
+_AUGMENTATION = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:
@@ -40,8 +43,9 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
         {canonical name: array}, in the order of the forward pass.
 
     Raises:
-        ValueError: when the model is none of ours, has weights without a place in a ConvNeXt, or is
-            quantised. LoRA is merged.
+        ValueError: when the model is none of ours, has weights without a place in a ConvNeXt or layers
+            without weights that change what it computes (Rescaling, ReLU, ...), or is quantised. LoRA is
+            merged.
     """
     placed, others = places(model)
     if others:
@@ -56,12 +60,14 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
             "include_top=False, pooling='avg', then Dense. model.save('x.keras') keeps all; for the body "
             f"alone pass {body}."
         )
+    _check_between(model, placed)
     return _arrays(model, placed)
 
 
 def whole_state(model: keras.Model) -> layouts.StateDict:
     """`state_dict`, with the weights that have no place in a ConvNeXt under "layer/variable"."""
     placed, others = places(model)
+    _check_between(model, placed)
     beside = {
         f"{layer.name}/{path}": keras.ops.convert_to_numpy(variable)
         for layer in others
@@ -83,6 +89,8 @@ def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer
         if id(layer) in reads:
             continue  # it is called in several places
         reads[id(layer)] = source
+        if not isinstance(layer, keras.Layer):
+            continue
         name = _place(layer, reads) if layer.weights else None
         if name in placed:
             raise ValueError(
@@ -104,7 +112,7 @@ def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer
 def first_reads(model: keras.Model) -> keras.Layer | None:
     """The layer that the stem of a model reads, None for the image itself."""
     for layer, source in _connections(model):
-        if _place(layer, {}) in ("stem", "downsample_layers_0_0"):
+        if isinstance(layer, keras.Layer) and _place(layer, {}) in ("stem", "downsample_layers_0_0"):
             return source
     return None
 
@@ -130,16 +138,59 @@ def _place(layer, reads) -> str | None:
     return ("pre_logits" if name == "pre_logits" else "head") if is_last else None
 
 
-def _connections(model: keras.Model) -> list[tuple[keras.Layer, keras.Layer | None]]:
-    """(layer, the layer that it reads first) through nested models, in the order of the forward pass."""
-    found: list[tuple[keras.Layer, keras.Layer | None]] = []
+def _check_between(model, placed) -> None:
+    """Refuses what has no weights, changes values between image and result, and would be lost."""
+    connections = _connections(model)
+    reads = dict(reversed(connections))  # of one that is called in several places, the first
+    last = [*placed.values()][-1]
+    result, way = {last}, [last]
+    while (source := reads.get(way[-1])) is not None and source not in way:
+        way.append(source)
+    if "head" in placed:  # without one, what follows is not of the ConvNeXt
+        for operation, source in connections:
+            if source in result and operation not in result:
+                result.add(operation)
+                way.append(operation)
+    stem = placed.get("stem") or placed.get("downsample_layers_0_0")
+    lost = [part for part in way if part not in placed.values() and not _is_kept(part, reads.get(stem))]
+    if lost:
+        names = [f"{part.name!r} ({type(part).__name__})" for part in reversed(lost)]
+        raise ValueError(
+            f"Expected nothing in {model.name!r} that weights alone do not say. Received between its image "
+            f"and its result: {listed(names, 5)}. model.save('x.keras') keeps it and keras.saving.load_model "
+            "opens it; or take the weights of the ConvNeXt alone, and do the same in front of or behind it."
+        )
+
+
+def _is_kept(part, normaliser) -> bool:
+    """Whether a part of a graph changes nothing, or is what each model has that is built for the weights."""
+    kind = type(part)
+    if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return True  # `places` has its place, or names it
+    if isinstance(part, keras.layers.Activation):
+        return part.activation is keras.activations.linear
+    if kind is keras.layers.Normalization:
+        return part is normaliser
+    kept = (
+        *_HAND_ON,
+        keras.layers.GlobalAveragePooling2D,
+        keras.layers.GlobalMaxPooling2D,
+        keras.layers.InputLayer,
+    )
+    is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
+    return isinstance(part, kept) or bool(is_augmentation or _IN_STEM.search(part.name))
+
+
+def _connections(model: keras.Model) -> list[tuple[Any, Any]]:
+    """(operation, the one that it reads first) through nested models, in the order of the forward pass."""
+    found: list[tuple[Any, Any]] = []
 
     def visit(operation, sources):
         """The layers that write the outputs of an operation, which reads those of `sources`."""
         if not isinstance(operation, keras.Model):
-            if isinstance(operation, keras.Layer):
-                found.append((operation, sources[0]))
-            return sources if isinstance(operation, _HAND_ON) else [operation]
+            found.append((operation, sources[0]))
+            hands_on = isinstance(operation, _HAND_ON) or _IN_STEM.search(operation.name)
+            return sources if hands_on else [operation]
         graph = getattr(operation, "_functional", None) or operation  # that of a Sequential
         if not hasattr(graph, "_nodes_by_depth"):  # a subclass, whose connections its own code makes
             for layer in operation.layers:

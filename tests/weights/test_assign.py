@@ -96,6 +96,35 @@ def test_what_a_convnext_does_not_have_is_named(around, pooling, name):
         keras_convnext.state_dict(nested(around, pooling))
 
 
+@pytest.mark.parametrize(
+    ("front", "behind", "named"),
+    [
+        (layers.Rescaling(0.5, name="lost"), None, r"'lost' .Rescaling"),
+        (layers.Resizing(32, 32, name="lost"), None, r"'lost' .Resizing"),
+        (layers.ZeroPadding2D(1, name="lost"), None, r"'lost' .ZeroPadding2D"),
+        (lambda x: x / 255, None, r"\(TrueDivide\)|\(Divide\)"),
+        (layers.RandomCrop(32, 32, name="lost"), None, r"'lost' .RandomCrop"),
+        (layers.RandomFlip(), layers.ReLU(name="lost"), r"'lost' .ReLU"),
+        (layers.Identity(), layers.Activation("sigmoid", name="lost"), r"'lost' .Activation"),
+        (layers.Identity(), layers.Activation("linear"), None),
+    ],
+    ids=["rescaling", "resizing", "padding", "operation", "crop", "relu", "sigmoid", "nothing"],
+)
+def test_what_has_no_weights_and_would_be_lost_is_named(front, behind, named, tmp_path):
+    is_padding = isinstance(front, layers.ZeroPadding2D)
+    image = keras.Input((30, 30, 3) if is_padding else (32, 32, 3))
+    x = layers.Dense(3)(body("avg")(front(image)))
+    model = keras.Model(image, behind(x) if behind else x)
+    if named is None:
+        assert "head.weight" in keras_convnext.state_dict(model)
+        return
+    with pytest.raises(ValueError, match=rf"between its image and its result: .*({named})"):
+        keras_convnext.save_weights(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=rf"m.keras: .*({named})"):
+        keras_convnext.load(tmp_path / "m.keras")
+
+
 def test_layers_in_front_and_two_networks_are_named():
     image = keras.Input((32, 32, 1))
     rgb = layers.Conv2D(3, 1, name="stem")(image)
