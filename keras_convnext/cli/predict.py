@@ -143,9 +143,7 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
 def read_labels(path: str | None, name: str | None) -> list[str]:
     """The names of classes in a file, by default one that lies beside a model's file; [] for none."""
     if path is None and name is not None and is_path(name):
-        file = pathlib.Path(os.path.expanduser(name))
-        candidates = (file.parent / f"{stem}.labels.txt" for stem in (file.stem, file.name))
-        path = next((str(candidate) for candidate in candidates if candidate.exists()), None)
+        path = class_names.labels_beside(os.path.expanduser(name))
     if path is None:
         return []
     return class_names.from_lines(read_text(path))

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gzip
 import json
+import os
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
@@ -53,6 +54,12 @@ def from_lines(text: str) -> list[str]:
             line = json.loads(line) if line.startswith('"') else line
         names.append(line)
     return names
+
+
+def labels_beside(path: str | os.PathLike[str] | None) -> str | None:
+    """Returns the path of the labels file next to a model's file: x.labels.txt of x.keras, if it is there."""
+    stems = () if path is None else (os.path.splitext(path)[0], os.fspath(path))
+    return next((file for stem in stems if os.path.exists(file := f"{stem}.labels.txt")), None)
 
 
 def class_names(classes: int | str) -> list[str]:

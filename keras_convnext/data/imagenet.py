@@ -75,15 +75,20 @@ def open_tar(path: str, split: str, labels: str | os.PathLike[str] | None) -> So
     return with_labels(cached_index(path, "tar", split, [path], lambda: _scan_validation_tar(path)), labels)
 
 
-def with_labels(source: Source, path: str | os.PathLike[str] | None) -> Source:
-    """Returns a source with labels from a label file or, for validation images, the published ones."""
-    names = [source.name(number) for number in range(len(source))]
+def with_labels(
+    source: Source, path: str | os.PathLike[str] | None, prefix: str = "", beside: Sequence[str] = ()
+) -> Source:
+    """Returns a source with labels from a label file or, for validation images, the published ones.
+
+    The file may name the images `beside` too, of other splits; `prefix` is the folder of the own ones there.
+    """
+    names = [prefix + source.name(number) for number in range(len(source))]
     is_validation = all(VALIDATION_NAME.fullmatch(os.path.basename(name)) for name in names)
     if path is None:
         by_number, origin = _published_validation_labels()
         values = [by_number[_validation_number(name, len(by_number), origin) - 1] for name in names]
     else:
-        values = _labels_from_file(path, names, is_validation)
+        values = _labels_from_file(path, names, is_validation, beside)
     known = class_names.synset_ids(1000)
     if is_validation and are_numbers(values):
         wrong = next((value for value in values if int(value) >= 1000), None)
@@ -273,8 +278,10 @@ def _published_validation_labels() -> tuple[list[str], str]:
     )
 
 
-def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validation: bool) -> list[str]:
-    """Returns the label of each name, as it is written in a label file."""
+def _labels_from_file(
+    path: str | os.PathLike[str], names: list[str], is_validation: bool, beside: Sequence[str]
+) -> list[str]:
+    """Returns the label of each name, as it is written in a label file, which may have those `beside` too."""
     rows = _rows(path, any(os.path.basename(name).startswith("#") for name in names))
     if len(rows[0][1]) == 1:
         if not is_validation:
@@ -287,7 +294,7 @@ def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validat
                 f"Expected a line for each of {len(names)} images in '{path}', received {len(rows)} lines."
             )
         return [rows[_validation_number(name, len(rows), path) - 1][1][0] for name in names]
-    find = _finder(names)
+    find, own = _finder([*names, *beside]), set(names)
     columns = list(zip(*(row for _, row in rows), strict=True))
     first = rows[0][1]
 
@@ -296,15 +303,26 @@ def _labels_from_file(path: str | os.PathLike[str], names: list[str], is_validat
         named = sum(1 + is_image(os.path.basename(field)) for field in column if find(field))
         return first[columns.index(column)].casefold() not in _LABEL_NAMES, named
 
-    file_column = columns.index(max(columns, key=fit))
+    best = max(columns, key=fit)
+    if any(fit(column) == fit(best) and column != best for column in columns) and fit(best)[1]:
+        raise SourceError(
+            f"Expected one column of files in '{path}', received two that name as many images. Name them in "
+            "the first line: file,label."
+        )
+    file_column = columns.index(best)
     header = [] if find(first[file_column]) or is_image(os.path.basename(first[file_column])) else first
     rows = rows[1:] if header else rows
     label_column = _label_column(header, columns, file_column, path)
+    # Kaggle's LOC_val_solution.csv: WordNet id and boxes.
+    has_boxes = bool(header) and header[label_column].casefold() == "predictionstring"
     given: dict[str, str] = {}
     strange = []
     for line, row in rows:
         file, label = row[file_column], row[label_column]
+        if has_boxes:
+            label = label.partition(" ")[0]
         meant = find(file)
+        meant = meant & own or meant
         strange += [] if meant else [file]
         problem = ""
         if label.casefold() in _NO_LABELS:

@@ -31,8 +31,16 @@ from keras_convnext._files import (
 )
 from keras_convnext._terminal import Progress, say
 from keras_convnext.data import sources
-from keras_convnext.data.index import INDEX_VERSION, MANIFEST, Source, SourceError, described, write_index
-from keras_convnext.data.records import read_manifest
+from keras_convnext.data.index import (
+    INDEX_VERSION,
+    MANIFEST,
+    Source,
+    SourceError,
+    described,
+    with_classes,
+    write_index,
+)
+from keras_convnext.data.records import is_prepared, read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
@@ -140,13 +148,16 @@ def prepare(
         )
     sources.check_outside(source_path, output)
     require("tensorflow", "Writing shards")
-    names = sources.list_splits(source_path) if split is None else [split]
+    if os.path.isfile(output):
+        raise PrepareError(f"Expected a folder to write to, received the file '{output}'. Pass another path.")
+    names = sources.list_splits(source_path, labels) if split is None else [split]
     # All are opened before one is written, so that trouble with the last one shows at once.
     opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
     folder = sources.canonical_split(os.path.basename(os.path.abspath(source_path)), is_whole=True)
     written = {asked: sources.canonical_split(asked or "") or asked or folder or "train" for asked in opened}
     if len(set(written.values())) < len(written):  # "train1" and "train2"
         written = {asked: str(asked) for asked in opened}
+    opened = _numbered_alike(opened, written, output)
     for asked, source in opened.items():
         say("\n".join(described(source, written[asked])))
     os.makedirs(output, exist_ok=True)
@@ -161,6 +172,21 @@ def prepare(
             images[name], num_shards[name] = len(source), len(plan.ends)
             num_bytes += int(plan.sizes.sum())
     return Summary(output, images, num_shards, num_bytes, num_kept, time.monotonic() - begin)
+
+
+def _numbered_alike(
+    opened: dict[str | None, Source], written: dict[str | None, str], output: str
+) -> dict[str | None, Source]:
+    """Gives folders the classes of the split to train on, which an earlier call may have written."""
+    trained = next((source.classes for asked, source in opened.items() if written[asked] == "train"), None)
+    if trained is None and is_prepared(output):
+        trained = read_manifest(output)["splits"].get("train", {}).get("classes")
+    if trained is None:
+        trained = max((source.classes for source in opened.values()), key=len)
+    return {
+        asked: with_classes(source, trained) if source.kind == "folder" else source
+        for asked, source in opened.items()
+    }
 
 
 def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[str]:
@@ -241,7 +267,8 @@ def _write_split(plan: _Plan, workers: int) -> int:
     manifest: dict = {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
     if os.path.exists(os.path.join(plan.folder, MANIFEST)):
         manifest = read_manifest(plan.folder)
-    if plan.split not in manifest["splits"] and not os.path.exists(journal):
+    has_journal = os.path.exists(journal) and (_journal_lines(journal) or not os.path.getsize(journal))
+    if plan.split not in manifest["splits"] and not has_journal:
         _refuse_foreign_files(plan)
     kept = _finished_shards(plan, journal, manifest["splits"].get(plan.split), workers)
     _remove_leftovers(plan)
@@ -279,10 +306,7 @@ def _head(source: Source, number: int, length: int) -> bytes:
 
 def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
     """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
-    lines: list[dict] = []
-    for line in read_bytes(journal).splitlines() if os.path.exists(journal) else ():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what a kill or a power cut left
-            lines.append(dict(json.loads(line)))
+    lines = _journal_lines(journal)
     if not lines and entry is not None:
         lines = [entry["settings"], *entry["shards"]]
     # Without the settings, the first line, it is not known what the records are of.
@@ -298,19 +322,41 @@ def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int
             "what was passed then, or another folder."
         )
     numbers = {plan.name(shard): shard for shard in range(len(plan.ends))}
+    states = map(os.stat, plan.source.files if records else ())
+    changes = np.array([max(state.st_mtime_ns, state.st_ctime_ns) for state in states], np.int64)
     records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
     records = [record for record in records if record["name"] in numbers]
     intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
     return {
         numbers[record["name"]]: record
         for record, is_intact in zip(records, intact, strict=True)
-        if is_intact
+        if is_intact and _is_newer(plan, numbers[record["name"]], changes)
     }
+
+
+def _is_newer(plan: _Plan, shard: int, changes: np.ndarray) -> bool:
+    """Tells whether a shard was written after the last change of its images; some keep their size."""
+    last = changes[plan.source.file_numbers[plan.examples(shard)]].max()
+    return bool(last <= os.stat(os.path.join(plan.folder, plan.name(shard))).st_mtime_ns)
+
+
+def _journal_lines(journal: str) -> list[dict]:
+    """Returns the settings and records in a journal, without what a kill or a power cut left."""
+    lines: list[dict] = []
+    for line in read_bytes(journal).splitlines() if os.path.exists(journal) else ():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            found = dict(json.loads(line))
+            lines += [found] if "shuffle_seed" in found or "sha256" in found else []
+    return lines
 
 
 def _refuse_foreign_files(plan: _Plan) -> None:
     """Refuses to begin a split where files of its names lie already."""
-    for name in (f"{plan.split}-index.npz", *map(plan.name, range(len(plan.ends)))):
+    for name in (
+        f"{plan.split}-journal.jsonl",
+        f"{plan.split}-index.npz",
+        *map(plan.name, range(len(plan.ends))),
+    ):
         if os.path.lexists(os.path.join(plan.folder, name)):
             raise PrepareError(
                 f"Expected no {name} in '{plan.folder}': prepare did not write it, so it is not replaced. "

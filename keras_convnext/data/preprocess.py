@@ -202,6 +202,9 @@ def check_scans(content: bytes, name: str) -> int:
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:
+    has_16_bits = any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    )  # Pillow keeps 8 of a colour
     image.load()
     tell_orientation(image.info.get("exif", b""), lambda: name)
     if image.has_transparency_data and _shows_through(image):
@@ -211,8 +214,16 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
             "measured: the colours below it show. Blend such files with a background to change that.",
         )
     if image.mode[0] in "IF":
-        image = _scaled(image, name)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return _scaled(image, name).convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if has_16_bits:
+        if not np.any(image.getextrema()):
+            raise ImageError(
+                f"Expected colours from 0 to 65535 in '{name}', received none above 255: their scale is not "
+                "known. Save it with 8 bits, or scaled to 0 to 65535."
+            )
+        say_once("scale", f"note: '{name}' has 16-bit colours: they are scaled from 0 to 65535 to 0 to 255.")
+    return image
 
 
 def _shows_through(image: Image.Image) -> bool:

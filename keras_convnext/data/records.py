@@ -26,6 +26,7 @@ from keras_convnext.data.index import (
     check_labels,
     file_in,
     first_few,
+    is_folder,
     read_index,
     read_json,
 )
@@ -45,6 +46,16 @@ def open_prepared(folder: str, split: str) -> Source:
             )
     files = [os.path.join(folder, shard["name"]) for shard in entry["shards"]]
     return read_index(os.path.join(folder, entry["index"]["name"]), folder, "prepared", files)
+
+
+def is_prepared(folder: str) -> bool:
+    """Tells whether a folder has a manifest of `prepare`, also a damaged one; others write some too."""
+    if not os.path.exists(os.path.join(folder, MANIFEST)):
+        return False
+    with contextlib.suppress(SourceError):
+        if {"format", "splits"} <= read_json(folder, MANIFEST, {}).keys():
+            return True
+    return not any(map(is_folder, os.scandir(folder)))
 
 
 def read_manifest(folder: str) -> dict:
@@ -180,7 +191,7 @@ def _tfds_features(folder: str) -> tuple[str, str, str | None, list[str]]:
     names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
     path = os.path.join(folder, f"{label}.labels.txt")
     if os.path.exists(path):
-        classes = read_text(path).splitlines()
+        classes = read_text(path).removesuffix("\n").split("\n")  # other line ends may be part of a name
     else:
         with _describing(folder, "features.json"):
             count = int(features[label]["classLabel"]["numClasses"])

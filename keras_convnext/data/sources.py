@@ -12,16 +12,16 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from keras_convnext._files import regular_size
 from keras_convnext._messages import near_names
+from keras_convnext._terminal import say_once
 from keras_convnext.data.imagenet import TARS, VALIDATION_NAME, open_tar, split_of_tar, with_labels
 from keras_convnext.data.index import (
     IMAGE_SUFFIXES,
-    MANIFEST,
     Source,
     SourceError,
     counted,
@@ -33,7 +33,14 @@ from keras_convnext.data.index import (
     list_folder,
     with_classes,
 )
-from keras_convnext.data.records import open_prepared, open_records, open_tfds, read_manifest, tfds_splits
+from keras_convnext.data.records import (
+    is_prepared,
+    open_prepared,
+    open_records,
+    open_tfds,
+    read_manifest,
+    tfds_splits,
+)
 
 # The splits and the other words they go by, in any case and beside words that say nothing: "TestSet".
 SPLITS = {
@@ -43,6 +50,7 @@ SPLITS = {
 }
 _EMPTY = r"(?:(?:data)?sets?|data|splits?|folders?|images?|imgs?|pictures?|photos?)"
 _SPLITS_TEXT = "|".join(f"(?P<{split}>{'|'.join(words)})" for split, words in SPLITS.items())
+_SPLIT_IN_NAME = re.compile(r"train|val|test", re.IGNORECASE)
 _SPLIT_WORD = re.compile(f"{_EMPTY}?(?:{_SPLITS_TEXT}){_EMPTY}?")
 
 _SHARD_NAME = re.compile(
@@ -79,7 +87,7 @@ def open_source(
 
     A folder is divided into splits when all its folders are named after splits, such as "train" and "val", or
     two of them are; "Training" and "Testing", "images_train" and "images_dev" too. Where all folders hold
-    sub-folders of the same names, and no images of their own, either could be the classes, which is refused
+    sub-folders of the same names, and hardly an image of their own, either could be the classes: refused
     unless `split` or `classes` names the folders. What else lies there is counted in `Source.left_out`, see
     `index.list_folder`.
 
@@ -113,7 +121,7 @@ def open_source(
     folders, images = list_folder(path)[:2] if kind == "folder" else ([], [])
     if None in splits and split in folders:
         splits = {split: [os.path.join(path, split)]}
-    name = _choose_split(path, splits, split)
+    name = _choose_split(path, kind, splits, split)
     places = splits[name]
     if kind in ("tar", "tfrecord"):
         for file in places:
@@ -137,17 +145,37 @@ def open_source(
     elif kind == "tfrecord":
         source = open_records(path, places, first_label)
     else:
-        source = _open_folder(places[0], labels, classes)
+        beside = {place: os.path.relpath(place, path) for other in splits.values() for place in other}
+        source = _open_folder(places[0], labels, classes, beside)
         if name is not None:
-            beside = {"folders and images beside the splits": len(folders) + len(images) - len(splits)}
-            left_out = source.left_out + collections.Counter(beside)  # a sum leaves zeros out
+            others = {"folders and images beside the splits": len(folders) + len(images) - len(splits)}
+            left_out = source.left_out + collections.Counter(others)  # a sum leaves zeros out
             source = dataclasses.replace(source, left_out=left_out)
     return source if classes is None else with_classes(source, list(classes))
 
 
-def list_splits(path: str | os.PathLike[str]) -> list[str]:
-    """Lists the splits at a path under the names they have there; empty when it is not divided."""
-    return [name for name in _locate(os.fspath(path))[1] if name is not None]
+def list_splits(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> list[str]:
+    """Lists the splits at a path under the names they have there; empty when it is not divided.
+
+    Where others have class folders, a folder of images without any, as tests of competitions are, is left out
+    and told once, unless there is a file of `labels`.
+    """
+    kind, splits = _locate(os.fspath(path))
+    names = [name for name in splits if name is not None]
+    if kind != "folder" or labels is not None or not names:
+        return names
+    flat = {}
+    for name in names:
+        folders, images, _ = list_folder(splits[name][0])
+        if images and not folders and not all(map(VALIDATION_NAME.fullmatch, images)):
+            flat[name] = len(images)
+    if len(flat) == len(names):
+        return names
+    for name, count in flat.items():
+        say_once(
+            f"{path} {name}", f"'{path}': left out '{name}', {count:,} images without class folders or labels"
+        )
+    return [name for name in names if name not in flat]
 
 
 def canonical_split(name: str, *, is_whole: bool = False) -> str | None:
@@ -252,7 +280,7 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
         return "tar", {split_of_tar(path): [path]}
     if not os.path.isdir(path):
         regular_size(path)  # says what else it is
-    if os.path.exists(os.path.join(path, MANIFEST)):
+    if is_prepared(path):
         return "prepared", {name: [path] for name in read_manifest(path)["splits"]}
     tars: dict[str | None, list[str]] = {
         split: [file] for split, name in TARS.items() if os.path.exists(file := os.path.join(path, name))
@@ -262,10 +290,15 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
     folder = _find_tfds(path)
     if folder is not None:
         return "tfds", {name: [folder] for name in tfds_splits(folder)}
+    folders = list_folder(path)[0]
     shards = _find_shards(path)
+    if shards and any(images_below(os.path.join(path, name))[0] for name in folders):
+        raise SourceError(
+            f"Expected one set in '{path}', received TFRecord files and folders of images: "
+            f"{first_few(folders)}. Move one of them, or pass a pattern of the files, such as 'train*'."
+        )
     if shards:
         return "tfrecord", shards
-    folders = list_folder(path)[0]
     named: dict[str | None, list[str]] = {
         name: [os.path.join(path, name)] for name in _split_folders(path, folders)
     }
@@ -292,7 +325,7 @@ def _split_folders(path: str, folders: list[str]) -> list[str]:
     return divided.get(()) or next(iter(divided.values()), [])
 
 
-def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | None) -> str | None:
+def _choose_split(path: str, kind: str, splits: dict[str | None, list[str]], split: str | None) -> str | None:
     known = ", ".join(str(name) for name in splits)
     if split is None:
         if len(splits) == 1:
@@ -319,7 +352,7 @@ def _choose_split(path: str, splits: dict[str | None, list[str]], split: str | N
         if found:
             return found[0]
     near = near_names(split, [*map(str, splits), *SPLITS], 1) if canonical is None else ""
-    missing = f" Put {TARS[canonical]} there." if canonical in TARS and splits.keys() <= TARS.keys() else ""
+    missing = f" Put {TARS[canonical]} there." if canonical in TARS and kind == "tar" else ""
     raise SourceError(f"No split '{split}' in '{path}'.{near} Known: {known}.{missing}")
 
 
@@ -375,6 +408,16 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
                 f"Expected all of the {' or '.join(sorted(totals))} TFRecord files of split '{split}' in "
                 f"'{path}', received {len(shards[split])}. Copy the missing ones."
             )
+    named = {
+        word.casefold()
+        for file in shards.get(None, ())
+        for word in _SPLIT_IN_NAME.findall(os.path.basename(file))
+    }
+    if len(named) > 1:
+        raise SourceError(
+            f"Expected one split in the TFRecord files of '{path}', received names with "
+            f"{' and '.join(sorted(named))}. Pass a pattern that fits one split, or set '-' around the word."
+        )
     if None in shards and len(shards) > 1:
         raise SourceError(
             f"Expected a split in the name of every TFRecord file of '{path}', received none in "
@@ -383,14 +426,27 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
     return shards
 
 
-def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequence[str] | None) -> Source:
+def _open_folder(
+    path: str,
+    labels: str | os.PathLike[str] | None,
+    classes: Sequence[str] | None,
+    splits: Mapping[str, str],
+) -> Source:
+    """Opens class folders, or images with a label file, which may be one of all `splits`: {folder: name}."""
     folders, flat, left_out = list_folder(path)
     is_validation = bool(flat) and not folders and all(VALIDATION_NAME.fullmatch(name) for name in flat)
     if labels is not None or is_validation:
         files, left_out = images_below(path)
         if not files:
             raise SourceError(f"Expected images below the folder '{path}', found none.")
-        return with_labels(_files_source(path, files, np.zeros(len(files)), [], left_out), labels)
+        beside = [
+            os.path.join(name, os.path.relpath(file, folder)).replace(os.sep, "/")
+            for folder, name in splits.items()
+            if folder != path and labels is not None
+            for file in images_below(folder)[0]
+        ]
+        source = _files_source(path, files, np.zeros(len(files)), [], left_out)
+        return with_labels(source, labels, f"{splits[path]}/" if beside else "", beside)
     if not folders and flat:
         raise SourceError(
             f"Expected one folder a class in '{path}', received {len(flat)} images without folders, such as "
@@ -426,22 +482,36 @@ def _open_folder(path: str, labels: str | os.PathLike[str] | None, classes: Sequ
 
 def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None:
     """Refuses folders that may be splits, domains or views with the class folders below them."""
-    below = []
+    inner = os.path.commonpath(images[0])
+    if len(folders) == 1 and len(images[0]) > 1:
+        start = len(os.path.join(inner, ""))
+        parts = {file[start:].partition(os.sep)[::2] for file in images[0]}
+        names = sorted({name for name, rest in parts if rest})
+        if len(names) > 1 and 10 * sum(not rest for _, rest in parts) <= len(images[0]):
+            raise SourceError(
+                f"Expected folders of classes or splits in '{path}', received the one folder '{folders[0]}' "
+                f"around the folders {first_few(names)}. Pass '{inner}'."
+            )
+        return
+    below, own = [], 0
     for name, found in zip(folders, images, strict=True):
         start = len(os.path.join(path, name, ""))
         parts = [file[start:].split(os.sep, 1) for file in found]
-        if any(len(part) == 1 for part in parts):
-            return
-        below.append({part[0] for part in parts})
+        below.append({part[0] for part in parts if len(part) > 1})
+        own += sum(len(part) == 1 for part in parts)
     common = sorted(set.intersection(*below))
-    if len(folders) < 2 or len(common) < 2:
+    # A few images of their own make no classes of folders, and one name for all, as "images", none below.
+    if 10 * own > sum(map(len, images)) or len(set.union(*below)) < 2 or not common:
         return
+    if len(common) == 1 and 2 * len(common) < min(map(len, below)):
+        return  # as a patient or a date that two classes share
     raise SourceError(
         f"Expected folders of classes in '{path}', but two readings fit: all {len(folders)} folders "
-        f"({first_few(folders)}) hold the sub-folders {first_few(common)}, and no images of their own. If "
-        "the sub-folders are the classes, name the folders train, validation and test, or pass one of them "
-        "as the split (train_split, val_split). If the folders are the classes, move their images out of the "
-        "sub-folders; where these are splits, to train/CLASS and test/CLASS."
+        f"({first_few(folders)}) hold the sub-folders {first_few(common)}, and hardly an image of their own. "
+        "If the sub-folders are the classes, name the folders train, validation and test, or pass one of "
+        "them as the split (train_split, val_split). If the folders are the classes, move their images out "
+        "of the sub-folders, or write 'file,label' lines and pass them: `keras-convnext prepare FOLDER "
+        "OUTPUT --labels FILE`; where these are splits, move them to train/CLASS and test/CLASS."
     )
 
 

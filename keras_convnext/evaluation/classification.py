@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _environment, predictor
+from keras_convnext._files import read_text
 from keras_convnext._terminal import Progress, say
 from keras_convnext.data import class_names, imagenet, sources
 from keras_convnext.data.faults import DataError
-from keras_convnext.data.index import Source, described
+from keras_convnext.data.index import Source, described, with_classes
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import report
 from keras_convnext.evaluation.forward import run_model
@@ -109,6 +110,7 @@ def evaluate(
     if progress:
         say("\n".join(described(source)))
     classifier = _open_model(model, preprocessing)
+    source = _with_classes_of(classifier.file, source, classifier.model.output_shape[-1])
     source = _without_unused_classes(dataclasses.replace(source, classes=_synsets(source.classes)))
     columns, outputs = match_classes(source.classes, classifier.model.output_shape[-1], classifier.class_list)
     real = None if real_labels in (None, False) else _real_lists(source, real_labels)
@@ -254,6 +256,24 @@ def _open_model(model, preprocessing) -> Predictor:
     if tagged is not None:
         given = tagged.preprocessing_at(size)
     return opened if given is None else dataclasses.replace(opened, preprocessing=given.at(size))
+
+
+def _with_classes_of(file: pathlib.Path | None, source: Source, num_outputs: int) -> Source:
+    """Gives the classes of the data the numbers in the labels file beside a model's file, if there is one.
+
+    Names of which it has none, as descriptions in place of folders, keep their order, which is said.
+    """
+    path = class_names.labels_beside(file)
+    names = [] if path is None else class_names.from_lines(read_text(path))
+    is_imagenet = _imagenet_columns(_synsets(source.classes), num_outputs) is not None
+    if not names or names == source.classes or is_imagenet:
+        return source
+    if len(names) != num_outputs:
+        raise ValueError(f"Expected {num_outputs} names in '{path}', one an output, received {len(names)}.")
+    if not set(names) & set(source.classes):
+        say(f"'{path}' names none of the data's classes, which are taken in their own order.")
+        return source
+    return with_classes(source, names)
 
 
 def _synsets(classes: Sequence[str]) -> list[str]:

@@ -24,6 +24,11 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
+def test_the_sheet_is_a_png(tmp_path):
+    with pytest.raises(ValueError, match=r"name of a PNG to write, received '.*x.jpg'"):
+        contact_sheet.draw(None, tmp_path / "x.jpg")
+
+
 def test_look_draws_every_operation_and_a_batch(folder, tmp_path, capsys):
     output = tmp_path / "sheet.png"
     assert main.main(["look", str(folder), str(output)]) == 0

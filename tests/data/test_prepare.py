@@ -469,6 +469,54 @@ def test_names_that_are_no_text_are_kept(tmp_path, tf):
     assert records(tf, tmp_path / "out")[0]["image/class/synset"] == b"caf\xe9"
 
 
+def small_set(path, classes):
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        (path / name / "1.jpg").write_bytes(name.encode())
+
+
+def test_a_split_without_a_class_keeps_the_numbers_of_the_others(tmp_path):
+    small_set(tmp_path / "data" / "train", ["cat", "dog", "fox"])
+    small_set(tmp_path / "data" / "val", ["dog", "fox"])
+    prepare(tmp_path / "data", tmp_path / "both")
+    prepare(tmp_path / "data", tmp_path / "one", "train")
+    prepare(tmp_path / "data", tmp_path / "one", "val")
+    for folder in ("both", "one"):
+        source = open_source(tmp_path / folder, "validation")
+        assert (source.classes, sorted(source.labels)) == (["cat", "dog", "fox"], [1, 2])
+    small_set(tmp_path / "data" / "val" / "..", ["other"])
+    (tmp_path / "data" / "other").rename(tmp_path / "data" / "val" / "wolf")
+    with pytest.raises(SourceError, match="1 are not: wolf"):
+        prepare(tmp_path / "data", tmp_path / "new")
+
+
+def test_an_image_that_changed_at_equal_size_is_written_again(tmp_path):
+    small_set(tmp_path / "data", ["cat", "dog"])
+    prepare(tmp_path / "data", tmp_path / "out", shards=2)
+    time.sleep(0.02)
+    (tmp_path / "data" / "cat" / "1.jpg").write_bytes(b"CAT")
+    assert prepare(tmp_path / "data", tmp_path / "out", shards=2).num_kept == 1
+    source = open_source(tmp_path / "out", "train")
+    assert sorted(source.read(number) for number in range(2)) == [b"CAT", b"dog"]
+    assert prepare(tmp_path / "data", tmp_path / "out", shards=2).num_kept == 2
+
+
+def test_a_journal_or_a_file_of_another_program_stays(tmp_path):
+    small_set(tmp_path / "data", ["cat", "dog"])
+    (tmp_path / "out").mkdir()
+    for name, text in (("train-journal.jsonl", '{"day": 1}\n'), ("train-index.npz", "mine")):
+        path = tmp_path / "out" / name
+        path.write_text(text)
+        with pytest.raises(PrepareError, match=f"Expected no {name}.*not replaced"):
+            prepare(tmp_path / "data", tmp_path / "out")
+        assert path.read_text() == text
+        path.unlink()
+    written_file = tmp_path / "notes.txt"
+    written_file.write_text("mine")
+    with pytest.raises(PrepareError, match="received the file"):
+        prepare(tmp_path / "data", written_file)
+
+
 def test_verify_needs_a_finished_folder(tmp_path):
     with pytest.raises(SourceError, match=r"Expected manifest.json in .* Run prepare to its end"):
         verify(tmp_path)

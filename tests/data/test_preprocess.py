@@ -512,6 +512,30 @@ def test_numbers_whose_scale_is_not_known_are_an_error(values, received):
     assert f"in 'scan.tif', the range of its type, received {received}: its scale is not known" in message
 
 
+def colours_of_16_bits(values):
+    """A PNG of uint16 (H, W, 3), which Pillow reads and does not write."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_colours_of_16_bits_are_scaled_and_told_and_small_ones_are_an_error(notes):
+    values = np.arange(48, dtype=np.uint16).reshape(4, 4, 3) * 1300
+    np.testing.assert_array_equal(decode_image(colours_of_16_bits(values), "a.png"), values >> 8)
+    assert "'a.png' has 16-bit colours: they are scaled from 0 to 65535" in notes()
+    message = image_error(decode_image, colours_of_16_bits(values // 300), "b.png")
+    assert "from 0 to 65535 in 'b.png', received none above 255" in message
+
+
 def test_a_black_image_of_another_type_is_black():
     assert not decode_image(encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG"), "a.png").any()
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_convnext import _terminal
 from keras_convnext.data import imagenet as imagenet_module
 from keras_convnext.data import index as index_module
 from keras_convnext.data import sources
@@ -252,14 +253,102 @@ def test_folders_that_may_be_splits_or_classes_are_refused_with_both_readings(tm
     write(tmp_path / outer[0] / "only here" / "1.jpg")
     message = (
         rf"two readings fit: all {len(outer)} folders \({', '.join(outer)}\) hold the sub-folders "
-        rf"{', '.join(inner)}, and no images.*name the folders train.*train_split.*move their images"
+        rf"{', '.join(inner)}, and hardly an image.*name the folders train.*train_split.*move their images"
     )
     with pytest.raises(SourceError, match=message):
         open_source(tmp_path)
     assert open_source(tmp_path, classes=outer).classes == outer
     assert open_source(tmp_path, outer[1]).classes == inner
-    write(tmp_path / outer[1] / "own.jpg")  # then there is one reading
+    write(tmp_path / outer[1] / "own.jpg")
+    if len(inner) * len(outer) >= 9:  # one stray image says nothing
+        with pytest.raises(SourceError, match="two readings"):
+            open_source(tmp_path)
+    for number in range(8):  # then there is one reading
+        write(tmp_path / outer[1] / f"{number}.jpg")
     assert open_source(tmp_path).classes == outer
+
+
+def test_one_common_name_is_enough_for_two_readings_unless_it_is_one_of_many(tmp_path):
+    class_folders(tmp_path, ["old/cat", "old/dog", "new/cat", "new/bird"])
+    with pytest.raises(SourceError, match=r"two readings fit.*sub-folders cat,"):
+        open_source(tmp_path)
+    class_folders(tmp_path, [f"{name}/{name}{number}" for name in ("old", "new") for number in range(3)])
+    assert open_source(tmp_path).classes == ["new", "old"]
+
+
+def test_one_folder_around_all_is_named(tmp_path):
+    class_folders(tmp_path / "x" / "flowers", ["rose", "tulip"])
+    for path in (tmp_path, tmp_path / "x"):
+        with pytest.raises(SourceError, match=r"received the one folder .*rose, tulip. Pass '.*/x/flowers'"):
+            open_source(path)
+    assert open_source(tmp_path / "x" / "flowers").classes == ["rose", "tulip"]
+    class_folders(tmp_path, ["one/images/deeper"])
+    assert open_source(tmp_path / "one").classes == ["images"]
+
+
+def test_records_beside_class_folders_are_two_sets(tmp_path):
+    class_folders(tmp_path, ["cat", "dog"])
+    write(tmp_path / "train.tfrecord")
+    with pytest.raises(SourceError, match="TFRecord files and folders of images: cat, dog"):
+        open_source(tmp_path)
+
+
+def test_records_of_two_splits_in_names_without_a_mark_are_not_one(tmp_path):
+    for name in ("mytrain.tfrecord", "mytest.tfrecord"):
+        write(tmp_path / name)
+    with pytest.raises(SourceError, match="names with test and train"):
+        open_source(tmp_path)
+
+
+def test_a_manifest_of_another_program_beside_class_folders_is_no_prepared_set(tmp_path):
+    class_folders(tmp_path, ["cat", "dog"])
+    for text in ('{"name": "web app"}', "[1]", "no JSON"):
+        (tmp_path / "manifest.json").write_text(text)
+        assert open_source(tmp_path).classes == ["cat", "dog"]
+
+
+def test_a_flat_test_folder_is_left_out_and_opened_by_name_only(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_terminal, "_said", set())
+    monkeypatch.delenv("KERAS_CONVNEXT_QUIET", raising=False)
+    class_folders(tmp_path / "train", ["cat", "dog"])
+    write(tmp_path / "test" / "1.jpg")
+    assert list_splits(tmp_path) == ["train"] and list_splits(tmp_path, labels="x.csv") == ["test", "train"]
+    assert "left out 'test', 1 images without class folders" in capsys.readouterr().err
+    with pytest.raises(SourceError, match="one folder a class"):
+        open_source(tmp_path, "test")
+
+
+def test_one_label_file_may_name_the_images_of_all_splits(tmp_path):
+    for split, numbers in (("train", "123"), ("val", "12")):
+        for number in numbers:
+            write(tmp_path / split / f"{number}.jpg")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("train/1.jpg,a\ntrain/2.jpg,b\ntrain/3.jpg,c\nval/1.jpg,b\nval/2.jpg,b\n")
+    train, val = (open_source(tmp_path, split, labels=labels) for split in ("train", "val"))
+    assert [train.classes[label] for label in train.labels] == ["a", "b", "c"]
+    assert [val.classes[label] for label in val.labels] == ["b", "b"]
+    labels.write_text("1,a\n2,b\n3,c\n")  # names that are in both: those of the split
+    assert open_source(tmp_path, "train", labels=labels).classes == ["a", "b", "c"]
+
+
+def test_two_columns_that_name_images_need_a_header(tmp_path):
+    for number in (1, 2):
+        write(tmp_path / "images" / f"{number}.jpg")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("1,2\n2,1\n")
+    with pytest.raises(SourceError, match="two that name as many images"):
+        open_source(tmp_path / "images", labels=labels)
+    labels.write_text("label,file\n1,2\n2,1\n")
+    assert open_source(tmp_path / "images", labels=labels).labels.tolist() == [1, 0]
+
+
+def test_boxes_of_imagenets_competition_are_no_part_of_the_label(tmp_path):
+    for number in (1, 2):
+        write(tmp_path / "images" / f"x_{number}.JPEG")
+    labels = tmp_path / "LOC_val_solution.csv"
+    labels.write_text("ImageId,PredictionString\nx_1,n2 1 2 3 4 \nx_2,n1 5 6 7 8 n1 1 1 2 2 \n")
+    source = open_source(tmp_path / "images", labels=labels)
+    assert (source.classes, source.labels.tolist()) == (["n1", "n2"], [1, 0])
 
 
 def test_one_sub_folder_of_the_same_name_in_each_class_is_no_class(tmp_path):

@@ -421,7 +421,10 @@ def test_the_command_says_where_the_demo_is(words, capsys):
 def test_make_demo_passes_every_setting_on():
     words = ["DATA=a b", "WEIGHTS=imagenet", "EPOCHS=3", "SEED=1", "LIMIT=20"]
     done = subprocess.run(
-        ["make", "--dry-run", "--old-file=setup", "demo", *words], capture_output=True, text=True, cwd=ROOT
+        ["make", "--dry-run", "--no-print-directory", "--old-file=setup", "demo", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout.replace("\\\n", " ").splitlines()[-1])

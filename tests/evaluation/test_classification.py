@@ -598,6 +598,28 @@ def test_a_keras_file_and_a_weight_file_score_as_the_model_does(model, source, r
     assert squashed.settings["licence"] == ""  # nobody knows that of a file
 
 
+def test_names_beside_a_model_say_which_output_a_class_folder_is(
+    model, pictures, order, result, tmp_path, capsys
+):
+    model.save(tmp_path / "m.keras")
+    names = [f"name {number}" for number in reversed(range(1000))]
+    folders = [names[order[number, rank]] for number, rank in enumerate(PLANNED_RANKS)]
+    tree = make_tree(tmp_path / "tree", pictures, folders)
+    with pytest.raises(ValueError, match="Expected data with the 1000 classes"):
+        evaluate(tmp_path / "m.keras", tree)
+    labels = tmp_path / "m.labels.txt"
+    labels.write_text("\n".join(names))
+    assert sorted(evaluate(tmp_path / "m.keras", tree).ranks) == sorted(result.ranks)
+    labels.write_text("\n".join([*names[:-1], "another"]).replace(folders[0], "none"))
+    with pytest.raises(ValueError, match=f"are not: {folders[0]}"):
+        evaluate(tmp_path / "m.keras", tree)
+    labels.write_text("one\ntwo\n")
+    with pytest.raises(
+        ValueError, match=r"Expected 1000 names in '.*m.labels.txt', one an output, received 2"
+    ):
+        evaluate(tmp_path / "m.keras", tree)
+
+
 @pytest.mark.once
 def test_a_model_of_any_size_takes_that_of_the_tag(model, tmp_path):
     image = keras.Input((None, None, 3))
