@@ -34,9 +34,9 @@ def draw(
     choice of the image above; `options` are others of `batches.train_batches`, such as image_size.
     FileExistsError: there is something at `output` that is no contact sheet.
     """
+    check_target(output, mark=PNG_MARK)
     if os.path.splitext(output)[1].lower() != ".png":
         raise ValueError(f"Expected the name of a PNG to write, received '{os.fspath(output)}'. Add .png.")
-    check_target(output, mark=PNG_MARK)
     sources.check_outside(source.path, output)
     policy = policies.parse_policy(augmentation.policy)
     levels = policy.levels if isinstance(policy, policies.RandAugment) else policies.RandAugment().levels
