@@ -167,8 +167,9 @@ def _is_kept(part, normaliser) -> bool:
     kind = type(part)
     if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return True  # `places` has its place, or names it
-    if isinstance(part, keras.layers.Activation):
-        return part.activation is keras.activations.linear
+    if isinstance(part, keras.layers.Softmax) or kind is keras.layers.Activation:
+        activation = getattr(part, "activation", keras.activations.softmax)
+        return activation in (keras.activations.linear, keras.activations.softmax)  # files hold logits
     if kind is keras.layers.Normalization:
         return part is normaliser
     kept = (

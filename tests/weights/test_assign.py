@@ -107,8 +107,9 @@ def test_what_a_convnext_does_not_have_is_named(around, pooling, name):
         (layers.RandomFlip(), layers.ReLU(name="lost"), r"'lost' .ReLU"),
         (layers.Identity(), layers.Activation("sigmoid", name="lost"), r"'lost' .Activation"),
         (layers.Identity(), layers.Activation("linear"), None),
+        (layers.Dropout(0.1), layers.Softmax(), None),
     ],
-    ids=["rescaling", "resizing", "padding", "operation", "crop", "relu", "sigmoid", "nothing"],
+    ids=["rescaling", "resizing", "padding", "operation", "crop", "relu", "sigmoid", "nothing", "softmax"],
 )
 def test_what_has_no_weights_and_would_be_lost_is_named(front, behind, named, tmp_path):
     is_padding = isinstance(front, layers.ZeroPadding2D)
