@@ -303,13 +303,14 @@ def _labels_from_file(
         named = sum(1 + is_image(os.path.basename(field)) for field in column if find(field))
         return first[columns.index(column)].casefold() not in _LABEL_NAMES, named
 
-    best = max(columns, key=fit)
-    if any(fit(column) == fit(best) and column != best for column in columns) and fit(best)[1]:
+    ranks = [fit(column) for column in columns]
+    best = max(ranks)
+    if best[1] and len({column for column, rank in zip(columns, ranks, strict=True) if rank == best}) > 1:
         raise SourceError(
             f"Expected one column of files in '{path}', received two that name as many images. Name them in "
             "the first line: file,label."
         )
-    file_column = columns.index(best)
+    file_column = ranks.index(best)
     header = [] if find(first[file_column]) or is_image(os.path.basename(first[file_column])) else first
     rows = rows[1:] if header else rows
     label_column = _label_column(header, columns, file_column, path)

@@ -267,15 +267,16 @@ def _write_split(plan: _Plan, workers: int) -> int:
     manifest: dict = {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
     if os.path.exists(os.path.join(plan.folder, MANIFEST)):
         manifest = read_manifest(plan.folder)
-    has_journal = os.path.exists(journal) and (_journal_lines(journal) or not os.path.getsize(journal))
+    lines = _journal_lines(journal)
+    has_journal = lines or (os.path.exists(journal) and not os.path.getsize(journal))
     if plan.split not in manifest["splits"] and not has_journal:
         _refuse_foreign_files(plan)
-    kept = _finished_shards(plan, journal, manifest["splits"].get(plan.split), workers)
+    kept = _finished_shards(plan, lines, manifest["splits"].get(plan.split), workers)
     _remove_leftovers(plan)
     missing = [shard for shard in range(len(plan.ends)) if shard not in kept]
     _check_space(plan, missing)
-    lines = [plan.settings, *kept.values()]
-    _write_text(journal, "".join(json.dumps(line) + "\n" for line in lines))
+    begun = [plan.settings, *kept.values()]
+    _write_text(journal, "".join(json.dumps(line) + "\n" for line in begun))
     records = kept | _write_shards(plan, missing, journal, workers)
     index = f"{plan.split}-index.npz"
     with _writing(plan.folder):
@@ -304,9 +305,8 @@ def _head(source: Source, number: int, length: int) -> bytes:
     )
 
 
-def _finished_shards(plan: _Plan, journal: str, entry: dict | None, workers: int) -> dict[int, dict]:
+def _finished_shards(plan: _Plan, lines: list[dict], entry: dict | None, workers: int) -> dict[int, dict]:
     """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
-    lines = _journal_lines(journal)
     if not lines and entry is not None:
         lines = [entry["settings"], *entry["shards"]]
     # Without the settings, the first line, it is not known what the records are of.

@@ -485,9 +485,9 @@ def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None
     inner = os.path.commonpath(images[0])
     if len(folders) == 1 and len(images[0]) > 1:
         start = len(os.path.join(inner, ""))
-        parts = {file[start:].partition(os.sep)[::2] for file in images[0]}
-        names = sorted({name for name, rest in parts if rest})
-        if len(names) > 1 and 10 * sum(not rest for _, rest in parts) <= len(images[0]):
+        inside = [file[start:] for file in images[0]]
+        names = sorted({file.split(os.sep)[0] for file in inside if os.sep in file})
+        if len(names) > 1 and 10 * sum(os.sep not in file for file in inside) <= len(images[0]):
             raise SourceError(
                 f"Expected folders of classes or splits in '{path}', received the one folder '{folders[0]}' "
                 f"around the folders {first_few(names)}. Pass '{inner}'."

@@ -904,7 +904,7 @@ def test_command_writes_several_files_and_a_report(weights_folder, run, tmp_path
         "--report",
         "report",
     )
-    assert (code, out.count("\n")) == (0, 3), err
+    assert (code, out.count("\n")) == (0, 4), err  # head, two files, what was compared
     files = left_in(tmp_path / "exported")
     assert files == [
         f"test_convnext2.r160_in1k_{precision}.tflite" for precision in ("dynamic_int8", "float32")

@@ -180,6 +180,8 @@ def scope():
 ON_DEVICES = """
 import test_plain_fit as t
 for name in t.OPTIMIZERS:
+    if name == "accumulating" and t.BACKEND == "tensorflow":
+        continue  # no optimizer of Keras accumulates under a strategy: its condition cannot leave the device
     keras.distribution.set_distribution(None) if "jax" in sys.modules else None
     expected = t.fit(t.compiled(name), 2)
     with scope():
