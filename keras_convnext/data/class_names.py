@@ -22,7 +22,7 @@ from typing import Any
 
 from keras_convnext._messages import printable
 
-_MEMBERSHIP = {1000: 1, 11821: 2, 21841: 4}
+_MEMBERSHIP: dict[int | str, int] = {1000: 1, 11821: 2, 21841: 4}
 TINY_IMAGENET = "tiny_imagenet200"
 
 

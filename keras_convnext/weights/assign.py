@@ -138,7 +138,8 @@ def around(model: keras.Model) -> Around:
         reads.setdefault(id(operation), []).extend(sources)
 
     def ancestors(layers):
-        found, rest = {}, list(layers)
+        found: dict[int, Any] = {}
+        rest = list(layers)
         while rest:
             new = [part for part in reads.get(id(rest.pop(0)), ()) if part and id(part) not in found]
             found |= {id(part): part for part in new}
