@@ -31,12 +31,16 @@ def draw_curves(
     `scores` has the title of a panel by the name of its score, such as "top1" of the columns "val_top1" and
     "ema_val_top1".
     """
+    from matplotlib.figure import Figure
+
     of_scores = {
         panel: {f"val_{name}": "validation", f"ema_val_{name}": "validation, EMA"}
         for name, panel in scores.items()
     }
     panels = _LOSS | of_scores | _SPEED
-    figure = _figure(title)
+    figure = Figure(figsize=(11.0, 7.2))
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
     for axes, (name, labels) in zip(
         figure.subplots(-(-len(panels) // 2), 2).flat, panels.items(), strict=False
     ):
@@ -68,15 +72,6 @@ def _note(is_score: bool, epochs: list[int], values: list[float]) -> str:
         return f": last {values[-1]:.4g}"
     best = max(range(len(values)), key=values.__getitem__)
     return f": best {values[best]:.2f} (epoch {epochs[best]}), last {values[-1]:.2f}"
-
-
-def _figure(title: str) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.0, 7.2))
-    figure.suptitle(printable(title), fontsize=11, parse_math=False)
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
-    return figure
 
 
 def _finish(axes: Any) -> None:
