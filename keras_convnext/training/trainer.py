@@ -18,23 +18,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_convnext._environment import require
 from keras_convnext.distribution import choose
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import result_columns
-from keras_convnext.training import logs, optimizer, run_folder, run_state
+from keras_convnext.training import failure, logs, optimizer, run_folder, run_state
 from keras_convnext.training.checkpoints import Checkpoints, Counts
 from keras_convnext.training.derived import choose_recipe
-from keras_convnext.training.epochs import RunLog, note_best, training_row, validation_row
-from keras_convnext.training.failure import (
-    Interrupted,
-    NonFiniteError,
-    Signals,
-    check_faults,
-    non_finite_error,
-    write_faults,
-)
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.run_state import TrainingResult
 from keras_convnext.training.tasks import Datasets, Task, TaskModel
@@ -154,8 +146,9 @@ class Run:
         self.engine, self.folder, self.plan = engine, folder, data.plan
         self.counts = Counts(data.plan)
         self.checkpoints = Checkpoints(folder, engine, built.model, built.student, self.counts)
-        self.signals = Signals(engine.group)
-        self.log: Any = RunLog(folder, task) if folder else None
+        self.signals = failure.Signals(engine.group)
+        self.has_average = recipe.optimizer.ema_decay > 0
+        self.log: Any = None  # from `begin` on a RunLog, in the process that writes
         self.progress = logs.Progress(
             recipe.optimizer.epochs,
             data.plan.steps_per_epoch,
@@ -183,7 +176,7 @@ class Run:
             environment = {**result_columns.environment(), "command": sys.argv, "engine": described}
             self.folder.write_text(run_folder.RECIPE_FILE, self.recipe.to_toml())
             self.folder.write_json(run_state.ENVIRONMENT_FILE, environment | self.data.facts)
-            self.log.begin(self.counts)
+            self.log = RunLog(self.folder, self.task, self.counts)
         if is_resumed:
             self.progress.say(f"resumes after step {self.counts.step} of {self.plan.total_steps}")
         if len(self.engine.group) > 1:
@@ -227,7 +220,7 @@ class Run:
         """Does what is due after a micro-batch; `means` are over the `in_fit` ones of this `fit`."""
         counts, plan = self.counts, self.plan
         counts.add(in_fit, means)
-        check_faults(self.data.faults, "train", self.folder)
+        failure.check_faults(self.data.faults, "train", self.folder)
         if not math.isfinite(means["loss"]):
             raise self._non_finite(f"a loss of {means['loss']}")
         if counts.done % plan.accumulation_steps == 0:
@@ -244,7 +237,7 @@ class Run:
         self.save()
         self.progress.close()
         self.engine.group.close()
-        raise Interrupted(
+        raise failure.Interrupted(
             number,
             f"{signal.Signals(number).name} received: stopped after step {self.counts.step} of "
             f"{self.plan.total_steps}, with a checkpoint. The same command resumes from there.",
@@ -253,14 +246,13 @@ class Run:
     def end_epoch(self) -> None:
         """Evaluates, logs, draws the curves, writes the best weights and a checkpoint."""
         counts, best = self.counts, self.task.best
-        skips_batches = self.recipe.model.precision == "mixed_float16"
-        row = training_row(counts, self.built.model, skips_batches)
-        if skips_batches and row["skipped_batches"] == counts.done:
+        row = self._training_row()
+        if row.get("skipped_batches") == counts.done:
             raise self._non_finite("an overflow in float16 in every batch since the beginning")
         if self.data.validation is not None:
             self.progress.status("validation")
-            row |= validation_row(self.task, self.built, self.data, self.engine, self.signals)
-            check_faults(self.data.faults, "validation", self.folder)
+            row |= self._validation_row()
+            failure.check_faults(self.data.faults, "validation", self.folder)
         if number := self.signals.agreed(counts.done):  # received while it was validated, which is repeated
             self._stop(number)
         if self.progress.images_per_second is not None:
@@ -277,6 +269,32 @@ class Run:
         if column or is_due or counts.epoch == self.recipe.optimizer.epochs:
             self.save(is_best=column is not None)
 
+    def _training_row(self) -> dict[str, Any]:
+        counts, inner = self.counts, optimizer.inner_optimizer(self.built.model.optimizer)
+        # `int` fails for TensorFlow's variables on several devices.
+        updates, batches = (int(ops.convert_to_numpy(each)) for each in (inner.iterations, inner._iterations))
+        row = {
+            "epoch": counts.epoch,
+            "step": counts.step,
+            **{name: total / self.plan.micro_batches_per_epoch for name, total in counts.sums.items()},
+            "learning_rate": float(inner._learning_rate(max(updates - 1, 0))),
+        }
+        if self.recipe.model.precision == "mixed_float16":  # batches that overflow are skipped
+            row["skipped_batches"] = counts.done - batches
+        return row
+
+    def _validation_row(self) -> dict[str, float]:
+        """Returns the scores of the weights, "val_...", and of their average, "ema_val_..."; a signal ends it."""
+        row: dict[str, float] = {}
+        with contextlib.suppress(failure.Signalled):
+            for prefix in ("val", "ema_val")[: 1 + self.has_average]:
+                with self._averaged(prefix == "ema_val"):
+                    scores = self.task.evaluate(
+                        self.built.student, self.data, self.engine, self.signals.raise_if_received
+                    )
+                row |= {f"{prefix}_{name}": value for name, value in scores.items()}
+        return row
+
     def save(self, is_best: bool = False) -> None:
         """Writes a checkpoint; NonFiniteError: it is not written, as a weight is NaN or infinite."""
         if broken := self.checkpoints.save(is_best):
@@ -285,15 +303,14 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Writes the final weights and what is needed to use them; returns the scores."""
         self._write_weights(run_state.FINAL_WEIGHTS[1])
-        has_average = self.recipe.optimizer.ema_decay > 0
-        with self._averaged(has_average), self.engine.whole(self.built.student):
-            if has_average:
+        with self._averaged(self.has_average), self.engine.whole(self.built.student):
+            if self.has_average:
                 self._write_weights(run_state.FINAL_WEIGHTS[0])
             if self.folder:
                 self.task.save(self.built.student, self.data, self.folder)
         scores = {}
         if self.folder:
-            write_faults(self.data.faults, self.folder)
+            failure.write_faults(self.data.faults, self.folder)
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
             rows = self.log.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
             scores = dict(rows[-1]) | best
@@ -310,13 +327,48 @@ class Run:
             with self.engine.whole(self.built.student):
                 self.folder.write_with(name, lambda path: self.task.save_weights(self.built.student, path))
 
-    def _non_finite(self, what: str) -> NonFiniteError:
+    def _non_finite(self, what: str) -> failure.NonFiniteError:
         self.progress.close()
-        return non_finite_error(
+        return failure.non_finite_error(
             what,
             self.checkpoints,
             lambda: self.task.train_batches(self.data, self.counts.done - 1, self.engine),
         )
+
+
+class RunLog:
+    """log.csv, the events for TensorBoard and the pictures of a run."""
+
+    def __init__(self, folder: run_folder.RunFolder, task: Task, counts: Counts) -> None:
+        self.folder, self.task = folder, task
+        self.csv = logs.CsvLog(folder.path / run_state.LOG_FILE)
+        self.csv.resume(before_epoch=counts.epochs_logged + 1)  # forgets what is about to be repeated
+        self.events = logs.TensorBoardLog(
+            folder.path / "tensorboard", purge_step=counts.step + 1 if counts.done else None
+        )
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.csv.write(row)
+        scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+        self.events.write(row["step"], scalars)
+        self.task.draw(self.csv.rows, self.folder)
+
+
+def note_best(counts: Counts, row: Mapping[str, Any], best: str) -> str | None:
+    """Notes in `counts` whether an epoch is the best so far, by its column `best` or that of the average.
+
+    The largest value is the best, of a loss the smallest. Returns the column that decided; None when an
+    earlier epoch was as good, or nothing was evaluated.
+    """
+    sign = -1 if best.endswith("loss") else 1
+    name = best.removeprefix("val_")
+    values = {column: sign * row[column] for column in (best, f"ema_{best}") if column in row}
+    column = max(values, key=values.__getitem__, default=None)
+    before = sign * counts.best[name] if counts.best else -math.inf
+    if column is None or not values[column] > before:
+        return None
+    counts.best = {name: row[column], "epoch": row["epoch"]}
+    return column
 
 
 class BetweenSteps(keras.callbacks.Callback):

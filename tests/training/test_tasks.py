@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from keras.initializers import GlorotUniform
 
-from keras_convnext.training import curves, epochs, failure, run_folder, trainer
+from keras_convnext.training import curves, failure, run_folder, trainer
 from keras_convnext.training.checkpoints import Counts
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.run_state import Plan
@@ -159,7 +159,7 @@ def test_a_task_resumes_to_the_same_digits(autoencoder, tmp_path, monkeypatch):
 )
 def test_the_best_epoch_has_the_largest_score_or_the_smallest_loss(best, before, row, expected):
     counts = Counts(Plan(1, 1, 1, 1, 0), best=dict(before))
-    assert epochs.note_best(counts, row | {"epoch": 3}, best) == expected
+    assert trainer.note_best(counts, row | {"epoch": 3}, best) == expected
     noted = before if expected is None else {best.removeprefix("val_"): row[expected], "epoch": 3}
     assert counts.best == noted
 
@@ -167,7 +167,7 @@ def test_the_best_epoch_has_the_largest_score_or_the_smallest_loss(best, before,
 @pytest.mark.once
 def test_the_trainer_knows_no_task():
     folder = pathlib.Path(trainer.__file__).parent
-    for name in ("trainer", "epochs", "checkpoints", "failure"):
+    for name in ("trainer", "checkpoints", "failure"):
         code = (folder / f"{name}.py").read_text()
         for word in ("if task", "top5", ".classes", "image_size", "Crossentropy"):
             assert word not in code, (name, word)
