@@ -126,9 +126,9 @@ class Settings(pydantic.BaseModel):
     def read(cls, path: Path, changes: Mapping[str, Any] | None = None) -> Self:
         """Reads a TOML file, which has every key that is not optional, in its table or at the top.
 
-        `changes` stand in place of the file's values, by short or full key. A text among them is read by the
-        type of its key, as it comes from a command line: "3", "true", "0.08,1". ValueError: the file is
-        missing or not TOML, with its line; or it lists all keys that are unknown, missing or do not fit.
+        `changes` take the place of values by short or full key; a text among them is read by the type of its
+        key: "3", "true", "0.08,1". ValueError: the file is missing or not TOML, with its line, or all keys
+        that are unknown, missing or do not fit.
         """
         given, problems = cls.by_key(read_toml(path))
         changed, faults = cls.by_key(changes or {}, texts=True)

@@ -21,14 +21,11 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
 
     - "none": one device, the backend's first.
     - "data_parallel" (JAX): a part of each batch to each device, weights on all, gradients summed.
-    - "model_parallel" (JAX): the same with groups of `model_devices` in place of devices. In a group the
-      pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average of these
-      are divided, see `jax_engine.POINTWISE_LAYOUT`; the others are on all.
-    - "mirrored" (TensorFlow): as "data_parallel", for the devices of one process.
-    - "multi_worker_mirrored" (TensorFlow): the same for the processes that TF_CONFIG names.
-    - "tpu" (TensorFlow): the same for the cores of a TPU of one host.
-    - "ddp" (PyTorch): as "data_parallel" for processes of one device each, their own GPU or the CPU;
-      gradients averaged.
+    - "model_parallel" (JAX): the same with groups of `model_devices` in place of devices. A group divides
+      the pointwise kernels and what belongs to them, see `jax_engine.POINTWISE_LAYOUT`.
+    - "mirrored", "multi_worker_mirrored" and "tpu" (TensorFlow): as "data_parallel", for the devices of one
+      process, those of the processes that TF_CONFIG names, and the cores of a TPU of one host.
+    - "ddp" (PyTorch): as "data_parallel" for processes of one device each, their own GPU or the CPU.
     - "auto": the first of the backend's where there are several devices, else "none"; on TensorFlow
       "multi_worker_mirrored" where TF_CONFIG names processes, "tpu" where there is one.
 

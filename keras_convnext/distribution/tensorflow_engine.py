@@ -1,8 +1,8 @@
 """Engines of TensorFlow: its strategies for the devices of a machine, for many processes and for a TPU.
 
-A replica is what TensorFlow calls a device with a part of the batch. Each has all weights, sums its gradients
-with the others as soon as it has them, and updates its own copy. Keras's own way, which sums later and from
-outside of the replicas, knows no accumulation and no common clipping.
+Each replica, a device with a part of the batch, has all weights, sums its gradients with the others as soon
+as it has them, and updates its own copy. Keras sums later, which allows no accumulation and no common
+clipping.
 """
 
 import contextlib

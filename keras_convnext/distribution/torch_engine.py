@@ -120,9 +120,8 @@ class TorchEngine(Engine):
 class _Replica:
     """The training step of a model in one process of many; takes the place of the model's own.
 
-    The forward pass goes through `DistributedDataParallel`, which averages the gradients over the processes
-    in the backward pass, so before the optimizer accumulates, unscales or clips them. Then the sums that loss
-    and metrics are made of are averaged, and `fit` reports those of the whole batch.
+    `DistributedDataParallel` averages the gradients in the backward pass, before the optimizer accumulates,
+    unscales or clips them. The sums of loss and metrics are averaged too: `fit` reports the whole batch.
     """
 
     def __init__(self, model: Any) -> None:

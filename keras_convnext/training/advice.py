@@ -18,12 +18,9 @@ def warnings_for(
 ) -> list[str]:
     """Tells where a recipe's values do not fit the weights that it starts from, in sentences to print.
 
-    The bounds lie between the published values for the weights at hand and those for other weights; no
-    published recipe is warned of with its own weights.
-
-    `is_self_supervised` weights are trained without labels (FCMAE). `trained_size` is the side in pixels of
-    the images of the weights; `has_new_head` says whether the classifier begins at random; `num_steps` are
-    optimizer steps of the whole run.
+    The bounds lie between the published values for the weights at hand and those for other weights.
+    `is_self_supervised`: trained without labels (FCMAE); `trained_size`: pixels of the side of their images;
+    `has_new_head`: the classifier begins at random; `num_steps`: optimizer steps of the whole run.
     """
     messages: list[str] = []
     if not has_weights:
@@ -57,14 +54,13 @@ def _of_all_weights(recipe: Recipe, is_self_supervised: bool, has_new_head: bool
             "et al. 2022, table 6). Set learning_rate to 5e-5, and for few images at most to "
             f"{min(1e-3, 4e-4 * batch_size / 256):.2g}."
         )
-    if decay > (0.5 if is_self_supervised else 0.1):
-        supervised, masked = (
-            "1e-8 (Liu et al. 2022, table 6)",
-            "0.05 to 0.3 (Woo et al. 2023, tables 9 to 12)",
-        )
+    highest, published = 0.1, "1e-8 (Liu et al. 2022, table 6)"
+    if is_self_supervised:
+        highest, published = 0.5, "0.05 to 0.3 (Woo et al. 2023, tables 9 to 12)"
+    if decay > highest:
         yield (
             f"weight_decay {decay:g} pulls the weights to 0 from what they were trained to be. Published for "
-            f"fine-tuning: {masked if is_self_supervised else supervised}. Set weight_decay to such a value."
+            f"fine-tuning: {published}. Set weight_decay to such a value."
         )
     if has_new_head and scale > 0.1:
         yield (

@@ -32,10 +32,9 @@ def choose_recipe(
 ) -> tuple[Recipe, list[str]]:
     """Reads a recipe, and derives what follows from weights in place of its own.
 
-    `overrides` are by short or full key. `folder` is that of the run, to train: one that was begun there
-    with these weights keeps what it began with. None to plan: the recipe's own data and weight files may be
-    missing. Returns the recipe, and a line for each derived value, such as "image_size = 64: of the weights".
-    Its ValueError lists all that is wrong.
+    `overrides` are by short or full key. A run that was begun in `folder` with these weights keeps what it
+    began with; None to plan: the recipe's own data and weight files may be missing. Returns a line for each
+    derived value too, such as "image_size = 64: of the weights". Its ValueError lists all that is wrong.
     """
     changes = dict(overrides or {})
     run_path = None if folder is None else pathlib.Path(os.path.expanduser(folder))
@@ -185,8 +184,7 @@ def _lengths(recipe: Recipe, changed: Mapping[str, Any]) -> _Derived:
 def _facts(weights: str, architecture: str, *, is_of_it: bool = True):
     """Returns the architecture of weights and how their images are prepared; None where they cannot be used.
 
-    `is_of_it`: a file is taken to be of the architecture, and not read for it. The images are None for those
-    of detectors and segmenters, whose images are no photos of one thing.
+    `is_of_it`: a file is taken to be of the architecture. Of detectors and segmenters the images are None.
     """
     try:
         if not is_path(weights):

@@ -8,10 +8,9 @@ from keras import ops
 class Distillation(keras.layers.Layer):
     """Returns the student's logits, and adds the distance to the teacher's to the loss while training.
 
-    Called with [student's logits (N, K), teacher's (N, K)]. The added loss is `weight * T^2 *
-    KL(softmax(teacher / T) || softmax(student / T))`, averaged; the loss that the model is compiled with gets
-    the other part by `loss_weights=[1 - weight]`. Nothing flows back into the teacher. `weight` is in [0, 1],
-    the temperature T above 0.
+    Called with [student's logits (N, K), teacher's (N, K)]; nothing flows back into the teacher. The added
+    loss is the mean of `weight * T^2 * KL(softmax(teacher / T) || softmax(student / T))`, with `weight` in
+    [0, 1] and T > 0; that of `compile` gets the other part by `loss_weights=[1 - weight]`.
 
     Reference: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531), section
     2, with T^2 as explained there; with these weights Touvron et al. 2021 (arXiv:2012.12877), equation 2.

@@ -143,8 +143,8 @@ def _contact_picture(images: np.ndarray) -> PIL.Image.Image:
     """Puts images side by side; what is not finite is black."""
     columns = math.ceil(math.sqrt(len(images)))
     height, width = images.shape[1:3]
-    sheet = np.zeros((math.ceil(len(images) / columns) * height, columns * width, 3), np.uint8)
-    for number, image in enumerate(np.nan_to_num(images, nan=0, posinf=0, neginf=0)):
-        top, left = number // columns * height, number % columns * width
-        sheet[top : top + height, left : left + width] = np.clip(image, 0, 255)
-    return PIL.Image.fromarray(sheet)
+    sheet = PIL.Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
+    pixels = np.clip(np.nan_to_num(images, nan=0, posinf=0, neginf=0), 0, 255).astype(np.uint8)
+    for number, image in enumerate(pixels):
+        sheet.paste(PIL.Image.fromarray(image), (number % columns * width, number // columns * height))
+    return sheet

@@ -52,8 +52,8 @@ def choose_trainable(model: keras.Model, trainable: str) -> None:
 def freeze_stages(model: keras.Model, stages: int) -> None:
     """Freezes the stem and the first stages of a ConvNeXt, and lets the rest of it learn. Compile afterwards.
 
-    A stage is its blocks and the downsampling in front of them. What follows in the ConvNeXt learns also
-    where it, or a model that it is in, was frozen; other layers stay as they are. Files and copies keep it.
+    A stage begins with its downsampling. What follows in the ConvNeXt learns, whatever was frozen before;
+    other layers stay as they are. Files and copies keep it.
 
     Args:
         model: of this package, or around one of it, as a layer or by its layers.

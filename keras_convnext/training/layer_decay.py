@@ -22,14 +22,13 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
     - "stage_wise": V1 on ADE20K; stem and downsamplings 0, stage i: i + 1, the rest 7 or 13 as before.
     - "timm": timm's `param_groups_layer_decay`; "single" with 0 for the stem.
 
-    "The rest" is what the official functions fall through to: final norm, norms of a pyramid, all heads. The
-    official configurations give 6 (T) and 12 (S to XL) by hand; the border at nine blocks is mmpretrain's
-    (ee7f2e8, models/backbones/convnext.py, `get_layer_depth`).
+    "The rest" is final norm, norms of a pyramid and all heads. The official configurations give 6 (T) and 12
+    (S to XL) by hand; the border at nine blocks is mmpretrain's (ee7f2e8, models/backbones/convnext.py,
+    `get_layer_depth`).
 
     The depths are taken from the paths, such as "stages_2_7/pwconv1/kernel", maybe with a model's name in
-    front. Stages that do not train may be missing if they come first; "single" and "timm" then count from the
-    first block that is there. ValueError: no path is of a ConvNeXt stage (the official code knows no such
-    decay for isotropic models), or the depth of a stage that matters cannot be told.
+    front. First stages that do not train may be missing; "single" and "timm" then count from the first block
+    that is there. ValueError: no path is of a ConvNeXt stage, or the depth of one that matters is not told.
     """
     return _numbered(paths, groups)[0]
 
@@ -37,9 +36,7 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
 def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
     """Returns the factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
 
-    Paths, groups and errors are those of `layer_ids`.
-
-    Reference: `LayerDecayValueAssigner` of optim_factory.py, with the values that main.py gives it.
+    The rest is as for `layer_ids`. Reference: `LayerDecayValueAssigner` of optim_factory.py and main.py.
     """
     ids, last = _numbered(paths, groups)
     return [float(decay) ** (last - number) for number in ids]

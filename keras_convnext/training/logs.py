@@ -1,10 +1,8 @@
 """Reports a run while it trains: a CSV, events for TensorBoard and a line on stderr.
 
-The columns, in the CSV and in TensorBoard:
-
-- epoch, from 1; step: optimizer steps of the run; loss: mean over the epoch's training;
-- val_..., ema_val_...: loss and scores, such as top1 in percent, of the weights and of their average (EMA);
-- learning_rate: of the last step; images_per_second: of training.
+The columns are epoch, from 1; step, optimizer steps of the run; loss, mean over the epoch's training; val_...
+and ema_val_..., loss and scores, such as top1 in percent, of the weights and of their average (EMA);
+learning_rate of the last step; images_per_second of training.
 """
 
 import contextlib
@@ -28,9 +26,8 @@ Value = float | int | str
 class CsvLog:
     """A CSV with one row an epoch, which is whole at any time.
 
-    The file is written anew for each row; rows that it holds already are kept, see `resume`. Its columns are
-    those of all rows, in the order in which they first appeared. A float is written with all its digits; NaN
-    and infinity are written nan, inf and -inf.
+    It is written anew for each row, with the rows that it held (see `resume`) and the columns of all, in the
+    order in which they first appeared. A float has all its digits; NaN and infinity are nan, inf and -inf.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -158,10 +155,7 @@ class Progress:
         return None if rate is None else rate * self.batch_size
 
     def show(self, epoch: int, step: int, loss: Any) -> None:
-        """Says that so many steps of an epoch, which counts from 1, are done; most calls only read the clock.
-
-        `loss` is a number, or a scalar tensor, which is read only when a line is printed.
-        """
+        """Says how many steps of an epoch, from 1, are done; a tensor `loss` is read when it is printed."""
         self._line.title = f"epoch {epoch}/{self.epochs}"
         self._line.show(step, lambda: self._text(epoch, step, float(loss)))
         self._step_end = self._clock()

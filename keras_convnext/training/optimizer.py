@@ -1,8 +1,7 @@
 """The optimizer of the ConvNeXt papers as one Keras optimizer, for `model.compile` on every backend.
 
-V1: facebookresearch/ConvNeXt at 4eddc6b, optim_factory.py, utils.py, and the optimizer constructor of
-    object_detection/mmcv_custom and semantic_segmentation/mmcv_custom.
-V2: facebookresearch/ConvNeXt-V2 at 2553895, optim_factory.py, utils.py.
+V1 is facebookresearch/ConvNeXt at 4eddc6b, with the mmcv_custom of object_detection and
+semantic_segmentation; V2 facebookresearch/ConvNeXt-V2 at 2553895.
 """
 
 import contextlib
@@ -28,12 +27,12 @@ class AdamW(keras.optimizers.AdamW):
     `w -= r / (1 - beta_1^t) * m / (sqrt(v / (1 - beta_2^t)) + epsilon)`. `keras.optimizers.AdamW` has epsilon
     where it weighs up to 30 times more in the first steps. Beyond that:
 
-    - weights of one dimension, and all named bias, gamma or beta, do not decay (nor does what
-      `exclude_from_weight_decay` names);
+    - weights of one dimension, all named bias, gamma or beta, and those of `exclude_from_weight_decay` do not
+      decay;
     - `scale` falls from the head to the stem by `layer_decay`, see `layer_ids`; it multiplies the decay too;
-    - the moving average (`use_ema=True`) starts as a copy of the weights and follows once an optimizer step:
-      `average += (1 - ema_momentum) * (w - average)`. Keras starts at the weights after the first step, and
-      under accumulation follows at each micro-batch. `ema_weights` puts it in the model for an evaluation;
+    - the moving average (`use_ema=True`) starts as a copy of the weights, in Keras after the first step, and
+      follows once an optimizer step, in Keras once a micro-batch: `average += (1 - ema_momentum) * (w -
+      average)`. `ema_weights` puts it in the model for an evaluation;
     - the gradients of `gradient_accumulation_steps` micro-batches are averaged, then clipped, then used once;
       schedules and bias corrections count optimizer steps, where Keras gives a schedule the micro-batches;
     - `global_clipnorm` is torch.nn.utils.clip_grad_norm_: factor `min(1, norm / (total + 1e-6))`.
@@ -43,13 +42,11 @@ class AdamW(keras.optimizers.AdamW):
 
     Args:
         learning_rate: float or schedule, such as `WarmupCosine`. Default 4e-3, the paper's at batch 4096.
-        weight_decay: float >= 0. Default 0.05.
+        weight_decay, epsilon: float >= 0. Default 0.05 and 1e-8, as in the official code.
         beta_1, beta_2: float in [0, 1). Default 0.9 and 0.999.
-        epsilon: float >= 0. Default 1e-8, as in the official code.
         layer_decay: float in (0, 1], factor on the rate from a layer to the one before. Default 1: none.
         layer_decay_groups: "group", "single", "layer_wise", "stage_wise" or "timm"; see `layer_ids`.
-        overwrite_after_fit: bool. True, as in Keras: `fit` ends by setting the model to the averages. False:
-            the model keeps its own weights, and `ema_weights` gives the averages.
+        overwrite_after_fit: bool, whether `fit` ends by setting the model to the averages, as in Keras.
         clipnorm, clipvalue, global_clipnorm: float or None, clipping of the gradients; at most one.
         use_ema: bool, keep a moving average of the weights.
         ema_momentum: float in [0, 1]. Default 0.9999, the papers' (Keras: 0.99).
@@ -211,32 +208,29 @@ class AdamW(keras.optimizers.AdamW):
             for weight, _, m, v in members
             for tensor in (weight, m, v)
         )
-        update = self._torch_fused_update if is_fused else self._torch_foreach_update
         learning_rate = ops.cast(learning_rate, "float32")
         with torch.no_grad():
             for (scale, decays), members in groups.items():
                 weights, gradients, m, v = map(list, zip(*members, strict=True))
-                decay = self.weight_decay if decays else 0.0
-                update(weights, gradients, m, v, learning_rate * scale, decay)
-
-    def _torch_fused_update(self, weights, grads, m, v, rate, decay):
-        import torch
-
-        torch._fused_adamw_(
-            weights,
-            [gradient.contiguous() for gradient in grads],
-            m,
-            v,
-            [],
-            [ops.cast(self.iterations + 1, "float32")] * len(weights),
-            lr=rate,
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            weight_decay=decay,
-            eps=self.epsilon,
-            amsgrad=False,
-            maximize=False,
-        )
+                rate, decay = learning_rate * scale, self.weight_decay if decays else 0.0
+                if not is_fused:
+                    self._torch_foreach_update(weights, gradients, m, v, rate, decay)
+                    continue
+                torch._fused_adamw_(
+                    weights,
+                    [gradient.contiguous() for gradient in gradients],
+                    m,
+                    v,
+                    [],
+                    [ops.cast(self.iterations + 1, "float32")] * len(weights),
+                    lr=rate,
+                    beta1=self.beta_1,
+                    beta2=self.beta_2,
+                    weight_decay=decay,
+                    eps=self.epsilon,
+                    amsgrad=False,
+                    maximize=False,
+                )
 
     def _torch_foreach_update(self, weights, grads, m, v, rate, decay):
         import torch

@@ -28,10 +28,9 @@ _NOT_IDENTITY = {
 def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Reads and checks a recipe: a TOML file, or a published one by its bare name, such as "fine_tune".
 
-    A file may have its keys in tables or, as those of before, all at the top. `overrides` go by key, "epochs"
-    or "optimizer.epochs", as for `Settings.read`. Paths among them are relative to the working directory,
-    those of the file to its folder. In the recipe `data.source` is absolute, and `weights` and `teacher` are
-    where they are files.
+    A file may have its keys in tables or all at the top. `overrides` go by key, "epochs" or
+    "optimizer.epochs". Paths among them are relative to the working directory, those of the file to its
+    folder. In the recipe `data.source` is absolute, and `weights` and `teacher` are where they are files.
 
     Raises:
         ValueError: there is no such recipe, or the message has the line that is not TOML, or all keys that
@@ -87,8 +86,7 @@ def known_recipes() -> list[str]:
 def recipes_folder() -> Path:
     """Returns the folder of the published recipes and their small data sets, `digits` and `flowers`.
 
-    It lies in the package where that is installed, next to it in the repository. Of a package in a zip file
-    it is a copy, which is removed when the process ends.
+    It is in an installed package, next to it in the repository; of a zip file it is a temporary copy.
     """
     inside = importlib.resources.files("keras_convnext") / "recipes"
     if not inside.is_dir():
@@ -102,10 +100,9 @@ def recipes_folder() -> Path:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Returns what decides the result of a run, by short key; two runs of the same may share a folder.
+    """Returns what decides the result of a run, by short key, in JSON values.
 
-    The values are equal after JSON. Optional ones that have their default are left out: a key of a later
-    version keeps no run from being resumed.
+    Optional ones that have their default are left out: a key of a later version stops no resumption.
     """
     fields, values = Recipe.fields().values(), recipe.by_short_key()
     return {

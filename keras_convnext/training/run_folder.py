@@ -1,9 +1,8 @@
 """Keeps a training run on the disk so that a kill, a full disk or a damaged file loses as little as possible.
 
-A run folder holds run.json, what makes this run this run (its recipe and data), so that no other one
-continues it; checkpoints/step-00001234.safetensors, all arrays and the state of a step, with a checksum of
-both; best.json, which of them is the best one; .lock, held by the process that trains; and what the caller
-writes. Every file appears under its name when it is complete. Nothing here needs Keras.
+A run folder holds run.json, the recipe and data of the run; checkpoints/step-00001234.safetensors, all arrays
+and the state of a step, with a checksum of both; best.json, which of them is the best one; .lock, held by the
+process that trains; and what the caller writes. A file has its name when it is complete. No Keras is needed.
 """
 
 import contextlib
@@ -87,7 +86,10 @@ def open_run(
         stored = _read_identity(folder)
         if stored is not None:
             _refuse_other_run(folder, stored, given)
-        _remove_leftovers(folder)
+        with _writing(folder):
+            for leftover in folder.rglob(".*"):  # of a killed process
+                if _TEMPORARY_NAME.fullmatch(leftover.name) and leftover.is_file():
+                    leftover.unlink()
         _refuse_small_disk(folder, checkpoint_bytes, keep, weights_bytes)
         with _writing(folder):
             # In any case: a disk that is there and takes no more files shows here.
@@ -115,10 +117,9 @@ class RunFolder(contextlib.AbstractContextManager):
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> pathlib.Path:
         """Writes the checkpoint of a step in place of an earlier one, then removes old ones.
 
-        `state` has JSON values and "step", the number of finished steps. The arrays are written without a
-        second copy of all, with a CRC-32 of the state, names, shapes, dtypes and bytes. Whatever ends the
-        process before the file is complete leaves the earlier checkpoints. Then all but the newest `keep`,
-        the best and this one are removed, and those that `latest` found damaged.
+        `state` has JSON values and "step", the number of finished steps. A CRC-32 is of the state, names,
+        shapes, dtypes and bytes. The newest `keep`, the best and this one stay; those that `latest` found
+        damaged go.
         """
         step, text = int(state["step"]), json.dumps(dict(state))
         path = self._checkpoint_path(step)
@@ -208,8 +209,7 @@ class RunFolder(contextlib.AbstractContextManager):
     ) -> pathlib.Path:
         """Has a function write a file, to a path that ends in `name`, and gives it the name when it returns.
 
-        Its OSErrors, or that it wrote nothing, become a RunFolderError, with the bytes `needed` where the
-        disk is full; an earlier file of this name stands.
+        Its OSErrors become a RunFolderError, with the bytes `needed` where the disk is full.
         """
         path = self.path / name
         with _writing(path.parent, needed):
@@ -253,19 +253,19 @@ def check_arrays(
     """
     wanted = {name: _array_text(*kind) for name, kind in expected.items()}
     found = {name: _array_text(array.shape, array.dtype) for name, array in arrays.items()}
-    problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "different": [
-            f"{name} expected {wanted[name]}, received {text}"
-            for name, text in found.items()
-            if wanted.get(name, text) != text
-        ],
-    }
-    facts = [
-        f"{len(names)} {kind}: {listed(names, _MOST_LISTED)}" for kind, names in problems.items() if names
-    ]
-    if facts:
+    if wanted != found:
+        problems = {
+            "missing": [name for name in wanted if name not in found],
+            "unexpected": [name for name in found if name not in wanted],
+            "different": [
+                f"{name} expected {wanted[name]}, received {text}"
+                for name, text in found.items()
+                if wanted.get(name, text) != text
+            ],
+        }
+        facts = [
+            f"{len(each)} {kind}: {listed(each, _MOST_LISTED)}" for kind, each in problems.items() if each
+        ]
         raise ValueError(
             f"{source} is a checkpoint of another architecture, optimizer or precision. Expected "
             f"{len(expected)} arrays, received {len(arrays)}. {'. '.join(facts)}. Continue with the recipe "
@@ -358,14 +358,6 @@ def _refuse_other_run(
             f"{len(changes)} changed: {listed(changes, _MOST_LISTED)}. Pass what was passed then, or another "
             "folder."
         )
-
-
-def _remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes what a killed process was writing."""
-    with _writing(folder):
-        for path in folder.rglob(".*"):
-            if _TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
-                path.unlink()
 
 
 def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int, weights_bytes: int) -> None:

@@ -16,8 +16,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     After the warmup the rate is `end + (peak - end) * (1 + cos(pi * i / n)) / 2`, where i counts the steps
     after the warmup and n is their number; from `total_steps` on it stays at `end`. The right digits survive
     float32 up to 2^24 steps, because i and n are integers and `1 + cos` is taken as a squared sine.
-    Reference: Liu et al. 2022, table 5; `cosine_scheduler` of V1's utils.py (warmup that includes the peak),
-    `adjust_learning_rate` of V2's (warmup that does not).
+    Reference: Liu et al. 2022, table 5; V1's `cosine_scheduler`, V2's `adjust_learning_rate`.
 
     Args:
         peak: float, the highest rate. 4e-3 at a batch of 4096 in the paper.
@@ -72,13 +71,10 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
                 "WarmupCosine needs warmup_steps <= total_steps, for the warmup is part of the training. "
                 f"Received: warmup_steps={warmup_steps}, total_steps={total_steps}"
             )
-        self.peak = float(peak)
-        self.total_steps = int(total_steps)
-        self.warmup_steps = int(warmup_steps)
-        self.start = float(start)
-        self.end = float(end)
-        self.warmup_includes_peak = bool(warmup_includes_peak)
+        self.peak, self.start, self.end = map(float, (peak, start, end))
+        self.total_steps, self.warmup_steps = int(total_steps), int(warmup_steps)
         self.hold_steps = int(hold_steps)
+        self.warmup_includes_peak = bool(warmup_includes_peak)
 
     def __call__(self, step):
         step = ops.cast(step, "int32")

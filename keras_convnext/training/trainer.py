@@ -52,19 +52,17 @@ def train(
     Into the folder go recipe.toml (all values, after `overrides`), environment.json, log.csv (one row an
     epoch), curves.png, tensorboard/, checkpoints/, and weights: best.weights.h5 (of the epoch with the best
     top-1), final.weights.h5, and final_ema.weights.h5 where the recipe has an average; final.safetensors
-    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open. Of a run
-    that has ended the same call writes again what is missing of the final files.
-
-    SIGTERM and Ctrl-C end the run after its step, with a checkpoint. Where an image cannot be decoded another
-    takes its place; more than 1 % of such images are an error.
+    (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open. The same
+    call writes what is missing of a run that has ended. An image that cannot be decoded is replaced by
+    another; more than 1 % of such images are an error.
 
     Args:
         recipe: a `Recipe`, the path of a TOML file or the name of a published one.
         output: folder of the run; made when it is not there.
         data: in place of the recipe's, see `data.sources.open_source`.
-        overrides: values in place of the recipe's, by key. With other `weights`, what follows from them is
-            derived where it is not set, and printed, see recipes/README.md.
-        workers: threads of the input pipeline, by default the CPU cores; do not change what they make.
+        overrides: values in place of the recipe's, by key; other `weights` bring along what follows from
+            them and is not set, see recipes/README.md.
+        workers: threads of the input pipeline, by default the CPU cores; they change no result.
         progress: whether to show progress on stderr.
 
     Raises:
@@ -73,7 +71,7 @@ def train(
         RunFolderError: the folder is another run's, cannot be written, or the disk is too small.
         NonFiniteError: the loss or a weight is NaN or infinite; a folder `nonfinite-step-...` has the images
             of the step and a report. The last checkpoint is from before.
-        Interrupted: by a signal; the same call resumes the run.
+        Interrupted: SIGTERM or Ctrl-C ended the run after its step, with a checkpoint to resume from.
         ImportError: TensorFlow, which reads the images, or matplotlib is not installed.
 
     Example:
@@ -284,7 +282,7 @@ class Run:
         return row
 
     def _validation_row(self) -> dict[str, float]:
-        """Returns the scores of the weights, "val_...", and of their average, "ema_val_..."; a signal ends it."""
+        """Returns "val_..." scores of the weights, "ema_val_..." of their average; a signal ends it."""
         row: dict[str, float] = {}
         with contextlib.suppress(failure.Signalled):
             for prefix in ("val", "ema_val")[: 1 + self.has_average]:
