@@ -1,7 +1,7 @@
 """Chooses the engine that places model, optimizer and batches on the devices that are there.
 
-An engine decides where a step is computed and never what: the batch of a recipe is the one of all devices
-together, so its learning rate, its schedule and its random numbers hold for any number of them.
+The batch of a recipe is the one of all devices together, so its learning rate, its schedule and its random
+numbers hold for any number of them.
 """
 
 import importlib

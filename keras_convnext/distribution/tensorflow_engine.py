@@ -26,6 +26,7 @@ from keras_convnext.layers import residual
 
 LOGICAL_DEVICES = "KERAS_CONVNEXT_LOGICAL_DEVICES"
 _WORKERS = "multi_worker_mirrored"
+_EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
 
 # By engine. A process makes each once: of a second one the sums would meet those of the first.
 _strategies: dict[str, Any] = {}
@@ -93,8 +94,7 @@ def _place() -> tuple[int, list[str]] | None:
         kind, index = task.get("type"), int(task.get("index", -1))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            'Expected TF_CONFIG to be JSON such as {"cluster": {"worker": ["host0:2222", "host1:2222"]}, '
-            f'"task": {{"type": "worker", "index": 0}}}}, received {text!r}: {error}.'
+            f"Expected TF_CONFIG to be JSON such as {_EXAMPLE}, received {text!r}: {error}."
         ) from error
     # TensorFlow's order, in which the first one leads.
     addresses = [address for name in ("chief", "worker") for address in cluster.get(name, [])]
@@ -196,8 +196,7 @@ def multi_worker_mirrored(group: watchdog.Group) -> Engine:
     if len(group) == 1:
         raise ValueError(
             "Expected several processes, as engine 'multi_worker_mirrored' needs, but TF_CONFIG names none: "
-            'set it for each process, {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": '
-            '"worker", "index": 0}}. Or choose \'mirrored\', of one process.'
+            f"set it for each process, {_EXAMPLE}. Or choose 'mirrored', of one process."
         )
     names = devices()
     return TensorFlowEngine(_WORKERS, names, len(names), _strategies[_WORKERS], group)

@@ -1,10 +1,8 @@
 """Process group with a watchdog: gathers small values and ends all processes when one is lost.
 
-Process 0 listens, each other one has two connections to it: one for the calls of the main thread, one for a
-thread on both sides that sends a pulse. When a process ends, its connections close, and the others end within
-seconds, wherever they are: in a sum over devices they would wait for it for minutes, or for ever.
-
-A backend has only to carry a text from process 0 to the others, once.
+Each other process has two connections to process 0: one for the calls of the main thread, one for a thread on
+both sides that sends a pulse. When a process ends, its connections close, and the others end within seconds,
+where a sum over devices would wait for minutes or for ever. A backend carries one text from process 0 to all.
 """
 
 import contextlib

@@ -26,10 +26,9 @@ def draw_curves(
     scores: Mapping[str, str],
     title: str = "",
 ) -> None:
-    """Draws the rows of a `CsvLog`: losses, scores, learning rate and images per second by epoch.
+    """Draws the rows of a `CsvLog` by epoch: losses, scores, learning rate and images per second.
 
-    `scores` has the title of a panel by the name of its score, such as "top1" of the columns "val_top1" and
-    "ema_val_top1".
+    `scores` has the title of a panel by the name of its score, "top1" of "val_top1" and "ema_val_top1".
     """
     from matplotlib.figure import Figure
 

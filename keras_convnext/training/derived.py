@@ -93,10 +93,7 @@ def choose_recipe(
 
 
 def split_names(data: Data) -> tuple[str | None, str | None]:
-    """The split to train on and the one to evaluate on; None for data without splits, or without this one.
-
-    Without `val_split` it is the data's validation split, by whatever name, else its test split.
-    """
+    """The split to train on, and the one to evaluate on (by default validation, else test); None for none."""
     splits = sources.list_splits(data.source)
     others = {"validation", "test"} & set(map(sources.canonical_split, splits))
     train = data.train_split or "train"

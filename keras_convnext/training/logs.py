@@ -84,8 +84,8 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
 class TensorBoardLog:
     """Scalars for TensorBoard, in an event file of their own for each start of a run.
 
-    Each call of `write` is in the file when it returns. TensorFlow writes it, without touching a device.
-    From `purge_step` on, the first step that a resumed run repeats, TensorBoard forgets older files.
+    TensorFlow writes it, without touching a device. From `purge_step` on, the first step that a resumed run
+    repeats, TensorBoard forgets older files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
@@ -123,10 +123,7 @@ class TensorBoardLog:
 
 
 class Progress:
-    """Says on stderr how far a run is, how fast, and how long it will take; see `_terminal.Progress`.
-
-    `steps` are optimizer steps of an epoch, `batch_size` images of a step; `clock` returns seconds.
-    """
+    """Says on stderr how far a run of so many epochs and steps an epoch is; see `_terminal.Progress`."""
 
     def __init__(
         self,

@@ -303,8 +303,8 @@ class AdamW(keras.optimizers.AdamW):
 def ema_weights(model: keras.Model) -> Iterator[None]:
     """Puts the moving averages into a model for the time of a `with` block.
 
-    After the block the model has its own weights again, bit for bit, also when the block raises. The
-    averages do not change. Weights that do not train have no average and stay. No training inside the block.
+    After it, also when it raises, the model has its own weights again, bit for bit. Weights that do not train
+    have no average and stay. No training inside the block.
 
     Args:
         model: compiled with an optimizer that has `use_ema=True`, and trained or built.

@@ -161,10 +161,7 @@ class Run(Settings):
 
 
 class Distribution(Settings):
-    """How a step is divided among devices: the table [distribution], which a file may leave out.
-
-    It changes where things are computed, never what: batch size and learning rate stay the recipe's.
-    """
+    """How a step is divided among devices, never its result: [distribution], which a file may leave out."""
 
     engine: Annotated[str, _Engine] = key(
         "auto (by the devices that are there, none for a single one), none, or an engine of the backend",
@@ -182,11 +179,10 @@ class Distribution(Settings):
 class Recipe(Settings):
     """One training run, as plain values in tables, which are described in `recipes/README.md`.
 
-    A file that lacks a key is refused, so that what is not written cannot change between two versions. A
-    `Recipe` that exists can be run, as far as can be told without its data, weights and devices.
+    A file that lacks a key is refused, so that what is not written cannot change between two versions.
 
-    Reference: the hyperparameters are those of Liu et al. 2022 (arXiv:2201.03545), appendix A, and of Woo et
-    al. 2023 (arXiv:2301.00808), appendix A, with the field's names for them.
+    Reference: the hyperparameters of Liu et al. 2022 (arXiv:2201.03545) and Woo et al. 2023
+    (arXiv:2301.00808), appendix A of both.
 
     Raises:
         ValueError: names every value that is outside its range or does not go with another.

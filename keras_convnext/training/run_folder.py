@@ -69,14 +69,11 @@ def open_run(
 ) -> "RunFolder":
     """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
 
-    Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of a run of
-    another `identity` (JSON values) or of something else, another process in it, no permission, not enough
-    space for `keep` + 2 checkpoints of `checkpoint_bytes` (the newest ones, the best one and the one that is
-    being written) and for `weights_bytes` beside them; what is there counts. What a killed process was
-    writing is removed. A folder that is empty or has hidden files only is a new one.
-
-    On a file system without locks a lock file in the machine's temporary folder stands in, which other
-    machines do not see.
+    A `RunFolderError` refuses what would stop the run later: the folder of a run of another `identity` (JSON
+    values) or of something else, another process in it, no permission, no space for `keep` + 2 checkpoints of
+    `checkpoint_bytes` (the newest, the best and the one that is being written) and for `weights_bytes`; what
+    is there counts. What a killed process was writing is removed. A folder with hidden files only is a new
+    one. On a file system without locks one in the machine's temporary folder stands in.
     """
     given = json.loads(json.dumps(dict(identity)))
     folder = pathlib.Path(path).absolute()
@@ -173,8 +170,8 @@ class RunFolder(contextlib.AbstractContextManager):
     def latest(self) -> tuple[Arrays, dict] | None:
         """Reads the newest checkpoint that is whole; returns None when the run has none yet.
 
-        A damaged one is named in a warning, and removed by the next `save`. RunFolderError: all are damaged.
-        So is any OSError: the disk may give the file at another time, so no other one is taken.
+        A damaged one is named in a warning, and removed by the next `save`; RunFolderError: all are damaged.
+        An OSError goes on, as the disk may give the file at another time.
         """
         steps = self.steps()
         reasons = []
