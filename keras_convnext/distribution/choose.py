@@ -5,7 +5,7 @@ numbers hold for any number of them.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -44,8 +44,15 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
     """
     backend = keras.backend.backend()
     own = ENGINES.get(backend, ())
-    if engine not in ("auto", "none", *own):
-        raise ValueError(_unknown_engine(engine, backend, own))
+    known = ("auto", "none", *own)
+    if engine not in known:
+        hint = f".{near_names(engine, known) or ' Choose one of these.'}"
+        for name, engines in ENGINES.items():
+            if engine in engines:
+                hint = f", which is an engine of {name}. Choose one of these, or set KERAS_BACKEND={name}."
+        raise ValueError(
+            f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}"
+        )
     if not own:
         return Engine("none", (backend,))
     module = _module()
@@ -69,15 +76,6 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
     except ValueError:
         group.close()  # all processes raise the same
         raise
-
-
-def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
-    known = ("auto", "none", *own)
-    hint = f".{near_names(engine, known) or ' Choose one of these.'}"
-    for name, engines in ENGINES.items():
-        if engine in engines:
-            hint = f", which is an engine of {name}. Choose one of these, or set KERAS_BACKEND={name}."
-    return f"Expected an engine of the {backend} backend, {', '.join(known)}, received {engine!r}{hint}"
 
 
 def divided(images: np.ndarray) -> Any:

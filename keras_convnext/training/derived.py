@@ -6,7 +6,7 @@ A key that is set wins over what would follow. No Keras backend is needed.
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from keras_convnext._settings import SettingsError, toml_value
@@ -52,7 +52,7 @@ def choose_recipe(
         return made(changes), []
     before = own.values()
     values = before | changed
-    problems = _file_problems(values if run_path else changed)
+    problems = [*_file_problems(values if run_path else changed)]
     if run_path:
         problems += _data_problems(values["data.source"], run_path)
     derived: _Derived = {}
@@ -203,7 +203,7 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
     return source
 
 
-def _data_problems(source: Any, folder: pathlib.Path) -> list[str]:
+def _data_problems(source: Any, folder: pathlib.Path) -> Iterator[str]:
     try:
         if source == "":
             raise ValueError(
@@ -214,18 +214,15 @@ def _data_problems(source: Any, folder: pathlib.Path) -> list[str]:
             if not (folder / RUN_FILE).exists():  # else the run was begun there
                 sources.check_outside(os.path.expanduser(source), folder)
     except ValueError as error:
-        return [f"data: {error}"]
-    return []
+        yield f"data: {error}"
 
 
-def _file_problems(values: Mapping[str, Any]) -> list[str]:
-    """Lists the weight files that are not there or cannot be begun with."""
-    problems = []
+def _file_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Gives the weight files that are not there or cannot be begun with."""
     for key in ("model.weights", "distillation.teacher"):
         value = values.get(key)
         try:
             if isinstance(value, str) and is_path(value):
                 with_contents(resolve(None, value))
         except (OSError, ValueError) as error:
-            problems.append(f"{key.rpartition('.')[2]}: {error}")
-    return problems
+            yield f"{key.rpartition('.')[2]}: {error}"

@@ -72,9 +72,7 @@ def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
     if path.stem in known:
         raise ValueError(f"There is no file {text!r}. The published recipe of that name is {path.stem!r}.")
     message = unknown("recipe", path.stem, known)
-    raise ValueError(
-        f"{message}. Expected one of these names, or the path of a TOML file; received {text!r}."
-    )
+    raise ValueError(f"{message}. Expected one of these, or the path of a TOML file; received {text!r}.")
 
 
 def known_recipes() -> list[str]:
