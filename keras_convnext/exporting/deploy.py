@@ -16,6 +16,7 @@ from keras import tree
 from keras_convnext import convnext, models
 from keras_convnext._messages import shortened
 from keras_convnext.weights import assign
+from keras_convnext.weights.graph import Graph
 
 _NORMS = tuple(convnext.NORMS.values())
 _LINEAR = (keras.layers.Dense, keras.layers.Conv2D)
@@ -344,24 +345,25 @@ def _find_folds(model):
     """What to fold into which layer, {name: `_Fold`}, and the names of normalisers that vanish."""
     folds: dict[str, _Fold] = {}
     normalisers: set[str] = set()
-    graph = _Graph(model)
+    readers = _only_readers(model)
     for layer in model.layers:
         if isinstance(layer, _NORMS) and layer.affine:
-            target = _linear_reader(layer, graph, may_average=True)
+            target = _linear_reader(layer, readers, may_average=True)
             if target is not None:
                 folds[target.name] = _fold_of(layer)
         elif isinstance(layer, keras.layers.Normalization) and not layer.invert and layer.mean is not None:
-            target = _linear_reader(layer, graph)
+            target = _linear_reader(layer, readers)
+            mean = _float64(layer.mean)
+            is_of_channels = {axis % mean.ndim for axis in layer.axis} <= {mean.ndim - 1}
             # In 16 bits the mean, no longer subtracted first, would cost digits.
-            if target is not None and target.compute_dtype == "float32":
-                shape = graph.calls[layer.name][0].input_tensors[0].shape
-                if {axis % len(shape) for axis in layer.axis} <= {len(shape) - 1}:
-                    deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
-                    values = (1 / deviation, -_float64(layer.mean) / deviation)
-                    folds[target.name] = _Fold(
-                        *(np.broadcast_to(value.ravel(), shape[-1]) for value in values)
-                    )
-                    normalisers.add(layer.name)
+            if target is not None and is_of_channels and target.compute_dtype == "float32":
+                deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
+                scale, shift = (
+                    np.broadcast_to(value.ravel(), target.kernel.shape[-2])
+                    for value in (1 / deviation, -mean / deviation)
+                )
+                folds[target.name] = _Fold(scale, shift)
+                normalisers.add(layer.name)
     return folds, normalisers
 
 
@@ -369,29 +371,26 @@ def _fold_of(norm):
     return _Fold(_float64(norm.gamma), None if norm.beta is None else _float64(norm.beta), norm)
 
 
-class _Graph:
-    """Who takes whose output in one model; its layers may be called in other models as well."""
-
-    def __init__(self, model):
-        self.calls = collections.defaultdict(list)  # name of a layer -> its calls
-        self.readers = collections.defaultdict(list)  # id of a tensor -> who takes it; None is the outside
-        for call in (call for calls in model._nodes_by_depth.values() for call in calls):
-            self.calls[call.operation.name].append(call)
-            for tensor in call.input_tensors:
-                self.readers[id(tensor)].append(call.operation)
-        for tensor in tree.flatten(model.output):
-            self.readers[id(tensor)].append(None)
-
-    def only_reader(self, layer):
-        """Who alone takes a layer's output; None where either is called in several places."""
-        call, *others = self.calls[layer.name]
-        reader, *more = self.readers[id(call.output_tensors[0])] or [None]
-        return None if others or more or reader is None or self.calls[reader.name][1:] else reader
+def _only_readers(model):
+    """{name of a layer: who alone takes its output}, without those where either is called several times."""
+    graph = Graph(model, opened=False)  # its layers may be called in other models as well
+    calls = collections.Counter(value.layer.name for value, *_ in graph.calls)
+    readers = {value: [None] for value in graph.outputs}  # None is the outside
+    for value, *_ in graph.calls:
+        for argument in value.arguments():
+            readers.setdefault(argument, []).append(value.layer)
+    return {
+        value.layer.name: reader
+        for value, (reader, *others) in readers.items()
+        if None not in (value.layer, reader)
+        and not others
+        and calls[value.layer.name] == calls[reader.name] == 1
+    }
 
 
-def _linear_reader(layer, graph, may_average=False):
+def _linear_reader(layer, readers, may_average=False):
     """The linear layer without padding that alone takes a layer's output, through what keeps it linear."""
-    while (layer := graph.only_reader(layer)) is not None:
+    while (layer := readers.get(layer.name)) is not None:
         if isinstance(layer, keras.layers.Dense):
             return layer
         if isinstance(layer, keras.layers.Conv2D):

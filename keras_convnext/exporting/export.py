@@ -24,39 +24,8 @@ from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, runtimes, writers
+from keras_convnext.exporting.formats import DEFAULT_SIZE, FORMATS
 from keras_convnext.weights import arrays
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """One format: how its files look and what writes them."""
-
-    suffix: str  # of the file; "" for a folder
-    backend: str  # Keras's backend that the converter works with
-    packages: dict[str, str]  # what must be installed to write it, module -> package
-    precisions: tuple[str, ...]  # of weights or arithmetic, the default first
-    batch_size: int | None = None  # number of images when none is asked for; None for any
-    free_size: bool = True  # whether the image size can stay free
-    quantizer: dict[str, str] = dataclasses.field(default_factory=dict)  # what 8 bits need in addition
-
-
-FORMATS = {
-    "saved_model": Format("", "tensorflow", {"tensorflow": "tensorflow"}, ("float32",)),
-    "litert": Format(
-        ".tflite",
-        "tensorflow",
-        {"tensorflow": "tensorflow"},
-        ("float32", "float16", "dynamic_int8", "int8"),
-        batch_size=1,
-        free_size=False,
-        quantizer={"ai_edge_litert": "ai-edge-litert", "ai_edge_quantizer": "ai-edge-quantizer"},
-    ),
-    "onnx": Format(
-        ".onnx", "torch", {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("float32",)
-    ),
-    "openvino": Format(".xml", "openvino", {"openvino": "openvino"}, ("float32", "float16")),
-    "torch": Format(".pt2", "torch", {"torch": "torch"}, ("float32",)),
-}
 
 # Largest difference from the model, relative to its largest output, that a file may have. With random
 # weights float32 is at 1e-6, float16 at 1e-3, dynamic_int8 at 0.02 to 0.04, int8 at 0.04 to 0.12
@@ -68,12 +37,10 @@ _SAVED_MODEL_FILES = (
     r"saved_model\.pb|fingerprint\.pb|keras_metadata\.pb|assets\.extra/metadata\.json|"
     r"variables/variables\.(index|data-\d{5}-of-\d{5})"
 )
-_MAX_NAMED = 3
 _STATE = (
     "Does a layer of your own keep something that neither its weights nor get_config() hold? Give it "
     "save_own_variables() and load_own_variables()."
 )
-DEFAULT_SIZE = 224  # pixels, where a size must be fixed and the model has none
 
 
 class ExportError(ValueError):
@@ -84,33 +51,21 @@ class ExportError(ValueError):
 class ExportResult:
     """What was written and how it compares with the model, as the caller passed it.
 
-    Attributes:
-        path: the file, or the folder of a SavedModel.
-        format: name of the format.
-        precision: of weights or arithmetic.
-        num_bytes: of all files together.
-        num_images: number of images compared; 0 when nothing was.
-        images: what these are, such as "crops of three photographs"; "" when nothing was compared.
-        max_difference: largest difference of an output from the model's.
-        relative_difference: the same relative to the model's largest output.
-        agreement: share of the images with the same largest output, in [0, 1].
-        milliseconds: for an image in the file's runtime, median.
-        model_milliseconds: for an image in the Keras model, in turns with the file's.
-        seconds: that writing and checking took.
+    Without a check nothing is compared: no images, and NaN.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path  # the file, or the folder of a SavedModel
     format: str
-    precision: str
-    num_bytes: int
-    num_images: int = 0
-    images: str = ""
-    max_difference: float = float("nan")
-    relative_difference: float = float("nan")
-    agreement: float = float("nan")
-    milliseconds: float = float("nan")
-    model_milliseconds: float = float("nan")
-    seconds: float = float("nan")
+    precision: str  # of weights or arithmetic
+    num_bytes: int  # of all files together
+    num_images: int = 0  # that were compared
+    images: str = ""  # what these are, such as "crops of three photographs"
+    max_difference: float = float("nan")  # of an output from the model's
+    relative_difference: float = float("nan")  # the same relative to the model's largest output
+    agreement: float = float("nan")  # share of the images with the same largest output, in [0, 1]
+    milliseconds: float = float("nan")  # for an image in the file's runtime, median
+    model_milliseconds: float = float("nan")  # for an image in the Keras model, in turns with the file's
+    seconds: float = float("nan")  # that writing and checking took
 
 
 def export(
@@ -191,16 +146,12 @@ def export(
     _check_model(model)
     if labels is not None and len(labels) != model.output_shape[-1]:
         raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
-    _check_packages(format, row.packages | (row.quantizer if "int8" in precision else {}))
     is_checked = check is not False
-    if is_checked:
-        module, package = runtimes.RUNTIMES[format]
-        _check_packages(format, {module: package})
+    quantizers = row.quantizers if "int8" in precision else ()
+    _check_packages(format, *row.converters, *quantizers, *[row.runtime] * is_checked)
     batch = _batch_size(batch_size, row)
     size = _image_size(model, image_size, row)
     preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
-    images, said = None, ""
-    references: list[Any] = []
     if is_checked or precision == "int8":
         images, said = _calibration_images(model, calibration, preprocessing)
     if is_checked:
@@ -220,8 +171,8 @@ def export(
         _write(model, request, row, folder)
         comparison: dict[str, Any] = {}
         if is_checked:
-            said += ", which it was calibrated with" if precision == "int8" else ""
-            comparison = {"images": said, **_compare(references, written, format, precision, images)}
+            comparison = _compare(references, written, format, precision, images)
+            comparison["images"] = said + ", which it was calibrated with" * (precision == "int8")
         _store_metadata(written, format, model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
         _move(written.parent, path, pathlib.Path(folder, "replaced"))
@@ -243,10 +194,6 @@ def _known_format(path, format):
 
 
 def _check_target(path, format, replace):
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"The folder '{path.parent}' may not be written to. Choose another.")
     others = [path.with_suffix(".bin")] if format == "openvino" else []
     if format not in ("saved_model", "litert"):
         others += [path.with_name(f"{path.name}{end}") for end in (".data", ".metadata.json")]
@@ -260,6 +207,8 @@ def _check_target(path, format, replace):
             raise FileExistsError(
                 f"'{target}' is there already, and is not of '{path}', which is not there. Name another path."
             )
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"The folder '{path.parent}' may not be written to. Choose another.")
 
 
 def _check_replaceable(target, is_folder):
@@ -269,7 +218,7 @@ def _check_replaceable(target, is_folder):
     elif target.is_dir():
         foreign = _not_of_a_saved_model(target)
         if foreign or not (target / "saved_model.pb").is_file():
-            shown = ", ".join(foreign[:_MAX_NAMED]) + (", ..." if len(foreign) > _MAX_NAMED else "")
+            shown = ", ".join([*foreign[:3], *["..."] * (len(foreign) > 3)])
             raise FileExistsError(
                 f"'{target}' is there already: a folder, and only one that holds a SavedModel and nothing "
                 f"else is replaced. It holds {len(foreign)} other files or folders{shown and ': '}{shown}. "
@@ -320,8 +269,8 @@ def _check_model(model):
         )
 
 
-def _check_packages(format, packages):
-    missing = [package for module, package in packages.items() if not _environment.is_installed(module)]
+def _check_packages(format, *packages):
+    missing = [name for name in dict.fromkeys(packages) if not _environment.is_installed(name)]
     if missing:
         raise ImportError(_environment.missing_text(f"The format {format!r}", *missing))
 
@@ -393,6 +342,7 @@ def _save_images(folder, images):
 
 def _write(model, request, row, folder):
     """Writes the file here, or in a process with the backend that can."""
+    title = f"{request.format} in {request.precision}"
     if keras.backend.backend() == row.backend:
         try:
             with silenced(stdout=True):
@@ -400,15 +350,15 @@ def _write(model, request, row, folder):
         except (ValueError, OSError, ImportError, TypeError):
             raise
         except Exception as error:  # converters raise of many classes
-            raise ExportError(f"{_title(request)}: the converter failed: {error}") from error
+            raise ExportError(f"{title}: the converter failed: {error}") from error
         return
     try:
         with silenced():  # Keras looks for TensorFlow here
             model.save(os.path.join(folder, "model.keras"))
     except Exception as error:
         raise ExportError(
-            f"{_title(request)} needs Keras on {row.backend}, and the model could not be saved to be rebuilt "
-            f"there: {error}"
+            f"{title} needs Keras on {row.backend}, and the model could not be saved to be rebuilt there: "
+            f"{error}"
         ) from error
     request_path = os.path.join(folder, "request.json")
     pathlib.Path(request_path).write_text(json.dumps(dataclasses.asdict(request)))
@@ -434,11 +384,7 @@ def _write(model, request, row, folder):
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
         said = [f"exit status {done.returncode}", *lines[-1:], *errors[-1:]][-1]
-        raise ExportError(f"{_title(request)}: the process with Keras on {row.backend} failed: {said}")
-
-
-def _title(request):
-    return f"{request.format} in {request.precision}"
+        raise ExportError(f"{title}: the process with Keras on {row.backend} failed: {said}")
 
 
 def _references(model, size, images, precision, check):

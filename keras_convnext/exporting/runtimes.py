@@ -16,16 +16,9 @@ from keras_convnext import _environment, _files
 from keras_convnext._messages import shortened, unknown
 from keras_convnext._terminal import silenced
 from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
+from keras_convnext.exporting.formats import DEFAULT_SIZE, FORMATS
 
-# format -> the module that runs it, and the package that brings it
-RUNTIMES = {
-    "saved_model": ("tensorflow", "tensorflow"),
-    "litert": ("ai_edge_litert", "ai-edge-litert"),
-    "onnx": ("onnxruntime", "onnxruntime"),
-    "openvino": ("openvino", "openvino"),
-    "torch": ("torch", "torch"),
-}
-_SUFFIXES = {".tflite": "litert", ".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+_FORMAT_OF = {row.suffix: name for name, row in FORMATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,29 +76,22 @@ def open_exported(
     """
     path = pathlib.Path(path)
     format = format or format_of(path)
-    if format not in RUNTIMES:
-        raise ValueError(f"{unknown('format', format, RUNTIMES)}.")
+    if format not in FORMATS:
+        raise ValueError(f"{unknown('format', format, FORMATS)}.")
     if not path.exists():
         raise FileNotFoundError(f"There is no '{path}'.")
-    module, package = RUNTIMES[format]
+    runtime = FORMATS[format].runtime
     try:
         with silenced():
-            importlib.import_module(module)
+            importlib.import_module(runtime)
     except ImportError as error:
         what = f"Running a file in the format {format!r}"
-        raise ImportError(_environment.missing_text(what, package)) from error
-    opener = {
-        "saved_model": _open_saved_model,
-        "litert": _open_litert,
-        "onnx": _open_onnx,
-        "openvino": _open_openvino,
-        "torch": _open_torch,
-    }[format]
+        raise ImportError(_environment.missing_text(what, runtime)) from error
     try:
         with silenced():
-            exported = opener(str(path), threads or _environment.available_cores())
+            exported = _OPENERS[format](str(path), threads or _environment.available_cores())
     except Exception as error:  # runtimes raise of many classes
-        raise ValueError(f"{package} cannot open '{path}': {error}") from error
+        raise ValueError(f"{runtime} cannot open '{path}': {error}") from error
     return dataclasses.replace(exported, metadata=read_metadata(path))
 
 
@@ -138,7 +124,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         ):
             if not fits:
                 raise TypeError(f"expected {expected}, received {shortened(repr(received), 80)}")
-        preprocessing = stored_preprocessing(metadata) or Preprocessing(224)
+        preprocessing = stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
         preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
         return metadata
 
@@ -169,21 +155,20 @@ def metadata_file(path: pathlib.Path) -> pathlib.Path:
 def is_exported(path: str | os.PathLike[str]) -> bool:
     """Whether a name is that of a file for one of the runtimes, or of the folder of a SavedModel."""
     path = pathlib.Path(path)
-    return path.suffix in _SUFFIXES or (path / "saved_model.pb").is_file()
+    has_suffix = path.suffix != "" and path.suffix in _FORMAT_OF
+    return has_suffix or (path / "saved_model.pb").is_file()
 
 
 def format_of(path: str | os.PathLike[str]) -> str:
     """The format that a name means: by its suffix, "saved_model" where there is none."""
     suffix = pathlib.Path(path).suffix
-    if suffix in _SUFFIXES:
-        return _SUFFIXES[suffix]
-    if suffix:
-        known = ", ".join(f"{suffix} ({name})" for suffix, name in _SUFFIXES.items())
+    if suffix not in _FORMAT_OF:
+        known = ", ".join(f"{suffix} ({name})" for suffix, name in _FORMAT_OF.items() if suffix)
         raise ValueError(
             f"Expected a path whose suffix tells the format: {known}, or none for a SavedModel. Received: "
             f"'{path}'. Pass format= as well to use another suffix."
         )
-    return "saved_model"
+    return _FORMAT_OF[suffix]
 
 
 def take_turns(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> tuple[float, float]:
@@ -291,3 +276,12 @@ def _open_torch(path, threads):
             return module(torch.from_numpy(images)).numpy()
 
     return ExportedModel(shape, "float32", output_shape, call)
+
+
+_OPENERS = {
+    "saved_model": _open_saved_model,
+    "litert": _open_litert,
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "torch": _open_torch,
+}
