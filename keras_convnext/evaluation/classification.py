@@ -13,21 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext import _environment, predictor
+from keras_convnext import predictor
 from keras_convnext._files import read_text
-from keras_convnext._terminal import Progress, say
+from keras_convnext._terminal import say
 from keras_convnext.data import class_names, imagenet, sources
-from keras_convnext.data.faults import DataError
+from keras_convnext.data.faults import DataError, Faults
 from keras_convnext.data.index import Source, described, with_classes
-from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
 from keras_convnext.evaluation import report
-from keras_convnext.evaluation.forward import run_model
-from keras_convnext.evaluation.result_columns import (
-    data_settings,
-    environment,
-    model_settings,
-    preprocessing_settings,
-)
+from keras_convnext.evaluation.forward import import_batches, outputs_of, scored
+from keras_convnext.evaluation.result_columns import settings_of
 from keras_convnext.evaluation.results import Result, append_result, check_complete, check_results_file
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
@@ -96,14 +91,13 @@ def evaluate(
         result = evaluate("convnext_tiny.fb_in1k", "ILSVRC2012_img_val.tar", results="results.csv")
         result.top1, len(result.numbers)          # percent, 50000
     """
-    host, num_hosts = share
-    _check_arguments(batch_size, limit, results, output, num_hosts)
+    _check_arguments(batch_size, limit, results, output, share[1])
     if results is not None:
         check_results_file(results)
     if output is not None:
         sources.check_outside(data.path if isinstance(data, Source) else data, output)
         report.check_output(output)
-    batches = import_batches()
+    import_batches()  # its absence is told before anything is downloaded
     if split is None and not isinstance(data, Source) and sources.list_splits(data):
         split = "validation"
     source = data if isinstance(data, Source) else sources.open_source(data, split)
@@ -118,27 +112,21 @@ def evaluate(
         chosen = np.arange(limit) * len(source) // limit
         source, real = sources.take(source, chosen), real and [real[number] for number in chosen]
     batch_size = batch_size or DEFAULT_BATCH_SIZE
-    settings = {
-        **model_settings(classifier),
-        **environment(),
-        **data_settings(source, split),
-        **preprocessing_settings(classifier.preprocessing),
-        "outputs": outputs,
-        "batch_size": str(batch_size),
-    }
-    faults = batches.Faults(source, max_faults)
-    dataset = batches.eval_batches(
+    settings = settings_of(classifier, source, split, batch_size) | {"outputs": outputs}
+    faults = Faults(source, max_faults)
+    parts = outputs_of(
+        classifier.model,
         source,
         classifier.preprocessing,
+        title="evaluation",
         batch_size=batch_size,
-        host=host,
-        num_hosts=num_hosts,
         faults=faults,
+        progress=progress,
+        share=share,
+        columns=columns,
     )
-    shown = Progress("evaluation", -(-len(source) // num_hosts), is_wanted=progress)
     try:
-        with shown:
-            scores = run_model(classifier.model, dataset, source, columns, shown)
+        scores = scored(parts, columns)
     except DataError:
         if output is not None:
             report.write_faults(output, faults.report())
@@ -151,7 +139,7 @@ def evaluate(
         num_skipped=len(faults),
         **scores,
     )
-    if num_hosts == 1:
+    if share[1] == 1:
         check_complete(result)
     if output is not None:
         report.write_reports(output, result)
@@ -196,14 +184,6 @@ def match_classes(
     return columns, text + (f"; none for {' '.join(missing)}" if missing else "")
 
 
-def import_batches() -> Any:
-    """Returns the module `data.batches`, or says that it needs TensorFlow."""
-    _environment.require("tensorflow", "Reading images, on every Keras backend,")
-    from keras_convnext.data import batches
-
-    return batches
-
-
 def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray | None:
     """Returns the output for each WordNet id; None when the model or the names are not ImageNet's."""
     try:
@@ -218,8 +198,7 @@ def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray
 
 def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
     for name, value in (("batch_size", batch_size), ("limit", limit)):
-        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
-        if value is not None and not is_count:
+        if value is not None and not is_positive_integer(value):
             raise ValueError(f"Expected {name} to be a positive integer or None, received {value!r}.")
     if num_hosts != 1 and (results is not None or output is not None):
         raise ValueError(

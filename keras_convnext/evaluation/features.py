@@ -27,11 +27,12 @@ import numpy as np
 from keras_convnext import predictor
 from keras_convnext._files import replacing_file
 from keras_convnext._settings import Count, FromZero, InsideOne, Settings, Share, key, one_of
-from keras_convnext._terminal import Progress, say
+from keras_convnext._terminal import say
 from keras_convnext.data import sources
+from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
-from keras_convnext.evaluation import classification, forward, result_columns
+from keras_convnext.evaluation import forward, result_columns
 
 _CACHE_VERSION = 1
 TRAIN_BLOCK = 65536
@@ -173,7 +174,6 @@ def extract_features(
         model = keras_convnext.load("convnext_atto.d2_in1k", include_top=False, pooling="avg")
         extract_features(model, open_source("flowers"), Preprocessing(224)).features.shape
     """
-    batches = classification.import_batches()
     predictor.check_outputs(model, "the model", "features")
     path = None
     if cache is not None:
@@ -182,30 +182,26 @@ def extract_features(
         kept = _read_cache(path)
         if kept is not None and len(kept.faults) <= max_faults * len(source):
             return kept
-    faults = batches.Faults(source, max_faults)
-    dataset = batches.eval_batches(source, preprocessing, batch_size=batch_size, faults=faults)
-    features, labels, numbers, count = [], [], [], 0
-    with Progress("features", len(source), is_wanted=progress) as shown:
-        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
-        for index, (batch, values) in enumerate(outputs):
-            mask = batch["mask"]
-            kept_numbers = batch["numbers"][mask]
-            forward.check_outputs(values[mask], index, kept_numbers, source)
-            features.append(values[mask])
-            labels.append(batch["labels"][mask])
-            numbers.append(kept_numbers)
-            count += len(kept_numbers)
-            shown.show(count)
-    result = Features(
-        np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
+    faults = Faults(source, max_faults)
+    parts = forward.outputs_of(
+        model,
+        source,
+        preprocessing,
+        title="features",
+        batch_size=batch_size,
+        faults=faults,
+        progress=progress,
     )
+    numbers, labels, features = map(np.concatenate, zip(*parts, strict=True))
+    result = Features(features, labels, numbers, faults.report())
     if path is not None:
         _write_cache(path, result)
     return result
 
 
 def both_features(settings, model, data, cache, max_faults, progress):
-    """Returns (features, source) of the training images and of those to classify, and the environment.
+    """Returns the features to compare with or train on, those to classify, the source of the first, and the
+    environment.
 
     Args:
         settings: `NearestNeighbours` or `LinearProbe`.
@@ -220,7 +216,7 @@ def both_features(settings, model, data, cache, max_faults, progress):
         SourceError, DataError: the data cannot be used, or more images are damaged than allowed.
         ImportError: TensorFlow, which reads the images, is not installed.
     """
-    classification.import_batches()  # its absence is told before anything is downloaded
+    forward.import_batches()  # its absence is told before anything is downloaded
     if cache is not None and settings.data:
         sources.check_outside(settings.data, cache)
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
@@ -245,28 +241,24 @@ def both_features(settings, model, data, cache, max_faults, progress):
         image_size=settings.image_size or None,
         task="features",
     )
-    preprocessing = _changed_preprocessing(backbone.preprocessing, settings)
+    backbone = dataclasses.replace(
+        backbone, preprocessing=_changed_preprocessing(backbone.preprocessing, settings)
+    )
 
     def features_of(source: Source) -> Features:
         return extract_features(
             backbone.model,
             source,
-            preprocessing,
+            backbone.preprocessing,
             batch_size=settings.batch_size,
             cache=cache,
             max_faults=max_faults,
             progress=progress,
         )
 
-    parts = [(features_of(source), source) for source in (train_source, test_source)]
-    environment = {
-        **result_columns.model_settings(backbone),
-        **result_columns.environment(),
-        **result_columns.data_settings(test_source, split),
-        **result_columns.preprocessing_settings(preprocessing),
-        "batch_size": str(settings.batch_size),
-    }
-    return *parts, environment
+    train, test = features_of(train_source), features_of(test_source)
+    environment = result_columns.settings_of(backbone, test_source, split, settings.batch_size)
+    return train, test, train_source, environment
 
 
 @contextlib.contextmanager

@@ -75,9 +75,7 @@ def linear_probe(
         result.top1, result.chosen
     """
     begin = time.perf_counter()
-    (train, source), (test, _), environment = both_features(
-        settings, model, data, cache, max_faults, progress
-    )
+    train, test, source, environment = both_features(settings, model, data, cache, max_faults, progress)
     is_held_out = sources.held_out_mask(source, settings.selection_fraction, settings.seed)[train.numbers]
     num_classes = len(source.classes)
 

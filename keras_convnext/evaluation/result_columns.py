@@ -22,31 +22,35 @@ from keras_convnext.predictor import Predictor
 from keras_convnext.weights.assign import plain_path
 
 
-def model_settings(classifier: Predictor) -> dict[str, str]:
+def settings_of(opened: Predictor, source: Source, split: str | None, batch_size: int) -> dict[str, str]:
+    """Returns what scores of a model on data depend on."""
+    return {
+        **_model_settings(opened),
+        **environment(),
+        **_data_settings(source, split),
+        **_preprocessing_settings(opened.preprocessing),
+        "batch_size": str(batch_size),
+    }
+
+
+def _model_settings(opened: Predictor) -> dict[str, str]:
     """Returns name, architecture, weights, their hash and licence, and the dtype policy."""
-    row, file = classifier.row, classifier.file
-    if isinstance(classifier.model, runtimes.ExportedModel) and file is not None:
-        metadata = classifier.model.metadata
-        return {
-            "model": file.name,
-            "architecture": metadata.get("name", ""),
-            "weights": file.name,
-            "weights_sha256": _file_digest(file),
-            "licence": metadata.get("licence") or "",
-            "dtype_policy": metadata.get("precision", ""),
-        }
-    if row is not None:
-        name, architecture = row.tag, row.architecture
+    model, row, file = opened.model, opened.row, opened.file
+    if isinstance(model, runtimes.ExportedModel):
+        about = model.metadata
+        architecture, licence, policy = (about.get(name) or "" for name in ("name", "licence", "precision"))
     else:
-        architecture = classifier.model.name
-        name = architecture if file is None else file.name
+        architecture, licence, policy = model.name, "", model.dtype_policy.name
+    name = architecture if file is None else file.name
+    if row is not None:
+        name, architecture, licence = row.tag, row.architecture, row.licence
     return {
         "model": name,
         "architecture": architecture,
-        "weights": file.name if file is not None else "",
-        "weights_sha256": _file_digest(file) if file is not None else digest_of_arrays(classifier.model),
-        "licence": row.licence if row is not None else "",
-        "dtype_policy": classifier.model.dtype_policy.name,
+        "weights": "" if file is None else file.name,
+        "weights_sha256": digest_of_arrays(model) if file is None else _file_digest(file),
+        "licence": licence,
+        "dtype_policy": policy,
     }
 
 
@@ -72,7 +76,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def data_settings(source: Source, split: str | None) -> dict[str, str]:
+def _data_settings(source: Source, split: str | None) -> dict[str, str]:
     """Returns kind, name, split and fingerprint of the data."""
     parts = pathlib.Path(os.path.abspath(source.path)).parts
     return {
@@ -84,7 +88,7 @@ def data_settings(source: Source, split: str | None) -> dict[str, str]:
     }
 
 
-def preprocessing_settings(preprocessing: Preprocessing) -> dict[str, str]:
+def _preprocessing_settings(preprocessing: Preprocessing) -> dict[str, str]:
     """Returns how images were prepared."""
     height, width = preprocessing.size
     stored = preprocessing.stored()
