@@ -1,7 +1,5 @@
 """Computes the features of a frozen model, on which `nearest_neighbours` and `linear_probe` classify.
 
-images --data.batches--> pixels --model without its classifier--> features (N, C) --> k-NN or linear probe
-
 Both measure weights that have no classifier of their own, such as DINOv3's and FCMAE's, and compare others on
 equal terms. Features are computed once, without augmentation, and can be kept in a folder.
 
@@ -131,12 +129,11 @@ class FeatureResult:
     def report(self) -> dict[str, Any]:
         """Returns all of it but the classifier, as JSON takes it."""
         name = "neighbours" if self.kernel is None else "learning_rate"
-        scores = []
-        for score in self.scores:
-            row = {name: score.setting, "top1": score.top1, "top5": score.top5}
-            if score.selection_top1 is not None:
-                row["selection_top1"] = score.selection_top1
-            scores.append(row)
+        scores = [
+            {name: score.setting, "top1": score.top1, "top5": score.top5}
+            | ({} if score.selection_top1 is None else {"selection_top1": score.selection_top1})
+            for score in self.scores
+        ]
         return self.environment | {
             "settings": self.settings.model_dump(mode="json"),
             name: self.chosen,
@@ -200,8 +197,7 @@ def extract_features(
 
 
 def both_features(settings, model, data, cache, max_faults, progress):
-    """Returns the features to compare with or train on, those to classify, the source of the first, and the
-    environment.
+    """Returns the features to compare with, those to classify, the source of the first, the environment.
 
     Args:
         settings: `NearestNeighbours` or `LinearProbe`.
@@ -211,26 +207,23 @@ def both_features(settings, model, data, cache, max_faults, progress):
             the classes of the first.
         cache, max_faults, progress: see `extract_features`.
 
-    Raises:
-        ValueError: the model has no features (N, C), or they are NaN.
-        SourceError, DataError: the data cannot be used, or more images are damaged than allowed.
-        ImportError: TensorFlow, which reads the images, is not installed.
+    Raises a ValueError where the model has no features (N, C) or they are NaN, a SourceError or DataError
+    where the data cannot be used, and an ImportError without TensorFlow, which reads the images.
     """
     forward.import_batches()  # its absence is told before anything is downloaded
     if cache is not None and settings.data:
         sources.check_outside(settings.data, cache)
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
-    for part, title in ((train_source, "training"), (test_source, "to classify")) if progress else ():
-        say("\n".join(described(part, title)))
+    if progress:
+        say("\n".join([*described(train_source, "training"), *described(test_source, "to classify")]))
     if train_source.classes != test_source.classes:
         raise ValueError(
             f"Expected the same classes in both sources, received {len(train_source.classes)} and "
             f"{len(test_source.classes)}. Open the second with classes=first.classes."
         )
-    if model is None:
-        if not settings.model:
-            raise ValueError("Expected a model, received model=''. Pass a tag, an architecture or a file.")
-    elif settings.model or settings.weights:
+    if model is None and not settings.model:
+        raise ValueError("Expected a model, received model=''. Pass a tag, an architecture or a file.")
+    if model is not None and (settings.model or settings.weights):
         raise ValueError(
             f"Expected settings without model and weights beside a Keras model, received "
             f"model={settings.model!r}, weights={settings.weights!r}."
@@ -241,22 +234,20 @@ def both_features(settings, model, data, cache, max_faults, progress):
         image_size=settings.image_size or None,
         task="features",
     )
-    backbone = dataclasses.replace(
-        backbone, preprocessing=_changed_preprocessing(backbone.preprocessing, settings)
-    )
-
-    def features_of(source: Source) -> Features:
-        return extract_features(
+    preprocessing = _changed_preprocessing(backbone.preprocessing, settings)
+    backbone = dataclasses.replace(backbone, preprocessing=preprocessing)
+    train, test = (
+        extract_features(
             backbone.model,
             source,
-            backbone.preprocessing,
+            preprocessing,
             batch_size=settings.batch_size,
             cache=cache,
             max_faults=max_faults,
             progress=progress,
         )
-
-    train, test = features_of(train_source), features_of(test_source)
+        for source in (train_source, test_source)
+    )
     environment = result_columns.settings_of(backbone, test_source, split, settings.batch_size)
     return train, test, train_source, environment
 
@@ -264,13 +255,12 @@ def both_features(settings, model, data, cache, max_faults, progress):
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Multiplies matrices in float32: accelerators round their entries to 10 bits or fewer by default."""
-    backend = keras.backend.backend()
-    if backend == "jax":
+    if keras.backend.backend() == "jax":
         import jax
 
         with jax.default_matmul_precision("highest"):
             yield
-    elif backend == "tensorflow":
+    elif keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         before = tf.config.experimental.tensor_float_32_execution_enabled()
@@ -308,23 +298,20 @@ def _changed_preprocessing(preprocessing: Preprocessing, settings: Any) -> Prepr
 
 def _cache_key(model: Any, source: Source, preprocessing: Preprocessing) -> str:
     """Returns a digest of all that features depend on."""
+    try:
+        architecture = model.to_json()
+    except (NotImplementedError, ValueError, TypeError):  # a model of the user's own class
+        architecture = f"{type(model).__name__} {model.input_shape} {model.output_shape}"
     facts = [
         _CACHE_VERSION,
         keras.backend.backend(),
         model.dtype_policy.name,
-        _architecture_text(model),
+        architecture,
         result_columns.digest_of_arrays(model),
         _source_digest(source),
         preprocessing.stored(),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
-
-
-def _architecture_text(model: Any) -> str:
-    try:
-        return model.to_json()
-    except (NotImplementedError, ValueError, TypeError):  # a model of the user's own class
-        return f"{type(model).__name__} {model.input_shape} {model.output_shape}"
 
 
 def _source_digest(source: Source) -> str:

@@ -133,18 +133,15 @@ def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np
     """Yields each batch with its outputs; the next is on the device already while these are worked on."""
     forward = _forward(model)
 
-    def begin(batch: dict) -> tuple[dict, Any]:
-        return batch, forward(choose.divided(predictor.for_channels(batch["images"], model)))
+    def begin(batch: dict) -> Any:
+        return forward(choose.divided(predictor.for_channels(batch["images"], model)))
 
     for batch in itertools.islice(batches, 1):  # waited for, as the model is compiled in it
-        yield batch, choose.rows(begin(batch)[1])
-    begun = None
-    for batch in batches:
-        ended, begun = begun, begin(batch)
-        if ended is not None:
-            yield ended[0], choose.rows(ended[1])
-    if begun is not None:
-        yield begun[0], choose.rows(begun[1])
+        yield batch, choose.rows(begin(batch))
+    begun = ((batch, begin(batch)) for batch in batches)
+    end: tuple[dict, Any] = ({}, None)
+    for (batch, outputs), _ in itertools.pairwise(itertools.chain(begun, [end])):  # the next has begun
+        yield batch, choose.rows(outputs)
 
 
 def _forward(model) -> Callable[[np.ndarray], Any]:

@@ -74,9 +74,9 @@ def grad_cam(
         raise ValueError(f"Expected images (N, H, W, C), at least one. Received: {(count, *size)}")
 
     def logits_of(maps):
-        return logits_from(_computed(features, {**tensors, target: maps}))
+        return logits_from(_computed(graph, features, {**tensors, target: maps}))
 
-    maps = ops.stop_gradient(_computed(target, tensors))  # (N, h, w, K)
+    maps = ops.stop_gradient(_computed(graph, target, tensors))  # (N, h, w, K)
     chosen = _chosen_classes(class_index, model.output_shape[-1], count)
     if chosen is None:
         chosen = ops.argmax(ops.stop_gradient(logits_of(maps)), axis=-1)
@@ -164,10 +164,11 @@ def _needed(value: Value, given: Container[Value] = ()) -> set[Value]:
     return found
 
 
-def _computed(value: Value, tensors: dict[Value, Any]) -> Any:
+def _computed(graph: Graph, value: Value, tensors: dict[Value, Any]) -> Any:
     """The tensor of a value, from those of others; a map is kept until its last reader has it."""
     tensors = dict(tensors)
-    calls = sorted(_needed(value, tensors).difference(tensors), key=lambda each: each.number)
+    needed = _needed(value, tensors).difference(tensors)
+    calls = [each for outputs in graph.calls for each in outputs if each in needed]
     readers = collections.Counter(argument for each in calls for argument in each.arguments())
 
     def tensor_of(argument):
@@ -185,7 +186,7 @@ def _computed(value: Value, tensors: dict[Value, Any]) -> Any:
 
 
 def _chosen_name(model: keras.Model, known: Mapping[str, Value], name: str | None) -> str:
-    if name is None and not known:
+    if not known:
         raise ValueError(f"Expected a model with maps (N, h, w, K); '{model.name}' has none.")
     if name is None:
         blocks = [key for key, value in known.items() if isinstance(value.layer, convnext.Composite)]
@@ -202,9 +203,10 @@ def _split_head(model: keras.Model, result: Value) -> tuple[Value, Callable]:
     """Returns the last value in front of the classes, and a function that makes float32 logits of it."""
     last = result.layer
     is_activation = isinstance(last, keras.layers.Softmax | keras.layers.Activation)
-    if is_activation or type(last).__name__ in ("Softmax", "Sigmoid"):  # of keras.ops
-        return result.arguments()[0], lambda logits: ops.cast(logits, "float32")
-    if getattr(last, "activation", None) in (None, keras.activations.linear):
+    is_activation |= type(last).__name__ in ("Softmax", "Sigmoid")  # of keras.ops
+    if is_activation:
+        result = result.arguments()[0]
+    if is_activation or getattr(last, "activation", None) in (None, keras.activations.linear):
         return result, lambda logits: ops.cast(logits, "float32")
     if not isinstance(last, keras.layers.Dense) or last.quantization_mode is not None:
         raise ValueError(

@@ -1,12 +1,10 @@
 """The columns of a row of results that name the model, the data, the preprocessing and the machine."""
 
 import collections
-import datetime
 import hashlib
 import importlib
 import os
 import pathlib
-import platform
 from typing import Any
 
 import keras
@@ -16,7 +14,7 @@ import PIL
 from keras_convnext import _environment
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.evaluation.results import fingerprint
+from keras_convnext.evaluation.results import COLUMNS, fingerprint
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
 from keras_convnext.weights.assign import plain_path
@@ -59,21 +57,16 @@ def environment() -> dict[str, str]:
     import tensorflow as tf
 
     backend = importlib.import_module(keras.backend.backend())
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "keras_convnext": _environment.__version__,
-        "commit": _environment.commit(),
+    facts = _environment.machine() | {
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
         "backend_version": str(backend.__version__),
         "tensorflow": tf.__version__,
         "numpy": np.__version__,
         "pillow": PIL.__version__,
-        "python": platform.python_version(),
-        "cpu": _environment.cpu_name(),
-        "cores": str(_environment.available_cores()),
         "accelerators": _accelerators(backend),
     }
+    return {name: facts[name] for name in COLUMNS if name in facts}
 
 
 def _data_settings(source: Source, split: str | None) -> dict[str, str]:

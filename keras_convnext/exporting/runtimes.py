@@ -75,9 +75,7 @@ def open_exported(
     where the runtime is not installed, a FileNotFoundError where there is no such file.
     """
     path = pathlib.Path(path)
-    format = format or format_of(path)
-    if format not in FORMATS:
-        raise ValueError(f"{unknown('format', format, FORMATS)}.")
+    format = format_of(path, format)
     if not path.exists():
         raise FileNotFoundError(f"There is no '{path}'.")
     runtime = FORMATS[format].runtime
@@ -117,20 +115,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         classes, labels = metadata["output"].get("classes"), metadata.get("labels")
         names = {name: metadata.get(name) for name in ("name", "licence", "precision")}
         names["activation"] = metadata["output"].get("activation")
+        are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+        are_texts = are_texts and len(labels) == classes
         for expected, received, fits in (
             *((f"a text as {name!r}", text, isinstance(text, str | None)) for name, text in names.items()),
             ("a whole number above 0 as 'classes'", classes, is_positive_integer(classes)),
-            (f"{classes} texts as 'labels'", labels, labels is None or _are_texts(labels, classes)),
+            (f"{classes} texts as 'labels'", labels, labels is None or are_texts),
         ):
             if not fits:
                 raise TypeError(f"expected {expected}, received {shortened(repr(received), 80)}")
         preprocessing = stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
         preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
         return metadata
-
-
-def _are_texts(labels, count):
-    return isinstance(labels, list) and len(labels) == count and all(isinstance(text, str) for text in labels)
 
 
 def stored_preprocessing(metadata: dict[str, Any]) -> Preprocessing | None:
@@ -159,8 +155,12 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     return has_suffix or (path / "saved_model.pb").is_file()
 
 
-def format_of(path: str | os.PathLike[str]) -> str:
-    """The format that a name means: by its suffix, "saved_model" where there is none."""
+def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
+    """The format, or that which a name means: by its suffix, "saved_model" where there is none."""
+    if format is not None:
+        if format not in FORMATS:
+            raise ValueError(f"{unknown('format', format, FORMATS)}.")
+        return format
     suffix = pathlib.Path(path).suffix
     if suffix not in _FORMAT_OF:
         known = ", ".join(f"{suffix} ({name})" for suffix, name in _FORMAT_OF.items() if suffix)
@@ -171,14 +171,14 @@ def format_of(path: str | os.PathLike[str]) -> str:
     return _FORMAT_OF[suffix]
 
 
-def take_turns(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Median seconds of a call of each, in turns for about `seconds` of timed calls altogether.
+def take_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    """Median seconds of a call of each, in turns for about a second of timed calls altogether.
 
     In its turn each is called twice and the second call timed: threads of the other may still spin in the
     first, and its own may sleep.
     """
     times: tuple[list[float], list[float]] = ([], [])
-    while len(times[0]) < 3 or sum(map(sum, times)) < seconds:
+    while len(times[0]) < 3 or sum(map(sum, times)) < 1:
         for function, taken in zip((first, second), times, strict=True):
             function()
             begin = time.perf_counter()

@@ -60,11 +60,10 @@ def write_page(
 ) -> pathlib.Path:
     """Writes one HTML file that classifies pictures in the browser, and returns its path.
 
-    The file holds the model, what is known of it and the runtime. It opens with a double click, without a
-    network, and can be put on any server of static files. It prepares a picture as `read_image` and
-    `preprocess_image` of `data.preprocess` do: PNG files of 8 bits to the same pixels; JPEG files to within a
-    level in Chromium. As there, an EXIF orientation is not applied; the page offers to. Softmax is taken of
-    logits.
+    The file holds the model, what is known of it and the runtime; it opens with a double click. It prepares a
+    picture as `read_image` and `preprocess_image` of `data.preprocess` do: PNG files of 8 bits to the same
+    pixels; JPEG files to within a level in Chromium. As there, an EXIF orientation is not applied; the page
+    offers to. Softmax is taken of logits.
 
     Args:
         model_file: a `.onnx` file that `export` wrote, with its `<name>.metadata.json`. Where the file leaves

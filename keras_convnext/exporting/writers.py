@@ -1,7 +1,5 @@
-"""Writes a model in one format, on the backend that the format's converter needs.
-
-Runs in the process of the caller where that has the right backend, else in a child: `main` reads what to do
-from a JSON file, loads the model that the caller saved, and writes.
+"""Writes a model in one format: in the caller's process where that has the backend of the format, else in a
+child, whose `main` reads what to do from a JSON file.
 """
 
 import dataclasses

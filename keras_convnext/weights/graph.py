@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import keras
@@ -19,7 +18,6 @@ class Value:
     args: tuple = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     index: int = 0  # of several outputs
-    number: int = dataclasses.field(default_factory=itertools.count().__next__)  # above those of arguments
 
     def arguments(self) -> list["Value"]:
         return [each for each in tree.flatten((self.args, self.kwargs)) if isinstance(each, Value)]
