@@ -220,10 +220,8 @@ def _runtime_parts(runtime: str | os.PathLike[str] | None) -> dict[str, bytes]:
 
 def _wrong_file(parts: dict[str, bytes]) -> str | None:
     """The first part whose bytes are not the published ones; b"" is for a file that is missing."""
-    for name, (_, digest) in RUNTIME_FILES.items():
-        if hashlib.sha256(parts[name]).hexdigest() != digest:
-            return name
-    return None
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
+    return next((name for name, (_, digest) in RUNTIME_FILES.items() if digests[name] != digest), None)
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
