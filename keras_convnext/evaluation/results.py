@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -88,10 +89,14 @@ def combine(parts: Sequence[Result]) -> Result:
             "result of each host once."
         )
 
-    by_image = ["numbers", "labels", "ranks", "predictions", *["real"] * (parts[0].real is not None)]
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("numbers", "labels", "ranks", "predictions", "real")
+        if getattr(parts[0], name) is not None
+    }
     result = dataclasses.replace(
         parts[0],
-        **{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in by_image},
+        **joined,
         faults={name: reason for part in parts for name, reason in part.faults.items()},
         num_skipped=sum(part.num_skipped for part in parts),
         seconds=max(part.seconds for part in parts),

@@ -19,8 +19,6 @@ from keras_convnext.weights import assign
 from keras_convnext.weights.graph import Graph, functional
 
 _NORMS = tuple(convnext.NORMS.values())
-_LINEAR = (keras.layers.Dense, keras.layers.Conv2D)
-_BLOCKS = (convnext.ConvNeXtBlock, convnext.ConvNeXtV2Block)
 
 # Layers of Keras that give back their input outside training.
 _TRAINING_ONLY = (
@@ -187,13 +185,13 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
             return _deploy(layer, None, new_size, for_litert, in_float32)
         if not getattr(layer, "variables", None):  # of a layer, or of an operation such as a sum
             return _twin(layer, in_float32)
-        if isinstance(layer, _BLOCKS):
+        if isinstance(layer, convnext.ConvNeXtBlock | convnext.ConvNeXtV2Block):
             block, values[layer.name] = _inference_block(layer, for_litert, in_float32)
             return block
         config = _config_in_float32(layer.get_config()) if in_float32 else layer.get_config()
         if layer.name in folded:
             return type(layer).from_config({**config, "affine": False})
-        if isinstance(layer, _LINEAR):
+        if isinstance(layer, keras.layers.Dense | keras.layers.Conv2D):
             kernel, bias = _folded(layer, folds.get(layer.name))
             values[layer.name] = [kernel] if bias is None else [kernel, bias]
             config = {name: value for name, value in config.items() if not name.startswith("lora_")}
@@ -370,7 +368,7 @@ def _only_readers(model):
     """{name of a layer: who alone takes its output}, without those where either is called several times."""
     graph = Graph(model, opened=False)  # its layers may be called in other models as well
     calls = collections.Counter(value.layer.name for value, *_ in graph.calls)
-    readers = {value: [None] for value in graph.outputs}  # None is the outside
+    readers: dict[Any, list[Any]] = {value: [None] for value in graph.outputs}  # None is the outside
     for value, *_ in graph.calls:
         for argument in value.arguments():
             readers.setdefault(argument, []).append(value.layer)

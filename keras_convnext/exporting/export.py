@@ -154,7 +154,8 @@ def export(
     size = _image_size(model, image_size, row)
     preprocessing = preprocessing or Preprocessing(DEFAULT_SIZE)
     sides = zip(size or model.input_shape[1:3], preprocessing.size, strict=True)
-    preprocessing = preprocessing.at(tuple(side or own for side, own in sides))
+    height, width = (side or own for side, own in sides)
+    preprocessing = preprocessing.at((height, width))
     if is_checked or precision == "int8":
         images, said = _calibration_images(model, calibration, preprocessing)
     if is_checked:

@@ -70,7 +70,14 @@ def _draw(results, path, heading):
 
     picture = figure.Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = picture.add_subplot()
-    look = {"cmap": "RdYlGn", "vmin": 0, "vmax": 100, "s": 90, "edgecolors": "black", "linewidths": 0.6}
+    look: dict[str, Any] = {
+        "cmap": "RdYlGn",
+        "vmin": 0,
+        "vmax": 100,
+        "s": 90,
+        "edgecolors": "black",
+        "linewidths": 0.6,
+    }
     for marker, format in zip("osD^v", dict.fromkeys(result.format for result in results), strict=False):
         sizes, times, agreements = zip(
             *((r.num_bytes / 1e6, r.milliseconds, 100 * r.agreement) for r in results if r.format == format),
