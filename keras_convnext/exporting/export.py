@@ -144,11 +144,7 @@ def export(
     if labels is not None and len(labels) != model.output_shape[-1]:
         raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
     is_checked = check is not False
-    needed = row.converters + (row.quantizers if "int8" in precision else ())
-    needed += (row.runtime,) if is_checked else ()
-    missing = [name for name in dict.fromkeys(needed) if not _environment.is_installed(name)]
-    if missing:
-        raise ImportError(_environment.missing_text(f"The format {format!r}", *missing))
+    _check_packages(format, precision, is_checked)
     batch: Any = row.batch_size if batch_size == "default" else batch_size
     deploy.check_batch_size(batch)
     size = _image_size(model, image_size, row)
@@ -256,6 +252,15 @@ def _check_model(model):
             f"Expected a model with one output. Received: {model.name}, outputs {model.output_shape}. "
             "Export keras.Model(model.input, one_output)."
         )
+
+
+def _check_packages(format, precision, is_checked):
+    row = FORMATS[format]
+    needed = row.converters + (row.quantizers if "int8" in precision else ())
+    needed += (row.runtime,) if is_checked else ()
+    missing = [name for name in dict.fromkeys(needed) if not _environment.is_installed(name)]
+    if missing:
+        raise ImportError(_environment.missing_text(f"The format {format!r}", *missing))
 
 
 def _image_size(model, image_size, row):

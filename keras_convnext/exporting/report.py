@@ -70,20 +70,21 @@ def _draw(results, path, heading):
 
     picture = figure.Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = picture.add_subplot()
-    look: dict[str, Any] = {
-        "cmap": "RdYlGn",
-        "vmin": 0,
-        "vmax": 100,
-        "s": 90,
-        "edgecolors": "black",
-        "linewidths": 0.6,
-    }
     for marker, format in zip("osD^v", dict.fromkeys(result.format for result in results), strict=False):
-        sizes, times, agreements = zip(
-            *((r.num_bytes / 1e6, r.milliseconds, 100 * r.agreement) for r in results if r.format == format),
-            strict=True,
+        chosen = [result for result in results if result.format == format]
+        points = axes.scatter(
+            [result.num_bytes / 1e6 for result in chosen],
+            [result.milliseconds for result in chosen],
+            c=[100 * result.agreement for result in chosen],
+            cmap="RdYlGn",
+            vmin=0,
+            vmax=100,
+            s=90,
+            marker=marker,
+            edgecolors="black",
+            linewidths=0.6,
+            label=format,
         )
-        points = axes.scatter(sizes, times, c=agreements, marker=marker, label=format, **look)
     largest = max(result.num_bytes for result in results)
     for result in results:
         is_right = result.num_bytes > largest / 2
