@@ -1,8 +1,7 @@
 """Settings as checked values: read from a TOML file, changed by key, written as TOML.
 
 A `Settings` has fields, each with type, range and description, and tables, which are `Settings` themselves.
-A field of a table has the key "table.field", and the short key "field" where no other table has one of that
-name.
+A field of a table has the key "table.field", and the short key "field" where no other table has such a one.
 """
 
 import difflib
@@ -84,10 +83,8 @@ class SettingsError(ValueError):
         lines = "".join(f"\n  {problem}" for problem in self.problems[:_MAX_SHOWN])
         if len(self.problems) > _MAX_SHOWN:
             lines += f"\n  and {len(self.problems) - _MAX_SHOWN} more"
-        super().__init__(
-            f"Expected values of {cls.__name__} that are known and fit, received {received} with "
-            f"{count}:{lines}"
-        )
+        expected = f"Expected values of {cls.__name__} that are known and fit"
+        super().__init__(f"{expected}, received {received} with {count}:{lines}")
 
 
 class Settings(pydantic.BaseModel):

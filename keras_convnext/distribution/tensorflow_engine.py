@@ -1,8 +1,7 @@
 """Engines of TensorFlow: its strategies for the devices of a machine, for many processes and for a TPU.
 
-Each replica, a device with a part of the batch, has all weights, sums its gradients with the others as soon
-as it has them, and updates its own copy. Keras sums later, which allows no accumulation and no common
-clipping.
+Each replica, a device with a part of the batch, has all weights, sums its gradients with the others at once,
+and updates its own copy. Keras sums later, which allows no accumulation and no common clipping.
 """
 
 import contextlib
@@ -112,10 +111,7 @@ def _place() -> tuple[int, list[str]] | None:
 
 
 def _tell(process: int, addresses: Sequence[str], text: str) -> str:
-    """Carries process 0's text to all, at the address where TensorFlow's service will be next.
-
-    That service waits for the processes for an hour, in a call that lets no other thread run.
-    """
+    """Carries process 0's text to all, where TensorFlow's service, which waits for an hour, will be next."""
     host, _, port = addresses[0].rpartition(":")
     deadline = time.monotonic() + watchdog.JOIN_SECONDS
     if process == 0:

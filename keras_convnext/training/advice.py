@@ -82,9 +82,8 @@ def _from_scratch(recipe: Recipe) -> Iterator[str]:
     if per_256 < 5e-5:
         yield (
             f"learning_rate {rate:g} at batch_size {batch_size} is {per_256:.2g} per 256 images, a rate for "
-            "fine-tuning. Random weights were trained at 2.5e-4 per 256, that is 4e-3 with batches of 4096 "
-            f"(Liu et al. 2022, table 5). Set learning_rate = {2.5e-4 * batch_size / 256:.2g} or set weights "
-            "to a tag."
+            "fine-tuning. Random weights were trained at 2.5e-4 per 256, in batches of 4096 (Liu et al. "
+            f"2022, table 5). Set learning_rate = {2.5e-4 * batch_size / 256:.2g} or set weights to a tag."
         )
     if rate > 1e-2:
         yield (
@@ -98,15 +97,13 @@ def _from_scratch(recipe: Recipe) -> Iterator[str]:
         )
     if optimizer.layer_decay < 1:
         yield (
-            f"layer_decay {optimizer.layer_decay:g} slows down the first layers, which are random and have "
-            "all to learn. It is published for fine-tuning only. Set layer_decay = 1.0 or set weights to "
-            "a tag."
+            f"layer_decay {optimizer.layer_decay:g} slows down the first layers, which are random too. It is "
+            "published for fine-tuning only. Set layer_decay = 1.0 or set weights to a tag."
         )
     if model.head_init_scale < 0.1:
         yield (
-            f"head_init_scale {model.head_init_scale:g} shrinks the first gradients of a model that is "
-            "random throughout. It is published for fine-tuning only. Set head_init_scale = 1.0 or set "
-            "weights to a tag."
+            f"head_init_scale {model.head_init_scale:g} shrinks the first gradients of a random model. It is "
+            "published for fine-tuning only. Set head_init_scale = 1.0 or set weights to a tag."
         )
 
 
@@ -139,6 +136,5 @@ def _always(recipe: Recipe, num_steps: int | None) -> Iterator[str]:
     if model.drop_path_rate > 0.3 and VARIANTS[model.architecture].parameters < 30e6:
         yield (
             f"drop_path_rate {model.drop_path_rate:g} is high for {model.architecture}. The highest "
-            "published one at its size is 0.2 (Woo et al. 2023, table 10). Set drop_path_rate to at most "
-            "0.2."
+            "published one at its size is 0.2 (Woo et al. 2023, table 10). Set at most that."
         )

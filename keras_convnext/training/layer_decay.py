@@ -23,8 +23,7 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
     - "timm": timm's `param_groups_layer_decay`; "single" with 0 for the stem.
 
     "The rest" is final norm, norms of a pyramid and all heads. The official configurations give 6 (T) and 12
-    (S to XL) by hand; the border at nine blocks is mmpretrain's (ee7f2e8, models/backbones/convnext.py,
-    `get_layer_depth`).
+    (S to XL) by hand; the border at nine blocks is that of mmpretrain's `get_layer_depth` (ee7f2e8).
 
     The depths are taken from the paths, such as "stages_2_7/pwconv1/kernel", maybe with a model's name in
     front. First stages that do not train may be missing; "single" and "timm" then count from the first block

@@ -55,10 +55,7 @@ class CsvLog:
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
-    """Reads the rows that `CsvLog` wrote, without empty fields: whole numbers, other numbers, texts.
-
-    ValueError: the file is not a CSV with a column "epoch".
-    """
+    """Reads the rows that `CsvLog` wrote, without empty fields; ValueError: the file is not such a CSV."""
     try:
         lines = list(csv.reader(io.StringIO(pathlib.Path(path).read_text("utf-8"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -66,8 +63,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
     columns = lines[0] if lines else []
     if "epoch" not in columns:
         raise ValueError(
-            f"Expected a CSV with a column 'epoch', received '{path}' with the columns {columns}. Move it "
-            "away."
+            f"Expected a column 'epoch', received '{path}' with the columns {columns}. Move it away."
         )
     rows = []
     for number, line in enumerate(lines[1:], start=2):

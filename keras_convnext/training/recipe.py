@@ -181,8 +181,7 @@ class Recipe(Settings):
 
     A file that lacks a key is refused, so that what is not written cannot change between two versions.
 
-    Reference: the hyperparameters of Liu et al. 2022 (arXiv:2201.03545) and Woo et al. 2023
-    (arXiv:2301.00808), appendix A of both.
+    Reference: Liu et al. 2022 (arXiv:2201.03545) and Woo et al. 2023 (arXiv:2301.00808), appendix A of both.
 
     Raises:
         ValueError: names every value that is outside its range or does not go with another.

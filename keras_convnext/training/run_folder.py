@@ -114,9 +114,8 @@ class RunFolder(contextlib.AbstractContextManager):
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> pathlib.Path:
         """Writes the checkpoint of a step in place of an earlier one, then removes old ones.
 
-        `state` has JSON values and "step", the number of finished steps. A CRC-32 is of the state, names,
-        shapes, dtypes and bytes. The newest `keep`, the best and this one stay; those that `latest` found
-        damaged go.
+        `state` has JSON values and "step", the number of finished steps. The newest `keep`, the best and this
+        one stay; those that `latest` found damaged go.
         """
         step, text = int(state["step"]), json.dumps(dict(state))
         path = self._checkpoint_path(step)
@@ -277,8 +276,7 @@ def _take_folder(folder: pathlib.Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise RunFolderError(
-                f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another "
-                "path."
+                f"Expected a folder or a free name at '{folder}', but a part of it is a file. Pass another."
             ) from error
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     if names and RUN_FILE not in names:
@@ -352,8 +350,7 @@ def _refuse_other_run(
     if changes:
         raise RunFolderError(
             f"'{folder}' holds another run. Expected the settings it was begun with, received "
-            f"{len(changes)} changed: {listed(changes, _MOST_LISTED)}. Pass what was passed then, or another "
-            "folder."
+            f"{len(changes)} changed: {listed(changes, _MOST_LISTED)}. Pass these, or another folder."
         )
 
 
@@ -365,8 +362,7 @@ def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int, w
         raise RunFolderError(
             f"Expected {size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
             f"{size_text(checkpoint_bytes)}{' and weights' * (weights_bytes > 0)}, received "
-            f"{size_text(free)}: {size_text(needed - free)} are missing. Free some, or pass a folder on "
-            "another disk."
+            f"{size_text(free)}: {size_text(needed - free)} are missing. Free some, or take another disk."
         )
 
 
