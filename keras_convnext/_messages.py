@@ -63,3 +63,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns (dotted name, old, new) of each value in which two nestings differ; None where it is absent."""
+    before, after = flat(old), flat(new)
+    found = [(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    return [(name, one, other) for name, one, other in found if one != other]

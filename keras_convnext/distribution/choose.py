@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_convnext._messages import flat, near_names
+from keras_convnext._messages import differences, near_names
 from keras_convnext.distribution import ENGINES, watchdog
 from keras_convnext.distribution.engine import Engine
 
@@ -106,14 +106,10 @@ def _module() -> Any:
 
 def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
     """Raises a ValueError in all processes when they differ in their facts, JSON values by name."""
-    expected, *others = group.gathered(flat(facts))
+    expected, *others = group.gathered(dict(facts))
     lines = []
     for name, received in zip(group.names[1:], others, strict=True):
-        texts = [
-            f"{key} {received.get(key)!r}, not {expected.get(key)!r}"
-            for key in {**expected, **received}
-            if expected.get(key) != received.get(key)
-        ]
+        texts = [f"{key} {theirs!r}, not {ours!r}" for key, ours, theirs in differences(expected, received)]
         if texts:
             more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
             lines.append(f"{name} has {'; '.join(texts[:8])}{more}")

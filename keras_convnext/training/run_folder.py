@@ -34,7 +34,7 @@ from keras_convnext._files import (
     sync_folder,
     try_lock,
 )
-from keras_convnext._messages import flat, listed, one_line, short_repr, size_text
+from keras_convnext._messages import differences, listed, one_line, short_repr, size_text
 from keras_convnext.weights.arrays import FileFormatError, little_endian_bytes
 from keras_convnext.weights.safetensors_files import read_safetensors_metadata, write_safetensors
 from keras_convnext.weights.torch_files import read_state_dict
@@ -341,11 +341,8 @@ def _read_identity(folder: pathlib.Path) -> dict | None:
 def _refuse_other_run(
     folder: pathlib.Path, stored: Mapping[str, object], given: Mapping[str, object]
 ) -> None:
-    old, new = flat(stored), flat(given)
     changes = [
-        f"{key}: {_value_text(old.get(key))} -> {_value_text(new.get(key))}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
+        f"{key}: {_value_text(old)} -> {_value_text(new)}" for key, old, new in differences(stored, given)
     ]
     if changes:
         raise RunFolderError(
