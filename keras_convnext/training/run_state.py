@@ -33,15 +33,12 @@ FINAL_WEIGHTS = ("final_ema.weights.h5", "final.weights.h5")  # the first where 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """The files and scores of a run that has ended.
-
-    `scores` is the last row of the log: "loss", "val_top1" and "ema_val_top1" in percent, ...
-    """
+    """The files and scores of a run that has ended."""
 
     folder: pathlib.Path
     weights: pathlib.Path  # the final ones, those of the average (EMA) where the recipe has one
     steps: int  # optimizer steps of the whole run
-    scores: dict[str, Any]
+    scores: dict[str, Any]  # last row of the log: "loss", "val_top1" and "ema_val_top1" in percent, ...
     seconds: float  # of this call
     process: int = 0  # rank of this process; of several, process 0 has written the files
 

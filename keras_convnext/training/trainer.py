@@ -355,8 +355,7 @@ class RunLog:
 def note_best(counts: Counts, row: Mapping[str, Any], best: str) -> str | None:
     """Notes in `counts` whether an epoch is the best so far, by its column `best` or that of the average.
 
-    The largest value is the best, of a loss the smallest. Returns the column that decided; None when an
-    earlier epoch was as good, or nothing was evaluated.
+    Returns the column that decided; None when an earlier epoch was as good, or nothing was evaluated.
     """
     sign = -1 if best.endswith("loss") else 1
     name = best.removeprefix("val_")

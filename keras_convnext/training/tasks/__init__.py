@@ -1,9 +1,8 @@
 """What a run trains: all that the trainer knows of a task.
 
-A task is a module of this folder with one class that has what `Task` lists; `trainer.train` makes it from the
-recipe. It decides on data, model, loss and scores; steps, signals, checkpoints, the log and the best epoch
-are the trainer's. So segmentation fits in with label maps for targets and `best = "val_miou"`, detection with
-dicts of targets and a loss that the model adds itself, FCMAE with the images for targets and "val_loss".
+A task decides on data, model, loss and scores; steps, signals, checkpoints, log and best epoch are the
+trainer's. So segmentation fits in with label maps for targets and `best = "val_miou"`, detection with dicts
+of targets and a loss that the model adds itself, FCMAE with the images for targets and "val_loss".
 """
 
 import dataclasses
