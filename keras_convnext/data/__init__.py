@@ -45,12 +45,13 @@ def eval_image(
     from keras_convnext.data import preprocess
 
     preprocessing = Preprocessing(image_size, crop_fraction, interpolation, crop_mode, resize_size)
-    if is_installed("tensorflow"):
-        from keras_convnext.data import batches
-
-        return batches.eval_image(path_or_bytes, preprocessing)
     if isinstance(path_or_bytes, bytes):
         content, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
     else:
         content, name = preprocess.read_file(path_or_bytes), os.fspath(path_or_bytes)
-    return preprocess.decode_prepared(content, name, preprocessing)
+    pixels = None
+    if is_installed("tensorflow"):
+        from keras_convnext.data import jpeg
+
+        pixels = jpeg.eval_image(content, preprocessing)
+    return preprocess.decode_prepared(content, name, preprocessing) if pixels is None else pixels

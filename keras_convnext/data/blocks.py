@@ -1,7 +1,6 @@
 """Makes batches out of examples in blocks: in parallel, in order, and around images that are damaged."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from keras_convnext._environment import available_cores
 from keras_convnext.data import preprocess
 from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source
@@ -43,7 +43,7 @@ def make_in_blocks(
     """
     size = _block_size(batch_size, unit)
     blocks_a_batch = batch_size // size
-    workers = _workers(workers)
+    workers = workers or available_cores()
 
     def block(first: Any) -> Any:
         rows = plan(first * size + tf.range(size, dtype=tf.int64))
@@ -78,7 +78,7 @@ def finished(batches: Any, workers: int | None, faults: Faults) -> Any:
     options.autotune.enabled = False
     # One thread an image: the cores are kept busy by several images at a time.
     options.threading.max_intra_op_parallelism = 1
-    options.threading.private_threadpool_size = _workers(workers)
+    options.threading.private_threadpool_size = workers or available_cores()
     batches = batches.prefetch(2).with_options(options)
 
     def begin(self: Any) -> Any:
@@ -138,14 +138,9 @@ def read_with_pillow(
                 faults.add(candidate, str(error))
         return np.zeros((1, 1, 3), np.uint8), np.int64(number), np.False_
 
-    pixels, number, is_decoded = tf.numpy_function(
-        read, [number], (tf.uint8, tf.int64, tf.bool), stateful=False
-    )
-    return (
-        tf.ensure_shape(pixels, (None, None, 3)),
-        tf.ensure_shape(number, ()),
-        tf.ensure_shape(is_decoded, ()),
-    )
+    made = tf.numpy_function(read, [number], (tf.uint8, tf.int64, tf.bool), stateful=False)
+    pixels, number, is_decoded = map(tf.ensure_shape, made, ((None, None, 3), (), ()))
+    return pixels, number, is_decoded
 
 
 def checked(tensor: Any, has_new: Any, faults: Faults) -> Any:
@@ -223,9 +218,3 @@ def _block(
     sentinel = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
     sentinel = tf.data.Dataset.from_tensors(sentinel)
     return examples.ignore_errors().concatenate(sentinel).batch(num_units + 1).map(repaired)
-
-
-def _workers(workers: int | None) -> int:
-    return workers or len(
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )

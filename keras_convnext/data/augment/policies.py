@@ -13,24 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_convnext._messages import near_names
-from keras_convnext.data.augment.pixels import (
-    IMAGENET_FILL,
-    autocontrast,
-    brightness,
-    color,
-    contrast,
-    equalize,
-    invert,
-    posterize,
-    rotate,
-    sharpness,
-    shear_x,
-    shear_y,
-    solarize,
-    solarize_add,
-    translate_x,
-    translate_y,
-)
+from keras_convnext.data.augment import pixels
+from keras_convnext.data.train_transform import POLICIES
 
 Plan = dict[str, tf.Tensor]  # decisions for many examples: tensors with a common first axis
 
@@ -156,8 +140,6 @@ class TrivialAugment:
 
 Policy = RandAugment | AutoAugment | TrivialAugment
 
-POLICIES = ("rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide", "none")
-
 # What a plan needs for each operation: which one, whether, how strong, which sign.
 UNIFORMS_PER_OPERATION = 4
 
@@ -178,7 +160,7 @@ def parse_policy(text: str) -> Policy | None:
     name, *sections = text.split("-")
     if name not in POLICIES:
         near = near_names(name, POLICIES, 1)
-        raise ValueError(f"Unknown augmentation {text!r}.{near} Known: {', '.join(POLICIES)}.")
+        raise ValueError(f"Unknown augmentation {text!r}.{near} Known: {', '.join(POLICIES[1:])}, none.")
     known: tuple[str, ...] = ("mstd",) if name.startswith(("original", "v0")) else ()
     if name == "rand":
         known = ("m", "n", "p", "mstd", "mmax", "inc")
@@ -276,7 +258,7 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
 
 
 def apply_augment(
-    image: tf.Tensor, plan: Plan, interpolation: str = "bicubic", fill: Sequence[int] = IMAGENET_FILL
+    image: tf.Tensor, plan: Plan, interpolation: str = "bicubic", fill: Sequence[int] = pixels.IMAGENET_FILL
 ) -> tf.Tensor:
     """Carry out the operations planned for one image, uint8 (H, W, 3): one row of `plan_augment`.
 
@@ -426,7 +408,8 @@ def _functions(
         return lambda image, argument: operation(image, argument, interpolation, fill)
 
     return [
-        *map(plain, (tf.identity, autocontrast, equalize, invert)),
-        *(geometric(rotate), posterize, solarize, solarize_add, color, contrast, brightness, sharpness),
-        *map(geometric, (shear_x, shear_y, translate_x, translate_y)),
+        *map(plain, (tf.identity, pixels.autocontrast, pixels.equalize, pixels.invert)),
+        *(geometric(pixels.rotate), pixels.posterize, pixels.solarize, pixels.solarize_add),
+        *(pixels.color, pixels.contrast, pixels.brightness, pixels.sharpness),
+        *map(geometric, (pixels.shear_x, pixels.shear_y, pixels.translate_x, pixels.translate_y)),
     ]
