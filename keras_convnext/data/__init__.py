@@ -24,12 +24,7 @@ def eval_image(
 
     Args:
         path_or_bytes: an image file, or the bytes of one.
-        image_size: size of the result in pixels, one side of a square or (height, width).
-        crop_fraction: part of the resized image that the crop keeps along each side, 0.01 to 1.
-        interpolation: "bicubic" or "bilinear".
-        crop_mode: "center" resizes the shorter side and crops; "squash" resizes both sides and crops (at
-            384 px the published weights are evaluated so, with crop_fraction 1).
-        resize_size: size in pixels that is resized to, in place of floor(image_size / crop_fraction).
+        image_size, crop_fraction, interpolation, crop_mode, resize_size: as in `Preprocessing`.
 
     Returns:
         NumPy uint8 (height, width, 3), RGB, 0 to 255.
