@@ -44,17 +44,15 @@ def eval_batches(
 ) -> Any:
     """Make batches for evaluation, each example exactly once.
 
-    The pixels are those of `preprocess.preprocess_image`, that is, of Pillow with timm's or torchvision's
-    transform. The examples are divided into `num_hosts` runs of neighbours, of equal numbers of batches, so
-    that a host reads its own part of the files; the last batches are filled up with padding.
+    The pixels are those of `preprocess.preprocess_image`. The examples are divided into `num_hosts` runs of
+    neighbours, of equal numbers of batches, so that a host reads its own part of the files; the last batches
+    are filled up with padding.
 
     Args:
         source: what `sources.open_source` returns.
-        preprocessing: as in `preprocess.preprocess_image`; the row of a published file in `weights.catalog`
-            has that it was scored with.
+        preprocessing: how images are prepared.
         batch_size: examples in a batch of this host.
-        host: number of this host, from 0 on.
-        num_hosts: hosts among which the examples are divided.
+        host, num_hosts: number of this host, from 0 on, and of all.
         faults: collects images that cannot be decoded; the default is a new collection.
         workers: images in work at a time, the default is the number of CPU cores.
 
@@ -66,8 +64,7 @@ def eval_batches(
         (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
 
     Raises:
-        ValueError: an argument is outside its range or a name is unknown; the message gives the value
-            received and the ones allowed.
+        ValueError: an argument is outside its range; the message gives the value received.
     """
     size = preprocessing.size
     _check_count("batch_size", batch_size)
@@ -156,14 +153,12 @@ def train_batches(
         seed: of order and augmentation, an integer from 0 up.
         part: where the stream is entered and how it is shared among hosts; default all of it, from its start.
         dtype: "float32", or "uint8" to round and clip, for a quarter of the memory.
-        faults: collects images that cannot be decoded; the default is a new collection.
-        workers: blocks of images in work at a time; the default is the number of CPU cores.
+        faults, workers: as for `eval_batches`.
 
     Returns:
         `tf.data.Dataset` without end of (images, targets): `dtype` (n, height, width, 3), RGB, 0 to 255
         (noise in float32 goes beyond), and float32 (n, num_classes), each row with the sum 1; n is
-        batch_size / part.num_hosts. A loop over it raises `DataError` when `faults.check` does; what is
-        made of it (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
+        batch_size / part.num_hosts. Errors of a loop over it are as for `eval_batches`.
 
     Raises:
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
@@ -259,11 +254,7 @@ def _training_examples(
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Return the batches of all hosts that an epoch of `train_batches` has; the rest is dropped.
-
-    Raises:
-        ValueError: the source has fewer examples than a batch.
-    """
+    """Return the batches of all hosts that an epoch has; ValueError where there are no examples for one."""
     if len(source) < batch_size:
         raise ValueError(
             f"Expected at least one batch of {batch_size} images, but '{source.path}' has {len(source)}. "
@@ -281,6 +272,6 @@ def _check_host(host: int, num_hosts: int) -> None:
     _check_count("num_hosts", num_hosts)
     if not 0 <= host < num_hosts:
         raise ValueError(
-            f"Expected host from 0 to {num_hosts - 1}, the number of this one of {num_hosts} hosts, "
-            f"received {host!r}."
+            f"Expected host from 0 to {num_hosts - 1}, the number of this one of {num_hosts} hosts, received "
+            f"{host!r}."
         )

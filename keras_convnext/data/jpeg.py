@@ -1,8 +1,8 @@
-"""From the bytes of an image file to a uint8 square, in TensorFlow graph ops and with Pillow's pixels.
+"""From the bytes of a JPEG to a uint8 square, in TensorFlow graph ops and with Pillow's pixels.
 
-The fast path is TensorFlow alone, so that tf.data runs it on all cores without Python: only the part of a
-JPEG that is used is decoded, and Pillow's resampling is done as small matrix products. What TensorFlow does
-not read as Pillow does (CMYK, PNG named .JPEG, other formats) goes through `with_pillow`.
+tf.data runs it on all cores without Python: only the part of a JPEG that is used is decoded, and Pillow's
+resampling is done as small matrix products. What TensorFlow does not read as Pillow does (CMYK, PNG named
+.JPEG, other formats) goes through `preprocess.decode_image`.
 """
 
 import contextlib

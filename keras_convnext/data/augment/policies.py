@@ -1,8 +1,4 @@
-"""RandAugment, AutoAugment, TrivialAugment and colour jitter: which operations an image gets, how strong.
-
-`plan_augment` and `plan_jitter` decide for many examples at once; `apply_augment` and `apply_jitter` carry
-the plan of one image out.
-"""
+"""RandAugment, AutoAugment, TrivialAugment and colour jitter: which operations an image gets, how strong."""
 
 import dataclasses
 import math
@@ -210,14 +206,12 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
     negative = tf.cast(sign >= 0.5, tf.int32)
     if isinstance(policy, TrivialAugment):
         number = number_below(choice, len(_TRIVIAL_OPERATIONS))
+        count = policy.num_bins
         table = [
-            [
-                _torchvision_arguments(name, bin_, policy.num_bins, _TRIVIAL_RANGES)
-                for bin_ in range(policy.num_bins)
-            ]
+            [_torchvision_arguments(name, bin_, count, _TRIVIAL_RANGES) for bin_ in range(count)]
             for name in _TRIVIAL_OPERATIONS
         ]
-        place = tf.stack([number, number_below(strength, policy.num_bins), negative], 2)
+        place = tf.stack([number, number_below(strength, count), negative], 2)
         return {
             "operation": tf.gather(_numbers(_TRIVIAL_OPERATIONS), number),
             "argument": tf.gather_nd(np.array(table, np.float64), place),
@@ -347,21 +341,22 @@ def _torchvision_arguments(
     Reference: torchvision 0.28.0, transforms/autoaugment.py, `_augmentation_space` and `_apply_op`.
     """
     name, number = _operation(level), int(number)
+
+    def magnitude(kind: str) -> float:
+        return _linspace(0.0, ranges[kind], num_bins)[number]
+
     if name in ("shear_x", "shear_y"):
         # torchvision goes through degrees, and through another formula for each axis.
-        magnitude = math.atan(_linspace(0.0, ranges["shear"], num_bins)[number])
-        angle = math.radians(math.degrees(magnitude))
+        angle = math.radians(math.degrees(math.atan(magnitude("shear"))))
         shear = math.tan(angle) if name == "shear_x" else math.sin(angle) / math.cos(angle)
         return shear, -shear
     if name in ("translate_x", "translate_y"):
-        pixels = float(int(_linspace(0.0, ranges["translate"], num_bins)[number]))
-        return -pixels, pixels
+        distance = float(int(magnitude("translate")))
+        return -distance, distance
     if name == "rotate":
-        degrees = _linspace(0.0, ranges["rotate"], num_bins)[number]
-        return degrees, -degrees
+        return magnitude("rotate"), -magnitude("rotate")
     if name in ("brightness", "color", "contrast", "sharpness"):
-        change = _linspace(0.0, ranges["factor"], num_bins)[number]
-        return 1.0 + change, 1.0 - change
+        return 1.0 + magnitude("factor"), 1.0 - magnitude("factor")
     argument = 0.0
     if name == "posterize":
         argument = 8.0 - round(float(np.float32(number / ((num_bins - 1) / ranges["bits"]))))
