@@ -65,15 +65,13 @@ def split_of_tar(path: str) -> str:
 
 def open_tar(path: str, split: str, labels: str | os.PathLike[str] | None) -> Source:
     """Indexes one of ImageNet's two tars; `labels` is a label file for the validation images, or None."""
-    if split == "train":
-        if labels is not None:
-            raise SourceError(
-                f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
-            )
-        return index.cached_index(path, "tar", split, [path], lambda: _scan_train_tar(path))
-    return with_labels(
-        index.cached_index(path, "tar", split, [path], lambda: _scan_validation_tar(path)), labels
-    )
+    if split == "train" and labels is not None:
+        raise SourceError(
+            f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
+        )
+    scan = _scan_train_tar if split == "train" else _scan_validation_tar
+    source = index.cached_index(path, "tar", split, [path], lambda: scan(path))
+    return source if split == "train" else with_labels(source, labels)
 
 
 def with_labels(
@@ -109,9 +107,8 @@ def with_labels(
 def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
     """Finds the outputs of an ImageNet classifier that stand for some classes.
 
-    ImageNet-A and -R have images of 200 of the 1000 classes. Returns int64 (len(classes),), the position of
-    each name in `class_names.synset_ids(num_classes)`; None when there is no such list or a name is not in
-    it.
+    ImageNet-A and -R have images of 200 of the 1000. Returns int64 (len(classes),), the position of each name
+    in `class_names.synset_ids(num_classes)`; None when there is no such list or a name is not in it.
     """
     with contextlib.suppress(ValueError, KeyError):
         positions = {synset: number for number, synset in enumerate(class_names.synset_ids(num_classes))}
@@ -135,10 +132,8 @@ def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None)
                 f"Expected the ReaL labels of '{source.path}' in a file, received path=None. Pass real.json, "
                 "or open the set imagenet2012_real."
             )
-        return [
-            tuple(feature_values(features, "real_label", path))
-            for _, path, _, features in examples(source.files)
-        ]
+        records = examples(source.files)
+        return [tuple(feature_values(features, "real_label", file)) for _, file, _, features in records]
     with reading(path, "ReaL's real.json", "Download it again.", SourceError):
         lists = json.loads(read_bytes(path))
     if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
@@ -168,9 +163,8 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
     `tarfile` counts from where the file stands, so offsets are those of the whole file. It takes a damaged
     header for the end of the archive: the zeros that end an archive are looked for here.
     """
-    again = "Download it again"
     md5 = _TAR_MD5.get(os.path.basename(path))
-    again += f" (the MD5 sum of the published file is {md5})." if md5 else "."
+    again = f"Download it again{f' (the MD5 sum of the published file is {md5})' if md5 else ''}."
     file.seek(start)
     with reading(path, f"a tar archive at byte {start}", again, SourceError):
         archive = tarfile.TarFile(fileobj=file, tarinfo=_Member)
@@ -180,11 +174,11 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
                     f"Expected whole files in '{path}', received '{member.name}' with holes, as tar -S "
                     "writes them. Write the archive without -S."
                 )
-            if member.offset_data + member.size > end:
+            last = member.offset_data + member.size
+            if last > end:
                 raise SourceError(
-                    f"Expected '{member.name}' in '{path}' to end at byte "
-                    f"{member.offset_data + member.size}, but the archive ends at byte {end}: it is "
-                    f"truncated. {again}"
+                    f"Expected '{member.name}' in '{path}' to end at byte {last}, but the archive ends at "
+                    f"byte {end}: it is truncated. {again}"
                 )
             if member.islnk() or member.issym():
                 raise SourceError(f"Expected files in '{path}', received the link '{member.name}'. {again}")

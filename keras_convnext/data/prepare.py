@@ -284,7 +284,12 @@ def _write_split(plan: _Plan, workers: int) -> int:
     kept = _finished_shards(plan, lines or [], workers)
     _remove_leftovers(plan)
     missing = [shard for shard in range(len(plan.ends)) if shard not in kept]
-    _check_space(plan, missing)
+    needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(plan.folder).free
+    if needed > free:
+        raise PrepareError(
+            f"Expected {needed} bytes free in '{plan.folder}' for the split {plan.split}, received {free}. "
+            "Free some, or pass a folder on another disk."
+        )
     with _writing(plan.folder):
         begun = [plan.settings, *kept.values()]
         replace_file(plan.path(journal), "".join(json.dumps(line) + "\n" for line in begun).encode())
@@ -338,17 +343,14 @@ def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, 
     records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
     records = [record for record in records if record["name"] in numbers]
     intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
-    return {
-        numbers[record["name"]]: record
-        for record, is_intact in zip(records, intact, strict=True)
-        if is_intact and _is_newer(plan, numbers[record["name"]], changes)
-    }
-
-
-def _is_newer(plan: _Plan, shard: int, changes: np.ndarray) -> bool:
-    """Tells whether a shard was written after the last change of its images; some keep their size."""
-    last = changes[plan.source.file_numbers[plan.examples(shard)]].max()
-    return bool(last <= os.stat(plan.path(plan.names[shard])).st_mtime_ns)
+    kept = {}
+    for record, is_intact in zip(records, intact, strict=True):
+        shard = numbers[record["name"]]
+        changed = changes[plan.source.file_numbers[plan.examples(shard)]].max()
+        # An image that was changed later may have kept its size.
+        if is_intact and changed <= os.stat(plan.path(record["name"])).st_mtime_ns:
+            kept[shard] = record
+    return kept
 
 
 def _journal_lines(journal: str) -> list[dict] | None:
@@ -370,15 +372,6 @@ def _remove_leftovers(plan: _Plan) -> None:
     for name in os.listdir(plan.folder):
         if re.fullmatch(rf"\.?({re.escape(plan.split)}-.*|{MANIFEST})\.([0-9a-f]{{16}}){{1,2}}\.tmp", name):
             os.remove(os.path.join(plan.folder, name))
-
-
-def _check_space(plan: _Plan, missing: list[int]) -> None:
-    needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(plan.folder).free
-    if needed > free:
-        raise PrepareError(
-            f"Expected {needed} bytes free in '{plan.folder}' for the split {plan.split}, received {free}. "
-            "Free some, or pass a folder on another disk."
-        )
 
 
 def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:

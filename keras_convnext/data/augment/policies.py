@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -136,6 +137,9 @@ class TrivialAugment:
 
 Policy = RandAugment | AutoAugment | TrivialAugment
 
+_SETTINGS = {"rand": ("m", "n", "p", "mstd", "mmax", "inc")}
+_SETTINGS |= dict.fromkeys(("original", "originalr", "v0", "v0r"), ("mstd",))
+
 # What a plan needs for each operation: which one, whether, how strong, which sign.
 UNIFORMS_PER_OPERATION = 4
 
@@ -157,9 +161,7 @@ def parse_policy(text: str) -> Policy | None:
     if name not in POLICIES:
         near = near_names(name, POLICIES, 1)
         raise ValueError(f"Unknown augmentation {text!r}.{near} Known: {', '.join(POLICIES[1:])}, none.")
-    known: tuple[str, ...] = ("mstd",) if name.startswith(("original", "v0")) else ()
-    if name == "rand":
-        known = ("m", "n", "p", "mstd", "mmax", "inc")
+    known = _SETTINGS.get(name, ())
     settings = {}
     for section in sections:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
@@ -218,15 +220,15 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
         }
 
     if isinstance(policy, RandAugment):
-        rows = [[(level, policy.probability, policy.magnitude)] for level in policy.levels]
+        rows: Any = [[(level, policy.probability, policy.magnitude)] for level in policy.levels]
         number = number_below(choice, len(rows))
         place = tf.stack([number, tf.zeros_like(number)], 2)
     else:
-        rows = [list(sub_policy) for sub_policy in policy.sub_policies]
+        rows = policy.sub_policies
         number = tf.repeat(number_below(choice[:, :1], len(rows)), policy.num_operations, 1)
         place = tf.stack([number, tf.zeros_like(number) + tf.range(policy.num_operations)], 2)
-    levels = [[level for level, _, _ in row] for row in rows]
-    probability = tf.gather_nd(np.array([[entry[1] for entry in row] for row in rows], np.float64), place)
+    levels, probabilities, magnitudes = np.moveaxis(np.array(rows, object), 2, 0)  # (rows, operations) each
+    probability = tf.gather_nd(probabilities.astype(np.float64), place)
     operation = tf.gather_nd(np.stack([_numbers(row) for row in levels]), place)
     operation = tf.where(applied < probability, operation, 0)
     if isinstance(policy, AutoAugment) and policy.torchvision:
@@ -236,7 +238,7 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
         argument = tf.gather_nd(np.array(table, np.float64), tf.concat([place, negative[..., None]], 2))
         return {"operation": operation, "argument": argument}
 
-    magnitude = tf.gather_nd(np.array([[entry[2] for entry in row] for row in rows], np.float64), place)
+    magnitude = tf.gather_nd(magnitudes.astype(np.float64), place)
     if math.isinf(policy.magnitude_std):
         magnitude *= strength
     elif policy.magnitude_std > 0:
