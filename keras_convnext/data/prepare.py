@@ -145,7 +145,9 @@ def prepare(
     require("tensorflow", "Writing shards")
     if os.path.isfile(output):
         raise PrepareError(f"Expected a folder to write to, received the file '{output}'. Pass another path.")
-    asked = [split] if split is not None else sources.list_splits(source_path, labels) or [None]
+    asked: list[str | None] = [split]
+    if split is None:
+        asked = [*sources.list_splits(source_path, labels)] or [None]
     # All are opened before one is written, so that trouble with the last one shows at once.
     opened = [sources.open_source(source_path, name, labels=labels) for name in asked]
     folder = sources.canonical_split(os.path.basename(os.path.abspath(source_path)), is_whole=True)

@@ -427,10 +427,10 @@ def _open_folder(
         images.append(found)
         left_out += others
     if not any(images):
-        others = f", but {index.counted(left_out)}" if left_out else ""
+        but = f", but {index.counted(left_out)}" if left_out else ""
         raise SourceError(
             f"Expected one folder of images a class in '{path}', found {len(folders)} folders and no image"
-            f"{others}. Known suffixes: {', '.join(index.IMAGE_SUFFIXES)}."
+            f"{but}. Known suffixes: {', '.join(index.IMAGE_SUFFIXES)}."
         )
     empty = [name for name, found in zip(folders, images, strict=True) if not found]
     if empty:

@@ -139,7 +139,8 @@ def test_geometric_operations_follow_their_argument_closely(name):
     pixels, differing = IMAGES["square"], 0
     for argument in (0.27, -0.3, 0.1234567):
         near = argument + 1e-4 if name == "rotate" else np.float64(np.float32(argument))
-        ours = getattr(policies.pixels, name)(tf.constant(pixels), tf.constant(near), "bilinear", FILL).numpy()
+        operation = getattr(policies.pixels, name)
+        ours = operation(tf.constant(pixels), tf.constant(near), "bilinear", FILL).numpy()
         differing += np.sum(ours != pillow_geometric(name, pixels, argument, "bilinear", FILL))
     assert differing > 0
 

@@ -137,7 +137,7 @@ class TrivialAugment:
 
 Policy = RandAugment | AutoAugment | TrivialAugment
 
-_SETTINGS = {"rand": ("m", "n", "p", "mstd", "mmax", "inc")}
+_SETTINGS: dict[str, tuple[str, ...]] = {"rand": ("m", "n", "p", "mstd", "mmax", "inc")}
 _SETTINGS |= dict.fromkeys(("original", "originalr", "v0", "v0r"), ("mstd",))
 
 # What a plan needs for each operation: which one, whether, how strong, which sign.
