@@ -1,19 +1,17 @@
 """`evaluate`, `knn` and `probe` score a model on a data set."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from keras_convnext.cli.shared import (
     import_quietly,
     licence_text,
     not_negative,
-    option,
     positive,
     print_facts,
     print_faults,
     print_json,
     recipe_overrides,
-    shared_options,
 )
 from keras_convnext.weights import catalog
 
@@ -30,34 +28,22 @@ depends on is added to results.csv. --output gets predictions, confusions and ac
 files, and a picture of the worst classes."""
 
 
-def evaluate_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "model", "MODEL", "tag, architecture, weight file, .keras file or exported file")
-    option(parser, "--data", "PATH", "folder or file with the images", required=True)
-    option(parser, "--weights", "FILE", "weight file in place of the tag's own")
-    option(parser, "--split", "NAME", "default validation, where there are splits")
-    option(parser, "--labels", "FILE", "'file,label' lines for a folder without classes")
-    option(
-        parser,
-        "--real",
-        "FILE",
-        "ReaL accuracy too, from real.json unless the data has these labels",
-        nargs="?",
-        const=True,
-    )
-    option(parser, "--batch-size", "N", "images, default 64", type=positive)
-    option(parser, "--limit", "N", "that many images only, spread evenly over the data", type=positive)
-    option(
-        parser,
-        "--max-faults",
-        "SHARE",
-        "damaged images allowed, default 0.01",
-        type=not_negative,
-        default=0.01,
-    )
-    option(parser, "--output", "DIR", "folder for CSV files and a picture")
-    option(parser, "--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
-    option(parser, "--no-results", None, "add no row")
-    shared_options(parser, "--image-size", "--json")
+def evaluate_options(option: Callable) -> None:
+    option("model", "MODEL", "tag, architecture, weight file, .keras file or exported file")
+    option("--data", "PATH", "folder or file with the images", required=True)
+    option("--weights", "FILE", "weight file in place of the tag's own")
+    option("--split", "NAME", "default validation, where there are splits")
+    option("--labels", "FILE", "'file,label' lines for a folder without classes")
+    real = "ReaL accuracy too, from real.json unless the data has these labels"
+    option("--real", "FILE", real, nargs="?", const=True)
+    option("--batch-size", "N", "images, default 64", type=positive)
+    option("--limit", "N", "that many images only, spread evenly over the data", type=positive)
+    option("--max-faults", "SHARE", "damaged images allowed, default 0.01", type=not_negative, default=0.01)
+    option("--output", "DIR", "folder for CSV files and a picture")
+    option("--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
+    option("--no-results", None, "add no row")
+    option("--image-size")
+    option("--json")
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
@@ -137,21 +123,19 @@ SGD on features that are computed once, without augmentation. The learning rate 
 training images, never on those that the score is of."""
 
 
-def knn_options(parser: argparse.ArgumentParser, recipe: str = "knn") -> None:
-    option(
-        parser, "recipe", "RECIPE", f"TOML file, default the published {recipe}", nargs="?", default=recipe
-    )
-    option(parser, "--model", "MODEL", "tag or weight file, in place of the recipe's")
-    option(parser, "--cache", "DIR", "folder that keeps the features for next time")
-    shared_options(parser, "--data", "--set", "--quiet", "--json")
+def knn_options(option: Callable, recipe: str = "knn") -> None:
+    option("recipe", "RECIPE", f"TOML file, default the published {recipe}", nargs="?", default=recipe)
+    option("--model", "MODEL", "tag or weight file, in place of the recipe's")
+    option("--cache", "DIR", "folder that keeps the features for next time")
+    for name in ("--data", "--set", "--quiet", "--json"):
+        option(name)
 
 
-def probe_options(parser: argparse.ArgumentParser) -> None:
-    knn_options(parser, "linear_probe")
+def probe_options(option: Callable) -> None:
+    knn_options(option, "linear_probe")
 
 
 def knn_command(options: argparse.Namespace) -> int:
-    """Prints how well the nearest neighbours in a model's features classify images."""
     import_quietly("keras_convnext.evaluation.features", "tensorflow")
     from keras_convnext.evaluation.nearest_neighbours import NearestNeighbours, nearest_neighbours
 
@@ -159,7 +143,6 @@ def knn_command(options: argparse.Namespace) -> int:
 
 
 def probe_command(options: argparse.Namespace) -> int:
-    """Prints how well a linear classifier on a model's features classifies images."""
     import_quietly("keras_convnext.evaluation.features", "tensorflow")
     from keras_convnext.evaluation.linear_probe import LinearProbe, linear_probe
 

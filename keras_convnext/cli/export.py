@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
 
 from keras_convnext import _terminal
 from keras_convnext._files import prepare_folder
@@ -13,11 +14,9 @@ from keras_convnext.cli.shared import (
     complain,
     import_quietly,
     not_negative,
-    option,
     positive_batch_size,
     print_json,
     print_table,
-    shared_options,
 )
 from keras_convnext.data import class_names
 from keras_convnext.weights.resolve import is_path
@@ -34,44 +33,26 @@ Every file takes pixels in 0..255 in the order N, H, W, C, and is run and compar
 kept. --calibration is a folder of images or a data set; by default, crops of three photographs."""
 
 
-def export_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "model", "MODEL", "tag, architecture, weight file or .keras file")
-    option(parser, "output", "OUTPUT", "the file, or a folder for several")
-    option(
-        parser, "--format", "NAMES", "saved_model, litert, onnx, openvino, torch, or all; default by suffix"
-    )
-    option(
-        parser,
-        "--precision",
-        "NAMES",
-        "float32, float16, dynamic_int8, int8, or all; default %(default)s",
-        default="float32",
-    )
-    option(
-        parser,
-        "--batch-size",
-        "N",
-        "images in a call, or any; default 1 for LiteRT, any for the others",
-        type=positive_batch_size,
-        default="default",
-    )
-    option(parser, "--calibration", "PATH", "images for the check and for int8, default three photographs")
-    option(parser, "--logits", None, "leave out the softmax")
-    option(
-        parser,
-        "--tolerance",
-        "X",
-        "difference allowed, of the largest output; default by precision",
-        type=not_negative,
-    )
-    option(parser, "--no-check", None, "do not run what was written")
-    option(parser, "--report", "DIR", "folder for a table and a picture")
-    option(parser, "--force", None, "replace the file or SavedModel at OUTPUT")
-    shared_options(parser, "--image-size", "--labels", "--json")
+def export_options(option: Callable) -> None:
+    option("model", "MODEL", "tag, architecture, weight file or .keras file")
+    option("output", "OUTPUT", "the file, or a folder for several")
+    option("--format", "NAMES", "saved_model, litert, onnx, openvino, torch, or all; default by suffix")
+    precisions = "float32, float16, dynamic_int8, int8, or all; default %(default)s"
+    option("--precision", "NAMES", precisions, default="float32")
+    sizes = "images in a call, or any; default 1 for LiteRT, any for the others"
+    option("--batch-size", "N", sizes, type=positive_batch_size, default="default")
+    option("--calibration", "PATH", "images for the check and for int8, default three photographs")
+    option("--logits", None, "leave out the softmax")
+    differences = "difference allowed, of the largest output; default by precision"
+    option("--tolerance", "X", differences, type=not_negative)
+    option("--no-check", None, "do not run what was written")
+    option("--report", "DIR", "folder for a table and a picture")
+    option("--force", None, "replace the file or SavedModel at OUTPUT")
+    for name in ("--image-size", "--labels", "--json"):
+        option(name)
 
 
 def export_command(options: argparse.Namespace) -> int:
-    """Writes files for other runtimes, each checked against the model."""
     for name in ("report", "tolerance"):
         if getattr(options, name) is not None and options.no_check:
             raise ValueError(f"Expected one of --{name} and --no-check: it needs what the check measures.")
@@ -161,15 +142,14 @@ it, or put it on a server of static files. npm fetches ONNX Runtime Web at the f
 --runtime what `npm pack` wrote on another machine."""
 
 
-def page_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "model", "MODEL", ".onnx file that export wrote")
-    option(parser, "output", "OUTPUT", "the .html file")
-    option(parser, "--runtime", "DIR", "onnxruntime-web as a folder or a .tgz file; default by npm, once")
-    option(parser, "--force", None, "replace the file at OUTPUT")
+def page_options(option: Callable) -> None:
+    option("model", "MODEL", ".onnx file that export wrote")
+    option("output", "OUTPUT", "the .html file")
+    option("--runtime", "DIR", "onnxruntime-web as a folder or a .tgz file; default by npm, once")
+    option("--force", None, "replace the file at OUTPUT")
 
 
 def page_command(options: argparse.Namespace) -> int:
-    """Writes a page that classifies pictures in the browser."""
     from keras_convnext.exporting import web_page
 
     page = web_page.write_page(options.model, options.output, options.runtime, replace=options.force)

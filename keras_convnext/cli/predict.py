@@ -18,10 +18,8 @@ from keras_convnext.cli.shared import (
     DEFAULT_MODEL,
     import_quietly,
     note,
-    option,
     positive,
     print_json,
-    shared_options,
 )
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.weights.resolve import is_path
@@ -38,13 +36,14 @@ brings its own image size; it must take pixels in 0..255. Without --labels the n
 classes are looked for next to the file: my_leaves.labels.txt."""
 
 
-def predict_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "images", "IMAGE_OR_FOLDER", "folders are searched for images", nargs="+")
-    option(parser, "--model", "TAG", f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds")
-    option(parser, "--weights", "FILE", "weight file, or a .keras model, to use instead")
-    option(parser, "--top", "N", "classes an image, default 5", type=positive, default=5)
-    option(parser, "--batch-size", "N", "images, default 8", type=positive, default=8)
-    shared_options(parser, "--image-size", "--labels", "--json")
+def predict_options(option: Callable) -> None:
+    option("images", "IMAGE_OR_FOLDER", "folders are searched for images", nargs="+")
+    option("--model", "TAG", f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds")
+    option("--weights", "FILE", "weight file, or a .keras model, to use instead")
+    option("--top", "N", "classes an image, default 5", type=positive, default=5)
+    option("--batch-size", "N", "images, default 8", type=positive, default=8)
+    for name in ("--image-size", "--labels", "--json"):
+        option(name)
 
 
 def predict_command(options: argparse.Namespace) -> int:
@@ -128,14 +127,12 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
     name = options.model or (DEFAULT_MODEL if options.weights is None else None)
     opened = predictor.open_predictor(name, options.weights, image_size=options.image_size)
     classes = opened.model.output_shape[-1]
-    names, synsets = labels, []
-    if labels and len(labels) != classes:
-        raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(labels)} names.")
+    names, synsets = labels or [f"class {index}" for index in range(classes)], []
+    if len(names) != classes:
+        raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(names)} names.")
     if not labels and opened.class_list is not None:
         names = class_names.class_names(opened.class_list)
         synsets = class_names.synset_ids(opened.class_list)
-    elif not labels:
-        names = [f"class {index}" for index in range(classes)]
     activation = getattr(opened.model.layers[-1], "activation", None)
     return Classifier(opened, names, synsets, activation is keras.activations.linear)
 

@@ -4,17 +4,15 @@ import argparse
 import dataclasses
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from keras_convnext.cli.shared import (
     complain,
     import_quietly,
-    option,
     positive,
     print_facts,
     print_json,
     recipe_overrides,
-    shared_options,
 )
 
 TRAIN_EXAMPLES = """examples:
@@ -33,19 +31,19 @@ DIR/final.safetensors photo.jpg` uses them. With other weights, a tag or a file,
 derived where it is not set, and printed. KERAS_BACKEND chooses tensorflow, jax or torch."""
 
 
-def train_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "recipe", "RECIPE", "TOML file, or a published name", nargs="?")
-    option(parser, "--out", "DIR", "folder of the run")
-    shared_options(parser, "--data", "--set", "--quiet")
-    option(parser, "--distribute", "ENGINE", "devices of a step; short for --set distribution.engine=ENGINE")
+def train_options(option: Callable) -> None:
+    option("recipe", "RECIPE", "TOML file, or a published name", nargs="?")
+    option("--out", "DIR", "folder of the run")
+    for name in ("--data", "--set", "--quiet"):
+        option(name)
+    option("--distribute", "ENGINE", "devices of a step; short for --set distribution.engine=ENGINE")
     # Classes of a run come from folders; this option is here to say how a label file becomes some.
-    parser.add_argument("--labels", help=argparse.SUPPRESS)
-    option(parser, "--workers", "N", "threads that make the batches", type=positive)
-    option(parser, "--list", None, "list the published recipes")
+    option("--labels", "FILE", argparse.SUPPRESS)
+    option("--workers", "N", "threads that make the batches", type=positive)
+    option("--list", None, "list the published recipes")
 
 
 def train_command(options: argparse.Namespace) -> int:
-    """Trains a model by a recipe, or resumes an interrupted run."""
     from keras_convnext.training import derived, recipe_files
 
     if options.list:
@@ -114,16 +112,16 @@ Time is a rough bound from the makers' peak figures, of which --fraction is take
 of these devices. KERAS_BACKEND chooses whose program is counted."""
 
 
-def plan_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "recipe", "RECIPE", "TOML file, or a published name")
-    shared_options(parser, "--data", "--set", "--json")
-    option(parser, "--devices", "DEVICES", "number and name, such as 64xh100; see below", required=True)
-    option(parser, "--engine", "ENGINE", "short for --set distribution.engine=ENGINE; default the recipe's")
-    option(parser, "--fraction", "X", "of the peak figures, default 0.4", type=float, default=0.4)
+def plan_options(option: Callable) -> None:
+    option("recipe", "RECIPE", "TOML file, or a published name")
+    for name in ("--data", "--set", "--json"):
+        option(name)
+    option("--devices", "DEVICES", "number and name, such as 64xh100; see below", required=True)
+    option("--engine", "ENGINE", "short for --set distribution.engine=ENGINE; default the recipe's")
+    option("--fraction", "X", "of the peak figures, default 0.4", type=float, default=0.4)
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    """Prints what a recipe takes on devices: memory, bytes between them, operations, time."""
     from keras_convnext.analysis import devices
     from keras_convnext.analysis.plan import describe, make_plan
     from keras_convnext.training.derived import choose_recipe
