@@ -1,5 +1,4 @@
-"""Reads files that may be anything, writes them in one step, so that neither a kill nor a full disk leaves
-half of one, and locks them.
+"""Reads files that may be anything, writes them in one step, so that none is half there, and locks them.
 
 Every writer of this package asks `check_target` what it may replace.
 """
@@ -132,12 +131,9 @@ def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> d
 def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes = b"") -> None:
     """Refuses to write a file where something is that this package does not replace.
 
-    That is a folder, a link, whatever it leads to, a pipe and a device; without `replace` every file; and
-    with a `mark` a file that does not have it in its first 4 kB, as another program wrote that one.
-
-    Raises:
-        IsADirectoryError, FileExistsError: these.
-        FileNotFoundError: there is no folder for the file.
+    That is a folder (IsADirectoryError), and by a FileExistsError a link, whatever it leads to, a pipe and a
+    device; without `replace` every file; and with a `mark` a file that does not have it in its first 4 kB, as
+    another program wrote that one. FileNotFoundError: there is no folder for the file.
     """
     path = pathlib.Path(path)
     if not path.parent.is_dir():
@@ -176,45 +172,35 @@ def prepare_folder(folder: str | os.PathLike[str], marks: Mapping[str, bytes]) -
 def replacing_file(path: str | os.PathLike[str], mark: bytes = b"") -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the path's place when the block ends without an error.
 
-    Raises:
-        OSError: the file cannot be written, or what is there is not replaced (`check_target`); it stands.
+    Else, or where `check_target` refuses it, what is there stands.
 
     Example:
         with replacing_file("log.csv") as file:
             file.write(b"epoch,loss")
     """
     path = pathlib.Path(path)
-    check_target(path, mark=mark)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _replacing(path, temporary, mark), open(temporary, "xb") as file:
+        yield file
 
 
-@contextlib.contextmanager
-def replacing_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def replacing_path(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Gives a path for a library to write to, which takes the place of another when the block ends well.
 
-    Args:
-        path: the file. The temporary name ends in its name, as libraries tell the format from that.
-
-    Raises:
-        FileNotFoundError: the block wrote nothing.
-        OSError: as for `replacing_file`.
+    The temporary name ends in that of the file, as libraries tell the format from it. Errors are those of
+    `replacing_file`, and a FileNotFoundError where the block wrote nothing.
 
     Example:
         with replacing_path("model.weights.h5") as temporary:
             model.save_weights(temporary)
     """
     path = pathlib.Path(path)
-    check_target(path)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+    return _replacing(path, path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}"))
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path, temporary: pathlib.Path, mark: bytes = b"") -> Iterator[pathlib.Path]:
+    check_target(path, mark=mark)
     try:
         yield temporary
         with open(temporary, "r+b") as file:
@@ -237,14 +223,8 @@ def disk_error_text(
     if_refused: str,
     needed: int | None = None,
 ) -> str:
-    """Returns why nothing could be written to a folder, and what to do.
-
-    Args:
-        error: of the system.
-        folder: path.
-        if_full: what to do when there is no space.
-        if_refused: what to do when it cannot be written for another reason.
-        needed: bytes that must fit; None where that is not known.
+    """Returns why nothing could be written to a folder, and what to do: `if_full` where there is no space,
+    `if_refused` for another reason. `needed` are the bytes that must fit, None where that is not known.
     """
     reason = error.strerror or str(error)
     if error.errno not in NO_SPACE:

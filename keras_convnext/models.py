@@ -1,8 +1,4 @@
-"""The public constructors, one for each architecture, and `load`.
-
-From a call to a model: check the arguments, find the weight file, lay out the layers without allocating
-anything, read the file, give every weight its value.
-"""
+"""The public constructors, one for each architecture, and `load`: arguments, weight file, layers, values."""
 
 import dataclasses
 import functools
@@ -37,11 +33,7 @@ class _Layers(list):
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
 class ConvNeXt(keras.Model):
-    """A functional Keras model that also knows its feature pyramid.
-
-    Made by the constructors (`ConvNeXtTiny(...)`) and `load`; everything that holds for a functional
-    `keras.Model` holds for it.
-    """
+    """A functional Keras model, made by the constructors and `load`, that also knows its feature pyramid."""
 
     @property
     def layers(self) -> list:
@@ -126,11 +118,8 @@ def load(
 
     All other arguments are those of the constructors, for example `keras_convnext.ConvNeXtTiny`.
 
-    Returns:
-        A `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities.
-
-    Raises:
-        ValueError: for an unknown name (near ones are listed) and as the constructors do.
+    Gives a `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities. ValueError for an
+    unknown name (near ones are listed) and as the constructors.
 
     Example:
         >>> model = load("test_convnext2", weights=None, classes=10, input_shape=(64, 64, 3))
@@ -186,20 +175,15 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
             name=named("normalization"),
         )(x)
 
-    settings = {
-        "norm": variant.norm,
-        "epsilon": variant.epsilon,
-        "activation": variant.activation,
-        "rematerialize": options.rematerialize,
-    }
-    if variant.version == 1:
-        block = functools.partial(
-            convnext.ConvNeXtBlock,
-            layer_scale_init_value=variant.layer_scale_init_value,
-            **settings,
-        )
-    else:
-        block = functools.partial(convnext.ConvNeXtV2Block, **settings)
+    settings = {} if variant.version == 2 else {"layer_scale_init_value": variant.layer_scale_init_value}
+    block = functools.partial(
+        convnext.ConvNeXtV2Block if variant.version == 2 else convnext.ConvNeXtBlock,
+        norm=variant.norm,
+        epsilon=variant.epsilon,
+        activation=variant.activation,
+        rematerialize=options.rematerialize,
+        **settings,
+    )
     stages = convnext.body(
         x, variant, block, options.output_stride, options.drop_path_rate, options.seed, named
     )
@@ -210,7 +194,9 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
             for stage, x in enumerate(stages)
         }
     else:
-        dtype = _head_dtype()
+        # Sums over a map and softmax lose digits in 16 bits.
+        is_16_bit = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
+        dtype = "float32" if is_16_bit else None
         pooling = "avg" if options.include_top else options.pooling
         outputs = convnext.final_norm(stages[-1], variant, pooling, dtype, named)
         if options.include_top:
@@ -375,9 +361,3 @@ def for_channels(values, channels):
     if channels == 1:
         return [sum(values) / 3]
     return [values[channel % 3] for channel in range(channels)]
-
-
-def _head_dtype():
-    """float32 under 16-bit policies, where sums over a map and softmax lose digits; else the policy."""
-    compute_dtype = keras.config.dtype_policy().compute_dtype
-    return "float32" if compute_dtype in ("float16", "bfloat16") else None

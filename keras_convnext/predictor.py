@@ -1,7 +1,4 @@
-"""`open_predictor`: a model by name or by file, with the preprocessing of its images and its classes.
-
-The door of `predict`, `evaluate`, the evaluations by features, and `export`.
-"""
+"""`open_predictor`: a model by name or by file, with the preprocessing of its images and its classes."""
 
 import dataclasses
 import os
@@ -44,10 +41,7 @@ class Predictor:
         return self.outputs(batch)
 
     def outputs(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 images (N, height, width, 3), prepared, to the model's outputs, float32 (N, classes).
-
-        Raises a ValueError where they are not finite.
-        """
+        """uint8 images (N, height, width, 3), prepared, to such outputs; ValueError where not finite."""
         outputs = np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), "float32")
         return finite(outputs, str(self.file or self.model.name))
 
@@ -104,10 +98,9 @@ def predictor_of(
     file: pathlib.Path | None = None,
     task: str = "classification",
 ) -> Predictor:
-    """Takes a whole model of pixels in 0..255, with the input size and the outputs that it has.
+    """Takes a whole model of pixels in 0..255, which errors call `name`, as it is.
 
-    `name` is what errors call it; `image_size` counts where the model leaves it free, and must else be its
-    own. The preprocessing is by default that of `Preprocessing`.
+    `image_size` counts where the model leaves it free, and must else be its own.
     """
     if task == "features":
         model = without_classifier(model)
