@@ -23,6 +23,8 @@ PNG_MARK = b"Software\0keras_convnext"  # of the pictures that this package draw
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MAX_TEXT_BYTES = 1 << 26  # of JSON, TOML, CSV and other text that is read at once
 
+StrPath = str | os.PathLike[str]
+
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 
@@ -30,7 +32,7 @@ class FileFormatError(ValueError):
     """A file is truncated, damaged or of a kind that cannot be read."""
 
 
-def regular_size(path: str | os.PathLike[str]) -> int:
+def regular_size(path: StrPath) -> int:
     """Returns the bytes of a file; an OSError tells what has no end or none of its own: a pipe, a device."""
     state = os.stat(path)
     if stat.S_ISDIR(state.st_mode):
@@ -42,13 +44,13 @@ def regular_size(path: str | os.PathLike[str]) -> int:
     return state.st_size
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: StrPath) -> BinaryIO:
     """Opens a file to read its bytes; the errors are those of `regular_size`, before it is opened."""
     regular_size(path)
     return open(path, "rb")
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
+def read_bytes(path: StrPath, limit: int = MAX_TEXT_BYTES) -> bytes:
     """Returns the content of a file; FileFormatError where it is longer than `limit`."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
@@ -60,7 +62,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> byt
     return content
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: StrPath) -> str:
     """The text of a UTF-8 file, without a byte order mark; a ValueError names a file in another encoding."""
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -70,7 +72,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def reading(
-    path: str | os.PathLike[str], expected: str, remedy: str, error: type[Exception] = FileFormatError
+    path: StrPath, expected: str, remedy: str, error: type[Exception] = FileFormatError
 ) -> Iterator[None]:
     """Tells whatever the content of a file does to the block that takes it apart in one sentence.
 
@@ -97,18 +99,14 @@ def reading(
 
 
 def read_json(
-    path: str | os.PathLike[str],
+    path: StrPath,
     kinds: Mapping[str, type] | None = None,
     *,
     expected: str = "JSON",
     remedy: str = "Write it again.",
     error: type[Exception] = FileFormatError,
 ) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; the rest is as for `reading` and `json_object`.
-
-    Example:
-        read_json("best.json", {"step": int}, remedy="Remove it.")["step"]
-    """
+    """Reads a JSON file that holds an object; the rest is as for `reading` and `json_object`."""
     with reading(path, expected, remedy, error):
         return json_object(read_bytes(path), kinds)
 
@@ -128,7 +126,7 @@ def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> d
     return found
 
 
-def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes = b"") -> None:
+def check_target(path: StrPath, replace: bool = True, mark: bytes = b"") -> None:
     """Refuses to write a file where something is that this package does not replace.
 
     That is a folder (IsADirectoryError), and by a FileExistsError a link, whatever it leads to, a pipe and a
@@ -161,7 +159,7 @@ def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes
                 )
 
 
-def prepare_folder(folder: str | os.PathLike[str], marks: Mapping[str, bytes]) -> None:
+def prepare_folder(folder: StrPath, marks: Mapping[str, bytes]) -> None:
     """Makes the folder of some files, and refuses those that another program wrote; see `check_target`."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     for name, mark in marks.items():
@@ -169,14 +167,10 @@ def prepare_folder(folder: str | os.PathLike[str], marks: Mapping[str, bytes]) -
 
 
 @contextlib.contextmanager
-def replacing_file(path: str | os.PathLike[str], mark: bytes = b"") -> Iterator[BinaryIO]:
+def replacing_file(path: StrPath, mark: bytes = b"") -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the path's place when the block ends without an error.
 
     Else, or where `check_target` refuses it, what is there stands.
-
-    Example:
-        with replacing_file("log.csv") as file:
-            file.write(b"epoch,loss")
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -184,15 +178,11 @@ def replacing_file(path: str | os.PathLike[str], mark: bytes = b"") -> Iterator[
         yield file
 
 
-def replacing_path(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[pathlib.Path]:
+def replacing_path(path: StrPath) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Gives a path for a library to write to, which takes the place of another when the block ends well.
 
     The temporary name ends in that of the file, as libraries tell the format from it. Errors are those of
     `replacing_file`, and a FileNotFoundError where the block wrote nothing.
-
-    Example:
-        with replacing_path("model.weights.h5") as temporary:
-            model.save_weights(temporary)
     """
     path = pathlib.Path(path)
     return _replacing(path, path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}"))
@@ -210,18 +200,14 @@ def _replacing(path: pathlib.Path, temporary: pathlib.Path, mark: bytes = b"") -
         temporary.unlink(missing_ok=True)
 
 
-def replace_file(path: str | os.PathLike[str], content: bytes, mark: bytes = b"") -> None:
+def replace_file(path: StrPath, content: bytes, mark: bytes = b"") -> None:
     """Writes the content of a file in one step; see `replacing_file`."""
     with replacing_file(path, mark) as file:
         file.write(content)
 
 
 def disk_error_text(
-    error: OSError,
-    folder: str | os.PathLike[str],
-    if_full: str,
-    if_refused: str,
-    needed: int | None = None,
+    error: OSError, folder: StrPath, if_full: str, if_refused: str, needed: int | None = None
 ) -> str:
     """Returns why nothing could be written to a folder, and what to do: `if_full` where there is no space,
     `if_refused` for another reason. `needed` are the bytes that must fit, None where that is not known.
@@ -238,7 +224,7 @@ def disk_error_text(
     return f"No space at '{folder}' ({reason}): {', '.join(facts)}. {if_full}"
 
 
-def open_to_lock(path: str | os.PathLike[str]) -> BinaryIO:
+def open_to_lock(path: StrPath) -> BinaryIO:
     """Opens a file for `try_lock`, without a buffer; what is in it stays. OSError: see `check_target`."""
     check_target(path)
     return pathlib.Path(path).open("a+b", buffering=0)  # closing a buffer would fail on a full disk

@@ -54,16 +54,13 @@ class ConvNeXt(keras.Model):
             (1, 2, 2, 320)
         """
         layers = places(self)[0]
-        norms = {f"P{stage + 2}": f"norm{stage}" for stage in range(4)}
         if "norm0" in layers:
-            return {level: layers[name].output for level, name in norms.items()}
+            return {f"P{stage + 2}": layers[f"norm{stage}"].output for stage in range(4)}
         last = {}
         for name, layer in layers.items():
             kind, *numbers = name.split("_")
-            if kind == "stages":
-                last[f"P{int(numbers[0]) + 2}"] = layer.output
-            elif kind == "blocks":
-                last["P4"] = layer.output
+            if kind in ("stages", "blocks"):
+                last["P4" if kind == "blocks" else f"P{int(numbers[0]) + 2}"] = layer.output
         return last
 
     def get_layer(self, name=None, index=None):
@@ -244,14 +241,10 @@ Args:
     new_head: bool or None: True to start a new classifier on any weights, False never to; None as under
         `classes`.
 
-Returns:
-    A `keras.Model`, (N, H, W, C) pixels to (N, classes) probabilities; without the top, to features
-    (N, C) or (N, H / 32, W / 32, C), layer-normalised as in `keras.applications`. Its `pyramid_outputs` are
-    the stage maps.
-
-Raises:
-    ValueError: for arguments that do not fit each other or the weights; unknown tags come with near names.
-    FileNotFoundError: for a path that is not there.
+Gives a `keras.Model`, (N, H, W, C) pixels to (N, classes) probabilities; without the top, to features (N, C)
+or (N, H / 32, W / 32, C), layer-normalised as in `keras.applications`. `pyramid_outputs` are the stage maps.
+ValueError for arguments that do not fit each other or the weights; unknown tags come with near names.
+FileNotFoundError for a path that is not there.
 
 Example:
     >>> model = {constructor}(weights=None, input_shape=(64, 64, 3), classes=10)

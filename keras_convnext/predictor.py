@@ -57,9 +57,8 @@ def open_predictor(
     """Builds the model that a tag, an architecture or a file means.
 
     A tag decides how images are prepared; without one a file that says it (`save_weights`, the files of
-    training), else the tag of the architecture's ImageNet weights. A weight file says which architecture it
-    holds; a `.keras` file brings a whole model, and for its images the defaults of `Preprocessing` hold when
-    it does not say more and no name is given, as for a Keras model.
+    training), else the tag of the architecture's ImageNet weights. For a `.keras` file that does not say it,
+    without a name, and for a Keras model, the defaults of `Preprocessing` hold.
 
     Args:
         name: tag or architecture, the path of a weight file, what `resolve` returned of these, or a Keras
@@ -71,8 +70,7 @@ def open_predictor(
         classifier_activation: "softmax", or None for logits; a model and a `.keras` file keep their own.
         task: "classification"; or "features" for the model in front of its classifier, if it has one.
 
-    Raises a ValueError where the name is unknown, has no classifier, or the file does not fit, and a
-    FileNotFoundError where there is no such file.
+    ValueError: the name is unknown, has no classifier, or the file does not fit.
     """
     if name is not None and not isinstance(name, str | os.PathLike | ResolvedWeights):
         if weights is not None:

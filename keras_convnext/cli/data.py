@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from keras_convnext._messages import size_text
 from keras_convnext._terminal import say
-from keras_convnext.cli.shared import import_quietly, positive, print_facts, print_json
+from keras_convnext.cli import shared
 
 PREPARE_EXAMPLES = """examples:
   keras-convnext prepare imagenet/ prepared/
@@ -22,15 +22,15 @@ def prepare_options(option: Callable) -> None:
     option("output", "OUTPUT", "folder to write to")
     option("--split", "NAME", "default all")
     option("--labels", "FILE", "'file,label' lines for a folder without classes")
-    option("--shards", "N", "files of a split, default by size", type=positive)
-    option("--workers", "N", "threads, default one a processor", type=positive)
+    option("--shards", "N", "files of a split, default by size", type=shared.positive)
+    option("--workers", "N", "threads, default one a processor", type=shared.positive)
     option("--seed", "N", "of the order, default 0", type=int, default=0)
     option("--verify", None, "read all back and compare")
     option("--json")
 
 
 def prepare_command(options: argparse.Namespace) -> int:
-    import_quietly("tensorflow")
+    shared.import_quietly("tensorflow")
     from keras_convnext.data import prepare
 
     summary = prepare.prepare(
@@ -46,7 +46,7 @@ def prepare_command(options: argparse.Namespace) -> int:
     if damaged:
         raise OSError(f"Damaged in {options.output}: {', '.join(damaged)}. Run the same command again.")
     if options.json:
-        print_json(dataclasses.asdict(summary) | {"verified": options.verify})
+        shared.print_json(dataclasses.asdict(summary) | {"verified": options.verify})
         return 0
     images = summary.images.items()
     facts = {
@@ -55,7 +55,7 @@ def prepare_command(options: argparse.Namespace) -> int:
         "kept": f"shards: {summary.num_kept:,}" if summary.num_kept else None,
         "verified": "every file has the SHA-256 of the manifest" if options.verify else None,
     }
-    print_facts(summary.output, facts.items())
+    shared.print_facts(summary.output, facts.items())
     return 0
 
 
@@ -74,7 +74,7 @@ def look_options(option: Callable) -> None:
 
 
 def look_command(options: argparse.Namespace) -> int:
-    import_quietly("tensorflow")
+    shared.import_quietly("tensorflow")
     from keras_convnext.data import contact_sheet, index, sources
     from keras_convnext.data.train_transform import Augmentation
 

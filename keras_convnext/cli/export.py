@@ -9,15 +9,8 @@ from collections.abc import Callable
 from keras_convnext import _terminal
 from keras_convnext._files import prepare_folder
 from keras_convnext._messages import size_text, unknown
+from keras_convnext.cli import shared
 from keras_convnext.cli.predict import read_labels
-from keras_convnext.cli.shared import (
-    complain,
-    import_quietly,
-    not_negative,
-    positive_batch_size,
-    print_json,
-    print_table,
-)
 from keras_convnext.data import class_names
 from keras_convnext.weights.resolve import is_path
 
@@ -40,11 +33,11 @@ def export_options(option: Callable) -> None:
     precisions = "float32, float16, dynamic_int8, int8, or all; default %(default)s"
     option("--precision", "NAMES", precisions, default="float32")
     sizes = "images in a call, or any; default 1 for LiteRT, any for the others"
-    option("--batch-size", "N", sizes, type=positive_batch_size, default="default")
+    option("--batch-size", "N", sizes, type=shared.positive_batch_size, default="default")
     option("--calibration", "PATH", "images for the check and for int8, default three photographs")
     option("--logits", None, "leave out the softmax")
     differences = "difference allowed, of the largest output; default by precision"
-    option("--tolerance", "X", differences, type=not_negative)
+    option("--tolerance", "X", differences, type=shared.not_negative)
     option("--no-check", None, "do not run what was written")
     option("--report", "DIR", "folder for a table and a picture")
     option("--force", None, "replace the file or SavedModel at OUTPUT")
@@ -57,7 +50,7 @@ def export_command(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and options.no_check:
             raise ValueError(f"Expected one of --{name} and --no-check: it needs what the check measures.")
     labels = read_labels(options.labels, options.model)
-    import_quietly("keras_convnext.exporting.export")
+    shared.import_quietly("keras_convnext.exporting.export")
     from keras_convnext import _environment, predictor
     from keras_convnext.exporting import deploy, report
     from keras_convnext.exporting.export import FORMATS, export
@@ -92,18 +85,18 @@ def export_command(options: argparse.Namespace) -> int:
         )
         results.append(result)
     if options.json:
-        print_json([dataclasses.asdict(result) | {"path": str(result.path)} for result in results])
+        shared.print_json([dataclasses.asdict(result) | {"path": str(result.path)} for result in results])
     elif options.no_check:
         for result in results:
             print(f"{result.path}: {size_text(result.num_bytes)}, not checked")
     else:
-        print_table(report.COLUMNS, report.ALIGNMENTS, report.rows(results))
+        shared.print_table(report.COLUMNS, report.ALIGNMENTS, report.rows(results))
         print(report.measured_on(results))
     if options.report is not None:
         heading = f"{opened.model.name}, {_environment.cpu_name()}, {_environment.available_cores()} cores"
         folded = deploy.savings(opened.model, deploy.deploy(opened.model))
         paths = report.write_report(results, options.report, heading, folded)
-        complain(f"Written: {', '.join(map(str, paths))}")
+        shared.complain(f"Written: {', '.join(map(str, paths))}")
     return 0
 
 

@@ -3,19 +3,13 @@
 import argparse
 import collections
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Iterable
 
 from keras_convnext._files import check_target
 from keras_convnext._messages import listed, shortened, size_text
-from keras_convnext.cli.shared import (
-    import_quietly,
-    licence_text,
-    print_facts,
-    print_json,
-    print_table,
-)
+from keras_convnext.architecture import layers_of
+from keras_convnext.cli import shared
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, layouts, locate, safetensors_files
@@ -83,9 +77,9 @@ def list_command(options: argparse.Namespace) -> int:
         ]
         count, name = f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG"
     if options.json:
-        print_json([*facts])
+        shared.print_json([*facts])
         return 0
-    print_table(titles, alignments, cells)
+    shared.print_table(titles, alignments, cells)
     print(f"\n{count}. `keras-convnext info {name}` says more.")
     return 0
 
@@ -111,14 +105,14 @@ def info_command(options: argparse.Namespace) -> int:
         facts = {**_checkpoint_facts(found), "local_file": None if local is None else str(local)}
         lines = _checkpoint_lines(found, local)
     else:
-        import_quietly("keras_convnext.models")
+        shared.import_quietly("keras_convnext.models")
         source = resolve(name)
         facts = _file_facts(source)
         lines = _file_lines(facts, source)
     if options.json:
-        print_json(facts)
+        shared.print_json(facts)
         return 0
-    print_facts(name, lines)
+    shared.print_facts(name, lines)
     return 0
 
 
@@ -141,7 +135,7 @@ def convert_options(option: Callable) -> None:
 def convert_command(options: argparse.Namespace) -> int:
     target = pathlib.Path(options.target)
     check_target(target, options.force)
-    import_quietly("keras_convnext.models")
+    shared.import_quietly("keras_convnext.models")
     from keras_convnext.conversion import KERAS_TARGETS, convert
 
     named = options.architecture
@@ -208,7 +202,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[t
         "dims": listed(variant.dims),
         "classes": projected if row.is_projection else row.classes or "none",
         "trained on": row.dataset,
-        "licence": licence_text(row.licence),
+        "licence": shared.licence_text(row.licence),
         "image size": f"{row.image_size}, crop {row.crop:.4g}",
         "resize": _resize_text(row.preprocessing),
         "mean": f"{listed(row.mean)} of pixels in 0..1",
@@ -280,8 +274,7 @@ def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, obj
 
 
 def _parameters(row: Checkpoint) -> int:
-    shapes = layouts.weight_shapes(VARIANTS[row.architecture], row.classes)
-    return sum(math.prod(shape) for shape in shapes.values())
+    return sum(layer.num_weights for layer in layers_of(VARIANTS[row.architecture], classes=row.classes))
 
 
 def _paper(variant: Variant) -> str:

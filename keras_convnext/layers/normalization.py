@@ -72,9 +72,7 @@ class LayerNormalization(_Norm):
 
     def call(self, x):
         x = float32_or_wider(x)
-        gamma, beta = (
-            (float32_or_wider(self.gamma), float32_or_wider(self.beta)) if self.affine else (None, None)
-        )
+        gamma, beta = (None if one is None else float32_or_wider(one) for one in (self.gamma, self.beta))
         if keras.backend.backend() == "torch":  # one fused kernel, which subtracts first
             import torch
 

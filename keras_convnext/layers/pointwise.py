@@ -24,8 +24,7 @@ def pointwise(layer, x, activation=None):
     `layer` is a built `keras.layers.Dense` without an activation of its own, or a `PointwiseConv2D`.
     """
     if _is_plain(layer) and _has_own_product(x):
-        kernel, bias = _matrix_and_bias(layer, x.dtype)
-        return _product(x, kernel, bias, activation)
+        return _product(x, *_matrix_and_bias(layer, x.dtype), activation)
     y = layer(x)
     return y if activation is None else _activate(activation, y)
 
