@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_convnext.data.preprocessing import is_positive_integer
+from keras_convnext.layers.pointwise import TOO_SMALL
 from keras_convnext.weights.resolve import IMAGENET_CLASSES, ResolvedWeights
 
 _logger = logging.getLogger("keras_convnext")
@@ -133,6 +134,6 @@ def _check_input_shape(shape: Any) -> None:
     elif not is_positive_integer(shape[2]):
         reason = f"The number of channels must be a whole number from 1 up, in input_shape {wanted}"
     elif any(side is not None and side < 32 for side in shape[:2]):
-        reason = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
+        reason = TOO_SMALL
     if reason:
         raise ValueError(f"{reason}. Received: input_shape={shape}")

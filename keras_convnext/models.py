@@ -124,15 +124,15 @@ def load(
         (None, 10)
     """
     options = ModelOptions.of(locals())
-    return build(resolve(architecture_or_tag, weights, _task(include_top)), options)
+    task = "features" if include_top is False else None
+    return build(resolve(architecture_or_tag, weights, task), options)
 
 
 def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
     """Lays out the layers of a model, then gives them the weights: what `load` does with a resolved name."""
     variant, options = source.variant, options.settled(source)
     if options.layer_scale_init_value is not None:
-        scale = options.layer_scale_init_value or None
-        variant = dataclasses.replace(variant, layer_scale_init_value=scale)
+        variant = dataclasses.replace(variant, layer_scale_init_value=options.layer_scale_init_value or None)
     new_head = source.starts_new_head(options.include_top, options.classes, options.new_head)
 
     def layout() -> ConvNeXt:
@@ -203,9 +203,9 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
     return ConvNeXt(inputs, outputs, name=options.name)
 
 
-_DOCSTRING = """{title}, as a Keras model.
+_DOCSTRING = """{constructor}, as a Keras model.
 
-{parameters:,} weights at 1000 classes; depths {depths}, dims {dims}.
+{variant.parameters:,} weights at 1000 classes; depths {variant.depths}, dims {variant.dims}.
 Arguments up to `name` are those of `keras.applications`, in its order and with its defaults.
 Reference: {reference}
 
@@ -213,10 +213,10 @@ Args:
     include_top: bool, whether to end in the classifier.
     include_preprocessing: bool, whether the model itself normalises its input. Then it takes pixels in 0..255
         (uint8 or float), and mean and standard deviation are those that the weights were trained with.
-    weights: None for random weights; "imagenet" for {imagenet}; a tag (`list_weights("{name}")`), long
-        or short; or the path of a file: .safetensors, .pth, .pt, .bin, .h5, .weights.h5 or .keras, of this
-        or any project whose layout `convert` knows. The normaliser is then the one that the file names or a
-        .keras model has, else that of "imagenet".
+    weights: None for random weights; "imagenet" for {imagenet}; a tag
+        (`list_weights("{variant.name}")`), long or short; or the path of a file: .safetensors, .pth, .pt,
+        .bin, .h5, .weights.h5 or .keras, of this or any project whose layout `convert` knows. The normaliser
+        is then the one that the file names or a .keras model has, else that of "imagenet".
     input_tensor: Keras tensor to use as the image, default a new `keras.Input`. To join two models on one
         image, give them names, or call them on it.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
@@ -277,7 +277,7 @@ def _constructor(constructor_name: str, architecture: str):
         new_head=None,
     ):
         options = ModelOptions.of(locals())
-        source = resolve(variant, weights, _task(include_top))
+        source = resolve(variant, weights, "features" if include_top is False else None)
         is_packaged = source.published is not None and source.published.packaged
         if is_packaged and classes == IMAGENET_CLASSES and new_head is None:
             options = dataclasses.replace(options, classes=None)  # 1000 is the default: those of the weights
@@ -285,17 +285,12 @@ def _constructor(constructor_name: str, architecture: str):
 
     imagenet = catalog.IMAGENET[architecture]
     constructor.__name__ = constructor.__qualname__ = constructor_name
+    papers = {1: "Liu et al. 2022, arXiv:2201.03545", 2: "Woo et al. 2023, arXiv:2301.00808"}
     constructor.__doc__ = _DOCSTRING.format(
-        title=constructor_name,
-        parameters=variant.parameters,
-        depths=variant.depths,
-        dims=variant.dims,
-        reference="Woo et al. 2023, arXiv:2301.00808"
-        if variant.version == 2
-        else "Liu et al. 2022, arXiv:2201.03545",
-        imagenet=f'the tag "{imagenet}"' if imagenet else "nothing: no ImageNet file was published",
-        name=architecture,
         constructor=constructor_name,
+        variant=variant,
+        reference=papers[variant.version],
+        imagenet=f'the tag "{imagenet}"' if imagenet else "nothing: no ImageNet file was published",
     )
     return constructor
 
@@ -343,10 +338,6 @@ def normaliser_of(model) -> tuple[list[float], list[float]] | None:
         return None
     mean = np.ravel(layer.input_mean) / 255
     return mean.tolist(), (np.sqrt(np.ravel(layer.input_variance)) / 255).tolist()
-
-
-def _task(include_top: bool | None) -> str | None:
-    return "features" if include_top is False else None
 
 
 def for_channels(values, channels):

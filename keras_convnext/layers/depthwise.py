@@ -49,7 +49,8 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         if backend not in PATHS:
             return super().call(x)
         path = PATHS[backend][chosen_path(backend, device_kind(x))]
-        return path(x, *kernel_and_bias(self, self.compute_dtype), self.dilation_rate[0])
+        kernel, bias = kernel_and_bias(self, self.compute_dtype)
+        return path(x, kernel, bias, self.dilation_rate[0])
 
     def get_config(self):
         config = keras.layers.Layer.get_config(self)

@@ -13,7 +13,7 @@ from keras_convnext.layers.bfloat16 import is_widened, rounded_once
 from keras_convnext.layers.chunking import is_eager_on_cpu
 from keras_convnext.layers.depthwise import device_kind, kernel_and_bias
 
-_TOO_SMALL = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
+TOO_SMALL = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
@@ -24,7 +24,8 @@ def pointwise(layer, x, activation=None):
     `layer` is a built `keras.layers.Dense` without an activation of its own, or a `PointwiseConv2D`.
     """
     if _is_plain(layer) and _has_own_product(x):
-        return _product(x, *_matrix_and_bias(layer, x.dtype), activation)
+        kernel, bias = _matrix_and_bias(layer, x.dtype)
+        return _product(x, kernel, bias, activation)
     y = layer(x)
     return y if activation is None else _activate(activation, y)
 
@@ -108,7 +109,7 @@ class PatchConv2D(keras.layers.Conv2D):
         size = self.kernel_size[0]
         sides = [side for side in shape[1:3] if isinstance(side, int)]
         if self.padding == "valid" and min(sides, default=size) < size:
-            raise ValueError(f"{_TOO_SMALL}. Received a map {shape[1:3]} at {self.name!r}, of kernel {size}.")
+            raise ValueError(f"{TOO_SMALL}. Received a map {shape[1:3]} at {self.name!r}, of kernel {size}.")
 
     def _checked_in_graph(self, x):
         """The same in a graph of TensorFlow, where sides may be free."""
@@ -116,7 +117,7 @@ class PatchConv2D(keras.layers.Conv2D):
             return x
         import tensorflow as tf
 
-        check = tf.debugging.assert_greater_equal(tf.shape(x)[1:3], self.kernel_size, _TOO_SMALL)
+        check = tf.debugging.assert_greater_equal(tf.shape(x)[1:3], self.kernel_size, TOO_SMALL)
         with tf.control_dependencies([check]):
             return tf.identity(x)
 
