@@ -273,7 +273,7 @@ class InferenceBlock(Block):
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
     """The rate of each block, on a line from 0 to `drop_path_rate` (models/convnext.py, `dp_rates`)."""
-    return [float(rate) for rate in np.linspace(0, drop_path_rate, depth)]
+    return np.linspace(0, drop_path_rate, depth).tolist()
 
 
 def layer_name(official: str, model_name: str | None = None) -> str:

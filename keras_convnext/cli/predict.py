@@ -75,9 +75,6 @@ def predict_command(options: argparse.Namespace) -> int:
     return 1 if results else 2
 
 
-# From images to predictions.
-
-
 @dataclasses.dataclass(frozen=True)
 class Classifier:
     """A model, how its images are prepared and what its classes are called."""

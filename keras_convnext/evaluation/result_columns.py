@@ -1,12 +1,10 @@
 """The columns of a row of results that name the model, the data, the preprocessing and the machine."""
 
 import collections
-import datetime
 import hashlib
 import importlib
 import os
 import pathlib
-import platform
 from typing import Any
 
 import keras
@@ -55,19 +53,15 @@ def environment() -> dict[str, str]:
     import tensorflow as tf
 
     backend = importlib.import_module(keras.backend.backend())
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "keras_convnext": _environment.__version__,
-        "commit": _environment.commit(),
+    machine = _environment.machine()
+    del machine["load"]
+    return machine | {
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
         "backend_version": str(backend.__version__),
         "tensorflow": tf.__version__,
         "numpy": np.__version__,
         "pillow": PIL.__version__,
-        "python": platform.python_version(),
-        "cpu": _environment.cpu_name(),
-        "cores": str(_environment.available_cores()),
         "accelerators": _accelerators(backend),
     }
 

@@ -74,10 +74,7 @@ def depthwise_in_frames(layer, x):
     kernel, bias = kernel_and_bias(layer, layer.compute_dtype)
 
     def convolve(part, row_step, column_step):
-        rate = (row_step * dilation, column_step * dilation)
-        return keras.ops.depthwise_conv(
-            x, part, strides=1, padding="same", data_format="channels_last", dilation_rate=rate
-        )
+        return _convolution(x, part, (row_step * dilation, column_step * dilation))
 
     radius = layer.kernel_size[0] // 2
     core = min(radius, 2)
@@ -170,19 +167,14 @@ def _shifted_products(x, kernel, bias, dilation):
     return _jax_shifted_products()(x, kernel[..., 0], bias, dilation)
 
 
-def _jax_library(x, kernel, bias, dilation):
-    import jax
-
-    y = jax.lax.conv_general_dilated(
-        x,
-        kernel.transpose(0, 1, 3, 2),  # (K, K, 1, C)
-        window_strides=(1, 1),
-        padding="SAME",
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
+def _convolution(x, kernel, rate):
+    return keras.ops.depthwise_conv(
+        x, kernel, strides=1, padding="same", data_format="channels_last", dilation_rate=rate
     )
-    return y + bias
+
+
+def _jax_library(x, kernel, bias, dilation):
+    return _convolution(x, kernel, dilation) + bias
 
 
 def _tensorflow_library(x, kernel, bias, dilation):
