@@ -45,16 +45,19 @@ def save_weights(
         The path. It appears whole or not at all.
 
     Raises:
-        ValueError: for a layout that cannot express the architecture, or another ending; for a
-            `preprocessing` that a PyTorch file has no place for, or whose mean and std are not the model's.
+        ValueError: for a layout that cannot express the architecture, or another ending; for layers without
+            weights that change what the model computes, such as a Rescaling or a ReLU; for a `preprocessing`
+            that a PyTorch file has no place for, or whose mean and std are not the model's.
 
     Example:
         >>> save_weights(model, "tiny.safetensors", layout="timm", preprocessing=Preprocessing(64))
     """
     path = pathlib.Path(path)
+    canonical, around = assign.state_dict(model), assign.around(model)
+    around.check(model.name)
     if preprocessing is not None:
-        _check_preprocessing(preprocessing, model, path)
-    canonical = assign.state_dict(model)
+        _check_preprocessing(preprocessing, around.normaliser, path)
+    _warn_of_activation(around.activation, path)
     return _write_torch(canonical, layouts.find_variant(canonical), path, layout, preprocessing)
 
 
@@ -75,7 +78,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             architecture from the file. A tag also says how images are prepared; without one the source says
             it, if it does. That is written into ".safetensors", ".weights.h5" and ".keras" targets, and a
             ".keras" target is built so; else with the input size and the normaliser, or none, of the model in
-            a ".keras" source; else as for the architecture's ImageNet weights.
+            a ".keras" source; else as for the architecture's ImageNet weights. The classifier keeps the
+            activation that it has in a ".keras" source.
 
     Returns:
         The target's path. It appears whole or not at all.
@@ -109,6 +113,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             target,
         )
     canonical = found.canonical()
+    if target.suffix != ".keras":
+        _warn_of_activation(found.activation(found.classes), target)
     if target.name.endswith(TORCH_SUFFIXES):
         if preprocessing is not None and target.suffix not in DESCRIBED_SUFFIXES:
             _logger.warning("%s has no place for how its images are prepared; .safetensors has.", target)
@@ -128,7 +134,18 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     return target
 
 
-def _check_preprocessing(preprocessing, model, path) -> None:
+def _warn_of_activation(activation, path) -> None:
+    if activation not in (None, "softmax", keras.activations.softmax, keras.activations.linear):
+        name = getattr(activation, "__name__", activation)
+        _logger.warning(
+            "%s cannot say that its classifier has the activation %s: load it with classifier_activation=%r.",
+            path,
+            name,
+            name,
+        )
+
+
+def _check_preprocessing(preprocessing, own, path) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(
             "Expected a .safetensors file, which has a place for how images are prepared, beside "
@@ -139,7 +156,6 @@ def _check_preprocessing(preprocessing, model, path) -> None:
             f"Expected preprocessing to be a Preprocessing, received {preprocessing!r}. Pass "
             "keras_convnext.Preprocessing(image_size)."
         )
-    own = models.normaliser_of(model)
     if own is None:
         return
     stated = [models.for_channels(values, len(own[0])) for values in (preprocessing.mean, preprocessing.std)]

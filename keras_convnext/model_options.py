@@ -83,8 +83,7 @@ class ModelOptions:
                 )
         classes = self.classes or available or IMAGENET_CLASSES
         if isinstance(activation, str) and activation == "default":
-            is_projection = source.is_projection and self.classes in (None, available)
-            activation = None if is_projection else "softmax"
+            activation = "softmax" if self.new_head else source.activation(self.classes or available)
         if include_top and classes == 1 and activation == "softmax":
             raise ValueError(
                 "A softmax over one class is always 1. Received: classes=1, classifier_activation='softmax'. "

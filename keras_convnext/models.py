@@ -6,7 +6,6 @@ import os
 import warnings
 
 import keras
-import numpy as np
 
 from keras_convnext import convnext
 from keras_convnext.convnext import layer_name
@@ -14,7 +13,7 @@ from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
-from keras_convnext.weights.assign import filled, first_reads, placed_values, places
+from keras_convnext.weights.assign import filled, placed_values, places
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
@@ -145,6 +144,13 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
             raise ValueError(
                 f"{source.path} does not say what its weights belong to, so a new classifier cannot take the "
                 "place of its own. Use the .keras file of the model, or save_weights(model, 'x.safetensors')."
+            )
+        channels = options.input_shape[-1]
+        if channels != source.channels:
+            raise ValueError(
+                f"{source.path} holds weights for images of {source.channels} channels. Received: "
+                f"input_shape={options.input_shape}. Use the .keras file of the model, or "
+                "save_weights(model, 'x.safetensors'), whose stem is adapted."
             )
         model = layout()
         keras_files.load_weights(model, source.path)
@@ -329,15 +335,6 @@ ConvNeXtIsotropicLarge = _constructor("ConvNeXtIsotropicLarge", "convnext_isotro
 TestConvNeXt = _constructor("TestConvNeXt", "test_convnext")
 TestConvNeXt2 = _constructor("TestConvNeXt2", "test_convnext2")
 TestConvNeXt3 = _constructor("TestConvNeXt3", "test_convnext3")
-
-
-def normaliser_of(model) -> tuple[list[float], list[float]] | None:
-    """(mean, standard deviation) by channel, for pixels in 0..1, of a model; None without a normaliser."""
-    layer = first_reads(model)
-    if not isinstance(layer, keras.layers.Normalization) or layer.input_mean is None:
-        return None
-    mean = np.ravel(layer.input_mean) / 255
-    return mean.tolist(), (np.sqrt(np.ravel(layer.input_variance)) / 255).tolist()
 
 
 def for_channels(values, channels):

@@ -164,11 +164,7 @@ def for_channels(images: np.ndarray, model: Any) -> np.ndarray:
 def _open_keras_model(
     source: ResolvedWeights, image_size: int | tuple[int, int] | None, task: str
 ) -> Predictor:
-    path = source.path
-    try:
-        model = keras.saving.load_model(path, compile=False)
-    except Exception as error:  # damaged archives and unknown layers raise of many classes
-        raise ValueError(f"{path} could not be opened as a Keras model: {error}") from error
+    path, model = source.path, source.model
     if source.architecture is None and not source.is_described:
         return predictor_of(model, str(path), image_size, None, path, task)
     opened = predictor_of(model, str(path), image_size, source.preprocessing, path, task)

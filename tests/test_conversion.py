@@ -15,7 +15,7 @@ from torchvision.models import convnext as torchvision_convnext
 
 import keras_convnext
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import layouts, resolve, torch_files
+from keras_convnext.weights import assign, layouts, resolve, torch_files
 from keras_convnext.weights.layouts import StateDictError
 
 pytestmark = pytest.mark.one_backend
@@ -527,7 +527,6 @@ def test_tag_with_another_tags_weights_takes_that_tags_classes(good_state, tmp_p
 
 def test_keras_model_file_keeps_its_normaliser_and_size(tmp_path, caplog):
     """They are in the model alone; the architecture's are mean and spread of ImageNet and 224 pixels."""
-    from keras_convnext import models
 
     def saved(name, **arguments):
         model = keras_convnext.load("test_convnext2", None, classes=CLASSES, **arguments)
@@ -538,13 +537,13 @@ def test_keras_model_file_keeps_its_normaliser_and_size(tmp_path, caplog):
     bare, source = saved("bare.keras", include_preprocessing=False, input_shape=(64, 64, 3))
     keras_convnext.convert(source, tmp_path / "again.keras")
     for copy in (keras_convnext.load(source), keras.saving.load_model(tmp_path / "again.keras")):
-        assert copy.input_shape == (None, 64, 64, 3) and models.normaliser_of(copy) is None
+        assert copy.input_shape == (None, 64, 64, 3) and assign.around(copy).normaliser is None
         assert np.array_equal(copy.predict_on_batch(images / 255), bare.predict_on_batch(images / 255))
     assert "bare.keras has no normaliser, so its model takes normalised images" in caplog.text
     keras_convnext.convert(source, tmp_path / "bare.safetensors", "timm")
     assert "bare.safetensors cannot say. Load that with include_preprocessing=False" in caplog.text
     named = keras_convnext.load("test_convnext2", source)  # the arguments say what is built
-    assert models.normaliser_of(named) is not None and named.input_shape == (None, 64, 64, 3)
+    assert assign.around(named).normaliser is not None and named.input_shape == (None, 64, 64, 3)
 
     clip = peers.save(timm_model("convnext_nano").state_dict(), tmp_path / "nano.safetensors")
     other = keras_convnext.load("convnext_nano.r384_in12k_ft_in1k", clip, input_shape=(None, None, 3))
@@ -553,7 +552,9 @@ def test_keras_model_file_keeps_its_normaliser_and_size(tmp_path, caplog):
     for target in ("again.keras", "again.safetensors"):
         keras_convnext.convert(source, tmp_path / target, "timm")
         copy = keras_convnext.load(tmp_path / target)
-        np.testing.assert_allclose(models.normaliser_of(copy), models.normaliser_of(other), rtol=0, atol=1e-7)
+        np.testing.assert_allclose(
+            assign.around(copy).normaliser, assign.around(other).normaliser, rtol=0, atol=1e-7
+        )
         assert copy.input_shape[1:] == ((None, None, 3) if target == "again.keras" else (224, 224, 3))
     _, plain = saved("plain.keras", input_shape=(None, None, 3))
     caplog.clear()

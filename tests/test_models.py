@@ -1199,6 +1199,14 @@ def test_keras_file_of_other_settings_is_refused(tmp_path):
         path,
         classes=7,
     )
+    refused(
+        ValueError,
+        ("holds weights for images of 3 channels", "input_shape=(32, 32, 1)", "whose stem is adapted"),
+        build,
+        V1,
+        path,
+        input_shape=(32, 32, 1),
+    )
 
 
 def test_state_dict_of_another_model_is_refused():

@@ -234,6 +234,11 @@ def _file_facts(source: ResolvedWeights) -> dict:
         layout = "keras_applications" if source.is_keras_applications else "keras_convnext"
     elif path.suffix == ".safetensors":
         metadata = safetensors_files.read_safetensors_metadata(path)
+    around: dict[str, object] = {}
+    if source.around is not None:
+        mean, std = source.around.normaliser or (None, None)
+        activation = getattr(source.around.activation, "__name__", str(source.around.activation))
+        around = {"mean": mean, "std": std, "activation": activation, "lost": source.around.lost}
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -248,6 +253,7 @@ def _file_facts(source: ResolvedWeights) -> dict:
         "final_norm": contents.final_norm,
         "pyramid_norms": contents.pyramid_norms,
         "others": contents.others,
+        "model": around or None,
         "images": None if source.stored is None else source.stored.stored(),
         "metadata": {key: value for key, value in metadata.items() if key != preprocessing_metadata.KEY},
     }
@@ -270,6 +276,14 @@ def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, obj
         "beside": listed(facts["others"]) or None,
         "resize": None if source.stored is None else _resize_text(source.stored),
     }
+    if model := facts["model"]:
+        mean, std = (", ".join(map(str, model[name] or ())) for name in ("mean", "std"))
+        lines |= {
+            "mean": f"{mean} of pixels in 0..1" if mean else "no normaliser",
+            "std": std or None,
+            "activation": model["activation"],
+            "not in weights": listed(model["lost"]) or None,  # so neither `load` nor `convert` takes the file
+        }
     return [*lines.items(), *((f"metadata {key!r}", value) for key, value in facts["metadata"].items())]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from keras_convnext._messages import printable
 
-_MEMBERSHIP = {1000: 1, 11821: 2, 21841: 4}
+_MEMBERSHIP: dict[int | str, int] = {1000: 1, 11821: 2, 21841: 4}
 TINY_IMAGENET = "tiny_imagenet200"
 
 
@@ -69,7 +69,7 @@ def class_names(classes: int | str) -> list[str]:
     (ImageNet-22k); or "tiny_imagenet200" (other data have 200 classes too). A name is all words of the
     synset, separated by ", ". Names are not unique ("crane" is a bird and a machine); `synset_ids` are.
     """
-    return [name for _, name in _synsets(classes)]
+    return [name for _, name in _known_synsets(classes)]
 
 
 def synset_ids(classes: int | str) -> list[str]:
@@ -77,7 +77,7 @@ def synset_ids(classes: int | str) -> list[str]:
 
     ImageNet's class folders have these names, so the list also orders the folders.
     """
-    return [synset_id for synset_id, _ in _synsets(classes)]
+    return [synset_id for synset_id, _ in _known_synsets(classes)]
 
 
 def decode_predictions(preds: Any, top: int = 5, classes: int | str | None = None) -> list[list[tuple]]:
@@ -100,11 +100,20 @@ def decode_predictions(preds: Any, top: int = 5, classes: int | str | None = Non
             f"Expected finite probabilities (N, classes), and top from 1. Received: top={top}, shape "
             f"{preds.shape}, {np.isfinite(preds).sum()} of {preds.size} finite"
         )
-    synsets = _synsets(preds.shape[1] if classes is None else classes)
+    synsets = _known_synsets(preds.shape[1] if classes is None else classes)
     if len(synsets) != preds.shape[1]:
         raise ValueError(f"Expected probabilities of {len(synsets)} classes. Received: shape {preds.shape}")
     names = [(synset_id, name.split(", ")[0].replace(" ", "_")) for synset_id, name in synsets]
     return [[(*names[i], float(row[i])) for i in row.argsort()[::-1][:top]] for row in preds]
+
+
+def _known_synsets(classes: int | str) -> tuple[tuple[str, str], ...]:
+    if classes not in [*_MEMBERSHIP, TINY_IMAGENET]:
+        raise ValueError(
+            f"No class names for {classes!r} classes. Known: 1000 (ImageNet-1k), 11821 (ImageNet-12k), 21841 "
+            "(ImageNet-22k), 'tiny_imagenet200'. Classes of other data have no list here."
+        )
+    return _synsets(classes)
 
 
 @functools.cache
@@ -113,11 +122,6 @@ def _synsets(classes: int | str) -> tuple[tuple[str, str], ...]:
         names = dict(_synsets(1000))
         ids = (resources.files(__package__) / "tiny_imagenet_ids.txt").read_text(encoding="utf-8").split()
         return tuple((synset_id, names[synset_id]) for synset_id in ids)
-    if classes not in _MEMBERSHIP:
-        raise ValueError(
-            f"No class names for {classes!r} classes. Known: 1000 (ImageNet-1k), 11821 (ImageNet-12k), 21841 "
-            "(ImageNet-22k), 'tiny_imagenet200'. Classes of other data have no list here."
-        )
     file = resources.files(__package__) / "imagenet_names.txt.gz"
     text = gzip.decompress(file.read_bytes()).decode("utf-8")
     rows = (line.split("\t") for line in text.splitlines())

@@ -69,6 +69,8 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
         >>> [weight.path for weight in model.trainable_weights]
         ['convnext_norm/gamma', 'convnext_norm/beta', 'convnext_head/kernel', 'convnext_head/bias']
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a Keras model to freeze stages of. Received: {model!r}")
     owners = [each for each in model._flatten_layers() if isinstance(each, keras.Model) and _depth(each)]
     if not owners:
         names = shortened(", ".join(layer.name for layer in model.layers), 200)
@@ -76,7 +78,7 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
             f"Expected a ConvNeXt of this package in '{model.name}'. Received the layers {names}"
         )
     depth = _depth(model)
-    if isinstance(stages, bool) or stages not in range(depth + 1):
+    if isinstance(stages, bool | float) or stages not in range(depth + 1):
         raise ValueError(
             f"Expected from 0 to {depth} stages of '{model.name}' to freeze. Received: stages={stages!r}"
         )

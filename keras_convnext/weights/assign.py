@@ -1,8 +1,10 @@
 """Gives every weight of a model its value (`filled`), and reads them back under official names."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -24,8 +26,10 @@ _HAND_ON = (
     keras.layers.GaussianDropout,
     keras.layers.GaussianNoise,
     keras.layers.Identity,
-    keras.layers.ZeroPadding2D,
 )
+_IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
+# Augmentation, which is nothing outside training; RandomCrop cuts there too.
+_AUGMENTATION = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:
@@ -39,9 +43,11 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
     Returns:
         {canonical name: array}, in the order of the forward pass.
 
+    Layers without weights are not in it, such as a Rescaling in front. LoRA is merged.
+
     Raises:
         ValueError: when the model is none of ours, has weights without a place in a ConvNeXt, or is
-            quantised. LoRA is merged.
+            quantised.
     """
     placed, others = places(model)
     if others:
@@ -79,10 +85,12 @@ def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer
     placed: dict[str, keras.Layer] = {}
     others: list[keras.Layer] = []
     reads: dict[int, keras.Layer | None] = {}  # id of a layer -> the one that it reads first
-    for layer, source in _connections(model):
+    for layer, sources in _connections(model):
         if id(layer) in reads:
             continue  # it is called in several places
-        reads[id(layer)] = source
+        reads[id(layer)] = sources[0]
+        if not isinstance(layer, keras.Layer) or isinstance(layer, keras.Model):
+            continue
         name = _place(layer, reads) if layer.weights else None
         if name in placed:
             raise ValueError(
@@ -101,12 +109,80 @@ def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer
     return placed, others
 
 
-def first_reads(model: keras.Model) -> keras.Layer | None:
-    """The layer that the stem of a model reads, None for the image itself."""
-    for layer, source in _connections(model):
-        if _place(layer, {}) in ("stem", "downsample_layers_0_0"):
-            return source
-    return None
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What stands around the weights of a model."""
+
+    sides: tuple[int | None, int | None]  # height and width of its images, None where any will do
+    normaliser: tuple[list[float], list[float]] | None  # mean and standard deviation by channel, pixels 0..1
+    activation: Any  # of its classifier, a function; linear also without one
+    lost: tuple[str, ...]  # what else changes values between image and result, with its class
+
+    def check(self, name: str) -> None:
+        """Refuses a model of which weights and these facts leave out a part."""
+        if self.lost:
+            raise ValueError(
+                f"Expected nothing in {name!r} that its weights do not say. Received between its image and "
+                f"its result: {listed(self.lost, 5)}. model.save('x.keras') keeps it and "
+                "keras.saving.load_model opens it; or take the weights of the ConvNeXt alone, and do the "
+                "same in front of or behind it."
+            )
+
+
+def around(model: keras.Model) -> Around:
+    """Reads what stands around the weights of a model, by its graph."""
+    placed, others = places(model)
+    connections = _connections(model)
+    reads: dict[int, list[Any]] = {}
+    for operation, sources in connections:
+        reads.setdefault(id(operation), []).extend(sources)
+
+    def ancestors(layers):
+        found: dict[int, Any] = {}
+        rest = list(layers)
+        while rest:
+            new = [part for part in reads.get(id(rest.pop(0)), ()) if part and id(part) not in found]
+            found |= {id(part): part for part in new}
+            rest += new
+        return found
+
+    first = placed.get("stem") or placed.get("downsample_layers_0_0")
+    in_front = [*ancestors([first]).values()]
+    images = [part for part in in_front if isinstance(part, keras.layers.InputLayer)]
+    normalisers = [part for part in in_front if type(part) is keras.layers.Normalization]
+    parts = ancestors(placed.values())
+    if "head" in placed or not others:  # else what follows is of another network, whose weights are named
+        result = {id(layer) for layer in placed.values()}
+        for operation, sources in connections:
+            if any(id(source) in result for source in sources) and not getattr(operation, "weights", ()):
+                result.add(id(operation))
+                parts[id(operation)] = operation
+    activation = getattr(placed.get("head"), "activation", keras.activations.linear)
+    lost = [operation for operation, _ in connections if isinstance(operation, keras.Model)]
+    for part in (part for part in parts.values() if part not in placed.values()):
+        if not isinstance(part, keras.layers.Softmax | keras.layers.Activation) or _IN_STEM.search(part.name):
+            is_kept = _mean_and_std(part, first) if part in normalisers[:1] else _hands_on(part)
+            lost += [] if is_kept else [part]
+        elif (own := getattr(part, "activation", keras.activations.softmax)) is not keras.activations.linear:
+            lost += [] if activation is keras.activations.linear else [part]  # two, one on the other
+            activation = own
+    shape = images[0].batch_shape if len(images) == 1 else ()
+    return Around(
+        sides=tuple(shape[1:3]) if len(shape) == 4 else (None, None),
+        normaliser=_mean_and_std(normalisers[0], first) if normalisers else None,
+        activation=activation,
+        lost=tuple(f"{part.name!r} ({type(part).__name__})" for part in lost),
+    )
+
+
+def _mean_and_std(layer, stem) -> tuple[list[float], list[float]] | None:
+    """Those of a Normalization by channel, for pixels in 0..1; None for one that has others."""
+    if layer.input_mean is None or layer.invert or np.size(layer.input_mean) not in (1, stem.kernel.shape[2]):
+        return None
+    # Rounded: what the square root leaves behind is no part of the value that was saved.
+    with np.errstate(all="ignore"):  # `Preprocessing` refuses what is none
+        mean, std = np.ravel(layer.input_mean), np.sqrt(np.ravel(layer.input_variance))
+        return np.round(mean / 255, 9).tolist(), np.round(std / 255, 9).tolist()
 
 
 def _place(layer, reads) -> str | None:
@@ -130,18 +206,37 @@ def _place(layer, reads) -> str | None:
     return ("pre_logits" if name == "pre_logits" else "head") if is_last else None
 
 
-def _connections(model: keras.Model) -> list[tuple[keras.Layer, keras.Layer | None]]:
-    """(layer, the layer that it reads first) through nested models, in the order of the forward pass."""
-    found: list[tuple[keras.Layer, keras.Layer | None]] = []
+def _hands_on(part) -> bool:
+    """Whether a part of a graph hands on what it is given, or each model has it that is built for weights."""
+    kind = type(part)
+    if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return True  # `places` has its place, or names it
+    kept = (
+        *_HAND_ON,
+        keras.layers.GlobalAveragePooling2D,
+        keras.layers.GlobalMaxPooling2D,
+        keras.layers.InputLayer,
+    )
+    is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
+    return isinstance(part, kept) or bool(is_augmentation or _IN_STEM.search(part.name))
+
+
+def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:
+    """(operation, those that it reads) through nested models, in the order of the forward pass.
+
+    A subclass stands there itself, in front of its layers, whose connections its own code makes.
+    """
+    found: list[tuple[Any, list[Any]]] = []
 
     def visit(operation, sources):
         """The layers that write the outputs of an operation, which reads those of `sources`."""
         if not isinstance(operation, keras.Model):
-            if isinstance(operation, keras.Layer):
-                found.append((operation, sources[0]))
-            return sources if isinstance(operation, _HAND_ON) else [operation]
+            found.append((operation, sources))
+            hands_on = isinstance(operation, _HAND_ON) or _IN_STEM.search(operation.name)
+            return sources if hands_on else [operation]
         graph = getattr(operation, "_functional", None) or operation  # that of a Sequential
-        if not hasattr(graph, "_nodes_by_depth"):  # a subclass, whose connections its own code makes
+        if not hasattr(graph, "_nodes_by_depth"):
+            found.append((operation, sources))
             for layer in operation.layers:
                 visit(layer, [None])
             return []
@@ -152,7 +247,8 @@ def _connections(model: keras.Model) -> list[tuple[keras.Layer, keras.Layer | No
                 origin.update(zip(map(id, node.outputs), written, strict=False))
         return [origin.get(id(tensor)) for tensor in graph.outputs]
 
-    visit(model, [])
+    images = [tensor._keras_history.operation for tensor in getattr(model, "inputs", None) or ()]
+    visit(model, images or [None])
     return found
 
 

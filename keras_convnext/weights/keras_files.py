@@ -1,7 +1,6 @@
 """Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -9,16 +8,15 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 import h5py
 import numpy as np
 
 from keras_convnext._files import FileFormatError, open_regular, reading
 from keras_convnext._messages import one_line, shortened
-from keras_convnext.data.preprocessing import MAX_SIDE, Preprocessing
 
-_MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file; what is cut there is no JSON
+_MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file
 _MAX_INDEX_BYTES = 1 << 20  # of the list of members of a `.keras` file
 _SMALL_BYTES = 1 << 26  # that any file may expand to
 _MAX_EXPANSION = 10  # times the bytes of the file, compressed weights included
@@ -57,30 +55,6 @@ def holds_model(path) -> bool:
     path = pathlib.Path(path)
     with _open(path) as file:  # checks it for those who let Keras read it
         return path.suffix == ".keras" or "model_config" in file.attrs
-
-
-def read_model_input(path) -> tuple[Any, Any]:
-    """What the model of a file that holds one takes: ((height, width), normaliser).
-
-    A side is None where any will do. The normaliser is (mean, standard deviation) of R, G and B, for pixels
-    in 0..1, as `Preprocessing` has them; None for a model without one.
-    """
-    sides: Any = (None, None)
-    normaliser: Any = None
-    remedy = "Save it again by model.save()."
-    with reading(path, "a model that takes images", remedy), np.errstate(all="ignore"):
-        for kind, config in reversed([*_serialised(json.loads(_config(path)))]):  # the first of each counts
-            if kind == "InputLayer" and len(config["batch_shape"]) == 4:
-                sides = tuple(config["batch_shape"][1:3])
-                height, width = (MAX_SIDE if side is None else side for side in sides)
-                Preprocessing((height, width))  # raises for what is no size
-            elif kind == "Normalization" and config.get("mean") is not None:
-                # Rounded: what the square root leaves behind is no part of the value that was saved.
-                mean = np.round(np.ravel(config["mean"]) / 255, 9)
-                std = np.round(np.sqrt(np.ravel(config["variance"])) / 255, 9)
-                normaliser = tuple(tuple(np.resize(values, 3).tolist()) for values in (mean, std))
-                Preprocessing(1, mean=normaliser[0], std=normaliser[1])  # raises for what is none
-    return sides, normaliser
 
 
 def read_stored_text(path, key: str) -> str | None:
@@ -131,19 +105,11 @@ def load_weights(model, path) -> None:
             warnings.simplefilter("ignore")  # what Keras warns of, it then raises
             model.load_weights(path)
     except Exception as error:  # Keras and h5py raise of many classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else one_line(error)
+        reason = " ".join(str(error).split()) or one_line(error)
         raise ValueError(
             f"{path} does not fit {model.name!r}: {shortened(reason, 400)} "
             "Build the model with the arguments it was saved with."
         ) from error
-
-
-def _config(path) -> str:
-    """The JSON text that a `.keras` file, or an `.h5` one of a whole model, has of its model."""
-    if path.suffix == ".keras":
-        return _member(path, "config.json")
-    with _open(path) as file:
-        return _texts([file.attrs["model_config"]])[0]
 
 
 def _member(path, name: str, optional: bool = False) -> str:
@@ -165,14 +131,6 @@ def _archive(file: IO[bytes]) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
-def _serialised(value):
-    """Yields (class name, config) of each object in a serialised model, in their order."""
-    if isinstance(value, dict) and isinstance(value.get("config"), dict) and "class_name" in value:
-        yield value["class_name"], value["config"]
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _serialised(child)
-
-
 @contextlib.contextmanager
 def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator[h5py.File]:
     """Checks and opens an `.h5` file, or that in a `.keras` file; tells what a block meets in it."""
@@ -185,6 +143,8 @@ def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator
             archive = stack.enter_context(_archive(source))
             member = archive.getinfo("model.weights.h5")
             _check_bytes(member.file_size, size)
+            if archive.getinfo("config.json").file_size > _MAX_CONFIG_BYTES:
+                raise ValueError(f"the JSON of its model has more than {_MAX_CONFIG_BYTES:,} bytes")
             size, content = member.file_size, stack.enter_context(archive.open(member))
         state = (str(path), size, status.st_mtime_ns)
         if state not in _checked:

@@ -176,16 +176,21 @@ def detect_layout(names) -> tuple[str, str]:
         StateDictError: when no layout fits, where the first names are shown; when two networks do.
     """
     names = list(names)
+    found: dict[str, str] = {}  # prefix -> layout
     for layout, marker in MARKERS:
-        found = [name[: -len(marker)] for name in names if name == marker or name.endswith("." + marker)]
-        if len(found) > 1:
-            raise StateDictError(
-                f"Expected one ConvNeXt, received {len(found)}, whose names start with "
-                f"{_messages.listed(map(repr, found), 5)}. Leave one of them in the file: "
-                f"{{name: value for name, value in state.items() if name.startswith({found[0]!r})}}."
-            )
-        if found:
-            return layout, found[0] + ("visual.trunk." if layout == "open_clip" else "")
+        for name in names:
+            if name == marker or name.endswith("." + marker):
+                trunk = "visual.trunk." if layout == "open_clip" else ""
+                found.setdefault(name[: -len(marker)] + trunk, layout)
+    if len(found) > 1:
+        prefixes = [*found]
+        raise StateDictError(
+            f"Expected one ConvNeXt, received {len(found)}, whose names start with "
+            f"{_messages.listed(map(repr, prefixes), 5)}. Leave one of them in the file: "
+            f"{{name: value for name, value in state.items() if name.startswith({prefixes[0]!r})}}."
+        )
+    for prefix, layout in found.items():
+        return layout, prefix
     shown = _messages.listed(names, 8) or "(no names at all)"
     raise StateDictError(
         f"Expected the weights of a ConvNeXt in one of the layouts {', '.join(RULES)}. Received {len(names)} "
@@ -318,7 +323,9 @@ def read(
         name for name in present if not (allowed and name.startswith(allowed)) and not _is_unused(name)
     ]
     others = [full_names[name] for name in left_over if _is_foreign(name, layout)]
-    if others and ("head" in may_hold or (prefix and "head.weight" in result)):
+    if "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over):
+        pass  # a part of the classifier that is asked for
+    elif others and ("head" in may_hold or (prefix and "head.weight" in result)):
         _logger.warning("Left out what is no part of the network: %s.", _messages.listed(others))
         left_over, others = [name for name in left_over if full_names[name] not in others], []
     left_over = [full_names[name] for name in left_over]
@@ -439,6 +446,10 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
     if layout == "open_clip" and "head.weight" in present:
         weight = present["head.weight"]
         present["head.bias"], full_names["head.bias"] = np.zeros(weight.shape[0], weight.dtype), "head.bias"
+    if head + "weight" in present and present[head + "weight"].ndim == 4:  # it classifies each place of a map
+        for name in [name for name in (head + "weight", head + "bias") if name in present]:
+            new = f"/{full_names[name]}"
+            present[new], full_names[new] = present.pop(name), full_names[name]
     # A Sequential of one linear layer and some without weights, as dropout in front of a classifier.
     numbered = [name for name in present if re.fullmatch(re.escape(head) + r"\d+\.(weight|bias)", name)]
     inner = {name.rpartition(".")[0] for name in numbered}
@@ -462,8 +473,19 @@ def _is_unused(name: str) -> bool:
 
 
 def _is_foreign(name: str, layout: str) -> bool:
-    """Whether a name is neither one of the layout nor of what published files hold besides."""
-    return name.partition(".")[0] not in _modules(layout) and not _is_unused(name)
+    """Whether a name is neither one of the layout nor of what published files hold besides.
+
+    Such as one of a head of another kind: of two layers, of weight norm, of LoRA.
+    """
+    if _is_unused(name):
+        return False
+    return name.partition(".")[0] not in _modules(layout) or _is_of_other_head(name, layout)
+
+
+def _is_of_other_head(name: str, layout: str) -> bool:
+    ends = ("norm", "norm_pre", "pre_logits", "head")
+    known = [rename(f"{end}.{leaf}", layout) for end in ends for leaf in ("weight", "bias")]
+    return name.partition(".")[0] == rename("head.weight", layout).partition(".")[0] and name not in known
 
 
 def _to_canonical(array, name, shape, layout):

@@ -12,6 +12,8 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from keras_convnext import _messages
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
@@ -75,6 +77,17 @@ class ResolvedWeights:
             self.file.suffix == ".keras" or not self.is_keras_applications
         )
 
+    @functools.cached_property
+    def model(self) -> Any:
+        """The Keras model of a file that holds one, as it is."""
+        import keras
+
+        try:
+            return keras.saving.load_model(self.path, compile=False)
+        except Exception as error:  # damaged archives and unknown layers raise of many classes
+            reason = _messages.shortened(_messages.one_line(error), 400)
+            raise ValueError(f"{self.path} could not be opened as a Keras model: {reason}") from error
+
     @property
     def is_bare(self) -> bool:
         """Whether the file is an `.h5` of this package: weights without the model they belong to."""
@@ -96,17 +109,10 @@ class ResolvedWeights:
             from keras_convnext.weights import keras_files
 
             return keras_files.read_keras_applications(self.path)
-        import keras
-
         from keras_convnext.weights import assign
 
-        try:
-            model = keras.saving.load_model(self.path, compile=False)
-        except Exception as error:  # damaged archives and unknown layers raise of many classes
-            reason = _messages.shortened(_messages.one_line(error), 400)
-            raise ValueError(f"{self.path} could not be opened as a Keras model: {reason}") from error
         with _naming(self.path):
-            return assign.whole_state(model)
+            return assign.whole_state(self.model)
 
     @functools.cached_property
     def contents(self) -> layouts.Contents:
@@ -134,23 +140,24 @@ class ResolvedWeights:
         return preprocessing_metadata.read_preprocessing(self.file)
 
     @functools.cached_property
-    def model_input(self) -> tuple | None:
-        """`keras_files.read_model_input` of a model's file, None where a tag or the file says more."""
-        if not self.is_model or self.is_described:
+    def around(self) -> Any:
+        """`assign.around` of the model of a file that holds one, else None."""
+        if not self.is_model:
             return None
-        from keras_convnext.weights import keras_files
+        from keras_convnext.weights import assign
 
-        return keras_files.read_model_input(self.file)
+        with _naming(self.path):
+            return assign.around(self.model)
 
     @property
     def is_normalised(self) -> bool:
         """Whether a model of these weights normalises its images; not if that of a `.keras` file does not."""
-        return self.model_input is None or self.model_input[1] is not None
+        return self.is_described or self.around is None or self.around.normaliser is not None
 
     @property
     def input_sides(self) -> tuple[int | None, int | None]:
         """(height, width) that a classifier of these weights takes; None where any will do."""
-        return self.preprocessing.size if self.model_input is None else self.model_input[0]
+        return self.preprocessing.size if self.is_described or self.around is None else self.around.sides
 
     @property
     def is_described(self) -> bool:
@@ -170,12 +177,14 @@ class ResolvedWeights:
         if self.stored is not None:
             return self.stored.at(image_size)
         row = self.row or catalog.default_checkpoint(self.variant.name)
-        if self.model_input is None:
+        if self.is_described or self.around is None:
             return row.preprocessing_at(image_size)
-        sides, normaliser = self.model_input
-        prepared = row.preprocessing_at(image_size or (sides if all(sides) else None))
-        mean, std = normaliser or (prepared.mean, prepared.std)
-        return dataclasses.replace(prepared, mean=mean, std=std)
+        sides, normaliser = self.around.sides, self.around.normaliser
+        with _naming(self.path):
+            prepared = row.preprocessing_at(image_size or (sides if all(sides) else None))
+            mean, std = normaliser or (prepared.mean, prepared.std)
+            mean, std = (tuple(np.resize(values, 3).tolist()) for values in (mean, std))
+            return dataclasses.replace(prepared, mean=mean, std=std)
 
     @property
     def classes(self) -> int:
@@ -197,12 +206,20 @@ class ResolvedWeights:
 
         return keras_files.read_sizes(self.path)
 
-    @property
-    def is_projection(self) -> bool:
-        """Whether the last layer is the image projection of a CLIP tower, not a classifier."""
+    def activation(self, classes: int) -> Any:
+        """The default activation of a classifier for so many classes: of the weights' own, theirs.
+
+        A `.keras` model says it; the last layer of a CLIP tower is a projection of the image and has none.
+        """
+        if classes != self.classes:
+            return "softmax"
         if self.row is not None and self.row.is_projection:
-            return True
-        return self.file is not None and not self.is_bare and self.contents.layout == "open_clip"
+            return None
+        if self.file is None or self.is_bare:
+            return "softmax"
+        if self.around is not None:
+            return self.around.activation
+        return None if self.contents.layout == "open_clip" else "softmax"
 
     @property
     def beside(self) -> str:
@@ -273,9 +290,14 @@ class ResolvedWeights:
             return layouts.adapt_channels(values, options.input_shape[-1], *normaliser)
 
     def _read(self, shapes, may_lack, may_hold):
-        """`layouts.read`, with the file named in errors and what it lacks in the log."""
+        """`layouts.read`, with the file named in errors and what it lacks in the log.
+
+        A model that is more than its weights is refused.
+        """
         state = self.state
         with _naming(self.path):
+            if self.around is not None:
+                self.around.check(self.model.name)
             values = layouts.read(state, shapes, may_lack, may_hold)
         lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
         if lacking:
@@ -430,10 +452,12 @@ def _check_classifier(found: ResolvedWeights) -> None:
 
 @contextlib.contextmanager
 def _naming(path):
-    """Puts the file in front of an error about its contents."""
+    """Puts the file in front of an error about its contents that does not name it."""
     try:
         yield
     except ValueError as error:
+        if str(path) in str(error):
+            raise
         raise type(error)(f"{path}: {error}") from None
 
 

@@ -152,6 +152,8 @@ def test_names_of_other_lists_are_asked_for():
     assert decode_predictions(tiny, 1, classes="tiny_imagenet200") == [
         [(synset_ids("tiny_imagenet200")[3], "tailed_frog", 1.0)]
     ]
+    with pytest.raises(ValueError, match=r"No class names for \['a', 'b'\] classes"):
+        decode_predictions(np.eye(2), classes=["a", "b"])
     with pytest.raises(ValueError, match=r"No class names for 200 classes.*'tiny_imagenet200'"):
         decode_predictions(tiny)
 

@@ -261,7 +261,7 @@ def test_an_isotropic_model_has_one_stage():
         finetune.freeze_stages(model, 2)
 
 
-@pytest.mark.parametrize("stages", [-1, 5, True, "2", None, 1.5])
+@pytest.mark.parametrize("stages", [-1, 5, True, "2", None, 1.5, 2.0])
 def test_the_number_of_stages_is_checked(stages):
     with pytest.raises(
         ValueError, match=f"from 0 to 4 stages of 'test_convnext2'.*Received: stages={stages!r}"
@@ -274,3 +274,5 @@ def test_a_model_without_a_convnext_of_this_package_is_refused():
     other = keras.Model(image, keras.layers.Conv2D(3, 1, name="stages_0_0")(image), name="other")
     with pytest.raises(ValueError, match=r"in 'other'. Received the layers input_layer.*, stages_0_0"):
         finetune.freeze_stages(other, 2)
+    with pytest.raises(ValueError, match=r"Expected a Keras model .*Received: 'convnext_tiny'"):
+        finetune.freeze_stages("convnext_tiny", 2)

@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 
 import keras_convnext
-from keras_convnext import models, predictor
+from keras_convnext import predictor
 from keras_convnext.cli import main
 from keras_convnext.data import batches, sources
 from keras_convnext.data.preprocessing import Preprocessing
@@ -27,7 +27,7 @@ from keras_convnext.evaluation import results
 from keras_convnext.training import failure, run_folder, run_state, trainer
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.tasks import classification
-from keras_convnext.weights import catalog, preprocessing_metadata
+from keras_convnext.weights import assign, catalog, preprocessing_metadata
 
 RECIPES = pathlib.Path(__file__).parents[2] / "recipes"
 
@@ -141,7 +141,7 @@ def test_training_goes_on_with_the_normaliser_of_its_weights(tmp_path):
         assert (written.image_size, written.crop_fraction, written.resize_size) == (32, 1.0, 40)
         model, has_new_head = classification.build_model(recipe, 10, task.source)
         assert not has_new_head
-        np.testing.assert_allclose(models.normaliser_of(model), expected, rtol=1e-6)
+        np.testing.assert_allclose(assign.around(model).normaliser, expected, rtol=1e-6)
 
 
 def test_final_and_average_weights_differ_and_load(uninterrupted):

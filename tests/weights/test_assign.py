@@ -1,6 +1,7 @@
 """Every weight of a model has a place in a ConvNeXt, by graph and not by name, or is named in an error."""
 
 import dataclasses
+import zipfile
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import keras_convnext
 from keras_convnext import models
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import assign, torch_files
+from keras_convnext.weights import assign, resolve, torch_files
 
 pytestmark = pytest.mark.one_backend
 layers = keras.layers
@@ -21,7 +22,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float
 
 def body(pooling=None, **arguments):
     return keras_convnext.TestConvNeXt2(
-        weights=None, include_top=False, input_shape=(32, 32, 3), pooling=pooling, **arguments
+        weights=None, include_top=False, pooling=pooling, **({"input_shape": (32, 32, 3)} | arguments)
     )
 
 
@@ -69,7 +70,7 @@ def test_a_classifier_on_the_norm_of_the_averaged_map_is_timms(wrapped, name, tm
     peer.load_state_dict(
         {key: torch.from_numpy(array.copy()) for key, array in torch_files.read_state_dict(path).items()}
     )
-    mean, std = (np.array(values) for values in models.normaliser_of(model))
+    mean, std = (np.array(values) for values in assign.around(model).normaliser)
     with torch.no_grad():
         expected = peer(torch.from_numpy((IMAGES / 255 - mean) / std).float().permute(0, 3, 1, 2))
     np.testing.assert_allclose(model.predict_on_batch(IMAGES), expected, atol=1e-4)
@@ -94,6 +95,125 @@ def test_a_classifier_on_the_norm_of_the_averaged_map_is_timms(wrapped, name, tm
 def test_what_a_convnext_does_not_have_is_named(around, pooling, name):
     with pytest.raises(ValueError, match=rf"layers without one: {name}"):
         keras_convnext.state_dict(nested(around, pooling))
+
+
+@pytest.mark.parametrize(
+    ("front", "behind", "named"),
+    [
+        (layers.Rescaling(0.5, name="lost"), None, r"'lost' .Rescaling"),
+        (layers.Resizing(32, 32, name="lost"), None, r"'lost' .Resizing"),
+        (layers.ZeroPadding2D(1, name="lost"), None, r"'lost' .ZeroPadding2D"),
+        (lambda x: x / 255, None, r"\(TrueDivide\)|\(Divide\)"),
+        (layers.RandomCrop(32, 32, name="lost"), None, r"'lost' .RandomCrop"),
+        (layers.RandomFlip(), layers.ReLU(name="lost"), r"'lost' .ReLU"),
+        (layers.Normalization(mean=1.0, variance=4.0, name="lost"), None, r"'lost' .Normalization"),
+    ],
+    ids=["rescaling", "resizing", "padding", "operation", "crop", "relu", "normalization"],
+)
+def test_what_has_no_weights_and_would_be_lost_is_named(front, behind, named, tmp_path):
+    image = keras.Input((32, 32, 3))
+    x = front(image)
+    x = layers.Dense(3)(body("avg", input_shape=tuple(x.shape[1:]))(x))
+    model = keras.Model(image, behind(x) if behind else x)
+    assert "head.weight" in keras_convnext.state_dict(model)  # the weights alone can be had
+    with pytest.raises(ValueError, match=rf"between its image and its result: .*({named})"):
+        keras_convnext.save_weights(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=rf"m.keras: .*({named})"):
+        keras_convnext.load(tmp_path / "m.keras")
+
+
+@pytest.mark.parametrize(
+    ("activation", "behind", "expected"),
+    [
+        (None, None, keras.activations.linear),
+        (None, layers.Activation("linear"), keras.activations.linear),
+        (None, layers.Softmax(), keras.activations.softmax),
+        ("softmax", layers.Dropout(0.1), keras.activations.softmax),
+        ("sigmoid", None, keras.activations.sigmoid),
+        (None, layers.Activation("sigmoid"), keras.activations.sigmoid),
+        ("softmax", layers.Softmax(name="lost"), None),
+        (None, layers.Concatenate(name="lost"), None),
+    ],
+)
+def test_a_classifier_keeps_its_activation(activation, behind, expected, tmp_path, caplog):
+    image = keras.Input((32, 32, 3))
+    x = layers.Dense(3, activation)(body("avg")(image))
+    if isinstance(behind, layers.Concatenate):
+        x = behind([image[:, 0, 0], x])  # which it reads second
+    elif behind:
+        x = behind(x)
+    model = keras.Model(image, x)
+    model.save(tmp_path / "m.keras")
+    if expected is None:
+        with pytest.raises(ValueError, match="'lost'"):
+            keras_convnext.convert(tmp_path / "m.keras", tmp_path / "copy.keras")
+        return
+    keras_convnext.convert(tmp_path / "m.keras", tmp_path / "copy.keras")
+    copy = keras.saving.load_model(tmp_path / "copy.keras")
+    for other in (keras_convnext.load(tmp_path / "m.keras"), copy):
+        np.testing.assert_allclose(other.predict_on_batch(IMAGES), model.predict_on_batch(IMAGES), atol=1e-5)
+        assert other.get_layer("head").activation is expected
+    fresh = keras_convnext.load(tmp_path / "m.keras", new_head=True, classes=4)
+    assert fresh.get_layer("head").activation is keras.activations.softmax
+    assert not caplog.records
+    keras_convnext.convert(tmp_path / "m.keras", tmp_path / "x.safetensors", "timm")
+    keras_convnext.save_weights(model, tmp_path / "x.pth", "timm")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (2 if expected is keras.activations.sigmoid else 0), said
+    assert all("load it with classifier_activation='sigmoid'" in line for line in said)
+
+
+def test_a_subclass_is_named(tmp_path):
+    @keras.saving.register_keras_serializable("tests")
+    class Halved(keras.Model):
+        def __init__(self, inner, **arguments):
+            super().__init__(**arguments)
+            self.inner = inner
+
+        def get_config(self):
+            return {**super().get_config(), "inner": keras.saving.serialize_keras_object(self.inner)}
+
+        @classmethod
+        def from_config(cls, config):
+            return cls(keras.saving.deserialize_keras_object(config.pop("inner")), **config)
+
+        def call(self, x):
+            return self.inner(x / 2)
+
+    model = Halved(body(), name="halved")
+    model(IMAGES)
+    assert keras_convnext.state_dict(model).keys() == keras_convnext.state_dict(model.inner).keys()
+    with pytest.raises(ValueError, match=r"'halved' .Halved"):
+        keras_convnext.save_weights(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=r"m.keras: .*'halved' .Halved"):
+        keras_convnext.load(tmp_path / "m.keras")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"[null, 32, 32, 3]", b"[null, 1000000000000, 32, 3]", "image_size to be .*, at most 16,384"),
+        (b"[null, 32, 32, 3]", b'[null, "a", 32, 3]', "opened as a Keras model"),
+        (b'"mean": [7.0, 8.0, 9.0]', b'"mean": [1e308, 0, NaN]', "mean to be three numbers"),
+        (b'"variance": [4.0, 4.0, 4.0]', b'"variance": [0, 4.0, -1]', "std to be three numbers"),
+        (b'"mean": [7.0, 8.0, 9.0]', b'"mean": {}', "opened as a Keras model"),
+    ],
+)
+def test_a_model_of_no_size_or_normaliser_is_refused(old, new, message, tmp_path):
+    image = keras.Input((32, 32, 3))
+    normalised = layers.Normalization(mean=[7.0, 8.0, 9.0], variance=[4.0, 4.0, 4.0])(image)
+    body(include_preprocessing=False, input_tensor=normalised).save(tmp_path / "m.keras")
+    assert resolve.resolve(tmp_path / "m.keras").preprocessing.mean[0] == round(7 / 255, 9)  # the control
+    path = tmp_path / "changed.keras"
+    with zipfile.ZipFile(tmp_path / "m.keras") as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            target.writestr(
+                name, source.read(name).replace(old, new) if name == "config.json" else source.read(name)
+            )
+    with pytest.raises(ValueError, match=rf"changed.keras.*{message}"):
+        _ = resolve.resolve(path).preprocessing
 
 
 def test_layers_in_front_and_two_networks_are_named():
@@ -211,7 +331,7 @@ def test_files_with_the_names_of_before_load(tmp_path, monkeypatch):
         )
         np.testing.assert_array_equal(new.predict_on_batch(IMAGES), old.predict_on_batch(IMAGES))
     loaded = keras.models.load_model(tmp_path / "old.keras")
-    assert loaded.get_layer("head").kernel.shape == (128, 3) and models.normaliser_of(loaded) is not None
+    assert loaded.get_layer("head").kernel.shape == (128, 3) and assign.around(loaded).normaliser is not None
     expected = keras_convnext.state_dict(new)
     for name, array in keras_convnext.state_dict(loaded).items():
         np.testing.assert_array_equal(array, expected[name])
@@ -222,13 +342,13 @@ def test_a_normaliser_is_the_one_that_the_stem_reads():
     adapted = layers.Normalization(name="normalization")
     adapted.adapt(IMAGES)
     bare = nested(lambda x: x)
-    assert models.normaliser_of(bare) == models.normaliser_of(body())
+    assert assign.around(bare).normaliser == assign.around(body()).normaliser
     plain = body(include_preprocessing=False)
-    assert models.normaliser_of(keras.Model(image, plain(adapted(image)))) is None
+    assert assign.around(keras.Model(image, plain(adapted(image)))).normaliser is None
     table = keras.Input((3,))
     other = layers.Normalization(name="normalization", mean=7.0, variance=1.0)(table)
     model = keras.Model([plain.input, table], [plain.output, other])
-    assert models.normaliser_of(model) is None
+    assert assign.around(model).normaliser is None
 
 
 def test_places_of_an_mlp_head_and_of_a_norm_in_front(monkeypatch):

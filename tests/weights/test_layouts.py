@@ -149,6 +149,46 @@ def test_two_networks_in_one_file_are_named(timm_state, tmp_path):
         load(peers.save(state, tmp_path / "x.pth"))
 
 
+def test_two_networks_of_two_layouts_are_named(timm_state, expected, tmp_path):
+    state = {f"student.{name}": value.clone() for name, value in timm_state.items()}
+    state |= {f"teacher.{name}": torch.from_numpy(array) for name, array in expected.items()}
+    with pytest.raises(ValueError, match=r"one ConvNeXt, received 2, .*'student.', 'teacher.'"):
+        load(peers.save(state, tmp_path / "x.pth"))
+
+
+HEADS = {
+    "a hidden layer": ("timm", {"head.pre_logits.fc1.weight": (64, 128), "head.fc2.weight": (5, 64)}),
+    "weight norm": ("timm", {"head.fc.weight_g": (5, 1), "head.fc.weight_v": (5, 128), "head.fc.bias": (5,)}),
+    "LoRA": ("timm", {"head.fc.base_layer.weight": (5, 128), "head.fc.lora_A.default.weight": (4, 128)}),
+    "no Sequential": ("timm", {"head.weight": (5, 128), "head.bias": (5,)}),
+    "each place": ("timm", {"head.fc.weight": (5, 128, 1, 1), "head.fc.bias": (5,)}),
+    "a Linear": ("torchvision", {"classifier.weight": (5, 768), "classifier.bias": (5,)}),
+    "a fourth": ("torchvision", {"classifier.3.weight": (5, 768), "classifier.3.bias": (5,)}),
+    "two": ("torchvision", {"classifier.2.weight": (8, 768), "classifier.3.weight": (5, 8)}),
+    "a Sequential": ("huggingface", {"classifier.0.weight": (8, 768), "classifier.2.weight": (5, 8)}),
+    "official": ("official", {"head.0.weight": (8, 768), "head.2.weight": (5, 8)}),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_of_another_kind_is_named(kind, prefix, caplog):
+    layout, head = HEADS[kind]
+    variant = layouts.VARIANTS["test_convnext2" if layout == "timm" else "convnext_tiny"]
+    shapes = layouts.weight_shapes(variant, 0)
+    state = {prefix + layouts.rename(key, layout): np.zeros(shape, "f4") for key, shape in shapes.items()}
+    state |= {prefix + name: np.zeros(shape, "f4") for name, shape in head.items()}
+    contents = layouts.inspect(state)
+    if kind != "two":  # of which one looks like the classifier
+        assert contents.classes == 0 and contents.others
+    with pytest.raises(ValueError, match=r"Left over|Missing"):
+        layouts.read(state, layouts.weight_shapes(variant, contents.classes or 5))
+    assert not caplog.records
+    assert layouts.read(state, shapes, may_hold=("head", "pre_logits")).keys() == shapes.keys()
+    named = [name for name in head if not name.startswith(layouts.rename("head.", layout))]  # not a head's
+    assert all(f"{prefix}{name}" in caplog.text for name in named), caplog.text
+
+
 @pytest.mark.parametrize("layout", ["timm", "torchvision", "huggingface"])
 def test_a_classifier_behind_dropout_is_read(layout, timm_state, tmp_path):
     name = "convnext_tiny"

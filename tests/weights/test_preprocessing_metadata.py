@@ -15,11 +15,11 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_safetensors
 
 import keras_convnext
-from keras_convnext import models, predictor
+from keras_convnext import predictor
 from keras_convnext._files import FileFormatError
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation import classification
-from keras_convnext.weights import preprocessing_metadata, safetensors_files
+from keras_convnext.weights import assign, preprocessing_metadata, safetensors_files
 from keras_convnext.weights.catalog import CHECKPOINTS, default_checkpoint, find_checkpoint
 from keras_convnext.weights.preprocessing_metadata import (
     KEY,
@@ -240,7 +240,7 @@ def test_open_predictor_prepares_images_as_the_file_says(files):
         opened = predictor.open_predictor(name, said)
         assert opened.preprocessing == IMAGES and opened.row is None
         assert opened.model.input_shape == (None, 48, 48, 3)
-        np.testing.assert_allclose(models.normaliser_of(opened.model), (MEAN, STD), rtol=1e-6)
+        np.testing.assert_allclose(assign.around(opened.model).normaliser, (MEAN, STD), rtol=1e-6)
     assert predictor.open_predictor(str(said)).preprocessing == IMAGES
     assert predictor.open_predictor(said).preprocessing == IMAGES
     larger = predictor.open_predictor(weights=said, image_size=64)
@@ -248,7 +248,7 @@ def test_open_predictor_prepares_images_as_the_file_says(files):
     assert larger.model.input_shape == (None, 64, 64, 3)
     tagged = predictor.open_predictor(TAG, said)
     assert tagged.preprocessing == find_checkpoint(TAG).preprocessing
-    np.testing.assert_allclose(models.normaliser_of(tagged.model), (DEFAULT_ROW.mean, DEFAULT_ROW.std))
+    np.testing.assert_allclose(assign.around(tagged.model).normaliser, (DEFAULT_ROW.mean, DEFAULT_ROW.std))
     control = predictor.open_predictor(weights=unsaid)
     assert control.preprocessing == DEFAULT_ROW.preprocessing == tagged.preprocessing
 
@@ -270,7 +270,7 @@ def test_open_backbone_prepares_images_as_the_file_says(files):
     said, unsaid = files
     opened = open_backbone(said)
     assert opened.preprocessing == IMAGES and opened.model.input_shape == (None, 48, 48, 3)
-    np.testing.assert_allclose(models.normaliser_of(opened.model), (MEAN, STD), rtol=1e-6)
+    np.testing.assert_allclose(assign.around(opened.model).normaliser, (MEAN, STD), rtol=1e-6)
     larger = open_backbone(NAME, said, image_size=64)
     assert larger.preprocessing == dataclasses.replace(IMAGES, image_size=64, resize_size=None)
     tagged = open_backbone(TAG, said)

@@ -70,7 +70,8 @@ def test_random_weights_are_those_of_the_tag_or_of_imagenet():
     plain, tagged = resolve.resolve(NAME, None), resolve.resolve("convnext_tiny.fb_in22k", None)
     assert (plain.classes, plain.is_random, plain.is_described) == (1000, True, False)
     assert (tagged.classes, tagged.is_random, tagged.is_described) == (21841, True, True)
-    assert resolve.resolve("convnext_base.clip_laion2b", None).is_projection
+    clip = resolve.resolve("convnext_base.clip_laion2b", None)
+    assert (clip.activation(clip.classes), clip.activation(7)) == (None, "softmax")
 
 
 def test_odd_names_are_refused_in_words(monkeypatch):
