@@ -91,10 +91,7 @@ class SettingsError(ValueError):
 
 
 class Settings(pydantic.BaseModel):
-    """Values that are checked when they are made and never change.
-
-    SettingsError, a ValueError, lists every value that does not fit.
-    """
+    """Values that never change and are checked when they are made: SettingsError lists what does not fit."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -131,8 +128,7 @@ class Settings(pydantic.BaseModel):
 
         `changes` stand in place of the file's values, by short or full key. A text among them is read by the
         type of its key, as it comes from a command line: "3", "true", "0.08,1". ValueError: the file is
-        missing or not TOML, with its line; or keys are unknown, missing or do not fit, all of which are
-        listed.
+        missing or not TOML, with its line; or it lists all keys that are unknown, missing or do not fit.
         """
         given, problems = cls.by_key(read_toml(path))
         changed, faults = cls.by_key(changes or {}, texts=True)
@@ -189,11 +185,11 @@ class Settings(pydantic.BaseModel):
             (nested[table] if table else nested)[name] = value
         try:
             made = cls(**nested)
+            if not problems:
+                return made
         except SettingsError as error:
-            raise SettingsError(cls, [*problems, *error.problems], received) from None
-        if problems:
-            raise SettingsError(cls, problems, received)
-        return made
+            problems = [*problems, *error.problems]
+        raise SettingsError(cls, problems, received)
 
     def to_toml(self) -> str:
         """Returns the text of a TOML file that is read as equal settings: first keys, then tables."""
@@ -285,7 +281,7 @@ def _unknown_key(cls: type[Settings], name: str, value: Any) -> str:
     if len(same) > 1:
         return f"{name}: there are several, name one of {', '.join(same)}"
     shorts = {_short(full): full for full in known}
-    near = [*difflib.get_close_matches(_short(name), shorts, 1)]
+    near = difflib.get_close_matches(_short(name), shorts, 1)
     if "." in name:
         near = [shorts[short] for short in near]
     return f"{name}: unknown key" + (f", did you mean {near[0]!r}?" if near else ", remove it")
@@ -335,13 +331,14 @@ def range_words(field: FieldInfo) -> str:
         inner = FieldInfo.from_annotation(item)
         return f"a list{f' of {1 + len(rest)}' if Ellipsis not in rest else ''}, each {range_words(inner)}"
     names = {str: "text in quotes", int: "an integer", float: "a number", bool: "true or false"}
+    name = names[typing.cast(type, kind)]
     found = {
         key: getattr(one, key) for one in bounds for key in ("gt", "ge", "lt", "le") if hasattr(one, key)
     }
     if not found:
-        return names[typing.cast(type, kind)]
+        return name
     low, high = found.get("gt", found.get("ge")), found.get("lt", found.get("le"))
     if high is None:
-        return f"{names[typing.cast(type, kind)]} {'above' if 'gt' in found else 'of at least'} {low:g}"
+        return f"{name} {'above' if 'gt' in found else 'of at least'} {low:g}"
     left, right = "(" if "gt" in found else "[", ")" if "lt" in found else "]"
-    return f"{names[typing.cast(type, kind)]} in {left}{low:g}, {high:g}{right}"
+    return f"{name} in {left}{low:g}, {high:g}{right}"

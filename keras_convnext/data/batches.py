@@ -180,7 +180,7 @@ def train_batches(
     takes a batch and its reverse; the shuffle makes that the same.
 
     An image that cannot be decoded is noted in `faults`, and the next example of the source that can be
-    stands in for it. One of more than 16.7 million pixels is first reduced by a whole factor.
+    stands in for it. One of more than 16.7 million pixels is first reduced.
 
     Args:
         source: what `sources.open_source` returns.

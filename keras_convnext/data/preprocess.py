@@ -110,9 +110,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def reduced(image: Image.Image) -> np.ndarray:
-    """The pixels of an image for training: one of more than `LARGE` is reduced to at most half as many."""
+    """The pixels of an image for training: one of more than `LARGE` is reduced to at most as many."""
+    factor = _factor(image)
+    return _pixels(image if factor == 1 else image.reduce(factor))
+
+
+def _factor(image: Image.Image) -> int:
     pixels = image.width * image.height
-    return _pixels(image if pixels <= LARGE else image.reduce(math.ceil(math.sqrt(2 * pixels / LARGE))))
+    return 1 if pixels <= LARGE else math.ceil(math.sqrt(2 * pixels / LARGE))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -141,6 +146,9 @@ def decode_image(
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image, _admitted(image, content, name):
+            if transform is reduced:  # a JPEG is decoded so, in less memory; nothing for other formats
+                factor = _factor(image)
+                image.draft(None, (image.width // factor, image.height // factor))
             return transform(_as_rgb(image, name))
     except ImageError:
         raise

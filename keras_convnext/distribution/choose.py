@@ -1,6 +1,4 @@
-"""Data and model parallelism: chooses an engine and places model, optimizer and batches on its devices.
-
-recipe's engine, devices that are there --choose--> Engine --scope--> model, optimizer and batches placed
+"""Chooses the engine that places model, optimizer and batches on the devices that are there.
 
 An engine decides where a step is computed and never what: the batch of a recipe is the one of all devices
 together, so its learning rate, its schedule and its random numbers hold for any number of them.
@@ -14,15 +12,8 @@ import keras
 import numpy as np
 
 from keras_convnext._messages import flat, near_names
-from keras_convnext.distribution import watchdog
+from keras_convnext.distribution import ENGINES, watchdog
 from keras_convnext.distribution.engine import Engine
-
-# Backend -> engines besides "auto" and "none"; the first is what "auto" takes for several devices.
-ENGINES = {
-    "jax": ("data_parallel", "model_parallel"),
-    "tensorflow": ("mirrored", "multi_worker_mirrored", "tpu"),
-    "torch": ("ddp",),
-}
 
 
 def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
@@ -30,15 +21,14 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
 
     - "none": one device, the backend's first.
     - "data_parallel" (JAX): a part of each batch to each device, weights on all, gradients summed.
-    - "model_parallel" (JAX): devices in groups of `model_devices`, a part of each batch to each group. In a
-      group the pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average
-      of these are divided, see `jax_engine.POINTWISE_LAYOUT`; the others are on all.
-    - "mirrored" (TensorFlow): a part of each batch to each device of the process, weights on all, gradients
-      summed.
+    - "model_parallel" (JAX): the same with groups of `model_devices` in place of devices. In a group the
+      pointwise kernels, what follows them on the hidden axis, the optimizer's slots and the average of these
+      are divided, see `jax_engine.POINTWISE_LAYOUT`; the others are on all.
+    - "mirrored" (TensorFlow): as "data_parallel", for the devices of one process.
     - "multi_worker_mirrored" (TensorFlow): the same for the processes that TF_CONFIG names.
     - "tpu" (TensorFlow): the same for the cores of a TPU of one host.
-    - "ddp" (PyTorch): a part of each batch to each process, weights on all, gradients averaged. A process has
-      one device: its own GPU, or the CPU.
+    - "ddp" (PyTorch): as "data_parallel" for processes of one device each, their own GPU or the CPU;
+      gradients averaged.
     - "auto": the first of the backend's where there are several devices, else "none"; on TensorFlow
       "multi_worker_mirrored" where TF_CONFIG names processes, "tpu" where there is one.
 
@@ -61,7 +51,7 @@ def choose(engine: str = "auto", model_devices: int = 2) -> Engine:
         raise ValueError(_unknown_engine(engine, backend, own))
     if not own:
         return Engine("none", (backend,))
-    module = importlib.import_module(f"keras_convnext.distribution.{backend}_engine")
+    module = _module()
     group = module.join()
     devices = module.devices()
     if engine == "auto":
@@ -95,44 +85,43 @@ def _unknown_engine(engine: str, backend: str, own: Sequence[str]) -> str:
 
 def divided(images: np.ndarray) -> Any:
     """Places this process's rows of a batch, (n, ...), on the devices of this scope's engine, if any."""
-    return _dividing().divided(images) if keras.backend.backend() in ("jax", "tensorflow") else images
+    return _module().divided(images) if keras.backend.backend() in ("jax", "tensorflow") else images
 
 
 def rows(outputs: Any) -> np.ndarray:
     """Returns this process's rows of what a compiled function made of `divided` images, float32."""
     if keras.backend.backend() in ("jax", "tensorflow"):
-        return np.asarray(_dividing().rows(outputs), "float32")
+        return np.asarray(_module().rows(outputs), "float32")
     return np.asarray(keras.ops.convert_to_numpy(outputs), "float32")
 
 
 def by_rows() -> Any:
     """Returns the sharding that a compiled function of JAX must give its outputs for `rows`; None for any."""
-    return _dividing().by_rows()
+    return _module().by_rows()
 
 
 def forward(model: Any) -> Any:
     """Returns TensorFlow's function from `divided` images to outputs for `rows`; None without an engine."""
-    return _dividing().forward(model)
+    return _module().forward(model)
 
 
-def _dividing() -> Any:
+def _module() -> Any:
     return importlib.import_module(f"keras_convnext.distribution.{keras.backend.backend()}_engine")
 
 
 def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
-    """Refuses a run whose processes are about to do different things; facts are JSON values by name.
-
-    Raises ValueError in all processes when they differ; tells which process differs from process 0, and in
-    what.
-    """
+    """Raises a ValueError in all processes when they differ in their facts, JSON values by name."""
     expected, *others = group.gathered(flat(facts))
     lines = []
-    for number, received in enumerate(others, start=1):
-        names = [name for name in {**expected, **received} if expected.get(name) != received.get(name)]
-        if names:
-            texts = [f"{name} {received.get(name)!r}, not {expected.get(name)!r}" for name in names[:8]]
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            lines.append(f"{group.names[number]} has {'; '.join(texts)}{more}")
+    for name, received in zip(group.names[1:], others, strict=True):
+        texts = [
+            f"{key} {received.get(key)!r}, not {expected.get(key)!r}"
+            for key in {**expected, **received}
+            if expected.get(key) != received.get(key)
+        ]
+        if texts:
+            more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
+            lines.append(f"{name} has {'; '.join(texts[:8])}{more}")
     if lines:
         group.close()
         raise ValueError(
@@ -142,10 +131,7 @@ def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
 
 
 def slow_processes(group: watchdog.Group, seconds: float) -> str:
-    """Names the processes that take more than twice as long as the middle one; "" if none does.
-
-    `seconds` is the time that the same work took in this process.
-    """
+    """Names the processes that took more than twice the middle one's seconds; "" if none did."""
     times = group.gathered(seconds)
     middle = float(np.median(times))
     pairs = zip(group.names, times, strict=True)

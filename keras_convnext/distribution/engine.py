@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,15 @@ from keras_convnext.distribution import watchdog
 class Engine:
     """Divides a step among devices; `choose.choose` makes one. This base class does not divide it."""
 
-    name: str  # "none", or a name of `choose.ENGINES`
+    name: str  # "none", or a name of `ENGINES`
     devices: tuple[str, ...]  # of all processes, such as "cpu:0"
     num_parts: int = 1  # that a batch is divided into; devices may share a part, and divide its work
     strategy: Any = None  # the backend's own object, None where there is none
     group: watchdog.Group = dataclasses.field(default_factory=watchdog.alone)
 
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Places what is made and computed inside: the model, the optimizer, `fit`."""
-        with contextlib.nullcontext() if self.strategy is None else self.strategy.scope():
-            yield
+        return contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
 
     def prepare(self, model: Any) -> None:
         """Makes the training step of a compiled model, whose optimizer is built, one of all devices."""
@@ -33,10 +30,9 @@ class Engine:
         """Returns this process's batches, a `tf.data.Dataset`, as `fit` needs them to use all devices."""
         return batches
 
-    @contextlib.contextmanager
-    def whole(self, model: Any) -> Iterator[None]:
+    def whole(self, model: Any) -> contextlib.AbstractContextManager[Any]:
         """Lets the variables of a model be read to the last number, while it does not train."""
-        yield
+        return contextlib.nullcontext()
 
     def read(self, variable: Any) -> np.ndarray:
         """Reads the whole value of a variable, also where several devices hold parts of it."""
@@ -59,14 +55,11 @@ class Engine:
         )
 
     def check_batch(self, batch_size: int, accumulation_steps: int = 1) -> None:
-        """Refuses a batch of an optimizer step that cannot be divided into equal parts; names the nearest.
-
-        The batch is that of all devices together, made of `accumulation_steps` micro-batches.
-        """
+        """Refuses the batch of a step that cannot be divided into equal parts; names the nearest."""
         unit = self.num_parts * accumulation_steps
-        if batch_size % unit == 0:
-            return
         lower = batch_size // unit * unit
+        if lower == batch_size:
+            return
         nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
         steps = f", each in {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
         hint = ' Or set distribution.engine = "none".' if len(self.group) == 1 else ""
@@ -75,10 +68,6 @@ class Engine:
             f"{self.name!r} needs on {len(self.devices)} devices, received {batch_size}. The nearest are "
             f"{nearest}.{hint}"
         )
-
-    def share(self, batch_size: int) -> int:
-        """Returns how many images of a batch this process makes."""
-        return batch_size // len(self.group)
 
     def filled(self, batch_size: int) -> int:
         """Returns the least size from `batch_size` up that can be divided; for batches that are padded."""

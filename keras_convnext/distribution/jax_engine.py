@@ -64,12 +64,10 @@ def _settings() -> dict[str, Any] | None:
         return None
     if _COUNTS[name]:
         gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-        if gpus.isdecimal() and re.fullmatch(
-            r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-        ):
-            # JAX would give the only process of a node one GPU.
-            return {"local_device_ids": list(range(int(gpus)))}
-        return {}
+        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+        # JAX would give the only process of a node one GPU.
+        is_only = gpus.isdecimal() and re.fullmatch(r"1(\(x\d+\))?", tasks)
+        return {"local_device_ids": list(range(int(gpus)))} if is_only else {}
     prefix = name.removesuffix("NUM_PROCESSES")
     address = prefix + ("COORDINATOR_ADDRESS" if prefix == "JAX_" else "JOB_ADDRESSES")
     missing = [key for key in (address, f"{prefix}PROCESS_ID") if not environment.get(key)]
@@ -115,8 +113,7 @@ def model_parallel(group: watchdog.Group, model_devices: int) -> Engine:
     num_parts = len(names) // model_devices
     mesh = keras.distribution.DeviceMesh((num_parts, model_devices), ["batch", "model"], list(names))
     layout = keras.distribution.LayoutMap(mesh)
-    for path, axes in POINTWISE_LAYOUT.items():
-        layout[path] = axes
+    layout.update(POINTWISE_LAYOUT)
     strategy = keras.distribution.ModelParallel(
         layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False
     )

@@ -1,13 +1,12 @@
 """Engines of TensorFlow: its strategies for the devices of a machine, for many processes and for a TPU.
 
 A replica is what TensorFlow calls a device with a part of the batch. Each has all weights, sums its gradients
-with the others as soon as it has them, and updates its own copy: from there on all compute the same. Keras's
-own way, which sums later and from outside of the replicas, knows no accumulation and no common clipping.
+with the others as soon as it has them, and updates its own copy. Keras's own way, which sums later and from
+outside of the replicas, knows no accumulation and no common clipping.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -26,9 +25,11 @@ from keras_convnext.distribution.engine import Engine
 from keras_convnext.layers import residual
 
 LOGICAL_DEVICES = "KERAS_CONVNEXT_LOGICAL_DEVICES"
+_WORKERS = "multi_worker_mirrored"
 
 # By engine. A process makes each once: of a second one the sums would meet those of the first.
 _strategies: dict[str, Any] = {}
+_groups: list[watchdog.Group] = []  # the last one of the processes of TF_CONFIG, if any
 _forwards: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -39,20 +40,23 @@ def join() -> watchdog.Group:
     if place is None:
         return watchdog.alone()
     process, addresses = place
-    tell = functools.partial(_tell, process, addresses)
-    has_service = "multi_worker_mirrored" in _strategies  # at the address that `_tell` takes
-    group = watchdog.join(process, len(addresses), _tell_by_sum if has_service else tell)
-    if not has_service:
-        try:
-            _strategies["multi_worker_mirrored"] = tf.distribute.MultiWorkerMirroredStrategy()
-        except (RuntimeError, tf.errors.OpError) as error:
-            message = (
-                "Expected to start TensorFlow's service for the processes of TF_CONFIG, before anything is "
-                f"computed, but {_first_sentence(error)}. Call train, or distribution.choose.choose, first, "
-                "and give each process an address of its own."
-            )
-            group.close(message)
-            raise ValueError(message) from error
+
+    def tell(text: str) -> str:  # from the first training on TensorFlow's service has the address
+        return _groups[-1].gathered(text)[0] if _groups else _tell(process, addresses, text)
+
+    group = watchdog.join(process, len(addresses), tell)
+    try:
+        if _WORKERS not in _strategies:
+            _strategies[_WORKERS] = tf.distribute.MultiWorkerMirroredStrategy()
+    except (RuntimeError, tf.errors.OpError) as error:
+        message = (
+            "Expected to start TensorFlow's service for the processes of TF_CONFIG, before anything is "
+            f"computed, but {_first_sentence(error)}. Call train, or distribution.choose.choose, first, "
+            "and give each process an address of its own."
+        )
+        group.close(message)
+        raise ValueError(message) from error
+    _groups[:] = [group]
     return group
 
 
@@ -85,7 +89,8 @@ def _place() -> tuple[int, list[str]] | None:
     try:
         config = json.loads(text)
         cluster = {kind: list(addresses) for kind, addresses in config.get("cluster", {}).items()}
-        kind, index = config.get("task", {}).get("type"), int(config.get("task", {}).get("index", -1))
+        task = config.get("task", {})
+        kind, index = task.get("type"), int(task.get("index", -1))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             'Expected TF_CONFIG to be JSON such as {"cluster": {"worker": ["host0:2222", "host1:2222"]}, '
@@ -128,24 +133,6 @@ def _tell(process: int, addresses: Sequence[str], text: str) -> str:
     )
 
 
-def _tell_by_sum(text: str) -> str:
-    """Carries process 0's text to all, as a sum in which the others have zeros."""
-    strategy = _strategies["multi_worker_mirrored"]
-    own = np.frombuffer(text.encode().ljust(480), np.uint8).astype(np.int32)
-
-    @tf.function(autograph=False)
-    def told() -> Any:
-        def replica() -> Any:
-            context = tf.distribute.get_replica_context()
-            is_first = tf.cast(tf.equal(context.replica_id_in_sync_group, 0), tf.int32)
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, is_first * own)
-
-        return strategy.run(replica)
-
-    (codes, *_) = strategy.experimental_local_results(told())
-    return bytes(codes.numpy().astype(np.uint8)).decode().rstrip()
-
-
 def _serve(port: int, text: str, missing: set[int], deadline: float) -> None:
     """Gives a text to each process that tells its rank."""
     try:
@@ -179,15 +166,15 @@ def devices() -> tuple[str, ...]:
     """Lists the GPUs, else the CPUs, of all processes."""
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     count = len(tf.config.list_logical_devices(kind))
-    if "multi_worker_mirrored" in _strategies:
-        count = _strategies["multi_worker_mirrored"].num_replicas_in_sync
+    if _WORKERS in _strategies:
+        count = _strategies[_WORKERS].num_replicas_in_sync
     return tuple(f"{kind.lower()}:{number}" for number in range(count))
 
 
 def automatic() -> str:
     """Returns the engine of "auto": by the processes and devices that are there."""
-    if "multi_worker_mirrored" in _strategies:
-        return "multi_worker_mirrored"
+    if _WORKERS in _strategies:
+        return _WORKERS
     if os.environ.get("TPU_NAME") or tf.config.list_physical_devices("TPU"):
         return "tpu"
     return "mirrored" if len(devices()) > 1 else "none"
@@ -213,8 +200,7 @@ def multi_worker_mirrored(group: watchdog.Group) -> Engine:
             '"worker", "index": 0}}. Or choose \'mirrored\', of one process.'
         )
     names = devices()
-    strategy = _strategies["multi_worker_mirrored"]
-    return TensorFlowEngine("multi_worker_mirrored", names, len(names), strategy, group)
+    return TensorFlowEngine(_WORKERS, names, len(names), _strategies[_WORKERS], group)
 
 
 def tpu(group: watchdog.Group) -> Engine:
@@ -307,10 +293,7 @@ def _everywhere(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _train_step(model: Any, strategy: Any) -> Callable[[Any], dict[str, Any]]:
-    """Makes a step of all replicas, which returns the means of their losses and metrics.
-
-    Keras makes such a function too, whose means fail for many processes.
-    """
+    """Makes a step of all replicas that returns their mean logs; Keras's own fails for many processes."""
 
     def replica(batch: Any) -> dict[str, Any]:
         logs = model.train_step(batch)

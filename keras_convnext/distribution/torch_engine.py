@@ -1,14 +1,10 @@
-"""The engine of PyTorch: DistributedDataParallel, with a process for each device.
-
-The processes are started by torchrun, or by anything that sets the same environment variables.
-"""
+"""The engine of PyTorch: DistributedDataParallel, with a process for each device, as torchrun starts them."""
 
 import contextlib
 import dataclasses
 import datetime
 import os
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,12 +37,11 @@ def join() -> watchdog.Group:
 
 def _place() -> tuple[int, int]:
     """Returns the rank of this process, and the number of all."""
-    environment = os.environ
-    count = integer("WORLD_SIZE") if environment.get("WORLD_SIZE") else 1
+    count = integer("WORLD_SIZE") if os.environ.get("WORLD_SIZE") else 1
     if count == 1:
         return 0, 1
     names = ("RANK", *_ADDRESS, *(["LOCAL_RANK"] if _is_on_gpu() else []))
-    missing = [name for name in names if not environment.get(name)]
+    missing = [name for name in names if not os.environ.get(name)]
     if missing:
         raise ValueError(
             f"Expected {', '.join(names)} beside WORLD_SIZE={count}, received no {' and no '.join(missing)}. "
@@ -114,10 +109,8 @@ def ddp(group: watchdog.Group) -> Engine:
 class TorchEngine(Engine):
     """An engine of processes that have all weights, and equal parts of each batch."""
 
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
-        with residual.divided_batch(lambda: (self.num_parts, self.group.rank)):
-            yield
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        return residual.divided_batch(lambda: (self.num_parts, self.group.rank))
 
     def prepare(self, model: Any) -> None:
         if self.num_parts > 1:
@@ -127,10 +120,9 @@ class TorchEngine(Engine):
 class _Replica:
     """The training step of a model in one process of many; takes the place of the model's own.
 
-    `fit` calls `train_step`, and this the model, whose forward pass goes through
-    `DistributedDataParallel`: that averages the gradients over the processes in buckets, each as soon as the
-    backward pass has it, so before the optimizer accumulates, unscales or clips them. Then the sums
-    that loss and metrics are made of are averaged, and `fit` reports those of the whole batch.
+    The forward pass goes through `DistributedDataParallel`, which averages the gradients over the processes
+    in the backward pass, so before the optimizer accumulates, unscales or clips them. Then the sums that loss
+    and metrics are made of are averaged, and `fit` reports those of the whole batch.
     """
 
     def __init__(self, model: Any) -> None:

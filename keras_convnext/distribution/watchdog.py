@@ -4,8 +4,7 @@ Process 0 listens, each other one has two connections to it: one for the calls o
 thread on both sides that sends a pulse. When a process ends, its connections close, and the others end within
 seconds, wherever they are: in a sum over devices they would wait for it for minutes, or for ever.
 
-The backends have such services too, each another one and with other bounds. This one needs from a backend
-only to carry a text from process 0 to the others, once.
+A backend has only to carry a text from process 0 to the others, once.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,21 +28,20 @@ SILENCE_SECONDS = 30.0  # after so long without a pulse a process counts as lost
 JOIN_SECONDS = 120.0
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
 
-_PULSE, _BYE, _FAILED, _LOST = b"pulse", b"bye", b"failed ", b"lost "
+_PULSE, _BYE = "pulse", "bye"  # of a process that is lost they say [its rank, what happened to it]
 
 
-class Group:
-    """The processes of a run, as one of them sees them. `alone()` and `join` make one.
+class Group(contextlib.AbstractContextManager):
+    """The processes of a run, as one of them sees them, by names as "process 1 (host, 4711)".
 
-    Every method but `is_writer` is called by all processes, in the same order. `names` are what messages
-    have: "process 1 (host, 4711)".
+    Every method but `is_writer` is called by all processes, in the same order.
     """
 
     def __init__(self, rank: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
         self.rank = rank
         self.names = tuple(names)
         self._calls = dict(calls)
-        self._watch = watch
+        self._watch = watch or _Watch(rank, names, {})
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,8 +53,7 @@ class Group:
 
     def set_advice(self, advice: Callable[[], str]) -> None:
         """Sets what makes the sentence that is printed after the name of a lost process."""
-        if self._watch is not None:
-            self._watch.advice = advice
+        self._watch.advice = advice
 
     def gathered(self, value: Any) -> list[Any]:
         """Returns the JSON values of all processes, in their order."""
@@ -71,20 +68,17 @@ class Group:
         if len(self) == 1:
             return dict(arrays)
         names = self.gathered(list(arrays))[0]
+        contents = (_packed(arrays[name]) if self.is_writer else b"" for name in names)
         return {
-            name: _unpacked(self._shared(_packed(arrays[name]) if self.is_writer else b"")) for name in names
+            name: _unpacked(self._gathered(content)[0]) for name, content in zip(names, contents, strict=True)
         }
 
     def close(self, failure: str = "") -> None:
-        """Leaves the group, so that the others do not take the end of this process for a loss.
-
-        With a failure, why the run ends, the others end too; without one they end by themselves.
-        """
-        if self._watch is not None:
-            self._watch.leave(failure)
+        """Leaves the group, which is no loss to the others; with a failure, which is told, they end too."""
+        self._watch.leave(failure)
 
     def _gathered(self, content: bytes) -> list[bytes]:
-        with self._lost_is_told():
+        try:
             if self.is_writer:
                 contents = [content, *(call.recv_bytes() for call in self._calls.values())]
                 for call in self._calls.values():
@@ -93,34 +87,16 @@ class Group:
                 return contents
             self._calls[0].send_bytes(content)
             return [self._calls[0].recv_bytes() for _ in self.names]
-
-    def _shared(self, content: bytes) -> bytes:
-        with self._lost_is_told():
-            if not self.is_writer:
-                return self._calls[0].recv_bytes()
-            for call in self._calls.values():
-                call.send_bytes(content)
-            return content
-
-    def __enter__(self) -> "Group":
-        return self
+        except (EOFError, OSError):  # a connection is closed: the thread that watches has the last word
+            self._watch.wait_for_end()
+            raise
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Leaves the group, and tells the others why where this process fails."""
-        if error is not None and self._watch is not None:
+        if error is not None:
             # The backends raise errors of their own about connections; news of a lost process ends this one.
             self._watch.wait_for_end(3.0)
         self.close("" if error is None else f"{type(error).__name__}: {error}")
-
-    @contextlib.contextmanager
-    def _lost_is_told(self) -> Iterator[None]:
-        """Leaves the last word to the thread that watches, when a connection closes."""
-        try:
-            yield
-        except (EOFError, OSError):
-            if self._watch is not None:
-                self._watch.wait_for_end()
-            raise
 
 
 def alone() -> Group:
@@ -131,9 +107,8 @@ def alone() -> Group:
 def join(rank: int, world_size: int, tell: Callable[[str], str]) -> Group:
     """Connects the processes of a run.
 
-    `tell` carries a text of at most 480 ASCII characters from process 0 to all, by the backend: called by
-    each process once, with "" by the others than 0; returns the text. Raises ConnectionError when the others
-    did not connect within `JOIN_SECONDS`, or process 0 cannot be reached.
+    All call `tell` once, the others than process 0 with "", which returns the text of process 0, at most 480
+    ASCII characters. ConnectionError: some did not connect within `JOIN_SECONDS`.
     """
     if world_size == 1:
         return alone()
@@ -153,7 +128,7 @@ def join(rank: int, world_size: int, tell: Callable[[str], str]) -> Group:
             ends[-1].send_bytes(json.dumps([kind, rank, _name(rank)]).encode())
         calls, pulses = {0: ends[0]}, {0: ends[1]}
         group_names = json.loads(ends[0].recv_bytes())
-    return Group(rank, group_names, dict(sorted(calls.items())), _Watch(pulses, group_names))
+    return Group(rank, group_names, dict(sorted(calls.items())), _Watch(rank, group_names, pulses))
 
 
 def _name(rank: int) -> str:
@@ -229,8 +204,9 @@ def _connected(hosts: Sequence[str], port: int, key: bytes) -> Any:
 class _Watch:
     """The thread that ends this process when another one is lost."""
 
-    pulses: dict[int, Any]
+    rank: int
     names: Sequence[str]
+    pulses: dict[int, Any]
     advice: Callable[[], str] = str
 
     def __post_init__(self) -> None:
@@ -246,17 +222,18 @@ class _Watch:
             if self._left:
                 return
             self._left = True
-        self._send(_FAILED + failure[:2000].encode() if failure else _BYE)
+        self.advice = str  # the other is a run's, with all its arrays
+        self._send([self.rank, f"stopped: {failure[:2000]}"] if failure else _BYE)
 
     def wait_for_end(self, seconds: float = SILENCE_SECONDS + 2 * PULSE_SECONDS) -> None:
         if not self._left:
             self._thread.join(seconds)
 
-    def _send(self, words: bytes) -> None:
+    def _send(self, words: str | list) -> None:
         with self._sending:
             for end in list(self._open.values()):
                 with contextlib.suppress(OSError, ValueError):
-                    end.send_bytes(words)
+                    end.send_bytes(json.dumps(words).encode())
 
     def _run(self) -> None:
         sent = 0.0
@@ -267,24 +244,21 @@ class _Watch:
             for end in connections.wait(list(self._open.values()), timeout=1.0):
                 number = next(number for number, own in self._open.items() if own is end)
                 self._hear(number, end)
-            for number, heard in self._heard.items():
-                if number in self._open and time.monotonic() - heard > SILENCE_SECONDS:
+            for number in self._open:
+                if time.monotonic() - self._heard[number] > SILENCE_SECONDS:
                     self._end(number, f"has been silent for {SILENCE_SECONDS:.0f} s")
 
     def _hear(self, number: int, end: Any) -> None:
         try:
-            words = end.recv_bytes()
+            words = json.loads(end.recv_bytes())
         except (EOFError, OSError):
             self._end(number, "has ended")
             return
         self._heard[number] = time.monotonic()
         if words == _BYE:
             del self._open[number]
-        elif words.startswith(_FAILED):
-            self._end(number, f"stopped: {words[len(_FAILED) :].decode('utf-8', 'replace')}")
-        elif words.startswith(_LOST):
-            told, what = json.loads(words[len(_LOST) :])
-            self._end(told, what)
+        elif words != _PULSE:
+            self._end(*words)
 
     def _end(self, number: int, what: str) -> None:
         """Ends this process, with the reason; the main thread may be in a call that never returns."""
@@ -292,7 +266,7 @@ class _Watch:
             if self._left:
                 return
             self._left = True
-        self._send(_LOST + json.dumps([number, what]).encode())
+        self._send([number, what])
         text = f"{self.names[number]} of {len(self.names)} {what}"
         with contextlib.suppress(Exception):  # whatever happens, the process ends
             text = f"{text.rstrip('.')}. {self.advice()}"

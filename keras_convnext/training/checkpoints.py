@@ -50,20 +50,13 @@ class Counts:
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints of a run, with its `counts` in each.
-
-    `folder` is None in the processes that do not write; `student` is the part of the fitted model that is
-    kept.
-    """
+    """Writes and reads the checkpoints of a run; `student` is the part of the model that is kept."""
 
     def __init__(
         self, folder: run_folder.RunFolder | None, engine: Engine, model: Any, student: Any, counts: Counts
     ) -> None:
-        self.folder = folder
-        self.engine = engine
-        self.model = model
+        self.folder, self.engine, self.model, self.counts = folder, engine, model, counts
         self.variables = state_variables(model, student)
-        self.counts = counts
         self._metrics: list[Any] = []  # of the part of an epoch before an interruption
         self.saved = -1  # micro-batches that the last checkpoint is of
         self.saved_at = time.monotonic()
@@ -116,8 +109,9 @@ class Checkpoints:
                 state["backend"],
                 keras.backend.backend(),
             )
-            # Counters and random states have other integer types there.
-            arrays = {name: _as_integers(array, expected.get(name)) for name, array in arrays.items()}
+            for name, (_, dtype) in expected.items():  # counters and random states have other integers there
+                if "int" in dtype and name in arrays and np.issubdtype(arrays[name].dtype, np.integer):
+                    arrays[name] = arrays[name].astype(dtype)
         run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
         for name, variable in self.variables.items():
             variable.assign(arrays[name])
@@ -138,16 +132,13 @@ class Checkpoints:
         return self.model.metrics_variables if is_alone else []
 
     def restore_metrics(self) -> bool:
-        """Lets the means of an interrupted epoch, which `fit` has reset, go on with the same digits.
-
-        Returns whether this call did so. TensorFlow makes the variables in the first batch: they hold sums.
-        """
+        """Lets the means of an interrupted epoch, which `fit` has reset, go on; returns whether it did so."""
         variables, metrics = self._metrics_variables(), self._metrics
         if not metrics or len(metrics) != len(variables):
             return False
         self.counts.carried, self._metrics = {}, []
         for variable, value in zip(variables, metrics, strict=True):
-            variable.assign_add(value)
+            variable.assign_add(value)  # TensorFlow makes it in the first batch: it holds a sum
         return True
 
     def advice(self) -> str:
@@ -160,10 +151,3 @@ class Checkpoints:
 
 def _score(best: Mapping[str, float]) -> float:
     return next(value for name, value in best.items() if name != "epoch")
-
-
-def _as_integers(array: np.ndarray, expected: tuple[tuple[int, ...], str] | None) -> np.ndarray:
-    """Converts the integers of one backend to the type of another; other arrays stay."""
-    if expected is None or not (np.issubdtype(array.dtype, np.integer) and "int" in expected[1]):
-        return array
-    return array.astype(expected[1])

@@ -1,12 +1,11 @@
 """Draws the log of a run: loss, scores, learning rate and speed by epoch."""
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_convnext._files import replace_file
+from keras_convnext._files import replacing_file
 from keras_convnext._messages import printable
 from keras_convnext.training.logs import Value
 
@@ -27,18 +26,21 @@ def draw_curves(
     scores: Mapping[str, str],
     title: str = "",
 ) -> None:
-    """Draws the curves of a run by epoch: losses, scores, learning rate and images per second.
+    """Draws the rows of a `CsvLog`: losses, scores, learning rate and images per second by epoch.
 
-    `rows` are of `CsvLog`, each of their columns may be missing. `scores` has the title of a panel by the
-    name of its score, such as "top1" of the columns "val_top1" and "ema_val_top1". The PNG appears whole or
-    not at all.
+    `scores` has the title of a panel by the name of its score, such as "top1" of the columns "val_top1" and
+    "ema_val_top1".
     """
+    from matplotlib.figure import Figure
+
     of_scores = {
         panel: {f"val_{name}": "validation", f"ema_val_{name}": "validation, EMA"}
         for name, panel in scores.items()
     }
     panels = _LOSS | of_scores | _SPEED
-    figure = _figure(title)
+    figure = Figure(figsize=(11.0, 7.2))
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
     for axes, (name, labels) in zip(
         figure.subplots(-(-len(panels) // 2), 2).flat, panels.items(), strict=False
     ):
@@ -53,9 +55,8 @@ def draw_curves(
         _finish(axes)
         if name in _SPEED:
             axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.lines else 1)  # else noise of 1 % fills the panel
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    replace_file(path, file.getvalue())
+    with replacing_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def _curve(rows: Sequence[Mapping[str, Value]], column: str) -> tuple[list[int], list[float]]:
@@ -71,17 +72,6 @@ def _note(is_score: bool, epochs: list[int], values: list[float]) -> str:
         return f": last {values[-1]:.4g}"
     best = max(range(len(values)), key=values.__getitem__)
     return f": best {values[best]:.2f} (epoch {epochs[best]}), last {values[-1]:.2f}"
-
-
-def _figure(title: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.0, 7.2))
-    FigureCanvasAgg(figure)
-    figure.suptitle(printable(title), fontsize=11, parse_math=False)
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
-    return figure
 
 
 def _finish(axes: Any) -> None:

@@ -1,7 +1,5 @@
 """What a recipe takes over from weights in place of its own, so that the tag or the file alone is enough.
 
-recipe, changes --choose_recipe--> recipe with what follows from the weights and the data, and why, in words
-
 A key that is set wins over what would follow. No Keras backend is needed.
 """
 
@@ -16,7 +14,7 @@ from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
 from keras_convnext.training.recipe_files import load_recipe
-from keras_convnext.training.run_folder import RUN_FILE
+from keras_convnext.training.run_folder import RECIPE_FILE, RUN_FILE
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 
@@ -40,6 +38,7 @@ def choose_recipe(
     Its ValueError lists all that is wrong.
     """
     changes = dict(overrides or {})
+    run_path = None if folder is None else pathlib.Path(os.path.expanduser(folder))
     if data is not None:
         place = os.path.expanduser(data)
         changes["data"] = os.path.abspath(place) if place else ""  # that is not the working folder
@@ -52,12 +51,13 @@ def choose_recipe(
         own = made({})
     except SettingsError:  # told with the changes below, which may mend it
         return made(changes), []
-    problems = _file_problems(changed if folder is None else own.values() | changed)
-    if folder is not None:
-        problems += _data_problems((own.values() | changed)["data.source"], folder)
+    before = own.values()
+    values = before | changed
+    problems = _file_problems(values if run_path else changed)
+    if run_path:
+        problems += _data_problems(values["data.source"], run_path)
     derived: _Derived = {}
-    weights = changed.get("model.weights", own.model.weights)
-    architecture = changed.get("model.architecture")
+    weights, architecture = values["model.weights"], values["model.architecture"]
     if architecture not in [*VARIANTS]:  # told by the recipe's own check
         architecture = own.model.architecture
     is_own = (weights, architecture) == (own.model.weights, own.model.architecture)
@@ -78,14 +78,14 @@ def choose_recipe(
         else:
             if not problems:
                 derived |= _lengths(chosen, changed)
-            derived = _as_begun(derived, chosen, folder)
+            if run_path and (run_path / RECIPE_FILE).is_file():
+                derived = _as_begun(derived, chosen, load_recipe(run_path / RECIPE_FILE))
     try:
         chosen = made(_values(derived) | changes)
         if problems:
             raise SettingsError(Recipe, [])
     except SettingsError as error:
         raise SettingsError(Recipe, [*error.problems, *problems], error.received) from None
-    before = own.values()
     return chosen, [
         f"{key.rpartition('.')[2]} = {toml_value(value)}: {reason}"
         for key, (value, reason) in derived.items()
@@ -119,24 +119,18 @@ def _values(derived: _Derived) -> dict[str, Any]:
     return {key: value for key, (value, _) in derived.items()}
 
 
-def _as_begun(derived: _Derived, chosen: Recipe, folder: str | os.PathLike[str] | None) -> _Derived:
+def _as_begun(derived: _Derived, chosen: Recipe, begun: Recipe) -> _Derived:
     """Takes the values of the run in the folder, if it began with the same weights."""
-    path = None if folder is None else pathlib.Path(os.path.expanduser(folder)) / "recipe.toml"
-    if path is None or not path.is_file():
-        return derived
-    begun = load_recipe(path)
-    names = ("model.weights", "model.architecture")
-    values = begun.values()
-    if any(values[name] != chosen.values()[name] for name in names):
+    model = chosen.model
+    if (begun.model.weights, begun.model.architecture) != (model.weights, model.architecture):
         return derived  # `run_folder` refuses the folder of another run
-    return {key: (values[key], "as the run began") for key in derived}
+    return {key: (begun.values()[key], "as the run began") for key in derived}
 
 
 def _from_weights(own: Recipe, changed: Mapping[str, Any], weights: str, stated: str) -> _Derived:
     """Returns what follows from other weights where it is not set.
 
-    Size and preparation follow where the recipe trains at the size of its own weights: one from 224 to 384
-    pixels keeps its size.
+    Size and preparation follow only where the recipe trains at the size of its own weights.
     """
     facts = _facts(weights, stated, is_of_it="model.architecture" in changed)
     if facts is None:
@@ -171,11 +165,7 @@ def _from_weights(own: Recipe, changed: Mapping[str, Any], weights: str, stated:
 
 
 def _lengths(recipe: Recipe, changed: Mapping[str, Any]) -> _Derived:
-    """Returns epochs that fit the number of images, see recipes/README.md, and the warmup of these epochs.
-
-    Fewer images than the recipe's epochs are for are seen so often that the steps are as many; of more images
-    the epochs fall with the square root.
-    """
+    """Returns epochs that fit the number of images, and the warmup of these epochs, see recipes/README.md."""
     optimizer = recipe.optimizer
     derived: _Derived = {}
     epochs = changed.get("optimizer.epochs", optimizer.epochs)
@@ -184,9 +174,8 @@ def _lengths(recipe: Recipe, changed: Mapping[str, Any]) -> _Derived:
         ratio = optimizer.epochs_for_images / max(images, 1)
         factor = min(max(ratio if ratio > 1 else math.sqrt(ratio), LEAST_EPOCHS), MOST_EPOCHS)
         epochs = max(1, round(optimizer.epochs * factor))
-        about = f"{optimizer.epochs_for_images:,} images"
-        reason = f"for {images:,} images; {optimizer.epochs} are for about {about}"
-        derived["optimizer.epochs"] = epochs, reason
+        own = f"{optimizer.epochs} are for about {optimizer.epochs_for_images:,} images"
+        derived["optimizer.epochs"] = epochs, f"for {images:,} images; {own}"
     if "optimizer.warmup_epochs" not in changed and isinstance(epochs, int) and epochs != optimizer.epochs:
         warmup = round(optimizer.warmup_epochs * epochs / optimizer.epochs, 3)
         derived["optimizer.warmup_epochs"] = warmup, "the same part of the run"
@@ -194,22 +183,19 @@ def _lengths(recipe: Recipe, changed: Mapping[str, Any]) -> _Derived:
 
 
 def _facts(weights: str, architecture: str, *, is_of_it: bool = True):
-    """Returns the architecture of weights and how their images are prepared.
+    """Returns the architecture of weights and how their images are prepared; None where they cannot be used.
 
     `is_of_it`: a file is taken to be of the architecture, and not read for it. The images are None for those
-    of detectors and segmenters, whose images are no photos of one thing. None for names that are unknown and
-    files that cannot be used, which is told elsewhere.
+    of detectors and segmenters, whose images are no photos of one thing.
     """
-    if is_path(weights):
-        if _file_problem(weights):
-            return None
-        source = resolve(architecture if is_of_it else None, weights)
-        return source.variant.name, source.preprocessing
     try:
-        row = published_row(weights, architecture)
-    except ValueError:
+        if not is_path(weights):
+            row = published_row(weights, architecture)
+            return row.architecture, None if row.layout in ("mmdet", "mmseg") else row.preprocessing
+        source = with_contents(resolve(architecture if is_of_it else None, weights))
+    except (OSError, ValueError):
         return None
-    return row.architecture, None if row.layout in ("mmdet", "mmseg") else row.preprocessing
+    return source.variant.name, source.preprocessing
 
 
 def with_contents(source: ResolvedWeights) -> ResolvedWeights:
@@ -222,16 +208,16 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
     return source
 
 
-def _data_problems(source: Any, folder: str | os.PathLike[str]) -> list[str]:
-    if source == "":
-        return [
-            'data: expected the path of the images, received "". Pass data=..., or --data on the command line'
-        ]
+def _data_problems(source: Any, folder: pathlib.Path) -> list[str]:
     try:
+        if source == "":
+            raise ValueError(
+                'expected the path of the images, received "". Pass data=..., or --data on the command line'
+            )
         if isinstance(source, str):
             sources.list_splits(os.path.expanduser(source))
-            if not (pathlib.Path(folder).expanduser() / RUN_FILE).exists():  # else the run was begun there
-                sources.check_outside(os.path.expanduser(source), os.path.expanduser(folder))
+            if not (folder / RUN_FILE).exists():  # else the run was begun there
+                sources.check_outside(os.path.expanduser(source), folder)
     except ValueError as error:
         return [f"data: {error}"]
     return []
@@ -242,14 +228,9 @@ def _file_problems(values: Mapping[str, Any]) -> list[str]:
     problems = []
     for key in ("model.weights", "distillation.teacher"):
         value = values.get(key)
-        if isinstance(value, str) and is_path(value) and (problem := _file_problem(value)):
-            problems.append(f"{key.rpartition('.')[2]}: {problem}")
+        try:
+            if isinstance(value, str) and is_path(value):
+                with_contents(resolve(None, value))
+        except (OSError, ValueError) as error:
+            problems.append(f"{key.rpartition('.')[2]}: {error}")
     return problems
-
-
-def _file_problem(path: str) -> str:
-    try:
-        with_contents(resolve(None, path))
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""

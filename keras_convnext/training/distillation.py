@@ -40,10 +40,7 @@ class Distillation(keras.layers.Layer):
 
 
 def with_teacher(student, teacher, weight: float, temperature: float) -> keras.Model:
-    """Makes a model, to compile with `loss_weights=[1 - weight]`, which trains in place of the student.
-
-    It shares the student's weights; the teacher, of the same images and classes, is frozen.
-    """
+    """Returns a model that trains the student, to compile with `loss_weights=[1 - weight]`."""
     expected, received = student.output_shape[-1], teacher.output_shape[-1]
     if expected != received:
         raise ValueError(

@@ -5,12 +5,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from keras import ops
+
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.training import logs, optimizer
 from keras_convnext.training.checkpoints import Counts
 from keras_convnext.training.failure import Signalled, Signals
 from keras_convnext.training.run_folder import RunFolder
-from keras_convnext.training.run_state import LOG_FILE, as_integer
+from keras_convnext.training.run_state import LOG_FILE
 from keras_convnext.training.tasks import Datasets, Task, TaskModel
 
 
@@ -18,8 +20,7 @@ class RunLog:
     """log.csv, the events for TensorBoard and the pictures of a run."""
 
     def __init__(self, folder: RunFolder, task: Task) -> None:
-        self.folder = folder
-        self.task = task
+        self.folder, self.task = folder, task
         self.csv = logs.CsvLog(folder.path / LOG_FILE)
         self.events: Any = None
 
@@ -38,19 +39,18 @@ class RunLog:
 
 
 def training_row(counts: Counts, model: Any, skips_batches: bool) -> dict[str, Any]:
-    """Returns the columns of an epoch's training, at its end.
-
-    The optimizer of a model in float16, which `skips_batches`, leaves out those that overflow.
-    """
+    """Returns the columns of an epoch's training; the optimizer in float16 `skips_batches` that overflow."""
     inner = optimizer.inner_optimizer(model.optimizer)
+    # `int` fails for TensorFlow's variables on several devices.
+    updates, batches = (int(ops.convert_to_numpy(each)) for each in (inner.iterations, inner._iterations))
     row = {
         "epoch": counts.epoch,
         "step": counts.step,
         **{name: total / counts.plan.micro_batches_per_epoch for name, total in counts.sums.items()},
-        "learning_rate": float(inner._learning_rate(max(as_integer(inner.iterations) - 1, 0))),
+        "learning_rate": float(inner._learning_rate(max(updates - 1, 0))),
     }
     if skips_batches:
-        row["skipped_batches"] = counts.done - as_integer(inner._iterations)
+        row["skipped_batches"] = counts.done - batches
     return row
 
 
@@ -69,20 +69,17 @@ def validation_row(
 
 
 def note_best(counts: Counts, row: Mapping[str, Any], best: str) -> str | None:
-    """Notes in `counts` whether an epoch is the best so far, by the weights or by their average.
+    """Notes in `counts` whether an epoch is the best so far, by its column `best` or that of the average.
 
-    The largest value of the column `best` is the best, of a loss the smallest; "ema_" before it is that of
-    the average. Returns the column that decided; None when an earlier epoch was as good, or nothing was
-    evaluated.
+    The largest value is the best, of a loss the smallest. Returns the column that decided; None when an
+    earlier epoch was as good, or nothing was evaluated.
     """
     sign = -1 if best.endswith("loss") else 1
     name = best.removeprefix("val_")
-    columns = [column for column in (best, f"ema_{best}") if column in row]
-    if not columns:
-        return None
-    column = max(columns, key=lambda column: sign * row[column])
+    values = {column: sign * row[column] for column in (best, f"ema_{best}") if column in row}
+    column = max(values, key=values.__getitem__, default=None)
     before = sign * counts.best[name] if counts.best else -math.inf
-    if not sign * row[column] > before:
+    if column is None or not values[column] > before:
         return None
     counts.best = {name: row[column], "epoch": row["epoch"]}
     return column

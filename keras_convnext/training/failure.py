@@ -1,8 +1,6 @@
 """What ends a run early: signals, and numbers that are not finite."""
 
 import contextlib
-import io
-import json
 import math
 import signal
 import threading
@@ -70,11 +68,7 @@ class Signals:
                 signal.signal(number, handler)
 
     def after_step(self, done: int) -> int:
-        """Returns the signal on which all stop after so many micro-batches, 0 for none.
-
-        Several processes make as many steps as fit into a second before they ask each other again, since
-        each of them waits here for the slowest.
-        """
+        """Returns the signal on which all stop, 0 for none; processes ask each other once a second."""
         return self.agreed(done) if done >= self._ask_at else self._stop
 
     def agreed(self, done: int) -> int:
@@ -106,14 +100,14 @@ def check_faults(faults: Mapping[str, Faults], split: str, folder: RunFolder | N
 def write_faults(faults: Mapping[str, Faults], folder: RunFolder | None) -> None:
     reports = {split: found.report() for split, found in faults.items() if len(found)}
     if reports and folder:
-        folder.write_text(FAULTS_FILE, json.dumps(reports, indent=1) + "\n")
+        folder.write_json(FAULTS_FILE, reports)
 
 
 def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable[[], Any]) -> NonFiniteError:
     """Writes the last batch and a report that help to find the cause, and returns the error to raise.
 
-    `make_batches` returns a `tf.data.Dataset` that begins with the last micro-batch: images (N, H, W, 3) in
-    0..255, and targets, an array or a dict of arrays.
+    `make_batches` returns a `tf.data.Dataset` from the last micro-batch on: images (N, H, W, 3) in 0..255,
+    and targets, an array or a dict of arrays.
     """
     counts, folder = checkpoints.counts, checkpoints.folder
     step = (counts.done - 1) // counts.plan.accumulation_steps + 1
@@ -122,23 +116,21 @@ def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable
     images, targets = next(make_batches().as_numpy_iterator())
     named = targets if isinstance(targets, Mapping) else {"targets": targets}
     saved_step = max(checkpoints.saved, 0) // counts.plan.accumulation_steps
-    rate = inner_optimizer(checkpoints.model.optimizer)._learning_rate(step - 1)
     report = {
         "step": step,
         "micro_batch": counts.done - 1,
         "what": what,
-        "learning_rate": float(rate),
+        "learning_rate": float(inner_optimizer(checkpoints.model.optimizer)._learning_rate(step - 1)),
         "last_checkpoint_step": saved_step,
         "images_finite": bool(np.isfinite(images).all()),
         "targets_finite": not non_finite_names(named),
         "arrays_not_finite": non_finite_names(checkpoints.arrays()),
     }
-    content = io.BytesIO()
-    np.savez(content, **{key: array[:_MAX_DUMPED] for key, array in {"images": images, **named}.items()})
+    dumped = {key: array[:_MAX_DUMPED] for key, array in {"images": images, **named}.items()}
     name = f"nonfinite-step-{step:08d}"
-    folder.write_bytes(f"{name}/batch.npz", content.getvalue())
-    folder.write_bytes(f"{name}/images.png", _contact_picture(images[:_MAX_DUMPED]))
-    folder.write_text(f"{name}/report.json", json.dumps(report, indent=1) + "\n")
+    folder.write_with(f"{name}/batch.npz", lambda path: np.savez(path, **dumped))
+    folder.write_with(f"{name}/images.png", _contact_picture(dumped["images"]).save)
+    folder.write_json(f"{name}/report.json", report)
     stands = f"step {saved_step}" if checkpoints.saved > 0 else "none was written yet"
     return NonFiniteError(
         f"Expected finite numbers, received {what} in step {step} of {counts.plan.total_steps}. Its images "
@@ -147,14 +139,12 @@ def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable
     )
 
 
-def _contact_picture(images: np.ndarray) -> bytes:
-    """A PNG of images side by side; what is not finite is black."""
+def _contact_picture(images: np.ndarray) -> PIL.Image.Image:
+    """Puts images side by side; what is not finite is black."""
     columns = math.ceil(math.sqrt(len(images)))
     height, width = images.shape[1:3]
     sheet = np.zeros((math.ceil(len(images) / columns) * height, columns * width, 3), np.uint8)
     for number, image in enumerate(np.nan_to_num(images, nan=0, posinf=0, neginf=0)):
         top, left = number // columns * height, number % columns * width
         sheet[top : top + height, left : left + width] = np.clip(image, 0, 255)
-    content = io.BytesIO()
-    PIL.Image.fromarray(sheet).save(content, "png")
-    return content.getvalue()
+    return PIL.Image.fromarray(sheet)

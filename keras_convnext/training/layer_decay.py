@@ -31,9 +31,7 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
     first block that is there. ValueError: no path is of a ConvNeXt stage (the official code knows no such
     decay for isotropic models), or the depth of a stage that matters cannot be told.
     """
-    places = [_PLACE.search(path) for path in paths]
-    depths = _depths(paths, places, groups)
-    return [_layer_id(path, place, groups, depths) for path, place in zip(paths, places, strict=True)]
+    return _numbered(paths, groups)[0]
 
 
 def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
@@ -43,9 +41,30 @@ def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> lis
 
     Reference: `LayerDecayValueAssigner` of optim_factory.py, with the values that main.py gives it.
     """
-    depths = _depths(paths, [_PLACE.search(path) for path in paths], groups)
-    last = _last_id(groups, depths)
-    return [float(decay) ** (last - number) for number in layer_ids(paths, groups)]
+    ids, last = _numbered(paths, groups)
+    return [float(decay) ** (last - number) for number in ids]
+
+
+def _numbered(paths, groups):
+    """Returns the layer number of each weight, and that of the head."""
+    places = [_PLACE.search(path) for path in paths]
+    depths = _depths(paths, places, groups)
+    is_by_block = groups in ("single", "timm")
+    last_group = 12 if groups == "group" or depths[2] > 9 else 6
+    last = 1 + (sum(depths) if is_by_block else last_group)
+
+    def number(path, place):
+        if place is None:
+            return last - 1 if groups == "timm" and _NORM_PRE.search(path) else last
+        is_downsampling, stage, block = place[1] == "downsample_layers", int(place[2]), int(place[3])
+        if is_by_block:
+            is_stem = is_downsampling and stage == 0 and groups == "timm"
+            return 0 if is_stem else sum(depths[:stage]) + (0 if is_downsampling else block) + 1
+        if groups == "stage_wise":
+            return 0 if is_downsampling else stage + 1
+        return ((0, 2, 3, last_group) if is_downsampling else (1, 2, 3 + block // 3, last_group))[stage]
+
+    return [number(path, place) for path, place in zip(paths, places, strict=True)], last
 
 
 def _depths(paths, places, groups):
@@ -70,28 +89,3 @@ def _depths(paths, places, groups):
             f"{', '.join(missing)}. Train them too, or take layer_decay_groups='group', which counts none."
         )
     return depths
-
-
-def _last_id(groups, depths):
-    if groups in ("single", "timm"):
-        return sum(depths) + 1
-    return _last_group(groups, depths) + 1
-
-
-def _last_group(groups, depths):
-    return 12 if groups == "group" or depths[2] > 9 else 6
-
-
-def _layer_id(path, place, groups, depths):
-    if place is None:
-        return _last_id(groups, depths) - (1 if groups == "timm" and _NORM_PRE.search(path) else 0)
-    downsampling, stage, block = place[1] == "downsample_layers", int(place[2]), int(place[3])
-    if groups in ("single", "timm"):
-        if downsampling:
-            return 0 if groups == "timm" and stage == 0 else sum(depths[:stage]) + 1
-        return sum(depths[:stage]) + block + 1
-    if groups == "stage_wise":
-        return 0 if downsampling else stage + 1
-    if downsampling:
-        return (0, 2, 3, _last_group(groups, depths))[stage]
-    return (1, 2, 3 + block // 3, _last_group(groups, depths))[stage]

@@ -1,21 +1,19 @@
 """Reports a run while it trains: a CSV, events for TensorBoard and a line on stderr.
 
-The names of the columns, in the CSV and in TensorBoard:
+The columns, in the CSV and in TensorBoard:
 
-- epoch: number of finished epochs, from 1; step: optimizer steps since the beginning of the run;
-- loss, val_loss, ema_val_loss: means over an epoch, of training, of validation, of validation with the
-  averaged weights (EMA);
-- val_..., ema_val_...: the scores of the task, such as val_top1, in percent;
+- epoch, from 1; step: optimizer steps of the run; loss: mean over the epoch's training;
+- val_..., ema_val_...: loss and scores, such as top1 in percent, of the weights and of their average (EMA);
 - learning_rate: of the last step; images_per_second: of training.
 """
 
+import contextlib
 import csv
 import functools
 import io
 import numbers
 import os
 import pathlib
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -26,15 +24,13 @@ from keras_convnext._files import replace_file
 
 Value = float | int | str
 
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-
 
 class CsvLog:
     """A CSV with one row an epoch, which is whole at any time.
 
-    The file is written anew for each row and put in place in one step; rows that it holds already are kept,
-    see `resume`. Its columns are those of all rows, in the order in which they first appeared. A float is
-    written with all its digits and reads back equal; NaN and infinity are written nan, inf and -inf.
+    The file is written anew for each row; rows that it holds already are kept, see `resume`. Its columns are
+    those of all rows, in the order in which they first appeared. A float is written with all its digits; NaN
+    and infinity are written nan, inf and -inf.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -52,21 +48,19 @@ class CsvLog:
         self._save([*self.rows, {column: _plain(value) for column, value in row.items()}])
 
     def _save(self, rows: list[dict[str, Value]]) -> None:
-        columns = dict.fromkeys(column for row in rows for column in row)
+        columns = list(dict.fromkeys(column for row in rows for column in row))
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns or ["epoch"])
-        for row in rows:
-            writer.writerow(row.get(column, "") for column in columns)
+        writer = csv.DictWriter(text, columns or ["epoch"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         replace_file(self.path, text.getvalue().encode())
         self.rows = rows
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
-    """Reads the rows that `CsvLog` wrote, without their empty fields.
+    """Reads the rows that `CsvLog` wrote, without empty fields: whole numbers, other numbers, texts.
 
-    What reads as a whole number is an int, what reads as another number (nan and inf too) is a float, the
-    rest is text. ValueError: the file is not a CSV with a column "epoch".
+    ValueError: the file is not a CSV with a column "epoch".
     """
     try:
         lines = list(csv.reader(io.StringIO(pathlib.Path(path).read_text("utf-8"), newline="")))
@@ -93,12 +87,8 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, Value]]:
 class TensorBoardLog:
     """Scalars for TensorBoard, in an event file of their own for each start of a run.
 
-    Each call of `write` is in the file when it returns, so a killed process loses nothing. (It may leave an
-    incomplete last record, which readers pass over.) The tensorboard package is needed to look at the file,
-    not to write it; TensorFlow writes it, without touching a device.
-
-    `purge_step` is the first step that a resumed run repeats: TensorBoard then forgets what older files say
-    from this step on. None for a run from the beginning.
+    Each call of `write` is in the file when it returns. TensorFlow writes it, without touching a device.
+    From `purge_step` on, the first step that a resumed run repeats, TensorBoard forgets older files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
@@ -118,10 +108,10 @@ class TensorBoardLog:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends scalars, as float32, at an optimizer step of the run; OSError on a full disk."""
-        values = [
-            self._protos.Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()
-        ]
-        self._append(step=int(step), summary=self._protos.Summary(value=values))
+        summary = self._protos.Summary()
+        for name, value in scalars.items():
+            summary.value.add(tag=name, simple_value=float(value))
+        self._append(step=int(step), summary=summary)
 
     def close(self) -> None:
         self._writer.close()
@@ -138,9 +128,7 @@ class TensorBoardLog:
 class Progress:
     """Says on stderr how far a run is, how fast, and how long it will take; see `_terminal.Progress`.
 
-    On a terminal one line of each epoch stays; elsewhere there is one line an epoch, and one every five
-    minutes within it. `steps` are optimizer steps of an epoch, `batch_size` images of a step; `clock` returns
-    seconds.
+    `steps` are optimizer steps of an epoch, `batch_size` images of a step; `clock` returns seconds.
     """
 
     def __init__(
@@ -153,9 +141,7 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.epochs = epochs
-        self.steps = steps
-        self.batch_size = batch_size
+        self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
         self._clock = clock
         # Speed is not measured across the end of an epoch: there is validation, and at first compilation.
         self._new_line = functools.partial(
@@ -192,31 +178,28 @@ class Progress:
         self._seconds_between_epochs = self._clock() - self._step_end
         parts = [f"epoch {epoch}/{self.epochs}"]
         parts += [f"{name} {value:.5g}" for name, value in scalars.items()]
-        speed = self.images_per_second
-        if speed:
+        if speed := self.images_per_second:
             parts.append(_terminal.rate_text(speed, "images"))
             if epoch < self.epochs:
-                parts.append(
-                    f"{_terminal.duration_text(self._seconds_left(epoch, self.steps, speed)[1])} left"
-                )
+                parts.append(f"{self._left(epoch, self.steps, speed)[1]} left")
         self.say(", ".join(parts))
         self._line = self._new_line()
 
     def close(self) -> None:
         self._line.close()
 
-    def _seconds_left(self, epoch: int, step: int, images_per_second: float) -> tuple[float, float]:
-        """Returns the seconds left of the epoch's training and of the run."""
+    def _left(self, epoch: int, step: int, images_per_second: float) -> tuple[str, str]:
+        """Returns the time left of the epoch's training and of the run."""
         epoch_seconds = self.steps * self.batch_size / images_per_second
-        left = (1 - step / self.steps) * epoch_seconds
-        return left, left + (self.epochs - epoch) * (epoch_seconds + self._seconds_between_epochs)
+        of_epoch = (1 - step / self.steps) * epoch_seconds
+        of_run = of_epoch + (self.epochs - epoch) * (epoch_seconds + self._seconds_between_epochs)
+        return _terminal.duration_text(of_epoch), _terminal.duration_text(of_run)
 
     def _text(self, epoch: int, step: int, loss: float) -> str:
         """Returns what is shown of a step: the first parts are those that a narrow terminal shows too."""
         parts = [f"step {step}/{self.steps}", f"loss {loss:.4f}"]
-        speed = self.images_per_second
-        if speed:
-            of_epoch, of_run = map(_terminal.duration_text, self._seconds_left(epoch, step, speed))
+        if speed := self.images_per_second:
+            of_epoch, of_run = self._left(epoch, step, speed)
             parts += [_terminal.rate_text(speed, "images"), f"run {of_run} left", f"epoch {of_epoch} left"]
         return ", ".join(parts)
 
@@ -229,9 +212,7 @@ def _plain(value: Any) -> Value:
 
 
 def _number(field: str) -> Value:
-    if _INTEGER.fullmatch(field):
-        return int(field)
-    try:
-        return float(field)
-    except ValueError:
-        return field
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(field)
+    return field

@@ -1,8 +1,4 @@
-"""The optimizer of the ConvNeXt papers as one Keras optimizer.
-
-`AdamW` joins what the papers' training code takes from six places: torch.optim.AdamW, weight decay on kernels
-only, layer-wise learning-rate decay, clipping, gradient accumulation and a moving average of the weights. It
-goes through `model.compile` and `fit` on every backend.
+"""The optimizer of the ConvNeXt papers as one Keras optimizer, for `model.compile` on every backend.
 
 V1: facebookresearch/ConvNeXt at 4eddc6b, optim_factory.py, utils.py, and the optimizer constructor of
     object_detection/mmcv_custom and semantic_segmentation/mmcv_custom.
@@ -30,7 +26,7 @@ class AdamW(keras.optimizers.AdamW):
     With rate `r = learning_rate * scale` and step number t from 1: `w *= 1 - r * weight_decay`, then
     `m += (1 - beta_1) * (g - m)`, `v = beta_2 * v + (1 - beta_2) * g^2` and
     `w -= r / (1 - beta_1^t) * m / (sqrt(v / (1 - beta_2^t)) + epsilon)`. `keras.optimizers.AdamW` has epsilon
-    in another place, where it weighs up to 30 times more in the first steps. Beyond that:
+    where it weighs up to 30 times more in the first steps. Beyond that:
 
     - weights of one dimension, and all named bias, gamma or beta, do not decay (nor does what
       `exclude_from_weight_decay` names);
@@ -48,8 +44,7 @@ class AdamW(keras.optimizers.AdamW):
     Args:
         learning_rate: float or schedule, such as `WarmupCosine`. Default 4e-3, the paper's at batch 4096.
         weight_decay: float >= 0. Default 0.05.
-        beta_1: float in [0, 1). Default 0.9.
-        beta_2: float in [0, 1). Default 0.999.
+        beta_1, beta_2: float in [0, 1). Default 0.9 and 0.999.
         epsilon: float >= 0. Default 1e-8, as in the official code.
         layer_decay: float in (0, 1], factor on the rate from a layer to the one before. Default 1: none.
         layer_decay_groups: "group", "single", "layer_wise", "stage_wise" or "timm"; see `layer_ids`.
@@ -58,8 +53,7 @@ class AdamW(keras.optimizers.AdamW):
         clipnorm, clipvalue, global_clipnorm: float or None, clipping of the gradients; at most one.
         use_ema: bool, keep a moving average of the weights.
         ema_momentum: float in [0, 1]. Default 0.9999, the papers' (Keras: 0.99).
-        ema_overwrite_frequency: int or None, as in Keras.
-        loss_scale_factor: float or None, as in Keras.
+        ema_overwrite_frequency, loss_scale_factor: number or None, as in Keras.
         gradient_accumulation_steps: int or None, micro-batches of an optimizer step. None or 1 for none.
         name: str.
 
@@ -98,13 +92,11 @@ class AdamW(keras.optimizers.AdamW):
         gradient_accumulation_steps=None,
         name="adamw",
     ):
-        check_number("weight_decay", weight_decay, "AdamW")
-        check_number("epsilon", epsilon, "AdamW")
+        check_numbers("AdamW", weight_decay=weight_decay, epsilon=epsilon, layer_decay=layer_decay)
         for beta_name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
-            check_number(beta_name, beta, "AdamW")
+            check_numbers("AdamW", **{beta_name: beta})
             if beta >= 1:
                 raise ValueError(f"AdamW needs {beta_name} in [0, 1). Received: {beta_name}={beta}")
-        check_number("layer_decay", layer_decay, "AdamW")
         if not 0 < layer_decay <= 1:
             raise ValueError(
                 "AdamW needs layer_decay in (0, 1], where 1 is no layer-wise decay. "
@@ -125,9 +117,9 @@ class AdamW(keras.optimizers.AdamW):
             ema_momentum=ema_momentum,
             ema_overwrite_frequency=ema_overwrite_frequency,
             loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=None
-            if gradient_accumulation_steps == 1
-            else gradient_accumulation_steps,
+            gradient_accumulation_steps=(
+                None if gradient_accumulation_steps == 1 else gradient_accumulation_steps
+            ),
             name=name,
         )
         self.layer_decay = float(layer_decay)
@@ -186,7 +178,7 @@ class AdamW(keras.optimizers.AdamW):
         super()._backend_apply_gradients(grads, trainable_variables)
 
     def _backend_increment_gradient_accumulators(self, grads, acc_grads):
-        if keras.backend.backend() == "tensorflow" and self.across is not None:
+        if self.across is not None:
             for gradient, accumulator in zip(grads, acc_grads, strict=True):
                 accumulator.assign(accumulator + gradient)
         else:
@@ -195,7 +187,7 @@ class AdamW(keras.optimizers.AdamW):
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if keras.backend.backend() == "torch":
             self._torch_update(grads, trainable_variables, learning_rate)
-        elif keras.backend.backend() == "tensorflow" and self.across is not None:
+        elif self.across is not None:
             # Each device by itself, where Keras sums, and leaves the device, which it cannot in a condition.
             for gradient, variable in zip(grads, trainable_variables, strict=True):
                 self.update_step(gradient, variable, learning_rate)
@@ -203,68 +195,64 @@ class AdamW(keras.optimizers.AdamW):
             super()._backend_update_step(grads, trainable_variables, learning_rate)
 
     def _torch_update(self, grads, trainable_variables, learning_rate):
-        """`update_step` for all variables at once: PyTorch runs op by op, and pays for each call."""
+        """`update_step` for variables of one scale and decay at once: PyTorch pays for each call."""
         import torch
 
-        indices = [self._get_variable_index(variable) for variable in trainable_variables]
-        weights = [variable.value for variable in trainable_variables]
-        m = [self._momentums[index].value for index in indices]
-        v = [self._velocities[index].value for index in indices]
-        learning_rate = ops.cast(learning_rate, "float32")
-        groups = self._groups(indices, trainable_variables)
-        if not torch.compiler.is_compiling() and all(
-            tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
-            for tensor in (*weights, *m, *v)
-        ):
-            self._torch_fused_update(groups, weights, grads, m, v, learning_rate)
-            return
-        correction_1, correction_2 = self._bias_corrections("float32")
-        with torch.no_grad():
-            torch._foreach_lerp_(m, grads, 1 - self.beta_1)
-            torch._foreach_mul_(v, self.beta_2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - self.beta_2)
-            denominators = torch._foreach_sqrt(v)
-            torch._foreach_div_(denominators, correction_2)
-            torch._foreach_add_(denominators, self.epsilon)
-            for (scale, decays), members in groups.items():
-                rate = learning_rate * scale
-                group = [weights[member] for member in members]
-                if decays:
-                    torch._foreach_mul_(group, 1 - rate * self.weight_decay)
-                updates = torch._foreach_mul([m[member] for member in members], rate / correction_1)
-                torch._foreach_div_(updates, [denominators[member] for member in members])
-                torch._foreach_sub_(group, updates)
-
-    def _torch_fused_update(self, groups, weights, grads, m, v, learning_rate):
-        """The same by PyTorch's own kernel, which reads and writes each number once."""
-        import torch
-
-        step = ops.cast(self.iterations + 1, "float32")
-        with torch.no_grad():
-            for (scale, decays), members in groups.items():
-                torch._fused_adamw_(
-                    [weights[member] for member in members],
-                    [grads[member].contiguous() for member in members],
-                    [m[member] for member in members],
-                    [v[member] for member in members],
-                    [],
-                    [step] * len(members),
-                    lr=learning_rate * scale,
-                    beta1=self.beta_1,
-                    beta2=self.beta_2,
-                    weight_decay=self.weight_decay if decays else 0.0,
-                    eps=self.epsilon,
-                    amsgrad=False,
-                    maximize=False,
-                )
-
-    def _groups(self, indices, variables):
-        """Positions of the variables that are alike: {(scale, whether they decay): positions}."""
-        groups: dict[tuple[float, bool], list[int]] = {}
-        for position, (index, variable) in enumerate(zip(indices, variables, strict=True)):
+        groups: dict[tuple[float, bool], list] = {}
+        for variable, gradient in zip(trainable_variables, grads, strict=True):
+            index = self._get_variable_index(variable)
+            tensors = variable.value, gradient, self._momentums[index].value, self._velocities[index].value
             key = self._scales[index], self._use_weight_decay(variable)
-            groups.setdefault(key, []).append(position)
-        return groups
+            groups.setdefault(key, []).append(tensors)
+        # PyTorch's own kernel reads and writes each number once.
+        is_fused = not torch.compiler.is_compiling() and all(
+            tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
+            for members in groups.values()
+            for weight, _, m, v in members
+            for tensor in (weight, m, v)
+        )
+        update = self._torch_fused_update if is_fused else self._torch_foreach_update
+        learning_rate = ops.cast(learning_rate, "float32")
+        with torch.no_grad():
+            for (scale, decays), members in groups.items():
+                weights, gradients, m, v = map(list, zip(*members, strict=True))
+                decay = self.weight_decay if decays else 0.0
+                update(weights, gradients, m, v, learning_rate * scale, decay)
+
+    def _torch_fused_update(self, weights, grads, m, v, rate, decay):
+        import torch
+
+        torch._fused_adamw_(
+            weights,
+            [gradient.contiguous() for gradient in grads],
+            m,
+            v,
+            [],
+            [ops.cast(self.iterations + 1, "float32")] * len(weights),
+            lr=rate,
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            weight_decay=decay,
+            eps=self.epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def _torch_foreach_update(self, weights, grads, m, v, rate, decay):
+        import torch
+
+        correction_1, correction_2 = self._bias_corrections("float32")
+        torch._foreach_lerp_(m, grads, 1 - self.beta_1)
+        torch._foreach_mul_(v, self.beta_2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - self.beta_2)
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominators, correction_2)
+        torch._foreach_add_(denominators, self.epsilon)
+        if decay:
+            torch._foreach_mul_(weights, 1 - rate * decay)
+        updates = torch._foreach_mul(m, rate / correction_1)
+        torch._foreach_div_(updates, denominators)
+        torch._foreach_sub_(weights, updates)
 
     def _use_weight_decay(self, variable):
         return self._decays[self._get_variable_index(variable)] and super()._use_weight_decay(variable)
@@ -292,12 +280,16 @@ class AdamW(keras.optimizers.AdamW):
             is_update_step = (self._iterations + 1) % self.gradient_accumulation_steps == 0
             rate = ops.where(is_update_step, rate, 0.0)
         pairs = _pairs(trainable_variables, self._model_variables_moving_average)
-        if keras.backend.backend() == "torch":
-            _torch_follow(pairs, rate)
-            return
-        for variable, average in pairs:
-            difference = ops.subtract(variable, average)
-            average.assign(average + ops.cast(rate, average.dtype) * difference)
+        if keras.backend.backend() != "torch":
+            for variable, average in pairs:
+                difference = ops.subtract(variable, average)
+                average.assign(average + ops.cast(rate, average.dtype) * difference)
+        elif rate:  # not between two optimizer steps
+            import torch
+
+            with torch.no_grad():
+                values = [variable.value for variable, _ in pairs]
+                torch._foreach_lerp_([average.value for _, average in pairs], values, float(rate))
 
     def finalize_variable_values(self, var_list):
         if self.overwrite_after_fit:
@@ -309,12 +301,8 @@ class AdamW(keras.optimizers.AdamW):
     def get_config(self):
         config = super().get_config()
         del config["amsgrad"]
-        return {
-            **config,
-            "layer_decay": self.layer_decay,
-            "layer_decay_groups": self.layer_decay_groups,
-            "overwrite_after_fit": self.overwrite_after_fit,
-        }
+        own = ("layer_decay", "layer_decay_groups", "overwrite_after_fit")
+        return config | {name: getattr(self, name) for name in own}
 
 
 @contextlib.contextmanager
@@ -361,8 +349,7 @@ def ema_weights(model: keras.Model) -> Iterator[None]:
 
 def has_ema(model: keras.Model) -> bool:
     """Whether the optimizer of a model keeps a moving average of the weights."""
-    optimizer = getattr(model, "optimizer", None)
-    return optimizer is not None and bool(getattr(inner_optimizer(optimizer), "use_ema", False))
+    return getattr(inner_optimizer(getattr(model, "optimizer", None)), "use_ema", False)
 
 
 def inner_optimizer(optimizer):
@@ -374,17 +361,6 @@ def _pairs(variables, averages):
     """Each variable and its average; variables that Keras overwrites with their gradient have none."""
     pairs = zip(variables, averages, strict=True)
     return [(variable, average) for variable, average in pairs if average is not None]
-
-
-def _torch_follow(pairs, rate):
-    """Moves the averages towards the variables, in a few calls."""
-    import torch
-
-    if not rate:  # between two optimizer steps
-        return
-    with torch.no_grad():
-        averages = [average.value for _, average in pairs]
-        torch._foreach_lerp_(averages, [variable.value for variable, _ in pairs], float(rate))
 
 
 def _copy_of(variable):
@@ -410,8 +386,9 @@ def _outside_of_graphs():
     return contextlib.nullcontext() if tf.distribute.has_strategy() else tf.init_scope()
 
 
-def check_number(name, value, owner):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{owner} needs a number for {name}. Received: {name}={value!r}")
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{owner} needs {name} >= 0, and finite. Received: {name}={value}")
+def check_numbers(owner, **values):
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{owner} needs a number for {name}. Received: {name}={value!r}")
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"{owner} needs {name} >= 0, and finite. Received: {name}={value}")

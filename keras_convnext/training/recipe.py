@@ -1,7 +1,6 @@
 """A training recipe: a TOML file in tables, in which every key is written out.
 
-A published recipe is a file of the folder `recipes`; the same values as a frozen `Recipe` are what
-`trainer.train` takes. Nothing here needs a Keras backend, so a recipe is checked before one starts.
+Nothing here needs a Keras backend, so a recipe is checked before one starts.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,7 @@ from typing import Annotated, ClassVar, Self
 
 import pydantic
 
+from keras_convnext import distribution
 from keras_convnext._settings import (
     BelowOne,
     Count,
@@ -32,16 +32,9 @@ from keras_convnext.weights.catalog import ALIASES, CHECKPOINTS, find_checkpoint
 from keras_convnext.weights.published import Checkpoint
 from keras_convnext.weights.resolve import is_path
 
-# How a step is divided among devices, and the backend that does so; `distribution.choose` has the engines.
-ENGINES = {
-    "auto": "any backend",
-    "none": "any backend",
-    "data_parallel": "jax",
-    "model_parallel": "jax",
-    "mirrored": "tensorflow",
-    "multi_worker_mirrored": "tensorflow",
-    "tpu": "tensorflow",
-    "ddp": "torch",
+# How a step is divided among devices, and the backend that does so.
+ENGINES = dict.fromkeys(("auto", "none"), "any backend") | {
+    engine: backend for backend, engines in distribution.ENGINES.items() for engine in engines
 }
 
 # Below, the last stage of a model with stride 32 has no pixel.
@@ -187,18 +180,16 @@ class Distribution(Settings):
 
 
 class Recipe(Settings):
-    """One training run, as plain values in tables.
+    """One training run, as plain values in tables, which are described in `recipes/README.md`.
 
-    A file that lacks a key is refused, so that what is not written cannot change between two versions. Values
-    outside their range raise when the object is made, so a `Recipe` that exists can be run, as far as can be
-    told without its data, weights and devices. The keys are described in `recipes/README.md`.
+    A file that lacks a key is refused, so that what is not written cannot change between two versions. A
+    `Recipe` that exists can be run, as far as can be told without its data, weights and devices.
 
     Reference: the hyperparameters are those of Liu et al. 2022 (arXiv:2201.03545), appendix A, and of Woo et
     al. 2023 (arXiv:2301.00808), appendix A, with the field's names for them.
 
     Raises:
-        ValueError: a value is outside its range or two don't go together; every one of them is named, with
-            what was expected and received.
+        ValueError: names every value that is outside its range or does not go with another.
 
     Example:
         recipe = load_recipe("smoke")
@@ -229,43 +220,31 @@ class Recipe(Settings):
 def _conflicts(recipe: Recipe) -> Iterator[str]:
     """Gives the values that are right each by itself but do not go together, one sentence each."""
     model, optimizer, distillation = recipe.model, recipe.optimizer, recipe.distillation
-    variant = VARIANTS[model.architecture]
-    if variant.version == 2 and model.layer_scale_init_value:
-        yield (
-            f"layer_scale_init_value: expected 0 for {variant.name}, whose blocks have GRN in place of "
-            f"LayerScale, received {model.layer_scale_init_value!r}"
-        )
-    if variant.layer_scale_init_value and not model.layer_scale_init_value:
+    variant, scale = VARIANTS[model.architecture], model.layer_scale_init_value
+    if variant.version == 2 and scale:
+        yield f"layer_scale_init_value: expected 0 for {variant.name}, which has GRN, received {scale!r}"
+    if variant.layer_scale_init_value and not scale:
         yield (
             f"layer_scale_init_value: expected above 0 for {variant.name}, whose weight files hold "
             f"LayerScale (the papers' is {variant.layer_scale_init_value!r}), received 0.0"
         )
-    if variant.isotropic and optimizer.layer_decay < 1:
-        yield (
-            f"layer_decay: expected 1 for {variant.name}, as none is published for isotropic models, "
-            f"received {optimizer.layer_decay!r}"
-        )
-    micro_batch, rest = divmod(optimizer.batch_size, optimizer.accumulation_steps)
-    if rest:
-        yield (
-            f"accumulation_steps: expected a divisor of batch_size {optimizer.batch_size}, "
-            f"received {optimizer.accumulation_steps}"
-        )
-    elif (recipe.augmentation.mixup or recipe.augmentation.cutmix) and micro_batch % 2:
+    if variant.isotropic and (decay := optimizer.layer_decay) < 1:
+        yield f"layer_decay: expected 1, as none is published for isotropic models, received {decay!r}"
+    size, steps = optimizer.batch_size, optimizer.accumulation_steps
+    if size % steps:
+        yield f"accumulation_steps: expected a divisor of batch_size {size}, received {steps}"
+    elif (recipe.augmentation.mixup or recipe.augmentation.cutmix) and size // steps % 2:
         yield (
             "batch_size: expected an even number of images in a micro-batch, as mixup and cutmix take pairs, "
-            f"received {optimizer.batch_size} in {optimizer.accumulation_steps} micro-batches"
+            f"received {size} in {steps} micro-batches"
         )
     for name in ("min_learning_rate", "warmup_learning_rate"):
-        if getattr(optimizer, name) > optimizer.learning_rate:
-            yield (
-                f"{name}: expected at most learning_rate {optimizer.learning_rate!r}, "
-                f"received {getattr(optimizer, name)!r}"
-            )
-    if optimizer.warmup_epochs > optimizer.epochs:
-        yield (
-            f"warmup_epochs: expected at most epochs {optimizer.epochs}, received {optimizer.warmup_epochs!r}"
-        )
+        peak, rate = optimizer.learning_rate, getattr(optimizer, name)
+        if rate > peak:
+            yield f"{name}: expected at most learning_rate {peak!r}, received {rate!r}"
+    epochs, warmup = optimizer.epochs, optimizer.warmup_epochs
+    if warmup > epochs:
+        yield f"warmup_epochs: expected at most epochs {epochs}, received {warmup!r}"
     if recipe.data.val_split and recipe.data.validation_fraction:
         yield (
             f"validation_fraction: expected 0 beside val_split {recipe.data.val_split!r}, which is evaluated "

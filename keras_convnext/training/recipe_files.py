@@ -29,13 +29,13 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, An
     """Reads and checks a recipe: a TOML file, or a published one by its bare name, such as "fine_tune".
 
     A file may have its keys in tables or, as those of before, all at the top. `overrides` go by key, "epochs"
-    or "optimizer.epochs"; a text is read by the type of its key, as it comes from a command line: "3",
-    "true", "0.08,1". Paths among them are relative to the working directory, those of the file to its folder.
-    In the recipe `data.source` is absolute, and `weights` and `teacher` are where they are files.
+    or "optimizer.epochs", as for `Settings.read`. Paths among them are relative to the working directory,
+    those of the file to its folder. In the recipe `data.source` is absolute, and `weights` and `teacher` are
+    where they are files.
 
     Raises:
-        ValueError: there is no such recipe, the file is not TOML (the message has its line), or a key is
-            unknown, missing, mistyped or outside its range; all of these are listed, with near names.
+        ValueError: there is no such recipe, or the message has the line that is not TOML, or all keys that
+            are unknown, missing, mistyped or outside their range.
 
     Example:
         load_recipe("smoke", {"epochs": "1"}).optimizer.epochs     # 1
@@ -62,7 +62,7 @@ def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
     """Returns the file of a recipe; ValueError names near ones and all published ones."""
     path, text = Path(path_or_name), os.fspath(path_or_name)
     known = known_recipes()
-    if path.suffix != ".toml" and path.name == text and text in known:
+    if text in known:
         return recipes_folder() / f"{text}.toml"
     if path.is_file():
         return path
@@ -83,43 +83,36 @@ def known_recipes() -> list[str]:
     return sorted(path.stem for path in recipes_folder().glob("*.toml"))
 
 
+@functools.cache
 def recipes_folder() -> Path:
     """Returns the folder of the published recipes and their small data sets, `digits` and `flowers`.
 
-    It lies in the package where that is installed, and next to it in the repository. Of a package that is
-    imported from a zip file a copy in a temporary folder is returned, which is removed when the process ends.
+    It lies in the package where that is installed, next to it in the repository. Of a package in a zip file
+    it is a copy, which is removed when the process ends.
     """
-    inside = _inside()
+    inside = importlib.resources.files("keras_convnext") / "recipes"
     if not inside.is_dir():
         return Path(__file__).resolve().parents[2] / "recipes"
-    return inside if isinstance(inside, Path) else _unpacked()
+    if isinstance(inside, Path):
+        return inside
+    temporary = Path(tempfile.mkdtemp(prefix="keras_convnext_recipes_"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    _copy(inside, temporary)
+    return temporary
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Returns what decides the result of a run: all keys but titles, the keeping of checkpoints and devices.
+    """Returns what decides the result of a run, by short key; two runs of the same may share a folder.
 
-    Two runs of the same identity may share a folder. The values, by short key, are equal after JSON. Optional
-    ones that have their default are left out: a key of a later version keeps no run from being resumed.
+    The values are equal after JSON. Optional ones that have their default are left out: a key of a later
+    version keeps no run from being resumed.
     """
-    defaults = {name: field.default for name, field in Recipe.fields().items() if is_optional(field)}
-    values = {
-        name.rpartition(".")[2]: list(value) if isinstance(value, tuple) else value
-        for name, value in recipe.values().items()
-        if name not in defaults or value != defaults[name]
+    fields, values = Recipe.fields().values(), recipe.by_short_key()
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for field, (key, value) in zip(fields, values.items(), strict=True)
+        if key not in _NOT_IDENTITY and not (is_optional(field) and value == field.default)
     }
-    return {key: value for key, value in values.items() if key not in _NOT_IDENTITY}
-
-
-def _inside() -> Traversable:
-    return importlib.resources.files("keras_convnext") / "recipes"
-
-
-@functools.cache
-def _unpacked() -> Path:
-    temporary = tempfile.mkdtemp(prefix="keras_convnext_recipes_")
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    _copy(_inside(), Path(temporary))
-    return Path(temporary)
 
 
 def _copy(folder: Traversable, target: Path) -> None:

@@ -1,14 +1,9 @@
 """Keeps a training run on the disk so that a kill, a full disk or a damaged file loses as little as possible.
 
-A run folder holds
-
-- run.json: what makes this run this run (its recipe and data), so that no other one continues it;
-- checkpoints/step-00001234.safetensors: all arrays and the state of a step, with a checksum of both;
-- best.json: which of the checkpoints is the best one;
-- .lock: held by the process that trains;
-- and what the caller writes (logs, curves, final weights).
-
-Every file appears under its name when it is complete. Nothing here needs Keras.
+A run folder holds run.json, what makes this run this run (its recipe and data), so that no other one
+continues it; checkpoints/step-00001234.safetensors, all arrays and the state of a step, with a checksum of
+both; best.json, which of them is the best one; .lock, held by the process that trains; and what the caller
+writes. Every file appears under its name when it is complete. Nothing here needs Keras.
 """
 
 import contextlib
@@ -23,8 +18,8 @@ import shutil
 import socket
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +35,7 @@ from keras_convnext._files import (
     sync_folder,
     try_lock,
 )
-from keras_convnext._messages import flat, one_line, shortened, size_text
+from keras_convnext._messages import flat, listed, one_line, short_repr, size_text
 from keras_convnext.weights.arrays import FileFormatError, little_endian_bytes
 from keras_convnext.weights.safetensors_files import read_safetensors_metadata, write_safetensors
 from keras_convnext.weights.torch_files import read_state_dict
@@ -48,6 +43,7 @@ from keras_convnext.weights.torch_files import read_state_dict
 _logger = logging.getLogger("keras_convnext")
 
 RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.toml"
 BEST_FILE = "best.json"
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -55,7 +51,7 @@ _FORMAT = "keras_convnext run 1"
 _LOCK_FILE = ".lock"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})\.safetensors")
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\.tmp-[0-9a-f]{16}-.+")
-_MAX_LISTED = 20  # names or keys in one message
+_MOST_LISTED = 20  # arrays or settings in one message
 
 Arrays = dict[str, np.ndarray]
 
@@ -74,15 +70,14 @@ def open_run(
 ) -> "RunFolder":
     """Makes or takes up the folder of a training run, and holds it until `close` or the end of the process.
 
-    Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of another
-    run, that is of another `identity` (JSON values), a folder of something else, another process in it, no
-    permission, not enough space. The space is that of `keep` + 2 checkpoints of `checkpoint_bytes`: the
-    newest ones, the best one and the one that is being written, and `weights_bytes` for weight files beside
-    them; what is there counts. What a killed process was writing is removed. A folder that is empty or has
-    hidden files only is a new one.
+    Everything that would stop the run later is refused here, by a `RunFolderError`: the folder of a run of
+    another `identity` (JSON values) or of something else, another process in it, no permission, not enough
+    space for `keep` + 2 checkpoints of `checkpoint_bytes` (the newest ones, the best one and the one that is
+    being written) and for `weights_bytes` beside them; what is there counts. What a killed process was
+    writing is removed. A folder that is empty or has hidden files only is a new one.
 
-    The lock ends with the process, however it ends. On a file system without locks a lock file in the
-    machine's temporary folder stands in, which other machines do not see.
+    On a file system without locks a lock file in the machine's temporary folder stands in, which other
+    machines do not see.
     """
     given = json.loads(json.dumps(dict(identity)))
     folder = pathlib.Path(path).absolute()
@@ -96,23 +91,19 @@ def open_run(
         _refuse_small_disk(folder, checkpoint_bytes, keep, weights_bytes)
         with _writing(folder):
             # In any case: a disk that is there and takes no more files shows here.
-            _write_bytes(folder / RUN_FILE, _json_bytes({"format": _FORMAT, "identity": stored or given}))
+            content = _json_text({"format": _FORMAT, "identity": stored or given})
+            replace_file(folder / RUN_FILE, content.encode())
             (folder / CHECKPOINT_FOLDER).mkdir(exist_ok=True)
             sync_folder(folder)
         return RunFolder(folder, keep, stack.pop_all())
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """The folder of one training run, made by `open_run`; keeps the best and some newest checkpoints."""
 
     def __init__(self, path: pathlib.Path, keep: int, locks: contextlib.ExitStack):
-        self.path = path
-        self.keep = keep
-        self._locks = locks
+        self.path, self.keep, self._locks = path, keep, locks
         self._damaged: set[int] = set()  # steps whose checkpoint `latest` could not read
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -122,13 +113,12 @@ class RunFolder:
         self._locks.close()
 
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> pathlib.Path:
-        """Writes the checkpoint of a step, then removes old ones.
+        """Writes the checkpoint of a step in place of an earlier one, then removes old ones.
 
-        `state` has JSON values and "step", the number of finished steps. The arrays are written one after
-        another, without a second copy of all, and a CRC-32 of the state, names, shapes, dtypes and bytes goes
-        with them. The file appears when it is complete and on the disk, so whatever ends the process in
-        between leaves the earlier checkpoints. Then all but the newest `keep`, the best and this one are
-        removed, and with them those that `latest` found damaged. A checkpoint of the same step is replaced.
+        `state` has JSON values and "step", the number of finished steps. The arrays are written without a
+        second copy of all, with a CRC-32 of the state, names, shapes, dtypes and bytes. Whatever ends the
+        process before the file is complete leaves the earlier checkpoints. Then all but the newest `keep`,
+        the best and this one are removed, and those that `latest` found damaged.
         """
         step, text = int(state["step"]), json.dumps(dict(state))
         path = self._checkpoint_path(step)
@@ -143,11 +133,8 @@ class RunFolder:
         return path
 
     def mark_best(self, step: int, value: float) -> None:
-        """Keeps the checkpoint of a step as the best one by a value, such as the accuracy.
-
-        To repeat it changes nothing, so a run that was killed between `save` and this can make up for it.
-        """
-        self.write_bytes(BEST_FILE, _json_bytes({"step": int(step), "value": float(value)}))
+        """Keeps the checkpoint of a step as the best one by a value; to repeat it changes nothing."""
+        self.write_json(BEST_FILE, {"step": int(step), "value": float(value)})
         self._prune()
 
     def best(self) -> tuple[int, float] | None:
@@ -172,7 +159,7 @@ class RunFolder:
         if metadata.get("format") != _FORMAT or not {"state", "crc32"} <= metadata.keys():
             raise FileFormatError(
                 f"Expected a state, a CRC-32 and the format {_FORMAT!r} in the header of '{path}', received "
-                f"the format {metadata.get('format')!r} and {_listed(metadata) or 'nothing'}."
+                f"the format {metadata.get('format')!r} and {listed(metadata) or 'nothing'}."
             )
         # Copies, because JAX would take aligned views for its own memory, and a later change of the file
         # for weights. What is checked is what is returned.
@@ -185,48 +172,47 @@ class RunFolder:
     def latest(self) -> tuple[Arrays, dict] | None:
         """Reads the newest checkpoint that is whole; returns None when the run has none yet.
 
-        A damaged one is named in a warning of the logger "keras_convnext" and left where it is; the next
-        `save` removes it, because then there is a newer one. Where all are damaged a RunFolderError is
-        raised. So is any OSError: the disk may give the file at another time, so no other one is taken.
+        A damaged one is named in a warning, and removed by the next `save`. RunFolderError: all are damaged.
+        So is any OSError: the disk may give the file at another time, so no other one is taken.
         """
         steps = self.steps()
         reasons = []
         for step in reversed(steps):
             try:
                 found = self.read(step)
+                self._damaged.discard(step)
+                return found
             except FileFormatError as error:
                 reasons.append(f"step {step} ({error})")
                 self._damaged.add(step)
                 _logger.warning("Skipping the damaged checkpoint of %s", reasons[-1])
-            else:
-                self._damaged.discard(step)
-                return found
         if not steps:
             return None
         raise RunFolderError(
             f"Expected a whole checkpoint in '{self.path / CHECKPOINT_FOLDER}', but all {len(steps)} are "
-            f"damaged: {_listed(reasons)}. Bring one back from a copy, or remove them to begin again."
+            f"damaged: {listed(reasons)}. Bring one back from a copy, or remove them to begin again."
         )
+
+    def write_json(self, name: str, values: object) -> pathlib.Path:
+        return self.write_text(name, _json_text(values))
 
     def write_text(self, name: str, text: str) -> pathlib.Path:
         """Writes a UTF-8 file under a name in the folder; after a RunFolderError an earlier one stands."""
         return self.write_bytes(name, text.encode("utf-8"))
 
     def write_bytes(self, name: str, content: bytes) -> pathlib.Path:
-        path = self.path / name
-        with _writing(path.parent, len(content)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_bytes(path, content)
-        return path
+        return self.write_with(name, lambda path: path.write_bytes(content), len(content))
 
-    def write_with(self, name: str, function: Callable[[pathlib.Path], object]) -> pathlib.Path:
-        """Has a function write a file, and gives it the name when the function returns.
+    def write_with(
+        self, name: str, function: Callable[[pathlib.Path], object], needed: int | None = None
+    ) -> pathlib.Path:
+        """Has a function write a file, to a path that ends in `name`, and gives it the name when it returns.
 
-        The function is called with a path that ends in `name`, since libraries tell the format from that. Its
-        OSErrors, or that it wrote nothing, become a RunFolderError; an earlier file of this name stands.
+        Its OSErrors, or that it wrote nothing, become a RunFolderError, with the bytes `needed` where the
+        disk is full; an earlier file of this name stands.
         """
         path = self.path / name
-        with _writing(path.parent):
+        with _writing(path.parent, needed):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing_path(path) as temporary:
                 function(temporary)
@@ -265,17 +251,19 @@ def check_arrays(
 
     `expected` has (shape, dtype name) by name, such as ((96,), "float32"); `source` begins the message.
     """
-    missing = [name for name in expected if name not in arrays]
-    unexpected = [name for name in arrays if name not in expected]
-    different = [
-        f"{name} expected {_array_text(*expected[name])}, received {_array_text(array.shape, array.dtype)}"
-        for name, array in arrays.items()
-        if name in expected and _array_text(*expected[name]) != _array_text(array.shape, array.dtype)
-    ]
+    wanted = {name: _array_text(*kind) for name, kind in expected.items()}
+    found = {name: _array_text(array.shape, array.dtype) for name, array in arrays.items()}
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "different": [
+            f"{name} expected {wanted[name]}, received {text}"
+            for name, text in found.items()
+            if wanted.get(name, text) != text
+        ],
+    }
     facts = [
-        f"{len(names)} {label}: {_listed(names)}"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("different", different))
-        if names
+        f"{len(names)} {kind}: {listed(names, _MOST_LISTED)}" for kind, names in problems.items() if names
     ]
     if facts:
         raise ValueError(
@@ -299,7 +287,7 @@ def _take_folder(folder: pathlib.Path) -> None:
     if names and RUN_FILE not in names:
         raise RunFolderError(
             f"Expected an empty folder or one of a training run (with {RUN_FILE}) at '{folder}', received "
-            f"one with {_listed(names)}. Pass another folder."
+            f"one with {listed(names)}. Pass another folder."
         )
 
 
@@ -315,7 +303,10 @@ def _lock(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
                 raise
             file = stack.enter_context(open_to_lock(_local_lock(folder)))
             is_free = try_lock(file)
-    holder = _holder(file)
+    holder = "unknown"
+    with contextlib.suppress(OSError):  # Windows locks the bytes too
+        file.seek(0)
+        holder = file.read(300).decode("utf-8", "replace") or "unknown"
     if not is_free:
         raise RunFolderError(
             f"Another process trains in '{folder}' ({holder}). Wait for it, end it, or pass another folder."
@@ -334,14 +325,6 @@ def _local_lock(folder: pathlib.Path) -> pathlib.Path:
     """Returns a file of this user on a disk of this machine that stands for a folder."""
     name = hashlib.sha256(os.fsencode(f"{pathlib.Path.home()}\n{folder.resolve()}")).hexdigest()
     return pathlib.Path(tempfile.gettempdir()) / f"keras_convnext-{name[:32]}.lock"
-
-
-def _holder(file: BinaryIO) -> str:
-    try:
-        file.seek(0)
-        return file.read(300).decode("utf-8", "replace") or "unknown"
-    except OSError:  # Windows locks the bytes too
-        return "unknown"
 
 
 def _read_identity(folder: pathlib.Path) -> dict | None:
@@ -372,7 +355,8 @@ def _refuse_other_run(
     if changes:
         raise RunFolderError(
             f"'{folder}' holds another run. Expected the settings it was begun with, received "
-            f"{len(changes)} changed: {_listed(changes)}. Pass what was passed then, or another folder."
+            f"{len(changes)} changed: {listed(changes, _MOST_LISTED)}. Pass what was passed then, or another "
+            "folder."
         )
 
 
@@ -389,12 +373,11 @@ def _refuse_small_disk(folder: pathlib.Path, checkpoint_bytes: int, keep: int, w
     present, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
     needed = (keep + 2) * checkpoint_bytes + weights_bytes - present
     if needed > free:
-        what = (
-            f"{keep + 2} checkpoints of {size_text(checkpoint_bytes)}{' and weights' * (weights_bytes > 0)}"
-        )
         raise RunFolderError(
-            f"Expected {size_text(needed)} free at '{folder}' for {what}, received {size_text(free)}: "
-            f"{size_text(needed - free)} are missing. Free some, or pass a folder on another disk."
+            f"Expected {size_text(needed)} free at '{folder}' for {keep + 2} checkpoints of "
+            f"{size_text(checkpoint_bytes)}{' and weights' * (weights_bytes > 0)}, received "
+            f"{size_text(free)}: {size_text(needed - free)} are missing. Free some, or pass a folder on "
+            "another disk."
         )
 
 
@@ -412,11 +395,6 @@ def _writing(folder: pathlib.Path, needed: int | None = None) -> Iterator[None]:
         raise RunFolderError(disk_error_text(error, folder, if_full, if_refused, needed)) from error
 
 
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    replace_file(path, content)
-    sync_folder(path.parent)
-
-
 def _checksum(arrays: Mapping[str, np.ndarray], state: str) -> str:
     """Returns the CRC-32 of a state and of all that is in arrays; it finds every single flipped bit."""
     crc = zlib.crc32(state.encode("utf-8"))
@@ -431,15 +409,9 @@ def _array_text(shape: tuple[int, ...], dtype: object) -> str:
     return f"{np.dtype(dtype).name}{list(shape)}"  # type: ignore[call-overload]
 
 
-def _json_bytes(values: Mapping[str, object]) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode("utf-8")
-
-
 def _value_text(value: object) -> str:
-    return "absent" if value is None else shortened(repr(value), 83)
+    return "absent" if value is None else short_repr(value)
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
+def _json_text(values: object) -> str:
+    return json.dumps(values, indent=1) + "\n"

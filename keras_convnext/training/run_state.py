@@ -25,7 +25,6 @@ _logger = logging.getLogger("keras_convnext")
 
 LOG_FILE = "log.csv"
 CURVES_FILE = "curves.png"
-RECIPE_FILE = "recipe.toml"
 ENVIRONMENT_FILE = "environment.json"
 RESULT_FILE = "result.json"
 FAULTS_FILE = "faults.json"
@@ -64,18 +63,19 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe, training: Source) -> "Plan":
         """Counts the steps; ValueError where the data has fewer images than a batch."""
-        steps = len(training) // recipe.optimizer.batch_size
+        optimizer = recipe.optimizer
+        steps = len(training) // optimizer.batch_size
         if steps == 0:
             raise ValueError(
-                f"Expected at least one batch of {recipe.optimizer.batch_size} images to train on, but "
+                f"Expected at least one batch of {optimizer.batch_size} images to train on, but "
                 f"'{training.path}' has {len(training)}. Choose a smaller batch_size."
             )
         return cls(
-            micro_batch_size=recipe.optimizer.batch_size // recipe.optimizer.accumulation_steps,
-            accumulation_steps=recipe.optimizer.accumulation_steps,
+            micro_batch_size=optimizer.batch_size // optimizer.accumulation_steps,
+            accumulation_steps=optimizer.accumulation_steps,
             steps_per_epoch=steps,
-            total_steps=recipe.optimizer.epochs * steps,
-            warmup_steps=round(recipe.optimizer.warmup_epochs * steps),
+            total_steps=optimizer.epochs * steps,
+            warmup_steps=round(optimizer.warmup_epochs * steps),
         )
 
 
@@ -110,13 +110,10 @@ def run_identity(recipe: Recipe) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def settings_of(recipe: Recipe) -> Iterator[None]:
-    """Sets precision and the seed of initial weights for the time of a run.
-
-    ValueError: Keras is told to end each `fit` early, so that a run would begin it again for ever.
-    """
+    """Sets precision and the seed of initial weights; ValueError: Keras is told to end each `fit` early."""
     for name in ("max_epochs", "max_steps_per_epoch"):
         if (limit := getattr(keras.config, name)()) is not None:
-            raise ValueError(
+            raise ValueError(  # a run would begin `fit` again for ever
                 f"Expected no limit of Keras's own on training, received KERAS_{name.upper()}={limit}. Unset "
                 "it; the recipe has epochs."
             )
@@ -147,11 +144,6 @@ def variable_bytes(variable: Any) -> int:
     return math.prod(variable.shape) * np.dtype(keras.backend.standardize_dtype(variable.dtype)).itemsize
 
 
-def as_integer(counter: Any) -> int:
-    """Reads a counter; `int` fails for TensorFlow's variables on several devices."""
-    return int(keras.ops.convert_to_numpy(counter))
-
-
 def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
     """Lists the arrays that hold NaN or infinity."""
     return [
@@ -162,10 +154,7 @@ def non_finite_names(arrays: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def ended_result(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Any] | None:
-    """Returns the scores of a run that has ended; None where steps are left.
-
-    So it is where the result, or one of the files `names`, is missing or damaged: the run writes them again.
-    """
+    """Returns the scores of a run that has ended; None where steps are left, or files are to be written."""
     missing = [name for name in (RESULT_FILE, *names) if not (folder / name).is_file()]
     with contextlib.suppress(ValueError):
         if not missing:

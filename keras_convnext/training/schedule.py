@@ -6,7 +6,7 @@ import numbers
 import keras
 from keras import ops
 
-from keras_convnext.training.optimizer import check_number
+from keras_convnext.training.optimizer import check_numbers
 
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
@@ -57,8 +57,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         hold_steps=1,
     ):
         super().__init__()
-        for name, rate in (("peak", peak), ("start", start), ("end", end)):
-            check_number(name, rate, "WarmupCosine")
+        check_numbers("WarmupCosine", peak=peak, start=start, end=end)
         for name, steps, least in (
             ("total_steps", total_steps, 1),
             ("warmup_steps", warmup_steps, 0),
@@ -96,12 +95,5 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         return ops.where(step < self.warmup_steps, self.start + (self.peak - self.start) * done, rate)
 
     def get_config(self):
-        return {
-            "peak": self.peak,
-            "total_steps": self.total_steps,
-            "warmup_steps": self.warmup_steps,
-            "start": self.start,
-            "end": self.end,
-            "warmup_includes_peak": self.warmup_includes_peak,
-            "hold_steps": self.hold_steps,
-        }
+        names = ("peak", "total_steps", "warmup_steps", "start", "end", "warmup_includes_peak", "hold_steps")
+        return {name: getattr(self, name) for name in names}

@@ -1,16 +1,11 @@
 """Trains a model by a recipe, in a run that can be killed at any time and is resumed by the same call.
 
-recipe --> data, model, optimizer --> compile --> fit, with one callback between the steps:
-after each step: is the loss finite, is a checkpoint due, was a signal received
-after each epoch: validation with the weights and with their average (EMA), log, curves, best weights
-
 What happens in step n is a function of the recipe, of n and of the arrays of a checkpoint alone. So a run
 that was interrupted ends with the weights of one that was not, bit for bit on one backend and machine.
 """
 
 import contextlib
 import gc
-import json
 import logging
 import math
 import os
@@ -68,8 +63,8 @@ def train(
     (the average, if any) and final.labels.txt are what `load` and `keras-convnext predict` open. Of a run
     that has ended the same call writes again what is missing of the final files.
 
-    SIGTERM and Ctrl-C end the run after the step that is being made, with a checkpoint. Where an image
-    cannot be decoded another takes its place; more than 1 % of such images are an error.
+    SIGTERM and Ctrl-C end the run after its step, with a checkpoint. Where an image cannot be decoded another
+    takes its place; more than 1 % of such images are an error.
 
     Args:
         recipe: a `Recipe`, the path of a TOML file or the name of a published one.
@@ -131,23 +126,19 @@ def _open_folder(
         choose.check_agreement(engine.group, run_state.shared_facts(identity, engine, built.model))
     if not engine.group.is_writer:
         return None
-    variables = run_state.state_variables(built.model, built.student)
-    size = sum(map(run_state.variable_bytes, variables.values()))
+    variables = run_state.state_variables(built.model, built.student).values()
     weights = sum(map(run_state.variable_bytes, built.student.weights))
     return run_folder.open_run(
         path,
         identity,
-        checkpoint_bytes=size,
+        checkpoint_bytes=sum(map(run_state.variable_bytes, variables)),
         keep=recipe.run.keep_checkpoints,
         weights_bytes=4 * weights,  # the best, the final ones, their average, and .safetensors
     )
 
 
 class Run:
-    """A run in progress: trains the steps that are left, and does what is due between two of them.
-
-    The task made `data` and `built`; `folder` is None in the processes that do not write.
-    """
+    """A run in progress; `folder` is None in the processes that do not write."""
 
     def __init__(
         self,
@@ -176,13 +167,11 @@ class Run:
     def begin(self, lines: Sequence[str] = ()) -> None:
         """Prints the devices, `lines` and what the task says, and takes up the newest checkpoint."""
         described = self.engine.describe(self.plan.micro_batch_size)
-        if self.folder:
-            for line in (described, *lines):
-                self.progress.say(line)
-            for warning in self.built.warnings:
-                _logger.warning("%s", warning)
-            for note in self.built.notes:
-                self.progress.say(note)
+        self.progress.say("\n".join([described, *lines]))
+        for warning in self.built.warnings if self.folder else ():
+            _logger.warning("%s", warning)
+        for note in self.built.notes:
+            self.progress.say(note)
         is_resumed = self.checkpoints.restore()
         if self.folder:
             kept = [name for name in run_state.FINAL_WEIGHTS if (self.folder.path / name).exists()]
@@ -191,14 +180,9 @@ class Run:
                     f"Expected the last checkpoint of the run in '{self.folder.path}', which has ended, to "
                     f"write missing files from. Pass another folder, or remove {kept[0]} to train again."
                 )
-            environment = {
-                **result_columns.environment(),
-                "command": sys.argv,
-                "engine": described,
-                **self.data.facts,
-            }
-            self.folder.write_text(run_state.RECIPE_FILE, self.recipe.to_toml())
-            self.folder.write_text(run_state.ENVIRONMENT_FILE, json.dumps(environment, indent=1) + "\n")
+            environment = {**result_columns.environment(), "command": sys.argv, "engine": described}
+            self.folder.write_text(run_folder.RECIPE_FILE, self.recipe.to_toml())
+            self.folder.write_json(run_state.ENVIRONMENT_FILE, environment | self.data.facts)
             self.log.begin(self.counts)
         if is_resumed:
             self.progress.say(f"resumes after step {self.counts.step} of {self.plan.total_steps}")
@@ -240,10 +224,7 @@ class Run:
                 raise
 
     def end_batch(self, in_fit: int, means: Mapping[str, float]) -> None:
-        """Does what is due after a micro-batch: checks, progress, signals, a checkpoint.
-
-        `in_fit` counts the micro-batches of the epoch that this `fit` has made; `means` are over these.
-        """
+        """Does what is due after a micro-batch; `means` are over the `in_fit` ones of this `fit`."""
         counts, plan = self.counts, self.plan
         counts.add(in_fit, means)
         check_faults(self.data.faults, "train", self.folder)
@@ -305,19 +286,18 @@ class Run:
         """Writes the final weights and what is needed to use them; returns the scores."""
         self._write_weights(run_state.FINAL_WEIGHTS[1])
         has_average = self.recipe.optimizer.ema_decay > 0
-        with self._averaged(has_average):
+        with self._averaged(has_average), self.engine.whole(self.built.student):
             if has_average:
                 self._write_weights(run_state.FINAL_WEIGHTS[0])
-            with self.engine.whole(self.built.student):
-                if self.folder:
-                    self.task.save(self.built.student, self.data, self.folder)
+            if self.folder:
+                self.task.save(self.built.student, self.data, self.folder)
         scores = {}
         if self.folder:
             write_faults(self.data.faults, self.folder)
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
             rows = self.log.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
             scores = dict(rows[-1]) | best
-            self.folder.write_text(run_state.RESULT_FILE, json.dumps(scores, indent=1) + "\n")
+            self.folder.write_json(run_state.RESULT_FILE, scores)
             self.log.events.close()
         self.progress.close()
         return self.engine.group.gathered(scores)[0]
@@ -332,9 +312,10 @@ class Run:
 
     def _non_finite(self, what: str) -> NonFiniteError:
         self.progress.close()
-        start = self.counts.done - 1
         return non_finite_error(
-            what, self.checkpoints, lambda: self.task.train_batches(self.data, start, self.engine)
+            what,
+            self.checkpoints,
+            lambda: self.task.train_batches(self.data, self.counts.done - 1, self.engine),
         )
 
 

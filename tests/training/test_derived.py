@@ -264,6 +264,12 @@ def test_the_folder_of_a_run_with_other_weights_decides_nothing(photos, tmp_path
     assert not [line for line in lines if "as the run began" in line]
 
 
+@pytest.mark.once
+def test_the_folder_of_a_user_that_is_not_there_is_a_plain_name(photos):
+    chosen, _ = choose_recipe("smoke", photos, folder="~nobody_of_this_name/run")
+    assert chosen.data.source == str(photos)
+
+
 def test_a_tag_is_enough_and_the_last_line_is_the_next_command(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("KERAS_CONVNEXT_QUIET", raising=False)
     words = ["--set", f"weights={ATTO}", "--set", "batch_size=8", "--set", "accumulation_steps=1"]

@@ -1,16 +1,9 @@
 """What a run trains: all that the trainer knows of a task.
 
 A task is a module of this folder with one class that has what `Task` lists; `trainer.train` makes it from the
-recipe, in one place. It decides on data, model, loss and scores. Steps, signals, checkpoints, the log and the
-best epoch are the trainer's. How the next ones fit in:
-
-- segmentation: batches of (images, label maps), `best = "val_miou"`; `evaluate` slides a window over each
-  image and adds up one confusion matrix over all processes;
-- detection: batches of (images, {"boxes": ..., "classes": ...}), a loss that the model adds itself,
-  `best = "val_mask_ap"`; `evaluate` gathers the detections of all processes;
-- FCMAE: batches of (images, images), a loss that the model adds itself and no other score, so
-  `best = "val_loss"`, or "loss" without validation images; `evaluate` keeps a few reconstructions, which
-  `draw` writes beside the curves; `save` writes the encoder, from which fine-tuning starts.
+recipe. It decides on data, model, loss and scores; steps, signals, checkpoints, the log and the best epoch
+are the trainer's. So segmentation fits in with label maps for targets and `best = "val_miou"`, detection with
+dicts of targets and a loss that the model adds itself, FCMAE with the images for targets and "val_loss".
 """
 
 import dataclasses
@@ -79,10 +72,9 @@ class Task(Protocol):
     def evaluate(
         self, model: Any, data: Datasets, engine: Engine, after_batch: Callable[[], None]
     ) -> dict[str, float]:
-        """Returns the student's scores on the validation data, by the names that follow "val_" in the log.
+        """Returns the scores on the validation data, of all processes, by the names after "val_" in the log.
 
-        `after_batch` is called after each batch; it may raise, which ends the evaluation. All processes
-        return the scores of all.
+        `after_batch` is called after each batch; it may raise, which ends the evaluation.
         """
 
     def draw(self, rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
@@ -115,9 +107,9 @@ def recipe_optimizer(recipe: Recipe, plan: Plan) -> optimizer.AdamW:
         layer_decay=1.0 if recipe.model.trainable == "head" else values.layer_decay,
         layer_decay_groups=values.layer_decay_groups,
         global_clipnorm=values.clip_norm or None,
-        gradient_accumulation_steps=plan.accumulation_steps if plan.accumulation_steps > 1 else None,
+        gradient_accumulation_steps=plan.accumulation_steps,
         use_ema=values.ema_decay > 0,
-        ema_momentum=values.ema_decay or 0.9999,
+        ema_momentum=values.ema_decay,
         overwrite_after_fit=False,
     )
 

@@ -31,10 +31,7 @@ from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
 class Classification:
-    """One class for each image: the `Task` of training and fine-tuning on ImageNet and the like.
-
-    `workers` are threads of the input pipeline, None for the number of CPU cores.
-    """
+    """One class for each image: the `Task` of training and fine-tuning on ImageNet and the like."""
 
     best = "val_top1"
     files: Sequence[str] = ("final.safetensors", "final.labels.txt")
@@ -58,6 +55,7 @@ class Classification:
 
     def open_data(self) -> Datasets:
         training, validation = open_data(self.recipe)
+        images, classes = len(training), len(training.classes)
         return Datasets(
             training,
             validation,
@@ -66,11 +64,7 @@ class Classification:
                 "data": fingerprint(training),
                 "validation": "" if validation is None else fingerprint(validation),
             },
-            facts={
-                "data": str(training.path),
-                "training_images": len(training),
-                "classes": len(training.classes),
-            },
+            facts={"data": str(training.path), "training_images": images, "classes": classes},
         )
 
     def build_model(self, data: Datasets) -> TaskModel:
@@ -117,21 +111,18 @@ class Classification:
         self, model: Any, data: Datasets, engine: Engine, after_batch: Callable[[], None]
     ) -> dict[str, float]:
         if self._validation is None:
-            self._validation = self._eval_batches(data, engine)
+            size = min(data.plan.micro_batch_size, len(data.validation))
+            self._validation = self._batches.eval_batches(
+                data.validation,
+                self.preprocessing,
+                batch_size=engine.filled(size) // len(engine.group),
+                host=engine.group.rank,
+                num_hosts=len(engine.group),
+                faults=data.faults["validation"],
+                workers=self.workers,
+            )
         scores = forward.validate(model, self._validation, after_batch, engine.group.gathered_arrays)
         return {name: scores[name] for name in ("loss", "top1", "top5")}
-
-    def _eval_batches(self, data: Datasets, engine: Engine) -> Any:
-        size = min(data.plan.micro_batch_size, len(data.validation))
-        return self._batches.eval_batches(
-            data.validation,
-            self.preprocessing,
-            batch_size=engine.share(engine.filled(size)),
-            host=engine.group.rank,
-            num_hosts=len(engine.group),
-            faults=data.faults["validation"],
-            workers=self.workers,
-        )
 
     def draw(self, rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
         curves.draw_curves(rows, folder.path / CURVES_FILE, {"top1": "Top-1 accuracy, %"}, self.recipe.title)
@@ -152,7 +143,6 @@ class Classification:
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     """Opens the images to train on and those to evaluate on; None where there are none.
 
-    Where `split_names` has no split for these, they are the part that `validation_fraction` holds out.
     ValueError: there is one class only, or the validation images have classes that are not trained.
     """
     data = recipe.data
