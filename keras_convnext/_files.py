@@ -196,8 +196,9 @@ def _replacing(path: pathlib.Path, temporary: pathlib.Path, mark: bytes = b"") -
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def replace_file(path: StrPath, content: bytes, mark: bytes = b"") -> None:
