@@ -3,6 +3,7 @@
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,29 +11,33 @@ import numpy as np
 from keras_convnext._files import FileFormatError, regular_size
 from keras_convnext._messages import shortened
 
-# PyTorch's name of each dtype that NumPy or ml_dtypes has. "<": both formats are little-endian.
-TORCH_DTYPES: dict[str, np.dtype] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "complex64": np.dtype("<c8"),
-    "complex128": np.dtype("<c16"),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint64": np.dtype("<u8"),
-    "uint32": np.dtype("<u4"),
-    "uint16": np.dtype("<u2"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
+# PyTorch's name of each dtype that weights have, that of .safetensors, and PyTorch's class of its storages;
+# newer dtypes have none, and their tensors name `UntypedStorage`. "<": both formats are little-endian.
+_DTYPES: tuple[tuple[str, str | None, str | None, Any], ...] = (
+    ("float64", "F64", "DoubleStorage", "<f8"),
+    ("float32", "F32", "FloatStorage", "<f4"),
+    ("float16", "F16", "HalfStorage", "<f2"),
+    ("bfloat16", "BF16", "BFloat16Storage", ml_dtypes.bfloat16),
+    ("float8_e4m3fn", "F8_E4M3", None, ml_dtypes.float8_e4m3fn),
+    ("float8_e4m3fnuz", "F8_E4M3FNUZ", None, ml_dtypes.float8_e4m3fnuz),
+    ("float8_e5m2", "F8_E5M2", None, ml_dtypes.float8_e5m2),
+    ("float8_e5m2fnuz", "F8_E5M2FNUZ", None, ml_dtypes.float8_e5m2fnuz),
+    ("float8_e8m0fnu", "F8_E8M0", None, ml_dtypes.float8_e8m0fnu),
+    ("complex64", "C64", "ComplexFloatStorage", "<c8"),
+    ("complex128", None, "ComplexDoubleStorage", "<c16"),
+    ("int64", "I64", "LongStorage", "<i8"),
+    ("int32", "I32", "IntStorage", "<i4"),
+    ("int16", "I16", "ShortStorage", "<i2"),
+    ("int8", "I8", "CharStorage", "i1"),
+    ("uint64", "U64", None, "<u8"),
+    ("uint32", "U32", None, "<u4"),
+    ("uint16", "U16", None, "<u2"),
+    ("uint8", "U8", "ByteStorage", "u1"),
+    ("bool", "BOOL", "BoolStorage", "?"),
+)
+TORCH_DTYPES: dict[str, np.dtype] = {torch: np.dtype(dtype) for torch, _, _, dtype in _DTYPES}
+TORCH_STORAGES: dict[str, str] = {torch: storage for torch, _, storage, _ in _DTYPES if storage}
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {name: np.dtype(dtype) for _, name, _, dtype in _DTYPES if name}
 
 
 class UnsafeFileError(ValueError):

@@ -13,7 +13,8 @@ import zipfile
 from keras_convnext._files import FileFormatError
 from keras_convnext._messages import short_repr, shortened
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.weights import safetensors_files
+from keras_convnext.weights import keras_files, safetensors_files
+from keras_convnext.weights.published import KERAS_SUFFIXES
 
 KEY = "keras_convnext.images"
 DESCRIBED_SUFFIXES = (".safetensors", ".h5", ".keras")
@@ -63,11 +64,7 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
     """
     path = pathlib.Path(path)
     try:
-        if path.suffix in (".h5", ".hdf5", ".keras"):
-            from keras_convnext.weights import (
-                keras_files,
-            )  # here: the command line's `list` waits for no h5py
-
+        if path.suffix in KERAS_SUFFIXES:
             text = keras_files.read_stored_text(path, KEY)
         else:
             text = safetensors_files.read_safetensors_metadata(path).get(KEY)

@@ -17,7 +17,15 @@ import numpy as np
 from keras_convnext import _messages
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
-from keras_convnext.weights import catalog, download, layouts, locate, preprocessing_metadata
+from keras_convnext.weights import (
+    catalog,
+    download,
+    keras_files,
+    layouts,
+    locate,
+    preprocessing_metadata,
+    torch_files,
+)
 from keras_convnext.weights.published import KERAS_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint
 
 _logger = logging.getLogger("keras_convnext")
@@ -62,8 +70,6 @@ class ResolvedWeights:
 
     @functools.cached_property
     def is_keras_applications(self) -> bool:
-        from keras_convnext.weights import keras_files
-
         return self.path.suffix in KERAS_SUFFIXES and keras_files.is_keras_applications(self.path)
 
     @functools.cached_property
@@ -71,8 +77,6 @@ class ResolvedWeights:
         """Whether it is a file of one's own that holds a whole Keras model."""
         if self.file is None or self.file.suffix not in KERAS_SUFFIXES:
             return False
-        from keras_convnext.weights import keras_files
-
         return keras_files.holds_model(self.file) and (
             self.file.suffix == ".keras" or not self.is_keras_applications
         )
@@ -102,12 +106,8 @@ class ResolvedWeights:
                 "weights: load(architecture, weights=path). Or take the .keras file instead."
             )
         if self.path.suffix not in KERAS_SUFFIXES:
-            from keras_convnext.weights import torch_files
-
             return torch_files.read_state_dict(self.path)
         if self.is_keras_applications:
-            from keras_convnext.weights import keras_files
-
             return keras_files.read_keras_applications(self.path)
         from keras_convnext.weights import assign
 
@@ -117,16 +117,14 @@ class ResolvedWeights:
     @functools.cached_property
     def contents(self) -> layouts.Contents:
         """Layout, classes and channels of the file."""
-        state = self.state
         with _naming(self.path):
-            return layouts.inspect(state)
+            return layouts.inspect(self.state)
 
     @functools.cached_property
     def file_variant(self) -> Variant:
         """The architecture that the arrays of the file are of."""
-        state = self.state
         with _naming(self.path):
-            return layouts.find_variant(state)
+            return layouts.find_variant(self.state)
 
     @property
     def variant(self) -> Variant:
@@ -189,22 +187,20 @@ class ResolvedWeights:
     @property
     def classes(self) -> int:
         """Outputs of the classifier, 0 for none; of random weights those of the tag, else ImageNet's."""
-        if self.file is not None:
-            return self._sizes[0]
-        return IMAGENET_CLASSES if self.row is None else self.row.classes
+        return self._sizes[0]
 
     @property
     def channels(self) -> int:
         """Of the images that the weights are for."""
-        return 3 if self.file is None else self._sizes[1]
+        return self._sizes[1]
 
     @functools.cached_property
     def _sizes(self) -> tuple[int, int]:
-        if not self.is_bare:
-            return self.contents.classes, self.contents.channels
-        from keras_convnext.weights import keras_files
-
-        return keras_files.read_sizes(self.path)
+        if self.file is None:
+            return IMAGENET_CLASSES if self.row is None else self.row.classes, 3
+        if self.is_bare:
+            return keras_files.read_sizes(self.file)
+        return self.contents.classes, self.contents.channels
 
     def activation(self, classes: int) -> Any:
         """The default activation of a classifier for so many classes: of the weights' own, theirs.
@@ -290,15 +286,11 @@ class ResolvedWeights:
             return layouts.adapt_channels(values, options.input_shape[-1], *normaliser)
 
     def _read(self, shapes, may_lack, may_hold):
-        """`layouts.read`, with the file named in errors and what it lacks in the log.
-
-        A model that is more than its weights is refused.
-        """
-        state = self.state
+        """`layouts.read`, which names the file, logs what it lacks, refuses a model that is more than weights."""
         with _naming(self.path):
             if self.around is not None:
                 self.around.check(self.model.name)
-            values = layouts.read(state, shapes, may_lack, may_hold)
+            values = layouts.read(self.state, shapes, may_lack, may_hold)
         lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
         if lacking:
             _logger.info("%s has no %s; it starts fresh.", self.path, ", ".join(lacking))
@@ -414,13 +406,8 @@ def existing_file(weights: Name) -> pathlib.Path:
         found = difflib.get_close_matches(path.name, names, 3)
         near = f" Near names in that folder: {', '.join(found)}." if found else ""
         raise FileNotFoundError(f"No such weight file: {path}.{near}")
-    if not path.name.endswith(WEIGHT_SUFFIXES):
-        from keras_convnext.weights import torch_files
-
-        if not (path.is_file() and torch_files.is_weight_file(path)):
-            raise ValueError(
-                f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}"
-            )
+    if not path.name.endswith(WEIGHT_SUFFIXES) and not (path.is_file() and torch_files.is_weight_file(path)):
+        raise ValueError(f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}")
     return path
 
 

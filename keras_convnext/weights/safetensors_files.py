@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_convnext._files import replacing_file
 from keras_convnext.weights.arrays import (
-    TORCH_DTYPES,
+    SAFETENSORS_DTYPES,
     damaged_file,
     is_sizes,
     little_endian_bytes,
@@ -20,28 +20,6 @@ from keras_convnext.weights.arrays import (
     names_of_dtypes,
     unknown_content,
 )
-
-_SAFETENSORS_DTYPES: dict[str, np.dtype] = {
-    "F64": TORCH_DTYPES["float64"],
-    "F32": TORCH_DTYPES["float32"],
-    "F16": TORCH_DTYPES["float16"],
-    "BF16": TORCH_DTYPES["bfloat16"],
-    "F8_E4M3": TORCH_DTYPES["float8_e4m3fn"],
-    "F8_E4M3FNUZ": TORCH_DTYPES["float8_e4m3fnuz"],
-    "F8_E5M2": TORCH_DTYPES["float8_e5m2"],
-    "F8_E5M2FNUZ": TORCH_DTYPES["float8_e5m2fnuz"],
-    "F8_E8M0": TORCH_DTYPES["float8_e8m0fnu"],
-    "C64": TORCH_DTYPES["complex64"],
-    "I64": TORCH_DTYPES["int64"],
-    "I32": TORCH_DTYPES["int32"],
-    "I16": TORCH_DTYPES["int16"],
-    "I8": TORCH_DTYPES["int8"],
-    "U64": TORCH_DTYPES["uint64"],
-    "U32": TORCH_DTYPES["uint32"],
-    "U16": TORCH_DTYPES["uint16"],
-    "U8": TORCH_DTYPES["uint8"],
-    "BOOL": TORCH_DTYPES["bool"],
-}
 
 # The limit of the safetensors library, which refuses to read a longer header.
 _MAX_HEADER_BYTES = 100_000_000
@@ -77,7 +55,7 @@ def write_safetensors(
         TypeError: a name is not a str, or a value is not an array.
         ValueError: the format has no such dtype.
     """
-    names = names_of_dtypes(arrays, _SAFETENSORS_DTYPES, ".safetensors")
+    names = names_of_dtypes(arrays, SAFETENSORS_DTYPES, ".safetensors")
     header: dict[str, object] = {}
     if metadata is not None:
         header["__metadata__"] = dict(sorted(metadata.items()))
@@ -129,8 +107,8 @@ def _safetensors_header(
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise damaged_file(path, f"expected 'dtype', 'shape' and 'data_offsets' for tensor {name!r}")
         dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype_name, str) or dtype_name not in _SAFETENSORS_DTYPES:
-            known = f"Known: {', '.join(_SAFETENSORS_DTYPES)}."
+        if not isinstance(dtype_name, str) or dtype_name not in SAFETENSORS_DTYPES:
+            known = f"Known: {', '.join(SAFETENSORS_DTYPES)}."
             raise damaged_file(path, f"tensor {name!r} has dtype {dtype_name!r}", known)
         if not is_sizes(shape):
             raise damaged_file(
@@ -138,7 +116,7 @@ def _safetensors_header(
             )
         if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise damaged_file(path, f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
-        dtype = _SAFETENSORS_DTYPES[dtype_name]
+        dtype = SAFETENSORS_DTYPES[dtype_name]
         begin, end = offsets
         expected_bytes = math.prod(shape) * dtype.itemsize
         if end - begin != expected_bytes:

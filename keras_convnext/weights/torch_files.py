@@ -21,6 +21,7 @@ import numpy as np
 from keras_convnext._files import replacing_file
 from keras_convnext.weights.arrays import (
     TORCH_DTYPES,
+    TORCH_STORAGES,
     damaged_file,
     little_endian_bytes,
     looks_like_safetensors,
@@ -29,7 +30,7 @@ from keras_convnext.weights.arrays import (
     unknown_content,
 )
 from keras_convnext.weights.safetensors_files import safetensors_arrays
-from keras_convnext.weights.torch_pickles import TORCH_STORAGES, Tensor, unpickle
+from keras_convnext.weights.torch_pickles import Tensor, unpickle
 
 # Where training scripts keep the weights: the averaged ones first, when a file has both. Under other keys a
 # network is told from an optimizer or a loss by its convolutions.
