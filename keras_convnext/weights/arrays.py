@@ -1,7 +1,8 @@
 """Errors, memory maps and dtypes that the readers and writers of all weight files share."""
 
+import contextlib
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,28 @@ def release_pages(array: np.ndarray) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-def damaged_file(
-    path: Path, fact: str, remedy: str = "The file is damaged or incomplete: download or save it again."
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file in front of an error about its contents that does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error.__cause__
+
+
+def damaged(
+    fact: str, remedy: str = "The file is damaged or incomplete: download or save it again."
 ) -> FileFormatError:
-    return FileFormatError(f"Cannot read '{path}': {shortened(fact, 400)}. {remedy}")
+    """The error for a file that cannot be read; `naming` says which."""
+    return FileFormatError(f"{shortened(fact, 400)}. {remedy}")
 
 
 def map_file(path: Path) -> memoryview:
     """Maps a file read-only; the mapping lives as long as a view of it does."""
     if regular_size(path) == 0:
-        raise damaged_file(path, "it is empty (0 bytes)")
+        raise damaged("it is empty (0 bytes)")
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
@@ -85,9 +98,7 @@ def looks_like_safetensors(start: bytes) -> bool:
     return start[4:9] == b"\0\0\0\0{"
 
 
-def unknown_content(
-    path: Path, start: bytes, expected: str = "a .pth or .safetensors file"
-) -> FileFormatError:
+def unknown_content(start: bytes, suffix: str, expected: str) -> FileFormatError:
     """The error for a file that does not start as a known kind does."""
     if start.startswith(b"version https://git-lfs"):
         fact = "it is a Git LFS pointer, a text that stands for the file"
@@ -98,16 +109,14 @@ def unknown_content(
     elif start.startswith(b"\x80") and start[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"):
         fact = "it is a bare pickle, not a file of torch.save"
         remedy = "If you trust the file, load it in Python and save its arrays as .safetensors."
-    elif path.suffix == ".safetensors":
+    elif suffix == ".safetensors":
         if len(start) < 8:
-            return damaged_file(
-                path, f"expected at least 8 bytes (the header's length), received {len(start)}"
-            )
-        return damaged_file(path, f"expected 8 bytes of header length and then '{{', received {start[:9]!r}")
+            return damaged(f"expected at least 8 bytes (the header's length), received {len(start)}")
+        return damaged(f"expected 8 bytes of header length and then '{{', received {start[:9]!r}")
     else:
         fact = f"expected {expected}, received a file that starts with {start[:16]!r}"
         remedy = "Check that it is the file you meant and that its download was complete."
-    return damaged_file(path, fact, remedy)
+    return damaged(fact, remedy)
 
 
 def is_size(value: object) -> bool:

@@ -1,6 +1,7 @@
 """Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
 import contextlib
+import itertools
 import math
 import os
 import pathlib
@@ -245,10 +246,8 @@ def _current_layers(file):
         return [variables[str(index)][()] for index in range(len(variables))]
 
     def numbered(kind):
-        index = 0
-        while (name := kind if index == 0 else f"{kind}_{index}") in layers:
-            yield layers[name]
-            index += 1
+        names = itertools.chain([kind], (f"{kind}_{index}" for index in itertools.count(1)))
+        return (layers[name] for name in itertools.takewhile(layers.__contains__, names))
 
     dims = []
     for stage, group in enumerate(numbered("sequential")):
@@ -260,45 +259,40 @@ def _current_layers(file):
         else:
             yield f"_downsampling_block_{stage - 1}", norm + convolution
     depthwise = [arrays(group) for group in numbered("conv2d")]
-    norms = [arrays(group) for group in numbered("layer_normalization")]
-    dense = [arrays(group) for group in numbered("dense")]
-    scales = [arrays(group) for group in numbered("layer_scale")]
-    number = 0
+    norms, dense, scales = (
+        map(arrays, numbered(kind)) for kind in ("layer_normalization", "dense", "layer_scale")
+    )
     for stage, dim in enumerate(dims):
-        for block in range(sum(len(bias) == dim for _, bias in depthwise)):
+        for block, convolution in enumerate(pair for pair in depthwise if len(pair[1]) == dim):
             prefix = f"_stage_{stage}_block_{block}"
-            yield f"{prefix}_depthwise_conv", depthwise[number]
-            yield f"{prefix}_layernorm", norms[number]
-            yield f"{prefix}_pointwise_conv_1", dense[2 * number]
-            yield f"{prefix}_pointwise_conv_2", dense[2 * number + 1]
-            yield f"{prefix}_layer_scale", scales[number]
-            number += 1
-    yield "_head_layernorm", norms[number]
-    if len(dense) > 2 * number:
-        yield "_head_dense", dense[2 * number]
+            yield f"{prefix}_depthwise_conv", convolution
+            yield f"{prefix}_layernorm", next(norms)
+            yield f"{prefix}_pointwise_conv_1", next(dense)
+            yield f"{prefix}_pointwise_conv_2", next(dense)
+            yield f"{prefix}_layer_scale", next(scales)
+    yield "_head_layernorm", next(norms)
+    yield from (("_head_dense", head) for head in itertools.islice(dense, 1))
 
 
 def _canonical(layer, arrays):
     """(canonical name, array in PyTorch's shape) of each weight of one layer."""
-    for pattern, targets in _LAYERS:
-        match = re.search(pattern, layer)
-        if match is None:
-            continue
-        following = int(match[1]) + 1 if match.groups() else 0
-        names = [target.format(*match.groups(), next=following) for target in targets]
-        if len(arrays) == 1:
-            yield f"{names[0]}.gamma", arrays[0]
-            return
-        for name, weight, bias in zip(names, arrays[::2], arrays[1::2], strict=True):
-            if weight.ndim == 4:
-                # (H, W, I, O) -> (O, I, H, W); the grouped (7, 7, 1, C) becomes (C, 1, 7, 7) by the same.
-                weight = weight.transpose(3, 2, 0, 1)
-            elif weight.ndim == 2:
-                weight = weight.T
-            yield f"{name}.weight", weight
-            yield f"{name}.bias", bias
+    matches = ((re.search(pattern, layer), targets) for pattern, targets in _LAYERS)
+    match, targets = next((pair for pair in matches if pair[0]), (None, ()))
+    if match is None:
+        raise FileFormatError(
+            f"The layer {layer!r}, with weights of shape {[array.shape for array in arrays]}, is none of a "
+            "ConvNeXt of keras.applications."
+        )
+    following = int(match[1]) + 1 if match.groups() else 0
+    names = [target.format(*match.groups(), next=following) for target in targets]
+    if len(arrays) == 1:
+        yield f"{names[0]}.gamma", arrays[0]
         return
-    raise FileFormatError(
-        f"The layer {layer!r}, with weights of shape {[array.shape for array in arrays]}, is none of a "
-        "ConvNeXt of keras.applications."
-    )
+    for name, weight, bias in zip(names, arrays[::2], arrays[1::2], strict=True):
+        if weight.ndim == 4:
+            # (H, W, I, O) -> (O, I, H, W); the grouped (7, 7, 1, C) becomes (C, 1, 7, 7) by the same.
+            weight = weight.transpose(3, 2, 0, 1)
+        elif weight.ndim == 2:
+            weight = weight.T
+        yield f"{name}.weight", weight
+        yield f"{name}.bias", bias

@@ -147,6 +147,8 @@ UNUSED = {
     r"(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
 }
 
+_is_unused = re.compile("|".join(UNUSED.values())).match
+
 STEMS = ("stem.weight", "downsample_layers.0.0.weight")
 WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface")
 
@@ -250,7 +252,7 @@ def find_variant(state: StateDict) -> Variant:
     layout, _, present, _ = _opened(state)
     depthwise = re.compile(r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$")  # in any layout
     blocks = sum(bool(depthwise.search(name)) for name in present)
-    nearest: tuple[float, str, list[str]] = (-1.0, "", [])
+    misfits: list[tuple[float, str, list[str]]] = []
     for variant in VARIANTS.values():
         # What tells architectures apart: all but heads and norms at the end.
         shapes = {
@@ -267,10 +269,8 @@ def find_variant(state: StateDict) -> Variant:
         surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
             return variant
-        share = 1 - (len(wrong) + abs(surplus)) / len(shapes)
-        if share > nearest[0]:
-            nearest = (share, variant.name, wrong)
-    share, name, wrong = nearest
+        misfits.append(((len(wrong) + abs(surplus)) / len(shapes), variant.name, wrong))
+    _, name, wrong = min(misfits, key=lambda misfit: misfit[0])
     raise StateDictError(
         f"No architecture fits this state dict (layout {layout}, {len(state)} names). The nearest is "
         f"{name!r}, in which {len(wrong)} weights are missing or of another shape, among them: "
@@ -294,8 +294,7 @@ def read(
         state: {name: array} as read from the file.
         shapes: what is expected, from `weight_shapes`.
         may_lack: prefixes of canonical names that the file need not have.
-        may_hold: prefixes of canonical names that the file may have although they are not expected
-            (the head, when only the body is wanted).
+        may_hold: those of names that it may have besides, as the head when only the body is wanted.
 
     Raises:
         StateDictError: lists what is missing, what is left over and what has another shape.
@@ -310,7 +309,7 @@ def read(
             if not name.startswith(may_lack):
                 missing.append(f"{prefix}{key} {shape}")
             continue
-        if not _is_floating(array.dtype):
+        if "float" not in array.dtype.name:  # bfloat16 and its kin are of kind "V" to NumPy
             mis_shaped.append(f"{prefix}{key}: expected floating point numbers, received {array.dtype}")
             continue
         canonical = _to_canonical(array, name, shape, layout)
@@ -319,9 +318,7 @@ def read(
         else:
             result[name] = canonical
     allowed = tuple(rename(name + ".", layout) for name in may_hold)
-    left_over = [
-        name for name in present if not (allowed and name.startswith(allowed)) and not _is_unused(name)
-    ]
+    left_over = [name for name in present if not name.startswith(allowed) and not _is_unused(name)]
     others = [full_names[name] for name in left_over if _is_foreign(name, layout)]
     if "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over):
         pass  # a part of the classifier that is asked for
@@ -329,12 +326,12 @@ def read(
         _logger.warning("Left out what is no part of the network: %s.", _messages.listed(others))
         left_over, others = [name for name in left_over if full_names[name] not in others], []
     left_over = [full_names[name] for name in left_over]
-    if missing or left_over or mis_shaped:
+    faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
+    if any(faults.values()):
         parts = [f"The state dict (layout {layout}) does not fit the model."]
-        faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
-        for title, rows in faults.items():
-            if rows:
-                parts.append(f"{title} ({len(rows)}): {_messages.listed(rows)}.")
+        parts += [
+            f"{title} ({len(rows)}): {_messages.listed(rows)}." for title, rows in faults.items() if rows
+        ]
         if others:
             parts.append(
                 "What is no part of the network is left out with include_top=False or new_head=True; or take "
@@ -355,12 +352,7 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     Raises:
         ValueError: when that project cannot express the architecture; the message says why.
     """
-    _check_writable(variant, layout)
-    if "norm0.weight" in canonical and layout in ("timm", "torchvision"):
-        raise ValueError(
-            f"The model has a norm at each level of its pyramid, which {layout} has no place for. "
-            "Write it in the layout 'official' or 'huggingface'."
-        )
+    _check_writable(variant, layout, has_pyramid_norms="norm0.weight" in canonical)
     family = "convnextv2." if variant.version == 2 else "convnext."
     result = {}
     for name, array in canonical.items():
@@ -426,6 +418,10 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
     ends = tuple(rename(f"{name}.", layout) for name in ("norm", "norm_pre", "pre_logits", "head"))
     present: StateDict = {}
     full_names: dict[str, str] = {}
+
+    def move(name, new):
+        present[new], full_names[new] = present.pop(name), full_names[name]
+
     for full, name in plain.items():
         is_beside = not name.startswith(prefix)
         for part in prefix.split(".")[:-1]:
@@ -448,15 +444,13 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
         present["head.bias"], full_names["head.bias"] = np.zeros(weight.shape[0], weight.dtype), "head.bias"
     if head + "weight" in present and present[head + "weight"].ndim == 4:  # it classifies each place of a map
         for name in [name for name in (head + "weight", head + "bias") if name in present]:
-            new = f"/{full_names[name]}"
-            present[new], full_names[new] = present.pop(name), full_names[name]
+            move(name, f"/{full_names[name]}")
     # A Sequential of one linear layer and some without weights, as dropout in front of a classifier.
     numbered = [name for name in present if re.fullmatch(re.escape(head) + r"\d+\.(weight|bias)", name)]
     inner = {name.rpartition(".")[0] for name in numbered}
     if len(inner) == 1 and len(numbered) == 2 and head + "weight" not in present:
         for name in numbered:
-            new = head + name.rpartition(".")[2]
-            present[new], full_names[new] = present.pop(name), full_names[name]
+            move(name, head + name.rpartition(".")[2])
     return layout, prefix, present, full_names
 
 
@@ -466,10 +460,6 @@ def _modules(layout: str) -> frozenset[str]:
     firsts = ("downsample_layers.0.0", "downsample_layers.1.0", "stages.0.0.norm", "blocks.0.norm", "stem")
     ends = ("norm", "norm_pre", "norm0", "norm1", "norm2", "norm3", "pre_logits", "head")
     return frozenset(rename(f"{name}.weight", layout).partition(".")[0] for name in (*firsts, *ends))
-
-
-def _is_unused(name: str) -> bool:
-    return any(re.match(pattern, name) for pattern in UNUSED.values())
 
 
 def _is_foreign(name: str, layout: str) -> bool:
@@ -513,16 +503,16 @@ def _dense_kernel(array, shape):
     return None
 
 
-def _is_floating(dtype) -> bool:
-    return dtype.kind == "f" or "float" in dtype.name  # bfloat16 and its kin are of kind "V" to NumPy
-
-
-def _check_writable(variant: Variant, layout: str):
+def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> None:
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
     reason = None
     if variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
+    elif has_pyramid_norms and layout in ("timm", "torchvision"):
+        reason = (
+            f"{layout} has no place for a norm at each level of a pyramid, as official and huggingface have"
+        )
     elif layout == "timm":
         pass  # it has all others
     elif variant.stem not in ("patch", "isotropic"):

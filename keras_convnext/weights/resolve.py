@@ -3,7 +3,6 @@
 name, weights --resolve--> ResolvedWeights --values--> arrays under canonical names, for `assign`
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -26,6 +25,7 @@ from keras_convnext.weights import (
     preprocessing_metadata,
     torch_files,
 )
+from keras_convnext.weights.arrays import naming
 from keras_convnext.weights.published import KERAS_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint
 
 _logger = logging.getLogger("keras_convnext")
@@ -111,19 +111,19 @@ class ResolvedWeights:
             return keras_files.read_keras_applications(self.path)
         from keras_convnext.weights import assign
 
-        with _naming(self.path):
+        with naming(self.path):
             return assign.whole_state(self.model)
 
     @functools.cached_property
     def contents(self) -> layouts.Contents:
         """Layout, classes and channels of the file."""
-        with _naming(self.path):
+        with naming(self.path):
             return layouts.inspect(self.state)
 
     @functools.cached_property
     def file_variant(self) -> Variant:
         """The architecture that the arrays of the file are of."""
-        with _naming(self.path):
+        with naming(self.path):
             return layouts.find_variant(self.state)
 
     @property
@@ -144,7 +144,7 @@ class ResolvedWeights:
             return None
         from keras_convnext.weights import assign
 
-        with _naming(self.path):
+        with naming(self.path):
             return assign.around(self.model)
 
     @property
@@ -178,7 +178,7 @@ class ResolvedWeights:
         if self.is_described or self.around is None:
             return row.preprocessing_at(image_size)
         sides, normaliser = self.around.sides, self.around.normaliser
-        with _naming(self.path):
+        with naming(self.path):
             prepared = row.preprocessing_at(image_size or (sides if all(sides) else None))
             mean, std = normaliser or (prepared.mean, prepared.std)
             mean, std = (tuple(np.resize(values, 3).tolist()) for values in (mean, std))
@@ -247,9 +247,8 @@ class ResolvedWeights:
         shapes = layouts.weight_shapes(
             self.variant, contents.classes, contents.channels, contents.pyramid_norms
         )
-        headless = contents.classes == 0
-        may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
-        return self._read(shapes, may_lack, may_hold=("pre_logits",) if headless else ())
+        may_hold = () if contents.classes else ("pre_logits",)
+        return self._read(shapes, self._lacking_top(), may_hold)
 
     def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
         """The weights of the file that a model of settled `ModelOptions` takes, under canonical names."""
@@ -266,15 +265,11 @@ class ResolvedWeights:
         shapes = layouts.weight_shapes(
             variant, classes if include_top else 0, contents.channels, pyramid_norms
         )
-        may_lack: tuple[str, ...] = ()
+        may_lack = self._lacking_top()
         may_hold: tuple[str, ...] = () if include_top else ("head", "pre_logits")
         if include_top and new_head:
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith("head.")}
             may_hold = ("head",)
-        if contents.classes == 0:
-            may_lack = ("pre_logits.",)
-            if not contents.final_norm:
-                may_lack += ("norm.", "norm_pre.")
         if pyramid_norms:
             may_hold += ("norm", "norm_pre")
             if not contents.any_pyramid_norm:
@@ -282,12 +277,18 @@ class ResolvedWeights:
         values = self._read(shapes, may_lack, may_hold)
         prepared = self.preprocessing if options.include_preprocessing else None
         normaliser = () if prepared is None else (prepared.mean, prepared.std)
-        with _naming(self.path):
+        with naming(self.path):
             return layouts.adapt_channels(values, options.input_shape[-1], *normaliser)
 
+    def _lacking_top(self) -> tuple[str, ...]:
+        """Prefixes of what a file without a classifier need not have."""
+        if self.contents.classes:
+            return ()
+        return ("pre_logits.",) if self.contents.final_norm else ("pre_logits.", "norm.", "norm_pre.")
+
     def _read(self, shapes, may_lack, may_hold):
-        """`layouts.read`, which names the file, logs what it lacks, refuses a model that is more than weights."""
-        with _naming(self.path):
+        """`layouts.read`; names the file, logs what it lacks, refuses a model that is more than weights."""
+        with naming(self.path):
             if self.around is not None:
                 self.around.check(self.model.name)
             values = layouts.read(self.state, shapes, may_lack, may_hold)
@@ -435,17 +436,6 @@ def _check_classifier(found: ResolvedWeights) -> None:
     # A model's file may hold any, which whoever opens it checks.
     if found.file is not None and not found.is_model and not found.classes:
         raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
-
-
-@contextlib.contextmanager
-def _naming(path):
-    """Puts the file in front of an error about its contents that does not name it."""
-    try:
-        yield
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from None
 
 
 def _wrong_classes(weights, available, classes):

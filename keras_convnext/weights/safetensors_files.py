@@ -12,12 +12,13 @@ import numpy as np
 from keras_convnext._files import replacing_file
 from keras_convnext.weights.arrays import (
     SAFETENSORS_DTYPES,
-    damaged_file,
+    damaged,
     is_sizes,
     little_endian_bytes,
     looks_like_safetensors,
     map_file,
     names_of_dtypes,
+    naming,
     unknown_content,
 )
 
@@ -33,11 +34,12 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         FileFormatError: it is not a valid .safetensors file; the whole header is checked.
     """
     path = Path(path)
-    data = map_file(path)
-    start = bytes(data[:64])
-    if not looks_like_safetensors(start):
-        raise unknown_content(path, start, "a .safetensors file")
-    return _safetensors_header(path, data)[1]
+    with naming(path):
+        data = map_file(path)
+        start = bytes(data[:64])
+        if not looks_like_safetensors(start):
+            raise unknown_content(start, path.suffix, "a .safetensors file")
+        return _safetensors_header(data)[1]
 
 
 def write_safetensors(
@@ -79,51 +81,47 @@ def write_safetensors(
 
 
 def _safetensors_header(
-    path: Path, data: memoryview
+    data: memoryview,
 ) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], dict[str, str]]:
     """Checks a file; gives {name: (dtype, shape, position in the file)} of its tensors, and the metadata."""
     header_bytes = int.from_bytes(data[:8], "little")
     data_start = 8 + header_bytes
     if header_bytes > _MAX_HEADER_BYTES:
-        raise damaged_file(
-            path, f"expected a header of at most {_MAX_HEADER_BYTES} bytes, its length says {header_bytes}"
+        raise damaged(
+            f"expected a header of at most {_MAX_HEADER_BYTES} bytes, its length says {header_bytes}"
         )
     if data_start > len(data):
-        raise damaged_file(
-            path,
-            f"expected at least {data_start} bytes (8 and a header of {header_bytes}), received {len(data)}",
+        raise damaged(
+            f"expected at least {data_start} bytes (8 and a header of {header_bytes}), received {len(data)}"
         )
     try:
         header = json.loads(str(data[8:data_start], "utf-8"), object_pairs_hook=_dict_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise damaged_file(path, f"its header is not valid JSON ({error})") from error
+        raise damaged(f"its header is not valid JSON ({error})") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise damaged_file(path, "expected '__metadata__' to map str to str in its header")
+        raise damaged("expected '__metadata__' to map str to str in its header")
 
     entries: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise damaged_file(path, f"expected 'dtype', 'shape' and 'data_offsets' for tensor {name!r}")
+            raise damaged(f"expected 'dtype', 'shape' and 'data_offsets' for tensor {name!r}")
         dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype_name, str) or dtype_name not in SAFETENSORS_DTYPES:
             known = f"Known: {', '.join(SAFETENSORS_DTYPES)}."
-            raise damaged_file(path, f"tensor {name!r} has dtype {dtype_name!r}", known)
+            raise damaged(f"tensor {name!r} has dtype {dtype_name!r}", known)
         if not is_sizes(shape):
-            raise damaged_file(
-                path, f"expected at most 64 sizes >= 0 as the shape of {name!r}, received {shape!r}"
-            )
+            raise damaged(f"expected at most 64 sizes >= 0 as the shape of {name!r}, received {shape!r}")
         if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise damaged_file(path, f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
+            raise damaged(f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
         dtype = SAFETENSORS_DTYPES[dtype_name]
         begin, end = offsets
         expected_bytes = math.prod(shape) * dtype.itemsize
         if end - begin != expected_bytes:
-            raise damaged_file(
-                path,
+            raise damaged(
                 f"expected {expected_bytes} bytes for {name!r} ({dtype_name}, shape {shape}), its "
-                f"data_offsets {offsets} have {end - begin}",
+                f"data_offsets {offsets} have {end - begin}"
             )
         entries[name] = (dtype, tuple(shape), data_start + begin)
         spans.append((begin, end, name))
@@ -131,32 +129,27 @@ def _safetensors_header(
     previous_end = 0
     for begin, end, name in sorted(spans):
         if begin < previous_end:
-            raise damaged_file(
-                path,
+            raise damaged(
                 f"tensor {name!r} begins at byte {begin} of the data and overlaps another one, "
-                f"which ends at {previous_end}",
+                f"which ends at {previous_end}"
             )
         if begin > previous_end:
-            raise damaged_file(
-                path, f"no tensor covers bytes {previous_end} to {begin} of the data, before {name!r}"
-            )
+            raise damaged(f"no tensor covers bytes {previous_end} to {begin} of the data, before {name!r}")
         previous_end = end
     if data_start + previous_end != len(data):
-        raise damaged_file(path, f"expected {data_start + previous_end} bytes in all, received {len(data)}")
+        raise damaged(f"expected {data_start + previous_end} bytes in all, received {len(data)}")
     return entries, metadata
 
 
-def safetensors_arrays(path: Path, data: memoryview) -> dict[str, np.ndarray]:
+def safetensors_arrays(data: memoryview) -> dict[str, np.ndarray]:
     """Returns views of the arrays in a mapped file, which is validated first; see `read_state_dict`."""
     arrays = {}
-    for name, (dtype, shape, position) in _safetensors_header(path, data)[0].items():
+    for name, (dtype, shape, position) in _safetensors_header(data)[0].items():
         try:
             arrays[name] = np.ndarray(shape, dtype, buffer=data, offset=position)
         except ValueError as error:
             # The sizes next to a zero can be of any magnitude, and NumPy multiplies them.
-            raise damaged_file(
-                path, f"NumPy has no array of the shape {list(shape)} of {name!r} ({error})"
-            ) from error
+            raise damaged(f"NumPy has no array of the shape {list(shape)} of {name!r} ({error})") from error
     return arrays
 
 

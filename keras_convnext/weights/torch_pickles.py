@@ -9,7 +9,6 @@ import io
 import pickle
 import pickletools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from keras_convnext.weights.arrays import (
     TORCH_DTYPES,
     TORCH_STORAGES,
     UnsafeFileError,
-    damaged_file,
+    damaged,
     is_size,
     is_sizes,
 )
@@ -261,8 +260,8 @@ class _TensorUnpickler(pickle.Unpickler):
         raise ValueError(f"it has a view that is not within the storage {key!r}")
 
 
-def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
-    """Runs the pickle at the position of a stream, and leaves the stream after it; `path` is for messages.
+def unpickle(stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
+    """Runs the pickle at the position of a stream, and leaves the stream after it.
 
     Gives what the pickle describes (containers, texts, numbers and `Tensor`s) and the storages by their keys.
 
@@ -279,11 +278,11 @@ def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]
         content = unpickler.load()
     except UnsafeFileError as error:
         raise UnsafeFileError(
-            f"Refused to read '{path}': its pickle {error}. Nothing in it was executed. If you trust the "
+            f"Refused to read it: its pickle {error}. Nothing in it was executed. If you trust the "
             "file, load it in PyTorch and save its weights as .safetensors."
         ) from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise damaged_file(path, f"its pickle is malformed ({error})") from error
+        raise damaged(f"its pickle is malformed ({error})") from error
     stream.seek(end)
     return content, unpickler.storages
 
