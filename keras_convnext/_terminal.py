@@ -2,12 +2,13 @@
 
 import collections
 import contextlib
+import csv
 import datetime
 import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from keras_convnext._environment import is_set
@@ -206,6 +207,13 @@ def table_lines(titles: Sequence[str], alignments: str, rows: Sequence[Sequence[
         ).rstrip()
         for row in texts
     ]
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Returns the rows of a table, the titles first, as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def markdown_table(titles: Sequence[str], alignments: str, rows: Sequence[Sequence[object]]) -> list[str]:

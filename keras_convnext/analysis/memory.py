@@ -223,26 +223,21 @@ def _block(step: Step, depthwise: architecture.Layer) -> tuple[int, int]:
     """Counts its input or all of its maps, whichever its backward pass needs."""
     side, dim, kernel = depthwise.side, depthwise.outputs, depthwise.kernel
     positions = step.batch * side**2
-    whole, working = _maps(step, step.batch, side, dim, kernel)
+    plain = _maps_of_torch if step.backend == "torch" else _maps_of_tensorflow
+    maps = _maps_of_xla if step.uses_xla else plain
+    whole, working = maps(step, step.batch, side, dim, kernel)
     x = step.item_size * positions * dim
     samples = step.batch
     if step.backend == "jax" and step.device == "cpu" and step.num_devices == 1:
         samples = samples_in_a_chunk_of_jax(step.batch, side**2)
     if samples < step.batch:
         # A loop over chunks: its input, and its result, which XLA allots before the backward pass begins.
-        kept, inner = _maps(step, samples, side, dim, kernel)
+        kept, inner = maps(step, samples, side, dim, kernel)
         return FLOAT32 * positions * dim + x, kept + inner
     # XLA on a CPU drops the barriers of `jax.checkpoint`, and merges what is to be computed again.
     if step.rematerialize and not (step.uses_xla and step.device == "cpu"):
         return x, whole - x + working
     return whole, working
-
-
-def _maps(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:
-    """Returns the bytes of the maps of a block that are kept, and of those that its backward pass adds."""
-    plain = _maps_of_torch if step.backend == "torch" else _maps_of_tensorflow
-    maps = _maps_of_xla if step.uses_xla else plain
-    return maps(step, batch, side, dim, kernel)
 
 
 def _maps_of_torch(step: Step, batch: int, side: int, dim: int, kernel: int) -> tuple[int, int]:

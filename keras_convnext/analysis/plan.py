@@ -23,6 +23,18 @@ from keras_convnext.weights import catalog
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
 KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
 
+# What `describe` calls the parts of a step's memory, in its order.
+_PARTS = {
+    "weights": "weights",
+    "average (EMA)": "average",
+    "optimizer slots": "slots",
+    "gradient sums": "accumulated",
+    "gradients, so far": "gradients",
+    "activations": "activations",
+    "working maps": "working",
+    "input batch": "inputs",
+}
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -124,15 +136,17 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 
     teacher = _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
-    possible = [n for n in _divisors(batch_size) if _divides(recipe, n, num_parts)]
+    # A micro-batch divides into equal parts; mixing takes pairs of images.
+    mixes = recipe.augmentation.mixup or recipe.augmentation.cutmix
+    unit = math.lcm(num_parts, 2) if mixes else num_parts
+    possible = [n for n in _divisors(batch_size) if batch_size // n % unit == 0]
     if not possible:
-        unit = math.lcm(num_parts, 2) if _mixes(recipe) else num_parts
         lower = batch_size // unit * unit
         nearest = " and ".join(str(size) for size in (lower, lower + unit) if size)
         raise ValueError(
             f"Expected a batch_size that divides into {num_parts} equal parts, as engine {engine!r} needs on "
-            f"{num_devices} devices, received {batch_size}. The nearest are {nearest}. Set "
-            "batch_size, or name fewer devices."
+            f"{num_devices} devices, received {batch_size}. The nearest are {nearest}. Set batch_size, or "
+            "name fewer devices."
         )
     smallest = next((n for n in possible if total(step(n)) <= limit), None)
     own = recipe.optimizer.accumulation_steps
@@ -170,62 +184,50 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
 
 def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
     """Returns a plan as lines to print: (title, text)."""
-    found = plan.memory
-    lines: list[tuple[str, str]] = []
-
-    def add(title: str, text: str) -> None:
-        lines.append((title, text))
-
-    add("devices", f"{plan.num_devices} x {plan.device}, engine {plan.engine}, backend {plan.backend}")
     share = f"{plan.images_per_device} images through a device at once"
     if plan.engine == "model_parallel":
         groups = plan.batch_size // plan.accumulation_steps // plan.images_per_device
         share = f"{plan.images_per_device} images through each {plan.num_devices // groups} devices at once"
-    steps = f"{plan.accumulation_steps} micro-batch{'es' * (plan.accumulation_steps > 1)}"
-    add("batch", f"{plan.batch_size} images a step, as in the recipe: {steps}, {share}")
-    if advice := _advice(plan):
-        add("", advice)
-    if plan.steps_per_epoch is None:
-        add("steps", f"unknown without --data; {plan.classes} classes assumed")
-    else:
+    micro_batches = f"{plan.accumulation_steps} micro-batch{'es' * (plan.accumulation_steps > 1)}"
+    steps, few, run = f"unknown without --data; {plan.classes} classes assumed", "", ""
+    if plan.steps_per_epoch is not None and plan.total_steps is not None:
         data = f"{plan.images:,} images of {plan.classes:,} classes"
-        add("steps", f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all")
-        if not plan.steps_per_epoch:
-            add(
-                "",
-                f"`train` refuses fewer images than a batch of {plan.batch_size}: set a smaller batch_size",
-            )
-    excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
-    total = f"{_size(found.total)} of {_size(plan.memory_limit)} a device"
-    add("memory", f"{total}, at the peak of a step{excess}")
-    for title, num_bytes in (
-        ("weights", found.weights),
-        ("average (EMA)", found.average),
-        ("optimizer slots", found.slots),
-        ("gradient sums", found.accumulated),
-        ("gradients, so far", found.gradients),
-        ("activations", found.activations),
-        ("working maps", found.working),
-        ("input batch", found.inputs),
-    ):
-        if num_bytes:
-            add(f"  {title}", _size(num_bytes))
-    other = "without" if plan.rematerialize else "with"
-    add(f"  {other} rematerialize", f"{_size(plan.other_memory)} in all")
-    for exchange in plan.exchanges:
-        times = f"{exchange.times} times a step" if exchange.times > 1 else "once a step"
-        arrays = f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices"
-        add("exchange", f"{arrays}, {times}; {_size(exchange.wire_bytes)} sent by each")
-    add("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step")
-    seconds = ", ".join(f"{name} {1000 * value:,.1f}" for name, value in plan.seconds.items() if value)
-    add("time", f"{1000 * plan.step_seconds:,.1f} ms a step ({seconds}), not measured")
-    add("speed", f"{plan.images_per_second:,.0f} images/s, at {fraction:g} of the peak figures")
-    if plan.total_steps is not None:
+        steps = f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all"
         minutes = plan.total_steps * plan.step_seconds / 60
         length = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
-        add("run", f"{length}, without evaluation")
-    add("figures", DEVICES[plan.device].source)
-    return lines
+        run = f"{length}, without evaluation"
+        if not plan.steps_per_epoch:
+            few = f"`train` refuses fewer images than a batch of {plan.batch_size}: set a smaller batch_size"
+    total = f"{_size(plan.memory.total)} of {_size(plan.memory_limit)} a device"
+    excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
+    parts = ((title, getattr(plan.memory, name)) for title, name in _PARTS.items())
+    seconds = ", ".join(f"{name} {1000 * value:,.1f}" for name, value in plan.seconds.items() if value)
+    lines = [
+        ("devices", f"{plan.num_devices} x {plan.device}, engine {plan.engine}, backend {plan.backend}"),
+        ("batch", f"{plan.batch_size} images a step, as in the recipe: {micro_batches}, {share}"),
+        ("", _advice(plan)),
+        ("steps", steps),
+        ("", few),
+        ("memory", f"{total}, at the peak of a step{excess}"),
+        *((f"  {title}", _size(num_bytes) if num_bytes else "") for title, num_bytes in parts),
+        (
+            f"  {'without' if plan.rematerialize else 'with'} rematerialize",
+            f"{_size(plan.other_memory)} in all",
+        ),
+        *(("exchange", _exchange_text(exchange)) for exchange in plan.exchanges),
+        ("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step"),
+        ("time", f"{1000 * plan.step_seconds:,.1f} ms a step ({seconds}), not measured"),
+        ("speed", f"{plan.images_per_second:,.0f} images/s, at {fraction:g} of the peak figures"),
+        ("run", run),
+        ("figures", DEVICES[plan.device].source),
+    ]
+    return [(title, text) for title, text in lines if text]
+
+
+def _exchange_text(exchange: Exchange) -> str:
+    times = f"{exchange.times} times a step" if exchange.times > 1 else "once a step"
+    arrays = f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices"
+    return f"{arrays}, {times}; {_size(exchange.wire_bytes)} sent by each"
 
 
 def ring_bytes(num_bytes: int, num_devices: int) -> int:
@@ -314,11 +316,9 @@ def step_seconds(
 def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
     """Returns the engine, and how many devices share the pointwise kernels."""
     engine = recipe.distribution.engine
-    if engine == "auto" and num_devices > 1:
-        own = [name for name, backend in ENGINES.items() if backend == wanted_backend()]
-        engine = own[0] if own else "data_parallel"
-    elif engine == "auto":
-        engine = "none"
+    if engine == "auto":
+        own = (name for name, backend in ENGINES.items() if backend == wanted_backend())
+        engine = next(own, "data_parallel") if num_devices > 1 else "none"
     if engine == "none" and num_devices > 1:
         raise ValueError(
             f"Expected one device for engine 'none', received {num_devices}. Choose --engine data_parallel."
@@ -340,16 +340,6 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def _divides(recipe: Recipe, accumulation_steps: int, num_parts: int) -> bool:
-    """Returns whether a batch divides into micro-batches of equal parts; mixing takes pairs of images."""
-    micro_batch, rest = divmod(recipe.optimizer.batch_size, accumulation_steps)
-    return rest == 0 and micro_batch % num_parts == 0 and not (_mixes(recipe) and micro_batch % 2)
-
-
-def _mixes(recipe: Recipe) -> bool:
-    return bool(recipe.augmentation.mixup or recipe.augmentation.cutmix)
-
-
 def _data_of(recipe: Recipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
     if recipe.data.source:
@@ -364,10 +354,10 @@ def _data_of(recipe: Recipe) -> tuple[int | None, int]:
 def _teacher_bytes(recipe: Recipe) -> int:
     """Counts the bytes of a teacher, which every device has; a file is not opened and counts 0."""
     try:
-        row = catalog.find_checkpoint(recipe.distillation.teacher) if recipe.distillation.teacher else None
+        row = catalog.find_checkpoint(recipe.distillation.teacher)
     except ValueError:
         return 0
-    return 0 if row is None else memory.FLOAT32 * VARIANTS[row.architecture].parameters
+    return memory.FLOAT32 * VARIANTS[row.architecture].parameters
 
 
 def _advice(plan: Plan) -> str:

@@ -147,7 +147,8 @@ def decode_image(
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image, _admitted(image, content, name):
             if transform is reduced:  # a JPEG is decoded so, in less memory; nothing for other formats
-                image.draft(None, [side // _factor(image) for side in image.size])
+                factor = _factor(image)
+                image.draft(None, (image.width // factor, image.height // factor))
             return transform(_as_rgb(image, name))
     except ImageError:
         raise

@@ -1,8 +1,4 @@
-"""Top-1, top-5 and ReaL accuracy of a classifier: the only writer of scores.
-
-images --data.batches--> uint8 (N, H, W, 3) --model--> outputs (N, K) --columns of the data's classes-->
-rank of the label, first five classes --> Result --> a row of results.csv, pages for a reader (`report`)
-"""
+"""Top-1, top-5 and ReaL accuracy of a classifier: the only writer of scores."""
 
 import dataclasses
 import hashlib
@@ -13,21 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from keras_convnext import _environment, predictor
+from keras_convnext import predictor
 from keras_convnext._files import read_text
-from keras_convnext._terminal import Progress, say
+from keras_convnext._terminal import say
 from keras_convnext.data import class_names, imagenet, sources
-from keras_convnext.data.faults import DataError
+from keras_convnext.data.faults import DataError, Faults
 from keras_convnext.data.index import Source, described, with_classes
-from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
 from keras_convnext.evaluation import report
-from keras_convnext.evaluation.forward import run_model
-from keras_convnext.evaluation.result_columns import (
-    data_settings,
-    environment,
-    model_settings,
-    preprocessing_settings,
-)
+from keras_convnext.evaluation.forward import import_batches, outputs_of, scored
+from keras_convnext.evaluation.result_columns import settings_of
 from keras_convnext.evaluation.results import Result, append_result, check_complete, check_results_file
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
@@ -76,34 +67,30 @@ def evaluate(
             split, or all of it where it has no splits.
         real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of
             TensorFlow Datasets).
-        preprocessing: of the images in place of the model's own; or a tag whose preprocessing is used; or the
-            image size in pixels at which the model's own is. For a Keras model and a `.keras` file, which do
-            not say how they were trained, its own is the default of `Preprocessing`.
-        batch_size: images in a batch of this host. Default 64. The last batch is filled up.
+        preprocessing: of the images in place of the model's own, or a tag that has it, or the image size in
+            pixels. The own one of a Keras model and a `.keras` file, which do not say how they were trained,
+            is the default of `Preprocessing`.
+        batch_size: images in a batch of this host, by default 64.
         limit: evaluate only that many examples, at equal distances in the data.
         results: CSV file to which a row is added, see `results.append_result`.
         output: folder for the files of `report.write_reports`.
         max_faults: share of the images that may be damaged, 0 to 1; more raise a DataError.
-        share: number of this host, from 0 up, and of the hosts, which evaluate a part of the data each; see
-            `results.combine`.
+        share: (this host, from 0 up, hosts), which evaluate a part of the data each; see `results.combine`.
 
-    Raises:
-        ValueError: the outputs are NaN or do not fit the classes of the data, or an argument is out of range.
-        SourceError: the data cannot be used.
-        ImportError: TensorFlow (reads the images) or matplotlib (draws for `output`) is missing.
+    Raises a ValueError where the outputs are NaN or do not fit the classes of the data, a SourceError where
+    the data cannot be used, an ImportError without TensorFlow or, for `output`, matplotlib.
 
     Example:
         result = evaluate("convnext_tiny.fb_in1k", "ILSVRC2012_img_val.tar", results="results.csv")
         result.top1, len(result.numbers)          # percent, 50000
     """
-    host, num_hosts = share
-    _check_arguments(batch_size, limit, results, output, num_hosts)
+    _check_arguments(batch_size, limit, results, output, share[1])
     if results is not None:
         check_results_file(results)
     if output is not None:
         sources.check_outside(data.path if isinstance(data, Source) else data, output)
         report.check_output(output)
-    batches = import_batches()
+    import_batches()  # its absence is told before anything is downloaded
     if split is None and not isinstance(data, Source) and sources.list_splits(data):
         split = "validation"
     source = data if isinstance(data, Source) else sources.open_source(data, split)
@@ -118,27 +105,21 @@ def evaluate(
         chosen = np.arange(limit) * len(source) // limit
         source, real = sources.take(source, chosen), real and [real[number] for number in chosen]
     batch_size = batch_size or DEFAULT_BATCH_SIZE
-    settings = {
-        **model_settings(classifier),
-        **environment(),
-        **data_settings(source, split),
-        **preprocessing_settings(classifier.preprocessing),
-        "outputs": outputs,
-        "batch_size": str(batch_size),
-    }
-    faults = batches.Faults(source, max_faults)
-    dataset = batches.eval_batches(
+    settings = settings_of(classifier, source, split, batch_size) | {"outputs": outputs}
+    faults = Faults(source, max_faults)
+    parts = outputs_of(
+        classifier.model,
         source,
         classifier.preprocessing,
+        title="evaluation",
         batch_size=batch_size,
-        host=host,
-        num_hosts=num_hosts,
         faults=faults,
+        progress=progress,
+        share=share,
+        columns=columns,
     )
-    shown = Progress("evaluation", -(-len(source) // num_hosts), is_wanted=progress)
     try:
-        with shown:
-            scores = run_model(classifier.model, dataset, source, columns, shown)
+        scores = scored(parts, columns)
     except DataError:
         if output is not None:
             report.write_faults(output, faults.report())
@@ -151,7 +132,7 @@ def evaluate(
         num_skipped=len(faults),
         **scores,
     )
-    if num_hosts == 1:
+    if share[1] == 1:
         check_complete(result)
     if output is not None:
         report.write_reports(output, result)
@@ -189,19 +170,10 @@ def match_classes(
         )
     if np.array_equal(columns, np.arange(num_outputs)):
         return None, f"all {num_outputs}"
-    text = f"{np.sum(columns >= 0)} of {num_outputs}, by WordNet id"
-    if _subset_digest(classes) in _SUBSETS:
-        text += f" ({_SUBSETS[_subset_digest(classes)]})"
+    subset = f" ({name})" if (name := _subset_name(classes)) else ""
     missing = [name for name, column in zip(classes, columns, strict=True) if column < 0]
-    return columns, text + (f"; none for {' '.join(missing)}" if missing else "")
-
-
-def import_batches() -> Any:
-    """Returns the module `data.batches`, or says that it needs TensorFlow."""
-    _environment.require("tensorflow", "Reading images, on every Keras backend,")
-    from keras_convnext.data import batches
-
-    return batches
+    lacking = f"; none for {' '.join(missing)}" if missing else ""
+    return columns, f"{np.sum(columns >= 0)} of {num_outputs}, by WordNet id{subset}{lacking}"
 
 
 def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray | None:
@@ -218,8 +190,7 @@ def _imagenet_columns(names: Sequence[str], class_list: int | str) -> np.ndarray
 
 def _check_arguments(batch_size, limit, results, output, num_hosts) -> None:
     for name, value in (("batch_size", batch_size), ("limit", limit)):
-        is_count = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
-        if value is not None and not is_count:
+        if value is not None and not is_positive_integer(value):
             raise ValueError(f"Expected {name} to be a positive integer or None, received {value!r}.")
     if num_hosts != 1 and (results is not None or output is not None):
         raise ValueError(
@@ -233,16 +204,16 @@ def _open_model(model, preprocessing) -> Predictor:
     image_size = given = tagged = None
     if isinstance(preprocessing, Preprocessing):
         image_size, given = preprocessing.image_size, preprocessing
-    elif isinstance(preprocessing, str):
-        if is_path(preprocessing):
-            raise ValueError(
-                "Expected preprocessing to be a Preprocessing, a tag or an image size, received the file "
-                f"{preprocessing!r}. Pass weights.resolve.resolve(file).preprocessing for what it says."
-            )
+    elif not isinstance(preprocessing, str):
+        image_size = preprocessing
+    elif is_path(preprocessing):
+        raise ValueError(
+            "Expected preprocessing to be a Preprocessing, a tag or an image size, received the file "
+            f"{preprocessing!r}. Pass weights.resolve.resolve(file).preprocessing for what it says."
+        )
+    else:
         tagged = resolve(preprocessing, None)
         given = tagged.preprocessing
-    else:
-        image_size = preprocessing
     is_named = isinstance(model, str | os.PathLike)
     if is_named and is_path(model) and runtimes.is_exported(path := pathlib.Path(os.path.expanduser(model))):
         exported = runtimes.open_exported(path)
@@ -265,8 +236,7 @@ def _with_classes_of(file: pathlib.Path | None, source: Source, num_outputs: int
     """
     path = class_names.labels_beside(file)
     names = [] if path is None else class_names.from_lines(read_text(path))
-    is_imagenet = _imagenet_columns(_synsets(source.classes), num_outputs) is not None
-    if not names or names == source.classes or is_imagenet:
+    if names in ([], source.classes) or _imagenet_columns(_synsets(source.classes), num_outputs) is not None:
         return source
     if len(names) != num_outputs:
         raise ValueError(f"Expected {num_outputs} names in '{path}', one an output, received {len(names)}.")
@@ -282,15 +252,16 @@ def _synsets(classes: Sequence[str]) -> list[str]:
     return class_names.synset_ids(1000) if is_numbered else list(classes)
 
 
-def _subset_digest(classes: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(classes)).encode("utf-8", "surrogateescape")).hexdigest()
+def _subset_name(classes: Iterable[str]) -> str | None:
+    text = "\n".join(sorted(classes)).encode("utf-8", "surrogateescape")
+    return _SUBSETS.get(hashlib.sha256(text).hexdigest())
 
 
 def _without_unused_classes(source: Source) -> Source:
     """Drops the 800 classes that ImageNet-A and -R have no images of; TensorFlow Datasets lists all 1000."""
     used = np.unique(source.labels)
     names = [source.classes[number] for number in used]
-    if len(used) == len(source.classes) or _subset_digest(names) not in _SUBSETS:
+    if len(used) == len(source.classes) or _subset_name(names) is None:
         return source
     labels = np.searchsorted(used, source.labels).astype(np.int32)
     return dataclasses.replace(source, labels=labels, classes=names)

@@ -1,7 +1,5 @@
 """Computes the features of a frozen model, on which `nearest_neighbours` and `linear_probe` classify.
 
-images --data.batches--> pixels --model without its classifier--> features (N, C) --> k-NN or linear probe
-
 Both measure weights that have no classifier of their own, such as DINOv3's and FCMAE's, and compare others on
 equal terms. Features are computed once, without augmentation, and can be kept in a folder.
 
@@ -27,11 +25,12 @@ import numpy as np
 from keras_convnext import predictor
 from keras_convnext._files import replacing_file
 from keras_convnext._settings import Count, FromZero, InsideOne, Settings, Share, key, one_of
-from keras_convnext._terminal import Progress, say
+from keras_convnext._terminal import say
 from keras_convnext.data import sources
+from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
-from keras_convnext.evaluation import classification, forward, result_columns
+from keras_convnext.evaluation import forward, result_columns
 
 _CACHE_VERSION = 1
 TRAIN_BLOCK = 65536
@@ -130,12 +129,11 @@ class FeatureResult:
     def report(self) -> dict[str, Any]:
         """Returns all of it but the classifier, as JSON takes it."""
         name = "neighbours" if self.kernel is None else "learning_rate"
-        scores = []
-        for score in self.scores:
-            row = {name: score.setting, "top1": score.top1, "top5": score.top5}
-            if score.selection_top1 is not None:
-                row["selection_top1"] = score.selection_top1
-            scores.append(row)
+        scores = [
+            {name: score.setting, "top1": score.top1, "top5": score.top5}
+            | ({} if score.selection_top1 is None else {"selection_top1": score.selection_top1})
+            for score in self.scores
+        ]
         return self.environment | {
             "settings": self.settings.model_dump(mode="json"),
             name: self.chosen,
@@ -173,7 +171,6 @@ def extract_features(
         model = keras_convnext.load("convnext_atto.d2_in1k", include_top=False, pooling="avg")
         extract_features(model, open_source("flowers"), Preprocessing(224)).features.shape
     """
-    batches = classification.import_batches()
     predictor.check_outputs(model, "the model", "features")
     path = None
     if cache is not None:
@@ -182,30 +179,25 @@ def extract_features(
         kept = _read_cache(path)
         if kept is not None and len(kept.faults) <= max_faults * len(source):
             return kept
-    faults = batches.Faults(source, max_faults)
-    dataset = batches.eval_batches(source, preprocessing, batch_size=batch_size, faults=faults)
-    features, labels, numbers, count = [], [], [], 0
-    with Progress("features", len(source), is_wanted=progress) as shown:
-        outputs = forward.with_outputs(model, dataset.as_numpy_iterator())
-        for index, (batch, values) in enumerate(outputs):
-            mask = batch["mask"]
-            kept_numbers = batch["numbers"][mask]
-            forward.check_outputs(values[mask], index, kept_numbers, source)
-            features.append(values[mask])
-            labels.append(batch["labels"][mask])
-            numbers.append(kept_numbers)
-            count += len(kept_numbers)
-            shown.show(count)
-    result = Features(
-        np.concatenate(features), np.concatenate(labels), np.concatenate(numbers), faults.report()
+    faults = Faults(source, max_faults)
+    parts = forward.outputs_of(
+        model,
+        source,
+        preprocessing,
+        title="features",
+        batch_size=batch_size,
+        faults=faults,
+        progress=progress,
     )
+    numbers, labels, features = map(np.concatenate, zip(*parts, strict=True))
+    result = Features(features, labels, numbers, faults.report())
     if path is not None:
         _write_cache(path, result)
     return result
 
 
 def both_features(settings, model, data, cache, max_faults, progress):
-    """Returns (features, source) of the training images and of those to classify, and the environment.
+    """Returns the features to compare with, those to classify, the source of the first, the environment.
 
     Args:
         settings: `NearestNeighbours` or `LinearProbe`.
@@ -215,26 +207,23 @@ def both_features(settings, model, data, cache, max_faults, progress):
             the classes of the first.
         cache, max_faults, progress: see `extract_features`.
 
-    Raises:
-        ValueError: the model has no features (N, C), or they are NaN.
-        SourceError, DataError: the data cannot be used, or more images are damaged than allowed.
-        ImportError: TensorFlow, which reads the images, is not installed.
+    Raises a ValueError where the model has no features (N, C) or they are NaN, a SourceError or DataError
+    where the data cannot be used, and an ImportError without TensorFlow, which reads the images.
     """
-    classification.import_batches()  # its absence is told before anything is downloaded
+    forward.import_batches()  # its absence is told before anything is downloaded
     if cache is not None and settings.data:
         sources.check_outside(settings.data, cache)
     train_source, test_source, split = _open_parts(settings) if data is None else (*data, "")
-    for part, title in ((train_source, "training"), (test_source, "to classify")) if progress else ():
-        say("\n".join(described(part, title)))
+    if progress:
+        say("\n".join([*described(train_source, "training"), *described(test_source, "to classify")]))
     if train_source.classes != test_source.classes:
         raise ValueError(
             f"Expected the same classes in both sources, received {len(train_source.classes)} and "
             f"{len(test_source.classes)}. Open the second with classes=first.classes."
         )
-    if model is None:
-        if not settings.model:
-            raise ValueError("Expected a model, received model=''. Pass a tag, an architecture or a file.")
-    elif settings.model or settings.weights:
+    if model is None and not settings.model:
+        raise ValueError("Expected a model, received model=''. Pass a tag, an architecture or a file.")
+    if model is not None and (settings.model or settings.weights):
         raise ValueError(
             f"Expected settings without model and weights beside a Keras model, received "
             f"model={settings.model!r}, weights={settings.weights!r}."
@@ -246,9 +235,9 @@ def both_features(settings, model, data, cache, max_faults, progress):
         task="features",
     )
     preprocessing = _changed_preprocessing(backbone.preprocessing, settings)
-
-    def features_of(source: Source) -> Features:
-        return extract_features(
+    backbone = dataclasses.replace(backbone, preprocessing=preprocessing)
+    train, test = (
+        extract_features(
             backbone.model,
             source,
             preprocessing,
@@ -257,28 +246,21 @@ def both_features(settings, model, data, cache, max_faults, progress):
             max_faults=max_faults,
             progress=progress,
         )
-
-    parts = [(features_of(source), source) for source in (train_source, test_source)]
-    environment = {
-        **result_columns.model_settings(backbone),
-        **result_columns.environment(),
-        **result_columns.data_settings(test_source, split),
-        **result_columns.preprocessing_settings(preprocessing),
-        "batch_size": str(settings.batch_size),
-    }
-    return *parts, environment
+        for source in (train_source, test_source)
+    )
+    environment = result_columns.settings_of(backbone, test_source, split, settings.batch_size)
+    return train, test, train_source, environment
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Multiplies matrices in float32: accelerators round their entries to 10 bits or fewer by default."""
-    backend = keras.backend.backend()
-    if backend == "jax":
+    if keras.backend.backend() == "jax":
         import jax
 
         with jax.default_matmul_precision("highest"):
             yield
-    elif backend == "tensorflow":
+    elif keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         before = tf.config.experimental.tensor_float_32_execution_enabled()
@@ -316,23 +298,20 @@ def _changed_preprocessing(preprocessing: Preprocessing, settings: Any) -> Prepr
 
 def _cache_key(model: Any, source: Source, preprocessing: Preprocessing) -> str:
     """Returns a digest of all that features depend on."""
+    try:
+        architecture = model.to_json()
+    except (NotImplementedError, ValueError, TypeError):  # a model of the user's own class
+        architecture = f"{type(model).__name__} {model.input_shape} {model.output_shape}"
     facts = [
         _CACHE_VERSION,
         keras.backend.backend(),
         model.dtype_policy.name,
-        _architecture_text(model),
+        architecture,
         result_columns.digest_of_arrays(model),
         _source_digest(source),
         preprocessing.stored(),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
-
-
-def _architecture_text(model: Any) -> str:
-    try:
-        return model.to_json()
-    except (NotImplementedError, ValueError, TypeError):  # a model of the user's own class
-        return f"{type(model).__name__} {model.input_shape} {model.output_shape}"
 
 
 def _source_digest(source: Source) -> str:

@@ -3,15 +3,17 @@
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_convnext import predictor
+from keras_convnext import _environment, predictor
 from keras_convnext._terminal import Progress
+from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation.results import percentage
 from keras_convnext.exporting import runtimes
@@ -20,37 +22,83 @@ from keras_convnext.weights import arrays
 _jax_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def run_model(model, dataset, source: Source, columns, progress: Progress) -> dict[str, Any]:
-    """Returns the scores of every example that could be decoded, and the time it took."""
-    numbers, labels, ranks, predictions = [], [], [], []
+def import_batches() -> Any:
+    """Returns the module `data.batches`, or says that it needs TensorFlow."""
+    _environment.require("tensorflow", "Reading images, on every Keras backend,")
+    from keras_convnext.data import batches
+
+    return batches
+
+
+def outputs_of(
+    model: Any,
+    source: Source,
+    preprocessing: Preprocessing,
+    *,
+    title: str,
+    batch_size: int,
+    faults: Faults,
+    progress: bool,
+    share: tuple[int, int] = (0, 1),
+    columns: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields places in the source, labels and outputs of the images that can be decoded, batch by batch.
+
+    `columns` int (K,) choose among the outputs, `share` is (this host, hosts), `title` that of the progress.
+    ValueError: outputs are infinite or NaN; DataError: more images are damaged than `faults` allows.
+    """
+    host, num_hosts = share
+    dataset = import_batches().eval_batches(
+        source, preprocessing, batch_size=batch_size, host=host, num_hosts=num_hosts, faults=faults
+    )
+    count = 0
+    with Progress(title, -(-len(source) // num_hosts), is_wanted=progress) as shown:
+        for index, (batch, outputs) in enumerate(with_outputs(model, dataset.as_numpy_iterator())):
+            mask = batch["mask"]
+            numbers, outputs = batch["numbers"][mask], outputs[mask]
+            if columns is not None:
+                outputs = outputs[:, columns]
+            bad = arrays.not_finite(outputs)
+            if bad.any():
+                raise ValueError(
+                    f"Expected numbers from the model, received infinite ones or NaN for {bad.sum()} of the "
+                    f"{len(bad)} images of batch {index}, the first of them "
+                    f"'{source.name(int(numbers[bad][0]))}'. Check the weights; with a float16 policy try "
+                    "bfloat16 or float32."
+                )
+            yield numbers, batch["labels"][mask], outputs
+            count += len(numbers)
+            shown.show(count)
+
+
+def scored(
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], columns: np.ndarray | None
+) -> dict[str, Any]:
+    """Returns what `Result` has of every image of `outputs_of`, and the time it took.
+
+    The output of a class whose column is -1, which the model lacks, comes after all others.
+    """
+    rows = []
     begin = time.perf_counter()
-    first_end, first_images, count = begin, 0, 0
-    for index, (batch, outputs) in enumerate(with_outputs(model, dataset.as_numpy_iterator())):
-        mask = batch["mask"]
-        outputs = outputs[mask]
+    for numbers, labels, outputs in parts:
         if columns is not None:
-            outputs = np.where(columns < 0, np.float32("-inf"), outputs[:, columns])
-        kept = batch["numbers"][mask]
-        check_outputs(outputs, index, kept, source)
-        numbers.append(kept)
-        labels.append(batch["labels"][mask])
-        ranks.append(label_ranks(outputs, labels[-1]))
-        predictions.append(best_classes(outputs, 5))
-        count += len(kept)
-        progress.show(count)
-        if index == 0:
-            first_end, first_images = time.perf_counter(), count
+            outputs = np.where(columns < 0, np.float32("-inf"), outputs)
+        rows.append((numbers, labels, label_ranks(outputs, labels), best_classes(outputs, 5)))
+        if len(rows) == 1:
+            first_end = time.perf_counter()
     end = time.perf_counter()
+    numbers, labels, ranks, predictions = map(np.concatenate, zip(*rows, strict=True))
     # The first batch is left out of the speed, as the model is compiled in it.
-    images_timed, begin_timed = (count - first_images, first_end) if count > first_images else (count, begin)
-    width = min(5, len(source.classes))
+    count, seconds = len(numbers) - len(rows[0][0]), end - first_end
+    if not count:
+        count, seconds = len(numbers), end - begin
     return {
-        "numbers": np.concatenate(numbers or [np.zeros(0, np.int64)]),
-        "labels": np.concatenate(labels or [np.zeros(0, np.int32)]),
-        "ranks": np.concatenate(ranks or [np.zeros(0, np.int32)]),
-        "predictions": np.concatenate(predictions or [np.zeros((0, width), np.int32)]),
+        "numbers": numbers,
+        "labels": labels,
+        "ranks": ranks,
+        "predictions": predictions,
         "seconds": end - begin,
-        "images_per_second": images_timed / max(end - begin_timed, 1e-9),
+        "images_per_second": count / max(seconds, 1e-9),
     }
 
 
@@ -85,18 +133,15 @@ def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np
     """Yields each batch with its outputs; the next is on the device already while these are worked on."""
     forward = _forward(model)
 
-    def begin(batch: dict) -> tuple[dict, Any]:
-        return batch, forward(choose.divided(predictor.for_channels(batch["images"], model)))
+    def begin(batch: dict) -> Any:
+        return forward(choose.divided(predictor.for_channels(batch["images"], model)))
 
     for batch in itertools.islice(batches, 1):  # waited for, as the model is compiled in it
-        yield batch, choose.rows(begin(batch)[1])
-    begun = None
-    for batch in batches:
-        ended, begun = begun, begin(batch)
-        if ended is not None:
-            yield ended[0], choose.rows(ended[1])
-    if begun is not None:
-        yield begun[0], choose.rows(begun[1])
+        yield batch, choose.rows(begin(batch))
+    begun = ((batch, begin(batch)) for batch in batches)
+    end: tuple[dict, Any] = ({}, None)
+    for (batch, outputs), _ in itertools.pairwise(itertools.chain(begun, [end])):  # the next has begun
+        yield batch, choose.rows(outputs)
 
 
 def _forward(model) -> Callable[[np.ndarray], Any]:
@@ -159,13 +204,3 @@ def best_classes(outputs: np.ndarray, count: int) -> np.ndarray:
         candidates = np.flatnonzero(row >= bound)
         best[place] = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
     return best
-
-
-def check_outputs(outputs: np.ndarray, index: int, numbers: np.ndarray, source: Source) -> None:
-    bad = arrays.not_finite(outputs)
-    if bad.any():
-        raise ValueError(
-            f"Expected numbers from the model, received infinite ones or NaN for {int(bad.sum())} of the "
-            f"{len(bad)} images of batch {index}, the first of them '{source.name(int(numbers[bad][0]))}'. "
-            "Check the weights; with a float16 policy try bfloat16 or float32."
-        )

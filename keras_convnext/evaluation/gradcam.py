@@ -5,9 +5,6 @@
 """
 
 import collections
-import dataclasses
-import functools
-import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ from keras import ops, tree
 from keras_convnext import convnext
 from keras_convnext._messages import near_names
 from keras_convnext.predictor import finite
+from keras_convnext.weights.graph import Graph, Value, functional
 
 # From cold to hot, at equal distances; the cold end is transparent.
 _COLORS = np.array([(255, 255, 90), (255, 190, 0), (255, 90, 0), (190, 0, 40)], "float32")
@@ -58,26 +56,27 @@ def grad_cam(
         (2, 32, 32)
     """
     _check_model(model)
-    inputs, result, known = _opened(model)
-    features, logits_from = _split_head(model, result)
+    graph = Graph(model, opened=True)
+    features, logits_from = _split_head(model, graph.outputs[0])
+    known = _maps(graph)
     name = _chosen_name(model, known, layer)
     target = known[name]
     before, beside = _needed(target), _needed(features, {target})
-    image = next((each for each in inputs if each in before and len(each.shape) == 4), None)
+    image = next((each for each in graph.inputs if each in before and len(each.shape) == 4), None)
     if target not in beside or image is None or image in beside:
         raise ValueError(
             f"'{name}' is not on the only way from the image to the classes of '{model.name}': something "
             "passes it by, or it comes too late. Name a layer between two stages."
         )
-    tensors = dict(zip(inputs, _tensors(model, images), strict=True))
+    tensors = dict(zip(graph.inputs, _tensors(model, images), strict=True))
     count, *size = tensors[image].shape
     if len(size) != 3 or 0 in (count, *size):
         raise ValueError(f"Expected images (N, H, W, C), at least one. Received: {(count, *size)}")
 
     def logits_of(maps):
-        return logits_from(_computed(features, {**tensors, target: maps}))
+        return logits_from(_computed(graph, features, {**tensors, target: maps}))
 
-    maps = ops.stop_gradient(_computed(target, tensors))  # (N, h, w, K)
+    maps = ops.stop_gradient(_computed(graph, target, tensors))  # (N, h, w, K)
     chosen = _chosen_classes(class_index, model.output_shape[-1], count)
     if chosen is None:
         chosen = ops.argmax(ops.stop_gradient(logits_of(maps)), axis=-1)
@@ -117,7 +116,7 @@ def overlay(image: Any, heat: Any, opacity: float = 0.7) -> np.ndarray:
 
 
 def _check_model(model: keras.Model) -> None:
-    if _graph(model) is None:
+    if functional(model) is None:
         raise ValueError(f"Expected a functional model, whose layers are known. Received: {model!r}")
     inputs, outputs = model.inputs, model.outputs
     if not any(len(each.shape) == 4 for each in inputs) or len(outputs) != 1 or len(outputs[0].shape) != 2:
@@ -125,12 +124,6 @@ def _check_model(model: keras.Model) -> None:
             "Expected a model from images (N, H, W, C) to classes (N, K). Received: inputs "
             f"{[tuple(each.shape) for each in inputs]}, outputs {[tuple(each.shape) for each in outputs]}"
         )
-
-
-def _graph(operation: Any) -> Any:
-    """The graph of a functional or sequential model; None for a layer or any other operation."""
-    graph = getattr(operation, "_functional", operation)  # of a Sequential
-    return graph if isinstance(graph, keras.Model) and hasattr(graph, "operations") else None
 
 
 def _tensors(model: keras.Model, images: Any) -> list[Any]:
@@ -147,54 +140,21 @@ def _tensors(model: keras.Model, images: Any) -> list[Any]:
     return [ops.cast(ops.convert_to_tensor(image), each.dtype) for image, each in pairs]
 
 
-@dataclasses.dataclass(eq=False)
-class _Value:
-    """An input of a model, or an output of one call of a layer, whose arguments are such values too."""
-
-    shape: tuple
-    layer: Any = None
-    args: tuple = ()
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    index: int = 0  # of several outputs
-    number: int = dataclasses.field(default_factory=itertools.count().__next__)  # above those of arguments
-
-    def arguments(self) -> list["_Value"]:
-        return [each for each in tree.flatten((self.args, self.kwargs)) if isinstance(each, _Value)]
+def _maps(graph: Graph) -> dict[str, Value]:
+    """The maps that the classes are computed from, by level ("P4") and by the path of their layer."""
+    maps = {value.path: value for value, *others in graph.calls if not others and len(value.shape) == 4}
+    levels = {
+        prefix + level: maps[prefix + tensor._keras_history.operation.name]
+        for prefix, model in graph.models.items()
+        for level, tensor in getattr(model, "pyramid_outputs", {}).items()
+    }
+    reached = _needed(graph.outputs[0])
+    return {name: value for name, value in (levels | maps).items() if value in reached}
 
 
-def _opened(model: keras.Model) -> tuple[list[_Value], _Value, dict[str, _Value]]:
-    """Inputs and output of a model whose inner models are opened, and its maps by layer and level.
-
-    Names of an inner model have its own in front, as in "inner/layer".
-    """
-    known: dict[str, _Value] = {}
-
-    def run(owner, values, prefix):
-        outputs = _graph(owner)._run_through_graph(
-            values, lambda layer: functools.partial(call, layer, prefix)
-        )
-        for level, tensor in getattr(owner, "pyramid_outputs", {}).items():
-            known[prefix + level] = known[prefix + tensor._keras_history.operation.name]
-        return outputs
-
-    def call(layer, prefix, *args, **kwargs):
-        if _graph(layer) is not None:
-            return run(layer, tree.flatten(args or kwargs["inputs"]), f"{prefix}{layer.name}/")
-        outputs = enumerate(layer._inbound_nodes[0].outputs)
-        values = [_Value(each.shape, layer, args, kwargs, index) for index, each in outputs]
-        if len(values) == 1 and len(values[0].shape) == 4:
-            known[prefix + layer.name] = values[0]
-        return values
-
-    inputs = [_Value(each.shape) for each in model.inputs]
-    (result,) = tree.flatten(run(model, inputs, ""))
-    reached = _needed(result)
-    return inputs, result, {name: value for name, value in known.items() if value in reached}
-
-
-def _needed(value: _Value, given: Container[_Value] = ()) -> set[_Value]:
+def _needed(value: Value, given: Container[Value] = ()) -> set[Value]:
     """A value and all that it is computed from, where those of `given` are known."""
-    found: set[_Value] = set()
+    found: set[Value] = set()
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -204,14 +164,15 @@ def _needed(value: _Value, given: Container[_Value] = ()) -> set[_Value]:
     return found
 
 
-def _computed(value: _Value, tensors: dict[_Value, Any]) -> Any:
+def _computed(graph: Graph, value: Value, tensors: dict[Value, Any]) -> Any:
     """The tensor of a value, from those of others; a map is kept until its last reader has it."""
     tensors = dict(tensors)
-    calls = sorted(_needed(value, tensors).difference(tensors), key=lambda each: each.number)
+    needed = _needed(value, tensors).difference(tensors)
+    calls = [each for outputs in graph.calls for each in outputs if each in needed]
     readers = collections.Counter(argument for each in calls for argument in each.arguments())
 
     def tensor_of(argument):
-        if not isinstance(argument, _Value):
+        if not isinstance(argument, Value):
             return argument
         readers[argument] -= 1
         return tensors[argument] if readers[argument] else tensors.pop(argument)
@@ -224,8 +185,8 @@ def _computed(value: _Value, tensors: dict[_Value, Any]) -> Any:
     return tensors[value]
 
 
-def _chosen_name(model: keras.Model, known: Mapping[str, _Value], name: str | None) -> str:
-    if name is None and not known:
+def _chosen_name(model: keras.Model, known: Mapping[str, Value], name: str | None) -> str:
+    if not known:
         raise ValueError(f"Expected a model with maps (N, h, w, K); '{model.name}' has none.")
     if name is None:
         blocks = [key for key, value in known.items() if isinstance(value.layer, convnext.Composite)]
@@ -238,13 +199,14 @@ def _chosen_name(model: keras.Model, known: Mapping[str, _Value], name: str | No
     return found[0]
 
 
-def _split_head(model: keras.Model, result: _Value) -> tuple[_Value, Callable]:
+def _split_head(model: keras.Model, result: Value) -> tuple[Value, Callable]:
     """Returns the last value in front of the classes, and a function that makes float32 logits of it."""
     last = result.layer
     is_activation = isinstance(last, keras.layers.Softmax | keras.layers.Activation)
-    if is_activation or type(last).__name__ in ("Softmax", "Sigmoid"):  # of keras.ops
-        return result.arguments()[0], lambda logits: ops.cast(logits, "float32")
-    if getattr(last, "activation", None) in (None, keras.activations.linear):
+    is_activation |= type(last).__name__ in ("Softmax", "Sigmoid")  # of keras.ops
+    if is_activation:
+        result = result.arguments()[0]
+    if is_activation or getattr(last, "activation", None) in (None, keras.activations.linear):
         return result, lambda logits: ops.cast(logits, "float32")
     if not isinstance(last, keras.layers.Dense) or last.quantization_mode is not None:
         raise ValueError(

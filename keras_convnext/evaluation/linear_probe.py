@@ -1,5 +1,6 @@
 """Trains a linear classifier on the features of a frozen model, and measures its accuracy."""
 
+import functools
 import math
 import os
 import time
@@ -65,41 +66,29 @@ def linear_probe(
 
     A part of the training images is held out; one classifier a learning rate is trained on the rest. The rate
     with the best top-1 accuracy on the part held out, the smaller of equals, is taken to train the final
-    classifier on all training images. The images that the scores are of choose nothing. `top1` and `top5` of
-    the result are those of the final classifier, `kernel` and `bias` its weights; `scores` are those of the
-    classifiers among which the rate was chosen. Arguments and errors: `features.both_features`, and a
-    ValueError where all rates lead to NaN.
+    classifier, whose `top1`, `top5`, `kernel` and `bias` the result has, on all training images; `scores` are
+    those of the classifiers before. The images that the scores are of choose nothing. Arguments and errors:
+    `features.both_features`, and a ValueError where all rates lead to NaN.
 
     Example:
         result = linear_probe(LinearProbe(model="convnext_tiny.fb_in1k", data="flowers", epochs=20))
         result.top1, result.chosen
     """
     begin = time.perf_counter()
-    (train, source), (test, _), environment = both_features(
-        settings, model, data, cache, max_faults, progress
-    )
+    train, test, source, environment = both_features(settings, model, data, cache, max_faults, progress)
     is_held_out = sources.held_out_mask(source, settings.selection_fraction, settings.seed)[train.numbers]
-    num_classes = len(source.classes)
-
-    def fit(rows: np.ndarray, rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        return fit_linear(
-            train.features[rows],
-            train.labels[rows],
-            num_classes,
-            learning_rates=rates,
-            epochs=settings.epochs,
-            batch_size=settings.probe_batch_size,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
-        )
-
-    def ranks(kernels: np.ndarray, biases: np.ndarray, features: np.ndarray, labels: np.ndarray) -> list:
-        return [
-            linear_ranks(kernel, bias, features, labels) for kernel, bias in zip(kernels, biases, strict=True)
-        ]
-
-    kernels, biases = fit(~is_held_out, settings.learning_rates)
+    fit = functools.partial(
+        fit_linear,
+        num_classes=len(source.classes),
+        epochs=settings.epochs,
+        batch_size=settings.probe_batch_size,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+    )
+    kernels, biases = fit(
+        train.features[~is_held_out], train.labels[~is_held_out], learning_rates=settings.learning_rates
+    )
     is_finite = np.isfinite(kernels).all(axis=(1, 2)) & np.isfinite(biases).all(axis=1)
     if not is_finite.any():
         rates = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
@@ -107,25 +96,20 @@ def linear_probe(
             "Expected a learning rate that leads to numbers, but all of "
             f"{rates} lead to NaN or infinity. Pass smaller ones."
         )
-    selection = ranks(kernels, biases, train.features[is_held_out], train.labels[is_held_out])
-    scores = tuple(
-        Score(rate, percentage(of_test < 1), percentage(of_test < 5), percentage(of_selection < 1))
-        for rate, of_test, of_selection in zip(
-            settings.learning_rates,
-            ranks(kernels, biases, test.features, test.labels),
-            selection,
-            strict=True,
-        )
-    )
+    scores = []
+    for rate, kernel, bias in zip(settings.learning_rates, kernels, biases, strict=True):
+        held_out = linear_ranks(kernel, bias, train.features[is_held_out], train.labels[is_held_out])
+        tested = linear_ranks(kernel, bias, test.features, test.labels)
+        scores.append(Score(rate, percentage(tested < 1), percentage(tested < 5), percentage(held_out < 1)))
     # A rate that diverged may still be right by chance.
     candidates = [score for score, finite in zip(scores, is_finite, strict=True) if finite]
     chosen = max(candidates, key=lambda score: (score.selection_top1, -score.setting)).setting
-    kernels, biases = fit(np.ones(len(train.labels), bool), [chosen])
-    (final,) = ranks(kernels, biases, test.features, test.labels)
+    (kernel,), (bias,) = fit(train.features, train.labels, learning_rates=[chosen])
+    final = linear_ranks(kernel, bias, test.features, test.labels)
     return FeatureResult(
         settings=settings,
         environment=environment,
-        scores=scores,
+        scores=tuple(scores),
         top1=percentage(final < 1),
         top5=percentage(final < 5),
         num_train=len(train.labels),
@@ -133,8 +117,8 @@ def linear_probe(
         faults=train.faults | test.faults,
         seconds=time.perf_counter() - begin,
         chosen=chosen,
-        kernel=kernels[0],
-        bias=biases[0],
+        kernel=kernel,
+        bias=bias,
     )
 
 

@@ -62,14 +62,12 @@ def nearest_neighbours(
         result.top1, [(score.setting, score.top1) for score in result.scores]
     """
     begin = time.perf_counter()
-    train, test, environment = both_features(settings, model, data, cache, max_faults, progress)
-    _, source = train
-    labels = test[0].labels
+    train, test, source, environment = both_features(settings, model, data, cache, max_faults, progress)
     ranks = neighbour_ranks(
-        train[0].features,
-        train[0].labels,
-        test[0].features,
-        labels,
+        train.features,
+        train.labels,
+        test.features,
+        test.labels,
         len(source.classes),
         settings.neighbours,
         settings.temperature,
@@ -85,9 +83,9 @@ def nearest_neighbours(
         scores=scores,
         top1=headline.top1,
         top5=headline.top5,
-        num_train=len(train[0].labels),
-        n=len(labels),
-        faults=train[0].faults | test[0].faults,
+        num_train=len(train.labels),
+        n=len(test.labels),
+        faults=train.faults | test.faults,
         seconds=time.perf_counter() - begin,
         chosen=headline.setting,
     )

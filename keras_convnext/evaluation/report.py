@@ -1,6 +1,5 @@
 """Writes tables and a picture that show where a classifier is wrong."""
 
-import csv
 import functools
 import io
 import os
@@ -13,6 +12,7 @@ import numpy as np
 from keras_convnext._environment import require
 from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
 from keras_convnext._messages import printable, shortened
+from keras_convnext._terminal import csv_text
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
@@ -40,7 +40,7 @@ def check_output(folder: str | os.PathLike[str]) -> None:
 def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     """Writes the tables and the picture of an evaluation; each file appears whole or not at all.
 
-    FileExistsError: one of these names is there and another program wrote it.
+    FileExistsError: one of these names is there and another program wrote it. The files are:
 
     - predictions.csv: name, label, rank of the label (0 where right) and first five classes of each image;
     - classes.csv: number of images, top-1 and top-5 accuracy of each class in percent, its most frequent
@@ -53,21 +53,14 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     """
     check_output(folder)
     classes = result.source.classes
-    names = [result.source.name(number) for number in result.numbers.tolist()]
-    width = result.predictions.shape[1]
+    columns = (result.numbers, result.labels, result.ranks, result.predictions)
     _write_csv(
         folder,
         "predictions.csv",
-        ["name", "label", "rank", *(f"predicted_{place + 1}" for place in range(width))],
+        ["name", "label", "rank", *(f"predicted_{n + 1}" for n in range(result.predictions.shape[1]))],
         (
-            [name, classes[label], rank, *(classes[number] for number in predicted)]
-            for name, label, rank, predicted in zip(
-                names,
-                result.labels.tolist(),
-                result.ranks.tolist(),
-                result.predictions.tolist(),
-                strict=True,
-            )
+            [result.source.name(number), classes[label], rank, *(classes[n] for n in predicted)]
+            for number, label, rank, predicted in zip(*(c.tolist() for c in columns), strict=True)
         ),
     )
     pairs = confusions(result)
@@ -77,10 +70,8 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
         ["label", "predicted", "count"],
         ([classes[label], classes[predicted], count] for label, predicted, count in pairs),
     )
-    wrong: dict[int, int] = {}
-    for label, predicted, _ in pairs:
-        if label != predicted:
-            wrong.setdefault(label, predicted)
+    # The most frequent pair of a class, which comes first, is the last to be put in.
+    wrong = {label: predicted for label, predicted, _ in reversed(pairs) if label != predicted}
     _write_csv(
         folder,
         "classes.csv",
@@ -89,12 +80,12 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
             [
                 classes[label],
                 display_name(classes[label]),
-                count,
+                len(ranks),
                 f"{percentage(ranks < 1):.4f}",
                 f"{percentage(ranks < 5):.4f}",
                 classes[wrong[label]] if label in wrong else "",
             ]
-            for label, count, ranks in _ranks_by_class(result)
+            for label, ranks in _ranks_by_class(result)
         ),
     )
     write_faults(folder, result.faults)
@@ -103,7 +94,7 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
 
 def write_faults(folder: str | os.PathLike[str], faults: dict[str, str]) -> None:
     """Writes faults.csv: name and reason of each image that could not be decoded."""
-    _write_csv(folder, "faults.csv", ["name", "reason"], ([name, reason] for name, reason in faults.items()))
+    _write_csv(folder, "faults.csv", ["name", "reason"], faults.items())
 
 
 def confusions(result: Result) -> list[tuple[int, int, int]]:
@@ -128,31 +119,28 @@ def _synset_names() -> dict[str, str]:
     }
 
 
-def _ranks_by_class(result: Result) -> list[tuple[int, int, np.ndarray]]:
-    """Returns (label, number of images, ranks) of each class with images."""
-    by_class = ((label, result.ranks[result.labels == label]) for label in np.unique(result.labels).tolist())
-    return [(label, len(ranks), ranks) for label, ranks in by_class]
+def _ranks_by_class(result: Result) -> list[tuple[int, np.ndarray]]:
+    """Returns (label, ranks of its images) of each class with images."""
+    return [(label, result.ranks[result.labels == label]) for label in np.unique(result.labels).tolist()]
 
 
 def _draw_worst_classes(result: Result) -> bytes:
     """Returns a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_accuracy = sorted(_ranks_by_class(result), key=lambda row: (percentage(row[2] < 1), -row[1], row[0]))
-    worst = [row for row in by_accuracy if (row[2] > 0).any()][:WORST_CLASSES]
+    with_errors = [(label, ranks) for label, ranks in _ranks_by_class(result) if ranks.any()]
+    worst = sorted(with_errors, key=lambda row: (percentage(row[1] < 1), -len(row[1])))[:WORST_CLASSES]
     rows = max(len(worst), 1)
     figure = Figure(figsize=(11, 1.5 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, WORST_IMAGES + 1, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     title = f"{result.settings['model']}: top-1 {result.top1:.2f} % of {len(result.numbers)} images"
     title = printable(title if worst else f"{title}, none is wrong")
     figure.suptitle(title, fontsize=10, parse_math=False)
-    for row, (label, count, ranks) in zip(axes, worst, strict=False):
+    for row, (label, ranks) in zip(axes, worst, strict=False):
         name = shortened(display_name(result.source.classes[label]), 18)
-        text = f"{name}\n{percentage(ranks < 1):.0f} % of {count}"
+        text = f"{name}\n{percentage(ranks < 1):.0f} % of {len(ranks)}"
         row[0].text(0, 0.5, text, fontsize=9, va="center", parse_math=False)
         wrong = np.flatnonzero((result.labels == label) & (result.ranks > 0))[:WORST_IMAGES]
         for axis, place in zip(row[1:], wrong.tolist(), strict=False):
@@ -169,12 +157,8 @@ def _thumbnail(source: Source, number: int) -> np.ndarray:
     return preprocess.decode_prepared(source.read(number), source.name(number), small)
 
 
-def _write_csv(folder, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    _write(folder, name, text.getvalue().encode("utf-8", "surrogateescape"))
+def _write_csv(folder, name: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    _write(folder, name, csv_text([columns, *rows]).encode("utf-8", "surrogateescape"))
 
 
 def _write(folder, name: str, content: bytes) -> None:

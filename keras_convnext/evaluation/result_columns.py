@@ -1,12 +1,10 @@
 """The columns of a row of results that name the model, the data, the preprocessing and the machine."""
 
 import collections
-import datetime
 import hashlib
 import importlib
 import os
 import pathlib
-import platform
 from typing import Any
 
 import keras
@@ -16,37 +14,41 @@ import PIL
 from keras_convnext import _environment
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.evaluation.results import fingerprint
+from keras_convnext.evaluation.results import COLUMNS, fingerprint
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
 from keras_convnext.weights.assign import plain_path
 
 
-def model_settings(classifier: Predictor) -> dict[str, str]:
+def settings_of(opened: Predictor, source: Source, split: str | None, batch_size: int) -> dict[str, str]:
+    """Returns what scores of a model on data depend on."""
+    return {
+        **_model_settings(opened),
+        **environment(),
+        **_data_settings(source, split),
+        **_preprocessing_settings(opened.preprocessing),
+        "batch_size": str(batch_size),
+    }
+
+
+def _model_settings(opened: Predictor) -> dict[str, str]:
     """Returns name, architecture, weights, their hash and licence, and the dtype policy."""
-    row, file = classifier.row, classifier.file
-    if isinstance(classifier.model, runtimes.ExportedModel) and file is not None:
-        metadata = classifier.model.metadata
-        return {
-            "model": file.name,
-            "architecture": metadata.get("name", ""),
-            "weights": file.name,
-            "weights_sha256": _file_digest(file),
-            "licence": metadata.get("licence") or "",
-            "dtype_policy": metadata.get("precision", ""),
-        }
-    if row is not None:
-        name, architecture = row.tag, row.architecture
+    model, row, file = opened.model, opened.row, opened.file
+    if isinstance(model, runtimes.ExportedModel):
+        about = model.metadata
+        architecture, licence, policy = (about.get(name) or "" for name in ("name", "licence", "precision"))
     else:
-        architecture = classifier.model.name
-        name = architecture if file is None else file.name
+        architecture, licence, policy = model.name, "", model.dtype_policy.name
+    name = architecture if file is None else file.name
+    if row is not None:
+        name, architecture, licence = row.tag, row.architecture, row.licence
     return {
         "model": name,
         "architecture": architecture,
-        "weights": file.name if file is not None else "",
-        "weights_sha256": _file_digest(file) if file is not None else digest_of_arrays(classifier.model),
-        "licence": row.licence if row is not None else "",
-        "dtype_policy": classifier.model.dtype_policy.name,
+        "weights": "" if file is None else file.name,
+        "weights_sha256": digest_of_arrays(model) if file is None else _file_digest(file),
+        "licence": licence,
+        "dtype_policy": policy,
     }
 
 
@@ -55,24 +57,19 @@ def environment() -> dict[str, str]:
     import tensorflow as tf
 
     backend = importlib.import_module(keras.backend.backend())
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "keras_convnext": _environment.__version__,
-        "commit": _environment.commit(),
+    facts = _environment.machine() | {
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
         "backend_version": str(backend.__version__),
         "tensorflow": tf.__version__,
         "numpy": np.__version__,
         "pillow": PIL.__version__,
-        "python": platform.python_version(),
-        "cpu": _environment.cpu_name(),
-        "cores": str(_environment.available_cores()),
         "accelerators": _accelerators(backend),
     }
+    return {name: facts[name] for name in COLUMNS if name in facts}
 
 
-def data_settings(source: Source, split: str | None) -> dict[str, str]:
+def _data_settings(source: Source, split: str | None) -> dict[str, str]:
     """Returns kind, name, split and fingerprint of the data."""
     parts = pathlib.Path(os.path.abspath(source.path)).parts
     return {
@@ -84,7 +81,7 @@ def data_settings(source: Source, split: str | None) -> dict[str, str]:
     }
 
 
-def preprocessing_settings(preprocessing: Preprocessing) -> dict[str, str]:
+def _preprocessing_settings(preprocessing: Preprocessing) -> dict[str, str]:
     """Returns how images were prepared."""
     height, width = preprocessing.size
     stored = preprocessing.stored()
@@ -122,9 +119,7 @@ def _accelerators(backend: Any) -> str:
     elif backend.__name__ == "torch":
         names = [backend.cuda.get_device_name(number) for number in range(backend.cuda.device_count())]
     elif backend.__name__ == "tensorflow":
+        details = backend.config.experimental.get_device_details
         devices = [device for device in backend.config.get_visible_devices() if device.device_type != "CPU"]
-        details = [backend.config.experimental.get_device_details(device) for device in devices]
-        names = [
-            detail.get("device_name", device.name) for detail, device in zip(details, devices, strict=True)
-        ]
+        names = [details(device).get("device_name", device.name) for device in devices]
     return "; ".join(f"{count} x {name}" for name, count in collections.Counter(names).items())

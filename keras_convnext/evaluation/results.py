@@ -1,8 +1,4 @@
-"""The result of an evaluation, and the table of results.
-
-A result keeps what was predicted for each image, and every figure is computed from that. So the results of
-several hosts are put together by joining their examples.
-"""
+"""The result of an evaluation, which has what was predicted for each image, and the table of results."""
 
 import csv
 import dataclasses
@@ -11,11 +7,13 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_convnext._files import read_text, reading, wait_for_lock
 from keras_convnext._messages import shortened
+from keras_convnext._terminal import csv_text
 from keras_convnext.data.index import Source
 
 COLUMNS = (
@@ -32,7 +30,7 @@ IMAGENET_VALIDATION = "b0ac1bf119f3c8a8ad32e56c6e37727a179138865155ab81d666b3b1c
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """The predictions of a model for each of n images."""
+    """The predictions of a model for each of n images; every figure is computed from these."""
 
     settings: dict[str, str]  # text of the columns of `COLUMNS` that are not scores
     source: Source
@@ -64,7 +62,7 @@ class Result:
 
 
 def combine(parts: Sequence[Result]) -> Result:
-    """Puts the results of all hosts, in any order, together to that of one.
+    """Puts the results of all hosts, in any order, together to that of one, by joining their images.
 
     `seconds` is then the longest, and `images_per_second` the sum. A `Result` can be pickled. Raises a
     ValueError when they are of other models or data, or do not hold every image once.
@@ -91,16 +89,14 @@ def combine(parts: Sequence[Result]) -> Result:
             "result of each host once."
         )
 
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])[order]
-
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("numbers", "labels", "ranks", "predictions", "real")
+        if getattr(parts[0], name) is not None
+    }
     result = dataclasses.replace(
         parts[0],
-        numbers=numbers[order],
-        labels=joined("labels"),
-        ranks=joined("ranks"),
-        predictions=joined("predictions"),
-        real=None if parts[0].real is None else joined("real"),
+        **joined,
         faults={name: reason for part in parts for name, reason in part.faults.items()},
         num_skipped=sum(part.num_skipped for part in parts),
         seconds=max(part.seconds for part in parts),
@@ -132,18 +128,13 @@ def append_result(path: str | os.PathLike[str], result: Result) -> None:
     The row is written at once, after those of other processes that write at the same time; a file that cannot
     be written is left as it was. The errors are those of `check_results_file` and `check_complete`.
     """
-    row = result_row(result)
+    row = list(result_row(result).values())
     check_results_file(path)  # before it is opened: a pipe would wait for a reader
     with open(path, "ab", buffering=0) as file:
         wait_for_lock(file)
         check_results_file(path)
         size = os.fstat(file.fileno()).st_size
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if size == 0:
-            writer.writeheader()
-        writer.writerow(row)
-        content = text.getvalue().encode("utf-8", "backslashreplace")
+        content = csv_text([row] if size else [COLUMNS, row]).encode("utf-8", "backslashreplace")
         written = file.write(content)
         if written != len(content):
             file.truncate(size)
@@ -184,7 +175,7 @@ def check_results_file(path: str | os.PathLike[str]) -> None:
 def result_row(result: Result) -> dict[str, str]:
     """Returns the text of every column of `COLUMNS`; accuracies in percent."""
     check_complete(result)
-    scores = {
+    values = result.settings | {
         "n": str(len(result.numbers)),
         "skipped": str(result.num_skipped),
         "top1": f"{result.top1:.4f}",
@@ -193,7 +184,6 @@ def result_row(result: Result) -> dict[str, str]:
         "seconds": f"{result.seconds:.2f}",
         "images_per_second": f"{result.images_per_second:.2f}",
     }
-    values = result.settings | scores
     return {name: values[name] for name in COLUMNS}
 
 

@@ -16,16 +16,15 @@ from keras import tree
 from keras_convnext import convnext, models
 from keras_convnext._messages import shortened
 from keras_convnext.weights import assign
+from keras_convnext.weights.graph import Graph, functional
 
 _NORMS = tuple(convnext.NORMS.values())
-_LINEAR = (keras.layers.Dense, keras.layers.Conv2D)
-_BLOCKS = (convnext.ConvNeXtBlock, convnext.ConvNeXtV2Block)
 
 # Layers of Keras that give back their input outside training.
 _TRAINING_ONLY = (
     keras.layers.ActivityRegularization,
     keras.layers.AlphaDropout,
-    keras.layers.Dropout,
+    keras.layers.Dropout,  # SpatialDropout2D is one
     keras.layers.GaussianDropout,
     keras.layers.GaussianNoise,
     keras.layers.RandomBrightness,
@@ -34,7 +33,6 @@ _TRAINING_ONLY = (
     keras.layers.RandomRotation,
     keras.layers.RandomTranslation,
     keras.layers.RandomZoom,
-    keras.layers.SpatialDropout2D,
 )
 _POLICIES_OF_16_BITS = ("float16", "mixed_float16", "bfloat16", "mixed_bfloat16")
 
@@ -55,16 +53,12 @@ def deploy(
     Args:
         model: a built functional or sequential `keras.Model`. It is not changed, and shares no weights with
             the deployed model.
-        batch_size: int to fix the number of images, None to leave it free.
+        batch_size: number of images, None for any.
         image_size: side of the images in pixels, or (height, width); None for the model's own.
 
-    Returns:
-        A `keras.Model` with the model's names of layers; it can be saved, loaded and exported like any other.
-
-    Raises:
-        TypeError: for something other than a functional or sequential model.
-        ValueError: for a model that is not built or whose layers are quantised, or an image size that it
-            does not take.
+    Returns a `keras.Model` with the model's names of layers; it can be saved, loaded and exported like any
+    other. Raises a TypeError for something other than a functional or sequential model, a ValueError for one
+    that is not built or whose layers are quantised, and for an image size that it does not take.
 
     Example:
         >>> import keras_convnext
@@ -92,12 +86,13 @@ def savings(model: keras.Model, deployed: keras.Model) -> str:
 
 
 def _operations(model):
-    count = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
+    """How many operations of each kind compute something in the graph of a model."""
+    kinds = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
     backend = keras.backend.backend()
-    if backend not in count:
-        raise ValueError(f"Expected the backend to be one of {', '.join(count)}. Received: {backend!r}.")
+    if backend not in kinds:
+        raise ValueError(f"Expected the backend to be one of {', '.join(kinds)}. Received: {backend!r}.")
     shape = (1, *(side or 224 for side in model.input.shape[1:3]), model.input.shape[3])
-    return count[backend](model, shape)
+    return collections.Counter(kinds[backend](model, shape))
 
 
 def _tensorflow_operations(model, shape):
@@ -106,25 +101,22 @@ def _tensorflow_operations(model, shape):
     function = tf.function(lambda images: model(images, training=False))
     graph = function.get_concrete_function(tf.TensorSpec(shape)).graph
     silent = {"Const", "Identity", "NoOp", "Placeholder", "ReadVariableOp", "Reshape"}
-    return collections.Counter(op.type for op in graph.get_operations() if op.type not in silent)
+    return [op.type for op in graph.get_operations() if op.type not in silent]
 
 
 def _jax_operations(model, shape):
     import jax
 
-    counts: collections.Counter[str] = collections.Counter()
-
-    def visit(program):
+    def operations(program):
         for equation in program.eqns:
             inner = list(jax.core.jaxprs_in_params(equation.params))
-            for part in inner:
-                visit(part)
             if not inner and equation.primitive.name != "reshape":
-                counts[equation.primitive.name] += 1
+                yield equation.primitive.name
+            for part in inner:
+                yield from operations(part)
 
     images = jax.ShapeDtypeStruct(shape, "float32")
-    visit(jax.make_jaxpr(lambda images: model(images, training=False))(images).jaxpr)
-    return counts
+    return operations(jax.make_jaxpr(lambda images: model(images, training=False))(images).jaxpr)
 
 
 def _torch_operations(model, shape):
@@ -134,7 +126,7 @@ def _torch_operations(model, shape):
         program = torch.export.export(as_program(model), (torch.zeros(shape),), strict=False)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     silent = ("aten._assert", "aten.lift", "aten.reshape", "aten.to.")
-    return collections.Counter(name for name in names if not name.startswith(silent))
+    return [name for name in names if not name.startswith(silent)]
 
 
 def as_program(model):
@@ -174,14 +166,15 @@ def dtypes_of_16_bits(model: keras.Model) -> set[str]:
 def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
     model = _functional(model)
     inputs = _new_inputs(model, batch_size, image_size, in_float32)
-    folds, normalisers = _find_folds(model)
-    bare_norms = {fold.norm.name for fold in folds.values() if fold.norm is not None}
+    folds = _find_folds(model)
+    folded = {fold.layer.name for fold in folds.values()}
     deployed_layers: dict[str, Any] = {}
     values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
     kept: list[tuple[Any, Any]] = []  # layers with weights, and their copies
 
     def vanishes(layer):
-        return isinstance(layer, _TRAINING_ONLY) or layer.name in normalisers
+        is_normaliser = layer.name in folded and not isinstance(layer, _NORMS)
+        return is_normaliser or isinstance(layer, _TRAINING_ONLY)
 
     def make(layer):
         if vanishes(layer):
@@ -192,13 +185,13 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
             return _deploy(layer, None, new_size, for_litert, in_float32)
         if not getattr(layer, "variables", None):  # of a layer, or of an operation such as a sum
             return _twin(layer, in_float32)
-        if isinstance(layer, _BLOCKS):
+        if isinstance(layer, convnext.ConvNeXtBlock | convnext.ConvNeXtV2Block):
             block, values[layer.name] = _inference_block(layer, for_litert, in_float32)
             return block
         config = _config_in_float32(layer.get_config()) if in_float32 else layer.get_config()
-        if layer.name in bare_norms:
+        if layer.name in folded:
             return type(layer).from_config({**config, "affine": False})
-        if isinstance(layer, _LINEAR):
+        if isinstance(layer, keras.layers.Dense | keras.layers.Conv2D):
             kernel, bias = _folded(layer, folds.get(layer.name))
             values[layer.name] = [kernel] if bias is None else [kernel, bias]
             config = {name: value for name, value in config.items() if not name.startswith("lora_")}
@@ -282,6 +275,13 @@ def check_built(model) -> None:
         )
 
 
+def check_batch_size(batch_size) -> None:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(
+            f"Expected batch_size to be a whole number above 0, or None for any, received {batch_size!r}."
+        )
+
+
 def sides(image_size) -> tuple[int, int]:
     """(height, width) of a side in pixels or of a pair of them; ValueError for anything else."""
     size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
@@ -296,23 +296,19 @@ def sides(image_size) -> tuple[int, int]:
 def _functional(model):
     """The model as a functional one, without what `compile` gave it."""
     check_built(model)
-    if isinstance(model, models.ConvNeXt):
-        return models.ConvNeXt(model.input, model.output, name=model.name)
-    if isinstance(model, keras.Sequential):
-        return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    try:
-        return keras.Model(model.input, model.output, name=model.name)
-    except (AttributeError, ValueError):
+    graph = functional(model)
+    if graph is None:
         raise TypeError(
             f"Expected a functional or sequential model; {model.name} is a subclass ({type(model).__name__}) "
             "whose layers are connected by its own code. Deploy the functional model inside it."
-        ) from None
+        )
+    kind = models.ConvNeXt if isinstance(model, models.ConvNeXt) else keras.Model
+    return kind(graph.input, graph.output, name=model.name)
 
 
 def _new_inputs(model, batch_size, image_size, in_float32):
     """Inputs of the deployed model: those of the model, with other sizes where they are given."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"Expected batch_size to be a whole number above 0, received {batch_size!r}.")
+    check_batch_size(batch_size)
 
     def new_input(x, shape):
         dtype = "float32" if in_float32 and x.dtype in ("float16", "bfloat16") else x.dtype
@@ -333,65 +329,61 @@ def _new_inputs(model, batch_size, image_size, in_float32):
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """A scale and a shift of the channels in front of a linear layer, (C,) float64."""
+    """What a layer does to the channels in front of a linear layer, (C,) float64."""
 
+    layer: Any  # a norm, which stays without them, or the pixel normaliser, which vanishes
     scale: np.ndarray
     shift: np.ndarray | None
-    norm: Any = None  # that they come from; None for the pixel normaliser
 
 
 def _find_folds(model):
-    """What to fold into which layer, {name: `_Fold`}, and the names of normalisers that vanish."""
+    """What to fold into which layer: {name: `_Fold`}."""
     folds: dict[str, _Fold] = {}
-    normalisers: set[str] = set()
-    graph = _Graph(model)
+    readers = _only_readers(model)
     for layer in model.layers:
         if isinstance(layer, _NORMS) and layer.affine:
-            target = _linear_reader(layer, graph, may_average=True)
+            target = _linear_reader(layer, readers, may_average=True)
             if target is not None:
                 folds[target.name] = _fold_of(layer)
         elif isinstance(layer, keras.layers.Normalization) and not layer.invert and layer.mean is not None:
-            target = _linear_reader(layer, graph)
+            target = _linear_reader(layer, readers)
+            mean = _float64(layer.mean)
+            is_of_channels = {axis % mean.ndim for axis in layer.axis} <= {mean.ndim - 1}
             # In 16 bits the mean, no longer subtracted first, would cost digits.
-            if target is not None and target.compute_dtype == "float32":
-                shape = graph.calls[layer.name][0].input_tensors[0].shape
-                if {axis % len(shape) for axis in layer.axis} <= {len(shape) - 1}:
-                    deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
-                    values = (1 / deviation, -_float64(layer.mean) / deviation)
-                    folds[target.name] = _Fold(
-                        *(np.broadcast_to(value.ravel(), shape[-1]) for value in values)
-                    )
-                    normalisers.add(layer.name)
-    return folds, normalisers
+            if target is not None and is_of_channels and target.compute_dtype == "float32":
+                deviation = np.maximum(np.sqrt(_float64(layer.variance)), keras.config.epsilon())
+                scale, shift = (
+                    np.broadcast_to(value.ravel(), target.kernel.shape[-2])
+                    for value in (1 / deviation, -mean / deviation)
+                )
+                folds[target.name] = _Fold(layer, scale, shift)
+    return folds
 
 
 def _fold_of(norm):
-    return _Fold(_float64(norm.gamma), None if norm.beta is None else _float64(norm.beta), norm)
+    return _Fold(norm, _float64(norm.gamma), None if norm.beta is None else _float64(norm.beta))
 
 
-class _Graph:
-    """Who takes whose output in one model; its layers may be called in other models as well."""
-
-    def __init__(self, model):
-        self.calls = collections.defaultdict(list)  # name of a layer -> its calls
-        self.readers = collections.defaultdict(list)  # id of a tensor -> who takes it; None is the outside
-        for call in (call for calls in model._nodes_by_depth.values() for call in calls):
-            self.calls[call.operation.name].append(call)
-            for tensor in call.input_tensors:
-                self.readers[id(tensor)].append(call.operation)
-        for tensor in tree.flatten(model.output):
-            self.readers[id(tensor)].append(None)
-
-    def only_reader(self, layer):
-        """Who alone takes a layer's output; None where either is called in several places."""
-        call, *others = self.calls[layer.name]
-        reader, *more = self.readers[id(call.output_tensors[0])] or [None]
-        return None if others or more or reader is None or self.calls[reader.name][1:] else reader
+def _only_readers(model):
+    """{name of a layer: who alone takes its output}, without those where either is called several times."""
+    graph = Graph(model, opened=False)  # its layers may be called in other models as well
+    calls = collections.Counter(value.layer.name for value, *_ in graph.calls)
+    readers: dict[Any, list[Any]] = {value: [None] for value in graph.outputs}  # None is the outside
+    for value, *_ in graph.calls:
+        for argument in value.arguments():
+            readers.setdefault(argument, []).append(value.layer)
+    return {
+        value.layer.name: reader
+        for value, (reader, *others) in readers.items()
+        if None not in (value.layer, reader)
+        and not others
+        and calls[value.layer.name] == calls[reader.name] == 1
+    }
 
 
-def _linear_reader(layer, graph, may_average=False):
+def _linear_reader(layer, readers, may_average=False):
     """The linear layer without padding that alone takes a layer's output, through what keeps it linear."""
-    while (layer := graph.only_reader(layer)) is not None:
+    while (layer := readers.get(layer.name)) is not None:
         if isinstance(layer, keras.layers.Dense):
             return layer
         if isinstance(layer, keras.layers.Conv2D):

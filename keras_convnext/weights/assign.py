@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_convnext._messages import listed
 from keras_convnext.weights import arrays, layouts
+from keras_convnext.weights.graph import Graph, functional
 
 # The official part of a layer's name; what stands in front is a prefix (`convnext.layer_name`).
 _OFFICIAL = re.compile(
@@ -226,29 +227,35 @@ def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:
 
     A subclass stands there itself, in front of its layers, whose connections its own code makes.
     """
+    if functional(model) is None:
+        return [(model, [None]), *_inside(model)]
+    graph = Graph(model, opened=True)
+    images = {
+        id(value): tensor._keras_history.operation
+        for value, tensor in zip(graph.inputs, model.inputs, strict=True)
+    }
+
+    def writers(value):
+        """The operation that makes a value; those in front of it where it hands on what it is given."""
+        if id(value) in images:
+            return [images[id(value)]]
+        if isinstance(value.layer, _HAND_ON) or _IN_STEM.search(value.layer.name):
+            return [each for argument in value.arguments() for each in writers(argument)]
+        return [value.layer]
+
+    found = []
+    for value, *_ in graph.calls:
+        found.append(
+            (value.layer, [each for argument in value.arguments() for each in writers(argument)] or [None])
+        )
+        found += _inside(value.layer) if isinstance(value.layer, keras.Model) else []
+    return found
+
+
+def _inside(subclass) -> list[tuple[Any, list[Any]]]:
     found: list[tuple[Any, list[Any]]] = []
-
-    def visit(operation, sources):
-        """The layers that write the outputs of an operation, which reads those of `sources`."""
-        if not isinstance(operation, keras.Model):
-            found.append((operation, sources))
-            hands_on = isinstance(operation, _HAND_ON) or _IN_STEM.search(operation.name)
-            return sources if hands_on else [operation]
-        graph = getattr(operation, "_functional", None) or operation  # that of a Sequential
-        if not hasattr(graph, "_nodes_by_depth"):
-            found.append((operation, sources))
-            for layer in operation.layers:
-                visit(layer, [None])
-            return []
-        origin = dict(zip(map(id, graph.inputs), sources, strict=False))
-        for _, nodes in sorted(graph._nodes_by_depth.items(), reverse=True):
-            for node in (node for node in nodes if not node.is_input):
-                written = visit(node.operation, [origin.get(id(tensor)) for tensor in node.input_tensors])
-                origin.update(zip(map(id, node.outputs), written, strict=False))
-        return [origin.get(id(tensor)) for tensor in graph.outputs]
-
-    images = [tensor._keras_history.operation for tensor in getattr(model, "inputs", None) or ()]
-    visit(model, images or [None])
+    for layer in subclass.layers:
+        found += _connections(layer) if isinstance(layer, keras.Model) else [(layer, [None])]
     return found
 
 

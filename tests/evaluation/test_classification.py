@@ -249,6 +249,19 @@ def test_real_labels_need_all_classes(model, tree, tmp_path):
         evaluate(model, tree, real_labels=tmp_path / "real.json")
 
 
+def test_images_of_a_class_that_the_model_lacks_count_as_wrong(pictures, tmp_path):
+    """timm's 12k subset lacks seven of the 1000 classes."""
+    lacking = [name for name in SYNSETS if name not in synset_ids(11821)]
+    keras.utils.set_random_seed(0)
+    model = keras_convnext.load("test_convnext", None, input_shape=(SIZE, SIZE, 3), classes=11821)
+    make_tree(tmp_path, pictures[:2], [lacking[0], SYNSETS[0]])
+    result = evaluate(model, open_source(tmp_path, classes=SYNSETS))
+    is_lacking = np.array([SYNSETS[label] in lacking for label in result.labels])
+    assert is_lacking.sum() == 1 and (result.ranks[is_lacking] == 993).all()
+    assert (result.ranks[~is_lacking] < 993).all()
+    assert not {SYNSETS[number] for number in result.predictions.ravel()} & set(lacking)
+
+
 def test_limited_examples_lie_at_equal_distances(model, source, result):
     part = evaluate(model, source, batch_size=4, limit=4)
     chosen = [0, 2, 4, 6]
