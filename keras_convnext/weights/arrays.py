@@ -53,8 +53,7 @@ def not_finite(outputs: np.ndarray) -> np.ndarray:
 def release_pages(array: np.ndarray) -> None:
     """Lets the system drop the memory of the file that an array is a view of, once its values are copied.
 
-    Keeps the memory of loading a model near that of the model itself. Pages that are needed again are read
-    again. Does nothing for arrays that are not memory-mapped, or where the system cannot do it.
+    So loading a model takes little more memory than the model. Pages that are needed again are read again.
     """
     owner: object = array
     while isinstance(owner, np.ndarray):

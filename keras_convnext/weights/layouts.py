@@ -463,16 +463,13 @@ def _modules(layout: str) -> frozenset[str]:
 
 
 def _is_foreign(name: str, layout: str) -> bool:
-    """Whether a name is neither one of the layout nor of what published files hold besides.
-
-    Such as one of a head of another kind: of two layers, of weight norm, of LoRA.
-    """
-    if _is_unused(name):
-        return False
-    return name.partition(".")[0] not in _modules(layout) or _is_of_other_head(name, layout)
+    """Whether a name is neither one of the layout nor of what published files hold besides."""
+    is_known = name.partition(".")[0] in _modules(layout) and not _is_of_other_head(name, layout)
+    return not is_known and not _is_unused(name)
 
 
 def _is_of_other_head(name: str, layout: str) -> bool:
+    """Whether a name is of a head of another kind: of two layers, of weight norm, of LoRA."""
     ends = ("norm", "norm_pre", "pre_logits", "head")
     known = [rename(f"{end}.{leaf}", layout) for end in ends for leaf in ("weight", "bias")]
     return name.partition(".")[0] == rename("head.weight", layout).partition(".")[0] and name not in known

@@ -49,9 +49,6 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
     Raises:
         ValueError: what the file says is damaged.
         FileNotFoundError: there is no such file.
-
-    Example:
-        read_preprocessing("runs/flowers/final.safetensors").image_size
     """
     path = pathlib.Path(path)
     try:
