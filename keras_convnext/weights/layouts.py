@@ -416,12 +416,7 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
     plain = {name: _FLATTENED.sub(r"\1\2.\3.", _WRAPPED.sub("", name)) for name in state}
     layout, prefix = detect_layout(dict.fromkeys(plain.values()))
     ends = tuple(rename(f"{name}.", layout) for name in ("norm", "norm_pre", "pre_logits", "head"))
-    present: StateDict = {}
     full_names: dict[str, str] = {}
-
-    def move(name, new):
-        present[new], full_names[new] = present.pop(name), full_names[name]
-
     for full, name in plain.items():
         is_beside = not name.startswith(prefix)
         for part in prefix.split(".")[:-1]:
@@ -432,25 +427,27 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
             name = _CLIP_HEADS.get(name, name)
         if is_beside and not name.startswith(ends) and not _is_unused(name):
             name = f"/{full}"
-        if name in present:
+        if name in full_names:
             raise StateDictError(
                 f"Some weights are there twice, with and without the prefix {prefix!r}, among them "
                 f"{full_names[name]} and {full}: leave one of the two in the file."
             )
-        present[name], full_names[name] = state[full], full
+        full_names[name] = full
     head = rename("head.", layout)
-    if layout == "open_clip" and "head.weight" in present:
-        weight = present["head.weight"]
-        present["head.bias"], full_names["head.bias"] = np.zeros(weight.shape[0], weight.dtype), "head.bias"
-    if head + "weight" in present and present[head + "weight"].ndim == 4:  # it classifies each place of a map
-        for name in [name for name in (head + "weight", head + "bias") if name in present]:
-            move(name, f"/{full_names[name]}")
+    leaves = [head + leaf for leaf in ("weight", "bias") if head + leaf in full_names]
+    if head + "weight" in leaves and state[full_names[head + "weight"]].ndim == 4:  # for each place of a map
+        for full in [full_names.pop(name) for name in leaves]:
+            full_names[f"/{full}"] = full
     # A Sequential of one linear layer and some without weights, as dropout in front of a classifier.
-    numbered = [name for name in present if re.fullmatch(re.escape(head) + r"\d+\.(weight|bias)", name)]
+    numbered = [name for name in full_names if re.fullmatch(re.escape(head) + r"\d+\.(weight|bias)", name)]
     inner = {name.rpartition(".")[0] for name in numbered}
-    if len(inner) == 1 and len(numbered) == 2 and head + "weight" not in present:
+    if len(inner) == 1 and len(numbered) == 2 and head + "weight" not in full_names:
         for name in numbered:
-            move(name, head + name.rpartition(".")[2])
+            full_names[head + name.rpartition(".")[2]] = full_names.pop(name)
+    present = {name: state[full] for name, full in full_names.items()}
+    if layout == "open_clip" and "head.weight" in present and "head.bias" not in present:
+        weight = present["head.weight"]
+        present["head.bias"], full_names["head.bias"] = np.zeros(weight.shape[:1], weight.dtype), "head.bias"
     return layout, prefix, present, full_names
 
 
