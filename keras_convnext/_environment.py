@@ -53,16 +53,14 @@ def missing_text(what: str, *packages: str) -> str:
 def choose_backend() -> None:
     """Sets KERAS_BACKEND where the backend that Keras would take is not installed, and says so on stderr.
 
-    Keras takes KERAS_BACKEND, else what keras.json names, else TensorFlow. "tensorflow" in keras.json is not
-    taken for a person's choice, since Keras writes it there at its first import. Nothing happens where
-    Keras's choice is installed, or Keras is imported already. Of another backend that is chosen and missing,
-    or where none is installed, an ImportError tells how to install it.
+    "tensorflow" in keras.json is not taken for a person's choice, since Keras writes it there at its first
+    import. Nothing happens where Keras is imported already. Of another backend that is chosen and missing, or
+    where none is installed, an ImportError tells how to install it.
     """
     if "keras" in sys.modules:
         return
-    path = _settings_path()
-    asked = os.environ.get("KERAS_BACKEND")
-    named = _backend_in(path)
+    path, asked = _settings_path(), os.environ.get("KERAS_BACKEND")
+    named = _backend_in(path)  # even if another is asked: Keras reads the file
     wanted = asked or named or "tensorflow"
     if wanted not in (*BACKENDS, "openvino") or is_installed(wanted):
         return  # Keras knows its other backends and refuses what is none
@@ -92,10 +90,7 @@ def wanted_backend() -> str:
 
 
 def is_set(variable: str) -> bool:
-    """Returns whether a switch in the environment is on: KERAS_CONVNEXT_QUIET, _OFFLINE or _DEBUG.
-
-    Unset, empty, "0", "false", "no" and "off", in any case, are off; everything else is on.
-    """
+    """Returns whether a switch is on: not unset, empty, "0", "false", "no" or "off", in any case."""
     return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 

@@ -1,5 +1,4 @@
-"""Reads files that may be anything, writes them in one step, so that neither a kill nor a full disk leaves
-half of one, and locks them.
+"""Reads files that may be anything, writes them in one step, so that none is half there, and locks them.
 
 Every writer of this package asks `check_target` what it may replace.
 """
@@ -24,6 +23,8 @@ PNG_MARK = b"Software\0keras_convnext"  # of the pictures that this package draw
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MAX_TEXT_BYTES = 1 << 26  # of JSON, TOML, CSV and other text that is read at once
 
+StrPath = str | os.PathLike[str]
+
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 
@@ -31,7 +32,7 @@ class FileFormatError(ValueError):
     """A file is truncated, damaged or of a kind that cannot be read."""
 
 
-def regular_size(path: str | os.PathLike[str]) -> int:
+def regular_size(path: StrPath) -> int:
     """Returns the bytes of a file; an OSError tells what has no end or none of its own: a pipe, a device."""
     state = os.stat(path)
     if stat.S_ISDIR(state.st_mode):
@@ -43,13 +44,13 @@ def regular_size(path: str | os.PathLike[str]) -> int:
     return state.st_size
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: StrPath) -> BinaryIO:
     """Opens a file to read its bytes; the errors are those of `regular_size`, before it is opened."""
     regular_size(path)
     return open(path, "rb")
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
+def read_bytes(path: StrPath, limit: int = MAX_TEXT_BYTES) -> bytes:
     """Returns the content of a file; FileFormatError where it is longer than `limit`."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
@@ -61,7 +62,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> byt
     return content
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: StrPath) -> str:
     """The text of a UTF-8 file, without a byte order mark; a ValueError names a file in another encoding."""
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -71,7 +72,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def reading(
-    path: str | os.PathLike[str], expected: str, remedy: str, error: type[Exception] = FileFormatError
+    path: StrPath, expected: str, remedy: str, error: type[Exception] = FileFormatError
 ) -> Iterator[None]:
     """Tells whatever the content of a file does to the block that takes it apart in one sentence.
 
@@ -98,18 +99,14 @@ def reading(
 
 
 def read_json(
-    path: str | os.PathLike[str],
+    path: StrPath,
     kinds: Mapping[str, type] | None = None,
     *,
     expected: str = "JSON",
     remedy: str = "Write it again.",
     error: type[Exception] = FileFormatError,
 ) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; the rest is as for `reading` and `json_object`.
-
-    Example:
-        read_json("best.json", {"step": int}, remedy="Remove it.")["step"]
-    """
+    """Reads a JSON file that holds an object; the rest is as for `reading` and `json_object`."""
     with reading(path, expected, remedy, error):
         return json_object(read_bytes(path), kinds)
 
@@ -129,15 +126,12 @@ def json_object(text: str | bytes, kinds: Mapping[str, type] | None = None) -> d
     return found
 
 
-def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes = b"") -> None:
+def check_target(path: StrPath, replace: bool = True, mark: bytes = b"") -> None:
     """Refuses to write a file where something is that this package does not replace.
 
-    That is a folder, a link, whatever it leads to, a pipe and a device; without `replace` every file; and
-    with a `mark` a file that does not have it in its first 4 kB, as another program wrote that one.
-
-    Raises:
-        IsADirectoryError, FileExistsError: these.
-        FileNotFoundError: there is no folder for the file.
+    That is a folder (IsADirectoryError), and by a FileExistsError a link, whatever it leads to, a pipe and a
+    device; without `replace` every file; and with a `mark` a file that does not have it in its first 4 kB, as
+    another program wrote that one. FileNotFoundError: there is no folder for the file.
     """
     path = pathlib.Path(path)
     if not path.parent.is_dir():
@@ -165,7 +159,7 @@ def check_target(path: str | os.PathLike[str], replace: bool = True, mark: bytes
                 )
 
 
-def prepare_folder(folder: str | os.PathLike[str], marks: Mapping[str, bytes]) -> None:
+def prepare_folder(folder: StrPath, marks: Mapping[str, bytes]) -> None:
     """Makes the folder of some files, and refuses those that another program wrote; see `check_target`."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     for name, mark in marks.items():
@@ -173,23 +167,33 @@ def prepare_folder(folder: str | os.PathLike[str], marks: Mapping[str, bytes]) -
 
 
 @contextlib.contextmanager
-def replacing_file(path: str | os.PathLike[str], mark: bytes = b"") -> Iterator[BinaryIO]:
+def replacing_file(path: StrPath, mark: bytes = b"") -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the path's place when the block ends without an error.
 
-    Raises:
-        OSError: the file cannot be written, or what is there is not replaced (`check_target`); it stands.
-
-    Example:
-        with replacing_file("log.csv") as file:
-            file.write(b"epoch,loss")
+    Else, or where `check_target` refuses it, what is there stands.
     """
     path = pathlib.Path(path)
-    check_target(path, mark=mark)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with _replacing(path, temporary, mark), open(temporary, "xb") as file:
+        yield file
+
+
+def replacing_path(path: StrPath) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Gives a path for a library to write to, which takes the place of another when the block ends well.
+
+    The temporary name ends in that of the file, as libraries tell the format from it. Errors are those of
+    `replacing_file`, and a FileNotFoundError where the block wrote nothing.
+    """
+    path = pathlib.Path(path)
+    return _replacing(path, path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}"))
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path, temporary: pathlib.Path, mark: bytes = b"") -> Iterator[pathlib.Path]:
+    check_target(path, mark=mark)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -197,54 +201,17 @@ def replacing_file(path: str | os.PathLike[str], mark: bytes = b"") -> Iterator[
         raise
 
 
-@contextlib.contextmanager
-def replacing_path(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Gives a path for a library to write to, which takes the place of another when the block ends well.
-
-    Args:
-        path: the file. The temporary name ends in its name, as libraries tell the format from that.
-
-    Raises:
-        FileNotFoundError: the block wrote nothing.
-        OSError: as for `replacing_file`.
-
-    Example:
-        with replacing_path("model.weights.h5") as temporary:
-            model.save_weights(temporary)
-    """
-    path = pathlib.Path(path)
-    check_target(path)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def replace_file(path: str | os.PathLike[str], content: bytes, mark: bytes = b"") -> None:
+def replace_file(path: StrPath, content: bytes, mark: bytes = b"") -> None:
     """Writes the content of a file in one step; see `replacing_file`."""
     with replacing_file(path, mark) as file:
         file.write(content)
 
 
 def disk_error_text(
-    error: OSError,
-    folder: str | os.PathLike[str],
-    if_full: str,
-    if_refused: str,
-    needed: int | None = None,
+    error: OSError, folder: StrPath, if_full: str, if_refused: str, needed: int | None = None
 ) -> str:
-    """Returns why nothing could be written to a folder, and what to do.
-
-    Args:
-        error: of the system.
-        folder: path.
-        if_full: what to do when there is no space.
-        if_refused: what to do when it cannot be written for another reason.
-        needed: bytes that must fit; None where that is not known.
+    """Returns why nothing could be written to a folder, and what to do: `if_full` where there is no space,
+    `if_refused` for another reason. `needed` are the bytes that must fit, None where that is not known.
     """
     reason = error.strerror or str(error)
     if error.errno not in NO_SPACE:
@@ -258,7 +225,7 @@ def disk_error_text(
     return f"No space at '{folder}' ({reason}): {', '.join(facts)}. {if_full}"
 
 
-def open_to_lock(path: str | os.PathLike[str]) -> BinaryIO:
+def open_to_lock(path: StrPath) -> BinaryIO:
     """Opens a file for `try_lock`, without a buffer; what is in it stays. OSError: see `check_target`."""
     check_target(path)
     return pathlib.Path(path).open("a+b", buffering=0)  # closing a buffer would fail on a full disk

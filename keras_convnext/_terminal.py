@@ -196,9 +196,7 @@ def rate_text(rate: float, unit: str) -> str:
 
 
 def table_lines(titles: Sequence[str], alignments: str, rows: Sequence[Sequence[object]]) -> list[str]:
-    """Returns the lines of a table in columns of equal width, the titles first; "<" or ">" aligns each
-    column.
-    """
+    """Returns the lines of a table, the titles first; "<" or ">" aligns each column."""
     texts = [list(titles), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     return [

@@ -1,7 +1,6 @@
 """The layers of an architecture as plain numbers: names, channels, kernels, sides of maps; without Keras.
 
-`convnext` connects these layers. What names, counts or weighs them reads this list: the shapes of weights
-(`weights.layouts`), operations (`analysis.flops`), memory (`analysis.memory`).
+`convnext` connects these layers; what names, counts or weighs them reads this list.
 """
 
 import dataclasses

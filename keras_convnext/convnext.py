@@ -25,6 +25,7 @@ from keras_convnext.layers.normalization import (
     GlobalResponseNormalization,
     LayerNormalization,
     RMSNormalization,
+    SameShape,
     SimpleNormalization,
 )
 from keras_convnext.layers.pointwise import PatchConv2D, PointwiseConv2D, pointwise, pointwise_after_grn
@@ -60,39 +61,13 @@ def _chosen(kind, name, table):
     return table[name]
 
 
-class Composite(layers.Layer):
-    """A layer of the shape of its input made of sub-layers, which are as frozen when it is made anew.
-
-    Keras hands `trainable` down to sub-layers when it is set, but not when a layer is made with it, from a
-    configuration for example. So a subclass makes its sub-layers with `inherited`; this class stores those
-    that differ. A subclass keeps its other arguments in `self.config`.
-    """
-
-    @property
-    def inherited(self):
-        return {"dtype": self.dtype_policy, "trainable": self.trainable}
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        flags = {layer.name: layer.trainable for layer in self._layers if layer.trainable != self.trainable}
-        return {**super().get_config(), **self.config, **({"sublayers_trainable": flags} if flags else {})}
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        flags = config.pop("sublayers_trainable", {})
-        layer = super().from_config(config)
-        for name, trainable in flags.items():
-            getattr(layer, name).trainable = trainable
-        return layer
-
-
-class _Block(Composite):
+class Block(SameShape):
     """What the blocks share: `x + drop_path(branch(x))`, and the depthwise convolution and norm in front.
 
-    A final class makes the other layers in the order of its paper, and connects all of them in `branch`.
+    A final class makes the other layers in the order of its paper, connects all of them in `branch`, and
+    keeps its arguments in `self.config`. Keras hands `trainable` down to sub-layers when it is set, but not
+    when a layer is made with it, from a configuration for example: sub-layers are made with `inherited`, and
+    the configuration tells those that differ.
     """
 
     def __init__(self, dim, kernel_size, dilation_rate, norm, epsilon, activation, affine=True, **kwargs):
@@ -108,6 +83,10 @@ class _Block(Composite):
         self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **self.inherited, name="dwconv")
         self.norm = _chosen("norm", norm, NORMS)(epsilon, affine, **self.inherited, name="norm")
         self.activation = _chosen("activation", activation, ACTIVATIONS)
+
+    @property
+    def inherited(self):
+        return {"dtype": self.dtype_policy, "trainable": self.trainable}
 
     def dense(self, units, name, policy):
         """A pointwise layer, with a dtype policy of its own once quantize() gave it one."""
@@ -134,19 +113,32 @@ class _Block(Composite):
         return x + self.drop_path(in_chunks(branch, x, hidden_channels, training=True), training=training)
 
     def get_config(self):
-        policy = self.pwconv1.dtype_policy
-        own = (
-            {} if policy == self.dtype_policy else {"pointwise_dtype": keras.dtype_policies.serialize(policy)}
-        )
-        return {**super().get_config(), **own}
+        config = {**super().get_config(), **self.config}
+        flags = {layer.name: layer.trainable for layer in self._layers if layer.trainable != self.trainable}
+        if flags:
+            config["sublayers_trainable"] = flags
+        if self.pwconv1.dtype_policy != self.dtype_policy:
+            config["pointwise_dtype"] = keras.dtype_policies.serialize(self.pwconv1.dtype_policy)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        flags = config.pop("sublayers_trainable", {})
+        layer = super().from_config(config)
+        for name, trainable in flags.items():
+            getattr(layer, name).trainable = trainable
+        return layer
 
 
 @_register
-class ConvNeXtBlock(_Block):
+class ConvNeXtBlock(Block):
     """The block of ConvNeXt (V1).
 
     `x + drop_path(gamma * pwconv2(gelu(pwconv1(norm(dwconv(x))))))`: a depthwise convolution, then a layer
-    norm and two pointwise layers, four times wider in between, scaled per channel.
+    norm and two pointwise layers, four times wider in between, scaled per channel; x (N, H, W, C) to the same
+    shape, in the compute dtype. ValueError for an unknown norm or activation, an even kernel, or a rate
+    outside [0, 1).
     Reference: Liu et al. 2022, section 2.6 and figure 4; models/convnext.py, class Block.
 
     Args:
@@ -162,16 +154,6 @@ class ConvNeXtBlock(_Block):
         seed: int or None, of the drop path.
         pointwise_dtype: dtype policy of the two pointwise layers; None for the block's own. Set by Keras when
             it loads a quantised model.
-
-    Call arguments:
-        x: (N, H, W, C), float.
-        training: bool.
-
-    Returns:
-        Same shape, in the compute dtype.
-
-    Raises:
-        ValueError: for an unknown norm or activation, an even kernel, or a rate outside [0, 1).
     """
 
     def __init__(
@@ -208,15 +190,14 @@ class ConvNeXtBlock(_Block):
 
 
 @_register
-class ConvNeXtV2Block(_Block):
+class ConvNeXtV2Block(Block):
     """The block of ConvNeXt V2.
 
     `x + drop_path(pwconv2(grn(gelu(pwconv1(norm(dwconv(x)))))))`: the V1 block with global response
     normalisation between the pointwise layers, and without LayerScale.
     Reference: Woo et al. 2023, section 3.3 and figure 5; models/convnextv2.py, class Block.
 
-    Arguments, call arguments, result and errors are those of `ConvNeXtBlock`, but for
-    `layer_scale_init_value`.
+    Arguments, result and errors are those of `ConvNeXtBlock`, but for `layer_scale_init_value`.
     """
 
     def __init__(
@@ -248,7 +229,7 @@ class ConvNeXtV2Block(_Block):
 
 
 @_register
-class InferenceBlock(_Block):
+class InferenceBlock(Block):
     """A block of either paper without what inference does not need; `deploy` makes it.
 
     `x + pwconv2(grn(gelu(pwconv1(normalise(dwconv(x))))))`, where the norm has neither gain nor shift, GRN
@@ -292,7 +273,7 @@ class InferenceBlock(_Block):
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
     """The rate of each block, on a line from 0 to `drop_path_rate` (models/convnext.py, `dp_rates`)."""
-    return [float(rate) for rate in np.linspace(0, drop_path_rate, depth)]
+    return np.linspace(0, drop_path_rate, depth).tolist()
 
 
 def layer_name(official: str, model_name: str | None = None) -> str:

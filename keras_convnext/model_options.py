@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
+from keras_convnext.data.preprocessing import is_positive_integer
+from keras_convnext.layers.pointwise import TOO_SMALL
 from keras_convnext.weights.resolve import IMAGENET_CLASSES, ResolvedWeights
 
 _logger = logging.getLogger("keras_convnext")
@@ -37,22 +39,15 @@ class ModelOptions:
     new_head: bool | None = None
 
     def __post_init__(self) -> None:
-        rate, scale = self.drop_path_rate, self.layer_scale_init_value
-        has_head = self.include_top is not False
+        rate, scale, classes = self.drop_path_rate, self.layer_scale_init_value, self.classes
+        is_rate = isinstance(rate, numbers.Real) and 0 <= rate < 1
+        is_scale = scale is None or (isinstance(scale, numbers.Real) and scale >= 0)
+        is_width = self.include_top is False or classes is None or is_positive_integer(classes)
         rules = {
             "pooling": (self.pooling in (None, "avg", "max"), "None, 'avg' or 'max'"),
-            "classes": (
-                self.classes is None or not has_head or _is_count(self.classes),
-                "a whole number from 1 up",
-            ),
-            "drop_path_rate": (
-                _is_number(rate) and 0 <= rate < 1,
-                "in [0, 1), the share of samples whose last block is dropped",
-            ),
-            "layer_scale_init_value": (
-                scale is None or (_is_number(scale) and scale >= 0),
-                "above 0, or 0 for no LayerScale",
-            ),
+            "classes": (is_width, "a whole number from 1 up"),
+            "drop_path_rate": (is_rate, "in [0, 1), the share of samples whose last block is dropped"),
+            "layer_scale_init_value": (is_scale, "above 0, or 0 for no LayerScale"),
             "output_stride": (self.output_stride in (8, 16, 32), "8, 16 or 32"),
         }
         for name, (is_right, expected) in rules.items():
@@ -133,20 +128,11 @@ def _check_input_shape(shape: Any) -> None:
     wanted = "(height, width, channels), each side None or 32 and more, at least one channel"
     is_triple = isinstance(shape, Sequence) and len(shape) == 3
     reason = ""
-    if not is_triple or any(side is not None and not _is_count(side) for side in shape[:2]):
+    if not is_triple or any(side is not None and not is_positive_integer(side) for side in shape[:2]):
         reason = f"input_shape must be {wanted}"
-    elif not _is_count(shape[2]):
+    elif not is_positive_integer(shape[2]):
         reason = f"The number of channels must be a whole number from 1 up, in input_shape {wanted}"
     elif any(side is not None and side < 32 for side in shape[:2]):
-        reason = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
+        reason = TOO_SMALL
     if reason:
         raise ValueError(f"{reason}. Received: input_shape={shape}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.floating))
-
-
-def _is_count(value: object) -> bool:
-    """Whether a value is a whole number from 1 up, of Python or NumPy; True and False are not."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)

@@ -1,8 +1,4 @@
-"""The public constructors, one for each architecture, and `load`.
-
-From a call to a model: check the arguments, find the weight file, lay out the layers without allocating
-anything, read the file, give every weight its value.
-"""
+"""The public constructors, one for each architecture, and `load`: arguments, weight file, layers, values."""
 
 import dataclasses
 import functools
@@ -36,11 +32,7 @@ class _Layers(list):
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
 class ConvNeXt(keras.Model):
-    """A functional Keras model that also knows its feature pyramid.
-
-    Made by the constructors (`ConvNeXtTiny(...)`) and `load`; everything that holds for a functional
-    `keras.Model` holds for it.
-    """
+    """A functional Keras model, made by the constructors and `load`, that also knows its feature pyramid."""
 
     @property
     def layers(self) -> list:
@@ -61,16 +53,13 @@ class ConvNeXt(keras.Model):
             (1, 2, 2, 320)
         """
         layers = places(self)[0]
-        norms = {f"P{stage + 2}": f"norm{stage}" for stage in range(4)}
         if "norm0" in layers:
-            return {level: layers[name].output for level, name in norms.items()}
+            return {f"P{stage + 2}": layers[f"norm{stage}"].output for stage in range(4)}
         last = {}
         for name, layer in layers.items():
             kind, *numbers = name.split("_")
-            if kind == "stages":
-                last[f"P{int(numbers[0]) + 2}"] = layer.output
-            elif kind == "blocks":
-                last["P4"] = layer.output
+            if kind in ("stages", "blocks"):
+                last["P4" if kind == "blocks" else f"P{int(numbers[0]) + 2}"] = layer.output
         return last
 
     def get_layer(self, name=None, index=None):
@@ -125,11 +114,8 @@ def load(
 
     All other arguments are those of the constructors, for example `keras_convnext.ConvNeXtTiny`.
 
-    Returns:
-        A `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities.
-
-    Raises:
-        ValueError: for an unknown name (near ones are listed) and as the constructors do.
+    Gives a `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities. ValueError for an
+    unknown name (near ones are listed) and as the constructors.
 
     Example:
         >>> model = load("test_convnext2", weights=None, classes=10, input_shape=(64, 64, 3))
@@ -137,15 +123,15 @@ def load(
         (None, 10)
     """
     options = ModelOptions.of(locals())
-    return build(resolve(architecture_or_tag, weights, _task(include_top)), options)
+    task = "features" if include_top is False else None
+    return build(resolve(architecture_or_tag, weights, task), options)
 
 
 def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
     """Lays out the layers of a model, then gives them the weights: what `load` does with a resolved name."""
     variant, options = source.variant, options.settled(source)
     if options.layer_scale_init_value is not None:
-        scale = options.layer_scale_init_value or None
-        variant = dataclasses.replace(variant, layer_scale_init_value=scale)
+        variant = dataclasses.replace(variant, layer_scale_init_value=options.layer_scale_init_value or None)
     new_head = source.starts_new_head(options.include_top, options.classes, options.new_head)
 
     def layout() -> ConvNeXt:
@@ -192,20 +178,15 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
             name=named("normalization"),
         )(x)
 
-    settings = {
-        "norm": variant.norm,
-        "epsilon": variant.epsilon,
-        "activation": variant.activation,
-        "rematerialize": options.rematerialize,
-    }
-    if variant.version == 1:
-        block = functools.partial(
-            convnext.ConvNeXtBlock,
-            layer_scale_init_value=variant.layer_scale_init_value,
-            **settings,
-        )
-    else:
-        block = functools.partial(convnext.ConvNeXtV2Block, **settings)
+    settings = {} if variant.version == 2 else {"layer_scale_init_value": variant.layer_scale_init_value}
+    block = functools.partial(
+        convnext.ConvNeXtV2Block if variant.version == 2 else convnext.ConvNeXtBlock,
+        norm=variant.norm,
+        epsilon=variant.epsilon,
+        activation=variant.activation,
+        rematerialize=options.rematerialize,
+        **settings,
+    )
     stages = convnext.body(
         x, variant, block, options.output_stride, options.drop_path_rate, options.seed, named
     )
@@ -216,7 +197,9 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
             for stage, x in enumerate(stages)
         }
     else:
-        dtype = _head_dtype()
+        # Sums over a map and softmax lose digits in 16 bits.
+        is_16_bit = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
+        dtype = "float32" if is_16_bit else None
         pooling = "avg" if options.include_top else options.pooling
         outputs = convnext.final_norm(stages[-1], variant, pooling, dtype, named)
         if options.include_top:
@@ -226,9 +209,9 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
     return ConvNeXt(inputs, outputs, name=options.name)
 
 
-_DOCSTRING = """{title}, as a Keras model.
+_DOCSTRING = """{constructor}, as a Keras model.
 
-{parameters:,} weights at 1000 classes; depths {depths}, dims {dims}.
+{variant.parameters:,} weights at 1000 classes; depths {variant.depths}, dims {variant.dims}.
 Arguments up to `name` are those of `keras.applications`, in its order and with its defaults.
 Reference: {reference}
 
@@ -236,10 +219,10 @@ Args:
     include_top: bool, whether to end in the classifier.
     include_preprocessing: bool, whether the model itself normalises its input. Then it takes pixels in 0..255
         (uint8 or float), and mean and standard deviation are those that the weights were trained with.
-    weights: None for random weights; "imagenet" for {imagenet}; a tag (`list_weights("{name}")`), long
-        or short; or the path of a file: .safetensors, .pth, .pt, .bin, .h5, .weights.h5 or .keras, of this
-        or any project whose layout `convert` knows. The normaliser is then the one that the file names or a
-        .keras model has, else that of "imagenet".
+    weights: None for random weights; "imagenet" for {imagenet}; a tag
+        (`list_weights("{variant.name}")`), long or short; or the path of a file: .safetensors, .pth, .pt,
+        .bin, .h5, .weights.h5 or .keras, of this or any project whose layout `convert` knows. The normaliser
+        is then the one that the file names or a .keras model has, else that of "imagenet".
     input_tensor: Keras tensor to use as the image, default a new `keras.Input`. To join two models on one
         image, give them names, or call them on it.
     input_shape: (height, width, channels), each side None or at least 32. Default: the weights' training size
@@ -264,14 +247,10 @@ Args:
     new_head: bool or None: True to start a new classifier on any weights, False never to; None as under
         `classes`.
 
-Returns:
-    A `keras.Model`, (N, H, W, C) pixels to (N, classes) probabilities; without the top, to features
-    (N, C) or (N, H / 32, W / 32, C), layer-normalised as in `keras.applications`. Its `pyramid_outputs` are
-    the stage maps.
-
-Raises:
-    ValueError: for arguments that do not fit each other or the weights; unknown tags come with near names.
-    FileNotFoundError: for a path that is not there.
+Gives a `keras.Model`, (N, H, W, C) pixels to (N, classes) probabilities; without the top, to features (N, C)
+or (N, H / 32, W / 32, C), layer-normalised as in `keras.applications`. `pyramid_outputs` are the stage maps.
+ValueError for arguments that do not fit each other or the weights; unknown tags come with near names.
+FileNotFoundError for a path that is not there.
 
 Example:
     >>> model = {constructor}(weights=None, input_shape=(64, 64, 3), classes=10)
@@ -304,7 +283,7 @@ def _constructor(constructor_name: str, architecture: str):
         new_head=None,
     ):
         options = ModelOptions.of(locals())
-        source = resolve(variant, weights, _task(include_top))
+        source = resolve(variant, weights, "features" if include_top is False else None)
         is_packaged = source.published is not None and source.published.packaged
         if is_packaged and classes == IMAGENET_CLASSES and new_head is None:
             options = dataclasses.replace(options, classes=None)  # 1000 is the default: those of the weights
@@ -312,17 +291,12 @@ def _constructor(constructor_name: str, architecture: str):
 
     imagenet = catalog.IMAGENET[architecture]
     constructor.__name__ = constructor.__qualname__ = constructor_name
+    papers = {1: "Liu et al. 2022, arXiv:2201.03545", 2: "Woo et al. 2023, arXiv:2301.00808"}
     constructor.__doc__ = _DOCSTRING.format(
-        title=constructor_name,
-        parameters=variant.parameters,
-        depths=variant.depths,
-        dims=variant.dims,
-        reference="Woo et al. 2023, arXiv:2301.00808"
-        if variant.version == 2
-        else "Liu et al. 2022, arXiv:2201.03545",
-        imagenet=f'the tag "{imagenet}"' if imagenet else "nothing: no ImageNet file was published",
-        name=architecture,
         constructor=constructor_name,
+        variant=variant,
+        reference=papers[variant.version],
+        imagenet=f'the tag "{imagenet}"' if imagenet else "nothing: no ImageNet file was published",
     )
     return constructor
 
@@ -363,18 +337,8 @@ TestConvNeXt2 = _constructor("TestConvNeXt2", "test_convnext2")
 TestConvNeXt3 = _constructor("TestConvNeXt3", "test_convnext3")
 
 
-def _task(include_top: bool | None) -> str | None:
-    return "features" if include_top is False else None
-
-
 def for_channels(values, channels):
     """Mean or standard deviation for any number of channels: the average for one, else R, G, B in turn."""
     if channels == 1:
         return [sum(values) / 3]
     return [values[channel % 3] for channel in range(channels)]
-
-
-def _head_dtype():
-    """float32 under 16-bit policies, where sums over a map and softmax lose digits; else the policy."""
-    compute_dtype = keras.config.dtype_policy().compute_dtype
-    return "float32" if compute_dtype in ("float16", "bfloat16") else None

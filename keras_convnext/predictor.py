@@ -1,7 +1,4 @@
-"""`open_predictor`: a model by name or by file, with the preprocessing of its images and its classes.
-
-The door of `predict`, `evaluate`, the evaluations by features, and `export`.
-"""
+"""`open_predictor`: a model by name or by file, with the preprocessing of its images and its classes."""
 
 import dataclasses
 import os
@@ -44,10 +41,7 @@ class Predictor:
         return self.outputs(batch)
 
     def outputs(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 images (N, height, width, 3), prepared, to the model's outputs, float32 (N, classes).
-
-        Raises a ValueError where they are not finite.
-        """
+        """uint8 images (N, height, width, 3), prepared, to such outputs; ValueError where not finite."""
         outputs = np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), "float32")
         return finite(outputs, str(self.file or self.model.name))
 
@@ -63,9 +57,8 @@ def open_predictor(
     """Builds the model that a tag, an architecture or a file means.
 
     A tag decides how images are prepared; without one a file that says it (`save_weights`, the files of
-    training), else the tag of the architecture's ImageNet weights. A weight file says which architecture it
-    holds; a `.keras` file brings a whole model, and for its images the defaults of `Preprocessing` hold when
-    it does not say more and no name is given, as for a Keras model.
+    training), else the tag of the architecture's ImageNet weights. For a `.keras` file that does not say it,
+    without a name, and for a Keras model, the defaults of `Preprocessing` hold.
 
     Args:
         name: tag or architecture, the path of a weight file, what `resolve` returned of these, or a Keras
@@ -77,8 +70,7 @@ def open_predictor(
         classifier_activation: "softmax", or None for logits; a model and a `.keras` file keep their own.
         task: "classification"; or "features" for the model in front of its classifier, if it has one.
 
-    Raises a ValueError where the name is unknown, has no classifier, or the file does not fit, and a
-    FileNotFoundError where there is no such file.
+    ValueError: the name is unknown, has no classifier, or the file does not fit.
     """
     if name is not None and not isinstance(name, str | os.PathLike | ResolvedWeights):
         if weights is not None:
@@ -104,10 +96,9 @@ def predictor_of(
     file: pathlib.Path | None = None,
     task: str = "classification",
 ) -> Predictor:
-    """Takes a whole model of pixels in 0..255, with the input size and the outputs that it has.
+    """Takes a whole model of pixels in 0..255, which errors call `name`, as it is.
 
-    `name` is what errors call it; `image_size` counts where the model leaves it free, and must else be its
-    own. The preprocessing is by default that of `Preprocessing`.
+    `image_size` counts where the model leaves it free, and must else be its own.
     """
     if task == "features":
         model = without_classifier(model)

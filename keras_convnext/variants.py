@@ -16,39 +16,25 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One architecture, as plain values.
+    """One architecture, as plain values."""
 
-    Attributes:
-        name: str, timm's name; the official name for the isotropic models.
-        version: 1 or 2, the paper whose block is used.
-        depths: number of blocks of each stage; one number for the isotropic models.
-        dims: channels of each stage.
-        parameters: number of weights at 1000 classes and 3 input channels.
-        stem: "patch" (4x4, stride 4), "overlap", "overlap_tiered" or "overlap_act" (two 3x3, stride 2),
-            or "isotropic" (16x16, stride 16, no norm).
-        kernel_sizes: side of the depthwise kernel in each stage.
-        norm: "layer_norm", "rms_norm" or "simple_norm".
-        epsilon: of every norm.
-        activation: "gelu" (exact), "gelu_tanh" or "silu".
-        layer_scale_init_value: start of LayerScale, or None where there is none.
-        head: "norm_last" (pool, norm, classifier), "norm_first" (norm, pool, classifier) or "mlp"
-            (pool, norm, a hidden layer with GELU, classifier).
-        pointwise_as_conv: whether timm stores the pointwise kernels as 1x1 convolutions.
-    """
-
-    name: str
-    version: int
-    depths: tuple[int, ...]
-    dims: tuple[int, ...]
-    parameters: int
+    name: str  # timm's name; the official name for the isotropic models
+    version: int  # 1 or 2, the paper whose block is used
+    depths: tuple[int, ...]  # number of blocks of each stage; one number for the isotropic models
+    dims: tuple[int, ...]  # channels of each stage
+    parameters: int  # number of weights at 1000 classes and 3 input channels
+    # "patch" (4x4, stride 4), "overlap", "overlap_tiered" or "overlap_act" (two 3x3, stride 2), or "isotropic"
+    # (16x16, stride 16, no norm).
     stem: str = "patch"
-    kernel_sizes: tuple[int, ...] = (7, 7, 7, 7)
-    norm: str = "layer_norm"
-    epsilon: float = 1e-6
-    activation: str = "gelu"
-    layer_scale_init_value: float | None = 1e-6
+    kernel_sizes: tuple[int, ...] = (7, 7, 7, 7)  # side of the depthwise kernel in each stage
+    norm: str = "layer_norm"  # or "rms_norm", "simple_norm"
+    epsilon: float = 1e-6  # of every norm
+    activation: str = "gelu"  # the exact one; or "gelu_tanh", "silu"
+    layer_scale_init_value: float | None = 1e-6  # start of LayerScale, or None where there is none
+    # "norm_last" (pool, norm, classifier), "norm_first" (norm, pool, classifier) or "mlp" (pool, norm, a
+    # hidden layer with GELU, classifier).
     head: str = "norm_last"
-    pointwise_as_conv: bool = False
+    pointwise_as_conv: bool = False  # whether timm stores the pointwise kernels as 1x1 convolutions
 
     @property
     def isotropic(self) -> bool:

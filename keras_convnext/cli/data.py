@@ -2,17 +2,11 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 
 from keras_convnext._messages import size_text
 from keras_convnext._terminal import say
-from keras_convnext.cli.shared import (
-    import_quietly,
-    option,
-    positive,
-    print_facts,
-    print_json,
-    shared_options,
-)
+from keras_convnext.cli import shared
 
 PREPARE_EXAMPLES = """examples:
   keras-convnext prepare imagenet/ prepared/
@@ -23,21 +17,20 @@ Writes shuffled TFRecord files of about 150 MB, with the encoded images as they 
 command resumes after an interruption and repairs damaged files."""
 
 
-def prepare_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "source", "SOURCE", "what evaluate takes as --data")
-    option(parser, "output", "OUTPUT", "folder to write to")
-    option(parser, "--split", "NAME", "default all")
-    option(parser, "--labels", "FILE", "'file,label' lines for a folder without classes")
-    option(parser, "--shards", "N", "files of a split, default by size", type=positive)
-    option(parser, "--workers", "N", "threads, default one a processor", type=positive)
-    option(parser, "--seed", "N", "of the order, default 0", type=int, default=0)
-    option(parser, "--verify", None, "read all back and compare")
-    shared_options(parser, "--json")
+def prepare_options(option: Callable) -> None:
+    option("source", "SOURCE", "what evaluate takes as --data")
+    option("output", "OUTPUT", "folder to write to")
+    option("--split", "NAME", "default all")
+    option("--labels", "FILE", "'file,label' lines for a folder without classes")
+    option("--shards", "N", "files of a split, default by size", type=shared.positive)
+    option("--workers", "N", "threads, default one a processor", type=shared.positive)
+    option("--seed", "N", "of the order, default 0", type=int, default=0)
+    option("--verify", None, "read all back and compare")
+    option("--json")
 
 
 def prepare_command(options: argparse.Namespace) -> int:
-    """Copies a data set into shards, and says how many."""
-    import_quietly("tensorflow")
+    shared.import_quietly("tensorflow")
     from keras_convnext.data import prepare
 
     summary = prepare.prepare(
@@ -53,7 +46,7 @@ def prepare_command(options: argparse.Namespace) -> int:
     if damaged:
         raise OSError(f"Damaged in {options.output}: {', '.join(damaged)}. Run the same command again.")
     if options.json:
-        print_json(dataclasses.asdict(summary) | {"verified": options.verify})
+        shared.print_json(dataclasses.asdict(summary) | {"verified": options.verify})
         return 0
     images = summary.images.items()
     facts = {
@@ -62,7 +55,7 @@ def prepare_command(options: argparse.Namespace) -> int:
         "kept": f"shards: {summary.num_kept:,}" if summary.num_kept else None,
         "verified": "every file has the SHA-256 of the manifest" if options.verify else None,
     }
-    print_facts(summary.output, facts.items())
+    shared.print_facts(summary.output, facts.items())
     return 0
 
 
@@ -71,23 +64,17 @@ LOOK_EXAMPLES = """examples:
   keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3"""
 
 
-def look_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "data", "DATA", "what evaluate takes as --data")
-    option(parser, "output", "OUTPUT", "the PNG to write")
-    option(parser, "--split", "NAME", "train, validation; needed where there are several")
-    option(
-        parser,
-        "--policy",
-        "NAME",
-        "RandAugment, AutoAugment or TrivialAugment, default %(default)s",
-        default="rand-m9-mstd0.5-inc1",
-    )
-    option(parser, "--seed", "N", "of the batch, default 0", type=int, default=0)
+def look_options(option: Callable) -> None:
+    option("data", "DATA", "what evaluate takes as --data")
+    option("output", "OUTPUT", "the PNG to write")
+    option("--split", "NAME", "train, validation; needed where there are several")
+    known = "RandAugment, AutoAugment or TrivialAugment, default %(default)s"
+    option("--policy", "NAME", known, default="rand-m9-mstd0.5-inc1")
+    option("--seed", "N", "of the batch, default 0", type=int, default=0)
 
 
 def look_command(options: argparse.Namespace) -> int:
-    """Draws what the training pipeline does to images of a data set."""
-    import_quietly("tensorflow")
+    shared.import_quietly("tensorflow")
     from keras_convnext.data import contact_sheet, index, sources
     from keras_convnext.data.train_transform import Augmentation
 

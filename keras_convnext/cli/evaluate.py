@@ -1,20 +1,9 @@
 """`evaluate`, `knn` and `probe` score a model on a data set."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from keras_convnext.cli.shared import (
-    import_quietly,
-    licence_text,
-    not_negative,
-    option,
-    positive,
-    print_facts,
-    print_faults,
-    print_json,
-    recipe_overrides,
-    shared_options,
-)
+from keras_convnext.cli import shared
 from keras_convnext.weights import catalog
 
 EVALUATE_EXAMPLES = """examples:
@@ -30,39 +19,28 @@ depends on is added to results.csv. --output gets predictions, confusions and ac
 files, and a picture of the worst classes."""
 
 
-def evaluate_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "model", "MODEL", "tag, architecture, weight file, .keras file or exported file")
-    option(parser, "--data", "PATH", "folder or file with the images", required=True)
-    option(parser, "--weights", "FILE", "weight file in place of the tag's own")
-    option(parser, "--split", "NAME", "default validation, where there are splits")
-    option(parser, "--labels", "FILE", "'file,label' lines for a folder without classes")
-    option(
-        parser,
-        "--real",
-        "FILE",
-        "ReaL accuracy too, from real.json unless the data has these labels",
-        nargs="?",
-        const=True,
-    )
-    option(parser, "--batch-size", "N", "images, default 64", type=positive)
-    option(parser, "--limit", "N", "that many images only, spread evenly over the data", type=positive)
-    option(
-        parser,
-        "--max-faults",
-        "SHARE",
-        "damaged images allowed, default 0.01",
-        type=not_negative,
-        default=0.01,
-    )
-    option(parser, "--output", "DIR", "folder for CSV files and a picture")
-    option(parser, "--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
-    option(parser, "--no-results", None, "add no row")
-    shared_options(parser, "--image-size", "--json")
+def evaluate_options(option: Callable) -> None:
+    option("model", "MODEL", "tag, architecture, weight file, .keras file or exported file")
+    option("--data", "PATH", "folder or file with the images", required=True)
+    option("--weights", "FILE", "weight file in place of the tag's own")
+    option("--split", "NAME", "default validation, where there are splits")
+    option("--labels", "FILE", "'file,label' lines for a folder without classes")
+    real = "ReaL accuracy too, from real.json unless the data has these labels"
+    option("--real", "FILE", real, nargs="?", const=True)
+    option("--batch-size", "N", "images, default 64", type=shared.positive)
+    option("--limit", "N", "that many images only, spread evenly over the data", type=shared.positive)
+    allowed = "damaged images allowed, default 0.01"
+    option("--max-faults", "SHARE", allowed, type=shared.not_negative, default=0.01)
+    option("--output", "DIR", "folder for CSV files and a picture")
+    option("--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
+    option("--no-results", None, "add no row")
+    option("--image-size")
+    option("--json")
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
     """Prints the accuracy of a classifier; images that cannot be decoded are reported and left out."""
-    import_quietly("keras_convnext.evaluation.classification", "tensorflow")
+    shared.import_quietly("keras_convnext.evaluation.classification", "tensorflow")
     from keras_convnext.data.sources import open_source
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.evaluation.results import result_row
@@ -85,14 +63,14 @@ def evaluate_command(options: argparse.Namespace) -> int:
         output=options.output,
         max_faults=options.max_faults,
     )
-    print_faults(list(result.faults.values()))
+    shared.print_faults(list(result.faults.values()))
     row = result_row(result)
     if options.json:
         numbers = {name: getattr(result, name) for name in ("top1", "top5", "seconds", "images_per_second")}
         numbers |= {"n": len(result.numbers), "skipped": result.num_skipped, "real": result.real_accuracy}
-        print_json(row | numbers | {"faults": result.faults})
+        shared.print_json(row | numbers | {"faults": result.faults})
     else:
-        print_facts(f"{row['model']} on {row['data']}", _score_facts(row, options))
+        shared.print_facts(f"{row['model']} on {row['data']}", _score_facts(row, options))
     return 1 if result.num_skipped else 0
 
 
@@ -106,7 +84,7 @@ def _score_facts(row: dict[str, str], options: argparse.Namespace) -> Iterable[t
         "outputs": row["outputs"],
         "prepared": f"{row['resize_mode']}, {row['interpolation']}, {resize}, {row['image_size']} pixels",
         "speed": f"{float(row['images_per_second']):,.1f} images/s, {float(row['seconds']):,.1f} s in all",
-        "licence": licence_text(row["licence"]),
+        "licence": shared.licence_text(row["licence"]),
         "row added to": None if options.no_results else options.results,
         "files in": options.output,
     }.items()
@@ -137,30 +115,27 @@ SGD on features that are computed once, without augmentation. The learning rate 
 training images, never on those that the score is of."""
 
 
-def knn_options(parser: argparse.ArgumentParser, recipe: str = "knn") -> None:
-    option(
-        parser, "recipe", "RECIPE", f"TOML file, default the published {recipe}", nargs="?", default=recipe
-    )
-    option(parser, "--model", "MODEL", "tag or weight file, in place of the recipe's")
-    option(parser, "--cache", "DIR", "folder that keeps the features for next time")
-    shared_options(parser, "--data", "--set", "--quiet", "--json")
+def knn_options(option: Callable, recipe: str = "knn") -> None:
+    option("recipe", "RECIPE", f"TOML file, default the published {recipe}", nargs="?", default=recipe)
+    option("--model", "MODEL", "tag or weight file, in place of the recipe's")
+    option("--cache", "DIR", "folder that keeps the features for next time")
+    for name in ("--data", "--set", "--quiet", "--json"):
+        option(name)
 
 
-def probe_options(parser: argparse.ArgumentParser) -> None:
-    knn_options(parser, "linear_probe")
+def probe_options(option: Callable) -> None:
+    knn_options(option, "linear_probe")
 
 
 def knn_command(options: argparse.Namespace) -> int:
-    """Prints how well the nearest neighbours in a model's features classify images."""
-    import_quietly("keras_convnext.evaluation.features", "tensorflow")
+    shared.import_quietly("keras_convnext.evaluation.features", "tensorflow")
     from keras_convnext.evaluation.nearest_neighbours import NearestNeighbours, nearest_neighbours
 
     return _evaluate_features(options, NearestNeighbours, nearest_neighbours)
 
 
 def probe_command(options: argparse.Namespace) -> int:
-    """Prints how well a linear classifier on a model's features classifies images."""
-    import_quietly("keras_convnext.evaluation.features", "tensorflow")
+    shared.import_quietly("keras_convnext.evaluation.features", "tensorflow")
     from keras_convnext.evaluation.linear_probe import LinearProbe, linear_probe
 
     return _evaluate_features(options, LinearProbe, linear_probe)
@@ -169,16 +144,16 @@ def probe_command(options: argparse.Namespace) -> int:
 def _evaluate_features(options: argparse.Namespace, settings_class, function) -> int:
     from keras_convnext.training.recipe_files import recipe_path
 
-    overrides = recipe_overrides(options.set, model=options.model, data=options.data)
+    overrides = shared.recipe_overrides(options.set, model=options.model, data=options.data)
     settings = settings_class.read(recipe_path(options.recipe), overrides)
     if not settings.data:
         raise ValueError("Expected images: pass --data PATH, a folder of class folders for example.")
     result = function(settings, cache=options.cache, progress=not options.quiet)
     if options.json:
-        print_json(result.report())
+        shared.print_json(result.report())
         return 1 if result.faults else 0
-    print_faults(list(result.faults.values()))
-    facts = {
+    shared.print_faults(list(result.faults.values()))
+    facts: dict[str, object] = {
         "top-1": f"{result.top1:.2f} %",
         "top-5": f"{result.top5:.2f} %",
         "chosen": f"{result.chosen:g}",
@@ -187,5 +162,6 @@ def _evaluate_features(options: argparse.Namespace, settings_class, function) ->
     }
     for score in result.scores:
         facts[f"  {score.setting:g}"] = f"{score.top1:6.2f} % top-1, {score.top5:6.2f} % top-5"
-    print_facts(f"{settings.model} on {settings.data}", (facts | {"advice": result.advice or None}).items())
+    facts["advice"] = result.advice or None
+    shared.print_facts(f"{settings.model} on {settings.data}", facts.items())
     return 1 if result.faults else 0

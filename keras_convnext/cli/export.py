@@ -4,21 +4,13 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
 
 from keras_convnext import _terminal
 from keras_convnext._files import prepare_folder
 from keras_convnext._messages import size_text, unknown
+from keras_convnext.cli import shared
 from keras_convnext.cli.predict import read_labels
-from keras_convnext.cli.shared import (
-    complain,
-    import_quietly,
-    not_negative,
-    option,
-    positive_batch_size,
-    print_json,
-    print_table,
-    shared_options,
-)
 from keras_convnext.data import class_names
 from keras_convnext.weights.resolve import is_path
 
@@ -34,49 +26,31 @@ Every file takes pixels in 0..255 in the order N, H, W, C, and is run and compar
 kept. --calibration is a folder of images or a data set; by default, crops of three photographs."""
 
 
-def export_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "model", "MODEL", "tag, architecture, weight file or .keras file")
-    option(parser, "output", "OUTPUT", "the file, or a folder for several")
-    option(
-        parser, "--format", "NAMES", "saved_model, litert, onnx, openvino, torch, or all; default by suffix"
-    )
-    option(
-        parser,
-        "--precision",
-        "NAMES",
-        "float32, float16, dynamic_int8, int8, or all; default %(default)s",
-        default="float32",
-    )
-    option(
-        parser,
-        "--batch-size",
-        "N",
-        "images in a call, or any; default 1 for LiteRT, any for the others",
-        type=positive_batch_size,
-        default="default",
-    )
-    option(parser, "--calibration", "PATH", "images for the check and for int8, default three photographs")
-    option(parser, "--logits", None, "leave out the softmax")
-    option(
-        parser,
-        "--tolerance",
-        "X",
-        "difference allowed, of the largest output; default by precision",
-        type=not_negative,
-    )
-    option(parser, "--no-check", None, "do not run what was written")
-    option(parser, "--report", "DIR", "folder for a table and a picture")
-    option(parser, "--force", None, "replace the file or SavedModel at OUTPUT")
-    shared_options(parser, "--image-size", "--labels", "--json")
+def export_options(option: Callable) -> None:
+    option("model", "MODEL", "tag, architecture, weight file or .keras file")
+    option("output", "OUTPUT", "the file, or a folder for several")
+    option("--format", "NAMES", "saved_model, litert, onnx, openvino, torch, or all; default by suffix")
+    precisions = "float32, float16, dynamic_int8, int8, or all; default %(default)s"
+    option("--precision", "NAMES", precisions, default="float32")
+    sizes = "images in a call, or any; default 1 for LiteRT, any for the others"
+    option("--batch-size", "N", sizes, type=shared.positive_batch_size, default="default")
+    option("--calibration", "PATH", "images for the check and for int8, default three photographs")
+    option("--logits", None, "leave out the softmax")
+    differences = "difference allowed, of the largest output; default by precision"
+    option("--tolerance", "X", differences, type=shared.not_negative)
+    option("--no-check", None, "do not run what was written")
+    option("--report", "DIR", "folder for a table and a picture")
+    option("--force", None, "replace the file or SavedModel at OUTPUT")
+    for name in ("--image-size", "--labels", "--json"):
+        option(name)
 
 
 def export_command(options: argparse.Namespace) -> int:
-    """Writes files for other runtimes, each checked against the model."""
     for name in ("report", "tolerance"):
         if getattr(options, name) is not None and options.no_check:
             raise ValueError(f"Expected one of --{name} and --no-check: it needs what the check measures.")
     labels = read_labels(options.labels, options.model)
-    import_quietly("keras_convnext.exporting.export")
+    shared.import_quietly("keras_convnext.exporting.export")
     from keras_convnext import _environment, predictor
     from keras_convnext.exporting import deploy, report
     from keras_convnext.exporting.export import FORMATS, export
@@ -111,18 +85,18 @@ def export_command(options: argparse.Namespace) -> int:
         )
         results.append(result)
     if options.json:
-        print_json([dataclasses.asdict(result) | {"path": str(result.path)} for result in results])
+        shared.print_json([dataclasses.asdict(result) | {"path": str(result.path)} for result in results])
     elif options.no_check:
         for result in results:
             print(f"{result.path}: {size_text(result.num_bytes)}, not checked")
     else:
-        print_table(report.COLUMNS, report.ALIGNMENTS, report.rows(results))
+        shared.print_table(report.COLUMNS, report.ALIGNMENTS, report.rows(results))
         print(report.measured_on(results))
     if options.report is not None:
         heading = f"{opened.model.name}, {_environment.cpu_name()}, {_environment.available_cores()} cores"
         folded = deploy.savings(opened.model, deploy.deploy(opened.model))
         paths = report.write_report(results, options.report, heading, folded)
-        complain(f"Written: {', '.join(map(str, paths))}")
+        shared.complain(f"Written: {', '.join(map(str, paths))}")
     return 0
 
 
@@ -161,15 +135,14 @@ it, or put it on a server of static files. npm fetches ONNX Runtime Web at the f
 --runtime what `npm pack` wrote on another machine."""
 
 
-def page_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "model", "MODEL", ".onnx file that export wrote")
-    option(parser, "output", "OUTPUT", "the .html file")
-    option(parser, "--runtime", "DIR", "onnxruntime-web as a folder or a .tgz file; default by npm, once")
-    option(parser, "--force", None, "replace the file at OUTPUT")
+def page_options(option: Callable) -> None:
+    option("model", "MODEL", ".onnx file that export wrote")
+    option("output", "OUTPUT", "the .html file")
+    option("--runtime", "DIR", "onnxruntime-web as a folder or a .tgz file; default by npm, once")
+    option("--force", None, "replace the file at OUTPUT")
 
 
 def page_command(options: argparse.Namespace) -> int:
-    """Writes a page that classifies pictures in the browser."""
     from keras_convnext.exporting import web_page
 
     page = web_page.write_page(options.model, options.output, options.runtime, replace=options.force)

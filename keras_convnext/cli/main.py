@@ -8,6 +8,7 @@ Keras and its backend are imported by the commands that need a model, so that th
 """
 
 import argparse
+import functools
 import importlib
 import io
 import os
@@ -16,10 +17,11 @@ from collections.abc import Iterable, Sequence
 
 from keras_convnext._environment import __version__
 from keras_convnext._terminal import drop_unwritten
-from keras_convnext.cli.shared import complain, error_message
+from keras_convnext.cli.shared import add_option, complain, error_message
 
-# command -> (module of this folder, summary). For `list` the module has `list_options`, which adds options to
-# a parser, `list_command`, which runs it and returns the exit code, and LIST_EXAMPLES, the end of the help.
+# command -> (module of this folder, summary). For `list` the module has `list_options`, which calls its
+# argument for each option (`shared.add_option`), `list_command`, which runs it and returns the exit code, and
+# LIST_EXAMPLES, the end of the help.
 COMMANDS = {
     "list": ("weights", "list the published weight files, or the architectures"),
     "info": ("weights", "describe an architecture, a published tag or a weight file"),
@@ -127,7 +129,7 @@ def _parser(chosen: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
         )
         if name in chosen:
             module = importlib.import_module(f"keras_convnext.cli.{module_name}")
-            getattr(module, f"{name}_options")(command)
+            getattr(module, f"{name}_options")(functools.partial(add_option, command))
             command.epilog = getattr(module, f"{name.upper()}_EXAMPLES")
             command.set_defaults(run=getattr(module, f"{name}_command"))
     return parser

@@ -14,15 +14,7 @@ import numpy as np
 
 from keras_convnext._files import read_text
 from keras_convnext._terminal import Progress
-from keras_convnext.cli.shared import (
-    DEFAULT_MODEL,
-    import_quietly,
-    note,
-    option,
-    positive,
-    print_json,
-    shared_options,
-)
+from keras_convnext.cli import shared
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.weights.resolve import is_path
 
@@ -38,13 +30,14 @@ brings its own image size; it must take pixels in 0..255. Without --labels the n
 classes are looked for next to the file: my_leaves.labels.txt."""
 
 
-def predict_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "images", "IMAGE_OR_FOLDER", "folders are searched for images", nargs="+")
-    option(parser, "--model", "TAG", f"tag or architecture, default {DEFAULT_MODEL} or what --weights holds")
-    option(parser, "--weights", "FILE", "weight file, or a .keras model, to use instead")
-    option(parser, "--top", "N", "classes an image, default 5", type=positive, default=5)
-    option(parser, "--batch-size", "N", "images, default 8", type=positive, default=8)
-    shared_options(parser, "--image-size", "--labels", "--json")
+def predict_options(option: Callable) -> None:
+    option("images", "IMAGE_OR_FOLDER", "folders are searched for images", nargs="+")
+    option("--model", "TAG", f"tag or architecture, default {shared.DEFAULT_MODEL} or what --weights holds")
+    option("--weights", "FILE", "weight file, or a .keras model, to use instead")
+    option("--top", "N", "classes an image, default 5", type=shared.positive, default=5)
+    option("--batch-size", "N", "images, default 8", type=shared.positive, default=8)
+    for name in ("--image-size", "--labels", "--json"):
+        option(name)
 
 
 def predict_command(options: argparse.Namespace) -> int:
@@ -55,16 +48,17 @@ def predict_command(options: argparse.Namespace) -> int:
         try:
             paths += preprocess.find_images(image)
         except preprocess.ImageError as error:
-            note(errors, error)
+            shared.note(errors, error)
     load = functools.cache(lambda: _load_classifier(options))
     results: list[dict] = []
     # On a terminal the results themselves are the progress.
     progress = Progress("predict", len(paths), is_wanted=options.json or not sys.stdout.isatty())
     with progress:
-        for files, images in _read_batches(paths, options.batch_size, errors, load):
+        images = _readable(paths, errors, load)
+        while batch := list(itertools.islice(images, options.batch_size)):
             classifier = load()
-            probabilities = classifier(np.stack(images))
-            for file, values in zip(files, probabilities, strict=True):
+            probabilities = classifier(np.stack([image for _, image in batch]))
+            for (file, _), values in zip(batch, probabilities, strict=True):
                 predictions = classifier.best(values, options.top)
                 results.append({"file": str(file), "predictions": predictions})
                 if not options.json:
@@ -75,13 +69,10 @@ def predict_command(options: argparse.Namespace) -> int:
             sys.stdout.flush()
             progress.show(len(results) + len(errors))
     if options.json and results:
-        print_json(results)
+        shared.print_json(results)
     if not errors:
         return 0
     return 1 if results else 2
-
-
-# From images to predictions.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,22 +111,20 @@ class Classifier:
 
 def _load_classifier(options: argparse.Namespace) -> Classifier:
     labels = read_labels(options.labels, options.weights or options.model)
-    import_quietly("keras_convnext.models")
+    shared.import_quietly("keras_convnext.models")
     import keras
 
     from keras_convnext import predictor
 
-    name = options.model or (DEFAULT_MODEL if options.weights is None else None)
+    name = options.model or (shared.DEFAULT_MODEL if options.weights is None else None)
     opened = predictor.open_predictor(name, options.weights, image_size=options.image_size)
     classes = opened.model.output_shape[-1]
-    names, synsets = labels, []
-    if labels and len(labels) != classes:
-        raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(labels)} names.")
+    names, synsets = labels or [f"class {index}" for index in range(classes)], []
+    if len(names) != classes:
+        raise ValueError(f"Expected a name for each of the {classes} classes. Received {len(names)} names.")
     if not labels and opened.class_list is not None:
         names = class_names.class_names(opened.class_list)
         synsets = class_names.synset_ids(opened.class_list)
-    elif not labels:
-        names = [f"class {index}" for index in range(classes)]
     activation = getattr(opened.model.layers[-1], "activation", None)
     return Classifier(opened, names, synsets, activation is keras.activations.linear)
 
@@ -149,26 +138,20 @@ def read_labels(path: str | None, name: str | None) -> list[str]:
     return class_names.from_lines(read_text(path))
 
 
-def _read_batches(
-    paths: list[pathlib.Path], batch_size: int, errors: list[str], load: Callable[[], Classifier]
-) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray]]]:
-    """Files and what the model takes, `batch_size` at a time, without those that cannot be read: noted.
+def _readable(
+    paths: list[pathlib.Path], errors: list[str], load: Callable[[], Classifier]
+) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    """Files and what the model takes of them, without those that cannot be read: noted.
 
     The model, which may be a large download, is loaded when one image could be read.
     """
-
-    def readable():
-        is_loaded = False
-        for path in paths:
-            try:
-                content, name = preprocess.read_file(path), str(path)
-                if not is_loaded:
-                    preprocess.decode_image(content, name, lambda image: np.empty(0))
-                    is_loaded = True
-                yield path, load().prepared(content, name)
-            except preprocess.ImageError as error:
-                note(errors, error)
-
-    images = readable()
-    while batch := list(itertools.islice(images, batch_size)):
-        yield [path for path, _ in batch], [image for _, image in batch]
+    is_loaded = False
+    for path in paths:
+        try:
+            content, name = preprocess.read_file(path), str(path)
+            if not is_loaded:
+                preprocess.decode_image(content, name, lambda image: np.empty(0))
+                is_loaded = True
+            yield path, load().prepared(content, name)
+        except preprocess.ImageError as error:
+            shared.note(errors, error)

@@ -38,12 +38,7 @@ def positive_batch_size(text: str) -> int | str | None:
     return {"any": None, "default": text}[text] if text in ("any", "default") else positive(text)
 
 
-def option(parser: argparse.ArgumentParser, name: str, metavar: str | None, text: str, **more: Any) -> None:
-    """Adds an option, or an argument where the name has no dashes; without a metavar it is a switch."""
-    settings = {"action": "store_true"} if metavar is None else {"metavar": metavar}
-    parser.add_argument(name, help=text, **settings | more)
-
-
+# Several commands have these: metavar, help and settings of `add_argument`.
 _SHARED_OPTIONS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--data": ("PATH", "images, in place of the recipe's", {}),
     "--image-size": ("N", "pixels, default the weights' own", {"type": positive}),
@@ -54,10 +49,17 @@ _SHARED_OPTIONS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 }
 
 
-def shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    for name in names:
+def add_option(
+    parser: argparse.ArgumentParser, name: str, metavar: str | None = None, text: str = "", **more: Any
+) -> None:
+    """Adds an option, or an argument where the name has no dashes; without a metavar it is a switch.
+
+    A name alone is that of an option which several commands share.
+    """
+    if not text:
         metavar, text, more = _SHARED_OPTIONS[name]
-        option(parser, name, metavar, text, **more)
+    settings = {"action": "store_true"} if metavar is None else {"metavar": metavar}
+    parser.add_argument(name, help=text, **settings | more)
 
 
 def recipe_overrides(settings: Sequence[str], **short: str | None) -> dict[str, str]:
@@ -99,10 +101,6 @@ def import_quietly(*modules: str) -> None:
         for module in modules:
             with contextlib.suppress(ImportError):  # said by what needs it
                 importlib.import_module(module)
-
-
-def joined(values) -> str:
-    return ", ".join(str(value) for value in values)
 
 
 def note(errors: list[str], error: Exception) -> None:

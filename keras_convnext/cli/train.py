@@ -4,18 +4,9 @@ import argparse
 import dataclasses
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from keras_convnext.cli.shared import (
-    complain,
-    import_quietly,
-    option,
-    positive,
-    print_facts,
-    print_json,
-    recipe_overrides,
-    shared_options,
-)
+from keras_convnext.cli import shared
 
 TRAIN_EXAMPLES = """examples:
   keras-convnext train smoke --out runs/smoke
@@ -33,19 +24,19 @@ DIR/final.safetensors photo.jpg` uses them. With other weights, a tag or a file,
 derived where it is not set, and printed. KERAS_BACKEND chooses tensorflow, jax or torch."""
 
 
-def train_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "recipe", "RECIPE", "TOML file, or a published name", nargs="?")
-    option(parser, "--out", "DIR", "folder of the run")
-    shared_options(parser, "--data", "--set", "--quiet")
-    option(parser, "--distribute", "ENGINE", "devices of a step; short for --set distribution.engine=ENGINE")
+def train_options(option: Callable) -> None:
+    option("recipe", "RECIPE", "TOML file, or a published name", nargs="?")
+    option("--out", "DIR", "folder of the run")
+    for name in ("--data", "--set", "--quiet"):
+        option(name)
+    option("--distribute", "ENGINE", "devices of a step; short for --set distribution.engine=ENGINE")
     # Classes of a run come from folders; this option is here to say how a label file becomes some.
-    parser.add_argument("--labels", help=argparse.SUPPRESS)
-    option(parser, "--workers", "N", "threads that make the batches", type=positive)
-    option(parser, "--list", None, "list the published recipes")
+    option("--labels", "FILE", argparse.SUPPRESS)
+    option("--workers", "N", "threads that make the batches", type=shared.positive)
+    option("--list", None, "list the published recipes")
 
 
 def train_command(options: argparse.Namespace) -> int:
-    """Trains a model by a recipe, or resumes an interrupted run."""
     from keras_convnext.training import derived, recipe_files
 
     if options.list:
@@ -59,13 +50,13 @@ def train_command(options: argparse.Namespace) -> int:
             f"keras-convnext prepare {shlex.quote(options.data or 'PHOTOS')} PREPARED --labels "
             f"{shlex.quote(options.labels)}, then train with --data PREPARED."
         )
-    overrides = recipe_overrides(options.set, data=options.data, engine=options.distribute)
+    overrides = shared.recipe_overrides(options.set, data=options.data, engine=options.distribute)
     # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # All mistakes that can be found before a backend is loaded, which takes seconds.
     _register_for(overrides)
     derived.choose_recipe(options.recipe, None, overrides, options.out)
-    import_quietly("keras_convnext.training.trainer", "tensorflow")
+    shared.import_quietly("keras_convnext.training.trainer", "tensorflow")
     from keras_convnext.training import failure, run_state, trainer
 
     try:
@@ -77,27 +68,28 @@ def train_command(options: argparse.Namespace) -> int:
             progress=not options.quiet,
         )
     except failure.Interrupted as stopped:
-        complain(str(stopped))
+        shared.complain(str(stopped))
         return 128 + stopped.signal_number
     except failure.NonFiniteError as error:
-        complain(f"error: {error}")
+        shared.complain(f"error: {error}")
         return 3
     if result.process:
         return 0
-    facts: list[tuple[str, object]] = [("steps", f"{result.steps:,}, {result.seconds:,.0f} s in this run")]
-    facts += [
-        (title, text.format(result.scores[name]))
-        for name, title, text in (
-            ("loss", "training loss", "{:.4f}"),
-            ("val_loss", "validation loss", "{:.4f}"),
-            ("val_top1", "top-1", "{:.2f} %"),
-            ("ema_val_top1", "top-1 of the EMA", "{:.2f} %"),
-        )
-        if name in result.scores
-    ]
+
+    def score(name: str, text: str) -> str | None:
+        return text.format(result.scores[name]) if name in result.scores else None
+
     weights = result.folder / "final.safetensors"
-    facts += [("curves", result.folder / run_state.CURVES_FILE), ("weights", weights)]
-    print_facts(f"{options.recipe}: {result.folder}", facts)
+    facts = {
+        "steps": f"{result.steps:,}, {result.seconds:,.0f} s in this run",
+        "training loss": score("loss", "{:.4f}"),
+        "validation loss": score("val_loss", "{:.4f}"),
+        "top-1": score("val_top1", "{:.2f} %"),
+        "top-1 of the EMA": score("ema_val_top1", "{:.2f} %"),
+        "curves": result.folder / run_state.CURVES_FILE,
+        "weights": weights,
+    }
+    shared.print_facts(f"{options.recipe}: {result.folder}", facts.items())
     print(f"keras-convnext predict PHOTO --weights {shlex.quote(str(weights))}")
     return 0
 
@@ -114,21 +106,21 @@ Time is a rough bound from the makers' peak figures, of which --fraction is take
 of these devices. KERAS_BACKEND chooses whose program is counted."""
 
 
-def plan_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "recipe", "RECIPE", "TOML file, or a published name")
-    shared_options(parser, "--data", "--set", "--json")
-    option(parser, "--devices", "DEVICES", "number and name, such as 64xh100; see below", required=True)
-    option(parser, "--engine", "ENGINE", "short for --set distribution.engine=ENGINE; default the recipe's")
-    option(parser, "--fraction", "X", "of the peak figures, default 0.4", type=float, default=0.4)
+def plan_options(option: Callable) -> None:
+    option("recipe", "RECIPE", "TOML file, or a published name")
+    for name in ("--data", "--set", "--json"):
+        option(name)
+    option("--devices", "DEVICES", "number and name, such as 64xh100; see below", required=True)
+    option("--engine", "ENGINE", "short for --set distribution.engine=ENGINE; default the recipe's")
+    option("--fraction", "X", "of the peak figures, default 0.4", type=float, default=0.4)
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    """Prints what a recipe takes on devices: memory, bytes between them, operations, time."""
     from keras_convnext.analysis import devices
     from keras_convnext.analysis.plan import describe, make_plan
     from keras_convnext.training.derived import choose_recipe
 
-    overrides = recipe_overrides(options.set, data=options.data, engine=options.engine)
+    overrides = shared.recipe_overrides(options.set, data=options.data, engine=options.engine)
     _register_for(overrides)
     recipe, derived = choose_recipe(options.recipe, None, overrides)
     plan = make_plan(recipe, options.devices, options.fraction)
@@ -141,14 +133,14 @@ def plan_command(options: argparse.Namespace) -> int:
         facts["memory"]["total"] = plan.memory.total
         for fact, exchange in zip(facts["exchanges"], plan.exchanges, strict=True):
             fact["wire_bytes"] = exchange.wire_bytes
-        print_json(facts | {"derived": derived})
+        shared.print_json(facts | {"derived": derived})
         return 0
     lines = [("derived", line) for line in derived] + describe(plan, options.fraction)
-    print_facts(f"{options.recipe} on {options.devices}", lines)
+    shared.print_facts(f"{options.recipe} on {options.devices}", lines)
     return 0
 
 
 def _register_for(overrides: Mapping[str, str]) -> None:
     """Loads the classes that a .keras file names, where one is to be opened."""
     if any(value.endswith(".keras") for value in overrides.values()):
-        import_quietly("keras_convnext.models")
+        shared.import_quietly("keras_convnext.models")

@@ -1,23 +1,15 @@
 """`list`, `info` and `convert` deal with published weights and weight files."""
 
 import argparse
+import collections
 import dataclasses
-import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from keras_convnext._files import check_target
 from keras_convnext._messages import listed, shortened, size_text
-from keras_convnext.cli.shared import (
-    import_quietly,
-    joined,
-    licence_text,
-    option,
-    print_facts,
-    print_json,
-    print_table,
-    shared_options,
-)
+from keras_convnext.architecture import layers_of
+from keras_convnext.cli import shared
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, layouts, locate, safetensors_files
@@ -31,19 +23,18 @@ LIST_EXAMPLES = """examples:
   keras-convnext list --architectures"""
 
 
-def list_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "architecture", "ARCHITECTURE", 'name, or a pattern such as "convnextv2_*"', nargs="?")
-    option(parser, "--classes", "N", "width of the classifier, 0 for none", type=int)
-    option(parser, "--image-size", "N", "side of the images in pixels", type=int)
-    option(parser, "--licence", "ID", "licence identifier, such as apache-2.0")
-    option(parser, "--commercial", None, "only licences that allow commercial use")
-    option(parser, "--downloadable", None, "only files with a known address")
-    option(parser, "--architectures", None, "the architectures of these files instead")
-    shared_options(parser, "--json")
+def list_options(option: Callable) -> None:
+    option("architecture", "ARCHITECTURE", 'name, or a pattern such as "convnextv2_*"', nargs="?")
+    option("--classes", "N", "width of the classifier, 0 for none", type=int)
+    option("--image-size", "N", "side of the images in pixels", type=int)
+    option("--licence", "ID", "licence identifier, such as apache-2.0")
+    option("--commercial", None, "only licences that allow commercial use")
+    option("--downloadable", None, "only files with a known address")
+    option("--architectures", None, "the architectures of these files instead")
+    option("--json")
 
 
 def list_command(options: argparse.Namespace) -> int:
-    """Prints the table of weight files, or of architectures, that meet the given conditions."""
     tags = catalog.list_weights(
         options.architecture,
         classes=options.classes,
@@ -54,35 +45,26 @@ def list_command(options: argparse.Namespace) -> int:
     )
     rows = [catalog.CHECKPOINTS[tag] for tag in tags]
     if options.architectures:
-        present = {row.architecture for row in rows}
-        variants = [variant for variant in VARIANTS.values() if variant.name in present]
-        if options.json:
-            print_json([_variant_facts(variant) for variant in variants])
-            return 0
-        print_table(
-            ("architecture", "paper", "depths", "dims", "parameters", "files"),
-            "<<<<>>",
-            [
-                (
-                    variant.name,
-                    _paper(variant),
-                    joined(variant.depths),
-                    joined(variant.dims),
-                    f"{variant.parameters:,}",
-                    sum(row.architecture == variant.name for row in rows),
-                )
-                for variant in variants
-            ],
-        )
-        _print_footer(f"{len(variants)} of {len(VARIANTS)} architectures", "NAME")
-        return 0
-    if options.json:
-        print_json([_checkpoint_facts(row) for row in rows])
-        return 0
-    print_table(
-        ("tag", "classes", "size @ crop", "top-1", "licence", "layout"),
-        "<><><<",
-        [
+        files = collections.Counter(row.architecture for row in rows)
+        variants = [variant for variant in VARIANTS.values() if variant.name in files]
+        facts = map(_variant_facts, variants)
+        titles, alignments = ("architecture", "paper", "depths", "dims", "parameters", "files"), "<<<<>>"
+        cells: list[tuple] = [
+            (
+                variant.name,
+                _paper(variant),
+                listed(variant.depths),
+                listed(variant.dims),
+                f"{variant.parameters:,}",
+                files[variant.name],
+            )
+            for variant in variants
+        ]
+        count, name = f"{len(variants)} of {len(VARIANTS)} architectures", "NAME"
+    else:
+        facts = map(_checkpoint_facts, rows)
+        titles, alignments = ("tag", "classes", "size @ crop", "top-1", "licence", "layout"), "<><><<"
+        cells = [
             (
                 row.tag,
                 row.classes or "-",
@@ -92,9 +74,13 @@ def list_command(options: argparse.Namespace) -> int:
                 row.layout,
             )
             for row in rows
-        ],
-    )
-    _print_footer(f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG")
+        ]
+        count, name = f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG"
+    if options.json:
+        shared.print_json([*facts])
+        return 0
+    shared.print_table(titles, alignments, cells)
+    print(f"\n{count}. `keras-convnext info {name}` says more.")
     return 0
 
 
@@ -104,13 +90,12 @@ INFO_EXAMPLES = """examples:
   keras-convnext info my_weights.safetensors --json"""
 
 
-def info_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "name", "NAME|FILE", "architecture, tag, or path of a weight file")
-    shared_options(parser, "--json")
+def info_options(option: Callable) -> None:
+    option("name", "NAME|FILE", "architecture, tag, or path of a weight file")
+    option("--json")
 
 
 def info_command(options: argparse.Namespace) -> int:
-    """Prints all that the tables say of an architecture or a tag, or what a weight file holds."""
     name = options.name
     found = meaning(name)
     if isinstance(found, Variant):
@@ -120,14 +105,14 @@ def info_command(options: argparse.Namespace) -> int:
         facts = {**_checkpoint_facts(found), "local_file": None if local is None else str(local)}
         lines = _checkpoint_lines(found, local)
     else:
-        import_quietly("keras_convnext.models")
+        shared.import_quietly("keras_convnext.models")
         source = resolve(name)
         facts = _file_facts(source)
         lines = _file_lines(facts, source)
     if options.json:
-        print_json(facts)
+        shared.print_json(facts)
         return 0
-    print_facts(name, lines)
+    shared.print_facts(name, lines)
     return 0
 
 
@@ -137,30 +122,20 @@ CONVERT_EXAMPLES = """examples:
   keras-convnext convert tiny.safetensors tiny.keras"""
 
 
-def convert_options(parser: argparse.ArgumentParser) -> None:
-    option(parser, "source", "SOURCE", "weight file, or a tag to download")
-    option(parser, "target", "TARGET", ".safetensors, .pth, .pt, .bin, .keras or .weights.h5")
-    option(
-        parser,
-        "--layout",
-        "NAME",
-        f"names and shapes to write: {', '.join(layouts.WRITABLE_LAYOUTS)}; default official",
-        default="official",
-    )
-    option(
-        parser,
-        "--architecture",
-        "NAME",
-        "refuse a source of another architecture; a tag also sets the normaliser of a .keras target",
-    )
-    option(parser, "--force", None, "replace an existing TARGET")
+def convert_options(option: Callable) -> None:
+    option("source", "SOURCE", "weight file, or a tag to download")
+    option("target", "TARGET", ".safetensors, .pth, .pt, .bin, .keras or .weights.h5")
+    known = f"names and shapes to write: {', '.join(layouts.WRITABLE_LAYOUTS)}; default official"
+    option("--layout", "NAME", known, default="official")
+    expected = "refuse a source of another architecture; a tag also sets the normaliser of a .keras target"
+    option("--architecture", "NAME", expected)
+    option("--force", None, "replace an existing TARGET")
 
 
 def convert_command(options: argparse.Namespace) -> int:
-    """Writes a weight file in the layout and format of another project."""
     target = pathlib.Path(options.target)
     check_target(target, options.force)
-    import_quietly("keras_convnext.models")
+    shared.import_quietly("keras_convnext.models")
     from keras_convnext.conversion import KERAS_TARGETS, convert
 
     named = options.architecture
@@ -190,9 +165,9 @@ def _variant_lines(variant: Variant) -> Iterable[tuple[str, object]]:
     facts = {
         "paper": _reference(variant),
         "parameters": f"{variant.parameters:,} at 1000 classes",
-        "depths": joined(variant.depths),
-        "dims": joined(variant.dims),
-        "kernel sizes": joined(variant.kernel_sizes),
+        "depths": listed(variant.depths),
+        "dims": listed(variant.dims),
+        "kernel sizes": listed(variant.kernel_sizes),
         "stem": variant.stem,
         "norm": f"{variant.norm}, epsilon {variant.epsilon:g}",
         "activation": variant.activation,
@@ -223,15 +198,15 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[t
     return {
         "architecture": f"{row.architecture}, {_reference(variant)}",
         "parameters": f"{_parameters(row):,}",
-        "depths": joined(variant.depths),
-        "dims": joined(variant.dims),
+        "depths": listed(variant.depths),
+        "dims": listed(variant.dims),
         "classes": projected if row.is_projection else row.classes or "none",
         "trained on": row.dataset,
-        "licence": licence_text(row.licence),
+        "licence": shared.licence_text(row.licence),
         "image size": f"{row.image_size}, crop {row.crop:.4g}",
         "resize": _resize_text(row.preprocessing),
-        "mean": f"{joined(row.mean)} of pixels in 0..1",
-        "std": joined(row.std),
+        "mean": f"{listed(row.mean)} of pixels in 0..1",
+        "std": listed(row.std),
         "larger test size": larger,
         "top-1": _score_text(row, row.top1, row.image_size),
         "top-5": _score_text(row, row.top5, row.image_size),
@@ -302,23 +277,18 @@ def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, obj
         "resize": None if source.stored is None else _resize_text(source.stored),
     }
     if model := facts["model"]:
-        lines["mean"] = (
-            "no normaliser" if model["mean"] is None else f"{joined(model['mean'])} of pixels in 0..1"
-        )
-        lines |= {"std": joined(model["std"] or ()) or None, "activation": model["activation"]}
-        lines["not in weights"] = (
-            listed(model["lost"]) or None
-        )  # so neither `load` nor `convert` takes the file
+        mean, std = (", ".join(map(str, model[name] or ())) for name in ("mean", "std"))
+        lines |= {
+            "mean": f"{mean} of pixels in 0..1" if mean else "no normaliser",
+            "std": std or None,
+            "activation": model["activation"],
+            "not in weights": listed(model["lost"]) or None,  # so neither `load` nor `convert` takes the file
+        }
     return [*lines.items(), *((f"metadata {key!r}", value) for key, value in facts["metadata"].items())]
 
 
-def _print_footer(count: str, name: str) -> None:
-    print(f"\n{count}. `keras-convnext info {name}` says more.")
-
-
 def _parameters(row: Checkpoint) -> int:
-    shapes = layouts.weight_shapes(VARIANTS[row.architecture], row.classes)
-    return sum(math.prod(shape) for shape in shapes.values())
+    return sum(layer.num_weights for layer in layers_of(VARIANTS[row.architecture], classes=row.classes))
 
 
 def _paper(variant: Variant) -> str:

@@ -24,12 +24,7 @@ def eval_image(
 
     Args:
         path_or_bytes: an image file, or the bytes of one.
-        image_size: size of the result in pixels, one side of a square or (height, width).
-        crop_fraction: part of the resized image that the crop keeps along each side, 0.01 to 1.
-        interpolation: "bicubic" or "bilinear".
-        crop_mode: "center" resizes the shorter side and crops; "squash" resizes both sides and crops (at
-            384 px the published weights are evaluated so, with crop_fraction 1).
-        resize_size: size in pixels that is resized to, in place of floor(image_size / crop_fraction).
+        image_size, crop_fraction, interpolation, crop_mode, resize_size: as in `Preprocessing`.
 
     Returns:
         NumPy uint8 (height, width, 3), RGB, 0 to 255.
@@ -45,12 +40,13 @@ def eval_image(
     from keras_convnext.data import preprocess
 
     preprocessing = Preprocessing(image_size, crop_fraction, interpolation, crop_mode, resize_size)
-    if is_installed("tensorflow"):
-        from keras_convnext.data import batches
-
-        return batches.eval_image(path_or_bytes, preprocessing)
     if isinstance(path_or_bytes, bytes):
         content, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
     else:
         content, name = preprocess.read_file(path_or_bytes), os.fspath(path_or_bytes)
-    return preprocess.decode_prepared(content, name, preprocessing)
+    pixels = None
+    if is_installed("tensorflow"):
+        from keras_convnext.data import jpeg
+
+        pixels = jpeg.eval_image(content, preprocessing)
+    return preprocess.decode_prepared(content, name, preprocessing) if pixels is None else pixels

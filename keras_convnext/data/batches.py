@@ -1,11 +1,9 @@
 """Batches of images from a source, for evaluation and for training, as `tf.data`.
 
-Examples are read at random from the byte ranges of an `index.Source`. What happens to the example at a place
-of the order is a function of the seed and of that place alone, whatever the number of threads or hosts and
-wherever the stream was entered.
+What happens to the example at a place of the order is a function of the seed and of that place alone,
+whatever the number of threads or hosts and wherever the stream was entered.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,17 +11,9 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from keras_convnext.data import jpeg, preprocess
-from keras_convnext.data.blocks import (
-    Rows,
-    checked,
-    finished,
-    leave_accelerators,
-    make_in_blocks,
-    on_cpu,
-    read_with_pillow,
-    reader,
-)
+from keras_convnext.data import blocks, jpeg, preprocess
+from keras_convnext.data.augment.transform import TrainTransform
+from keras_convnext.data.blocks import Rows
 from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import (
@@ -33,7 +23,7 @@ from keras_convnext.data.preprocessing import (
     is_positive_integer,
 )
 from keras_convnext.data.stream import Draws, Order, Part
-from keras_convnext.data.train_transform import Augment, Augmentation, Mix, RandomCrop
+from keras_convnext.data.train_transform import Augmentation
 
 _PADDING = -1  # in place of an example's number
 _NEIGHBOURS = 8  # tried in place of an image that cannot be decoded
@@ -54,17 +44,15 @@ def eval_batches(
 ) -> Any:
     """Make batches for evaluation, each example exactly once.
 
-    The pixels are those of `preprocess.preprocess_image`, that is, of Pillow with timm's or torchvision's
-    transform. The examples are divided into `num_hosts` runs of neighbours, of equal numbers of batches, so
-    that a host reads its own part of the files; the last batches are filled up with padding.
+    The pixels are those of `preprocess.preprocess_image`. The examples are divided into `num_hosts` runs of
+    neighbours, of equal numbers of batches, so that a host reads its own part of the files; the last batches
+    are filled up with padding.
 
     Args:
         source: what `sources.open_source` returns.
-        preprocessing: as in `preprocess.preprocess_image`; the row of a published file in `weights.catalog`
-            has that it was scored with.
+        preprocessing: how images are prepared.
         batch_size: examples in a batch of this host.
-        host: number of this host, from 0 on.
-        num_hosts: hosts among which the examples are divided.
+        host, num_hosts: number of this host, from 0 on, and of all.
         faults: collects images that cannot be decoded; the default is a new collection.
         workers: images in work at a time, the default is the number of CPU cores.
 
@@ -76,16 +64,14 @@ def eval_batches(
         (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
 
     Raises:
-        ValueError: an argument is outside its range or a name is unknown; the message gives the value
-            received and the ones allowed.
+        ValueError: an argument is outside its range; the message gives the value received.
     """
-    transform = EvalTransform(preprocessing)
     size = preprocessing.size
     _check_count("batch_size", batch_size)
     _check_host(host, num_hosts)
-    leave_accelerators()
+    blocks.leave_accelerators()
     faults = Faults(source) if faults is None else faults
-    read, labels = reader(source), on_cpu(source.labels)
+    read, labels = blocks.reader(source), blocks.on_cpu(source.labels)
     share = -(-len(source) // num_hosts)
     if batch_size > max(share, _MOST_PADDED):
         raise ValueError(
@@ -98,18 +84,21 @@ def eval_batches(
         places += begin
         return {"number": tf.where(places < end, places, _PADDING), "place": places}
 
+    def prepared(image: Image.Image) -> np.ndarray:
+        return preprocess.prepared(image, preprocessing)
+
     def with_tensorflow(rows: Rows) -> Rows:
-        pixels = transform.with_tensorflow(read(rows["number"][0]))
+        pixels = jpeg.center_crop(read(rows["number"][0]), preprocessing)
         return {"images": pixels[None], "mask": tf.constant([True])}
 
     def with_pillow(rows: Rows) -> Rows:
-        pixels, _, is_decoded = read_with_pillow(source, rows["number"][0], faults, transform.with_pillow)
+        pixels, _, is_decoded = blocks.read_with_pillow(source, rows["number"][0], faults, prepared)
         pixels = tf.cond(is_decoded, lambda: pixels, lambda: tf.zeros((*size, 3), tf.uint8))
         return {"images": tf.ensure_shape(pixels, (*size, 3))[None], "mask": is_decoded[None]}
 
     def named(batch: Rows) -> Rows:
         is_faulty = ~batch["mask"] & (batch["number"] >= 0)
-        numbers = checked(batch["number"], tf.reduce_any(is_faulty), faults)
+        numbers = blocks.checked(batch["number"], tf.reduce_any(is_faulty), faults)
         return {
             "images": batch["images"],
             "labels": tf.gather(labels, tf.maximum(numbers, 0)),
@@ -117,40 +106,10 @@ def eval_batches(
             "mask": batch["mask"],
         }
 
-    fast = with_tensorflow if transform.is_covered else with_pillow
-    batches = make_in_blocks(-(-share // batch_size), batch_size, 1, plan, fast, with_pillow, workers)
-    return finished(batches.map(named), workers, faults)
-
-
-def eval_image(path_or_bytes: str | os.PathLike[str] | bytes, preprocessing: Preprocessing) -> np.ndarray:
-    """Prepare one image, a file or the bytes of one: what `keras_convnext.data.eval_image` does."""
-    transform = EvalTransform(preprocessing)
-    if isinstance(path_or_bytes, bytes):
-        content, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
-    else:
-        content, name = preprocess.read_file(path_or_bytes), os.fspath(path_or_bytes)
-    if transform.is_covered:
-        try:
-            return transform.with_tensorflow(tf.constant(content)).numpy()
-        except tf.errors.InvalidArgumentError:
-            pass  # not an image that TensorFlow reads as Pillow does
-    return preprocess.decode_image(content, name, transform.with_pillow)
-
-
-class EvalTransform:
-    """The evaluation transform twice: as graph ops from encoded bytes, and with Pillow from pixels."""
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self._preprocessing = preprocessing
-        sides = zip(preprocessing.scale_size, preprocessing.size, strict=True)
-        # A resized image that is smaller than the crop is padded, which only Pillow's path does.
-        self.is_covered = all(resized >= side for resized, side in sides)
-
-    def with_tensorflow(self, content: Any) -> Any:
-        return jpeg.center_crop(content, self._preprocessing)
-
-    def with_pillow(self, image: Image.Image) -> np.ndarray:
-        return preprocess.prepared(image, self._preprocessing)
+    fast = with_tensorflow if jpeg.covers(preprocessing) else with_pillow
+    num_batches = -(-share // batch_size)
+    batches = blocks.make_in_blocks(num_batches, batch_size, 1, plan, fast, with_pillow, workers)
+    return blocks.finished(batches.map(named), workers, faults)
 
 
 def train_batches(
@@ -194,35 +153,44 @@ def train_batches(
         seed: of order and augmentation, an integer from 0 up.
         part: where the stream is entered and how it is shared among hosts; default all of it, from its start.
         dtype: "float32", or "uint8" to round and clip, for a quarter of the memory.
-        faults: collects images that cannot be decoded; the default is a new collection.
-        workers: blocks of images in work at a time; the default is the number of CPU cores.
+        faults, workers: as for `eval_batches`.
 
     Returns:
         `tf.data.Dataset` without end of (images, targets): `dtype` (n, height, width, 3), RGB, 0 to 255
         (noise in float32 goes beyond), and float32 (n, num_classes), each row with the sum 1; n is
-        batch_size / part.num_hosts. A loop over it raises `DataError` when `faults.check` does; what is
-        made of it (`take`, `fit` on TensorFlow) a `tf.errors.OpError` with its text.
+        batch_size / part.num_hosts. Errors of a loop over it are as for `eval_batches`.
 
     Raises:
         ValueError: an argument is outside its range or a name is unknown; the message gives the value
             received and the ones allowed.
     """
-    size = Preprocessing(image_size).size
+    classes = len(source.classes)
+    num_classes = classes if num_classes is None else num_classes
+    if num_classes < classes:
+        raise ValueError(
+            f"Expected num_classes of at least {classes}, the classes of '{source.path}', received "
+            f"{num_classes!r}."
+        )
     order = _order(source, batch_size, part, seed, augmentation.repeats)
-    crop = RandomCrop(size, augmentation)
-    augment = Augment(size, augmentation, *normaliser, dtype, seed)
-    mix = Mix(size, _num_targets(source, num_classes), batch_size, mix_group, augmentation, seed)
-    _check_pairs(mix.unit, order.rows_a_batch, batch_size, part.num_hosts)
-    leave_accelerators()
+    size = Preprocessing(image_size).size
+    transform = TrainTransform(
+        augmentation, size, num_classes, batch_size, mix_group, normaliser, dtype, seed
+    )
+    if order.rows_a_batch % transform.unit:
+        raise ValueError(
+            f"Expected an even number of images on each host, which are mixed in pairs, received "
+            f"{order.rows_a_batch} of {batch_size} on each of {part.num_hosts}. Choose another batch_size."
+        )
+    blocks.leave_accelerators()
     faults = Faults(source) if faults is None else faults
-    plan, fast, slow = _training_examples(source, order, crop, augment, mix, faults)
+    plan, fast, slow = _training_examples(source, order, transform, faults)
 
     def without_faults(batch: Rows) -> tuple[Any, Any]:
-        return batch["images"], checked(batch["targets"], tf.reduce_any(batch["is_repaired"]), faults)
+        return batch["images"], blocks.checked(batch["targets"], tf.reduce_any(batch["is_repaired"]), faults)
 
-    batches = make_in_blocks(None, order.rows_a_batch, mix.unit, plan, fast, slow, workers)
+    batches = blocks.make_in_blocks(None, order.rows_a_batch, transform.unit, plan, fast, slow, workers)
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    return finished(batches.map(without_faults).apply(endless), workers, faults)
+    return blocks.finished(batches.map(without_faults).apply(endless), workers, faults)
 
 
 def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int) -> Order:
@@ -248,34 +216,35 @@ def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int)
 
 
 def _training_examples(
-    source: Source, order: Order, crop: RandomCrop, augment: Augment, mix: Mix, faults: Faults
+    source: Source, order: Order, transform: TrainTransform, faults: Faults
 ) -> tuple[Callable[[Any], Rows], Callable[[Rows], Rows], Callable[[Rows], Rows]]:
     """Return what `make_in_blocks` takes: the plan, and two ways to make the examples of a unit."""
-    read, labels = reader(source), on_cpu(source.labels)
+    read, labels = blocks.reader(source), blocks.on_cpu(source.labels)
 
     def plan(rows: Any) -> Rows:
         places = order.places(rows)
-        draws = Draws(order.seed, places)
         numbers = {"number": order.numbers(places), "place": places}
-        return {**numbers, **crop.plan(draws), **augment.plan(draws), **mix.plan(places)}
+        return numbers | transform.plan(Draws(order.seed, places), places)
 
     def with_tensorflow(row: Rows) -> tuple[Any, Any]:
-        return crop.from_bytes(read(row["number"]), row), row["number"]
+        return transform.crop_bytes(read(row["number"]), row), row["number"]
 
     def with_pillow(row: Rows) -> tuple[Any, Any]:
-        pixels, number, _ = read_with_pillow(source, row["number"], faults, preprocess.reduced, _NEIGHBOURS)
-        return crop.from_pixels(pixels, row), number
+        pixels, number, _ = blocks.read_with_pillow(
+            source, row["number"], faults, preprocess.reduced, _NEIGHBOURS
+        )
+        return transform.crop_pixels(pixels, row), number
 
     def made(rows: Rows, cropped: Callable[[Rows], tuple[Any, Any]], is_repaired: bool) -> Rows:
         # One by one and then mixed, while they are in the cache.
         images, image_labels = [], []
-        for index in range(mix.unit):
+        for index in range(transform.unit):
             row = tf.nest.map_structure(lambda values, index=index: values[index], rows)
             image, number = cropped(row)
-            images.append(augment.apply(image, row))
+            images.append(transform.augment(image, row))
             image_labels.append(labels[number])
-        mixed, targets = mix.apply(images, image_labels, rows)
-        return {"images": mixed, "targets": targets, "is_repaired": tf.fill([mix.unit], is_repaired)}
+        mixed, targets = transform.mix(images, image_labels, rows)
+        return {"images": mixed, "targets": targets, "is_repaired": tf.fill([transform.unit], is_repaired)}
 
     return (
         plan,
@@ -285,34 +254,13 @@ def _training_examples(
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Return the batches of all hosts that an epoch of `train_batches` has; the rest is dropped.
-
-    Raises:
-        ValueError: the source has fewer examples than a batch.
-    """
+    """Return the batches of all hosts that an epoch has; ValueError where there are no examples for one."""
     if len(source) < batch_size:
         raise ValueError(
             f"Expected at least one batch of {batch_size} images, but '{source.path}' has {len(source)}. "
             "Choose a smaller batch_size."
         )
     return len(source) // batch_size
-
-
-def _num_targets(source: Source, num_classes: int | None) -> int:
-    if num_classes is not None and num_classes < len(source.classes):
-        raise ValueError(
-            f"Expected num_classes of at least {len(source.classes)}, the classes of '{source.path}', "
-            f"received {num_classes!r}."
-        )
-    return len(source.classes) if num_classes is None else num_classes
-
-
-def _check_pairs(unit: int, rows_a_batch: int, batch_size: int, num_hosts: int) -> None:
-    if rows_a_batch % unit:
-        raise ValueError(
-            f"Expected an even number of images on each host, which are mixed in pairs, received "
-            f"{rows_a_batch} of {batch_size} on each of {num_hosts}. Choose another batch_size."
-        )
 
 
 def _check_count(name: str, value: object) -> None:
@@ -324,6 +272,6 @@ def _check_host(host: int, num_hosts: int) -> None:
     _check_count("num_hosts", num_hosts)
     if not 0 <= host < num_hosts:
         raise ValueError(
-            f"Expected host from 0 to {num_hosts - 1}, the number of this one of {num_hosts} hosts, "
-            f"received {host!r}."
+            f"Expected host from 0 to {num_hosts - 1}, the number of this one of {num_hosts} hosts, received "
+            f"{host!r}."
         )

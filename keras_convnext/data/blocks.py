@@ -1,7 +1,6 @@
 """Makes batches out of examples in blocks: in parallel, in order, and around images that are damaged."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from keras_convnext._environment import available_cores
 from keras_convnext.data import preprocess
 from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source
@@ -30,10 +30,9 @@ def make_in_blocks(
 ) -> Any:
     """Make batches out of places of an order, in parallel and in order.
 
-    The examples are made in blocks, `workers` of them (default: one for each CPU core) at a time. In a block
-    those for which `fast` raises are left out by `ignore_errors`, and made by `slow`, which may call Python
-    and does not raise. A data set of its own for each example would do the same, but costs 0.7 ms an image
-    for starting it.
+    The examples are made in blocks, `workers` of them (default: one for each CPU core) at a time, as to start
+    a data set for each example costs 0.7 ms. In a block those for which `fast` raises are left out by
+    `ignore_errors`, and made by `slow`, which may call Python and does not raise.
 
     `plan` maps rows of the stream, int64 (n,), to a nested dict of tensors (n, ...), with "number" and
     "place", which go into the batch; padding, with number -1, must come last in a block. `fast` and `slow`
@@ -41,9 +40,10 @@ def make_in_blocks(
     `tf.data.Dataset` of dicts with these, "number" and "place": tensors (batch_size, ...). It has no end
     where `num_batches` is None.
     """
-    size = _block_size(batch_size, unit)
+    sizes = range(unit, min(batch_size, max(_MAX_BLOCK, unit)) + 1, unit)  # of a block: whole units
+    size = max(size for size in sizes if batch_size % size == 0)
     blocks_a_batch = batch_size // size
-    workers = _workers(workers)
+    workers = workers or available_cores()
 
     def block(first: Any) -> Any:
         rows = plan(first * size + tf.range(size, dtype=tf.int64))
@@ -78,7 +78,7 @@ def finished(batches: Any, workers: int | None, faults: Faults) -> Any:
     options.autotune.enabled = False
     # One thread an image: the cores are kept busy by several images at a time.
     options.threading.max_intra_op_parallelism = 1
-    options.threading.private_threadpool_size = _workers(workers)
+    options.threading.private_threadpool_size = workers or available_cores()
     batches = batches.prefetch(2).with_options(options)
 
     def begin(self: Any) -> Any:
@@ -138,14 +138,9 @@ def read_with_pillow(
                 faults.add(candidate, str(error))
         return np.zeros((1, 1, 3), np.uint8), np.int64(number), np.False_
 
-    pixels, number, is_decoded = tf.numpy_function(
-        read, [number], (tf.uint8, tf.int64, tf.bool), stateful=False
-    )
-    return (
-        tf.ensure_shape(pixels, (None, None, 3)),
-        tf.ensure_shape(number, ()),
-        tf.ensure_shape(is_decoded, ()),
-    )
+    made = tf.numpy_function(read, [number], (tf.uint8, tf.int64, tf.bool), stateful=False)
+    pixels, number, is_decoded = map(tf.ensure_shape, made, ((None, None, 3), (), ()))
+    return pixels, number, is_decoded
 
 
 def checked(tensor: Any, has_new: Any, faults: Faults) -> Any:
@@ -157,13 +152,11 @@ def checked(tensor: Any, has_new: Any, faults: Faults) -> Any:
 
     # Through the data, since a stateful function keeps iterators from being saved and the control edges of a
     # stateless one are optimised away.
-    return tf.cond(
-        has_new,
-        lambda: tf.ensure_shape(
-            tf.numpy_function(check, [tensor], tensor.dtype, stateful=False), tensor.shape
-        ),
-        lambda: tf.identity(tensor),
-    )
+    def call() -> Any:
+        same = tf.numpy_function(check, [tensor], tensor.dtype, stateful=False)
+        return tf.ensure_shape(same, tensor.shape)
+
+    return tf.cond(has_new, call, lambda: tf.identity(tensor))
 
 
 def leave_accelerators() -> None:
@@ -178,15 +171,6 @@ def on_cpu(values: Any) -> Any:
     """Return a constant that stays in the memory of the CPU, where tf.data runs."""
     with tf.device("CPU:0"):
         return tf.constant(values)
-
-
-def _block_size(batch_size: int, unit: int) -> int:
-    """Return the most examples in a block that divide a batch, are whole units and stay within the bound."""
-    return max(
-        size
-        for size in range(unit, batch_size + 1, unit)
-        if batch_size % size == 0 and size <= max(_MAX_BLOCK, unit)
-    )
 
 
 def _block(
@@ -223,9 +207,3 @@ def _block(
     sentinel = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
     sentinel = tf.data.Dataset.from_tensors(sentinel)
     return examples.ignore_errors().concatenate(sentinel).batch(num_units + 1).map(repaired)
-
-
-def _workers(workers: int | None) -> int:
-    return workers or len(
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )

@@ -25,7 +25,7 @@ def calibration_images(
     channels: int = 3,
     split: str | None = None,
 ) -> np.ndarray:
-    """Loads a representative set of images.
+    """Loads a representative set of images, uint8 (n, height, width, channels).
 
     Args:
         source: a folder of images, at any depth; one image; or a data set as `evaluate` takes it. Images are
@@ -37,12 +37,8 @@ def calibration_images(
         channels: 3 for RGB, 1 for gray.
         split: of a data set that has several.
 
-    Returns:
-        uint8 (n, height, width, channels).
-
     Raises:
-        ValueError: an image cannot be read; the message names it. Also for a source that is not there, a
-            count below 1 or other channels.
+        ValueError: an image cannot be read or is not there, `count` or `channels` is out of range.
 
     Example:
         >>> calibration_images(preprocessing=Preprocessing(64), count=2).shape
@@ -67,10 +63,8 @@ def calibration_images(
 def _crops(image_size: tuple[int, int], count: int) -> list[np.ndarray]:
     """Crops of a fifth of the photographs' area or more, every other one mirrored."""
     folder = importlib.resources.files("keras_convnext.data") / "photos"
-    photos = []
-    for name in PHOTOS:
-        with importlib.resources.as_file(folder / name) as path:
-            photos.append(Image.fromarray(preprocess.read_image(path)))
+    pixels = [preprocess.decode_image((folder / name).read_bytes(), name) for name in PHOTOS]
+    photos = [Image.fromarray(image) for image in pixels]
     generator = np.random.default_rng(0)
     height, width = image_size
     images = []
@@ -93,7 +87,7 @@ def _prepared(
     path = pathlib.Path(source)
     holds_images = path.is_dir() and split is None and images_below(os.fspath(path))[0]
     if holds_images or path.suffix.lower() in IMAGE_SUFFIXES:
-        files: Sequence[pathlib.Path] = preprocess.find_images(path)
+        files = preprocess.find_images(path)
         found = ((preprocess.read_file(file), str(file)) for file in _evenly(files, count))
     else:
         data = sources.open_source(source, split)

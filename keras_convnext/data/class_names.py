@@ -1,14 +1,13 @@
 """Names of the classes of ImageNet and of Tiny ImageNet, in the order of the classifier outputs.
 
-Facts: the class lists and names that timm 1.0.31 carries (timm/data/_info, Apache-2.0,
-copyright Ross Wightman). The names are the words of WordNet synsets: WordNet 3.0 Copyright 2006
-by Princeton University. All rights reserved. NOTICE.txt next to this file has the full notice.
+Facts: the class lists and names that timm 1.0.31 carries (timm/data/_info, Apache-2.0, copyright Ross
+Wightman). The names are the words of WordNet synsets: WordNet 3.0 Copyright 2006 by Princeton University. All
+rights reserved. NOTICE.txt next to this file has the full notice.
 
-imagenet_names.txt.gz holds one line a synset, sorted by synset id:
-"<synset id>\t<membership>\t<name>", where membership is the sum of 1 (ImageNet-1k), 2 (the 12k
-subset of timm) and 4 (ImageNet-22k, fall 2011 release). All three class orders are the order of
-the ids, so membership is enough to rebuild them. tiny_imagenet_ids.txt holds the 200 ids of
-Tiny ImageNet (CS231n at Stanford, wnids.txt), all among ImageNet-1k's, in the same order.
+imagenet_names.txt.gz holds one line a synset, sorted by id: "<synset id>\t<membership>\t<name>", where
+membership is the sum of 1 (ImageNet-1k), 2 (the 12k subset of timm) and 4 (ImageNet-22k, fall 2011 release).
+All class orders are that of the ids. tiny_imagenet_ids.txt holds the 200 ids of Tiny ImageNet (CS231n at
+Stanford, wnids.txt), all among ImageNet-1k's.
 """
 
 import contextlib

@@ -12,10 +12,7 @@ class DataError(ValueError):
 
 
 class Faults:
-    """The images that could not be decoded, collected while batches are made.
-
-    `max_share` of all examples may fail before `check` raises.
-    """
+    """The images that could not be decoded; `max_share` of all examples may fail before `check` raises."""
 
     def __init__(self, source: Source, max_share: float = MAX_FAULT_SHARE) -> None:
         if not 0 <= max_share <= 1:

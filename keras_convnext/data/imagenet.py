@@ -4,6 +4,7 @@ The tars are indexed without unpacking them.
 """
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -19,29 +20,27 @@ import numpy as np
 from keras_convnext._files import read_bytes, read_text, reading
 from keras_convnext._messages import shortened
 from keras_convnext._terminal import Progress
-from keras_convnext.data import class_names
-from keras_convnext.data.index import (
-    IndexBuilder,
-    Source,
-    SourceError,
-    are_numbers,
-    cached_index,
-    first_few,
-    in_order,
-    is_image,
-)
+from keras_convnext.data import class_names, index
+from keras_convnext.data.index import Source, SourceError, first_few
 from keras_convnext.data.records import examples, feature_values
+
+Image = tuple[tarfile.TarInfo, str, str]  # member of a tar, WordNet id or "", name of the example
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 _LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "wnid", "synset")
 _NO_LABELS = ("", "nan", "<na>", "n/a", "#n/a", "null")  # as tables write that there is none
-# torchvision 0.28.0, torchvision/datasets/imagenet.py
 _MAX_TAR_HEADER_BYTES = 1 << 16  # of a name or of attributes
+# torchvision 0.28.0, torchvision/datasets/imagenet.py
 _TAR_MD5 = {
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
 }
+
+
+def are_validation(names: Iterable[str]) -> bool:
+    """Tells whether all files are named as ImageNet's validation images are."""
+    return all(VALIDATION_NAME.fullmatch(os.path.basename(name)) for name in names)
 
 
 def split_of_tar(path: str) -> str:
@@ -66,13 +65,13 @@ def split_of_tar(path: str) -> str:
 
 def open_tar(path: str, split: str, labels: str | os.PathLike[str] | None) -> Source:
     """Indexes one of ImageNet's two tars; `labels` is a label file for the validation images, or None."""
-    if split == "train":
-        if labels is not None:
-            raise SourceError(
-                f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
-            )
-        return cached_index(path, "tar", split, [path], lambda: _scan_train_tar(path))
-    return with_labels(cached_index(path, "tar", split, [path], lambda: _scan_validation_tar(path)), labels)
+    if split == "train" and labels is not None:
+        raise SourceError(
+            f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
+        )
+    scan = _scan_train_tar if split == "train" else _scan_validation_tar
+    source = index.cached_index(path, "tar", split, [path], lambda: scan(path))
+    return source if split == "train" else with_labels(source, labels)
 
 
 def with_labels(
@@ -83,14 +82,14 @@ def with_labels(
     The file may name the images `beside` too, of other splits; `prefix` is the folder of the own ones there.
     """
     names = [prefix + source.name(number) for number in range(len(source))]
-    is_validation = all(VALIDATION_NAME.fullmatch(os.path.basename(name)) for name in names)
+    is_validation = are_validation(names)
     if path is None:
         by_number, origin = _published_validation_labels()
         values = [by_number[_validation_number(name, len(by_number), origin) - 1] for name in names]
     else:
         values = _labels_from_file(path, names, is_validation, beside)
     known = class_names.synset_ids(1000)
-    if is_validation and are_numbers(values):
+    if is_validation and index.are_numbers(values):
         wrong = next((value for value in values if int(value) >= 1000), None)
         if wrong is not None:
             raise SourceError(
@@ -99,7 +98,7 @@ def with_labels(
             )
         labels = np.array(list(map(int, values)), np.int32)
         return dataclasses.replace(source, labels=labels, classes=known)
-    classes = known if is_validation and set(known).issuperset(values) else in_order(values, path or "")
+    classes = known if is_validation and set(known).issuperset(values) else index.in_order(values, path or "")
     positions = {name: number for number, name in enumerate(classes)}
     labels = np.array([positions[value] for value in values], np.int32)
     return dataclasses.replace(source, labels=labels, classes=classes)
@@ -108,17 +107,13 @@ def with_labels(
 def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
     """Finds the outputs of an ImageNet classifier that stand for some classes.
 
-    ImageNet-A and -R have images of 200 of the 1000 classes. Returns int64 (len(classes),), the position of
-    each name in `class_names.synset_ids(num_classes)`; None when there is no such list or a name is not in
-    it.
+    ImageNet-A and -R have images of 200 of the 1000. Returns int64 (len(classes),), the position of each name
+    in `class_names.synset_ids(num_classes)`; None when there is no such list or a name is not in it.
     """
-    try:
+    with contextlib.suppress(ValueError, KeyError):
         positions = {synset: number for number, synset in enumerate(class_names.synset_ids(num_classes))}
-    except ValueError:
-        return None
-    if not all(name in positions for name in classes):
-        return None
-    return np.array([positions[name] for name in classes], np.int64)
+        return np.array([positions[name] for name in classes], np.int64)
+    return None
 
 
 def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None) -> list[tuple[int, ...]]:
@@ -137,10 +132,8 @@ def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None)
                 f"Expected the ReaL labels of '{source.path}' in a file, received path=None. Pass real.json, "
                 "or open the set imagenet2012_real."
             )
-        return [
-            tuple(feature_values(features, "real_label", path))
-            for _, path, _, features in examples(source.files)
-        ]
+        records = examples(source.files)
+        return [tuple(feature_values(features, "real_label", file)) for _, file, _, features in records]
     with reading(path, "ReaL's real.json", "Download it again.", SourceError):
         lists = json.loads(read_bytes(path))
     if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):
@@ -170,9 +163,8 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
     `tarfile` counts from where the file stands, so offsets are those of the whole file. It takes a damaged
     header for the end of the archive: the zeros that end an archive are looked for here.
     """
-    again = "Download it again"
     md5 = _TAR_MD5.get(os.path.basename(path))
-    again += f" (the MD5 sum of the published file is {md5})." if md5 else "."
+    again = f"Download it again{f' (the MD5 sum of the published file is {md5})' if md5 else ''}."
     file.seek(start)
     with reading(path, f"a tar archive at byte {start}", again, SourceError):
         archive = tarfile.TarFile(fileobj=file, tarinfo=_Member)
@@ -182,11 +174,11 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
                     f"Expected whole files in '{path}', received '{member.name}' with holes, as tar -S "
                     "writes them. Write the archive without -S."
                 )
-            if member.offset_data + member.size > end:
+            last = member.offset_data + member.size
+            if last > end:
                 raise SourceError(
-                    f"Expected '{member.name}' in '{path}' to end at byte "
-                    f"{member.offset_data + member.size}, but the archive ends at byte {end}: it is "
-                    f"truncated. {again}"
+                    f"Expected '{member.name}' in '{path}' to end at byte {last}, but the archive ends at "
+                    f"byte {end}: it is truncated. {again}"
                 )
             if member.islnk() or member.issym():
                 raise SourceError(f"Expected files in '{path}', received the link '{member.name}'. {again}")
@@ -201,50 +193,50 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
 
 
 def _scan_train_tar(path: str) -> Source:
-    columns, size = IndexBuilder(), os.path.getsize(path)
-    with (
-        open(path, "rb", buffering=0) as file,
-        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
-    ):
-        tars = list(_members(file, 0, size, path))
+    with open(path, "rb", buffering=0) as file:
+        tars = list(_members(file, 0, os.path.getsize(path), path))
         wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
         if wrong or not tars:
             raise SourceError(
                 f"Expected one tar a class in '{path}', such as n01440764.tar, received "
                 f"{first_few(wrong) or 'an empty archive'}. Pass ILSVRC2012_img_train.tar as published."
             )
-        synsets = [os.path.basename(tar.name).removesuffix(".tar") for tar in tars]
-        classes = sorted(set(synsets))
-        for synset, tar in zip(synsets, tars, strict=True):
-            label, before = classes.index(synset), len(columns.labels)
-            for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
-                name = os.path.basename(member.name)
-                if not name.startswith(f"{synset}_"):
-                    raise SourceError(
-                        f"Expected images named '{synset}_...' in {synset}.tar of '{path}', received "
-                        f"'{name}'. Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
-                    )
-                columns.add(0, member.offset_data, member.size, label, f"{synset}/{name}")
-                progress.show(member.offset_data, lambda: f"{len(columns.labels)} images, {progress.text()}")
-            if len(columns.labels) == before:
+        synsets = {os.path.basename(tar.name).removesuffix(".tar") for tar in tars}
+        return _indexed(path, _images_of_classes(file, tars, path), sorted(synsets))
+
+
+def _images_of_classes(file: BinaryIO, tars: list[tarfile.TarInfo], path: str) -> Iterator[Image]:
+    """Yields the members of the class tars that lie in ImageNet's training tar."""
+    for tar in tars:
+        synset, found = os.path.basename(tar.name).removesuffix(".tar"), False
+        for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
+            name, found = os.path.basename(member.name), True
+            if not name.startswith(f"{synset}_"):
                 raise SourceError(
-                    f"Expected images in {synset}.tar of '{path}', found none. Download it again."
+                    f"Expected images named '{synset}_...' in {synset}.tar of '{path}', received '{name}'. "
+                    "Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
                 )
-    return columns.source(path, "tar", [path], classes)
+            yield member, synset, f"{synset}/{name}"
+        if not found:
+            raise SourceError(f"Expected images in {synset}.tar of '{path}', found none. Download it again.")
 
 
 def _scan_validation_tar(path: str) -> Source:
-    columns, size = IndexBuilder(), os.path.getsize(path)
-    with (
-        open(path, "rb", buffering=0) as file,
-        Progress(f"Indexing {os.path.basename(path)}", size, "MB") as progress,
-    ):
-        for member in _members(file, 0, size, path):
-            columns.add(0, member.offset_data, member.size, 0, os.path.basename(member.name))
-            progress.show(member.offset_data, lambda: f"{len(columns.labels)} images, {progress.text()}")
-    if not columns.labels:
+    with open(path, "rb", buffering=0) as file:
+        members = _members(file, 0, os.path.getsize(path), path)
+        return _indexed(path, ((member, "", os.path.basename(member.name)) for member in members), [])
+
+
+def _indexed(path: str, images: Iterable[Image], classes: list[str]) -> Source:
+    positions = {name: number for number, name in enumerate(classes)}
+    columns = index.IndexBuilder()
+    with Progress(f"Indexing {os.path.basename(path)}", os.path.getsize(path), "MB") as progress:
+        for member, synset, name in images:
+            columns.add(0, member.offset_data, member.size, positions.get(synset, 0), name)
+            progress.show(member.offset_data, lambda: f"{len(columns)} images, {progress.text()}")
+    if not columns:
         raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
-    return columns.source(path, "tar", [path], [])
+    return columns.source(path, "tar", [path], classes)
 
 
 def _validation_number(name: str, count: int, labels: str | os.PathLike[str]) -> int:
@@ -266,8 +258,7 @@ def _validation_number(name: str, count: int, labels: str | os.PathLike[str]) ->
 def _published_validation_labels() -> tuple[list[str], str]:
     """Returns the WordNet id of each validation image in the order of their numbers, and the file."""
     package = importlib.util.find_spec("tensorflow_datasets")
-    folders = package.submodule_search_locations if package is not None else None
-    for folder in folders or ():
+    for folder in (package and package.submodule_search_locations) or ():
         path = os.path.join(folder, "datasets", "imagenet2012", "validation_labels.txt")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -297,13 +288,12 @@ def _labels_from_file(
     find, own = _finder([*names, *beside]), set(names)
     columns = list(zip(*(row for _, row in rows), strict=True))
     first = rows[0][1]
-
-    def fit(column: tuple[str, ...]) -> tuple[bool, int]:
-        """Ranks columns by the images that they name; those named by suffix too are surer."""
-        named = sum(1 + is_image(os.path.basename(field)) for field in column if find(field))
-        return first[columns.index(column)].casefold() not in _LABEL_NAMES, named
-
-    ranks = [fit(column) for column in columns]
+    # By the images that a column names; those named by suffix too are surer.
+    named = [
+        sum(1 + index.is_image(os.path.basename(field)) for field in column if find(field))
+        for column in columns
+    ]
+    ranks = [(title.casefold() not in _LABEL_NAMES, count) for title, count in zip(first, named, strict=True)]
     best = max(ranks)
     if best[1] and len({column for column, rank in zip(columns, ranks, strict=True) if rank == best}) > 1:
         raise SourceError(
@@ -311,7 +301,7 @@ def _labels_from_file(
             "the first line: file,label."
         )
     file_column = ranks.index(best)
-    header = [] if find(first[file_column]) or is_image(os.path.basename(first[file_column])) else first
+    header = [] if find(first[file_column]) or index.is_image(os.path.basename(first[file_column])) else first
     rows = rows[1:] if header else rows
     label_column = _label_column(header, columns, file_column, path)
     # Kaggle's LOC_val_solution.csv: WordNet id and boxes.

@@ -1,8 +1,4 @@
-"""The index of a data set: where each image lies and which label it has.
-
-`Source` is what every layout is opened as. `IndexBuilder` makes one example by example, and the index of
-large files is kept on disk. `images_below` is the one listing of a folder, whatever the images are for.
-"""
+"""The index of a data set: where each image lies and which label it has; and the listing of folders."""
 
 import array
 import collections
@@ -13,14 +9,14 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from keras_convnext import _files
 from keras_convnext._files import open_regular, reading, regular_size, replacing_file
-from keras_convnext._messages import near_names, shortened, size_text
+from keras_convnext._messages import listed, near_names, shortened, size_text
 from keras_convnext._terminal import print_line
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
@@ -34,7 +30,14 @@ MAX_CLASSES = 1_000_000  # that a number in a file may ask for
 # Folders that systems and archives add to folders of images, thumbnails among them.
 _SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 _SHOWN = 12  # classes that `described` names with their counts, and reasons
-_ARRAYS = ("file_numbers", "offsets", "lengths", "labels", "name_text", "name_ends")
+_COLUMNS = {  # of a `Source` and of its file, in this order
+    "file_numbers": np.int32,
+    "offsets": np.int64,
+    "lengths": np.int64,
+    "labels": np.int32,
+    "name_text": np.uint8,
+    "name_ends": np.int64,
+}
 
 
 class SourceError(ValueError):
@@ -50,15 +53,13 @@ class Source:
     files: list[str]  # that hold the images
     file_numbers: np.ndarray  # int32 (N,), which of `files` holds the example
     offsets: np.ndarray  # int64 (N,), first byte of the encoded image in its file
-    # int64 (N,), bytes of the encoded image; -1 for the whole file (class folders, whose files are listed
-    # without asking for their sizes).
-    lengths: np.ndarray
+    lengths: np.ndarray  # int64 (N,), bytes of the encoded image; -1 for the whole file, of unknown size
     labels: np.ndarray  # int32 (N,), class numbers, 0 to len(classes) - 1
     classes: list[str]  # WordNet ids for ImageNet, names of the folders otherwise
     # uint8 (characters,), UTF-8, the names of all examples without separators, and int64 (N,), where each
     # ends; both (0,) when the files are named like the examples.
-    name_text: np.ndarray
-    name_ends: np.ndarray
+    name_text: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
+    name_ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     # What lies beside the images, by the reason to leave it out, see `list_folder`.
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
@@ -137,41 +138,38 @@ class IndexBuilder:
     """An index that grows by one example at a time."""
 
     def __init__(self) -> None:
-        self.file_numbers = array.array("i")
-        self.offsets = array.array("q")
-        self.lengths = array.array("q")
-        self.labels = array.array("q")
-        self.name_text = bytearray()
-        self.name_ends = array.array("q")
+        self._columns = {name: array.array("B" if name == "name_text" else "q") for name in _COLUMNS}
+
+    def __len__(self) -> int:
+        return len(self._columns["labels"])
 
     def add(self, file_number: int, offset: int, length: int, label: int, name: str) -> None:
-        self.file_numbers.append(file_number)
-        self.offsets.append(offset)
-        self.lengths.append(length)
-        self.labels.append(label)
-        self.name_text += name.encode("utf-8", "surrogateescape")
-        self.name_ends.append(len(self.name_text))
+        self._columns["name_text"].frombytes(name.encode("utf-8", "surrogateescape"))
+        example = {"file_numbers": file_number, "offsets": offset, "lengths": length, "labels": label}
+        for column, value in (example | {"name_ends": len(self._columns["name_text"])}).items():
+            self._columns[column].append(value)
 
     def source(self, path: str, kind: str, files: list[str], classes: list[str]) -> Source:
-        return Source(
-            path=path,
-            kind=kind,
-            files=files,
-            file_numbers=np.array(self.file_numbers, np.int32),
-            offsets=np.array(self.offsets, np.int64),
-            lengths=np.array(self.lengths, np.int64),
-            labels=np.array(self.labels, np.int32),
-            classes=classes,
-            name_text=np.frombuffer(bytes(self.name_text), np.uint8),
-            name_ends=np.array(self.name_ends, np.int64),
-        )
+        columns: dict[str, Any] = {
+            name: np.array(self._columns[name], dtype) for name, dtype in _COLUMNS.items()
+        }
+        return Source(path=path, kind=kind, files=files, classes=classes, **columns)
+
+
+def name_columns(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the fields of a `Source` that hold the names of its examples."""
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    return {
+        "name_text": np.frombuffer(b"".join(encoded), np.uint8),
+        "name_ends": np.cumsum([len(name) for name in encoded], dtype=np.int64),
+    }
 
 
 def write_index(path: str, source: Source, stamp: str = "") -> None:
     """Writes all but the paths of a source to an .npz file in one step; `read_index` compares the stamp."""
     texts = {"stamp": stamp, "classes": json.dumps(source.classes)}
     arrays = {name: np.frombuffer(text.encode("utf-8"), np.uint8) for name, text in texts.items()}
-    arrays |= {name: getattr(source, name) for name in _ARRAYS}
+    arrays |= {name: getattr(source, name) for name in _COLUMNS}
     with replacing_file(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -183,47 +181,46 @@ def read_index(path: str, source_path: str, kind: str, files: list[str], stamp: 
             if sum(member.file_size for member in archive.infolist()) > regular_size(path):
                 raise ValueError("its arrays are compressed, or longer than the file")
         with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in _ARRAYS}
+            arrays = {name: content[name] for name in _COLUMNS}
             found = content["stamp"].tobytes().decode("utf-8")
             classes = json.loads(content["classes"].tobytes())
-        _check_index(arrays, len(files), classes)
-    if found != stamp:
-        raise SourceError(
-            f"Expected the stamp {stamp!r} in the index '{path}', received {found!r}. Make it again."
-        )
+        if found != stamp:
+            raise ValueError(f"its stamp is {shortened(found, 80)!r}")
+        _check_columns(arrays, len(files), classes)
     return Source(path=source_path, kind=kind, files=files, classes=classes, **arrays)
 
 
-def _check_index(arrays: dict[str, np.ndarray], num_files: int, classes: list[str]) -> None:
+def _check_columns(arrays: dict[str, np.ndarray], num_files: int, classes: list[str]) -> None:
     """Raises a ValueError unless each image lies in one of the files and has one of the classes."""
-    count, names = len(arrays["labels"]), arrays["name_ends"]
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("its classes are no list of names")
-    lows = {"file_numbers": 0, "offsets": 0, "lengths": -1, "labels": -1, "name_ends": 0}
-    highs = {"file_numbers": num_files - 1, "name_ends": len(arrays["name_text"])}
-    if classes:
-        highs["labels"] = len(classes) - 1
-    for name, low in lows.items():
+    ranges = {
+        "file_numbers": (0, num_files - 1),
+        "offsets": (0, sys.maxsize),
+        "lengths": (-1, sys.maxsize),
+        "labels": (-1, len(classes) - 1 if classes else sys.maxsize),
+        "name_ends": (0, len(arrays["name_text"])),
+    }
+    for name, (low, high) in ranges.items():
         values = arrays[name]
-        length = len(values) if name == "name_ends" and not len(values) else count
-        if values.shape != (length,) or values.dtype.kind != "i":
+        if values.shape != (len(arrays["labels"]),) or values.dtype.kind != "i":
             raise ValueError(f"{name} has the shape {values.shape} and the type {values.dtype}")
-        if len(values) and not low <= values.min() <= values.max() <= highs.get(name, sys.maxsize):
+        if len(values) and not low <= values.min() <= values.max() <= high:
             raise ValueError(f"{name} has numbers from {values.min()} to {values.max()}")
-    if (np.diff(names) < 0).any():
+    if (np.diff(arrays["name_ends"]) < 0).any():
         raise ValueError("name_ends does not rise")
 
 
 def cached_index(path: str, kind: str, split: str, files: list[str], scan: Callable[[], Source]) -> Source:
     """Returns what `scan` finds in some files, from the cache when they have not changed."""
-    paths = [os.path.abspath(file) for file in files]
-    states = [os.stat(path) for path in paths]
-    if sum(state.st_size for state in states) < CACHED_BYTES:
+    if sum(map(regular_size, files)) < CACHED_BYTES:
         return scan()
     folder = os.environ.get("KERAS_CONVNEXT_INDEX_CACHE") or os.path.join(
         os.path.expanduser("~"), ".cache", "keras_convnext", "index"
     )
+    paths = [os.path.abspath(file) for file in files]
     index = os.path.join(folder, f"{_digest([INDEX_VERSION, kind, split, paths])[:32]}.npz")
+    states = [os.stat(path) for path in paths]
     stamp = _digest([[state.st_size, state.st_mtime_ns] for state in states])
     with contextlib.suppress(OSError, SourceError):
         return read_index(index, path, kind, files, stamp)
@@ -348,23 +345,8 @@ def _printable(name: str) -> str:
     return shortened(name if name.isprintable() else ascii(name), 60)
 
 
-def read_json(folder: str, name: str, kinds: Mapping[str, type]) -> dict:
-    """Reads a JSON file of a prepared set; SourceError where it is damaged or lacks one of the keys."""
-    path = os.path.join(folder, name)
-    remedy = "Prepare the set again."
-    return _files.read_json(path, kinds, remedy=remedy, error=SourceError)
-
-
-def file_in(folder: str, name: str) -> str:
-    """Returns the path of a file that a description names; ValueError for the name of a place elsewhere."""
-    if not name or os.path.basename(name) != name:
-        raise ValueError(f"expected the name of a file in the folder, received {shortened(name, 80)!r}")
-    return os.path.join(folder, name)
-
-
-def first_few(names: Sequence[str]) -> str:
-    """Lists the first names of many."""
-    return ", ".join(map(_printable, names[:5])) + (", ..." if len(names) > 5 else "")
+def first_few(names: Iterable[str]) -> str:
+    return listed(map(_printable, names), 5)
 
 
 def _digest(value: object) -> str:

@@ -1,10 +1,11 @@
-"""From the bytes of an image file to a uint8 square, in TensorFlow graph ops and with Pillow's pixels.
+"""From the bytes of a JPEG to a uint8 square, in TensorFlow graph ops and with Pillow's pixels.
 
-The fast path is TensorFlow alone, so that tf.data runs it on all cores without Python: only the part of a
-JPEG that is used is decoded, and Pillow's resampling is done as small matrix products. What TensorFlow does
-not read as Pillow does (CMYK, PNG named .JPEG, other formats) goes through `with_pillow`.
+tf.data runs it on all cores without Python: only the part of a JPEG that is used is decoded, and Pillow's
+resampling is done as small matrix products. What TensorFlow does not read as Pillow does (CMYK, PNG named
+.JPEG, other formats) goes through `preprocess.decode_image`.
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,20 @@ _MARGIN = 2  # columns; chroma is interpolated across the edge of what is decode
 # Pillow 13.0.0 began to resize rows first where that is less work (see `_Axes`).
 _PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 _LARGE_WINDOWS = 1 << 24  # values of all tiles' windows; more are made tile by tile, which takes less memory
+
+
+def eval_image(content: bytes, preprocessing: Preprocessing) -> np.ndarray | None:
+    """Prepare one encoded image as `center_crop`; None where that does not give Pillow's pixels."""
+    with contextlib.suppress(tf.errors.InvalidArgumentError):
+        if covers(preprocessing):
+            return center_crop(tf.constant(content), preprocessing).numpy()
+    return None
+
+
+def covers(preprocessing: Preprocessing) -> bool:
+    """Tell whether the resized image is nowhere smaller than the crop, else `center_crop` does not pad it."""
+    sides = zip(preprocessing.scale_size, preprocessing.size, strict=True)
+    return all(resized >= side for resized, side in sides)
 
 
 def plain_jpeg_size(content: Any) -> tuple[Any, Any]:

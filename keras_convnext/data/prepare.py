@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -20,32 +21,22 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from keras_convnext import _files
 from keras_convnext._environment import require
-from keras_convnext._files import (
-    disk_error_text,
-    open_to_lock,
-    read_bytes,
-    replace_file,
-    sync_folder,
-    try_lock,
-)
+from keras_convnext._files import replace_file, try_lock
 from keras_convnext._terminal import Progress, say
-from keras_convnext.data import sources
-from keras_convnext.data.index import (
-    INDEX_VERSION,
-    MANIFEST,
-    Source,
-    SourceError,
-    described,
-    with_classes,
-    write_index,
-)
+from keras_convnext.data import index, sources
+from keras_convnext.data.index import MANIFEST, Source, SourceError, write_index
 from keras_convnext.data.records import is_prepared, read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
-# Of a shard, in journal and manifest.
-_RECORD = {"name": str, "size": int, "sha256": str, "num_examples": int}
+_RECORD = {
+    "name": str,
+    "size": int,
+    "sha256": str,
+    "num_examples": int,
+}  # of a shard, in journal and manifest
 
 
 class PrepareError(SourceError):
@@ -68,8 +59,7 @@ class Summary:
 class _Plan:
     """All that follows from the source and the arguments before an image is read.
 
-    The order of the examples is that of the shards. The place of every image follows from the sizes, so
-    the index of shards of an earlier run needs no reading.
+    That has the place of every image in its shard, so the index needs no reading of the shards.
     """
 
     split: str
@@ -82,8 +72,14 @@ class _Plan:
     offsets: np.ndarray  # int64 (N,), first byte of each image in its shard, in the written order
     sizes: np.ndarray  # int64 (num_shards,), bytes of each shard
 
-    def name(self, shard: int) -> str:
-        return f"{self.split}-{shard:05d}-of-{len(self.ends):05d}.tfrecord"
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Of the shards."""
+        count = len(self.ends)
+        return [f"{self.split}-{shard:05d}-of-{count:05d}.tfrecord" for shard in range(count)]
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
 
     def examples(self, shard: int) -> list[int]:
         return self.order[self.ends[shard - 1] if shard else 0 : self.ends[shard]].tolist()
@@ -112,9 +108,9 @@ def prepare(
     "<split>-index.npz", the byte ranges that `open_source` uses, and manifest.json, with size and SHA-256 of
     each file. The same source, seed and number of shards give the same bytes.
 
-    A run that was killed is continued by the same call: complete shards (their SHA-256 is in the journal) are
-    kept. A finished folder is checked in the same way, and damaged shards are written again. Images are read
-    in random order, so the source should lie on a disk without seek time.
+    The same call continues a run that was killed and repairs a finished folder: shards whose SHA-256 is that
+    of the journal or the manifest are kept. Images are read in random order, so the source should lie on a
+    disk without seek time.
 
     Args:
         source_path, split, labels: as for `open_source`; split None is all splits.
@@ -141,7 +137,6 @@ def prepare(
             raise ValueError(f"Expected {name} to be an integer from {low} to {high}, received {value!r}.")
     begin = time.monotonic()
     output = os.fspath(output)
-    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
     if os.path.exists(output) and os.path.exists(source_path) and os.path.samefile(source_path, output):
         raise ValueError(
             f"Expected output to be another folder than the source, received '{output}' for both."
@@ -150,42 +145,47 @@ def prepare(
     require("tensorflow", "Writing shards")
     if os.path.isfile(output):
         raise PrepareError(f"Expected a folder to write to, received the file '{output}'. Pass another path.")
-    names = sources.list_splits(source_path, labels) if split is None else [split]
+    asked: list[str | None] = [split]
+    if split is None:
+        asked = [*sources.list_splits(source_path, labels)] or [None]
     # All are opened before one is written, so that trouble with the last one shows at once.
-    opened = {name: sources.open_source(source_path, name, labels=labels) for name in names or (None,)}
+    opened = [sources.open_source(source_path, name, labels=labels) for name in asked]
     folder = sources.canonical_split(os.path.basename(os.path.abspath(source_path)), is_whole=True)
-    written = {asked: sources.canonical_split(asked or "") or asked or folder or "train" for asked in opened}
-    if len(set(written.values())) < len(written):  # "train1" and "train2"
-        written = {asked: str(asked) for asked in opened}
-    opened = _numbered_alike(opened, written, output)
-    for asked, source in opened.items():
-        say("\n".join(described(source, written[asked])))
+    names = [sources.canonical_split(name or "") or name or folder or "train" for name in asked]
+    if len(set(names)) < len(names):  # "train1" and "train2"
+        names = [str(name) for name in asked]
+    splits = _numbered_alike(dict(zip(names, opened, strict=True)), output)
+    for name, source in splits.items():
+        say("\n".join(index.described(source, name)))
     os.makedirs(output, exist_ok=True)
-    images, num_shards, num_bytes, num_kept = {}, {}, 0, 0
-    with open_to_lock(os.path.join(output, "prepare.lock")) as lock:
+    with _files.open_to_lock(os.path.join(output, "prepare.lock")) as lock:
         if not try_lock(lock):
             raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
-        for asked, source in opened.items():
-            name = written[asked]
-            plan = _plan(name, output, source, shards, int(shuffle_seed))
-            num_kept += _write_split(plan, workers)
-            images[name], num_shards[name] = len(source), len(plan.ends)
-            num_bytes += int(plan.sizes.sum())
-    return Summary(output, images, num_shards, num_bytes, num_kept, time.monotonic() - begin)
+        plans, num_kept = [], 0
+        for name, source in splits.items():
+            plans.append(_plan(name, output, source, shards, int(shuffle_seed)))
+            num_kept += _write_split(plans[-1], workers or min(os.cpu_count() or 1, 16))
+    return Summary(
+        output=output,
+        images={plan.split: len(plan.order) for plan in plans},
+        shards={plan.split: len(plan.ends) for plan in plans},
+        num_bytes=sum(int(plan.sizes.sum()) for plan in plans),
+        num_kept=num_kept,
+        seconds=time.monotonic() - begin,
+    )
 
 
-def _numbered_alike(
-    opened: dict[str | None, Source], written: dict[str | None, str], output: str
-) -> dict[str | None, Source]:
+def _numbered_alike(splits: dict[str, Source], output: str) -> dict[str, Source]:
     """Gives folders the classes of the split to train on, which an earlier call may have written."""
-    trained = next((source.classes for asked, source in opened.items() if written[asked] == "train"), None)
-    if trained is None and is_prepared(output):
-        trained = read_manifest(output)["splits"].get("train", {}).get("classes")
-    if trained is None:
-        trained = max((source.classes for source in opened.values()), key=len)
+    if "train" in splits:
+        trained = splits["train"].classes
+    else:
+        written = read_manifest(output)["splits"] if is_prepared(output) else {}
+        longest = max((source.classes for source in splits.values()), key=len)
+        trained = written.get("train", {"classes": longest})["classes"]
     return {
-        asked: with_classes(source, trained) if source.kind == "folder" else source
-        for asked, source in opened.items()
+        name: index.with_classes(source, trained) if source.kind == "folder" else source
+        for name, source in splits.items()
     }
 
 
@@ -204,15 +204,21 @@ def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[s
 
 
 def _intact(title: str, folder: str, records: list[dict], workers: int | None) -> list[bool]:
-    """Returns whether each file has the SHA-256 of its record."""
+    """Returns whether each file has the size and the SHA-256 of its record."""
+
+    def is_intact(record: dict) -> bool:
+        path = os.path.join(folder, record["name"])
+        if not os.path.isfile(path) or os.path.getsize(path) != record["size"]:
+            return False
+        return _describe(folder, record["name"])["sha256"] == record["sha256"]
+
     intact, done = [], 0
     with (
         Progress(title, sum(record["size"] for record in records), "MB") as progress,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
-        results = pool.map(lambda record: _is_intact(folder, record), records)
-        for record, is_intact in zip(records, results, strict=True):
-            intact.append(is_intact)
+        for record, result in zip(records, pool.map(is_intact, records), strict=True):
+            intact.append(result)
             done += record["size"]
             progress.show(done)
     return intact
@@ -241,8 +247,7 @@ def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed:
     order = np.random.RandomState(seed).permutation(count)
     ends = np.cumsum([len(part) for part in np.array_split(order, num_shards)])
     record_ends = np.cumsum((HEADER_BYTES + head_sizes + lengths + FOOTER_BYTES)[order])
-    shard_starts = np.concatenate([[0], record_ends[ends[:-1] - 1]])
-    of_shard = np.repeat(np.arange(num_shards), np.diff(ends, prepend=0))
+    starts = np.concatenate([[0], record_ends[ends[:-1] - 1]])  # of the shards
     return _Plan(
         split=split,
         folder=folder,
@@ -256,39 +261,51 @@ def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed:
         lengths=lengths,
         order=order,
         ends=ends,
-        offsets=record_ends - FOOTER_BYTES - lengths[order] - shard_starts[of_shard],
-        sizes=record_ends[ends - 1] - shard_starts,
+        offsets=record_ends - FOOTER_BYTES - lengths[order] - np.repeat(starts, np.diff(ends, prepend=0)),
+        sizes=record_ends[ends - 1] - starts,
     )
 
 
 def _write_split(plan: _Plan, workers: int) -> int:
     """Writes what is missing of a split; returns the number of shards that were there."""
-    journal = os.path.join(plan.folder, f"{plan.split}-journal.jsonl")
-    manifest: dict = {"format": "keras_convnext", "version": INDEX_VERSION, "splits": {}}
-    if os.path.exists(os.path.join(plan.folder, MANIFEST)):
+    journal, index_name = f"{plan.split}-journal.jsonl", f"{plan.split}-index.npz"
+    manifest: dict = {"format": "keras_convnext", "version": index.INDEX_VERSION, "splits": {}}
+    if os.path.exists(plan.path(MANIFEST)):
         manifest = read_manifest(plan.folder)
-    lines = _journal_lines(journal)
-    has_journal = lines or (os.path.exists(journal) and not os.path.getsize(journal))
-    if plan.split not in manifest["splits"] and not has_journal:
-        _refuse_foreign_files(plan)
-    kept = _finished_shards(plan, lines, manifest["splits"].get(plan.split), workers)
+    entry = manifest["splits"].get(plan.split)
+    lines = _journal_lines(plan.path(journal))
+    if entry is None and lines is None:
+        for name in (journal, index_name, *plan.names):
+            if os.path.lexists(plan.path(name)):
+                raise PrepareError(
+                    f"Expected no {name} in '{plan.folder}': prepare did not write it, so it is not "
+                    "replaced. Move it, or pass another folder."
+                )
+    if entry is not None and not lines:
+        lines = [entry["settings"], *entry["shards"]]
+    kept = _finished_shards(plan, lines or [], workers)
     _remove_leftovers(plan)
     missing = [shard for shard in range(len(plan.ends)) if shard not in kept]
-    _check_space(plan, missing)
-    begun = [plan.settings, *kept.values()]
-    _write_text(journal, "".join(json.dumps(line) + "\n" for line in begun))
-    records = kept | _write_shards(plan, missing, journal, workers)
-    index = f"{plan.split}-index.npz"
+    needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(plan.folder).free
+    if needed > free:
+        raise PrepareError(
+            f"Expected {needed} bytes free in '{plan.folder}' for the split {plan.split}, received {free}. "
+            "Free some, or pass a folder on another disk."
+        )
     with _writing(plan.folder):
-        write_index(os.path.join(plan.folder, index), _written_source(plan))
-    manifest["splits"][plan.split] = {
-        "settings": plan.settings,
-        "classes": plan.source.classes,
-        "shards": [records[shard] for shard in range(len(plan.ends))],
-        "index": _describe(plan.folder, index),
-    }
-    _write_text(os.path.join(plan.folder, MANIFEST), json.dumps(manifest, indent=1) + "\n")
-    os.remove(journal)
+        begun = [plan.settings, *kept.values()]
+        replace_file(plan.path(journal), "".join(json.dumps(line) + "\n" for line in begun).encode())
+    records = kept | _write_shards(plan, missing, plan.path(journal), workers)
+    with _writing(plan.folder):
+        write_index(plan.path(index_name), _written_source(plan))
+        manifest["splits"][plan.split] = {
+            "settings": plan.settings,
+            "classes": plan.source.classes,
+            "shards": [records[shard] for shard in range(len(plan.ends))],
+            "index": _describe(plan.folder, index_name),
+        }
+        replace_file(plan.path(MANIFEST), f"{json.dumps(manifest, indent=1)}\n".encode())
+        os.remove(plan.path(journal))
     return len(kept)
 
 
@@ -305,11 +322,12 @@ def _head(source: Source, number: int, length: int) -> bytes:
     )
 
 
-def _finished_shards(plan: _Plan, lines: list[dict], entry: dict | None, workers: int) -> dict[int, dict]:
-    """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same."""
-    if not lines and entry is not None:
-        lines = [entry["settings"], *entry["shards"]]
-    # Without the settings, the first line, it is not known what the records are of.
+def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, dict]:
+    """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same.
+
+    The lines are those of the journal: the settings, then the records.
+    """
+    # Without the settings it is not known what the records are of.
     settings, *records = lines if lines and "sha256" not in lines[0] else [{}]
     other = [name for name in settings if settings[name] != plan.settings.get(name)]
     if other:
@@ -321,47 +339,34 @@ def _finished_shards(plan: _Plan, lines: list[dict], entry: dict | None, workers
             f"received {', '.join(received)} (source is a hash of names, sizes, labels and classes). Pass "
             "what was passed then, or another folder."
         )
-    numbers = {plan.name(shard): shard for shard in range(len(plan.ends))}
+    numbers = {name: shard for shard, name in enumerate(plan.names)}
     states = map(os.stat, plan.source.files if records else ())
     changes = np.array([max(state.st_mtime_ns, state.st_ctime_ns) for state in states], np.int64)
     records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
     records = [record for record in records if record["name"] in numbers]
     intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
-    return {
-        numbers[record["name"]]: record
-        for record, is_intact in zip(records, intact, strict=True)
-        if is_intact and _is_newer(plan, numbers[record["name"]], changes)
-    }
+    kept = {}
+    for record, is_intact in zip(records, intact, strict=True):
+        shard = numbers[record["name"]]
+        changed = changes[plan.source.file_numbers[plan.examples(shard)]].max()
+        # An image that was changed later may have kept its size.
+        if is_intact and changed <= os.stat(plan.path(record["name"])).st_mtime_ns:
+            kept[shard] = record
+    return kept
 
 
-def _is_newer(plan: _Plan, shard: int, changes: np.ndarray) -> bool:
-    """Tells whether a shard was written after the last change of its images; some keep their size."""
-    last = changes[plan.source.file_numbers[plan.examples(shard)]].max()
-    return bool(last <= os.stat(os.path.join(plan.folder, plan.name(shard))).st_mtime_ns)
+def _journal_lines(journal: str) -> list[dict] | None:
+    """Returns the settings and records in a journal, without what a kill or a power cut left.
 
-
-def _journal_lines(journal: str) -> list[dict]:
-    """Returns the settings and records in a journal, without what a kill or a power cut left."""
-    lines: list[dict] = []
-    for line in read_bytes(journal).splitlines() if os.path.exists(journal) else ():
+    None where there is none, or the file of another program.
+    """
+    content = _files.read_bytes(journal) if os.path.exists(journal) else b"none"
+    lines = []
+    for line in content.splitlines():
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             found = dict(json.loads(line))
             lines += [found] if "shuffle_seed" in found or "sha256" in found else []
-    return lines
-
-
-def _refuse_foreign_files(plan: _Plan) -> None:
-    """Refuses to begin a split where files of its names lie already."""
-    for name in (
-        f"{plan.split}-journal.jsonl",
-        f"{plan.split}-index.npz",
-        *map(plan.name, range(len(plan.ends))),
-    ):
-        if os.path.lexists(os.path.join(plan.folder, name)):
-            raise PrepareError(
-                f"Expected no {name} in '{plan.folder}': prepare did not write it, so it is not replaced. "
-                "Move it, or pass another folder."
-            )
+    return lines if lines or not content else None
 
 
 def _remove_leftovers(plan: _Plan) -> None:
@@ -371,31 +376,18 @@ def _remove_leftovers(plan: _Plan) -> None:
             os.remove(os.path.join(plan.folder, name))
 
 
-def _check_space(plan: _Plan, missing: list[int]) -> None:
-    needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(plan.folder).free
-    if needed > free:
-        raise PrepareError(
-            f"Expected {needed} bytes free in '{plan.folder}' for the split {plan.split}, received {free}. "
-            "Free some, or pass a folder on another disk."
-        )
-
-
 def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:
     """Writes shards in threads, and a line of the journal for each; returns their records."""
-    if not shards:
-        return {}
     stop, lock = threading.Event(), threading.Lock()
-    num_bytes = int(plan.lengths[np.concatenate([plan.examples(s) for s in shards])].sum())
-    progress = Progress(f"Writing {plan.split}", num_bytes, "MB")
-    done = [0, 0]  # bytes, images
+    num_bytes = num_images = 0
 
-    def count(num_bytes: int) -> None:
-        if stop.is_set():
-            raise _StoppedError
+    def count(size: int) -> None:
+        nonlocal num_bytes, num_images
+        if stop.is_set():  # another thread failed
+            raise concurrent.futures.CancelledError
         with lock:
-            done[0] += num_bytes
-            done[1] += 1
-            progress.show(done[0], lambda: f"{done[1]} images, {progress.text()}")
+            num_bytes, num_images = num_bytes + size, num_images + 1
+            progress.show(num_bytes, lambda: f"{num_images} images, {progress.text()}")
 
     def write(shard: int) -> dict:
         record = _write_shard(plan, shard, count)
@@ -405,7 +397,10 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
             os.fsync(file.fileno())
         return record
 
-    with progress, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with (
+        Progress(f"Writing {plan.split}", int(plan.sizes[shards].sum()), "MB") as progress,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
         futures = {pool.submit(write, shard): shard for shard in shards}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -417,43 +412,40 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
     return {shard: future.result() for future, shard in futures.items()}
 
 
-class _StoppedError(Exception):
-    """Another thread failed."""
-
-
 def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
     """Writes one shard in one step; returns its record for journal and manifest."""
     import tensorflow as tf  # for its checksums, which take too long in Python
 
-    path = os.path.join(plan.folder, plan.name(shard))
-    temporary = _temporary_name(path)
+    name, source = plan.names[shard], plan.source
+    temporary = _temporary_name(plan.path(name))
     try:
         with tf.io.TFRecordWriter(os.fsencode(temporary)) as writer:
             for number in plan.examples(shard):
-                image, length = plan.source.read(number), int(plan.lengths[number])
+                image, length = source.read(number), int(plan.lengths[number])
                 if len(image) != length:
                     raise SourceError(
-                        f"Expected {length} bytes in '{plan.source.name(number)}' of '{plan.source.path}', "
-                        f"received {len(image)}: it changed while it was read. Run prepare again."
+                        f"Expected {length} bytes in '{source.name(number)}' of '{source.path}', received "
+                        f"{len(image)}: it changed while it was read. Run prepare again."
                     )
-                writer.write(_head(plan.source, number, length) + image)
-                count(length)
+                example = _head(source, number, length) + image
+                writer.write(example)
+                count(HEADER_BYTES + len(example) + FOOTER_BYTES)
         with _writing(plan.folder):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             record = _describe(plan.folder, os.path.basename(temporary))
             if record["size"] != plan.sizes[shard]:
                 raise OSError(errno.EIO, f"{record['size']} of {plan.sizes[shard]} bytes arrived")
-            os.replace(temporary, path)
-            sync_folder(pathlib.Path(plan.folder))
-    except tf.errors.ResourceExhaustedError as error:
-        raise _write_error(OSError(errno.ENOSPC, error.message), plan.folder) from error
+            os.replace(temporary, plan.path(name))
+            _files.sync_folder(pathlib.Path(plan.folder))
     except tf.errors.OpError as error:
-        raise _write_error(OSError(errno.EIO, error.message), plan.folder) from error
+        is_full = isinstance(error, tf.errors.ResourceExhaustedError)
+        with _writing(plan.folder):
+            raise OSError(errno.ENOSPC if is_full else errno.EIO, error.message) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    return record | {"name": plan.name(shard), "num_examples": len(plan.examples(shard))}
+    return record | {"name": name, "num_examples": len(plan.examples(shard))}
 
 
 def _temporary_name(path: str) -> str:
@@ -462,18 +454,16 @@ def _temporary_name(path: str) -> str:
 
 def _written_source(plan: _Plan) -> Source:
     """Returns where the images of a written split lie."""
-    names = [plan.source.name(number).encode("utf-8", "surrogateescape") for number in plan.order.tolist()]
     return Source(
         path=plan.folder,
         kind="prepared",
-        files=[os.path.join(plan.folder, plan.name(shard)) for shard in range(len(plan.ends))],
+        files=[plan.path(name) for name in plan.names],
         file_numbers=np.repeat(np.arange(len(plan.ends), dtype=np.int32), np.diff(plan.ends, prepend=0)),
         offsets=plan.offsets,
         lengths=plan.lengths[plan.order],
         labels=plan.source.labels[plan.order],
         classes=plan.source.classes,
-        name_text=np.frombuffer(b"".join(names), np.uint8),
-        name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+        **index.name_columns(map(plan.source.name, plan.order.tolist())),
     )
 
 
@@ -487,31 +477,13 @@ def _describe(folder: str, name: str) -> dict:
         }
 
 
-def _is_intact(folder: str, record: dict) -> bool:
-    path = os.path.join(folder, record["name"])
-    if not os.path.isfile(path) or os.path.getsize(path) != record["size"]:
-        return False
-    return _describe(folder, record["name"])["sha256"] == record["sha256"]
-
-
-def _write_text(path: str, text: str) -> None:
-    with _writing(os.path.dirname(path)):
-        replace_file(path, text.encode())
-
-
 @contextlib.contextmanager
 def _writing(folder: str) -> Iterator[None]:
     """Says in our words that a folder cannot be written."""
+    kept = "run prepare again: what is finished is kept."
     try:
         yield
     except OSError as error:
-        raise _write_error(error, folder) from error
-
-
-def _write_error(error: OSError, folder: str) -> PrepareError:
-    kept = "run prepare again: what is finished is kept."
-    return PrepareError(
-        disk_error_text(
-            error, folder, f"Free some and {kept}", f"Check the disk and the permissions, then {kept}"
-        )
-    )
+        refused = f"Check the disk and the permissions, then {kept}"
+        text = _files.disk_error_text(error, folder, f"Free some and {kept}", refused)
+        raise PrepareError(text) from error

@@ -1,9 +1,6 @@
 """From an image file to the uint8 array a ConvNeXt is fed, as timm and torchvision evaluate.
 
-Nothing here normalises: the models take uint8 RGB and do that in their first layer.
 Only NumPy and Pillow are imported, so reading images needs no Keras backend.
-
-How files that are not plain RGB are treated, the same wherever images are read, is in `read_image`.
 """
 
 import contextlib
@@ -25,12 +22,8 @@ from keras_convnext.data.preprocessing import Preprocessing
 
 # Pillow goes by the content: a closed list, as some formats start programs (EPS). JPEG opens MPO too.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-INTERPOLATIONS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
-# Pixels. A larger JPEG is left to Pillow, a larger resized image is not made as a whole.
-LARGE = 1 << 24
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+LARGE = 1 << 24  # pixels; a larger JPEG is left to Pillow, a larger resized image is not made as a whole
 
 # Bytes a pixel that decoding and the image in RGB take at most, as measured with Pillow 13 by
 # benchmarks/image_memory.py: by format, else by mode, else 9.
@@ -46,18 +39,16 @@ class ImageError(ValueError):
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an image file as RGB.
 
-    Decodes with Pillow and calls `convert("RGB")`, as timm's dataset does, so the pixels are the
-    ones the published scores were measured on. What that means for files that are not plain RGB, in
-    prediction, training, calibration and evaluation alike:
+    Decodes with Pillow and calls `convert("RGB")`, as timm's dataset does, so the pixels are the ones the
+    published scores were measured on. For files that are not plain RGB that means, wherever images are read:
 
     - grayscale is repeated in the three channels; a palette is looked up; CMYK is converted without
       its colour profile; of an animation the first frame is taken;
     - an alpha channel is dropped, not blended, so that the colours below it show;
     - the EXIF orientation is not applied: a photograph stored sideways stays sideways;
     - other than in timm, which clips them, 16-bit and 32-bit grayscale and floating-point numbers are
-      scaled by the range of their type: 0 to 65535, to 2**31 - 1 (signed) or 2**32 - 1, and 0.0 to 1.0.
-      Numbers outside of it, or so small that the image would be black, are an error, as they mean
-      another range.
+      scaled by the range of their type: 0 to 65535, to 2**31 - 1 (signed) or 2**32 - 1, and 0.0 to 1.0;
+      numbers outside of it, or so small that the image would be black, are an error.
 
     The last three are told on stderr when the first such file is met.
 
@@ -68,10 +59,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         uint8 (H, W, 3), RGB, 0 to 255.
 
     Raises:
-        ImageError: the file is missing, a folder or a device, not readable by this user, empty, not an
-            image (the message shows its first bytes), truncated or corrupt, has so many pixels that Pillow
-            takes it for a decompression bomb, or would take more than 512 MB of memory (six bytes for each
-            of `PIL.Image.MAX_IMAGE_PIXELS`). The message names the file.
+        ImageError: as for `read_file` and `decode_image`; the message names the file.
     """
     return decode_image(read_file(path), str(path))
 
@@ -79,17 +67,15 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read the bytes of an image file.
 
-    Raises:
-        ImageError: the file is missing, a folder or a device, not readable by this user, or larger than 512
-            MB. The message names it.
+    ImageError names a file that is missing, a folder or a device, not readable, or larger than 512 MB.
     """
     path = Path(path)
     try:
         # Windows reports a folder as a permission error, so the folder is looked for first.
         if path.is_dir():
             raise ImageError(
-                f"Expected an image file, received the folder '{path}'. "
-                "List the images in it with find_images."
+                f"Expected an image file, received the folder '{path}'. List the images in it with "
+                "find_images."
             )
         check_bytes(regular_size(path), f"'{path}'", ImageError)
         return path.read_bytes()
@@ -130,7 +116,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 def decode_image(
     content: bytes, name: str, transform: Callable[[Image.Image], np.ndarray] = _pixels
 ) -> np.ndarray:
-    """Decode the bytes of an image file as RGB, as `read_image` does.
+    """Decode the bytes of an image file as RGB, uint8 (H, W, 3), as `read_image` does.
 
     Args:
         content: the encoded image: JPEG, PNG, WebP, BMP, GIF or TIFF.
@@ -138,11 +124,10 @@ def decode_image(
         transform: from Pillow's image, in RGB, to what is returned, such as `prepared`: the whole image as an
             array takes twice the memory.
 
-    Returns:
-        uint8 (H, W, 3), RGB, 0 to 255.
-
     Raises:
-        ImageError: the bytes are not an image, truncated or corrupt, or take too much memory.
+        ImageError: the bytes are empty, not an image (the message shows the first), truncated or corrupt, so
+            many pixels that Pillow takes them for a decompression bomb, or would take more than 512 MB of
+            memory (six bytes for each of `PIL.Image.MAX_IMAGE_PIXELS`).
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image, _admitted(image, content, name):
@@ -210,12 +195,12 @@ def check_scans(content: bytes, name: str) -> int:
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:
-    has_16_bits = any(
-        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
-    )  # Pillow keeps 8 of a colour
+    # Pillow keeps 8 of a colour.
+    has_16_bits = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     image.load()
     tell_orientation(image.info.get("exif", b""), lambda: name)
-    if image.has_transparency_data and _shows_through(image):
+    opacity = image.getchannel("A").getextrema() if "A" in image.getbands() else None
+    if image.has_transparency_data and opacity != (255, 255):
         say_once(
             "transparency",
             f"note: '{name}' has transparent pixels. The alpha channel is dropped, as published scores were "
@@ -232,10 +217,6 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
             )
         say_once("scale", f"note: '{name}' has 16-bit colours: they are scaled from 0 to 65535 to 0 to 255.")
     return image
-
-
-def _shows_through(image: Image.Image) -> bool:
-    return "A" not in image.getbands() or image.getchannel("A").getextrema() != (255, 255)
 
 
 def tell_orientation(exif: bytes, name: Callable[[], str]) -> None:
@@ -297,22 +278,24 @@ def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
 def preprocess_image(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """Resize an image and crop its centre, as the evaluation that a weight file was scored with.
 
-    The result equals, in every bit, what `timm.data.create_transform(is_training=False)` (timm
-    1.0.31) and torchvision's `ImageClassification` preset (0.28.0) hold before they convert to a
-    tensor. Where the resized image is smaller than the crop it is padded with zeros (black).
+    The result equals, in every bit, what `timm.data.create_transform(is_training=False)` (timm 1.0.31) and
+    torchvision's `ImageClassification` preset (0.28.0) hold before they convert to a tensor. Where the
+    resized image is smaller than the crop it is padded with zeros (black).
 
     Args:
-        image: uint8 (H, W, 3), RGB, 0 to 255, as `read_image` returns it.
+        image: uint8 (H, W, 3), RGB, 0 to 255, as `read_image` returns it; a ValueError says what else it is.
         preprocessing: sizes, filter and crop; its mean and std have no effect here.
 
     Returns:
         uint8 (height, width, 3), RGB, 0 to 255.
-
-    Raises:
-        ValueError: `image` is not a non-empty uint8 (H, W, 3) array. The message gives the value
-            received.
     """
-    _check_image(image)
+    is_array = isinstance(image, np.ndarray)
+    if not is_array or image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
+        received = f"{image.dtype} {image.shape}" if is_array else f"an object of type {type(image).__name__}"
+        raise ValueError(
+            f"Expected an image as a uint8 array of shape (H, W, 3), RGB, 0 to 255, received {received}. "
+            "Read files with read_image; convert other images to 8-bit RGB first."
+        )
     return prepared(Image.fromarray(image), preprocessing)
 
 
@@ -323,18 +306,15 @@ def prepared(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     made, within a level on average: Pillow may then take rows and columns in another order.
     """
     in_size = (image.height, image.width)
-    out_size = resized_size(in_size, preprocessing)
-    if out_size[0] * out_size[1] <= LARGE:
-        resized = image.resize(out_size[::-1], INTERPOLATIONS[preprocessing.interpolation])
-        return _crop_center(np.asarray(resized), preprocessing.size)
-    sides = np.minimum(out_size, preprocessing.size)
-    starts = np.rint((np.array(out_size) - sides) / 2)
-    scales = np.array(in_size) / out_size
-    (top, left), (bottom, right) = starts * scales, np.minimum((starts + sides) * scales, in_size)
-    height, width = sides.tolist()
-    filter = INTERPOLATIONS[preprocessing.interpolation]
-    part = image.resize((width, height), filter, box=(left, top, right, bottom))
-    return _crop_center(np.asarray(part), preprocessing.size)
+    out_size, box = resized_size(in_size, preprocessing), None
+    if out_size[0] * out_size[1] > LARGE:
+        sides = np.minimum(out_size, preprocessing.size)
+        starts = np.rint((np.array(out_size) - sides) / 2)
+        scales = np.array(in_size) / out_size
+        (top, left), (bottom, right) = starts * scales, np.minimum((starts + sides) * scales, in_size)
+        out_size, box = tuple(sides.tolist()), (left, top, right, bottom)
+    resized = image.resize(out_size[::-1], INTERPOLATIONS[preprocessing.interpolation], box)
+    return _crop_center(np.asarray(resized), preprocessing.size)
 
 
 def decode_prepared(content: bytes, name: str, preprocessing: Preprocessing) -> np.ndarray:
@@ -342,25 +322,14 @@ def decode_prepared(content: bytes, name: str, preprocessing: Preprocessing) -> 
     return decode_image(content, name, lambda image: prepared(image, preprocessing))
 
 
-def find_images(
-    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-) -> list[Path]:
-    """List the image files that some paths stand for.
+def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """List the image files that some paths stand for, in their order; each begins with its path.
 
     A file stands for itself, whatever its name. A folder stands for the images at any depth in it, sorted by
     path, as `index.images_below` lists them for training and evaluation too: by suffix, without hidden ones.
-    The order of `paths` is kept, and a file reached twice is listed twice. Files are not opened, which is
-    left to `read_image`. What is left out of a folder is said on stderr.
+    Files are not opened. What is left out of a folder is said on stderr.
 
-    Args:
-        paths: one file or folder, or several.
-
-    Returns:
-        list of `Path`, each beginning with the path it was found under.
-
-    Raises:
-        ImageError: a path is missing, a folder holds no image, or a folder may not be listed by
-            this user. The message names the path.
+    ImageError names a path that is missing, a folder without images, or one that this user may not list.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
@@ -375,8 +344,8 @@ def find_images(
             ) from error
         except PermissionError as error:
             raise ImageError(
-                f"Expected a readable file or folder, but this user may not look into "
-                f"'{error.filename}'. Change its permissions or leave it out."
+                f"Expected a readable file or folder, but this user may not look into '{error.filename}'. "
+                "Change its permissions or leave it out."
             ) from error
     return images
 
@@ -404,19 +373,6 @@ def _describe_start(start: bytes) -> str:
     if is_text and len(start) - len(text.encode()) < 4 and text:
         return f"it begins with the text {text!r}"
     return f"it begins with the bytes {start[:12].hex(' ')}"
-
-
-def _check_image(image: np.ndarray) -> None:
-    if not isinstance(image, np.ndarray):
-        received = f"an object of type {type(image).__name__}"
-    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        received = f"{image.dtype} {image.shape}"
-    else:
-        return
-    raise ValueError(
-        f"Expected an image as a uint8 array of shape (H, W, 3), RGB, 0 to 255, received "
-        f"{received}. Read files with read_image; convert other images to 8-bit RGB first."
-    )
 
 
 def resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Preprocessing:
             timm's `DEFAULT_CROP_PCT`.
         interpolation: "bicubic" or "bilinear", Pillow's filter of that name.
         crop_mode: "center" keeps the aspect ratio and lets the image cover the scale size; "squash" stretches
-            the image to it. timm's words.
+            the image to it (as published weights are evaluated at 384 px). timm's words.
         resize_size: the scale size of both sides in pixels, at most 16,384, in place of `crop_fraction`,
             which then has no effect. torchvision's ConvNeXt weights give it, such as 236 for 224.
         mean: of R, G and B, for pixels in 0..1; -1000 to 1000. Default: ImageNet's.
@@ -93,17 +93,11 @@ class Preprocessing:
                 f"{short_repr(self.resize_size)}. Pass a number of pixels, such as 236."
             )
         for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Unknown {name} {short_repr(getattr(self, name))}. Known: {', '.join(known)}."
-                )
+            _check_known(name, getattr(self, name), known)
         for name, (least, most) in (("mean", MEAN_BOUNDS), ("std", STD_BOUNDS)):
             values = getattr(self, name)
-            if (
-                not isinstance(values, tuple | list)
-                or len(values) != 3
-                or not all(_is_number(value) and least <= value <= most for value in values)
-            ):
+            are_three = isinstance(values, tuple | list) and len(values) == 3
+            if not are_three or not all(_is_number(value) and least <= value <= most for value in values):
                 raise ValueError(
                     f"Expected {name} to be three numbers from {least} to {most}, received "
                     f"{short_repr(values)}."
@@ -144,9 +138,13 @@ class Preprocessing:
         named = {field.name: _STORED_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
         fields = {name: values[stored] for name, stored in named.items() if stored in values}
         mode = values.get("resize_mode", "shorter_side")
-        if mode not in RESIZE_MODES:
-            raise ValueError(f"Unknown resize_mode {short_repr(mode)}. Known: {', '.join(RESIZE_MODES)}.")
+        _check_known("resize_mode", mode, RESIZE_MODES)
         return cls(**fields | {"crop_mode": CROP_MODES[RESIZE_MODES.index(mode)]})
+
+
+def _check_known(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"Unknown {name} {short_repr(value)}. Known: {', '.join(known)}.")
 
 
 def is_positive_integer(value: object) -> bool:

@@ -1,36 +1,27 @@
-"""Data sets of TFRecord files: those that `prepare` writes, those of TensorFlow Datasets, and plain ones.
-
-Each image keeps its place inside its file, so that it is read without reading the records before it.
-"""
+"""Data sets of TFRecord files: those that `prepare` writes, those of TensorFlow Datasets, and plain ones."""
 
 import contextlib
 import dataclasses
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_convnext._files import read_text, reading, regular_size
+from keras_convnext._files import json_object, read_bytes, read_text, reading, regular_size
+from keras_convnext._messages import shortened
 from keras_convnext._terminal import Progress
-from keras_convnext.data import class_names
-from keras_convnext.data.index import (
-    INDEX_VERSION,
-    MANIFEST,
-    MAX_CLASSES,
-    IndexBuilder,
-    Source,
-    SourceError,
-    cached_index,
-    check_labels,
-    file_in,
-    first_few,
-    is_folder,
-    read_index,
-    read_json,
-)
+from keras_convnext.data import class_names, index
+from keras_convnext.data.index import MANIFEST, Source, SourceError, first_few
 from keras_convnext.data.tfrecords import Range, find_records, parse_example
+
+Features = dict[str, list[Range] | list[int]]  # of a record, by name
+
+# In plain records: names of the image, the label and the file name, the first that a record has.
+_IMAGES, _LABELS = ("image/encoded", "image"), ("image/class/label", "label")
+_FILE_NAMES = ("image/filename", "file_name")
+_SYNSET = "image/class/synset"
 
 
 def open_prepared(folder: str, split: str) -> Source:
@@ -45,55 +36,52 @@ def open_prepared(folder: str, split: str) -> Source:
                 "what is missing."
             )
     files = [os.path.join(folder, shard["name"]) for shard in entry["shards"]]
-    return read_index(os.path.join(folder, entry["index"]["name"]), folder, "prepared", files)
+    return index.read_index(os.path.join(folder, entry["index"]["name"]), folder, "prepared", files)
 
 
 def is_prepared(folder: str) -> bool:
     """Tells whether a folder has a manifest of `prepare`, also a damaged one; others write some too."""
     if not os.path.exists(os.path.join(folder, MANIFEST)):
         return False
-    with contextlib.suppress(SourceError):
-        if {"format", "splits"} <= read_json(folder, MANIFEST, {}).keys():
+    with contextlib.suppress(SourceError), _description(folder, MANIFEST) as manifest:
+        if {"format", "splits"} <= manifest.keys():
             return True
-    return not any(map(is_folder, os.scandir(folder)))
+    return not any(map(index.is_folder, os.scandir(folder)))
 
 
 def read_manifest(folder: str) -> dict:
     """Reads the manifest of a folder; SourceError where it is damaged or of another version."""
-    manifest = read_json(folder, MANIFEST, {})
-    if manifest.get("format") != "keras_convnext" or manifest.get("version") != INDEX_VERSION:
-        raise SourceError(
-            "Expected a folder written by this version of prepare (format keras_convnext, version "
-            f"{INDEX_VERSION}), but '{folder}' has format {manifest.get('format')!r}, version "
-            f"{manifest.get('version')!r}. Prepare it again into another folder."
-        )
-    with _describing(folder, MANIFEST):
+    with _description(folder, MANIFEST) as manifest:
+        if manifest.get("format") != "keras_convnext" or manifest.get("version") != index.INDEX_VERSION:
+            raise SourceError(
+                "Expected a folder written by this version of prepare (format keras_convnext, version "
+                f"{index.INDEX_VERSION}), but '{folder}' has format {manifest.get('format')!r}, version "
+                f"{manifest.get('version')!r}. Prepare it again into another folder."
+            )
         for entry in manifest["splits"].values():
             entry["settings"].keys(), list(entry["classes"])
             for record in (*entry["shards"], entry["index"]):
-                file_in(folder, record["name"]), record["sha256"], int(record["size"])
+                _file_in(folder, record["name"]), record["sha256"], int(record["size"])
     return manifest
 
 
 def tfds_splits(folder: str) -> list[str]:
     """Returns the names of the splits that TensorFlow Datasets prepared in a folder."""
-    info = read_json(folder, "dataset_info.json", {"splits": list})
-    with _describing(folder, "dataset_info.json"):
+    with _description(folder, "dataset_info.json", {"splits": list}) as info:
         return [str(item["name"]) for item in info["splits"]]
 
 
 def open_tfds(folder: str, split: str) -> Source:
     """Opens a split that TensorFlow Datasets prepared as tfrecord."""
-    info = read_json(folder, "dataset_info.json", {"name": str, "splits": list})
-    format_name = info.get("fileFormat", "tfrecord")
-    if format_name != "tfrecord":
-        raise SourceError(
-            f"Expected the files of '{folder}' to be tfrecord, received {format_name}, whose records are "
-            "compressed, so that images have no place in the file. Run tfds convert_format "
-            "--dataset_version_dir FOLDER --out_file_format tfrecord --out_dir OTHER, or build it with "
-            "file_format='tfrecord'."
-        )
-    with _describing(folder, "dataset_info.json"):
+    with _description(folder, "dataset_info.json", {"name": str, "splits": list}) as info:
+        format_name = info.get("fileFormat", "tfrecord")
+        if format_name != "tfrecord":
+            raise SourceError(
+                f"Expected the files of '{folder}' to be tfrecord, received {format_name}, whose records are "
+                "compressed, so that images have no place in the file. Run tfds convert_format "
+                "--dataset_version_dir FOLDER --out_file_format tfrecord --out_dir OTHER, or build it with "
+                "file_format='tfrecord'."
+            )
         entry = next(item for item in info["splits"] if item["name"] == split)
         counts = [int(length) for length in entry["shardLengths"]]
         template = entry.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -103,35 +91,34 @@ def open_tfds(folder: str, split: str) -> Source:
         for part, value in parts.items():
             template = template.replace(f"{{{part}}}", value)
         names = [template.replace("{SHARD_INDEX}", f"{number:05d}") for number in range(len(counts))]
-        files = [file_in(folder, name) for name in names]
+        files = [_file_in(folder, name) for name in names]
     missing = [os.path.basename(file) for file in files if not os.path.exists(file)]
     if missing:
         raise SourceError(
             f"Expected {len(files)} files of split '{split}' in '{folder}', missing: {first_few(missing)}."
         )
-    image, label, name, classes = _tfds_features(folder)
-    source = cached_index(
-        folder, "tfds", split, files, lambda: _scan_records(folder, "tfds", files, image, label, name)
+    names, classes = _tfds_features(folder)
+    source = index.cached_index(
+        folder, "tfds", split, files, lambda: _scan_records(folder, "tfds", files, *names)
     )
     found = np.bincount(source.file_numbers, minlength=len(files)).tolist()
-    if found != counts:
-        number = next(number for number in range(len(files)) if found[number] != counts[number])
-        raise SourceError(
-            f"Expected {counts[number]} records in '{files[number]}', received {found[number]}. Prepare the "
-            "set again."
-        )
-    check_labels(source, len(classes))
+    for file, expected, received in zip(files, counts, found, strict=True):
+        if received != expected:
+            raise SourceError(
+                f"Expected {expected} records in '{file}', received {received}. Prepare the set again."
+            )
+    index.check_labels(source, len(classes))
     return dataclasses.replace(source, classes=classes)
 
 
 def open_records(path: str, files: list[str], first_label: int | None) -> Source:
     """Opens TFRecords without a description; `first_label` as for `sources.open_source`."""
-    source = cached_index(path, "tfrecord", "", files, lambda: _scan_records(path, "tfrecord", files))
+    source = index.cached_index(path, "tfrecord", "", files, lambda: _scan_records(path, "tfrecord", files))
     if source.classes:  # the records have image/class/synset
         return source
     labels = source.labels
     low, high = int(labels.min()), int(labels.max())
-    check_labels(source, min(high + 1, MAX_CLASSES))
+    index.check_labels(source, min(high + 1, index.MAX_CLASSES))
     if first_label is None:
         if low == 1 and high != 1000:
             raise SourceError(
@@ -148,7 +135,7 @@ def open_records(path: str, files: list[str], first_label: int | None) -> Source
     return dataclasses.replace(source, labels=labels - np.int32(first_label), classes=classes)
 
 
-def examples(files: list[str]) -> Iterator[tuple[int, str, mmap.mmap, dict[str, list[Range] | list[int]]]]:
+def examples(files: list[str]) -> Iterator[tuple[int, str, mmap.mmap, Features]]:
     """Yields number and path of the file, the mapped file and the features of every record."""
     for number, path in enumerate(files):
         if not regular_size(path):
@@ -160,7 +147,7 @@ def examples(files: list[str]) -> Iterator[tuple[int, str, mmap.mmap, dict[str, 
                 yield number, path, content, parse_example(content, start, length, path)
 
 
-def feature_values(features: dict, name: str, path: str) -> list:
+def feature_values(features: Features, name: str, path: str) -> list:
     """Returns the values of a feature of a record, which must have it."""
     if name not in features:
         raise SourceError(
@@ -170,10 +157,9 @@ def feature_values(features: dict, name: str, path: str) -> list:
     return features[name]
 
 
-def _tfds_features(folder: str) -> tuple[str, str, str | None, list[str]]:
-    """Returns the features that are the image, the label and, if there is one, the file name; the classes."""
-    content = read_json(folder, "features.json", {})
-    with _describing(folder, "features.json"):
+def _tfds_features(folder: str) -> tuple[list[Sequence[str]], list[str]]:
+    """Returns the names of image, label and file name, as `_scan_records` takes them; and the classes."""
+    with _description(folder, "features.json") as content:
         features = content.get("featuresDict", {}).get("features", {})
         kinds = {
             name: feature.get("pythonClassName", "").rpartition(".")[2] for name, feature in features.items()
@@ -181,69 +167,61 @@ def _tfds_features(folder: str) -> tuple[str, str, str | None, list[str]]:
     images = [name for name, kind in kinds.items() if kind == "Image"]
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     # ImageNet-ReaL and its kin carry the label of ILSVRC2012 next to lists of others.
-    label = next((name for name in ("label", "original_label", *labels) if name in labels), None)
-    if label is None or len(images) != 1 or (len(labels) > 1 and label not in ("label", "original_label")):
+    labels = [name for name in ("label", "original_label") if name in labels][:1] or labels
+    if len(images) != 1 or len(labels) != 1:
         raise SourceError(
             f"Expected one Image and one ClassLabel in '{folder}', received "
             f"{', '.join(f'{name} ({kind})' for name, kind in kinds.items())}. Only classification sets can "
             "be read."
         )
-    names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
-    path = os.path.join(folder, f"{label}.labels.txt")
+    path = os.path.join(folder, f"{labels[0]}.labels.txt")
     if os.path.exists(path):
         classes = read_text(path).removesuffix("\n").split("\n")  # other line ends may be part of a name
     else:
-        with _describing(folder, "features.json"):
-            count = int(features[label]["classLabel"]["numClasses"])
-            if not 0 < count <= MAX_CLASSES:
+        with _description(folder, "features.json"):
+            count = int(features[labels[0]]["classLabel"]["numClasses"])
+            if not 0 < count <= index.MAX_CLASSES:
                 raise ValueError(f"numClasses is {count}")
         classes = [str(number) for number in range(count)]
-    return images[0], label, names[0] if names else None, classes
+    names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
+    return [images, labels, names[:1] or _FILE_NAMES], classes
 
 
 def _scan_records(
     path: str,
     kind: str,
     files: list[str],
-    image: str | None = None,
-    label: str | None = None,
-    name: str | None = None,
+    images: Sequence[str] = _IMAGES,
+    labels: Sequence[str] = _LABELS,
+    file_names: Sequence[str] = _FILE_NAMES,
 ) -> Source:
-    """Indexes TFRecords; without names of features, those in common use are looked for in each record.
+    """Indexes TFRecords by the first of the names of each feature that a record has.
 
-    Classes are given where records have "image/class/synset".
+    Classes are given where plain records have "image/class/synset".
     """
-    columns = IndexBuilder()
+    columns = index.IndexBuilder()
     synsets: dict[str, int] = {}
     sizes = np.cumsum([0, *map(os.path.getsize, files)])
     with Progress(f"Indexing {os.path.basename(path)}", int(sizes[-1]), "MB") as progress:
         for number, file, content, features in examples(files):
-            has_synset = image is None and "image/class/synset" in features
-            image_name = image or ("image/encoded" if "image/encoded" in features else "image")
-            label_name = label or ("image/class/label" if "image/class/label" in features else "label")
-            text_name = name or ("image/filename" if "image/filename" in features else "file_name")
-            start, length = _one(feature_values(features, image_name, file), tuple, image_name, file)
-            value = _one(feature_values(features, label_name, file), int, label_name, file)
-            if columns.labels and has_synset != bool(synsets):
+            start, length = _one(features, images, tuple, file)
+            label = _one(features, labels, int, file)
+            has_synset = kind == "tfrecord" and _SYNSET in features
+            if columns and has_synset != bool(synsets):
                 raise SourceError(
-                    f"Expected the feature 'image/class/synset' in every record of '{path}', or in none."
+                    f"Expected the feature '{_SYNSET}' in every record of '{path}', or in none."
                 )
             if has_synset:
-                first, size = _one(features["image/class/synset"], tuple, "image/class/synset", file)
-                value = synsets.setdefault(
-                    content[first : first + size].decode("utf-8", "surrogateescape"), len(synsets)
-                )
-            if not -1 <= value < 1 << 31:
-                raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {value}.")
-            text = f"{os.path.basename(file)}@{start}"
-            if text_name in features:
-                first, size = _one(features[text_name], tuple, text_name, file)
-                text = content[first : first + size].decode("utf-8", "surrogateescape")
-            columns.add(number, start, length, value, text)
-            progress.show(
-                int(sizes[number]) + start, lambda: f"{len(columns.labels)} images, {progress.text()}"
-            )
-    if not columns.labels:
+                synset = _text(content, *_one(features, [_SYNSET], tuple, file))
+                label = synsets.setdefault(synset, len(synsets))
+            if not -1 <= label < 1 << 31:
+                raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {label}.")
+            name = f"{os.path.basename(file)}@{start}"
+            if features.keys() & set(file_names):
+                name = _text(content, *_one(features, file_names, tuple, file))
+            columns.add(number, start, length, label, name)
+            progress.show(int(sizes[number]) + start, lambda: f"{len(columns)} images, {progress.text()}")
+    if not columns:
         raise SourceError(f"Expected images in '{path}', found no record in {len(files)} files.")
     classes = sorted(synsets)
     source = columns.source(path, kind, files, classes)
@@ -253,7 +231,14 @@ def _scan_records(
     return dataclasses.replace(source, labels=positions[source.labels])
 
 
-def _one(values: list, kind: type, name: str, path: str) -> Any:
+def _text(content: mmap.mmap, first: int, size: int) -> str:
+    return content[first : first + size].decode("utf-8", "surrogateescape")
+
+
+def _one(features: Features, names: Sequence[str], kind: type, path: str) -> Any:
+    """Returns the one value of the first of some features that a record has."""
+    name = next((name for name in names if name in features), names[-1])
+    values = feature_values(features, name, path)
     if len(values) != 1 or not isinstance(values[0], kind):
         wanted = "an integer" if kind is int else "bytes"
         raise SourceError(
@@ -262,7 +247,16 @@ def _one(values: list, kind: type, name: str, path: str) -> Any:
     return values[0]
 
 
-def _describing(folder: str, name: str) -> contextlib.AbstractContextManager[None]:
-    """Names the description in a folder in whatever its content does to the block."""
-    remedy = "Prepare the set again."
-    return reading(os.path.join(folder, name), "a description of data", remedy, SourceError)
+@contextlib.contextmanager
+def _description(folder: str, name: str, kinds: Mapping[str, type] | None = None) -> Iterator[dict]:
+    """Gives a JSON file that describes a set, see `json_object`; whatever it does to the block names it."""
+    path = os.path.join(folder, name)
+    with reading(path, "JSON", "Prepare the set again.", SourceError):
+        yield json_object(read_bytes(path), kinds)
+
+
+def _file_in(folder: str, name: str) -> str:
+    """Returns the path of a file that a description names; ValueError for the name of a place elsewhere."""
+    if not name or os.path.basename(name) != name:
+        raise ValueError(f"expected the name of a file in the folder, received {shortened(name, 80)!r}")
+    return os.path.join(folder, name)

@@ -1,7 +1,5 @@
-"""Opens a data set of any layout as one index of byte ranges.
+"""Opens a data set of any layout as one index of byte ranges, without decoding, unpacking or copying.
 
-`open_source` lists the images under a path without decoding, unpacking or copying them. Each example is a
-file, a first byte, a number of bytes and a label, so that a pipeline reads any example at random.
 Only NumPy and the standard library are used; neither TensorFlow nor TensorFlow Datasets is imported.
 """
 
@@ -19,28 +17,9 @@ import numpy as np
 from keras_convnext._files import regular_size
 from keras_convnext._messages import near_names
 from keras_convnext._terminal import say_once
-from keras_convnext.data.imagenet import TARS, VALIDATION_NAME, open_tar, split_of_tar, with_labels
-from keras_convnext.data.index import (
-    IMAGE_SUFFIXES,
-    Source,
-    SourceError,
-    counted,
-    first_few,
-    images_below,
-    in_order,
-    is_folder,
-    is_image,
-    list_folder,
-    with_classes,
-)
-from keras_convnext.data.records import (
-    is_prepared,
-    open_prepared,
-    open_records,
-    open_tfds,
-    read_manifest,
-    tfds_splits,
-)
+from keras_convnext.data import imagenet, index, records
+from keras_convnext.data.imagenet import TARS, are_validation
+from keras_convnext.data.index import Source, SourceError, first_few, images_below, list_folder
 
 # The splits and the other words they go by, in any case and beside words that say nothing: "TestSet".
 SPLITS = {
@@ -68,8 +47,7 @@ def open_source(
 ) -> Source:
     """Indexes the images of one split of a data set.
 
-    What is at the path, a local folder or file or a pattern of TFRecord files, decides; the first that fits
-    is taken:
+    What is at the path, a local folder or file or a pattern of TFRecord files, decides; the first that fits:
 
     - `manifest.json`: a folder that `prepare` wrote. Classes as in the source it was made from.
     - ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar or a folder with one or both: ImageNet as published,
@@ -85,11 +63,10 @@ def open_source(
     - files ILSVRC2012_val_*.JPEG: ImageNet's validation images, unpacked. Classes: WordNet ids.
     - other images, with `labels`: a flat folder. Classes: from the label file.
 
-    A folder is divided into splits when all its folders are named after splits, such as "train" and "val", or
-    two of them are; "Training" and "Testing", "images_train" and "images_dev" too. Where all folders hold
-    sub-folders of the same names, and hardly an image of their own, either could be the classes: refused
-    unless `split` or `classes` names the folders. What else lies there is counted in `Source.left_out`, see
-    `index.list_folder`.
+    A folder is divided into splits when all its folders, or two of them, are named after splits: "train" and
+    "val", "Training" and "Testing", "images_train" and "images_dev". Where all folders hold sub-folders of
+    the same names, and hardly an image of their own, either could be the classes: refused unless `split` or
+    `classes` names the folders. What else lies there is counted in `Source.left_out`.
 
     The index of tars and TFRecords above 1 GB is kept in "~/.cache/keras_convnext/index", or the folder named
     by KERAS_CONVNEXT_INDEX_CACHE, and made again when size or time of a file change.
@@ -103,9 +80,9 @@ def open_source(
         labels: label file for a flat folder or for ImageNet's validation images: CSV ("file,label"; of more
             columns that with the header "label" or the like, or the only one of words), lines "file label",
             or for ImageNet's validation images one label a line in the order of their numbers. Files are
-            named by their path from the folder or its end, or where that is enough, by the last part, with
-            or without suffix. Labels are names of classes, in the order of class folders. Default for
-            ImageNet's validation images: what the package tensorflow-datasets carries.
+            named by their path from the folder or its end, with or without suffix; labels are names of
+            classes, in the order of class folders. Default for ImageNet's validation images: what the
+            package tensorflow-datasets carries.
         first_label: 0 or 1, the number of the first class in plain TFRecords without "image/class/synset".
             Default: 1 when labels run from exactly 1 to 1000 (0 being the background, as in TensorFlow's
             build_imagenet_data.py), else 0; where no label is 0 otherwise, it must be given.
@@ -123,9 +100,6 @@ def open_source(
         splits = {split: [os.path.join(path, split)]}
     name = _choose_split(path, kind, splits, split)
     places = splits[name]
-    if kind in ("tar", "tfrecord"):
-        for file in places:
-            regular_size(file)
     if labels is not None and kind not in ("folder", "tar"):
         raise SourceError(
             f"Expected labels=None, because '{path}' has labels of its own, received labels='{labels}'. "
@@ -137,13 +111,13 @@ def open_source(
             f"first_label={first_label}. It is for plain TFRecords."
         )
     if kind == "prepared":
-        source = open_prepared(path, str(name))
+        source = records.open_prepared(path, str(name))
     elif kind == "tar":
-        source = open_tar(places[0], str(name), labels)
+        source = imagenet.open_tar(places[0], str(name), labels)
     elif kind == "tfds":
-        source = open_tfds(places[0], str(name))
+        source = records.open_tfds(places[0], str(name))
     elif kind == "tfrecord":
-        source = open_records(path, places, first_label)
+        source = records.open_records(path, places, first_label)
     else:
         beside = {place: os.path.relpath(place, path) for other in splits.values() for place in other}
         source = _open_folder(places[0], labels, classes, beside)
@@ -151,7 +125,7 @@ def open_source(
             others = {"folders and images beside the splits": len(folders) + len(images) - len(splits)}
             left_out = source.left_out + collections.Counter(others)  # a sum leaves zeros out
             source = dataclasses.replace(source, left_out=left_out)
-    return source if classes is None else with_classes(source, list(classes))
+    return source if classes is None else index.with_classes(source, list(classes))
 
 
 def list_splits(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> list[str]:
@@ -167,7 +141,7 @@ def list_splits(path: str | os.PathLike[str], labels: str | os.PathLike[str] | N
     flat = {}
     for name in names:
         folders, images, _ = list_folder(splits[name][0])
-        if images and not folders and not all(map(VALIDATION_NAME.fullmatch, images)):
+        if images and not folders and not are_validation(images):
             flat[name] = len(images)
     if len(flat) == len(names):
         return names
@@ -215,13 +189,10 @@ def check_outside(path: str | os.PathLike[str], output: str | os.PathLike[str]) 
 def take(source: Source, numbers: Sequence[int] | np.ndarray) -> Source:
     """Returns a source with the examples at some places, in that order, under the same names and classes."""
     chosen = np.asarray(numbers, np.int64)
-    fields = {
-        name: getattr(source, name)[chosen] for name in ("file_numbers", "offsets", "lengths", "labels")
-    }
+    columns = ("file_numbers", "offsets", "lengths", "labels")
+    fields = {name: getattr(source, name)[chosen] for name in columns}
     if len(source.name_ends):  # else the names are those of the files
-        names = [source.name(int(number)).encode("utf-8", "surrogateescape") for number in chosen]
-        fields["name_text"] = np.frombuffer(b"".join(names), np.uint8)
-        fields["name_ends"] = np.cumsum([len(name) for name in names], dtype=np.int64)
+        fields |= index.name_columns(map(source.name, chosen.tolist()))
     return dataclasses.replace(source, **fields)
 
 
@@ -277,11 +248,11 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
     if os.path.isfile(path):
         if _SHARD_NAME.fullmatch(os.path.basename(path)) or ".tfrecord" in os.path.basename(path):
             return "tfrecord", {None: [path]}
-        return "tar", {split_of_tar(path): [path]}
+        return "tar", {imagenet.split_of_tar(path): [path]}
     if not os.path.isdir(path):
         regular_size(path)  # says what else it is
-    if is_prepared(path):
-        return "prepared", {name: [path] for name in read_manifest(path)["splits"]}
+    if records.is_prepared(path):
+        return "prepared", {name: [path] for name in records.read_manifest(path)["splits"]}
     tars: dict[str | None, list[str]] = {
         split: [file] for split, name in TARS.items() if os.path.exists(file := os.path.join(path, name))
     }
@@ -289,7 +260,7 @@ def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
         return "tar", tars
     folder = _find_tfds(path)
     if folder is not None:
-        return "tfds", {name: [folder] for name in tfds_splits(folder)}
+        return "tfds", {name: [folder] for name in records.tfds_splits(folder)}
     folders = list_folder(path)[0]
     shards = _find_shards(path)
     if shards and any(images_below(os.path.join(path, name))[0] for name in folders):
@@ -379,9 +350,9 @@ def _tfds_folders(path: str, depth: int) -> Iterator[str]:
         folders = []
         with os.scandir(path) as entries:
             for entry in entries:
-                if is_image(entry.name):
+                if index.is_image(entry.name):
                     return  # a class folder; TensorFlow Datasets keeps no images as files
-                if is_folder(entry) and not entry.name.startswith((".", "incomplete")):
+                if index.is_folder(entry) and not entry.name.startswith((".", "incomplete")):
                     folders.append(entry.path)
         for folder in folders:
             yield from _tfds_folders(folder, depth - 1)
@@ -389,41 +360,37 @@ def _tfds_folders(path: str, depth: int) -> Iterator[str]:
 
 def _find_shards(path: str) -> dict[str | None, list[str]]:
     """Returns the TFRecord files of a folder by the split that is part of their names."""
-    shards: dict[str | None, list[str]] = {}
-    counts: dict[str | None, set[str]] = {}
+    shards: dict[str | None, list[str]] = collections.defaultdict(list)
+    counts: dict[str | None, set[str]] = collections.defaultdict(set)
     for name in sorted(os.listdir(path)):
         match = _SHARD_NAME.fullmatch(name)
-        if name.startswith(".") or not (match or name.endswith((".tfrecord", ".tfrecords"))):
-            continue
-        if not os.path.isfile(os.path.join(path, name)):
+        is_shard = match is not None or name.endswith((".tfrecord", ".tfrecords"))
+        if name.startswith(".") or not is_shard or not os.path.isfile(os.path.join(path, name)):
             continue
         parts = re.split(r"[-_.]", name)
         split = next((part for part in parts if canonical_split(part)), match["split"] if match else None)
-        shards.setdefault(split, []).append(os.path.join(path, name))
+        shards[split].append(os.path.join(path, name))
         if match:
-            counts.setdefault(split, set()).add(match["count"])
+            counts[split].add(match["count"])
     for split, totals in counts.items():
         if len(totals) > 1 or len(shards[split]) != int(max(totals)):
             raise SourceError(
                 f"Expected all of the {' or '.join(sorted(totals))} TFRecord files of split '{split}' in "
                 f"'{path}', received {len(shards[split])}. Copy the missing ones."
             )
-    named = {
-        word.casefold()
-        for file in shards.get(None, ())
-        for word in _SPLIT_IN_NAME.findall(os.path.basename(file))
-    }
-    if len(named) > 1:
-        raise SourceError(
-            f"Expected one split in the TFRecord files of '{path}', received names with "
-            f"{' and '.join(sorted(named))}. Pass a pattern that fits one split, or set '-' around the word."
-        )
-    if None in shards and len(shards) > 1:
+    without = [os.path.basename(file) for file in shards.get(None, ())]
+    if without and len(shards) > 1:
         raise SourceError(
             f"Expected a split in the name of every TFRecord file of '{path}', received none in "
-            f"'{os.path.basename(shards[None][0])}'. Pass a pattern that fits one split."
+            f"'{without[0]}'. Pass a pattern that fits one split."
         )
-    return shards
+    words = {word.casefold() for name in without for word in _SPLIT_IN_NAME.findall(name)}
+    if len(words) > 1:
+        raise SourceError(
+            f"Expected one split in the TFRecord files of '{path}', received names with "
+            f"{' and '.join(sorted(words))}. Pass a pattern that fits one split, or set '-' around the word."
+        )
+    return dict(shards)
 
 
 def _open_folder(
@@ -434,8 +401,7 @@ def _open_folder(
 ) -> Source:
     """Opens class folders, or images with a label file, which may be one of all `splits`: {folder: name}."""
     folders, flat, left_out = list_folder(path)
-    is_validation = bool(flat) and not folders and all(VALIDATION_NAME.fullmatch(name) for name in flat)
-    if labels is not None or is_validation:
+    if labels is not None or (flat and not folders and are_validation(flat)):
         files, left_out = images_below(path)
         if not files:
             raise SourceError(f"Expected images below the folder '{path}', found none.")
@@ -446,7 +412,7 @@ def _open_folder(
             for file in images_below(folder)[0]
         ]
         source = _files_source(path, files, np.zeros(len(files)), [], left_out)
-        return with_labels(source, labels, f"{splits[path]}/" if beside else "", beside)
+        return imagenet.with_labels(source, labels, f"{splits[path]}/" if beside else "", beside)
     if not folders and flat:
         raise SourceError(
             f"Expected one folder a class in '{path}', received {len(flat)} images without folders, such as "
@@ -461,9 +427,10 @@ def _open_folder(
         images.append(found)
         left_out += others
     if not any(images):
+        but = f", but {index.counted(left_out)}" if left_out else ""
         raise SourceError(
             f"Expected one folder of images a class in '{path}', found {len(folders)} folders and no image"
-            f"{', but ' * bool(left_out)}{counted(left_out)}. Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
+            f"{but}. Known suffixes: {', '.join(index.IMAGE_SUFFIXES)}."
         )
     empty = [name for name, found in zip(folders, images, strict=True) if not found]
     if empty:
@@ -474,7 +441,7 @@ def _open_folder(
     if classes is None or not set(folders) <= set(classes):
         _check_depth(path, folders, images)
     left_out += collections.Counter({"images beside the class folders": len(flat)})
-    names = in_order(folders, path)
+    names = index.in_order(folders, path)
     positions = {name: number for number, name in enumerate(names)}
     numbers = np.repeat([positions[name] for name in folders], [len(found) for found in images])
     return _files_source(path, [file for found in images for file in found], numbers, names, left_out)
@@ -482,26 +449,20 @@ def _open_folder(
 
 def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None:
     """Refuses folders that may be splits, domains or views with the class folders below them."""
-    inner = os.path.commonpath(images[0])
-    if len(folders) == 1 and len(images[0]) > 1:
-        start = len(os.path.join(inner, ""))
-        inside = [file[start:] for file in images[0]]
-        names = sorted({file.split(os.sep)[0] for file in inside if os.sep in file})
-        if len(names) > 1 and 10 * sum(os.sep not in file for file in inside) <= len(images[0]):
+    if len(folders) == 1:
+        inner = os.path.commonpath(images[0])
+        names, own = _sub_folders(inner, images[0])
+        if len(names) > 1 and 10 * own <= len(images[0]):
             raise SourceError(
                 f"Expected folders of classes or splits in '{path}', received the one folder '{folders[0]}' "
-                f"around the folders {first_few(names)}. Pass '{inner}'."
+                f"around the folders {first_few(sorted(names))}. Pass '{inner}'."
             )
         return
-    below, own = [], 0
-    for name, found in zip(folders, images, strict=True):
-        start = len(os.path.join(path, name, ""))
-        parts = [file[start:].split(os.sep, 1) for file in found]
-        below.append({part[0] for part in parts if len(part) > 1})
-        own += sum(len(part) == 1 for part in parts)
+    places = (os.path.join(path, name) for name in folders)
+    below, owns = zip(*map(_sub_folders, places, images), strict=True)
     common = sorted(set.intersection(*below))
     # A few images of their own make no classes of folders, and one name for all, as "images", none below.
-    if 10 * own > sum(map(len, images)) or len(set.union(*below)) < 2 or not common:
+    if 10 * sum(owns) > sum(map(len, images)) or len(set.union(*below)) < 2 or not common:
         return
     if len(common) == 1 and 2 * len(common) < min(map(len, below)):
         return  # as a patient or a date that two classes share
@@ -515,12 +476,15 @@ def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None
     )
 
 
+def _sub_folders(folder: str, images: list[str]) -> tuple[set[str], int]:
+    """Returns the names of the folders in a folder, and how many of the images below it lie in none."""
+    start = len(os.path.join(folder, ""))
+    parts = [image[start:].split(os.sep, 1) for image in images]
+    return {part[0] for part in parts if len(part) > 1}, sum(len(part) == 1 for part in parts)
+
+
 def _files_source(
-    path: str,
-    files: list[str],
-    labels: np.ndarray,
-    classes: list[str],
-    left_out: collections.Counter[str],
+    path: str, files: list[str], labels: np.ndarray, classes: list[str], left_out: collections.Counter[str]
 ) -> Source:
     count = len(files)
     return Source(
@@ -532,7 +496,5 @@ def _files_source(
         lengths=np.full(count, -1, np.int64),
         labels=np.asarray(labels, np.int32),
         classes=classes,
-        name_text=np.zeros(0, np.uint8),
-        name_ends=np.zeros(0, np.int64),
         left_out=left_out,
     )

@@ -28,8 +28,8 @@ class Part:
 class Order:
     """Which example stands at each place of the endless stream, and which places are those of one host.
 
-    A place counts the rows of all hosts. Of each batch, host h has the h-th run of `rows_a_batch` rows. Each
-    epoch of `batches_per_epoch` has its own permutation; an example stands `repeats` times in succession.
+    A place counts the rows of all hosts. Each epoch of `batches_per_epoch` has its own permutation; an
+    example stands `repeats` times in succession.
     """
 
     def __init__(

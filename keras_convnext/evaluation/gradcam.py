@@ -189,7 +189,7 @@ def _chosen_name(model: keras.Model, known: Mapping[str, Value], name: str | Non
     if not known:
         raise ValueError(f"Expected a model with maps (N, h, w, K); '{model.name}' has none.")
     if name is None:
-        blocks = [key for key, value in known.items() if isinstance(value.layer, convnext.Composite)]
+        blocks = [key for key, value in known.items() if isinstance(value.layer, convnext.Block)]
         return (blocks or list(known))[-1]
     found = [name] if name in known else [key for key in known if key.endswith(f"/{name}")]
     if len(found) != 1:

@@ -96,13 +96,13 @@ def _jpeg_signature(serve, shape, request):
     """A function of the bytes of JPEG files, prepared as the evaluation prepares them."""
     import tensorflow as tf
 
-    from keras_convnext.data import batches
+    from keras_convnext.data import jpeg
 
     size = (shape[1], shape[2])
-    transform = batches.EvalTransform(request.preprocessing.at(size))
+    preprocessing = request.preprocessing.at(size)
 
     def prepare(content):
-        return tf.ensure_shape(transform.with_tensorflow(content), (*size, 3))
+        return tf.ensure_shape(jpeg.center_crop(content, preprocessing), (*size, 3))
 
     @tf.function
     def serve_jpeg(files):

@@ -13,9 +13,8 @@ from keras_convnext.layers.chunking import is_eager_on_cpu
 def rounded_once(function, x, *others):
     """Returns `function(x, *others)`; where the processor lacks bfloat16, computed in float32 and rounded.
 
-    The function takes tensors of one dtype and gives one of that dtype. The gradients too are computed in
-    float32 and rounded once. Elsewhere, on a GPU or TPU among others, it is given the tensors as they are;
-    `x` decides.
+    The function takes tensors of one dtype and gives one of that dtype; its gradients too are rounded once.
+    Elsewhere, on a GPU or TPU among others, it is given the tensors as they are; `x` decides.
     """
     if not is_widened(x):
         return function(x, *others)

@@ -22,13 +22,12 @@ def in_chunks(function, x, hidden_channels: int, training: bool = False):
     computes a chunk once more in the backward pass instead of keeping its maps, which is faster too, and
     saves memory.
     """
-    import keras
-
-    backend = keras.backend.backend()
-    samples = x.shape[0] if backend == "torch" and training else _samples_in_a_chunk(x, hidden_channels)
+    samples = _samples_in_a_chunk(x, hidden_channels, training)
     if samples == x.shape[0]:
         return function(x)
-    if backend == "torch":
+    import keras
+
+    if keras.backend.backend() == "torch":
         import torch
 
         return torch.cat([function(chunk) for chunk in x.split(samples)])
@@ -44,34 +43,24 @@ def samples_in_a_chunk_of_jax(samples: int, positions: int) -> int:
     return max(divisor for divisor in range(1, min(wanted, samples) + 1) if samples % divisor == 0)
 
 
-def _samples_in_a_chunk(x, hidden_channels):
+def _samples_in_a_chunk(x, hidden_channels, training):
     import keras
 
-    if not _on_a_cpu_that_gains(x):
-        return x.shape[0]
-    samples, height, width, _ = x.shape
-    if samples * height * width == 0:
-        return samples
-    if keras.backend.backend() == "jax":
-        return samples_in_a_chunk_of_jax(samples, height * width)
-    itemsize = 2 if "16" in keras.backend.standardize_dtype(x.dtype) else 4
-    sample_bytes = height * width * hidden_channels * itemsize
-    if samples * sample_bytes <= WHOLE_BYTES:
-        return samples
-    return min(max(1, CHUNK_BYTES // sample_bytes), samples)
-
-
-def _on_a_cpu_that_gains(x):
-    import keras
-
-    if keras.backend.backend() == "jax":
+    backend = keras.backend.backend()
+    if backend == "jax":
         import jax
 
         # Sizes of an exported program may be symbols, and a batch that devices share is divided already.
-        is_shared = keras.distribution.distribution() is not None
         is_known = all(isinstance(size, int) for size in x.shape)
-        return jax.default_backend() == "cpu" and is_known and not is_shared
-    return keras.backend.backend() == "torch" and is_eager_on_cpu(x)
+        is_shared = keras.distribution.distribution() is not None
+        if jax.default_backend() == "cpu" and is_known and not is_shared and 0 not in x.shape:
+            return samples_in_a_chunk_of_jax(x.shape[0], x.shape[1] * x.shape[2])
+    elif backend == "torch" and not training and is_eager_on_cpu(x) and 0 not in x.shape:
+        itemsize = 2 if "16" in keras.backend.standardize_dtype(x.dtype) else 4
+        sample_bytes = x.shape[1] * x.shape[2] * hidden_channels * itemsize
+        if x.shape[0] * sample_bytes > WHOLE_BYTES:
+            return min(max(1, CHUNK_BYTES // sample_bytes), x.shape[0])
+    return x.shape[0]
 
 
 def is_eager_on_cpu(x):

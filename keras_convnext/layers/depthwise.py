@@ -16,23 +16,15 @@ from keras_convnext.layers.initializers import RandomNormal
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """Convolves each channel of a map with its own square kernel, stride 1, output as large as the input.
+    """Convolves each channel of a map (N, H, W, C) with its own square kernel, at stride 1.
 
-    Weights: `kernel` (K, K, C, 1) and `bias` (C,), as in `keras.layers.DepthwiseConv2D`, whose result it
-    equals. Zeros pad the border, (K - 1) * dilation / 2 on each side, as in the official code.
+    The result has the same shape, in the compute dtype. Weights: `kernel` (K, K, C, 1) and `bias` (C,), as in
+    `keras.layers.DepthwiseConv2D`, whose result it equals. Zeros pad the border, (K - 1) * dilation / 2 on
+    each side, as in the official code.
 
     Args:
-        kernel_size: int, odd side K of the kernel.
+        kernel_size: int, odd side K of the kernel; ValueError for an even one, which has no centre.
         dilation_rate: int, distance between the kernel's taps. Default 1.
-
-    Call arguments:
-        x: (N, H, W, C), float.
-
-    Returns:
-        Same shape, in the compute dtype.
-
-    Raises:
-        ValueError: for an even kernel, which has no centre.
     """
 
     def __init__(self, kernel_size, dilation_rate=1, *, name=None, dtype=None, trainable=True):
@@ -57,14 +49,16 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         if backend not in PATHS:
             return super().call(x)
         path = PATHS[backend][chosen_path(backend, device_kind(x))]
-        kernel, bias = (
-            keras.ops.convert_to_tensor(value, dtype=self.compute_dtype) for value in (self.kernel, self.bias)
-        )
+        kernel, bias = kernel_and_bias(self, self.compute_dtype)
         return path(x, kernel, bias, self.dilation_rate[0])
 
     def get_config(self):
         config = keras.layers.Layer.get_config(self)
         return {**config, "kernel_size": self.kernel_size[0], "dilation_rate": self.dilation_rate[0]}
+
+
+def kernel_and_bias(layer, dtype):
+    return [keras.ops.convert_to_tensor(value, dtype=dtype) for value in (layer.kernel, layer.bias)]
 
 
 def depthwise_in_frames(layer, x):
@@ -77,15 +71,10 @@ def depthwise_in_frames(layer, x):
     part that would see nothing but padding, on a map smaller than the kernel, is left out.
     """
     dilation = layer.dilation_rate[0]
-    kernel, bias = (
-        keras.ops.convert_to_tensor(value, dtype=layer.compute_dtype) for value in (layer.kernel, layer.bias)
-    )
+    kernel, bias = kernel_and_bias(layer, layer.compute_dtype)
 
     def convolve(part, row_step, column_step):
-        rate = (row_step * dilation, column_step * dilation)
-        return keras.ops.depthwise_conv(
-            x, part, strides=1, padding="same", data_format="channels_last", dilation_rate=rate
-        )
+        return _convolution(x, part, (row_step * dilation, column_step * dilation))
 
     radius = layer.kernel_size[0] // 2
     core = min(radius, 2)
@@ -178,19 +167,14 @@ def _shifted_products(x, kernel, bias, dilation):
     return _jax_shifted_products()(x, kernel[..., 0], bias, dilation)
 
 
-def _jax_library(x, kernel, bias, dilation):
-    import jax
-
-    y = jax.lax.conv_general_dilated(
-        x,
-        kernel.transpose(0, 1, 3, 2),  # (K, K, 1, C)
-        window_strides=(1, 1),
-        padding="SAME",
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
+def _convolution(x, kernel, rate):
+    return keras.ops.depthwise_conv(
+        x, kernel, strides=1, padding="same", data_format="channels_last", dilation_rate=rate
     )
-    return y + bias
+
+
+def _jax_library(x, kernel, bias, dilation):
+    return _convolution(x, kernel, dilation) + bias
 
 
 def _tensorflow_library(x, kernel, bias, dilation):

@@ -11,8 +11,7 @@ from keras import ops
 class RandomNormal(keras.initializers.Initializer):
     """Draws weights from a normal distribution, on the host.
 
-    The same distribution as `keras.initializers.RandomNormal`, without its price on JAX, where that compiles
-    one program for each shape: some ten seconds for a ConvNeXt.
+    On JAX `keras.initializers.RandomNormal` compiles one program for each shape: ten seconds for a ConvNeXt.
 
     Args:
         stddev: float. Default 0.02, as the official code initialises all its kernels. (It truncates at +-2,

@@ -2,7 +2,7 @@
 
 All of them work on the last axis of channels-last maps (N, H, W, C), or (N, C) after pooling. Weights stay
 in float32 arithmetic under mixed policies (`autocast=False`), statistics are taken in float32, and the result
-has the layer's compute dtype.
+has the shape of the input and the layer's compute dtype.
 """
 
 import keras
@@ -11,7 +11,17 @@ from keras import ops
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
-class _Norm(keras.layers.Layer):
+class SameShape(keras.layers.Layer):
+    """A layer of the shape of its input."""
+
+    def add_channel_weight(self, input_shape, initializer, name):
+        return self.add_weight(shape=(input_shape[-1],), initializer=initializer, autocast=False, name=name)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class _Norm(SameShape):
     """What the norms share: an epsilon, and where they are `affine` a gain for each channel."""
 
     def __init__(self, epsilon=1e-6, affine=True, **kwargs):
@@ -22,18 +32,12 @@ class _Norm(keras.layers.Layer):
 
     def build(self, input_shape):
         if self.affine:
-            self.gamma = self._weight(input_shape, "ones", "gamma")
-
-    def _weight(self, input_shape, initializer, name):
-        return self.add_weight(shape=(input_shape[-1],), initializer=initializer, autocast=False, name=name)
+            self.gamma = self.add_channel_weight(input_shape, "ones", "gamma")
 
     def divided(self, x, square):
         """`gamma * x / sqrt(square + epsilon)`, in the compute dtype."""
         y = x * ops.rsqrt(square + self.epsilon)
         return ops.cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
@@ -43,22 +47,16 @@ class _Norm(keras.layers.Layer):
 class LayerNormalization(_Norm):
     """Layer normalisation over the channels of each position.
 
-    `y = gamma * (x - mean(x)) / sqrt(var(x) + epsilon) + beta`, mean and biased variance over the last axis.
-    Differs from `keras.layers.LayerNormalization` in two points: epsilon has the value of the official code
-    (Keras: 1e-3), and the mean is subtracted before scaling, which keeps the digits of inputs whose mean is
-    much larger than their standard deviation.
+    `y = gamma * (x - mean(x)) / sqrt(var(x) + epsilon) + beta`, mean and biased variance over the last axis
+    of x (..., C), of any float dtype. Differs from `keras.layers.LayerNormalization` in two points: epsilon
+    has the value of the official code (Keras: 1e-3), and the mean is subtracted before scaling, which keeps
+    the digits of inputs whose mean is much larger than their standard deviation.
     Reference: Ba et al. 2016 (arXiv:1607.06450), equation 3; facebookresearch/ConvNeXt models/convnext.py,
     class LayerNorm.
 
     Args:
         epsilon: float, added to the variance. Default 1e-6, the official code's.
         affine: bool, whether to have gamma and beta. Default True; `deploy` folds them into what follows.
-
-    Call arguments:
-        x: (..., C), any float dtype.
-
-    Returns:
-        Same shape, in the compute dtype.
 
     Example:
         >>> import numpy as np
@@ -70,13 +68,11 @@ class LayerNormalization(_Norm):
     def build(self, input_shape):
         super().build(input_shape)
         if self.affine:
-            self.beta = self._weight(input_shape, "zeros", "beta")
+            self.beta = self.add_channel_weight(input_shape, "zeros", "beta")
 
     def call(self, x):
         x = float32_or_wider(x)
-        gamma, beta = (
-            (float32_or_wider(self.gamma), float32_or_wider(self.beta)) if self.affine else (None, None)
-        )
+        gamma, beta = (None if one is None else float32_or_wider(one) for one in (self.gamma, self.beta))
         if keras.backend.backend() == "torch":  # one fused kernel, which subtracts first
             import torch
 
@@ -121,10 +117,8 @@ class SimpleNormalization(_Norm):
     Reference: timm 1.0.31 layers/norm.py, class SimpleNorm; used by `convnext_zepto_rms` and
     `convnext_zepto_rms_ols`.
 
-    Arguments, input and result are those of `LayerNormalization`; epsilon is timm's.
-
-    Raises:
-        ValueError: for one channel, which has no unbiased variance.
+    Arguments, input and result are those of `LayerNormalization`; epsilon is timm's. ValueError for one
+    channel, which has no unbiased variance.
     """
 
     def build(self, input_shape):
@@ -142,11 +136,11 @@ class SimpleNormalization(_Norm):
 
 
 @_register
-class GlobalResponseNormalization(keras.layers.Layer):
+class GlobalResponseNormalization(SameShape):
     """Global response normalisation (GRN), the layer that ConvNeXt V2 adds.
 
-    `g_c = ||x_c||_2` over height and width, `n_c = g_c / (mean_c(g) + 1e-6)`,
-    `y = gamma * (x * n) + beta + x`, each sample by itself. At the start gamma and beta are 0 and the
+    `g_c = ||x_c||_2` over height and width, `n_c = g_c / (mean_c(g) + 1e-6)`, `y = gamma * (x * n) + beta +
+    x`, each sample of x (N, H, W, C) by itself, of any float dtype. At the start gamma and beta are 0 and the
     layer is the identity. The norm is summed in float32 (in float16 it overflows at a root mean square of 4.6
     on a 56x56 map), and its gradient is 0, not NaN, for a channel that is 0 everywhere.
     Reference: Woo et al. 2023 (arXiv:2301.00808), section 3.1, equations 1-3 and algorithm 1;
@@ -155,12 +149,6 @@ class GlobalResponseNormalization(keras.layers.Layer):
     Args:
         epsilon: float, added to the mean norm. Default 1e-6, the official code's.
         center: bool, whether to have beta. Default True; `deploy` folds it into what follows.
-
-    Call arguments:
-        x: (N, H, W, C), any float dtype.
-
-    Returns:
-        Same shape, in the compute dtype.
 
     Example:
         >>> import numpy as np
@@ -177,10 +165,9 @@ class GlobalResponseNormalization(keras.layers.Layer):
         self.beta = None
 
     def build(self, input_shape):
-        shape = (input_shape[-1],)
-        self.gamma = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="gamma")
+        self.gamma = self.add_channel_weight(input_shape, "zeros", "gamma")
         if self.center:
-            self.beta = self.add_weight(shape=shape, initializer="zeros", autocast=False, name="beta")
+            self.beta = self.add_channel_weight(input_shape, "zeros", "beta")
 
     def scale(self, x):
         """`1 + gamma * n` in float32, (N, 1, 1, C): what each channel of each sample is multiplied by."""
@@ -217,9 +204,6 @@ class GlobalResponseNormalization(keras.layers.Layer):
         else:
             y = x * scale + beta
         return ops.cast(y, self.compute_dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon, "center": self.center}

@@ -11,8 +11,9 @@ import keras
 
 from keras_convnext.layers.bfloat16 import is_widened, rounded_once
 from keras_convnext.layers.chunking import is_eager_on_cpu
+from keras_convnext.layers.depthwise import device_kind, kernel_and_bias
 
-_TOO_SMALL = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
+TOO_SMALL = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
@@ -82,23 +83,22 @@ class PatchConv2D(keras.layers.Conv2D):
     """A convolution; of patches side by side, where the kernel is as large as the stride, one product.
 
     Libraries treat such a kernel as any other: on a CPU they cost up to ten times the product of the patches
-    with the kernel, and its gradient more. Arguments, weights and result are those of `keras.layers.Conv2D`.
+    with the kernel, and its gradient more. Arguments, weights and result are those of `keras.layers.Conv2D`;
+    maps are channels-last.
     """
 
     def call(self, x):
-        channels_last = self.data_format == "channels_last"
-        if channels_last:
-            self._check(x.shape)
-            x = self._checked_in_graph(x)
-        if not (self.use_bias and self.activation is keras.activations.linear and channels_last):
+        self._check(x.shape)
+        x = self._checked_in_graph(x)
+        if not self.use_bias or self.activation is not keras.activations.linear:
             return super().call(x)
-        kernel, bias = (
-            keras.ops.convert_to_tensor(value, dtype=self.compute_dtype) for value in (self.kernel, self.bias)
-        )
+        kernel, bias = kernel_and_bias(self, self.compute_dtype)
         patches = self._patches(x)
-        if patches is None:
-            return rounded_once(self._convolve, x, kernel, bias) if is_widened(x) else super().call(x)
-        return _product(patches, keras.ops.reshape(kernel, (-1, self.filters)), bias)
+        if patches is not None:
+            return _product(patches, keras.ops.reshape(kernel, (-1, self.filters)), bias)
+        if not is_widened(x):
+            return super().call(x)
+        return rounded_once(lambda x, kernel, bias: self.convolution_op(x, kernel) + bias, x, kernel, bias)
 
     def compute_output_shape(self, input_shape):
         self._check(input_shape)
@@ -109,7 +109,7 @@ class PatchConv2D(keras.layers.Conv2D):
         size = self.kernel_size[0]
         sides = [side for side in shape[1:3] if isinstance(side, int)]
         if self.padding == "valid" and min(sides, default=size) < size:
-            raise ValueError(f"{_TOO_SMALL}. Received a map {shape[1:3]} at {self.name!r}, of kernel {size}.")
+            raise ValueError(f"{TOO_SMALL}. Received a map {shape[1:3]} at {self.name!r}, of kernel {size}.")
 
     def _checked_in_graph(self, x):
         """The same in a graph of TensorFlow, where sides may be free."""
@@ -117,12 +117,9 @@ class PatchConv2D(keras.layers.Conv2D):
             return x
         import tensorflow as tf
 
-        check = tf.debugging.assert_greater_equal(tf.shape(x)[1:3], self.kernel_size, _TOO_SMALL)
+        check = tf.debugging.assert_greater_equal(tf.shape(x)[1:3], self.kernel_size, TOO_SMALL)
         with tf.control_dependencies([check]):
             return tf.identity(x)
-
-    def _convolve(self, x, kernel, bias):
-        return self.convolution_op(x, kernel) + bias
 
     def _patches(self, x):
         """(N, H / K, W / K, K * K * C); None where the plain convolution is to be taken."""
@@ -146,16 +143,13 @@ def _is_plain(layer):
 
 def _matrix_and_bias(layer, dtype):
     """(C, D) and (D,), from a Dense layer or a 1x1 convolution."""
-    kernel, bias = (keras.ops.convert_to_tensor(value, dtype=dtype) for value in (layer.kernel, layer.bias))
+    kernel, bias = kernel_and_bias(layer, dtype)
     return (keras.ops.reshape(kernel, kernel.shape[-2:]) if len(kernel.shape) == 4 else kernel), bias
 
 
 def _gains_from_patches(x):
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.default_backend() == "cpu"
-    return keras.backend.backend() == "torch" and _onednn_takes(x)
+    backend = keras.backend.backend()
+    return (backend == "jax" and device_kind(x) == "cpu") or (backend == "torch" and _onednn_takes(x))
 
 
 def _has_own_product(x):

@@ -7,26 +7,21 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_convnext.layers.normalization import float32_or_wider
+from keras_convnext.layers.normalization import SameShape, float32_or_wider
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
 @_register
-class LayerScale(keras.layers.Layer):
+class LayerScale(SameShape):
     """Multiplies each channel of a residual branch by a learned number.
 
-    `y = gamma * x`. The product is taken in float32: the usual start of 1e-6 has four bits left in float16.
+    `y = gamma * x` for x (..., C) of any float dtype, in the compute dtype. The product is taken in float32:
+    the usual start of 1e-6 has four bits left in float16.
     Reference: Touvron et al. 2021 (arXiv:2103.17239), equation 4; Liu et al. 2022, appendix A.1.
 
     Args:
         init_value: float, start of gamma. Default 1e-6, as in the ConvNeXt paper.
-
-    Call arguments:
-        x: (..., C), any float dtype.
-
-    Returns:
-        Same shape, in the compute dtype.
     """
 
     def __init__(self, init_value=1e-6, **kwargs):
@@ -34,46 +29,29 @@ class LayerScale(keras.layers.Layer):
         self.init_value = init_value
 
     def build(self, input_shape):
-        self.gamma = self.add_weight(
-            shape=(input_shape[-1],),
-            initializer=keras.initializers.Constant(self.init_value),
-            autocast=False,
-            name="gamma",
-        )
+        start = keras.initializers.Constant(self.init_value)
+        self.gamma = self.add_channel_weight(input_shape, start, "gamma")
 
     def call(self, x):
         return ops.cast(float32_or_wider(x) * float32_or_wider(self.gamma), self.compute_dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
     def get_config(self):
         return {**super().get_config(), "init_value": self.init_value}
 
 
 @_register
-class StochasticDepth(keras.layers.Layer):
+class StochasticDepth(SameShape):
     """Drops a residual branch for a random part of the samples while training ("drop path").
 
-    Each sample is kept with probability `1 - rate`, independently, and then divided by it, so that the
-    expected value stays the same. Outside training the layer is the identity. In `divided_batch` the draws
-    are those of the whole batch.
+    Each sample of x (N, ...) is kept with probability `1 - rate`, independently, and then divided by it, so
+    that the expected value stays the same, and the dtype. Outside training the layer is the identity. In
+    `divided_batch` the draws are those of the whole batch.
     Reference: Huang et al. 2016 (arXiv:1603.09382), section 3; timm layers/drop.py, `drop_path`.
 
     Args:
-        rate: float in [0, 1), probability of dropping a sample's branch.
+        rate: float in [0, 1), else a ValueError; probability of dropping a sample's branch.
         seed: int or None, for the layer's own `keras.random.SeedGenerator`; None draws from the seed that
             `keras.utils.set_random_seed` sets.
-
-    Call arguments:
-        x: (N, ...), any float dtype.
-        training: bool.
-
-    Returns:
-        Same shape and dtype.
-
-    Raises:
-        ValueError: when `rate` is outside [0, 1).
     """
 
     def __init__(self, rate, seed=None, **kwargs):
@@ -99,9 +77,6 @@ class StochasticDepth(keras.layers.Layer):
             draw = ops.slice(draw, (part * count, *(0 for _ in ones)), (count, *ones))
         scale = ops.where(draw < keep, 1.0 / keep, 0.0)
         return x * ops.cast(scale, x.dtype)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}

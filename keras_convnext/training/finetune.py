@@ -95,7 +95,7 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
 
 def _depth(model):
     """How many stages a model has, those in it too."""
-    blocks = [each for each in model._flatten_layers() if isinstance(each, convnext.Composite)]
+    blocks = [each for each in model._flatten_layers() if isinstance(each, convnext.Block)]
     return 1 + max((stage for stage in map(_stage, blocks) if stage is not None), default=-1)
 
 

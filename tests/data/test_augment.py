@@ -108,7 +108,7 @@ def pillow_geometric(name, pixels, argument, interpolation, fill):
 @pytest.mark.parametrize("name", PIXELWISE)
 def test_pixelwise_operations_equal_pillow(name):
     arguments, pillow = PIXELWISE[name]
-    operation, changed = getattr(policies, name), False
+    operation, changed = getattr(policies.pixels, name), False
     for title, pixels in IMAGES.items():
         for argument in arguments:
             ours = operation(tf.constant(pixels), *argument).numpy()
@@ -123,7 +123,7 @@ def test_pixelwise_operations_equal_pillow(name):
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("name", GEOMETRIC)
 def test_geometric_operations_equal_pillow(name, interpolation):
-    operation = getattr(policies, name)
+    operation = getattr(policies.pixels, name)
     for title, pixels in IMAGES.items():
         for argument in GEOMETRIC[name][0]:
             ours = operation(
@@ -139,7 +139,8 @@ def test_geometric_operations_follow_their_argument_closely(name):
     pixels, differing = IMAGES["square"], 0
     for argument in (0.27, -0.3, 0.1234567):
         near = argument + 1e-4 if name == "rotate" else np.float64(np.float32(argument))
-        ours = getattr(policies, name)(tf.constant(pixels), tf.constant(near), "bilinear", FILL).numpy()
+        operation = getattr(policies.pixels, name)
+        ours = operation(tf.constant(pixels), tf.constant(near), "bilinear", FILL).numpy()
         differing += np.sum(ours != pillow_geometric(name, pixels, argument, "bilinear", FILL))
     assert differing > 0
 

@@ -118,10 +118,7 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 def shear_x(image: tf.Tensor, factor: tf.Tensor, interpolation: str, fill: Sequence[int]) -> tf.Tensor:
-    """Shear along the rows, as `Image.transform` with the matrix (1, factor, 0, 0, 1, 0).
-
-    The result at (x, y) is the image at (x + factor * y, y).
-    """
+    """Shear along the rows, as `Image.transform` does: (x, y) of the result is (x + factor * y, y)."""
     offset = tf.cast(factor, tf.float64) * _centres(_size(image)[0])[:, None]
     return _move_rows(image, offset, interpolation, fill)
 
@@ -132,10 +129,7 @@ def shear_y(image: tf.Tensor, factor: tf.Tensor, interpolation: str, fill: Seque
 
 
 def translate_x(image: tf.Tensor, pixels: tf.Tensor, interpolation: str, fill: Sequence[int]) -> tf.Tensor:
-    """Move along the rows, as `Image.transform` with the matrix (1, 0, pixels, 0, 1, 0).
-
-    The result at (x, y) is the image at (x + pixels, y): a positive number moves the content to the left.
-    """
+    """Move along the rows, as `Image.transform` does: (x, y) of the result is (x + pixels, y)."""
     offset = tf.fill([_size(image)[0], 1], tf.cast(pixels, tf.float64))
     return _move_rows(image, offset, interpolation, fill)
 
@@ -214,9 +208,8 @@ def _move_rows(image: tf.Tensor, offset: tf.Tensor, interpolation: str, fill: Se
     # Edges are repeated by two pixels. What is read further out lies in other rows and is filled later.
     wide = tf.concat([tf.tile(image[:, :1], [1, 2, 1]), image, tf.tile(image[:, -1:], [1, 2, 1])], 1)
     tall = tf.concat([wide[:1], wide, wide[-1:]], 0)
-    steps = tf.cast(
-        tf.clip_by_value(shift[:, 0], -tf.cast(width, tf.float64), tf.cast(width, tf.float64)), tf.int32
-    )
+    most = tf.cast(width, tf.float64)
+    steps = tf.cast(tf.clip_by_value(shift[:, 0], -most, most), tf.int32)
     starts = (tf.range(height) + 1) * (width + 4) + 1 + steps
     # A row is one copy as a substring; tf.gather would copy pixel by pixel. The levels are the last bytes
     # of a serialized tensor, so positions count from its end.
@@ -296,12 +289,7 @@ def _linear(first: tf.Tensor, second: tf.Tensor) -> list[tf.Tensor]:
 
 def _cubic(before: tf.Tensor, first: tf.Tensor, second: tf.Tensor, after: tf.Tensor) -> list[tf.Tensor]:
     """Coefficients of Pillow's cubic, in the order of operations of Geometry.c."""
-    return [
-        first,
-        second - before,
-        2.0 * (before - first) + second - after,
-        first - before - second + after,
-    ]
+    return [first, second - before, 2.0 * (before - first) + second - after, first - before - second + after]
 
 
 def _polynomial(coefficients: list[tf.Tensor], part: tf.Tensor) -> tf.Tensor:

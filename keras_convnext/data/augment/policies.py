@@ -1,36 +1,17 @@
-"""RandAugment, AutoAugment, TrivialAugment and colour jitter: which operations an image gets, how strong.
-
-`plan_augment` and `plan_jitter` decide for many examples at once; `apply_augment` and `apply_jitter` carry
-the plan of one image out.
-"""
+"""RandAugment, AutoAugment, TrivialAugment and colour jitter: which operations an image gets, how strong."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_convnext._messages import near_names
-from keras_convnext.data.augment.pixels import (
-    IMAGENET_FILL,
-    autocontrast,
-    brightness,
-    color,
-    contrast,
-    equalize,
-    invert,
-    posterize,
-    rotate,
-    sharpness,
-    shear_x,
-    shear_y,
-    solarize,
-    solarize_add,
-    translate_x,
-    translate_y,
-)
+from keras_convnext.data.augment import pixels
+from keras_convnext.data.train_transform import POLICIES
 
 Plan = dict[str, tf.Tensor]  # decisions for many examples: tensors with a common first axis
 
@@ -156,7 +137,8 @@ class TrivialAugment:
 
 Policy = RandAugment | AutoAugment | TrivialAugment
 
-POLICIES = ("rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide", "none")
+_SETTINGS: dict[str, tuple[str, ...]] = {"rand": ("m", "n", "p", "mstd", "mmax", "inc")}
+_SETTINGS |= dict.fromkeys(("original", "originalr", "v0", "v0r"), ("mstd",))
 
 # What a plan needs for each operation: which one, whether, how strong, which sign.
 UNIFORMS_PER_OPERATION = 4
@@ -178,10 +160,8 @@ def parse_policy(text: str) -> Policy | None:
     name, *sections = text.split("-")
     if name not in POLICIES:
         near = near_names(name, POLICIES, 1)
-        raise ValueError(f"Unknown augmentation {text!r}.{near} Known: {', '.join(POLICIES)}.")
-    known: tuple[str, ...] = ("mstd",) if name.startswith(("original", "v0")) else ()
-    if name == "rand":
-        known = ("m", "n", "p", "mstd", "mmax", "inc")
+        raise ValueError(f"Unknown augmentation {text!r}.{near} Known: {', '.join(POLICIES[1:])}, none.")
+    known = _SETTINGS.get(name, ())
     settings = {}
     for section in sections:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
@@ -228,29 +208,27 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
     negative = tf.cast(sign >= 0.5, tf.int32)
     if isinstance(policy, TrivialAugment):
         number = number_below(choice, len(_TRIVIAL_OPERATIONS))
+        count = policy.num_bins
         table = [
-            [
-                _torchvision_arguments(name, bin_, policy.num_bins, _TRIVIAL_RANGES)
-                for bin_ in range(policy.num_bins)
-            ]
+            [_torchvision_arguments(name, bin_, count, _TRIVIAL_RANGES) for bin_ in range(count)]
             for name in _TRIVIAL_OPERATIONS
         ]
-        place = tf.stack([number, number_below(strength, policy.num_bins), negative], 2)
+        place = tf.stack([number, number_below(strength, count), negative], 2)
         return {
             "operation": tf.gather(_numbers(_TRIVIAL_OPERATIONS), number),
             "argument": tf.gather_nd(np.array(table, np.float64), place),
         }
 
     if isinstance(policy, RandAugment):
-        rows = [[(level, policy.probability, policy.magnitude)] for level in policy.levels]
+        rows: Any = [[(level, policy.probability, policy.magnitude)] for level in policy.levels]
         number = number_below(choice, len(rows))
         place = tf.stack([number, tf.zeros_like(number)], 2)
     else:
-        rows = [list(sub_policy) for sub_policy in policy.sub_policies]
+        rows = policy.sub_policies
         number = tf.repeat(number_below(choice[:, :1], len(rows)), policy.num_operations, 1)
         place = tf.stack([number, tf.zeros_like(number) + tf.range(policy.num_operations)], 2)
-    levels = [[level for level, _, _ in row] for row in rows]
-    probability = tf.gather_nd(np.array([[entry[1] for entry in row] for row in rows], np.float64), place)
+    levels, probabilities, magnitudes = np.moveaxis(np.array(rows, object), 2, 0)  # (rows, operations) each
+    probability = tf.gather_nd(probabilities.astype(np.float64), place)
     operation = tf.gather_nd(np.stack([_numbers(row) for row in levels]), place)
     operation = tf.where(applied < probability, operation, 0)
     if isinstance(policy, AutoAugment) and policy.torchvision:
@@ -260,7 +238,7 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
         argument = tf.gather_nd(np.array(table, np.float64), tf.concat([place, negative[..., None]], 2))
         return {"operation": operation, "argument": argument}
 
-    magnitude = tf.gather_nd(np.array([[entry[2] for entry in row] for row in rows], np.float64), place)
+    magnitude = tf.gather_nd(magnitudes.astype(np.float64), place)
     if math.isinf(policy.magnitude_std):
         magnitude *= strength
     elif policy.magnitude_std > 0:
@@ -276,7 +254,7 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
 
 
 def apply_augment(
-    image: tf.Tensor, plan: Plan, interpolation: str = "bicubic", fill: Sequence[int] = IMAGENET_FILL
+    image: tf.Tensor, plan: Plan, interpolation: str = "bicubic", fill: Sequence[int] = pixels.IMAGENET_FILL
 ) -> tf.Tensor:
     """Carry out the operations planned for one image, uint8 (H, W, 3): one row of `plan_augment`.
 
@@ -365,21 +343,22 @@ def _torchvision_arguments(
     Reference: torchvision 0.28.0, transforms/autoaugment.py, `_augmentation_space` and `_apply_op`.
     """
     name, number = _operation(level), int(number)
+
+    def magnitude(kind: str) -> float:
+        return _linspace(0.0, ranges[kind], num_bins)[number]
+
     if name in ("shear_x", "shear_y"):
         # torchvision goes through degrees, and through another formula for each axis.
-        magnitude = math.atan(_linspace(0.0, ranges["shear"], num_bins)[number])
-        angle = math.radians(math.degrees(magnitude))
+        angle = math.radians(math.degrees(math.atan(magnitude("shear"))))
         shear = math.tan(angle) if name == "shear_x" else math.sin(angle) / math.cos(angle)
         return shear, -shear
     if name in ("translate_x", "translate_y"):
-        pixels = float(int(_linspace(0.0, ranges["translate"], num_bins)[number]))
-        return -pixels, pixels
+        distance = float(int(magnitude("translate")))
+        return -distance, distance
     if name == "rotate":
-        degrees = _linspace(0.0, ranges["rotate"], num_bins)[number]
-        return degrees, -degrees
+        return magnitude("rotate"), -magnitude("rotate")
     if name in ("brightness", "color", "contrast", "sharpness"):
-        change = _linspace(0.0, ranges["factor"], num_bins)[number]
-        return 1.0 + change, 1.0 - change
+        return 1.0 + magnitude("factor"), 1.0 - magnitude("factor")
     argument = 0.0
     if name == "posterize":
         argument = 8.0 - round(float(np.float32(number / ((num_bins - 1) / ranges["bits"]))))
@@ -426,7 +405,8 @@ def _functions(
         return lambda image, argument: operation(image, argument, interpolation, fill)
 
     return [
-        *map(plain, (tf.identity, autocontrast, equalize, invert)),
-        *(geometric(rotate), posterize, solarize, solarize_add, color, contrast, brightness, sharpness),
-        *map(geometric, (shear_x, shear_y, translate_x, translate_y)),
+        *map(plain, (tf.identity, pixels.autocontrast, pixels.equalize, pixels.invert)),
+        *(geometric(pixels.rotate), pixels.posterize, pixels.solarize, pixels.solarize_add),
+        *(pixels.color, pixels.contrast, pixels.brightness, pixels.sharpness),
+        *map(geometric, (pixels.shear_x, pixels.shear_y, pixels.translate_x, pixels.translate_y)),
     ]
