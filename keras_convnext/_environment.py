@@ -173,10 +173,15 @@ def tensorflow_has_onednn() -> bool:
     return _pywrap_util_port.IsMklEnabled()
 
 
-def _settings_path() -> str:
+def keras_home() -> str:
+    """Returns the folder of Keras's settings and models, found as `keras.config` does."""
     home = os.path.expanduser("~")
     folder = os.path.join(home if os.access(home, os.W_OK) else "/tmp", ".keras")
-    return os.path.expanduser(os.path.join(os.environ.get("KERAS_HOME", folder), "keras.json"))
+    return os.path.expanduser(os.environ.get("KERAS_HOME", folder))
+
+
+def _settings_path() -> str:
+    return os.path.join(keras_home(), "keras.json")
 
 
 def _backend_in(path: str) -> str | None:

@@ -19,7 +19,6 @@ from keras_convnext.weights import (
     safetensors_files,
     torch_files,
 )
-from keras_convnext.weights.preprocessing_metadata import DESCRIBED_SUFFIXES
 from keras_convnext.weights.published import TORCH_SUFFIXES
 from keras_convnext.weights.resolve import resolve
 
@@ -35,14 +34,11 @@ def save_weights(
 
     Args:
         model: made by this package.
-        path: ".safetensors", or ".pth", ".pt", ".bin" for a PyTorch file. Official files nest their weights
-            under the key "model", and so does this for the layout "official" as a PyTorch file.
+        path: ".safetensors", or ".pth", ".pt", ".bin" for a PyTorch file, which has the weights under the key
+            "model" in the layout "official", as the official files do. It appears whole or not at all.
         layout: "official", "timm", "torchvision" or "huggingface".
         preprocessing: of the images of these weights, stored in a ".safetensors" file, where `load`,
             `keras-convnext predict` and `keras-convnext evaluate` find it; None to leave that unsaid.
-
-    Returns:
-        The path. It appears whole or not at all.
 
     Raises:
         ValueError: for a layout that cannot express the architecture, or another ending; for layers without
@@ -75,11 +71,11 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             that `keras.saving.load_model` opens; ".weights.h5": its weights.
         layout: "official", "timm", "torchvision" or "huggingface"; has no meaning for Keras targets.
         architecture: name of an architecture, or a tag of one, checked against the file; None to take the
-            architecture from the file. A tag also says how images are prepared; without one the source says
-            it, if it does. That is written into ".safetensors", ".weights.h5" and ".keras" targets, and a
-            ".keras" target is built so; else with the input size and the normaliser, or none, of the model in
-            a ".keras" source; else as for the architecture's ImageNet weights. The classifier keeps the
-            activation that it has in a ".keras" source.
+            architecture from the file. A tag also says how images are prepared, else the source may say it.
+            That is written into ".safetensors", ".weights.h5" and ".keras" targets. A ".keras" target is
+            built so; else with the input size and the normaliser, or none, of the model in a ".keras" source;
+            else as for the architecture's ImageNet weights. A classifier of a ".keras" source keeps its
+            activation.
 
     Returns:
         The target's path. It appears whole or not at all.
@@ -116,7 +112,7 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     if target.suffix != ".keras":
         _warn_of_activation(found.activation(found.classes), target)
     if target.name.endswith(TORCH_SUFFIXES):
-        if preprocessing is not None and target.suffix not in DESCRIBED_SUFFIXES:
+        if preprocessing is not None and target.suffix != ".safetensors":
             _logger.warning("%s has no place for how its images are prepared; .safetensors has.", target)
             preprocessing = None
         return _write_torch(canonical, found.variant, target, layout, preprocessing)

@@ -114,8 +114,11 @@ def load(
 
     All other arguments are those of the constructors, for example `keras_convnext.ConvNeXtTiny`.
 
-    Gives a `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities. ValueError for an
-    unknown name (near ones are listed) and as the constructors.
+    Returns:
+        A `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities.
+
+    Raises:
+        ValueError: for an unknown name (near ones are listed) and as the constructors do.
 
     Example:
         >>> model = load("test_convnext2", weights=None, classes=10, input_shape=(64, 64, 3))
@@ -247,10 +250,14 @@ Args:
     new_head: bool or None: True to start a new classifier on any weights, False never to; None as under
         `classes`.
 
-Gives a `keras.Model`, (N, H, W, C) pixels to (N, classes) probabilities; without the top, to features (N, C)
-or (N, H / 32, W / 32, C), layer-normalised as in `keras.applications`. `pyramid_outputs` are the stage maps.
-ValueError for arguments that do not fit each other or the weights; unknown tags come with near names.
-FileNotFoundError for a path that is not there.
+Returns:
+    A `keras.Model`, (N, H, W, C) pixels to (N, classes) probabilities; without the top, to features
+    (N, C) or (N, H / 32, W / 32, C), layer-normalised as in `keras.applications`. Its `pyramid_outputs` are
+    the stage maps.
+
+Raises:
+    ValueError: for arguments that do not fit each other or the weights; unknown tags come with near names.
+    FileNotFoundError: for a path that is not there.
 
 Example:
     >>> model = {constructor}(weights=None, input_shape=(64, 64, 3), classes=10)

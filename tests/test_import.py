@@ -24,11 +24,11 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items(
 KERAS_FREE = (
     "_environment", "_files", "_messages", "_settings", "_terminal", "variants", "analysis", "cli",
     "data", "weights", "evaluation.report", "evaluation.results", "exporting.litert_int8",
-    "exporting.report", "exporting.runtimes", "exporting.web_page", "exporting.writers",
+    "exporting.formats", "exporting.report", "exporting.runtimes", "exporting.web_page",
     "training.advice", "training.curves", "training.derived", "training.logs", "training.recipe",
     "training.recipe_files", "training.run_folder",
 )  # fmt: skip
-WITH_KERAS = {"weights.assign"}
+WITH_KERAS = {"weights.assign", "weights.graph"}
 # Its graphs are what these are made of.
 WITH_FRAMEWORK = {
     **{

@@ -1,8 +1,10 @@
 """Errors, memory maps and dtypes that the readers and writers of all weight files share."""
 
+import contextlib
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,29 +12,33 @@ import numpy as np
 from keras_convnext._files import FileFormatError, regular_size
 from keras_convnext._messages import shortened
 
-# PyTorch's name of each dtype that NumPy or ml_dtypes has. "<": both formats are little-endian.
-TORCH_DTYPES: dict[str, np.dtype] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "complex64": np.dtype("<c8"),
-    "complex128": np.dtype("<c16"),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint64": np.dtype("<u8"),
-    "uint32": np.dtype("<u4"),
-    "uint16": np.dtype("<u2"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
+# PyTorch's name of each dtype that weights have, that of .safetensors, and PyTorch's class of its storages;
+# newer dtypes have none, and their tensors name `UntypedStorage`. "<": both formats are little-endian.
+_DTYPES: tuple[tuple[str, str | None, str | None, Any], ...] = (
+    ("float64", "F64", "DoubleStorage", "<f8"),
+    ("float32", "F32", "FloatStorage", "<f4"),
+    ("float16", "F16", "HalfStorage", "<f2"),
+    ("bfloat16", "BF16", "BFloat16Storage", ml_dtypes.bfloat16),
+    ("float8_e4m3fn", "F8_E4M3", None, ml_dtypes.float8_e4m3fn),
+    ("float8_e4m3fnuz", "F8_E4M3FNUZ", None, ml_dtypes.float8_e4m3fnuz),
+    ("float8_e5m2", "F8_E5M2", None, ml_dtypes.float8_e5m2),
+    ("float8_e5m2fnuz", "F8_E5M2FNUZ", None, ml_dtypes.float8_e5m2fnuz),
+    ("float8_e8m0fnu", "F8_E8M0", None, ml_dtypes.float8_e8m0fnu),
+    ("complex64", "C64", "ComplexFloatStorage", "<c8"),
+    ("complex128", None, "ComplexDoubleStorage", "<c16"),
+    ("int64", "I64", "LongStorage", "<i8"),
+    ("int32", "I32", "IntStorage", "<i4"),
+    ("int16", "I16", "ShortStorage", "<i2"),
+    ("int8", "I8", "CharStorage", "i1"),
+    ("uint64", "U64", None, "<u8"),
+    ("uint32", "U32", None, "<u4"),
+    ("uint16", "U16", None, "<u2"),
+    ("uint8", "U8", "ByteStorage", "u1"),
+    ("bool", "BOOL", "BoolStorage", "?"),
+)
+TORCH_DTYPES: dict[str, np.dtype] = {torch: np.dtype(dtype) for torch, _, _, dtype in _DTYPES}
+TORCH_STORAGES: dict[str, str] = {torch: storage for torch, _, storage, _ in _DTYPES if storage}
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {name: np.dtype(dtype) for _, name, _, dtype in _DTYPES if name}
 
 
 class UnsafeFileError(ValueError):
@@ -47,8 +53,7 @@ def not_finite(outputs: np.ndarray) -> np.ndarray:
 def release_pages(array: np.ndarray) -> None:
     """Lets the system drop the memory of the file that an array is a view of, once its values are copied.
 
-    Keeps the memory of loading a model near that of the model itself. Pages that are needed again are read
-    again. Does nothing for arrays that are not memory-mapped, or where the system cannot do it.
+    So loading a model takes little more memory than the model. Pages that are needed again are read again.
     """
     owner: object = array
     while isinstance(owner, np.ndarray):
@@ -59,16 +64,28 @@ def release_pages(array: np.ndarray) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-def damaged_file(
-    path: Path, fact: str, remedy: str = "The file is damaged or incomplete: download or save it again."
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file in front of an error about its contents that does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error.__cause__
+
+
+def damaged(
+    fact: str, remedy: str = "The file is damaged or incomplete: download or save it again."
 ) -> FileFormatError:
-    return FileFormatError(f"Cannot read '{path}': {shortened(fact, 400)}. {remedy}")
+    """The error for a file that cannot be read; `naming` says which."""
+    return FileFormatError(f"{shortened(fact, 400)}. {remedy}")
 
 
 def map_file(path: Path) -> memoryview:
     """Maps a file read-only; the mapping lives as long as a view of it does."""
     if regular_size(path) == 0:
-        raise damaged_file(path, "it is empty (0 bytes)")
+        raise damaged("it is empty (0 bytes)")
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
@@ -80,9 +97,7 @@ def looks_like_safetensors(start: bytes) -> bool:
     return start[4:9] == b"\0\0\0\0{"
 
 
-def unknown_content(
-    path: Path, start: bytes, expected: str = "a .pth or .safetensors file"
-) -> FileFormatError:
+def unknown_content(start: bytes, suffix: str, expected: str) -> FileFormatError:
     """The error for a file that does not start as a known kind does."""
     if start.startswith(b"version https://git-lfs"):
         fact = "it is a Git LFS pointer, a text that stands for the file"
@@ -93,16 +108,14 @@ def unknown_content(
     elif start.startswith(b"\x80") and start[1:2] in (b"\1", b"\2", b"\3", b"\4", b"\5"):
         fact = "it is a bare pickle, not a file of torch.save"
         remedy = "If you trust the file, load it in Python and save its arrays as .safetensors."
-    elif path.suffix == ".safetensors":
+    elif suffix == ".safetensors":
         if len(start) < 8:
-            return damaged_file(
-                path, f"expected at least 8 bytes (the header's length), received {len(start)}"
-            )
-        return damaged_file(path, f"expected 8 bytes of header length and then '{{', received {start[:9]!r}")
+            return damaged(f"expected at least 8 bytes (the header's length), received {len(start)}")
+        return damaged(f"expected 8 bytes of header length and then '{{', received {start[:9]!r}")
     else:
         fact = f"expected {expected}, received a file that starts with {start[:16]!r}"
         remedy = "Check that it is the file you meant and that its download was complete."
-    return damaged_file(path, fact, remedy)
+    return damaged(fact, remedy)
 
 
 def is_size(value: object) -> bool:

@@ -82,21 +82,16 @@ ALIASES: dict[str, str] = {
 
 
 def find_checkpoint(name: str, architecture: str | None = None) -> Checkpoint:
-    """Finds the published weights that a name means.
+    """Finds the row of `CHECKPOINTS` that a name means.
 
     Args:
-        name: a full tag ("convnext_tiny.fb_in1k"), a name that timm has deprecated
-            ("convnext_tiny_in22k"), or, with `architecture`, a pretrained tag ("fb_in1k") or
-            "imagenet".
+        name: a full tag ("convnext_tiny.fb_in1k"), a name that timm has deprecated ("convnext_tiny_in22k"),
+            or, with `architecture`, a pretrained tag ("fb_in1k") or "imagenet".
         architecture: architecture the weights are for, e.g. "convnext_tiny". None: any.
 
-    Returns:
-        The row of `CHECKPOINTS`.
-
     Raises:
-        ValueError: the name is unknown (tells near names and which architectures have the tag),
-            belongs to another architecture, needs an `architecture`, or the architecture is
-            unknown or has no ImageNet file.
+        ValueError: the name is unknown (tells near names and which architectures have the tag), belongs to
+            another architecture, needs an `architecture`, or that is unknown or has no ImageNet file.
 
     Example:
         find_checkpoint("convnext_tiny.fb_in22k_ft_in1k_384").top1                   # 84.098
@@ -106,7 +101,18 @@ def find_checkpoint(name: str, architecture: str | None = None) -> Checkpoint:
     if architecture is not None and architecture not in IMAGENET:
         raise ValueError(unknown("architecture", architecture, IMAGENET))
     if name == "imagenet":
-        return _imagenet(architecture)
+        if architecture is None:
+            raise ValueError(
+                "weights 'imagenet' mean another file for each architecture, received architecture None. "
+                "Pass architecture='convnext_tiny' or a full tag such as 'convnext_tiny.fb_in1k'."
+            )
+        tag = IMAGENET[architecture]
+        if tag is None:
+            raise ValueError(
+                f"No ImageNet weights have been published for architecture {architecture!r}. "
+                f"{_weights_of(architecture)}"
+            )
+        return CHECKPOINTS[tag]
     full = ALIASES.get(name, name)
     if full not in CHECKPOINTS and architecture is not None:
         full = f"{architecture}.{name}"
@@ -129,18 +135,15 @@ def list_weights(
     commercial_use: bool | None = None,
     downloadable: bool | None = None,
 ) -> list[str]:
-    """Lists the tags that meet every given condition.
+    """Lists the tags that meet every condition that is not None, in the order of the catalog.
 
     Args:
-        architecture: name or pattern with "*", e.g. "convnextv2_*". Default None: all.
-        classes: width of the classifier, 0 for none. Default None: all.
-        image_size: side in pixels. Default None: all.
-        licence: licence identifier, e.g. "apache-2.0". Default None: all.
-        commercial_use: whether the licence allows commercial use. Default None: both.
-        downloadable: whether the catalog knows where the file is. Default None: both.
-
-    Returns:
-        The tags in the order of `CHECKPOINTS`; empty when no row meets all conditions.
+        architecture: name or pattern with "*", e.g. "convnextv2_*".
+        classes: width of the classifier, 0 for none.
+        image_size: side in pixels.
+        licence: licence identifier, e.g. "apache-2.0".
+        commercial_use: whether the licence allows commercial use.
+        downloadable: whether the catalog knows where the file is.
 
     Raises:
         ValueError: no architecture matches, or no row has the licence; tells near names.
@@ -170,21 +173,6 @@ def default_checkpoint(architecture: str) -> Checkpoint:
     return CHECKPOINTS[IMAGENET[architecture] or list_weights(architecture)[0]]
 
 
-def _imagenet(architecture: str | None) -> Checkpoint:
-    if architecture is None:
-        raise ValueError(
-            "weights 'imagenet' mean another file for each architecture, received architecture None. Pass "
-            "architecture='convnext_tiny' or a full tag such as 'convnext_tiny.fb_in1k'."
-        )
-    tag = IMAGENET[architecture]
-    if tag is None:
-        raise ValueError(
-            f"No ImageNet weights have been published for architecture {architecture!r}. "
-            f"{_weights_of(architecture)}"
-        )
-    return CHECKPOINTS[tag]
-
-
 def _weights_of(architecture: str) -> str:
     names = [
         row.tag.removeprefix(f"{architecture}.") + ("" if row.downloadable else " (no download)")
@@ -196,24 +184,19 @@ def _weights_of(architecture: str) -> str:
 
 def _unknown_weights(name: str, architecture: str | None) -> str:
     owners = [row.architecture for row in CHECKPOINTS.values() if row.tag.endswith(f".{name}")]
-    if architecture is None and name in IMAGENET:
-        return f"Weights {name!r} name an architecture only. Add '.' and one of them. {_weights_of(name)}"
-    if architecture is None and owners:
-        return (
-            f"Weights {name!r} need an architecture, received None. Architectures that have them: "
-            f"{', '.join(owners)}"
-        )
+    had = f"Architectures that have them: {', '.join(owners)}"
     if architecture is None:
+        if name in IMAGENET:
+            return f"Weights {name!r} name an architecture only. Add '.' and one of them. {_weights_of(name)}"
+        if owners:
+            return f"Weights {name!r} need an architecture, received None. {had}"
         near = near_names(name, [*CHECKPOINTS, *ALIASES])
         return f"Unknown weights {name!r}.{near} list_weights() lists all {len(CHECKPOINTS)}."
-    known = _weights_of(architecture)
     if owners:
         return (
-            f"Weights {name!r} do not exist for architecture {architecture!r}. "
-            f"Architectures that have them: {', '.join(owners)}. {known}"
+            f"Weights {name!r} do not exist for architecture {architecture!r}. {had}. "
+            f"{_weights_of(architecture)}"
         )
-    prefix = f"{architecture}."
-    candidates = ["imagenet", *CHECKPOINTS, *ALIASES]
-    candidates += [tag.removeprefix(prefix) for tag in CHECKPOINTS if tag.startswith(prefix)]
-    near = near_names(name, candidates)
-    return f"Unknown weights {name!r} for architecture {architecture!r}.{near} {known}"
+    own = [row.tag.partition(".")[2] for row in CHECKPOINTS.values() if row.architecture == architecture]
+    near = near_names(name, ["imagenet", *CHECKPOINTS, *ALIASES, *own])
+    return f"Unknown weights {name!r} for architecture {architecture!r}.{near} {_weights_of(architecture)}"

@@ -2,10 +2,6 @@
 
 `huggingface_hub` does all on the Hub: resuming, locks, hashes, its cache, tokens for gated files, and the
 variables HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME. What it does not know, plain addresses, is done here.
-
-Environment variables:
-    KERAS_CONVNEXT_OFFLINE: 1 to never use the network; off as `_environment.is_set` says.
-    Those that `locate` names.
 """
 
 import concurrent.futures
@@ -171,14 +167,12 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
             if not is_alone or (os.path.lexists(part) and not _state_path(part).exists()):
                 part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
             _receive_with_retries(url, part, is_hashed=bool(expected))
-            digest = _file_digest(part)
-            if not digest.startswith(expected.lower()):
+            advice = "Try again; if it fails again, the file on the server has changed."
+            try:
+                digest = _digest(part, expected, url, f"The download was removed. {advice}")
+            except ChecksumError:
                 _discard(part)
-                raise ChecksumError(
-                    f"{url} is not the published file: expected SHA-256 {_shown(expected)}, received "
-                    f"{digest}. The download was removed. Try again; if it fails again, the file on the "
-                    "server has changed."
-                )
+                raise
             if not expected:  # before the file itself: a file never lies next to the record of another one
                 _record(target, digest)
             os.replace(part, target)
@@ -217,13 +211,8 @@ def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
     """Compares a file with its published hash, else with the one recorded when it came; records a first."""
     if not expected and not is_recorded:
         return
-    digest = _file_digest(path)
+    digest = _digest(path, expected, str(path), f"Delete {path} and call again to download it anew.")
     if expected:
-        if not digest.startswith(expected.lower()):
-            raise ChecksumError(
-                f"{path} is not the published file: expected SHA-256 {_shown(expected)}, received {digest}. "
-                f"Delete {path} and call again to download it anew."
-            )
         return
     record = _record_path(path)
     recorded = record.read_text(encoding="utf-8").split()[:1] if record.is_file() else []
@@ -247,10 +236,7 @@ def _record_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def _receive_with_retries(url: str, part: pathlib.Path, *, is_hashed: bool) -> None:
-    """Completes `part`, resuming after each cut until `RETRIES` are spent.
-
-    Unless `is_hashed`, which tells afterwards, a file whose length no answer says is asked for its end.
-    """
+    """Completes `part`, resuming after each cut; unless `is_hashed` its length or end must be told."""
     for attempt in range(RETRIES + 1):
         if attempt > 0:
             time.sleep(RETRY_WAIT_SECONDS * 2 ** (attempt - 1))
@@ -443,13 +429,16 @@ def _discard(part: pathlib.Path) -> None:
     _state_path(part).unlink(missing_ok=True)
 
 
-def _file_digest(path: pathlib.Path) -> str:
+def _digest(path: pathlib.Path, expected: str, name: str, advice: str) -> str:
+    """The SHA-256 of a file, an error with its name and advice unless it begins as `expected`."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shown(expected: str) -> str:
-    return expected if len(expected) == 64 else f"{expected}..."
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest.startswith(expected.lower()):
+        return digest
+    shown = expected if len(expected) == 64 else f"{expected}..."
+    raise ChecksumError(
+        f"{name} is not the published file: expected SHA-256 {shown}, received {digest}. {advice}"
+    )
 
 
 def _forbidden(variable: str, published: Checkpoint) -> WeightsNotFoundError:

@@ -1,6 +1,7 @@
 """Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
 import contextlib
+import itertools
 import math
 import os
 import pathlib
@@ -8,9 +9,8 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
-import h5py
 import numpy as np
 
 from keras_convnext._files import FileFormatError, open_regular, reading
@@ -33,41 +33,38 @@ _LAYERS = (
     (r"_stage_(\d)_block_(\d+)_layernorm$", ("stages.{0}.{1}.norm",)),
     (r"_stage_(\d)_block_(\d+)_pointwise_conv_(\d)$", ("stages.{0}.{1}.pwconv{2}",)),
     (r"_stage_(\d)_block_(\d+)_layer_scale$", ("stages.{0}.{1}",)),
-    (r"_head_layernorm$|^layer_normalization(_\d+)?$", ("norm",)),
+    (r"_head_layernorm$|^layer_normalization(?:_\d+)?$", ("norm",)),
     (r"_head_dense$", ("head",)),
 )
 
 
-def is_keras_applications(path) -> bool:
+def is_keras_applications(path: pathlib.Path) -> bool:
     """Whether a file holds a ConvNeXt of `keras.applications`; FileFormatError when it is damaged."""
-    path = pathlib.Path(path)
     with _open(path) as file:  # checks it for those who let Keras read it
         if path.suffix == ".keras":
             return "_stage_0_block_0_depthwise_conv" in _member(path, "config.json")
         names = _legacy_layer_names(file)
         if names:
-            return any(re.search(r"_stage_0_block_0_depthwise_conv$", name) for name in names)
+            return any(name.endswith("_stage_0_block_0_depthwise_conv") for name in names)
         return "layers/sequential/layers/conv2d/vars/0" in file and "layers/layer_scale" in file
 
 
-def holds_model(path) -> bool:
+def holds_model(path: pathlib.Path) -> bool:
     """Whether a file holds a whole model, as `model.save` writes it, `.h5` files too, not weights alone."""
-    path = pathlib.Path(path)
     with _open(path) as file:  # checks it for those who let Keras read it
         return path.suffix == ".keras" or "model_config" in file.attrs
 
 
-def read_stored_text(path, key: str) -> str | None:
+def read_stored_text(path: pathlib.Path, key: str) -> str | None:
     """The text under a key, an attribute of an `.h5` file or a member of a `.keras` file; None without it."""
-    path = pathlib.Path(path)
     if path.suffix == ".keras":
-        return _member(path, key, optional=True) or None
+        return _member(path, key) or None
     with _open(path) as file:
         text = file.attrs.get(key)
         return None if text is None else str(text)
 
 
-def read_sizes(path) -> tuple[int, int]:
+def read_sizes(path: pathlib.Path) -> tuple[int, int]:
     """(classes, channels) of the model of this package that an `.h5` file is of; 0 for no classifier."""
     with _open(path, "weights of a model of this package", "Pass what model.save_weights() wrote.") as file:
         layers = file["layers"]
@@ -76,13 +73,12 @@ def read_sizes(path) -> tuple[int, int]:
         return classes, layers["patch_conv2d/vars/0"].shape[2]
 
 
-def read_keras_applications(path) -> dict[str, np.ndarray]:
+def read_keras_applications(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The canonical state dict of a `keras.applications` ConvNeXt.
 
     From a published `convnext_*.h5`, or what `model.save("x.h5")`, `model.save_weights("x.weights.h5")` and
     `model.save("x.keras")` write.
     """
-    path = pathlib.Path(path)
     state: dict[str, np.ndarray] = {}
     remedy = "If it is part of a larger model, save it by itself."
     with _open(path, "a plain ConvNeXt of keras.applications", remedy) as file:
@@ -96,9 +92,9 @@ def read_keras_applications(path) -> dict[str, np.ndarray]:
     return state
 
 
-def load_weights(model, path) -> None:
+def load_weights(model, path: pathlib.Path) -> None:
     """Loads weights that a model of this package wrote; ValueError when they are of another model."""
-    with _open(pathlib.Path(path)):
+    with _open(path):
         pass
     try:
         with warnings.catch_warnings():
@@ -112,11 +108,11 @@ def load_weights(model, path) -> None:
         ) from error
 
 
-def _member(path, name: str, optional: bool = False) -> str:
-    """The text of a member of a `.keras` file; "" where it is optional and not there."""
+def _member(path: pathlib.Path, name: str) -> str:
+    """The text of a member of a `.keras` file; "" where it is not there."""
     expected = "an archive written by model.save()"
     with reading(path, expected, _REMEDY), open_regular(path) as file, _archive(file) as archive:
-        if optional and name not in archive.namelist():
+        if name not in archive.namelist():
             return ""
         with archive.open(name) as member:
             return member.read(_MAX_CONFIG_BYTES).decode(errors="replace")
@@ -132,8 +128,10 @@ def _archive(file: IO[bytes]) -> zipfile.ZipFile:
 
 
 @contextlib.contextmanager
-def _open(path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator[h5py.File]:
+def _open(path: pathlib.Path, expected="readable weights in HDF5", remedy=_REMEDY) -> Iterator[Any]:
     """Checks and opens an `.h5` file, or that in a `.keras` file; tells what a block meets in it."""
+    import h5py  # here and below: the command line's `list` waits for none
+
     with reading(path, expected, remedy), contextlib.ExitStack() as stack:
         source = stack.enter_context(open_regular(path))
         content: IO[bytes] = source
@@ -196,8 +194,10 @@ def _check_heaps(source: IO[bytes]) -> None:
             at += step
 
 
-def _check_objects(file: h5py.File, size: int) -> None:
+def _check_objects(file, size: int) -> None:
     """Refuses what is not in the file itself, and more than a file of `size` bytes can hold."""
+    import h5py
+
     groups, seen, num_bytes = [file["/"]], 0, 0
     while groups:
         group = groups.pop()
@@ -246,10 +246,8 @@ def _current_layers(file):
         return [variables[str(index)][()] for index in range(len(variables))]
 
     def numbered(kind):
-        index = 0
-        while (name := kind if index == 0 else f"{kind}_{index}") in layers:
-            yield layers[name]
-            index += 1
+        names = itertools.chain([kind], (f"{kind}_{index}" for index in itertools.count(1)))
+        return (layers[name] for name in itertools.takewhile(layers.__contains__, names))
 
     dims = []
     for stage, group in enumerate(numbered("sequential")):
@@ -261,46 +259,40 @@ def _current_layers(file):
         else:
             yield f"_downsampling_block_{stage - 1}", norm + convolution
     depthwise = [arrays(group) for group in numbered("conv2d")]
-    norms = [arrays(group) for group in numbered("layer_normalization")]
-    dense = [arrays(group) for group in numbered("dense")]
-    scales = [arrays(group) for group in numbered("layer_scale")]
-    number = 0
+    norms, dense, scales = (
+        map(arrays, numbered(kind)) for kind in ("layer_normalization", "dense", "layer_scale")
+    )
     for stage, dim in enumerate(dims):
-        for block in range(sum(len(bias) == dim for _, bias in depthwise)):
+        for block, convolution in enumerate(pair for pair in depthwise if len(pair[1]) == dim):
             prefix = f"_stage_{stage}_block_{block}"
-            yield f"{prefix}_depthwise_conv", depthwise[number]
-            yield f"{prefix}_layernorm", norms[number]
-            yield f"{prefix}_pointwise_conv_1", dense[2 * number]
-            yield f"{prefix}_pointwise_conv_2", dense[2 * number + 1]
-            yield f"{prefix}_layer_scale", scales[number]
-            number += 1
-    yield "_head_layernorm", norms[number]
-    if len(dense) > 2 * number:
-        yield "_head_dense", dense[2 * number]
+            yield f"{prefix}_depthwise_conv", convolution
+            yield f"{prefix}_layernorm", next(norms)
+            yield f"{prefix}_pointwise_conv_1", next(dense)
+            yield f"{prefix}_pointwise_conv_2", next(dense)
+            yield f"{prefix}_layer_scale", next(scales)
+    yield "_head_layernorm", next(norms)
+    yield from (("_head_dense", head) for head in itertools.islice(dense, 1))
 
 
 def _canonical(layer, arrays):
     """(canonical name, array in PyTorch's shape) of each weight of one layer."""
-    for pattern, targets in _LAYERS:
-        match = re.search(pattern, layer)
-        if match is None:
-            continue
-        numbers = [group for group in match.groups() if group and group.isdigit()]
-        following = int(numbers[0]) + 1 if numbers else 0
-        names = [target.format(*numbers, next=following) for target in targets]
-        if len(arrays) == 1:
-            yield f"{names[0]}.gamma", arrays[0]
-            return
-        for name, weight, bias in zip(names, arrays[::2], arrays[1::2], strict=True):
-            if weight.ndim == 4:
-                # (H, W, I, O) -> (O, I, H, W); the grouped (7, 7, 1, C) becomes (C, 1, 7, 7) by the same.
-                weight = weight.transpose(3, 2, 0, 1)
-            elif weight.ndim == 2:
-                weight = weight.T
-            yield f"{name}.weight", weight
-            yield f"{name}.bias", bias
+    matches = ((re.search(pattern, layer), targets) for pattern, targets in _LAYERS)
+    match, targets = next((pair for pair in matches if pair[0]), (None, ()))
+    if match is None:
+        raise FileFormatError(
+            f"The layer {layer!r}, with weights of shape {[array.shape for array in arrays]}, is none of a "
+            "ConvNeXt of keras.applications."
+        )
+    following = int(match[1]) + 1 if match.groups() else 0
+    names = [target.format(*match.groups(), next=following) for target in targets]
+    if len(arrays) == 1:
+        yield f"{names[0]}.gamma", arrays[0]
         return
-    raise FileFormatError(
-        f"The layer {layer!r}, with weights of shape {[array.shape for array in arrays]}, is none of a "
-        "ConvNeXt of keras.applications."
-    )
+    for name, weight, bias in zip(names, arrays[::2], arrays[1::2], strict=True):
+        if weight.ndim == 4:
+            # (H, W, I, O) -> (O, I, H, W); the grouped (7, 7, 1, C) becomes (C, 1, 7, 7) by the same.
+            weight = weight.transpose(3, 2, 0, 1)
+        elif weight.ndim == 2:
+            weight = weight.T
+        yield f"{name}.weight", weight
+        yield f"{name}.bias", bias

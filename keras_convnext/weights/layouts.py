@@ -147,6 +147,8 @@ UNUSED = {
     r"(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
 }
 
+_is_unused = re.compile("|".join(UNUSED.values())).match
+
 STEMS = ("stem.weight", "downsample_layers.0.0.weight")
 WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface")
 
@@ -250,7 +252,7 @@ def find_variant(state: StateDict) -> Variant:
     layout, _, present, _ = _opened(state)
     depthwise = re.compile(r"(dwconv|depthwise_conv|conv_dw|\.block\.0)\.bias$")  # in any layout
     blocks = sum(bool(depthwise.search(name)) for name in present)
-    nearest: tuple[float, str, list[str]] = (-1.0, "", [])
+    misfits: list[tuple[float, str, list[str]]] = []
     for variant in VARIANTS.values():
         # What tells architectures apart: all but heads and norms at the end.
         shapes = {
@@ -267,10 +269,8 @@ def find_variant(state: StateDict) -> Variant:
         surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
             return variant
-        share = 1 - (len(wrong) + abs(surplus)) / len(shapes)
-        if share > nearest[0]:
-            nearest = (share, variant.name, wrong)
-    share, name, wrong = nearest
+        misfits.append(((len(wrong) + abs(surplus)) / len(shapes), variant.name, wrong))
+    _, name, wrong = min(misfits, key=lambda misfit: misfit[0])
     raise StateDictError(
         f"No architecture fits this state dict (layout {layout}, {len(state)} names). The nearest is "
         f"{name!r}, in which {len(wrong)} weights are missing or of another shape, among them: "
@@ -294,8 +294,7 @@ def read(
         state: {name: array} as read from the file.
         shapes: what is expected, from `weight_shapes`.
         may_lack: prefixes of canonical names that the file need not have.
-        may_hold: prefixes of canonical names that the file may have although they are not expected
-            (the head, when only the body is wanted).
+        may_hold: those of names that it may have besides, as the head when only the body is wanted.
 
     Raises:
         StateDictError: lists what is missing, what is left over and what has another shape.
@@ -310,7 +309,7 @@ def read(
             if not name.startswith(may_lack):
                 missing.append(f"{prefix}{key} {shape}")
             continue
-        if not _is_floating(array.dtype):
+        if "float" not in array.dtype.name:  # bfloat16 and its kin are of kind "V" to NumPy
             mis_shaped.append(f"{prefix}{key}: expected floating point numbers, received {array.dtype}")
             continue
         canonical = _to_canonical(array, name, shape, layout)
@@ -319,9 +318,7 @@ def read(
         else:
             result[name] = canonical
     allowed = tuple(rename(name + ".", layout) for name in may_hold)
-    left_over = [
-        name for name in present if not (allowed and name.startswith(allowed)) and not _is_unused(name)
-    ]
+    left_over = [name for name in present if not name.startswith(allowed) and not _is_unused(name)]
     others = [full_names[name] for name in left_over if _is_foreign(name, layout)]
     if "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over):
         pass  # a part of the classifier that is asked for
@@ -329,12 +326,12 @@ def read(
         _logger.warning("Left out what is no part of the network: %s.", _messages.listed(others))
         left_over, others = [name for name in left_over if full_names[name] not in others], []
     left_over = [full_names[name] for name in left_over]
-    if missing or left_over or mis_shaped:
+    faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
+    if any(faults.values()):
         parts = [f"The state dict (layout {layout}) does not fit the model."]
-        faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
-        for title, rows in faults.items():
-            if rows:
-                parts.append(f"{title} ({len(rows)}): {_messages.listed(rows)}.")
+        parts += [
+            f"{title} ({len(rows)}): {_messages.listed(rows)}." for title, rows in faults.items() if rows
+        ]
         if others:
             parts.append(
                 "What is no part of the network is left out with include_top=False or new_head=True; or take "
@@ -355,12 +352,7 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     Raises:
         ValueError: when that project cannot express the architecture; the message says why.
     """
-    _check_writable(variant, layout)
-    if "norm0.weight" in canonical and layout in ("timm", "torchvision"):
-        raise ValueError(
-            f"The model has a norm at each level of its pyramid, which {layout} has no place for. "
-            "Write it in the layout 'official' or 'huggingface'."
-        )
+    _check_writable(variant, layout, has_pyramid_norms="norm0.weight" in canonical)
     family = "convnextv2." if variant.version == 2 else "convnext."
     result = {}
     for name, array in canonical.items():
@@ -424,7 +416,6 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
     plain = {name: _FLATTENED.sub(r"\1\2.\3.", _WRAPPED.sub("", name)) for name in state}
     layout, prefix = detect_layout(dict.fromkeys(plain.values()))
     ends = tuple(rename(f"{name}.", layout) for name in ("norm", "norm_pre", "pre_logits", "head"))
-    present: StateDict = {}
     full_names: dict[str, str] = {}
     for full, name in plain.items():
         is_beside = not name.startswith(prefix)
@@ -436,27 +427,27 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
             name = _CLIP_HEADS.get(name, name)
         if is_beside and not name.startswith(ends) and not _is_unused(name):
             name = f"/{full}"
-        if name in present:
+        if name in full_names:
             raise StateDictError(
                 f"Some weights are there twice, with and without the prefix {prefix!r}, among them "
                 f"{full_names[name]} and {full}: leave one of the two in the file."
             )
-        present[name], full_names[name] = state[full], full
+        full_names[name] = full
     head = rename("head.", layout)
-    if layout == "open_clip" and "head.weight" in present:
-        weight = present["head.weight"]
-        present["head.bias"], full_names["head.bias"] = np.zeros(weight.shape[0], weight.dtype), "head.bias"
-    if head + "weight" in present and present[head + "weight"].ndim == 4:  # it classifies each place of a map
-        for name in [name for name in (head + "weight", head + "bias") if name in present]:
-            new = f"/{full_names[name]}"
-            present[new], full_names[new] = present.pop(name), full_names[name]
+    leaves = [head + leaf for leaf in ("weight", "bias") if head + leaf in full_names]
+    if head + "weight" in leaves and state[full_names[head + "weight"]].ndim == 4:  # for each place of a map
+        for full in [full_names.pop(name) for name in leaves]:
+            full_names[f"/{full}"] = full
     # A Sequential of one linear layer and some without weights, as dropout in front of a classifier.
-    numbered = [name for name in present if re.fullmatch(re.escape(head) + r"\d+\.(weight|bias)", name)]
+    numbered = [name for name in full_names if re.fullmatch(re.escape(head) + r"\d+\.(weight|bias)", name)]
     inner = {name.rpartition(".")[0] for name in numbered}
-    if len(inner) == 1 and len(numbered) == 2 and head + "weight" not in present:
+    if len(inner) == 1 and len(numbered) == 2 and head + "weight" not in full_names:
         for name in numbered:
-            new = head + name.rpartition(".")[2]
-            present[new], full_names[new] = present.pop(name), full_names[name]
+            full_names[head + name.rpartition(".")[2]] = full_names.pop(name)
+    present = {name: state[full] for name, full in full_names.items()}
+    if layout == "open_clip" and "head.weight" in present and "head.bias" not in present:
+        weight = present["head.weight"]
+        present["head.bias"], full_names["head.bias"] = np.zeros(weight.shape[:1], weight.dtype), "head.bias"
     return layout, prefix, present, full_names
 
 
@@ -468,21 +459,14 @@ def _modules(layout: str) -> frozenset[str]:
     return frozenset(rename(f"{name}.weight", layout).partition(".")[0] for name in (*firsts, *ends))
 
 
-def _is_unused(name: str) -> bool:
-    return any(re.match(pattern, name) for pattern in UNUSED.values())
-
-
 def _is_foreign(name: str, layout: str) -> bool:
-    """Whether a name is neither one of the layout nor of what published files hold besides.
-
-    Such as one of a head of another kind: of two layers, of weight norm, of LoRA.
-    """
-    if _is_unused(name):
-        return False
-    return name.partition(".")[0] not in _modules(layout) or _is_of_other_head(name, layout)
+    """Whether a name is neither one of the layout nor of what published files hold besides."""
+    is_known = name.partition(".")[0] in _modules(layout) and not _is_of_other_head(name, layout)
+    return not is_known and not _is_unused(name)
 
 
 def _is_of_other_head(name: str, layout: str) -> bool:
+    """Whether a name is of a head of another kind: of two layers, of weight norm, of LoRA."""
     ends = ("norm", "norm_pre", "pre_logits", "head")
     known = [rename(f"{end}.{leaf}", layout) for end in ends for leaf in ("weight", "bias")]
     return name.partition(".")[0] == rename("head.weight", layout).partition(".")[0] and name not in known
@@ -513,16 +497,16 @@ def _dense_kernel(array, shape):
     return None
 
 
-def _is_floating(dtype) -> bool:
-    return dtype.kind == "f" or "float" in dtype.name  # bfloat16 and its kin are of kind "V" to NumPy
-
-
-def _check_writable(variant: Variant, layout: str):
+def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> None:
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
     reason = None
     if variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
+    elif has_pyramid_norms and layout in ("timm", "torchvision"):
+        reason = (
+            f"{layout} has no place for a norm at each level of a pyramid, as official and huggingface have"
+        )
     elif layout == "timm":
         pass  # it has all others
     elif variant.stem not in ("patch", "isotropic"):

@@ -1,16 +1,11 @@
-"""Finds published weights on this machine: in the package, folders of the user, caches.
-
-Environment variables:
-    KERAS_CONVNEXT_WEIGHTS_DIR: folder with files placed by hand; several separated by `os.pathsep`.
-    KERAS_CONVNEXT_CACHE: folder of plain downloads, default "<keras home>/models/keras_convnext".
-    HF_HOME, HF_HUB_CACHE: as in `huggingface_hub`, whose cache has the files of the Hub.
-"""
+"""Finds published weights on this machine: in the package, folders of the user, caches."""
 
 import os
 import pathlib
 import urllib.parse
 
-from keras_convnext.weights.published import Checkpoint
+from keras_convnext._environment import keras_home
+from keras_convnext.weights.published import TORCH_SUFFIXES, Checkpoint
 
 PACKAGED_WEIGHTS = pathlib.Path(__file__).parent / "packaged"
 
@@ -22,8 +17,8 @@ class WeightsNotFoundError(OSError):
 def find_local(published: Checkpoint) -> pathlib.Path | None:
     """Where a weight file lies on this machine, or None; asks no network and compares no hash.
 
-    Looks in the package itself, the folders of `KERAS_CONVNEXT_WEIGHTS_DIR`, the cache folder and the
-    Hugging Face cache, in this order.
+    Looks in the package itself, the folders that `KERAS_CONVNEXT_WEIGHTS_DIR` names (separated by
+    `os.pathsep`), the cache folder and that of `huggingface_hub`, in this order.
 
     Raises:
         WeightsNotFoundError: the package lacks its file, a weights folder is none, or a file in it is a
@@ -59,16 +54,11 @@ def cache_path(published: Checkpoint) -> pathlib.Path | None:
 
 
 def cache_folder() -> pathlib.Path:
-    """The folder of plain downloads, which need not exist; the Keras home is found as `keras.config` does."""
+    """The folder of plain downloads, which need not exist: KERAS_CONVNEXT_CACHE, else in the Keras home."""
     configured = os.environ.get("KERAS_CONVNEXT_CACHE")
     if configured:
         return pathlib.Path(os.path.expanduser(configured))  # Path.expanduser raises for an unknown user
-    if "KERAS_HOME" in os.environ:
-        keras_home = pathlib.Path(os.path.expanduser(os.environ["KERAS_HOME"]))
-    else:
-        home = os.path.expanduser("~")
-        keras_home = pathlib.Path(home if os.access(home, os.W_OK) else "/tmp") / ".keras"
-    return keras_home / "models" / "keras_convnext"
+    return pathlib.Path(keras_home(), "models", "keras_convnext")
 
 
 def filename_of_url(url: str) -> str:
@@ -77,8 +67,7 @@ def filename_of_url(url: str) -> str:
 
 def _in_weights_folders(published: Checkpoint) -> pathlib.Path | None:
     """The first file in `KERAS_CONVNEXT_WEIGHTS_DIR` with the tag's name or a published one."""
-    extensions = ("safetensors", "pth", "pt", "bin", "h5", "weights.h5", "keras")
-    names = [f"{published.tag}.{extension}" for extension in extensions]
+    names = [published.tag + suffix for suffix in (*TORCH_SUFFIXES, ".h5", ".weights.h5", ".keras")]
     if published.url is not None:
         names.append(filename_of_url(published.url))
     if published.hub_id is not None:

@@ -11,12 +11,12 @@ import pathlib
 import zipfile
 
 from keras_convnext._files import FileFormatError
-from keras_convnext._messages import short_repr, shortened
+from keras_convnext._messages import short_repr
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.weights import safetensors_files
+from keras_convnext.weights import keras_files, safetensors_files
+from keras_convnext.weights.published import KERAS_SUFFIXES
 
 KEY = "keras_convnext.images"
-DESCRIBED_SUFFIXES = (".safetensors", ".h5", ".keras")
 
 
 def to_json(preprocessing: Preprocessing) -> str:
@@ -25,18 +25,13 @@ def to_json(preprocessing: Preprocessing) -> str:
 
 
 def from_json(text: str, file: str | os.PathLike[str]) -> Preprocessing:
-    """Reads what `to_json` wrote into `file`.
-
-    Raises:
-        ValueError: the text is damaged, or a value of it is unknown; file, key, what was expected and what
-            was received are named.
-    """
+    """Reads what `to_json` wrote into `file`; a ValueError names it and what is damaged or unknown."""
     names = sorted(Preprocessing(1).stored())
     try:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            raise ValueError(f"Expected JSON, received {shortened(text, 80)}.") from None
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = text
+    try:
         if not isinstance(values, dict) or sorted(values) != names:
             received = sorted(values) if isinstance(values, dict) else values
             raise ValueError(f"Expected the values {', '.join(names)}, received {short_repr(received)}.")
@@ -49,25 +44,15 @@ def from_json(text: str, file: str | os.PathLike[str]) -> Preprocessing:
 
 
 def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
-    """Reads from a weight file of any format how its images are prepared.
-
-    Returns:
-        `Preprocessing`; None where the file does not say, as those of other projects.
+    """Reads from a weight file of any format how its images are prepared; None where it does not say.
 
     Raises:
         ValueError: what the file says is damaged.
         FileNotFoundError: there is no such file.
-
-    Example:
-        read_preprocessing("runs/flowers/final.safetensors").image_size
     """
     path = pathlib.Path(path)
     try:
-        if path.suffix in (".h5", ".hdf5", ".keras"):
-            from keras_convnext.weights import (
-                keras_files,
-            )  # here: the command line's `list` waits for no h5py
-
+        if path.suffix in KERAS_SUFFIXES:
             text = keras_files.read_stored_text(path, KEY)
         else:
             text = safetensors_files.read_safetensors_metadata(path).get(KEY)
@@ -79,15 +64,9 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
 
 
 def add_preprocessing(path: str | os.PathLike[str], preprocessing: Preprocessing) -> None:
-    """Writes into an `.h5` or `.keras` file that has none how its images are prepared.
+    """Writes how images are prepared into an `.h5` or `.keras` file that Keras has written without that.
 
-    Args:
-        path: a file that Keras has written, under a temporary name still: a stop in between damages it.
-        preprocessing: how images are prepared.
-
-    Raises:
-        ValueError: the file has another ending.
-        OSError: the file cannot be written.
+    The file has a temporary name still, as a stop in between damages it.
     """
     path = pathlib.Path(path)
     if path.suffix == ".h5":

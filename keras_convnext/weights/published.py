@@ -14,55 +14,10 @@ NON_COMMERCIAL_LICENCES = ("cc-by-nc-4.0", "fair-noncommercial-research-license"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One published weight file.
+    """One published weight file, a row of `catalog.csv`; lacking values are None.
 
-    Evaluation preprocessing of a row: resize as `resize_mode` says, cut the centre
-    `image_size` x `image_size`, divide by 255, subtract `mean`, divide by `std`.
-
-    Args:
-        tag: "<architecture>.<pretrained tag>", unique. timm's model id for the timm rows.
-        architecture: name of the architecture, a key of `variants.VARIANTS`.
-        imagenet: weights="imagenet" means this file: for the whole model, or, where `classes` is 0, for
-            include_top=False.
-        layout: names and shapes of the arrays inside the file. "timm", "official" (Meta V1 and V2;
-            the encoder-only V2 files are dense already and lack the final norm and the head),
-            "torchvision", "huggingface", "dinov3" (official names plus copies of the final norm),
-            "dinov3_hf", "keras_applications", "mmdet" or "mmseg" (official names after
-            "backbone.", plus the task heads). A timm row means the file on the Hub: an address at
-            dl.fbaipublicfiles.com in it is the file that timm converted, in the official layout.
-        classes: width of the classifier; 0 when the file has none. CLIP towers: the width of the
-            image projection, which timm stores as classifier.
-        image_size: side in pixels of the square the scores `top1` and `top5` were taken at; for
-            "mmdet" the shorter side of the test images, for "mmseg" the training crop.
-        test_image_size: larger side that timm recommends for testing, or None.
-        crop: fraction `image_size` / size after the resize.
-        test_crop: the same at `test_image_size`, or None.
-        resize_mode: "shorter_side" resizes the shorter side to int(floor(image_size / crop));
-            "squash" resizes both sides to that number, which loses the aspect ratio.
-        resize_size: pixels of the shorter side where the publisher states it (torchvision), else
-            None and the formula holds.
-        interpolation: "bicubic" or "bilinear", both antialiased as in Pillow.
-        mean: per channel (RGB), for pixels in 0..1.
-        std: per channel (RGB), for pixels in 0..1.
-        licence: SPDX identifier where there is one, else the publisher's identifier.
-        dataset: what the weights were trained on, in order, e.g. "imagenet22k->imagenet1k".
-        top1: published ImageNet-1k top-1 accuracy in percent at `image_size`, or None. Packaged weights:
-            of the held-out images of their own data set, as `score_source` says.
-        top5: the same for top-5.
-        test_top1: published top-1 accuracy in percent at `test_image_size`, or None.
-        score_source: table the scores come from; "" when there is no score.
-        hub_id: repository on the Hugging Face Hub, or None.
-        hub_filename: file in that repository; None without `hub_id`.
-        url: direct address, or None.
-        sha256: SHA-256 of the file at `url`, or of the packaged file, 64 hexadecimal digits, or None.
-        sha256_prefix: first 8 hexadecimal digits of it where the file name carries them (for
-            "dinov3": of the file that `note` names), or None.
-        state_key: key of the dictionary in the file that holds the arrays ("model", "state_dict"),
-            or None when they are at the top.
-        note: what else a user must know.
-        gated: the publisher asks for an agreement before the download.
-        packaged: name of a file in the folder `weights/packaged` of this package, which then needs no
-            download, or None.
+    Images are prepared for evaluation so: resize as `resize_mode` says, cut the centre `image_size` x
+    `image_size`, divide by 255, subtract `mean`, divide by `std`.
 
     Example:
         row = find_checkpoint("convnext_tiny.fb_in1k")
@@ -70,35 +25,47 @@ class Checkpoint:
         row.commercial_use                          # True
     """
 
-    tag: str
-    architecture: str
+    tag: str  # "<architecture>.<pretrained tag>", unique; timm's model id for the timm rows
+    architecture: str  # a key of `variants.VARIANTS`
+    # weights="imagenet" means this file: for the whole model, or where `classes` is 0 for include_top=False.
     imagenet: bool = False
+    # Names and shapes of the arrays inside the file: "timm", "official" (Meta V1 and V2; the encoder-only V2
+    # files are dense already and lack the final norm and the head), "torchvision", "huggingface", "dinov3"
+    # (official names plus copies of the final norm), "dinov3_hf", "keras_applications", "mmdet" or "mmseg"
+    # (official names after "backbone.", plus the task heads). A timm row means the file on the Hub: an
+    # address at dl.fbaipublicfiles.com in it is the file that timm converted, in the official layout.
     layout: str
-    classes: int
+    classes: int  # width of the classifier, 0 for none; of CLIP towers that of the image projection
+    # Side in pixels of the square the scores `top1` and `top5` were taken at; for "mmdet" the shorter side of
+    # the test images, for "mmseg" the training crop.
     image_size: int
-    test_image_size: int | None = None
-    crop: float
-    test_crop: float | None = None
+    test_image_size: int | None = None  # larger side that timm recommends for testing
+    crop: float  # fraction `image_size` / size after the resize
+    test_crop: float | None = None  # the same at `test_image_size`
+    # "shorter_side" resizes that to int(floor(image_size / crop)), "squash" both: it loses the aspect ratio.
     resize_mode: str
-    resize_size: int | None = None
-    interpolation: str
-    mean: tuple[float, float, float]
+    resize_size: int | None = None  # of the shorter side, where the publisher states it instead (torchvision)
+    interpolation: str  # "bicubic" or "bilinear", both antialiased as in Pillow
+    mean: tuple[float, float, float]  # RGB, for pixels in 0..1; `std` too
     std: tuple[float, float, float]
-    licence: str
-    dataset: str
+    licence: str  # SPDX identifier where there is one, else the publisher's
+    dataset: str  # what the weights were trained on, in order: "imagenet22k->imagenet1k"
+    # Published ImageNet-1k accuracy in percent at `image_size`. Packaged weights: of the held-out images of
+    # their own data set, as `score_source` says.
     top1: float | None = None
     top5: float | None = None
-    test_top1: float | None = None
-    score_source: str = ""
-    hub_id: str | None = None
-    hub_filename: str | None = None
-    url: str | None = None
-    sha256: str | None = None
+    test_top1: float | None = None  # top-1 at `test_image_size`
+    score_source: str = ""  # table the scores come from
+    hub_id: str | None = None  # repository on the Hugging Face Hub
+    hub_filename: str | None = None  # file in it
+    url: str | None = None  # direct address
+    sha256: str | None = None  # of the file at `url`, or of the packaged file: 64 hexadecimal digits
+    # The first 8 digits where the file name carries them; for "dinov3" of the file that `note` names.
     sha256_prefix: str | None = None
-    state_key: str | None = None
-    note: str = ""
-    gated: bool = False
-    packaged: str | None = None
+    state_key: str | None = None  # of the dictionary in the file that holds the arrays, as "state_dict"
+    note: str = ""  # what else a user must know
+    gated: bool = False  # the publisher asks for an agreement before the download
+    packaged: str | None = None  # file in the folder `weights/packaged` of this package: needs no download
 
     @property
     def commercial_use(self) -> bool:

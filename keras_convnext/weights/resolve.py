@@ -3,7 +3,6 @@
 name, weights --resolve--> ResolvedWeights --values--> arrays under canonical names, for `assign`
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -17,7 +16,16 @@ import numpy as np
 from keras_convnext import _messages
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
-from keras_convnext.weights import catalog, download, layouts, locate, preprocessing_metadata
+from keras_convnext.weights import (
+    catalog,
+    download,
+    keras_files,
+    layouts,
+    locate,
+    preprocessing_metadata,
+    torch_files,
+)
+from keras_convnext.weights.arrays import naming
 from keras_convnext.weights.published import KERAS_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint
 
 _logger = logging.getLogger("keras_convnext")
@@ -62,8 +70,6 @@ class ResolvedWeights:
 
     @functools.cached_property
     def is_keras_applications(self) -> bool:
-        from keras_convnext.weights import keras_files
-
         return self.path.suffix in KERAS_SUFFIXES and keras_files.is_keras_applications(self.path)
 
     @functools.cached_property
@@ -71,8 +77,6 @@ class ResolvedWeights:
         """Whether it is a file of one's own that holds a whole Keras model."""
         if self.file is None or self.file.suffix not in KERAS_SUFFIXES:
             return False
-        from keras_convnext.weights import keras_files
-
         return keras_files.holds_model(self.file) and (
             self.file.suffix == ".keras" or not self.is_keras_applications
         )
@@ -102,31 +106,25 @@ class ResolvedWeights:
                 "weights: load(architecture, weights=path). Or take the .keras file instead."
             )
         if self.path.suffix not in KERAS_SUFFIXES:
-            from keras_convnext.weights import torch_files
-
             return torch_files.read_state_dict(self.path)
         if self.is_keras_applications:
-            from keras_convnext.weights import keras_files
-
             return keras_files.read_keras_applications(self.path)
         from keras_convnext.weights import assign
 
-        with _naming(self.path):
+        with naming(self.path):
             return assign.whole_state(self.model)
 
     @functools.cached_property
     def contents(self) -> layouts.Contents:
         """Layout, classes and channels of the file."""
-        state = self.state
-        with _naming(self.path):
-            return layouts.inspect(state)
+        with naming(self.path):
+            return layouts.inspect(self.state)
 
     @functools.cached_property
     def file_variant(self) -> Variant:
         """The architecture that the arrays of the file are of."""
-        state = self.state
-        with _naming(self.path):
-            return layouts.find_variant(state)
+        with naming(self.path):
+            return layouts.find_variant(self.state)
 
     @property
     def variant(self) -> Variant:
@@ -146,7 +144,7 @@ class ResolvedWeights:
             return None
         from keras_convnext.weights import assign
 
-        with _naming(self.path):
+        with naming(self.path):
             return assign.around(self.model)
 
     @property
@@ -180,7 +178,7 @@ class ResolvedWeights:
         if self.is_described or self.around is None:
             return row.preprocessing_at(image_size)
         sides, normaliser = self.around.sides, self.around.normaliser
-        with _naming(self.path):
+        with naming(self.path):
             prepared = row.preprocessing_at(image_size or (sides if all(sides) else None))
             mean, std = normaliser or (prepared.mean, prepared.std)
             mean, std = (tuple(np.resize(values, 3).tolist()) for values in (mean, std))
@@ -189,22 +187,20 @@ class ResolvedWeights:
     @property
     def classes(self) -> int:
         """Outputs of the classifier, 0 for none; of random weights those of the tag, else ImageNet's."""
-        if self.file is not None:
-            return self._sizes[0]
-        return IMAGENET_CLASSES if self.row is None else self.row.classes
+        return self._sizes[0]
 
     @property
     def channels(self) -> int:
         """Of the images that the weights are for."""
-        return 3 if self.file is None else self._sizes[1]
+        return self._sizes[1]
 
     @functools.cached_property
     def _sizes(self) -> tuple[int, int]:
-        if not self.is_bare:
-            return self.contents.classes, self.contents.channels
-        from keras_convnext.weights import keras_files
-
-        return keras_files.read_sizes(self.path)
+        if self.file is None:
+            return IMAGENET_CLASSES if self.row is None else self.row.classes, 3
+        if self.is_bare:
+            return keras_files.read_sizes(self.file)
+        return self.contents.classes, self.contents.channels
 
     def activation(self, classes: int) -> Any:
         """The default activation of a classifier for so many classes: of the weights' own, theirs.
@@ -251,9 +247,8 @@ class ResolvedWeights:
         shapes = layouts.weight_shapes(
             self.variant, contents.classes, contents.channels, contents.pyramid_norms
         )
-        headless = contents.classes == 0
-        may_lack = ("norm.", "norm_pre.") if headless and not contents.final_norm else ()
-        return self._read(shapes, may_lack, may_hold=("pre_logits",) if headless else ())
+        may_hold = () if contents.classes else ("pre_logits",)
+        return self._read(shapes, self._lacking_top(), may_hold)
 
     def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
         """The weights of the file that a model of settled `ModelOptions` takes, under canonical names."""
@@ -270,15 +265,11 @@ class ResolvedWeights:
         shapes = layouts.weight_shapes(
             variant, classes if include_top else 0, contents.channels, pyramid_norms
         )
-        may_lack: tuple[str, ...] = ()
+        may_lack = self._lacking_top()
         may_hold: tuple[str, ...] = () if include_top else ("head", "pre_logits")
         if include_top and new_head:
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith("head.")}
             may_hold = ("head",)
-        if contents.classes == 0:
-            may_lack = ("pre_logits.",)
-            if not contents.final_norm:
-                may_lack += ("norm.", "norm_pre.")
         if pyramid_norms:
             may_hold += ("norm", "norm_pre")
             if not contents.any_pyramid_norm:
@@ -286,19 +277,21 @@ class ResolvedWeights:
         values = self._read(shapes, may_lack, may_hold)
         prepared = self.preprocessing if options.include_preprocessing else None
         normaliser = () if prepared is None else (prepared.mean, prepared.std)
-        with _naming(self.path):
+        with naming(self.path):
             return layouts.adapt_channels(values, options.input_shape[-1], *normaliser)
 
-    def _read(self, shapes, may_lack, may_hold):
-        """`layouts.read`, with the file named in errors and what it lacks in the log.
+    def _lacking_top(self) -> tuple[str, ...]:
+        """Prefixes of what a file without a classifier need not have."""
+        if self.contents.classes:
+            return ()
+        return ("pre_logits.",) if self.contents.final_norm else ("pre_logits.", "norm.", "norm_pre.")
 
-        A model that is more than its weights is refused.
-        """
-        state = self.state
-        with _naming(self.path):
+    def _read(self, shapes, may_lack, may_hold):
+        """`layouts.read`; names the file, logs what it lacks, refuses a model that is more than weights."""
+        with naming(self.path):
             if self.around is not None:
                 self.around.check(self.model.name)
-            values = layouts.read(state, shapes, may_lack, may_hold)
+            values = layouts.read(self.state, shapes, may_lack, may_hold)
         lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
         if lacking:
             _logger.info("%s has no %s; it starts fresh.", self.path, ", ".join(lacking))
@@ -414,13 +407,8 @@ def existing_file(weights: Name) -> pathlib.Path:
         found = difflib.get_close_matches(path.name, names, 3)
         near = f" Near names in that folder: {', '.join(found)}." if found else ""
         raise FileNotFoundError(f"No such weight file: {path}.{near}")
-    if not path.name.endswith(WEIGHT_SUFFIXES):
-        from keras_convnext.weights import torch_files
-
-        if not (path.is_file() and torch_files.is_weight_file(path)):
-            raise ValueError(
-                f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}"
-            )
+    if not path.name.endswith(WEIGHT_SUFFIXES) and not (path.is_file() and torch_files.is_weight_file(path)):
+        raise ValueError(f"Expected a weight file ending in {', '.join(WEIGHT_SUFFIXES)}. Received: {path}")
     return path
 
 
@@ -448,17 +436,6 @@ def _check_classifier(found: ResolvedWeights) -> None:
     # A model's file may hold any, which whoever opens it checks.
     if found.file is not None and not found.is_model and not found.classes:
         raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
-
-
-@contextlib.contextmanager
-def _naming(path):
-    """Puts the file in front of an error about its contents that does not name it."""
-    try:
-        yield
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from None
 
 
 def _wrong_classes(weights, available, classes):

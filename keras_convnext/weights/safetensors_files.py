@@ -11,37 +11,16 @@ import numpy as np
 
 from keras_convnext._files import replacing_file
 from keras_convnext.weights.arrays import (
-    TORCH_DTYPES,
-    damaged_file,
+    SAFETENSORS_DTYPES,
+    damaged,
     is_sizes,
     little_endian_bytes,
     looks_like_safetensors,
     map_file,
     names_of_dtypes,
+    naming,
     unknown_content,
 )
-
-_SAFETENSORS_DTYPES: dict[str, np.dtype] = {
-    "F64": TORCH_DTYPES["float64"],
-    "F32": TORCH_DTYPES["float32"],
-    "F16": TORCH_DTYPES["float16"],
-    "BF16": TORCH_DTYPES["bfloat16"],
-    "F8_E4M3": TORCH_DTYPES["float8_e4m3fn"],
-    "F8_E4M3FNUZ": TORCH_DTYPES["float8_e4m3fnuz"],
-    "F8_E5M2": TORCH_DTYPES["float8_e5m2"],
-    "F8_E5M2FNUZ": TORCH_DTYPES["float8_e5m2fnuz"],
-    "F8_E8M0": TORCH_DTYPES["float8_e8m0fnu"],
-    "C64": TORCH_DTYPES["complex64"],
-    "I64": TORCH_DTYPES["int64"],
-    "I32": TORCH_DTYPES["int32"],
-    "I16": TORCH_DTYPES["int16"],
-    "I8": TORCH_DTYPES["int8"],
-    "U64": TORCH_DTYPES["uint64"],
-    "U32": TORCH_DTYPES["uint32"],
-    "U16": TORCH_DTYPES["uint16"],
-    "U8": TORCH_DTYPES["uint8"],
-    "BOOL": TORCH_DTYPES["bool"],
-}
 
 # The limit of the safetensors library, which refuses to read a longer header.
 _MAX_HEADER_BYTES = 100_000_000
@@ -55,11 +34,12 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         FileFormatError: it is not a valid .safetensors file; the whole header is checked.
     """
     path = Path(path)
-    data = map_file(path)
-    start = bytes(data[:64])
-    if not looks_like_safetensors(start):
-        raise unknown_content(path, start, "a .safetensors file")
-    return _safetensors_header(path, data)[1]
+    with naming(path):
+        data = map_file(path)
+        start = bytes(data[:64])
+        if not looks_like_safetensors(start):
+            raise unknown_content(start, path.suffix, "a .safetensors file")
+        return _safetensors_header(data)[1]
 
 
 def write_safetensors(
@@ -77,7 +57,7 @@ def write_safetensors(
         TypeError: a name is not a str, or a value is not an array.
         ValueError: the format has no such dtype.
     """
-    names = names_of_dtypes(arrays, _SAFETENSORS_DTYPES, ".safetensors")
+    names = names_of_dtypes(arrays, SAFETENSORS_DTYPES, ".safetensors")
     header: dict[str, object] = {}
     if metadata is not None:
         header["__metadata__"] = dict(sorted(metadata.items()))
@@ -101,51 +81,47 @@ def write_safetensors(
 
 
 def _safetensors_header(
-    path: Path, data: memoryview
+    data: memoryview,
 ) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], dict[str, str]]:
     """Checks a file; gives {name: (dtype, shape, position in the file)} of its tensors, and the metadata."""
     header_bytes = int.from_bytes(data[:8], "little")
     data_start = 8 + header_bytes
     if header_bytes > _MAX_HEADER_BYTES:
-        raise damaged_file(
-            path, f"expected a header of at most {_MAX_HEADER_BYTES} bytes, its length says {header_bytes}"
+        raise damaged(
+            f"expected a header of at most {_MAX_HEADER_BYTES} bytes, its length says {header_bytes}"
         )
     if data_start > len(data):
-        raise damaged_file(
-            path,
-            f"expected at least {data_start} bytes (8 and a header of {header_bytes}), received {len(data)}",
+        raise damaged(
+            f"expected at least {data_start} bytes (8 and a header of {header_bytes}), received {len(data)}"
         )
     try:
         header = json.loads(str(data[8:data_start], "utf-8"), object_pairs_hook=_dict_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise damaged_file(path, f"its header is not valid JSON ({error})") from error
+        raise damaged(f"its header is not valid JSON ({error})") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise damaged_file(path, "expected '__metadata__' to map str to str in its header")
+        raise damaged("expected '__metadata__' to map str to str in its header")
 
     entries: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise damaged_file(path, f"expected 'dtype', 'shape' and 'data_offsets' for tensor {name!r}")
+            raise damaged(f"expected 'dtype', 'shape' and 'data_offsets' for tensor {name!r}")
         dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype_name, str) or dtype_name not in _SAFETENSORS_DTYPES:
-            known = f"Known: {', '.join(_SAFETENSORS_DTYPES)}."
-            raise damaged_file(path, f"tensor {name!r} has dtype {dtype_name!r}", known)
+        if not isinstance(dtype_name, str) or dtype_name not in SAFETENSORS_DTYPES:
+            known = f"Known: {', '.join(SAFETENSORS_DTYPES)}."
+            raise damaged(f"tensor {name!r} has dtype {dtype_name!r}", known)
         if not is_sizes(shape):
-            raise damaged_file(
-                path, f"expected at most 64 sizes >= 0 as the shape of {name!r}, received {shape!r}"
-            )
+            raise damaged(f"expected at most 64 sizes >= 0 as the shape of {name!r}, received {shape!r}")
         if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise damaged_file(path, f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
-        dtype = _SAFETENSORS_DTYPES[dtype_name]
+            raise damaged(f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
+        dtype = SAFETENSORS_DTYPES[dtype_name]
         begin, end = offsets
         expected_bytes = math.prod(shape) * dtype.itemsize
         if end - begin != expected_bytes:
-            raise damaged_file(
-                path,
+            raise damaged(
                 f"expected {expected_bytes} bytes for {name!r} ({dtype_name}, shape {shape}), its "
-                f"data_offsets {offsets} have {end - begin}",
+                f"data_offsets {offsets} have {end - begin}"
             )
         entries[name] = (dtype, tuple(shape), data_start + begin)
         spans.append((begin, end, name))
@@ -153,32 +129,27 @@ def _safetensors_header(
     previous_end = 0
     for begin, end, name in sorted(spans):
         if begin < previous_end:
-            raise damaged_file(
-                path,
+            raise damaged(
                 f"tensor {name!r} begins at byte {begin} of the data and overlaps another one, "
-                f"which ends at {previous_end}",
+                f"which ends at {previous_end}"
             )
         if begin > previous_end:
-            raise damaged_file(
-                path, f"no tensor covers bytes {previous_end} to {begin} of the data, before {name!r}"
-            )
+            raise damaged(f"no tensor covers bytes {previous_end} to {begin} of the data, before {name!r}")
         previous_end = end
     if data_start + previous_end != len(data):
-        raise damaged_file(path, f"expected {data_start + previous_end} bytes in all, received {len(data)}")
+        raise damaged(f"expected {data_start + previous_end} bytes in all, received {len(data)}")
     return entries, metadata
 
 
-def safetensors_arrays(path: Path, data: memoryview) -> dict[str, np.ndarray]:
+def safetensors_arrays(data: memoryview) -> dict[str, np.ndarray]:
     """Returns views of the arrays in a mapped file, which is validated first; see `read_state_dict`."""
     arrays = {}
-    for name, (dtype, shape, position) in _safetensors_header(path, data)[0].items():
+    for name, (dtype, shape, position) in _safetensors_header(data)[0].items():
         try:
             arrays[name] = np.ndarray(shape, dtype, buffer=data, offset=position)
         except ValueError as error:
             # The sizes next to a zero can be of any magnitude, and NumPy multiplies them.
-            raise damaged_file(
-                path, f"NumPy has no array of the shape {list(shape)} of {name!r} ({error})"
-            ) from error
+            raise damaged(f"NumPy has no array of the shape {list(shape)} of {name!r} ({error})") from error
     return arrays
 
 

@@ -21,15 +21,17 @@ import numpy as np
 from keras_convnext._files import replacing_file
 from keras_convnext.weights.arrays import (
     TORCH_DTYPES,
-    damaged_file,
+    TORCH_STORAGES,
+    damaged,
     little_endian_bytes,
     looks_like_safetensors,
     map_file,
     names_of_dtypes,
+    naming,
     unknown_content,
 )
 from keras_convnext.weights.safetensors_files import safetensors_arrays
-from keras_convnext.weights.torch_pickles import TORCH_STORAGES, Tensor, unpickle
+from keras_convnext.weights.torch_pickles import Tensor, unpickle
 
 # Where training scripts keep the weights: the averaged ones first, when a file has both. Under other keys a
 # network is told from an optimizer or a loss by its convolutions.
@@ -57,10 +59,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     dictionaries may be nested. All else (optimizer, epoch, arguments) is ignored. If every name starts with
     `module.`, as `DataParallel` leaves it, this prefix is removed.
 
-    Arrays come in the order of the file, bfloat16 and float8 in the dtypes of `ml_dtypes`. They are read-only
-    views of the memory-mapped file, read from the disk at their first use; it may be replaced meanwhile, but
-    not changed in place. Tensors that share a storage share memory, and a transposed tensor is a transposed
-    view. Checksums in the file are not verified, since that would read all of it.
+    Arrays come in the order of the file, bfloat16 and float8 in the dtypes of `ml_dtypes`, as read-only views
+    of the memory-mapped file, which may be replaced meanwhile, but not changed in place. Tensors that share a
+    storage share memory. Checksums in the file are not verified, since that would read all of it.
 
     Raises:
         OSError: no file is there.
@@ -68,30 +69,34 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         UnsafeFileError: its pickle asks for what describes no tensors. Nothing in it was executed.
     """
     path = Path(path)
-    data = map_file(path)
+    with naming(path):
+        data = map_file(path)
+        if looks_like_safetensors(bytes(data[:64])):
+            return safetensors_arrays(data)
+        return _torch_arrays(data, path.suffix)
+
+
+def _torch_arrays(data: memoryview, suffix: str) -> dict[str, np.ndarray]:
+    """The arrays in the content of a PyTorch file."""
     start = bytes(data[:64])
-    if looks_like_safetensors(start):
-        return safetensors_arrays(path, data)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        content = _zip_content(path, data)
+        content = _zip_content(data)
     elif start[:1] == b"\x80" and _LEGACY_MAGIC in start:
-        content = _legacy_content(path, data)
+        content = _legacy_content(data)
     elif data[257:262] == b"ustar":
-        raise damaged_file(
-            path,
+        raise damaged(
             "it is a tar archive, as PyTorch wrote before version 0.1.10",
             "If you trust the file, re-save it in PyTorch: "
             "torch.save(torch.load(path, map_location='cpu', weights_only=False), path).",
         )
     else:
-        raise unknown_content(path, start)
-    tensors = _find_tensors(path, content)
+        raise unknown_content(start, suffix, "a .pth or .safetensors file")
+    tensors = _find_tensors(content)
     if tensors is None:
         received = type(content).__name__
         if isinstance(content, dict):
             received = f"dict with the keys {[key[:50] for key in content if isinstance(key, str)][:10]}"
-        raise damaged_file(
-            path,
+        raise damaged(
             f"expected a dictionary of tensors, at the top or under a key such as {', '.join(_KEYS)}; "
             f"received a {received}",
             _SAVE_WEIGHTS,
@@ -102,7 +107,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         try:
             arrays[name.removeprefix(prefix)] = tensor.array()
         except ValueError as error:
-            raise damaged_file(path, f"the tensor {name!r} is malformed: {error}") from error
+            raise damaged(f"the tensor {name!r} is malformed: {error}") from error
     return arrays
 
 
@@ -138,9 +143,7 @@ def is_weight_file(path: Path) -> bool:
     return looks_like_safetensors(start) or zipped or (start[:1] == b"\x80" and _LEGACY_MAGIC in start)
 
 
-def _find_tensors(
-    path: Path, content: object, depth: int = 3, seen: dict | None = None
-) -> dict[str, Tensor] | None:
+def _find_tensors(content: object, depth: int = 3, seen: dict | None = None) -> dict[str, Tensor] | None:
     """The averaged network of a file, the first under `_KEYS`, the content itself, or a network."""
     if not isinstance(content, dict) or depth == 0:  # a dictionary may hold itself, many times
         return None
@@ -150,7 +153,7 @@ def _find_tensors(
     for name, value in items.items():
         place = id(value), depth
         if place not in seen:
-            seen[place] = _find_tensors(path, value, depth - 1, seen)
+            seen[place] = _find_tensors(value, depth - 1, seen)
         found[name] = seen[place]
     networks = [name for name, tensors in found.items() if _is_network(tensors)]
     averaged = [name for name in networks if _AVERAGED.search(name)]
@@ -162,9 +165,7 @@ def _find_tensors(
         return tensors
     chosen = averaged or networks
     if len(chosen) > 1:
-        raise damaged_file(
-            path, f"expected one network, received one under each of {', '.join(chosen)}", _SAVE_WEIGHTS
-        )
+        raise damaged(f"expected one network, received one under each of {', '.join(chosen)}", _SAVE_WEIGHTS)
     return found[chosen[0]] if chosen else tensors or None
 
 
@@ -172,28 +173,25 @@ def _is_network(tensors: dict[str, Tensor] | None) -> bool:
     return any(isinstance(one.size, tuple) and len(one.size) == 4 for one in (tensors or {}).values())
 
 
-def _zip_content(path: Path, data: memoryview) -> object:
+def _zip_content(data: memoryview) -> object:
     """What a zip archive describes: `data.pkl` names storages, and each is the member `data/<key>`."""
-    members = _zip_members(path, data)
+    members = _zip_members(data)
     byte_order, program = bytes(members.get("byteorder", b"little")), members["data.pkl"]
     if byte_order.strip() != b"little":
-        raise damaged_file(path, f"expected the byte order b'little', received {byte_order[:16]!r}", _RE_SAVE)
+        raise damaged(f"expected the byte order b'little', received {byte_order[:16]!r}", _RE_SAVE)
     if len(program) > _MAX_PICKLE_BYTES:
-        raise damaged_file(
-            path,
+        raise damaged(
             f"expected a data.pkl of at most {_MAX_PICKLE_BYTES} bytes, received {len(program)}",
             _SAVE_WEIGHTS,
         )
-    content, storages = unpickle(path, io.BytesIO(program))
+    content, storages = unpickle(io.BytesIO(program))
     for key, storage in storages.items():
         if f"data/{key}" not in members:
-            raise damaged_file(path, f"its pickle names the storage {key!r}, which is missing")
+            raise damaged(f"its pickle names the storage {key!r}, which is missing")
         storage.content = members[f"data/{key}"]
         received = len(storage.content)
         if received < storage.nbytes:
-            raise damaged_file(
-                path, f"expected {storage.nbytes} bytes in storage {key!r}, received {received}"
-            )
+            raise damaged(f"expected {storage.nbytes} bytes in storage {key!r}, received {received}")
     return content
 
 
@@ -209,28 +207,26 @@ class _ZipFile:
         return self._mapping.read(size)
 
 
-def _zip_members(path: Path, data: memoryview) -> dict[str, memoryview]:
+def _zip_members(data: memoryview) -> dict[str, memoryview]:
     """The bytes of each member of a zip archive of `torch.save`, by its name in the archive's folder."""
     try:
         # It has the methods of a file that ZipFile uses, not all that its declared type has.
         with zipfile.ZipFile(_ZipFile(data.obj)) as archive:  # type: ignore[call-overload, arg-type]
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as e:
-        raise damaged_file(path, f"it starts as a zip archive but has no valid index ({e})") from e
+        raise damaged(f"it starts as a zip archive but has no valid index ({e})") from e
     names = {info.filename: info.filename.partition("/")[::2] for info in infos}  # (folder, name in it)
     if len(names) != len(infos):
-        raise damaged_file(path, "its zip archive has two members of one name")
+        raise damaged("its zip archive has two members of one name")
     if any(name == "constants.pkl" for _, name in names.values()):
-        raise damaged_file(
-            path,
+        raise damaged(
             "it is a TorchScript archive, which holds code",
             "If you trust the file, save its weights alone in PyTorch: "
             "torch.save(torch.jit.load(path).state_dict(), new_path).",
         )
     roots = [folder for folder, name in names.values() if name == "data.pkl"]
     if len(roots) != 1:
-        raise damaged_file(
-            path,
+        raise damaged(
             f"expected a zip archive of torch.save with one 'data.pkl', received one with {len(roots)}; "
             f"its first members are {sorted(names)[:5]}",
             "Check that it is the file you meant.",
@@ -238,10 +234,9 @@ def _zip_members(path: Path, data: memoryview) -> dict[str, memoryview]:
     members, end = {}, 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         if info.header_offset < end:
-            raise damaged_file(path, f"the member {info.filename!r} overlaps another one")
+            raise damaged(f"the member {info.filename!r} overlaps another one")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
-            raise damaged_file(
-                path,
+            raise damaged(
                 f"expected uncompressed members, as torch.save writes them; {info.filename!r} is compressed "
                 "or encrypted",
                 "Re-save it with torch.save, or rebuild the archive with `zip -0`.",
@@ -249,14 +244,12 @@ def _zip_members(path: Path, data: memoryview) -> dict[str, memoryview]:
         # The local header, with lengths of its own for the name and the extra field (zip format 4.3.7).
         header = bytes(data[info.header_offset : info.header_offset + 30])
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise damaged_file(
-                path, f"expected a zip header for {info.filename!r} at byte {info.header_offset}"
-            )
+            raise damaged(f"expected a zip header for {info.filename!r} at byte {info.header_offset}")
         begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         end = begin + info.file_size
         if info.compress_size != info.file_size or end > len(data):
-            raise damaged_file(
-                path, f"expected {info.file_size} bytes of {info.filename!r} at byte {begin} of {len(data)}"
+            raise damaged(
+                f"expected {info.file_size} bytes of {info.filename!r} at byte {begin} of {len(data)}"
             )
         folder, name = names[info.filename]
         if folder == roots[0]:
@@ -264,39 +257,37 @@ def _zip_members(path: Path, data: memoryview) -> dict[str, memoryview]:
     return members
 
 
-def _legacy_content(path: Path, data: memoryview) -> object:
+def _legacy_content(data: memoryview) -> object:
     """What a file of the older form describes.
 
     Five pickles: a magic number, a protocol version, facts about the machine, the content, the keys of the
     storages. Then the storages in the order of the keys, each behind its number of items in 8 bytes.
     """
     stream = io.BytesIO(data[:_MAX_PICKLE_BYTES])
-    unpickle(path, stream)  # the magic number, which is known to be there
-    version, _ = unpickle(path, stream)
-    machine, _ = unpickle(path, stream)
-    content, storages = unpickle(path, stream)
-    keys, _ = unpickle(path, stream)
+    unpickle(stream)  # the magic number, which is known to be there
+    version, _ = unpickle(stream)
+    machine, _ = unpickle(stream)
+    content, storages = unpickle(stream)
+    keys, _ = unpickle(stream)
     if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise damaged_file(
-            path, "expected the protocol 1001 of torch.save on a little-endian machine", _RE_SAVE
-        )
+        raise damaged("expected the protocol 1001 of torch.save on a little-endian machine", _RE_SAVE)
     if (
         not isinstance(keys, list)
         or not all(isinstance(key, str) and key in storages for key in keys)
         or not len(set(keys)) == len(keys) == len(storages)
     ):
-        raise damaged_file(path, "its list of storages is not that of the storages its tensors name")
+        raise damaged("its list of storages is not that of the storages its tensors name")
     position = stream.tell()
     for key in keys:
         storage = storages[key]
         begin = position + 8
         received = int.from_bytes(data[position:begin], "little", signed=True)
         if received != storage.size:
-            raise damaged_file(path, f"expected {storage.size} items in storage {key!r}, received {received}")
+            raise damaged(f"expected {storage.size} items in storage {key!r}, received {received}")
         position = begin + storage.nbytes
         storage.content = data[begin:position]
     if position != len(data):
-        raise damaged_file(path, f"expected {position} bytes in all, received {len(data)}")
+        raise damaged(f"expected {position} bytes in all, received {len(data)}")
     return content
 
 

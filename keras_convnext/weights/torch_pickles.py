@@ -9,34 +9,18 @@ import io
 import pickle
 import pickletools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from keras_convnext.weights.arrays import (
     TORCH_DTYPES,
+    TORCH_STORAGES,
     UnsafeFileError,
-    damaged_file,
+    damaged,
     is_size,
     is_sizes,
 )
-
-# The other dtypes have no storage class of their own: their tensors name `UntypedStorage`.
-TORCH_STORAGES: dict[str, str] = {
-    "float64": "DoubleStorage",
-    "float32": "FloatStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "complex64": "ComplexFloatStorage",
-    "complex128": "ComplexDoubleStorage",
-    "int64": "LongStorage",
-    "int32": "IntStorage",
-    "int16": "ShortStorage",
-    "int8": "CharStorage",
-    "uint8": "ByteStorage",
-    "bool": "BoolStorage",
-}
 
 _FUNCTIONS = (
     "collections.OrderedDict",
@@ -48,39 +32,26 @@ _FUNCTIONS = (
 )
 
 # Training scripts store these next to the state dict: arguments, scores, schedules, the log of mmengine.
-_IGNORED_NAMES = (
-    "__builtin__.getattr",
-    "__builtin__.long",
-    "__builtin__.unicode",
-    "__builtin__.xrange",
-    "_codecs.encode",
-    "argparse.Namespace",
-    "builtins.range",
-    "collections.Counter",
-    "collections.defaultdict",
-    "collections.deque",
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "torch.device",
-    "torch.serialization._get_layout",
-    "types.SimpleNamespace",
-    *(
-        f"{module}.{name}"
-        for module in ("__builtin__", "builtins")
-        for name in "bool bytearray complex dict float frozenset int list set slice str tuple".split()  # noqa: SIM905
-    ),
-    *(
-        f"numpy.{core}.{name}"
-        for core in ("core", "_core")
-        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
-    ),
-    *(
-        f"{module}.{name}"
-        for module in ("pathlib", "pathlib._local")  # the latter in Python 3.13
-        for name in ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
-    ),
-)
+_TYPES = "bool bytearray complex dict float frozenset int list set slice str tuple"
+_PATHS = "PosixPath PurePosixPath PureWindowsPath WindowsPath"
+_IGNORED = {
+    "__builtin__": f"{_TYPES} getattr long unicode xrange",
+    "builtins": f"{_TYPES} range",
+    "_codecs": "encode",
+    "argparse": "Namespace",
+    "collections": "Counter defaultdict deque",
+    "mmengine.logging.history_buffer": "HistoryBuffer",
+    "numpy": "dtype ndarray",
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "_reconstruct scalar",
+    "numpy.core.numeric": "_frombuffer",
+    "numpy._core.numeric": "_frombuffer",
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,  # Python 3.13
+    "torch": "device",
+    "torch.serialization": "_get_layout",
+    "types": "SimpleNamespace",
+}
 
 # All that torch.save writes. Extension codes are not among them: an unpickler takes their objects from a
 # cache, without asking for the name.
@@ -247,7 +218,7 @@ _STORAGE_DTYPES: dict[str, np.dtype | None] = {
 _NAMES: dict[str, _Name | type[_Ignored]] = {
     **{name: _Name(name) for name in (*_FUNCTIONS, *_STORAGE_DTYPES)},
     **{f"torch.{name}": _Name(f"torch.{name}") for name in TORCH_DTYPES},
-    **dict.fromkeys(_IGNORED_NAMES, _Ignored),
+    **{f"{module}.{name}": _Ignored for module, names in _IGNORED.items() for name in names.split()},
 }
 
 
@@ -289,8 +260,8 @@ class _TensorUnpickler(pickle.Unpickler):
         raise ValueError(f"it has a view that is not within the storage {key!r}")
 
 
-def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
-    """Runs the pickle at the position of a stream, and leaves the stream after it; `path` is for messages.
+def unpickle(stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
+    """Runs the pickle at the position of a stream, and leaves the stream after it.
 
     Gives what the pickle describes (containers, texts, numbers and `Tensor`s) and the storages by their keys.
 
@@ -307,11 +278,11 @@ def unpickle(path: Path, stream: io.BytesIO) -> tuple[object, dict[str, Storage]
         content = unpickler.load()
     except UnsafeFileError as error:
         raise UnsafeFileError(
-            f"Refused to read '{path}': its pickle {error}. Nothing in it was executed. If you trust the "
+            f"Refused to read it: its pickle {error}. Nothing in it was executed. If you trust the "
             "file, load it in PyTorch and save its weights as .safetensors."
         ) from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise damaged_file(path, f"its pickle is malformed ({error})") from error
+        raise damaged(f"its pickle is malformed ({error})") from error
     stream.seek(end)
     return content, unpickler.storages
 
