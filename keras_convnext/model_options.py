@@ -91,8 +91,13 @@ class ModelOptions:
             )
         # A `.keras` file by itself stays the model it is; beside a name the arguments decide.
         is_normalised = source.architecture is not None or source.is_normalised
-        if not is_normalised:
+        if not is_normalised and not source.around.lost:
             _logger.warning("%s has no normaliser, so its model takes normalised images.", source.path)
+        # So does one without classifier.
+        pooling, pyramid_norms = self.pooling, self.pyramid_norms
+        if self.include_top is None and not include_top and source.architecture is None and source.is_model:
+            pyramid_norms = pyramid_norms or source.contents.pyramid_norms
+            pooling = pooling or source.around.pooling
         shape = self.input_shape
         if shape is None:
             shape = (*(source.input_sides if include_top else (None, None)), source.channels)
@@ -106,17 +111,19 @@ class ModelOptions:
                 f"{variant.name!r} has stride 16 throughout and takes no output_stride. Received: "
                 f"output_stride={self.output_stride}"
             )
-        if self.pyramid_norms and (include_top or self.pooling or variant.isotropic):
+        if pyramid_norms and (include_top or pooling or variant.isotropic):
             raise ValueError(
                 "pyramid_norms=True returns the four normalised stage maps: it needs include_top=False, "
                 "pooling=None and a model that has stages. Received: "
-                f"include_top={include_top}, pooling={self.pooling!r}, architecture {variant.name!r}"
+                f"include_top={include_top}, pooling={pooling!r}, architecture {variant.name!r}"
             )
         return dataclasses.replace(
             self,
             include_top=include_top,
             include_preprocessing=self.include_preprocessing and is_normalised,
             input_shape=shape,
+            pooling=pooling,
+            pyramid_norms=pyramid_norms,
             classes=int(classes),
             classifier_activation=activation,
             name=self.name or variant.name,

@@ -8,12 +8,13 @@ import warnings
 import keras
 
 from keras_convnext import convnext
+from keras_convnext._messages import listed
 from keras_convnext.convnext import layer_name
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
-from keras_convnext.weights.assign import filled, placed_values, places
+from keras_convnext.weights.assign import differences, filled, placed_values, places
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
@@ -159,7 +160,28 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
         keras_files.load_weights(model, source.path)
         return model
     values = source.values(variant, options, new_head)
-    return filled(layout, lambda model: placed_values(model, values))
+    model = filled(layout, lambda model: placed_values(model, values))
+    if source.around is not None:
+        _check_settings(source, model, options)
+    return model
+
+
+def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOptions) -> None:
+    """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
+    found = differences(source.model, model)
+    if options.output_stride != 32:  # as asked for
+        found = {name: lines for name, lines in found.items() if name not in ("dilation_rate", "strides")}
+    lines = [f"{name} of {line}" for name, lines in found.items() for line in lines]
+    if lines:
+        stride = (
+            " load(..., output_stride=8 or 16) has them."
+            if set(found) <= {"dilation_rate", "strides"}
+            else ""
+        )
+        raise ValueError(
+            f"{source.path}: Expected layers as the architecture has them. Received {listed(lines, 3)}."
+            f"{stride} keras.saving.load_model opens the file as it is."
+        )
 
 
 def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessing) -> ConvNeXt:

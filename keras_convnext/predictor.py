@@ -1,6 +1,8 @@
 """`open_predictor`: a model by name or by file, with the preprocessing of its images and its classes."""
 
+import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 from typing import Any
@@ -16,6 +18,8 @@ from keras_convnext.model_options import ModelOptions
 from keras_convnext.weights import arrays, assign
 from keras_convnext.weights.published import Checkpoint
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
+
+_logger = logging.getLogger("keras_convnext")
 
 DEFAULT_SIZE = 224  # pixels, for a model that takes images of any size
 
@@ -165,6 +169,9 @@ def _open_keras_model(
     source: ResolvedWeights, image_size: int | tuple[int, int] | None, task: str
 ) -> Predictor:
     path, model = source.path, source.model
+    with contextlib.suppress(ValueError):  # of another network, or with layers of its own in front
+        if source.around.normaliser is None and not source.around.lost:
+            _logger.warning("%s has no normaliser: it is given pixels in 0..255 as they are.", path)
     if source.architecture is None and not source.is_described:
         return predictor_of(model, str(path), image_size, None, path, task)
     opened = predictor_of(model, str(path), image_size, source.preprocessing, path, task)

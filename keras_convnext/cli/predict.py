@@ -94,6 +94,11 @@ class Classifier:
         if self.gives_logits:
             outputs = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
             outputs /= outputs.sum(axis=-1, keepdims=True)
+        if outputs.min() < -1e-3 or outputs.max() > 1 + 1e-3:
+            raise ValueError(
+                f"Expected probabilities from {self.predictor.file}, received outputs from "
+                f"{outputs.min():.4g} to {outputs.max():.4g}: it has no classifier, or one without softmax."
+            )
         return outputs
 
     def best(self, probabilities: np.ndarray, count: int) -> list[dict]:

@@ -53,7 +53,7 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
     """Freezes the stem and the first stages of a ConvNeXt, and lets the rest of it learn. Compile afterwards.
 
     A stage begins with its downsampling. What follows in the ConvNeXt learns, whatever was frozen before;
-    other layers stay as they are. Files and copies keep it.
+    other layers stay as they are. Files that Keras loads, and copies, keep it.
 
     Args:
         model: of this package, or around one of it, as a layer or by its layers.

@@ -1,5 +1,6 @@
 """Gives every weight of a model its value (`filled`), and reads them back under official names."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -28,6 +29,8 @@ _HAND_ON = (
     keras.layers.GaussianNoise,
     keras.layers.Identity,
 )
+# Settings of layers with weights that change what they compute.
+_SETTINGS = ("activation", "dilation_rate", "epsilon", "kernel_size", "norm", "strides")
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
 # Augmentation, which is nothing outside training; RandomCrop cuts there too.
 _AUGMENTATION = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")
@@ -102,6 +105,13 @@ def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer
             placed[name] = layer
         elif layer.weights:
             others.append(layer)
+    for layer in others:  # what is read by another network's layer is no classifier
+        source = reads[id(layer)]
+        while source is not None and source is not placed.get("head"):
+            source = reads.get(id(source))
+        if source is not None:
+            others.insert(0, placed.pop("head"))
+            break
     if not placed:
         raise ValueError(
             f"Expected a model made by keras_convnext. Received {model.name!r}, with layers "
@@ -117,6 +127,7 @@ class Around:
     sides: tuple[int | None, int | None]  # height and width of its images, None where any will do
     normaliser: tuple[list[float], list[float]] | None  # mean and standard deviation by channel, pixels 0..1
     activation: Any  # of its classifier, a function; linear also without one
+    pooling: str | None  # of a model without classifier: "avg" or "max"
     lost: tuple[str, ...]  # what else changes values between image and result, with its class
 
     def check(self, name: str) -> None:
@@ -152,6 +163,7 @@ def around(model: keras.Model) -> Around:
     images = [part for part in in_front if isinstance(part, keras.layers.InputLayer)]
     normalisers = [part for part in in_front if type(part) is keras.layers.Normalization]
     parts = ancestors(placed.values())
+    calls = collections.Counter(id(operation) for operation, _ in connections)
     if "head" in placed or not others:  # else what follows is of another network, whose weights are named
         result = {id(layer) for layer in placed.values()}
         for operation, sources in connections:
@@ -159,21 +171,59 @@ def around(model: keras.Model) -> Around:
                 result.add(id(operation))
                 parts[id(operation)] = operation
     activation = getattr(placed.get("head"), "activation", keras.activations.linear)
-    lost = [operation for operation, _ in connections if isinstance(operation, keras.Model)]
+    lost = [layer for layer in model._flatten_layers() if _has_own_code(layer)]
+    lost += [layer for layer in placed.values() if calls[id(layer)] > 1]
     for part in (part for part in parts.values() if part not in placed.values()):
-        if not isinstance(part, keras.layers.Softmax | keras.layers.Activation) or _IN_STEM.search(part.name):
+        if not _is_activation(part) or _IN_STEM.search(part.name):
             is_kept = _mean_and_std(part, first) if part in normalisers[:1] else _hands_on(part)
             lost += [] if is_kept else [part]
         elif (own := getattr(part, "activation", keras.activations.softmax)) is not keras.activations.linear:
             lost += [] if activation is keras.activations.linear else [part]  # two, one on the other
             activation = own
+    pools = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
+    pooling = next(
+        (name for kind, name in pools.items() for part in parts.values() if type(part) is kind), None
+    )
+    names = [f"{part.name!r} ({type(part).__name__})" for part in lost]
+    outputs = getattr(model, "outputs", ())
+    if len(outputs) > 1 and "norm0" not in placed:
+        names.append(f"{len(outputs)} outputs")
     shape = images[0].batch_shape if len(images) == 1 else ()
     return Around(
         sides=tuple(shape[1:3]) if len(shape) == 4 else (None, None),
         normaliser=_mean_and_std(normalisers[0], first) if normalisers else None,
         activation=activation,
-        lost=tuple(f"{part.name!r} ({type(part).__name__})" for part in lost),
+        pooling=None if "head" in placed else pooling,
+        lost=tuple(names),
     )
+
+
+def differences(model: keras.Model, other: keras.Model) -> dict[str, list[str]]:
+    """Settings of layers without weights of their own, such as an epsilon, that two models do not share.
+
+    Gives {setting: ["stages_2_0: 2, not 1", ...]}, of the layers of one place.
+    """
+    found: dict[str, list[str]] = {}
+    others = places(other)[0]
+    for place, layer in places(model)[0].items():
+        if place in others and place != "head":  # whose activation is `Around.activation`
+            config, wanted = layer.get_config(), others[place].get_config()
+            for name in _SETTINGS:
+                if name in config and name in wanted and config[name] != wanted[name]:
+                    found.setdefault(name, []).append(f"{place}: {config[name]}, not {wanted[name]}")
+    return found
+
+
+def _has_own_code(layer) -> bool:
+    """Whether a layer is a model whose graph does not say what it computes."""
+    is_kerass = type(layer).call.__module__.startswith("keras.")
+    return isinstance(layer, keras.Model) and (functional(layer) is None or not is_kerass)
+
+
+def _is_activation(part) -> bool:
+    kind, axis = type(part), getattr(part, "axis", -1)
+    is_softmax = kind.__module__.startswith("keras.") and kind.__name__ == "Softmax"  # of keras.ops too
+    return kind is keras.layers.Activation or (is_softmax and axis in (-1, 1))
 
 
 def _mean_and_std(layer, stem) -> tuple[list[float], list[float]] | None:
@@ -219,7 +269,8 @@ def _hands_on(part) -> bool:
         keras.layers.InputLayer,
     )
     is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
-    return isinstance(part, kept) or bool(is_augmentation or _IN_STEM.search(part.name))
+    is_kept = kind.__module__.startswith("keras.") and isinstance(part, kept)
+    return is_kept or bool(is_augmentation or _IN_STEM.search(part.name))
 
 
 def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:

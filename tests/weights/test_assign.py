@@ -80,7 +80,7 @@ def test_a_classifier_on_the_norm_of_the_averaged_map_is_timms(wrapped, name, tm
     ("around", "pooling", "name"),
     [
         (lambda x: layers.Dense(3, name="head")(x), "max", "'head'"),
-        (lambda x: layers.Dense(3)(layers.Dense(8, "relu", name="hidden")(x)), "avg", "'dense"),
+        (lambda x: layers.Dense(3)(layers.Dense(8, "relu", name="hidden")(x)), "avg", "'hidden' .*'dense"),
         (
             lambda x: layers.Dense(3, name="head")(layers.BatchNormalization(name="bn")(x)),
             "avg",
@@ -133,6 +133,8 @@ def test_what_has_no_weights_and_would_be_lost_is_named(front, behind, named, tm
         ("sigmoid", None, keras.activations.sigmoid),
         (None, layers.Activation("sigmoid"), keras.activations.sigmoid),
         ("softmax", layers.Softmax(name="lost"), None),
+        (None, layers.Softmax(axis=0, name="lost"), None),
+        (None, keras.ops.softmax, keras.activations.softmax),
         (None, layers.Concatenate(name="lost"), None),
     ],
 )
@@ -162,6 +164,83 @@ def test_a_classifier_keeps_its_activation(activation, behind, expected, tmp_pat
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (2 if expected is keras.activations.sigmoid else 0), said
     assert all("load it with classifier_activation='sigmoid'" in line for line in said)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Doubled(keras.Model):
+    def call(self, x, training=None, mask=None):
+        return 2 * super().call(x, training, mask)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Halving(layers.Dropout):
+    def call(self, x, training=False):
+        return x / 2
+
+
+def _twice(x):
+    layer = layers.Dense(128)
+    return layer(layer(x))
+
+
+@pytest.mark.parametrize(
+    ("behind", "named"),
+    [
+        (lambda x: [layers.Dense(3)(x), x], "2 outputs"),
+        (lambda x: {"a": layers.Dense(3)(x), "b": x}, "2 outputs"),
+        (_twice, r"'dense\w*' .Dense"),
+        (lambda x: layers.Dense(3)(Halving(0.1, name="lost")(x)), "'lost' .Halving"),
+    ],
+    ids=["list", "dictionary", "twice", "subclass of dropout"],
+)
+def test_a_model_that_is_more_than_one_convnext_is_named(behind, named, tmp_path):
+    image = keras.Input((32, 32, 3))
+    model = keras.Model(image, behind(body("avg")(image)))
+    model.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=named):
+        keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm")
+    with pytest.raises(ValueError, match=rf"m.keras: .*{named}"):
+        keras_convnext.load(tmp_path / "m.keras")
+
+
+def test_a_subclass_with_a_graph_is_named(tmp_path):
+    inner = body("avg")
+    Doubled(inner.input, inner.output, name="doubled").save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=r"'doubled' .Doubled"):
+        keras_convnext.load(tmp_path / "m.keras")
+
+
+def test_settings_of_layers_are_kept_or_named(tmp_path):
+    path = tmp_path / "m.keras"
+    dilated = body(output_stride=8)
+    dilated.save(path)
+    with pytest.raises(ValueError, match=r"m.keras: .*strides of downsample_layers_2_1.*output_stride=8"):
+        keras_convnext.load(path)
+    same = keras_convnext.load(path, output_stride=8)
+    np.testing.assert_array_equal(same.predict_on_batch(IMAGES), dilated.predict_on_batch(IMAGES))
+
+    def changed(layer):
+        config = layer.get_config()
+        return type(layer).from_config(config | ({"epsilon": 0.5} if layer.name == "convnext_norm" else {}))
+
+    keras.models.clone_model(body("avg"), clone_function=changed).save(path)
+    with pytest.raises(ValueError, match=r"m.keras: .*epsilon of norm: 0.5, not 1e-05"):
+        keras_convnext.convert(path, tmp_path / "copy.keras")
+
+
+@pytest.mark.parametrize("arguments", [{"pooling": "avg"}, {"pooling": "max"}, {"pyramid_norms": True}])
+def test_a_file_without_classifier_stays_the_model_it_is(arguments, tmp_path):
+    model = body(**arguments)
+    model.save(tmp_path / "m.keras")
+    keras_convnext.convert(tmp_path / "m.keras", tmp_path / "copy.keras")
+    expected = model.predict_on_batch(IMAGES)
+    for other in (
+        keras_convnext.load(tmp_path / "m.keras"),
+        keras.saving.load_model(tmp_path / "copy.keras"),
+    ):
+        keras.tree.map_structure(np.testing.assert_array_equal, other.predict_on_batch(IMAGES), expected)
+    plain = keras_convnext.load(tmp_path / "m.keras", include_top=False)
+    assert plain.output_shape == (None, None, None, 128)
 
 
 def test_a_subclass_is_named(tmp_path):
