@@ -389,6 +389,17 @@ def test_predict_takes_the_names_and_classes_of_a_fine_tuned_file(run, refused, 
     assert "for each of the 4 classes. Received 2 names" in refused(*words, "--labels", labels)
 
 
+def test_predict_takes_probabilities_alone(run, refused, caplog, tmp_path):
+    body = keras_convnext.load(TAG, include_top=False, pooling="avg", input_shape=(64, 64, 3))
+    body.save(tmp_path / "body.keras")
+    message = refused("predict", PHOTOGRAPHS[0], "--model", tmp_path / "body.keras")
+    assert "Expected probabilities from" in message and "no classifier, or one without softmax" in message
+    bare = keras_convnext.load(TAG, include_preprocessing=False, input_shape=(64, 64, 3))
+    bare.save(tmp_path / "bare.keras")
+    code, *_ = run("predict", PHOTOGRAPHS[0], "--model", tmp_path / "bare.keras")
+    assert code == 0 and "bare.keras has no normaliser" in caplog.text
+
+
 def test_predict_opens_a_fine_tuned_keras_model(run, refused, monkeypatch, tmp_path):
     model = keras_convnext.load(TAG, classes=3, input_shape=(64, 64, 3), classifier_activation=None)
     kernel, bias = model.get_layer("head").get_weights()
