@@ -161,7 +161,7 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
         return model
     values = source.values(variant, options, new_head)
     model = filled(layout, lambda model: placed_values(model, values))
-    if source.around is not None:
+    if source.around is not None and not source.is_keras_applications:
         _check_settings(source, model, options)
     return model
 

@@ -159,6 +159,7 @@ def around(model: keras.Model) -> Around:
         return found
 
     first = placed.get("stem") or placed.get("downsample_layers_0_0")
+    channels = first.kernel.shape[2]
     in_front = [*ancestors([first]).values()]
     images = [part for part in in_front if isinstance(part, keras.layers.InputLayer)]
     normalisers = [part for part in in_front if type(part) is keras.layers.Normalization]
@@ -175,7 +176,7 @@ def around(model: keras.Model) -> Around:
     lost += [layer for layer in placed.values() if calls[id(layer)] > 1]
     for part in (part for part in parts.values() if part not in placed.values()):
         if not _is_activation(part) or _IN_STEM.search(part.name):
-            is_kept = _mean_and_std(part, first) if part in normalisers[:1] else _hands_on(part)
+            is_kept = _mean_and_std(part, channels) if part in normalisers[:1] else _hands_on(part)
             lost += [] if is_kept else [part]
         elif (own := getattr(part, "activation", keras.activations.softmax)) is not keras.activations.linear:
             lost += [] if activation is keras.activations.linear else [part]  # two, one on the other
@@ -191,10 +192,23 @@ def around(model: keras.Model) -> Around:
     shape = images[0].batch_shape if len(images) == 1 else ()
     return Around(
         sides=tuple(shape[1:3]) if len(shape) == 4 else (None, None),
-        normaliser=_mean_and_std(normalisers[0], first) if normalisers else None,
+        normaliser=_mean_and_std(normalisers[0], channels) if normalisers else None,
         activation=activation,
         pooling=None if "head" in placed else pooling,
         lost=tuple(names),
+    )
+
+
+def around_applications(model: keras.Model) -> Around:
+    """The same of a ConvNeXt of `keras.applications`."""
+    _, height, width, channels = model.input_shape
+    normaliser = next((layer for layer in model.layers if type(layer) is keras.layers.Normalization), None)
+    return Around(
+        sides=(height, width),
+        normaliser=None if normaliser is None else _mean_and_std(normaliser, channels),
+        activation=getattr(model.layers[-1], "activation", keras.activations.linear),
+        pooling=None,
+        lost=(),
     )
 
 
@@ -226,9 +240,9 @@ def _is_activation(part) -> bool:
     return kind is keras.layers.Activation or (is_softmax and axis in (-1, 1))
 
 
-def _mean_and_std(layer, stem) -> tuple[list[float], list[float]] | None:
+def _mean_and_std(layer, channels) -> tuple[list[float], list[float]] | None:
     """Those of a Normalization by channel, for pixels in 0..1; None for one that has others."""
-    if layer.input_mean is None or layer.invert or np.size(layer.input_mean) not in (1, stem.kernel.shape[2]):
+    if layer.input_mean is None or layer.invert or np.size(layer.input_mean) not in (1, channels):
         return None
     # Rounded: what the square root leaves behind is no part of the value that was saved.
     with np.errstate(all="ignore"):  # `Preprocessing` refuses what is none

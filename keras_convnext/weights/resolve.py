@@ -145,7 +145,8 @@ class ResolvedWeights:
         from keras_convnext.weights import assign
 
         with naming(self.path):
-            return assign.around(self.model)
+            read = assign.around_applications if self.is_keras_applications else assign.around
+            return read(self.model)
 
     @property
     def is_normalised(self) -> bool:
