@@ -159,7 +159,7 @@ def around(model: keras.Model) -> Around:
         return found
 
     first = placed.get("stem") or placed.get("downsample_layers_0_0")
-    channels = first.kernel.shape[2]
+    channels = 3 if first is None else first.kernel.shape[2]
     in_front = [*ancestors([first]).values()]
     images = [part for part in in_front if isinstance(part, keras.layers.InputLayer)]
     normalisers = [part for part in in_front if type(part) is keras.layers.Normalization]
