@@ -23,6 +23,7 @@ from keras_convnext.weights.published import TORCH_SUFFIXES
 from keras_convnext.weights.resolve import resolve
 
 _logger = logging.getLogger("keras_convnext")
+_NO_NORMALISER = "%s has no normaliser, which %s cannot say. Load that with include_preprocessing=False."
 
 KERAS_TARGETS = (".weights.h5", ".keras")
 
@@ -40,6 +41,9 @@ def save_weights(
         preprocessing: of the images of these weights, stored in a ".safetensors" file, where `load`,
             `keras-convnext predict` and `keras-convnext evaluate` find it; None to leave that unsaid.
 
+    Such files hold logits: `load` puts a softmax behind them, unless its `classifier_activation` says else. A
+    warning tells where the model has another activation, or no normaliser.
+
     Raises:
         ValueError: for a layout that cannot express the architecture, or another ending; for layers without
             weights that change what the model computes, such as a Rescaling or a ReLU; for a `preprocessing`
@@ -53,6 +57,8 @@ def save_weights(
     around.check(model.name)
     if preprocessing is not None:
         _check_preprocessing(preprocessing, around.normaliser, path)
+    if around.normaliser is None:
+        _logger.warning(_NO_NORMALISER, model.name, path)
     _warn_of_activation(around.activation, path)
     return _write_torch(canonical, layouts.find_variant(canonical), path, layout, preprocessing)
 
@@ -104,7 +110,7 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         preprocessing = None
     if not found.is_normalised and target.suffix != ".keras":
         _logger.warning(
-            "%s has no normaliser, which %s cannot say. Load that with include_preprocessing=False.",
+            _NO_NORMALISER,
             found.path,
             target,
         )

@@ -91,6 +91,11 @@ class ModelOptions:
             )
         # A `.keras` file by itself stays the model it is; beside a name the arguments decide.
         is_normalised = source.architecture is not None or source.is_normalised
+        if is_normalised and self.include_preprocessing and not source.is_normalised:
+            _logger.warning(
+                "%s has no normaliser, and this model gets one: include_preprocessing=False leaves it out.",
+                source.path,
+            )
         if not is_normalised and not source.around.lost:
             _logger.warning("%s has no normaliser, so its model takes normalised images.", source.path)
         # So does one without classifier.
