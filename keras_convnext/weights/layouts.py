@@ -211,6 +211,7 @@ class Contents:
     final_norm: bool  # the norm in front of the classifier, which FCMAE and detection files lack
     pyramid_norms: bool  # all of `norm0` .. `norm3`
     any_pyramid_norm: bool
+    unused: tuple[str, ...]  # networks beside, as `UNUSED` calls them
     others: tuple[str, ...]  # names of what is no part of the network, as a head of one's own or a loss
 
 
@@ -238,6 +239,15 @@ def inspect(state: StateDict) -> Contents:
         final_norm=has("norm") or has("norm_pre"),
         pyramid_norms=all(levels),
         any_pyramid_norm=any(levels),
+        unused=tuple(
+            kind
+            for kind in (
+                "FCMAE mask token and decoder",
+                "detection and segmentation heads",
+                "text tower of CLIP",
+            )
+            if any(map(re.compile(UNUSED[kind]).match, present))
+        ),
         others=tuple(full_names[name] for name in present if _is_foreign(name, layout)),
     )
 

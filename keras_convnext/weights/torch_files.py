@@ -6,6 +6,7 @@ storages, one after another. `torch_pickles` says how pickles are run without ha
 """
 
 import io
+import logging
 import math
 import mmap
 import os
@@ -33,6 +34,8 @@ from keras_convnext.weights.arrays import (
 from keras_convnext.weights.safetensors_files import safetensors_arrays
 from keras_convnext.weights.torch_pickles import Tensor, unpickle
 
+_logger = logging.getLogger("keras_convnext")
+
 # Where training scripts keep the weights: the averaged ones first, when a file has both. Under other keys a
 # network is told from an optimizer or a loss by its convolutions.
 _AVERAGED = re.compile(r"(?:^|_)ema(?:_|$)", re.IGNORECASE)
@@ -46,6 +49,8 @@ _MAX_INDEX_BYTES = 4 * 2**20
 
 # What the older form begins with: a number, as the pickle protocols from 2 on write it.
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+_DEPTH = 3  # of dictionaries in dictionaries
 
 _RE_SAVE = "Re-save it with torch.save on a little-endian machine."
 _SAVE_WEIGHTS = "Save the state dict alone: torch.save(model.state_dict(), path)."
@@ -143,7 +148,7 @@ def is_weight_file(path: Path) -> bool:
     return looks_like_safetensors(start) or zipped or (start[:1] == b"\x80" and _LEGACY_MAGIC in start)
 
 
-def _find_tensors(content: object, depth: int = 3, seen: dict | None = None) -> dict[str, Tensor] | None:
+def _find_tensors(content: object, depth: int = _DEPTH, seen: dict | None = None) -> dict[str, Tensor] | None:
     """The averaged network of a file, the first under `_KEYS`, the content itself, or a network."""
     if not isinstance(content, dict) or depth == 0:  # a dictionary may hold itself, many times
         return None
@@ -159,6 +164,11 @@ def _find_tensors(content: object, depth: int = 3, seen: dict | None = None) -> 
     averaged = [name for name in networks if _AVERAGED.search(name)]
     for name in _KEYS[:4] if len(averaged) > 1 else (*averaged, *_KEYS):
         if found.get(name) is not None:
+            others = [other for other in networks if other != name and found[other] != found[name]]
+            if others and depth == _DEPTH:
+                _logger.warning(
+                    "Of several networks in the file that under %r is taken, not %s.", name, others
+                )
             return found[name]
     tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
     if _is_network(tensors):

@@ -189,6 +189,36 @@ def test_a_head_of_another_kind_is_named(kind, prefix, caplog):
     assert all(f"{prefix}{name}" in caplog.text for name in named), caplog.text
 
 
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ("decode_head.conv_seg.weight", "detection and segmentation heads"),
+        ("neck.gap.p", "detection and segmentation heads"),
+        ("logit_scale", "text tower of CLIP"),
+        ("decoder.0.weight", "FCMAE mask token and decoder"),
+    ],
+)
+def test_networks_beside_are_said(beside, said, timm_state, tmp_path, caplog):
+    state = {f"backbone.{name}": value for name, value in timm_state.items()} | {beside: torch.ones(5)}
+    load(peers.save(state, tmp_path / "x.pth"))
+    assert f"x.pth the ConvNeXt is taken, not: {said}." in caplog.text
+
+
+def test_of_several_networks_the_one_that_is_taken_is_said(timm_state, expected, tmp_path, caplog):
+    other = {name: value + 1 for name, value in timm_state.items()}
+
+    def written(content):
+        torch.save(content, tmp_path / "x.pth")
+        return tmp_path / "x.pth"
+
+    actual = keras_convnext.state_dict(load(written({"state_dict": timm_state, "best_state_dict": other})))
+    assert all(np.array_equal(actual[name], array) for name, array in expected.items())
+    assert "under 'state_dict' is taken, not ['best_state_dict']" in caplog.text
+    caplog.clear()
+    load(written({"model": timm_state, "optimizer": {"state": {}}}))
+    assert "is taken" not in caplog.text
+
+
 @pytest.mark.parametrize("layout", ["timm", "torchvision", "huggingface"])
 def test_a_classifier_behind_dropout_is_read(layout, timm_state, tmp_path):
     name = "convnext_tiny"
