@@ -109,11 +109,7 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     if not found.is_described and (preprocessing == default or not found.is_normalised):
         preprocessing = None
     if not found.is_normalised and target.suffix != ".keras":
-        _logger.warning(
-            _NO_NORMALISER,
-            found.path,
-            target,
-        )
+        _logger.warning(_NO_NORMALISER, found.path, target)
     canonical = found.canonical()
     if target.suffix != ".keras":
         _warn_of_activation(found.activation(found.classes), target)

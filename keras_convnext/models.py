@@ -168,16 +168,12 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
 
 def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOptions) -> None:
     """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
-    found = differences(source.model, model)
+    found, of_stride = differences(source.model, model), {"dilation_rate", "strides"}
     if options.output_stride != 32:  # as asked for
-        found = {name: lines for name, lines in found.items() if name not in ("dilation_rate", "strides")}
+        found = {name: lines for name, lines in found.items() if name not in of_stride}
     lines = [f"{name} of {line}" for name, lines in found.items() for line in lines]
     if lines:
-        stride = (
-            " load(..., output_stride=8 or 16) has them."
-            if set(found) <= {"dilation_rate", "strides"}
-            else ""
-        )
+        stride = " load(..., output_stride=8 or 16) has them." if found.keys() <= of_stride else ""
         raise ValueError(
             f"{source.path}: Expected layers as the architecture has them. Received {listed(lines, 3)}."
             f"{stride} keras.saving.load_model opens the file as it is."

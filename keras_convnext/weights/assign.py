@@ -31,6 +31,7 @@ _HAND_ON = (
 )
 # Settings of layers with weights that change what they compute.
 _SETTINGS = ("activation", "dilation_rate", "epsilon", "kernel_size", "norm", "strides")
+_POOLINGS = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
 # Augmentation, which is nothing outside training; RandomCrop cuts there too.
 _AUGMENTATION = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")
@@ -181,10 +182,7 @@ def around(model: keras.Model) -> Around:
         elif (own := getattr(part, "activation", keras.activations.softmax)) is not keras.activations.linear:
             lost += [] if activation is keras.activations.linear else [part]  # two, one on the other
             activation = own
-    pools = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
-    pooling = next(
-        (name for kind, name in pools.items() for part in parts.values() if type(part) is kind), None
-    )
+    pooling = next((_POOLINGS[type(part)] for part in parts.values() if type(part) in _POOLINGS), None)
     names = [f"{part.name!r} ({type(part).__name__})" for part in lost]
     outputs = getattr(model, "outputs", ())
     if len(outputs) > 1 and "norm0" not in placed:
@@ -276,12 +274,7 @@ def _hands_on(part) -> bool:
     kind = type(part)
     if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return True  # `places` has its place, or names it
-    kept = (
-        *_HAND_ON,
-        keras.layers.GlobalAveragePooling2D,
-        keras.layers.GlobalMaxPooling2D,
-        keras.layers.InputLayer,
-    )
+    kept = (*_HAND_ON, *_POOLINGS, keras.layers.InputLayer)
     is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
     is_kept = kind.__module__.startswith("keras.") and isinstance(part, kept)
     return is_kept or bool(is_augmentation or _IN_STEM.search(part.name))

@@ -135,16 +135,18 @@ _CLIP_HEADS = {
     "head.mlp.fc2.weight": "head.weight",
 }
 
-# What published files hold besides the network, by what it is; without the layout's prefix.
-UNUSED = {
+# What published files hold besides the network, by what it is; without the layout's prefix. Other networks:
+BESIDE = {
+    "FCMAE mask token and decoder": r"(mask_token$|proj\.|decoder\.|pred\.)",
+    "detection and segmentation heads": r"(neck|rpn_head|roi_head|decode_head|auxiliary_head)\.",
+    "text tower of CLIP": r"(transformer|token_embedding|ln_final|text)\.|"
+    r"(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
+}
+UNUSED = BESIDE | {
     "copies of the final norm (DINOv3, EUPE)": r"norms\.",
     "distillation projectors (EUPE)": r"projectors\.",
     "number of averaged checkpoints (torch.optim.swa_utils)": r"n_averaged$",
-    "FCMAE mask token and decoder": r"(mask_token$|proj\.|decoder\.|pred\.)",
-    "detection and segmentation heads": r"(neck|rpn_head|roi_head|decode_head|auxiliary_head)\.",
     "per-level norms of a pyramid": r"(norm[0-3]|hidden_states_norms\..*)\.",
-    "text tower of CLIP": r"(transformer|token_embedding|ln_final|text)\.|"
-    r"(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
 }
 
 _is_unused = re.compile("|".join(UNUSED.values())).match
@@ -211,7 +213,7 @@ class Contents:
     final_norm: bool  # the norm in front of the classifier, which FCMAE and detection files lack
     pyramid_norms: bool  # all of `norm0` .. `norm3`
     any_pyramid_norm: bool
-    unused: tuple[str, ...]  # networks beside, as `UNUSED` calls them
+    beside: tuple[str, ...]  # other networks, as `BESIDE` calls them
     others: tuple[str, ...]  # names of what is no part of the network, as a head of one's own or a loss
 
 
@@ -239,15 +241,7 @@ def inspect(state: StateDict) -> Contents:
         final_norm=has("norm") or has("norm_pre"),
         pyramid_norms=all(levels),
         any_pyramid_norm=any(levels),
-        unused=tuple(
-            kind
-            for kind in (
-                "FCMAE mask token and decoder",
-                "detection and segmentation heads",
-                "text tower of CLIP",
-            )
-            if any(map(re.compile(UNUSED[kind]).match, present))
-        ),
+        beside=tuple(kind for kind, names in BESIDE.items() if any(map(re.compile(names).match, present))),
         others=tuple(full_names[name] for name in present if _is_foreign(name, layout)),
     )
 

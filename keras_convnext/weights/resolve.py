@@ -293,9 +293,9 @@ class ResolvedWeights:
             if self.around is not None:
                 self.around.check(self.model.name)
             values = layouts.read(self.state, shapes, may_lack, may_hold)
-        if self.file is not None and self.contents.unused:
+        if self.file is not None and self.contents.beside:
             _logger.warning(
-                "Of %s the ConvNeXt is taken, not: %s.", self.path, ", ".join(self.contents.unused)
+                "Of %s the ConvNeXt is taken, not: %s.", self.path, ", ".join(self.contents.beside)
             )
         lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
         if lacking:

@@ -43,6 +43,15 @@ def sequential(around, pooling=None, **arguments):
     return keras.Sequential([image, layers.RandomFlip(), model, keras.Model(features, around(features))])
 
 
+def refused_in_a_file(model, named, folder):
+    """Neither `save_weights` nor `load` takes a model for its weights alone."""
+    with pytest.raises(ValueError, match=named):
+        keras_convnext.save_weights(model, folder / "x.safetensors")
+    model.save(folder / "m.keras")
+    with pytest.raises(ValueError, match=rf"m.keras: .*{named}"):
+        keras_convnext.load(folder / "m.keras")
+
+
 WRAPPERS = pytest.mark.parametrize("wrapped", [nested, flat, sequential])
 
 
@@ -116,11 +125,7 @@ def test_what_has_no_weights_and_would_be_lost_is_named(front, behind, named, tm
     x = layers.Dense(3)(body("avg", input_shape=tuple(x.shape[1:]))(x))
     model = keras.Model(image, behind(x) if behind else x)
     assert "head.weight" in keras_convnext.state_dict(model)  # the weights alone can be had
-    with pytest.raises(ValueError, match=rf"between its image and its result: .*({named})"):
-        keras_convnext.save_weights(model, tmp_path / "x.safetensors")
-    model.save(tmp_path / "m.keras")
-    with pytest.raises(ValueError, match=rf"m.keras: .*({named})"):
-        keras_convnext.load(tmp_path / "m.keras")
+    refused_in_a_file(model, rf"between its image and its result: .*({named})", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +201,7 @@ def _twice(x):
 def test_a_model_that_is_more_than_one_convnext_is_named(behind, named, tmp_path):
     image = keras.Input((32, 32, 3))
     model = keras.Model(image, behind(body("avg")(image)))
-    model.save(tmp_path / "m.keras")
-    with pytest.raises(ValueError, match=named):
-        keras_convnext.save_weights(model, tmp_path / "x.safetensors", "timm")
-    with pytest.raises(ValueError, match=rf"m.keras: .*{named}"):
-        keras_convnext.load(tmp_path / "m.keras")
+    refused_in_a_file(model, named, tmp_path)
 
 
 def test_a_subclass_with_a_graph_is_named(tmp_path):
@@ -263,11 +264,7 @@ def test_a_subclass_is_named(tmp_path):
     model = Halved(body(), name="halved")
     model(IMAGES)
     assert keras_convnext.state_dict(model).keys() == keras_convnext.state_dict(model.inner).keys()
-    with pytest.raises(ValueError, match=r"'halved' .Halved"):
-        keras_convnext.save_weights(model, tmp_path / "x.safetensors")
-    model.save(tmp_path / "m.keras")
-    with pytest.raises(ValueError, match=r"m.keras: .*'halved' .Halved"):
-        keras_convnext.load(tmp_path / "m.keras")
+    refused_in_a_file(model, r"'halved' .Halved", tmp_path)
 
 
 @pytest.mark.parametrize(
