@@ -29,9 +29,7 @@ _MAX_HEADER_BYTES = 100_000_000
 def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Reads the free-form metadata in the header of a .safetensors file; {} when it has none.
 
-    Raises:
-        OSError: no file is there.
-        FileFormatError: it is not a valid .safetensors file; the whole header is checked.
+    The whole header is checked: a FileFormatError when it is not valid, an OSError when no file is there.
     """
     path = Path(path)
     with naming(path):
@@ -52,10 +50,8 @@ def write_safetensors(
     The same arrays and metadata give the same bytes, whatever the order of the dictionaries: the arrays are
     stored by decreasing item size, then by name, so each is aligned to its item size.
 
-    Raises:
-        OSError: the file cannot be written there.
-        TypeError: a name is not a str, or a value is not an array.
-        ValueError: the format has no such dtype.
+    Raises an OSError when the file cannot be written there, a TypeError when a name is not a str or a value
+    not an array, a ValueError when the format has no such dtype.
     """
     names = names_of_dtypes(arrays, SAFETENSORS_DTYPES, ".safetensors")
     header: dict[str, object] = {}

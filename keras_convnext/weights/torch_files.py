@@ -10,6 +10,8 @@ import logging
 import math
 import mmap
 import os
+import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -124,12 +126,7 @@ def write_torch(
     The file holds one dictionary of name to tensor, or with `key` a dictionary of that ("model" in the
     official ConvNeXt files). Each array has a storage of its own, in C order, aligned to 64 bytes so that
     `torch.load(mmap=True)` works. The same arrays in the same order give the same bytes. The file appears
-    whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written there.
-        TypeError: a name is not a str, or a value is not an array.
-        ValueError: PyTorch has no such dtype.
+    whole or not at all. The errors are those of `write_safetensors`.
     """
     names = names_of_dtypes(arrays, TORCH_DTYPES, ".pth")
     with replacing_file(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -340,12 +337,5 @@ def _state_dict_pickle(
 
 
 def _pickled(value: str | int | tuple[int, ...]) -> bytes:
-    """The opcodes that push a text, a number >= 0 or a tuple of numbers."""
-    if isinstance(value, tuple):
-        return b"(" + b"".join(_pickled(item) for item in value) + b"t"
-    if isinstance(value, str):
-        encoded = value.encode("utf-8")
-        return b"X" + struct.pack("<I", len(encoded)) + encoded
-    if value < 2**31:
-        return b"J" + struct.pack("<i", value)
-    return b"\x8a\x08" + struct.pack("<q", value)
+    """The opcodes that push a value, without those that begin and end its pickle."""
+    return pickletools.optimize(pickle.dumps(value, 2))[2:-1]

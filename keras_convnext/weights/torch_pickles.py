@@ -13,14 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_convnext.weights.arrays import (
-    TORCH_DTYPES,
-    TORCH_STORAGES,
-    UnsafeFileError,
-    damaged,
-    is_size,
-    is_sizes,
-)
+from keras_convnext.weights import arrays
 
 _FUNCTIONS = (
     "collections.OrderedDict",
@@ -140,7 +133,7 @@ class Tensor(_Fixed):
             and isinstance(size, tuple)
             and isinstance(stride, tuple)
             and isinstance(offset, int)
-            and is_sizes((offset, *size, *stride))
+            and arrays.is_sizes((offset, *size, *stride))
             and len(size) == len(stride)
         ):
             raise ValueError("expected a dtype, and an offset, size and stride of integers >= 0")
@@ -168,7 +161,7 @@ class _Name(_Fixed):
         match self.name, arguments:
             case "collections.OrderedDict", ():
                 return _Dictionary()
-            case "torch.Size", (size,) if is_sizes(size):
+            case "torch.Size", (size,) if arrays.is_sizes(size):
                 return _Ignored()  # a tensor has its size as a tuple
             case "torch._utils._rebuild_parameter", (Tensor() as tensor, _, _):
                 return tensor
@@ -180,7 +173,7 @@ class _Name(_Fixed):
                 "torch._utils._rebuild_tensor_v3",
                 (Storage() as storage, offset, size, stride, _, _, _Name(name), *lazy),
             ):
-                dtype = TORCH_DTYPES.get(name.removeprefix("torch."))
+                dtype = arrays.TORCH_DTYPES.get(name.removeprefix("torch."))
                 return Tensor(storage, dtype, offset, size, stride, any(lazy))
         raise ValueError(f"it calls {self.name!r} with {len(arguments)} arguments that do not fit")
 
@@ -211,13 +204,13 @@ class _Ignored:
 
 _STORAGE_DTYPES: dict[str, np.dtype | None] = {
     "torch.storage.UntypedStorage": None,
-    **{f"torch.{storage}": TORCH_DTYPES[dtype] for dtype, storage in TORCH_STORAGES.items()},
+    **{f"torch.{storage}": arrays.TORCH_DTYPES[dtype] for dtype, storage in arrays.TORCH_STORAGES.items()},
 }
 
 # All that a pickle can reach.
 _NAMES: dict[str, _Name | type[_Ignored]] = {
     **{name: _Name(name) for name in (*_FUNCTIONS, *_STORAGE_DTYPES)},
-    **{f"torch.{name}": _Name(f"torch.{name}") for name in TORCH_DTYPES},
+    **{f"torch.{name}": _Name(f"torch.{name}") for name in arrays.TORCH_DTYPES},
     **{f"{module}.{name}": _Ignored for module, names in _IGNORED.items() for name in names.split()},
 }
 
@@ -225,7 +218,7 @@ _NAMES: dict[str, _Name | type[_Ignored]] = {
 def _known(module: str, name: str) -> _Name | type[_Ignored]:
     found = None if "." in name else _NAMES.get(f"{module}.{name}")
     if found is None:
-        raise UnsafeFileError(
+        raise arrays.UnsafeFileError(
             f"asks for the global '{module}.{name}', which a state dict does not need and which could run "
             "code"
         )
@@ -245,7 +238,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, identifier: object) -> Storage:
         match identifier:
             case ("storage", _Name(kind), str() as key, _, int() as size, *view) if (
-                kind in _STORAGE_DTYPES and len(key) < 256 and is_size(size)
+                kind in _STORAGE_DTYPES and len(key) < 256 and arrays.is_size(size)
             ):
                 storage = self.storages.setdefault(key, Storage(_STORAGE_DTYPES[kind], size))
             case _:
@@ -276,13 +269,13 @@ def unpickle(stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
         stream.seek(begin)
         unpickler = _TensorUnpickler(stream)
         content = unpickler.load()
-    except UnsafeFileError as error:
-        raise UnsafeFileError(
+    except arrays.UnsafeFileError as error:
+        raise arrays.UnsafeFileError(
             f"Refused to read it: its pickle {error}. Nothing in it was executed. If you trust the "
             "file, load it in PyTorch and save its weights as .safetensors."
         ) from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise damaged(f"its pickle is malformed ({error})") from error
+        raise arrays.damaged(f"its pickle is malformed ({error})") from error
     stream.seek(end)
     return content, unpickler.storages
 
@@ -302,7 +295,7 @@ def _check_program(stream: io.BytesIO) -> None:
     for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
         name, before = opcode.name, opcode.stack_before
         if name not in _OPCODES:
-            raise UnsafeFileError(
+            raise arrays.UnsafeFileError(
                 f"has the opcode {name} at byte {position}, which torch.save does not write"
             )
         if name == "GLOBAL":  # the unpickler asks again, and for names that the stack holds too
