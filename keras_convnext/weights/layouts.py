@@ -152,6 +152,7 @@ UNUSED = BESIDE | {
 _is_unused = re.compile("|".join(UNUSED.values())).match
 
 STEMS = ("stem.weight", "downsample_layers.0.0.weight")
+_ENDS = ("norm", "norm_pre", "pre_logits", "head")
 WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface")
 
 
@@ -176,8 +177,7 @@ def rename(name: str, layout: str) -> str:
 def detect_layout(names) -> tuple[str, str]:
     """The layout and the prefix of a state dict's names: ("timm", ""), or ("official", "backbone.").
 
-    Raises:
-        StateDictError: when no layout fits, where the first names are shown; when two networks do.
+    StateDictError when no layout fits, where the first names are shown; when two networks do.
     """
     names = list(names)
     found: dict[str, str] = {}  # prefix -> layout
@@ -187,11 +187,11 @@ def detect_layout(names) -> tuple[str, str]:
                 trunk = "visual.trunk." if layout == "open_clip" else ""
                 found.setdefault(name[: -len(marker)] + trunk, layout)
     if len(found) > 1:
-        prefixes = [*found]
+        one = next(filter(None, found))  # every name starts with ""
         raise StateDictError(
             f"Expected one ConvNeXt, received {len(found)}, whose names start with "
-            f"{_messages.listed(map(repr, prefixes), 5)}. Leave one of them in the file: "
-            f"{{name: value for name, value in state.items() if name.startswith({prefixes[0]!r})}}."
+            f"{_messages.listed(map(repr, found), 5)}. Leave one of them in the file: "
+            f"{{name: value for name, value in state.items() if name.startswith({one!r})}}."
         )
     for prefix, layout in found.items():
         return layout, prefix
@@ -249,8 +249,7 @@ def inspect(state: StateDict) -> Contents:
 def find_variant(state: StateDict) -> Variant:
     """The architecture whose names and shapes a state dict has; head and input channels may differ.
 
-    Raises:
-        StateDictError: when none fits; the nearest is named with what it lacks.
+    StateDictError when none fits; the nearest is named with what it lacks.
     """
     contents = inspect(state)
     layout, _, present, _ = _opened(state)
@@ -300,8 +299,7 @@ def read(
         may_lack: prefixes of canonical names that the file need not have.
         may_hold: those of names that it may have besides, as the head when only the body is wanted.
 
-    Raises:
-        StateDictError: lists what is missing, what is left over and what has another shape.
+    A StateDictError lists what is missing, what is left over and what has another shape.
     """
     layout, prefix, present, full_names = _opened(state)
     result: StateDict = {}
@@ -351,10 +349,7 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     """A canonical state dict as another project loads it with `strict=True`.
 
     Hugging Face computes its last norm with `config.layer_norm_eps`, which must be set to 1e-6 there (its
-    default is 1e-12).
-
-    Raises:
-        ValueError: when that project cannot express the architecture; the message says why.
+    default is 1e-12). A ValueError says why that project cannot express the architecture.
     """
     _check_writable(variant, layout, has_pyramid_norms="norm0.weight" in canonical)
     family = "convnextv2." if variant.version == 2 else "convnext."
@@ -419,7 +414,7 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
     """
     plain = {name: _FLATTENED.sub(r"\1\2.\3.", _WRAPPED.sub("", name)) for name in state}
     layout, prefix = detect_layout(dict.fromkeys(plain.values()))
-    ends = tuple(rename(f"{name}.", layout) for name in ("norm", "norm_pre", "pre_logits", "head"))
+    ends = tuple(rename(f"{name}.", layout) for name in _ENDS)
     full_names: dict[str, str] = {}
     for full, name in plain.items():
         is_beside = not name.startswith(prefix)
@@ -459,8 +454,8 @@ def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
 def _modules(layout: str) -> frozenset[str]:
     """The first parts of the names that the layout has."""
     firsts = ("downsample_layers.0.0", "downsample_layers.1.0", "stages.0.0.norm", "blocks.0.norm", "stem")
-    ends = ("norm", "norm_pre", "norm0", "norm1", "norm2", "norm3", "pre_logits", "head")
-    return frozenset(rename(f"{name}.weight", layout).partition(".")[0] for name in (*firsts, *ends))
+    norms = ("norm0", "norm1", "norm2", "norm3")
+    return frozenset(rename(f"{name}.weight", layout).partition(".")[0] for name in (*firsts, *_ENDS, *norms))
 
 
 def _is_foreign(name: str, layout: str) -> bool:
@@ -471,8 +466,7 @@ def _is_foreign(name: str, layout: str) -> bool:
 
 def _is_of_other_head(name: str, layout: str) -> bool:
     """Whether a name is of a head of another kind: of two layers, of weight norm, of LoRA."""
-    ends = ("norm", "norm_pre", "pre_logits", "head")
-    known = [rename(f"{end}.{leaf}", layout) for end in ends for leaf in ("weight", "bias")]
+    known = [rename(f"{end}.{leaf}", layout) for end in _ENDS for leaf in ("weight", "bias")]
     return name.partition(".")[0] == rename("head.weight", layout).partition(".")[0] and name not in known
 
 

@@ -156,6 +156,13 @@ def test_two_networks_of_two_layouts_are_named(timm_state, expected, tmp_path):
         load(peers.save(state, tmp_path / "x.pth"))
 
 
+@pytest.mark.once
+def test_of_two_networks_the_advice_takes_one_with_a_prefix():
+    """Every name starts with "", so that would leave both."""
+    with pytest.raises(layouts.StateDictError, match=r"with '', 'teacher\.'\..*startswith\('teacher\.'\)"):
+        layouts.detect_layout(["stem.0.weight", "teacher.stem.0.weight"])
+
+
 HEADS = {
     "a hidden layer": ("timm", {"head.pre_logits.fc1.weight": (64, 128), "head.fc2.weight": (5, 64)}),
     "weight norm": ("timm", {"head.fc.weight_g": (5, 1), "head.fc.weight_v": (5, 128), "head.fc.bias": (5,)}),
