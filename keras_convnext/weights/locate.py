@@ -18,11 +18,9 @@ def find_local(published: Checkpoint) -> pathlib.Path | None:
     """Where a weight file lies on this machine, or None; asks no network and compares no hash.
 
     Looks in the package itself, the folders that `KERAS_CONVNEXT_WEIGHTS_DIR` names (separated by
-    `os.pathsep`), the cache folder and that of `huggingface_hub`, in this order.
-
-    Raises:
-        WeightsNotFoundError: the package lacks its file, a weights folder is none, or a file in it is a
-            Git LFS pointer.
+    `os.pathsep`), the cache folder and that of `huggingface_hub`, in this order. A
+    WeightsNotFoundError when the package lacks its file, a weights folder is none, or a file in it is a Git
+    LFS pointer.
     """
     if published.packaged is not None:
         path = PACKAGED_WEIGHTS / published.packaged

@@ -46,9 +46,7 @@ def from_json(text: str, file: str | os.PathLike[str]) -> Preprocessing:
 def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
     """Reads from a weight file of any format how its images are prepared; None where it does not say.
 
-    Raises:
-        ValueError: what the file says is damaged.
-        FileNotFoundError: there is no such file.
+    ValueError when what it says is damaged, FileNotFoundError when there is no such file.
     """
     path = pathlib.Path(path)
     try:

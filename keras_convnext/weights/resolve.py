@@ -16,16 +16,9 @@ import numpy as np
 from keras_convnext import _messages
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
-from keras_convnext.weights import (
-    catalog,
-    download,
-    keras_files,
-    layouts,
-    locate,
-    preprocessing_metadata,
-    torch_files,
-)
+from keras_convnext.weights import catalog, download, keras_files, layouts, locate, torch_files
 from keras_convnext.weights.arrays import naming
+from keras_convnext.weights.preprocessing_metadata import read_preprocessing
 from keras_convnext.weights.published import KERAS_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint
 
 _logger = logging.getLogger("keras_convnext")
@@ -135,7 +128,7 @@ class ResolvedWeights:
         """How the file says that images are prepared; a tag says it instead."""
         if self.file is None or self.tagged is not None:
             return None
-        return preprocessing_metadata.read_preprocessing(self.file)
+        return read_preprocessing(self.file)
 
     @functools.cached_property
     def around(self) -> Any:
@@ -248,8 +241,7 @@ class ResolvedWeights:
         shapes = layouts.weight_shapes(
             self.variant, contents.classes, contents.channels, contents.pyramid_norms
         )
-        may_hold = () if contents.classes else ("pre_logits",)
-        return self._read(shapes, self._lacking_top(), may_hold)
+        return self._read(shapes, may_hold=() if contents.classes else ("pre_logits",))
 
     def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
         """The weights of the file that a model of settled `ModelOptions` takes, under canonical names."""
@@ -266,37 +258,32 @@ class ResolvedWeights:
         shapes = layouts.weight_shapes(
             variant, classes if include_top else 0, contents.channels, pyramid_norms
         )
-        may_lack = self._lacking_top()
         may_hold: tuple[str, ...] = () if include_top else ("head", "pre_logits")
         if include_top and new_head:
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith("head.")}
             may_hold = ("head",)
         if pyramid_norms:
             may_hold += ("norm", "norm_pre")
-            if not contents.any_pyramid_norm:
-                may_lack += ("norm0.", "norm1.", "norm2.", "norm3.")
-        values = self._read(shapes, may_lack, may_hold)
+        values = self._read(shapes, may_hold)
         prepared = self.preprocessing if options.include_preprocessing else None
         normaliser = () if prepared is None else (prepared.mean, prepared.std)
         with naming(self.path):
             return layouts.adapt_channels(values, options.input_shape[-1], *normaliser)
 
-    def _lacking_top(self) -> tuple[str, ...]:
-        """Prefixes of what a file without a classifier need not have."""
-        if self.contents.classes:
-            return ()
-        return ("pre_logits.",) if self.contents.final_norm else ("pre_logits.", "norm.", "norm_pre.")
-
-    def _read(self, shapes, may_lack, may_hold):
+    def _read(self, shapes, may_hold):
         """`layouts.read`; names the file, logs what it lacks, refuses a model that is more than weights."""
+        contents = self.contents
+        may_lack = () if contents.classes else ("pre_logits.",)
+        if not (contents.classes or contents.final_norm):
+            may_lack += ("norm.", "norm_pre.")
+        if not contents.any_pyramid_norm:
+            may_lack += ("norm0.", "norm1.", "norm2.", "norm3.")
         with naming(self.path):
             if self.around is not None:
                 self.around.check(self.model.name)
             values = layouts.read(self.state, shapes, may_lack, may_hold)
-        if self.file is not None and self.contents.beside:
-            _logger.warning(
-                "Of %s the ConvNeXt is taken, not: %s.", self.path, ", ".join(self.contents.beside)
-            )
+        if self.file is not None and contents.beside:
+            _logger.warning("Of %s the ConvNeXt is taken, not: %s.", self.path, ", ".join(contents.beside))
         lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
         if lacking:
             _logger.info("%s has no %s; it starts fresh.", self.path, ", ".join(lacking))
