@@ -6,7 +6,6 @@ variables HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME. What it does not know, plain 
 
 import concurrent.futures
 import contextlib
-import email.message
 import errno
 import hashlib
 import http.client
@@ -21,26 +20,14 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
+from keras_convnext import _files
 from keras_convnext._environment import is_set
-from keras_convnext._files import (
-    LOCKS_UNSUPPORTED,
-    NO_SPACE,
-    check_target,
-    disk_error_text,
-    replace_file,
-    sync_folder,
-)
 from keras_convnext._messages import one_line, size_text
 from keras_convnext._terminal import Progress, say
-from keras_convnext.weights.locate import (
-    WeightsNotFoundError,
-    cache_folder,
-    cache_path,
-    filename_of_url,
-    find_local,
-)
+from keras_convnext.weights import locate
+from keras_convnext.weights.locate import WeightsNotFoundError
 from keras_convnext.weights.published import Checkpoint
 
 RETRIES = 5
@@ -72,14 +59,13 @@ def fetch(published: Checkpoint) -> pathlib.Path:
     packaged file, one in our cache and one that has the name at its address are compared with the published
     SHA-256; without one, a file in our cache with what was recorded when it came.
 
-    Raises:
-        ImportError: the file is only on the Hub and `huggingface_hub` is not installed.
-        ChecksumError: the file is not the expected one.
-        WeightsNotFoundError: offline, no permission, not there, no disk space; tells what to do.
+    Raises an ImportError where the file is only on the Hub and `huggingface_hub` is not installed, a
+    ChecksumError where it is not the expected one, a WeightsNotFoundError that tells what to do: offline, no
+    permission, not there, no disk space.
     """
-    cached = cache_path(published)
+    cached = locate.cache_path(published)
     expected = published.sha256 or published.sha256_prefix or ""
-    found = find_local(published)
+    found = locate.find_local(published)
     if found is not None:
         if published.packaged is not None or (cached is not None and found.name == cached.name):
             _check(found, expected, is_recorded=found == cached)
@@ -160,7 +146,7 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
             if target.is_file():
                 _check(target, expected, is_recorded=True)
                 return target
-            check_target(target)
+            _files.check_target(target)
             # Without locks, a name of its own keeps two processes from mixing their bytes. Browsers name what
             # they download so too: such a part has no state.
             part = target.with_name(f"{target.name}.part")
@@ -177,7 +163,7 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
                 _record(target, digest)
             os.replace(part, target)
             _discard(part)
-            sync_folder(target.parent)
+            _files.sync_folder(target.parent)
             return target
     except WeightsNotFoundError:
         raise
@@ -190,7 +176,7 @@ def _locked(target: pathlib.Path) -> Iterator[bool]:
     """Holds "<target>.lock"; gives False where the file system has no locks."""
     import filelock  # 0.04 s, for downloads only
 
-    check_target(f"{target}.lock")
+    _files.check_target(f"{target}.lock")
     lock = filelock.FileLock(f"{target}.lock")
     try:
         try:
@@ -199,7 +185,7 @@ def _locked(target: pathlib.Path) -> Iterator[bool]:
             say(f"Waiting for another process that downloads {target.name}")
             lock.acquire()
     except OSError as error:
-        if error.errno not in LOCKS_UNSUPPORTED:
+        if error.errno not in _files.LOCKS_UNSUPPORTED:
             raise
     try:
         yield lock.is_locked
@@ -228,7 +214,7 @@ def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
 
 def _record(path: pathlib.Path, digest: str) -> None:
     """Records a hash in the format of `sha256sum --check`."""
-    replace_file(_record_path(path), f"{digest}  {path.name}\n".encode())
+    _files.replace_file(_record_path(path), f"{digest}  {path.name}\n".encode())
 
 
 def _record_path(path: pathlib.Path) -> pathlib.Path:
@@ -262,8 +248,7 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -
     if start > 0:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
     try:
-        request = urllib.request.Request(url, headers=headers)
-        response = _opened(request)
+        response = _opened(urllib.request.Request(url, headers=headers))
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
@@ -279,7 +264,9 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -
             raise WeightsNotFoundError(
                 f"{url} redirects to {response.url}: expected an https address. {_use_own_copy(url)}"
             )
-        answered = _validator(response.headers)
+        # What If-Range accepts: a strong ETag, else Last-Modified.
+        tag = response.headers.get("ETag") or "W/"
+        answered = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
         encoding = response.headers.get("Content-Encoding", "identity")
         length = response.headers.get("Content-Length", "")
         if response.status in (200, 206) and (encoding != "identity" or length == "0"):
@@ -288,13 +275,15 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -
                 "a file as it is."
             )
         if response.status == 206 and start > 0:
-            total = _total_of_range(response.headers, start)
-            if total is None or answered not in (None, validator):
+            content_range = response.headers.get("Content-Range", "")
+            match = re.fullmatch(rf"bytes {start}-(\d+)/(\d+)", content_range)
+            if not match or int(match[1]) + 1 != int(match[2]) or answered not in (None, validator):
                 _discard(part)
                 raise _InterruptedError(
-                    f"{url} answered with Content-Range {response.headers.get('Content-Range')!r}: "
-                    f"expected one from byte {start} of the same file."
+                    f"{url} answered with Content-Range {content_range!r}: expected one from byte {start} of "
+                    "the same file."
                 )
+            total = int(match[2])
         elif response.status == 200:
             total = int(length) if length.isdecimal() else None
             is_ended = total is not None or getattr(response, "chunked", False) or is_hashed
@@ -305,7 +294,7 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -
                 )
             start = 0
             _discard(part)
-            replace_file(state_path, json.dumps({"url": url, "validator": answered}).encode())
+            _files.replace_file(state_path, json.dumps({"url": url, "validator": answered}).encode())
         else:
             raise _InterruptedError(f"{url} answered {response.status}: expected 200.")
         if is_first:
@@ -343,7 +332,7 @@ def _append(
                     ) from error
                 if not chunk:
                     break
-                _write(file, chunk)
+                file.write(chunk)
                 received += len(chunk)
                 progress.show(received)
                 if received > limit:
@@ -357,7 +346,7 @@ def _append(
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
     except OSError as error:
-        if error.errno in NO_SPACE:
+        if error.errno in _files.NO_SPACE:
             _discard(part)  # what was written is what fills the disk
         raise _disk_error(error, part.parent, needed=total) from error
 
@@ -376,10 +365,6 @@ def _opened(request: urllib.request.Request) -> Any:
     return answer.result(4 * TIMEOUT_SECONDS)  # TimeoutError
 
 
-def _write(file: BinaryIO, chunk: bytes) -> None:
-    file.write(chunk)
-
-
 def _refusal(error: urllib.error.HTTPError, url: str, part: pathlib.Path) -> Exception:
     """The error for a status that brings no bytes."""
     if error.code == 416:
@@ -396,14 +381,6 @@ def _refusal(error: urllib.error.HTTPError, url: str, part: pathlib.Path) -> Exc
     return WeightsNotFoundError(f"{answer} {advice} {_use_own_copy(url)}")
 
 
-def _validator(headers: email.message.Message) -> str | None:
-    """What If-Range accepts from an answer: a strong ETag, else Last-Modified."""
-    entity_tag = headers.get("ETag")
-    if entity_tag and not entity_tag.startswith("W/"):
-        return entity_tag
-    return headers.get("Last-Modified")
-
-
 def _read_validator(state_path: pathlib.Path, url: str) -> str:
     """The validator stored with a part of the same address, "" for none."""
     try:
@@ -411,12 +388,6 @@ def _read_validator(state_path: pathlib.Path, url: str) -> str:
         return state["validator"] or "" if state["url"] == url else ""
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _total_of_range(headers: email.message.Message, start: int) -> int | None:
-    """The size of the whole file when an answer continues at `start`, else None."""
-    match = re.fullmatch(rf"bytes {start}-(\d+)/(\d+)", headers.get("Content-Range") or "")
-    return int(match[2]) if match and int(match[1]) == int(match[2]) - 1 else None
 
 
 def _state_path(part: pathlib.Path) -> pathlib.Path:
@@ -447,7 +418,7 @@ def _forbidden(variable: str, published: Checkpoint) -> WeightsNotFoundError:
     setting = f"{variable}={os.environ.get(variable, 1)}"
     return WeightsNotFoundError(
         f"The weights {published.tag!r} are not on this machine, and {setting} forbids downloading them. "
-        f"Looked in KERAS_CONVNEXT_WEIGHTS_DIR ({folders}) and in the cache {cache_folder()}. "
+        f"Looked in KERAS_CONVNEXT_WEIGHTS_DIR ({folders}) and in the cache {locate.cache_folder()}. "
         f"Unset {variable}, or: {_by_hand(published)}"
     )
 
@@ -456,7 +427,7 @@ def _by_hand(published: Checkpoint) -> str:
     """Says which address to open in a browser and under which name to keep the file."""
     get, name = "get the file", f"{published.tag}.safetensors"
     if published.url is not None:
-        get, name = f"get {published.url} with a browser", filename_of_url(published.url)
+        get, name = f"get {published.url} with a browser", locate.filename_of_url(published.url)
     elif published.hub_id is not None and published.hub_filename is not None:
         address = f"{_hub_endpoint()}/{published.hub_id}/resolve/main/{published.hub_filename}"
         get = f"get {address} with a browser{' (after accepting its licence there)' * published.gated}"
@@ -470,8 +441,8 @@ def _hub_endpoint() -> str:
 
 def _use_own_copy(url: str) -> str:
     return (
-        f"A copy from elsewhere is used when it is named {filename_of_url(url)!r} and lies in the folder "
-        "that KERAS_CONVNEXT_WEIGHTS_DIR names."
+        f"A copy from elsewhere is used when it is named {locate.filename_of_url(url)!r} and lies in the "
+        "folder that KERAS_CONVNEXT_WEIGHTS_DIR names."
     )
 
 
@@ -480,4 +451,6 @@ def _disk_error(
 ) -> WeightsNotFoundError:
     if_full = f"Free some, or set {variable} to a folder on another disk."
     if_refused = f"Make it writable, or set {variable} to a folder that is."
-    return WeightsNotFoundError(error.errno, disk_error_text(error, folder, if_full, if_refused, needed))
+    return WeightsNotFoundError(
+        error.errno, _files.disk_error_text(error, folder, if_full, if_refused, needed)
+    )

@@ -475,10 +475,12 @@ def test_file_system_without_locks_uses_a_part_of_its_own(server, tmp_path, monk
 
 
 def test_locks_that_do_not_exclude_are_noticed_by_the_size(server, tmp_path, monkeypatch):
-    def write_twice(file, chunk):
-        file.write(chunk + chunk)
+    def another_process_writes_too(progress, received):
+        if received == len(BODY):
+            with open(tmp_path / "cache" / "tiny_1k.pth.part", "ab") as file:
+                file.write(BODY)
 
-    monkeypatch.setattr(download, "_write", write_twice)
+    monkeypatch.setattr(download.Progress, "show", another_process_writes_too)
     with pytest.raises(
         download.WeightsNotFoundError,
         match=r"has 614400 bytes: expected 307200\. Another process writes to it",
@@ -660,10 +662,10 @@ def test_read_only_cache_names_the_variable(server, tmp_path):
 
 
 def test_full_disk_names_the_size_and_frees_the_part(server, tmp_path, monkeypatch):
-    def no_space(file, chunk):
+    def no_space(progress, received):  # as the write in front of it
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(download, "_write", no_space)
+    monkeypatch.setattr(download.Progress, "show", no_space)
     with pytest.raises(download.WeightsNotFoundError) as failure:
         download.fetch(row(server))
     message = str(failure.value)
