@@ -11,14 +11,8 @@ from keras_convnext._files import check_target, replacing_path
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import Variant
-from keras_convnext.weights import (
-    assign,
-    catalog,
-    layouts,
-    preprocessing_metadata,
-    safetensors_files,
-    torch_files,
-)
+from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files, torch_files
+from keras_convnext.weights.catalog import default_checkpoint
 from keras_convnext.weights.published import TORCH_SUFFIXES
 from keras_convnext.weights.resolve import resolve
 
@@ -105,7 +99,7 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             f"{found.path} holds a {found.file_variant.name!r}. Received: architecture={named!r}"
         )
     preprocessing: Preprocessing | None = found.preprocessing
-    default = catalog.default_checkpoint(found.variant.name).preprocessing
+    default = default_checkpoint(found.variant.name).preprocessing
     if not found.is_described and (preprocessing == default or not found.is_normalised):
         preprocessing = None
     if not found.is_normalised and target.suffix != ".keras":

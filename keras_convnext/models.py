@@ -137,10 +137,7 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
     if options.layer_scale_init_value is not None:
         variant = dataclasses.replace(variant, layer_scale_init_value=options.layer_scale_init_value or None)
     new_head = source.starts_new_head(options.include_top, options.classes, options.new_head)
-
-    def layout() -> ConvNeXt:
-        return assemble(variant, options, source.preprocessing)
-
+    layout = functools.partial(assemble, variant, options, source.preprocessing)
     if source.is_random:
         return layout()
     if source.is_bare:

@@ -283,7 +283,7 @@ def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -
                     f"{url} answered with Content-Range {content_range!r}: expected one from byte {start} of "
                     "the same file."
                 )
-            total = int(match[2])
+            total: int | None = int(match[2])
         elif response.status == 200:
             total = int(length) if length.isdecimal() else None
             is_ended = total is not None or getattr(response, "chunked", False) or is_hashed

@@ -273,7 +273,7 @@ class ResolvedWeights:
     def _read(self, shapes, may_hold):
         """`layouts.read`; names the file, logs what it lacks, refuses a model that is more than weights."""
         contents = self.contents
-        may_lack = () if contents.classes else ("pre_logits.",)
+        may_lack: tuple[str, ...] = () if contents.classes else ("pre_logits.",)
         if not (contents.classes or contents.final_norm):
             may_lack += ("norm.", "norm_pre.")
         if not contents.any_pyramid_norm:
@@ -303,11 +303,8 @@ def resolve(
         task: "classification" to refuse weights without a classifier; "features" where none is needed, so
             that "imagenet" may be the smaller file without it; None for either.
 
-    Raises:
-        ValueError: the name is unknown (near ones are listed), means a file as well as published weights, or
-            the weights have no classifier.
-        TypeError: `weights` is none of these.
-        FileNotFoundError: no such file.
+    Raises a ValueError where the name is unknown (near ones are listed), means a file as well as published
+    weights, or the weights have no classifier; a TypeError where `weights` is none of these.
 
     Example:
         resolve("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction      # 1.0
