@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,29 +13,19 @@ import numpy as np
 
 from keras_convnext._messages import listed
 from keras_convnext.weights import arrays, layouts
-from keras_convnext.weights.graph import Graph, functional
+from keras_convnext.weights.graph import Graph, functional, is_training_only
 
 # The official part of a layer's name; what stands in front is a prefix (`convnext.layer_name`).
 _OFFICIAL = re.compile(
     r"(?:^|_)(stem|downsample_layers_\d_\d|stages_\d_\d+|blocks_\d+|norm_pre|norm[0-3]?|pre_logits|head)$"
 )
 
-# Layers that may stand between two layers of ours: outside training they hand on what they are given.
-_HAND_ON = (
-    keras.layers.ActivityRegularization,
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.Flatten,  # of pooled features (N, C)
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.Identity,
-)
+# Layers that may stand between two layers of ours, as those of training only may.
+_HAND_ON = (keras.layers.Flatten, keras.layers.Identity)  # Flatten of pooled features (N, C)
 # Settings of layers with weights that change what they compute.
 _SETTINGS = ("activation", "dilation_rate", "epsilon", "kernel_size", "norm", "strides")
 _POOLINGS = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
-# Augmentation, which is nothing outside training; RandomCrop cuts there too.
-_AUGMENTATION = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:
@@ -128,8 +119,8 @@ class Around:
     sides: tuple[int | None, int | None]  # height and width of its images, None where any will do
     normaliser: tuple[list[float], list[float]] | None  # mean and standard deviation by channel, pixels 0..1
     activation: Any  # of its classifier, a function; linear also without one
-    pooling: str | None  # of a model without classifier: "avg" or "max"
-    lost: tuple[str, ...]  # what else changes values between image and result, with its class
+    pooling: str | None = None  # of a model without classifier: "avg" or "max"
+    lost: tuple[str, ...] = ()  # what else changes values between image and result, with its class
 
     def check(self, name: str) -> None:
         """Refuses a model of which weights and these facts leave out a part."""
@@ -146,25 +137,20 @@ def around(model: keras.Model) -> Around:
     """Reads what stands around the weights of a model, by its graph."""
     placed, others = places(model)
     connections = _connections(model)
-    reads: dict[int, list[Any]] = {}
-    for operation, sources in connections:
-        reads.setdefault(id(operation), []).extend(sources)
 
-    def ancestors(layers):
-        found: dict[int, Any] = {}
-        rest = list(layers)
-        while rest:
-            new = [part for part in reads.get(id(rest.pop(0)), ()) if part and id(part) not in found]
-            found |= {id(part): part for part in new}
-            rest += new
+    def with_all_in_front(layers):
+        found = {id(layer): layer for layer in layers}
+        for operation, sources in reversed(connections):
+            if id(operation) in found:
+                found |= {id(part): part for part in sources if part is not None}
         return found
 
     first = placed.get("stem") or placed.get("downsample_layers_0_0")
     channels = 3 if first is None else first.kernel.shape[2]
-    in_front = [*ancestors([first]).values()]
+    in_front = with_all_in_front([first]).values()
     images = [part for part in in_front if isinstance(part, keras.layers.InputLayer)]
     normalisers = [part for part in in_front if type(part) is keras.layers.Normalization]
-    parts = ancestors(placed.values())
+    parts = with_all_in_front(placed.values())
     calls = collections.Counter(id(operation) for operation, _ in connections)
     if "head" in placed or not others:  # else what follows is of another network, whose weights are named
         result = {id(layer) for layer in placed.values()}
@@ -205,8 +191,6 @@ def around_applications(model: keras.Model) -> Around:
         sides=(height, width),
         normaliser=None if normaliser is None else _mean_and_std(normaliser, channels),
         activation=getattr(model.layers[-1], "activation", keras.activations.linear),
-        pooling=None,
-        lost=(),
     )
 
 
@@ -275,9 +259,8 @@ def _hands_on(part) -> bool:
     if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return True  # `places` has its place, or names it
     kept = (*_HAND_ON, *_POOLINGS, keras.layers.InputLayer)
-    is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
-    is_kept = kind.__module__.startswith("keras.") and isinstance(part, kept)
-    return is_kept or bool(is_augmentation or _IN_STEM.search(part.name))
+    is_kept = isinstance(part, kept) or is_training_only(part)
+    return (kind.__module__.startswith("keras.") and is_kept) or bool(_IN_STEM.search(part.name))
 
 
 def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:
@@ -286,34 +269,22 @@ def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:
     A subclass stands there itself, in front of its layers, whose connections its own code makes.
     """
     if functional(model) is None:
-        return [(model, [None]), *_inside(model)]
-    graph = Graph(model, opened=True)
-    images = {
-        id(value): tensor._keras_history.operation
-        for value, tensor in zip(graph.inputs, model.inputs, strict=True)
-    }
-
-    def writers(value):
-        """The operation that makes a value; those in front of it where it hands on what it is given."""
-        if id(value) in images:
-            return [images[id(value)]]
-        if isinstance(value.layer, _HAND_ON) or _IN_STEM.search(value.layer.name):
-            return [each for argument in value.arguments() for each in writers(argument)]
-        return [value.layer]
-
-    found = []
-    for value, *_ in graph.calls:
-        found.append(
-            (value.layer, [each for argument in value.arguments() for each in writers(argument)] or [None])
+        inside = (
+            _connections(one) if isinstance(one, keras.Model) else [(one, [None])] for one in model.layers
         )
-        found += _inside(value.layer) if isinstance(value.layer, keras.Model) else []
-    return found
+        return [(model, [None]), *itertools.chain.from_iterable(inside)]
 
+    def sources(value) -> Iterator[Any]:
+        """The operations that it is made from; those in front of one that hands on what it is given."""
+        for each in value.arguments():
+            layer = each.layer
+            passes = isinstance(layer, _HAND_ON) or is_training_only(layer) or _IN_STEM.search(layer.name)
+            yield from sources(each) if passes else [layer]
 
-def _inside(subclass) -> list[tuple[Any, list[Any]]]:
     found: list[tuple[Any, list[Any]]] = []
-    for layer in subclass.layers:
-        found += _connections(layer) if isinstance(layer, keras.Model) else [(layer, [None])]
+    for value, *_ in Graph(model, opened=True).calls:
+        found.append((value.layer, [*sources(value)] or [None]))
+        found += _connections(value.layer)[1:] if isinstance(value.layer, keras.Model) else []
     return found
 
 

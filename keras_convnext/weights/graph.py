@@ -2,10 +2,20 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import keras
 from keras import tree
+
+_TRAINING_ONLY = (
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,  # SpatialDropout2D is one
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+)
+_AUGMENTATION = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")  # RandomCrop cuts outside training too
 
 
 @dataclasses.dataclass(eq=False)
@@ -13,7 +23,7 @@ class Value:
     """An input of a model, or an output of one call of a layer, whose arguments are such values too."""
 
     shape: tuple
-    layer: Any = None
+    layer: Any  # of an input its InputLayer
     path: str = ""  # name of the layer behind those of the models that it is in, as in "inner/layer"
     args: tuple = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -36,7 +46,7 @@ class Graph:
         self.opened = opened
         self.calls: list[list[Value]] = []
         self.models: dict[str, keras.Model] = {}
-        self.inputs = [Value(each.shape) for each in model.inputs]
+        self.inputs = [Value(each.shape, each._keras_history.operation) for each in model.inputs]
         self.outputs = self._run(model, self.inputs, "")
 
     def _run(self, model, values, prefix) -> list[Value]:
@@ -59,3 +69,10 @@ def functional(operation: Any) -> Any:
     """The functional model that a model is or, as a sequential one, has; None for any other operation."""
     model = getattr(operation, "_functional", operation)
     return model if isinstance(model, keras.Model) and hasattr(model, "operations") else None
+
+
+def is_training_only(layer: Any) -> bool:
+    """Whether a layer is one of Keras that gives back its input outside training."""
+    kind = type(layer)
+    is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
+    return isinstance(layer, _TRAINING_ONLY) or bool(is_augmentation)

@@ -178,6 +178,7 @@ def transfer_model(nested):
     if nested:
         x = inputs = keras.Input((64, 64, 3))
         x = keras.layers.RandomFlip("horizontal", seed=0)(x)
+        x = keras.layers.RandomErasing(seed=0)(x)
         x = backbone(x)
     else:
         inputs, x = backbone.input, backbone.output
@@ -192,7 +193,7 @@ def test_a_model_around_ours_loses_dropout_and_augmentation(nested):
     deployed = deploy(model)
     assert relative_error(outputs(deployed, pixels()), outputs(model, pixels())) < TOLERANCE
     kinds = {type(layer).__name__ for layer in deployed.layers}
-    assert not kinds & {"Dropout", "RandomFlip"}
+    assert not kinds & {"Dropout", "RandomFlip", "RandomErasing"}
     inner = next(layer for layer in deployed.layers if isinstance(layer, keras.Model)) if nested else deployed
     assert "InferenceBlock" in {type(layer).__name__ for layer in inner.layers}
 
