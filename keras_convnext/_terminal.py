@@ -221,63 +221,31 @@ def markdown_table(titles: Sequence[str], alignments: str, rows: Sequence[Sequen
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-class _Silence(io.TextIOBase):
-    """Stands for a stream of `sys`: nothing passes while it is silent, everything afterwards.
-
-    Loggers keep the stream that they found when they were made, TensorFlow's for example.
-    """
-
-    def __init__(self, number: int):
-        self.number = number
-        self.name = {1: "stdout", 2: "stderr"}[number]
-        self.is_silent = True
-
-    def fileno(self) -> int:
-        return self.number
-
-    def write(self, text: str) -> int:
-        return len(text) if self.is_silent else getattr(sys, self.name).write(text)
-
-    def flush(self) -> None:
-        if not self.is_silent:
-            getattr(sys, self.name).flush()
-
-
 @contextlib.contextmanager
 def silenced(*, stdout: bool = False) -> Iterator[None]:
     """Sends stderr, and stdout where asked, nowhere: what Python writes, and what native libraries do.
 
-    TensorFlow's start-up lines, for example, obey none of its settings. Exceptions pass.
+    TensorFlow's start-up lines, for example, obey none of its settings. Exceptions pass. `sys` has meanwhile
+    the streams of the process, which are others in a notebook: a logger that keeps one is heard afterwards.
     """
-    numbers = (1, 2) if stdout else (2,)
-    _flush()
-    kept = {}
-    for number in numbers:
-        with contextlib.suppress(OSError):  # a process without a console has none
-            kept[number] = os.dup(number)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    silences = [_Silence(number) for number in numbers]
-    try:
-        for number in kept:
-            os.dup2(nowhere, number)
-        # Python's streams are not those two in a notebook, for example.
-        with contextlib.ExitStack() as redirected:
-            redirected.enter_context(contextlib.redirect_stderr(silences[-1]))
-            if stdout:
-                redirected.enter_context(contextlib.redirect_stdout(silences[0]))
-            yield
-    finally:
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "wb"))
         _flush()
-        for silence in silences:
-            silence.is_silent = False
-        for number, copy in kept.items():
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(nowhere)
+        for number in (1, 2) if stdout else (2,):
+            with contextlib.suppress(OSError):  # a process without a console has none
+                copy = os.dup(number)
+                stack.callback(os.close, copy)
+                stack.callback(os.dup2, copy, number)
+                os.dup2(nowhere.fileno(), number)
+        stack.callback(_flush)
+        stack.enter_context(contextlib.redirect_stderr(sys.__stderr__))
+        if stdout:
+            stack.enter_context(contextlib.redirect_stdout(sys.__stdout__))
+        yield
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.flush()
