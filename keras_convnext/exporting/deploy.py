@@ -6,6 +6,7 @@ norm of the stem keeps its gain and shift: a residual path and a padded convolut
 
 import collections
 import dataclasses
+import functools
 import tempfile
 from typing import Any
 
@@ -76,23 +77,22 @@ def savings(model: keras.Model, deployed: keras.Model) -> str:
     or PyTorch's exported operators, without those that compute nothing (constants, reads of weights,
     reshapes, casts to the same type). ValueError on a backend without graphs (NumPy, OpenVINO).
     """
-    before, after = _operations(model), _operations(deployed)
+    kinds = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
+    backend = keras.backend.backend()
+    if backend not in kinds:
+        raise ValueError(f"Expected the backend to be one of {', '.join(kinds)}. Received: {backend!r}.")
+
+    def counted(each):
+        shape = (1, *(side or 224 for side in each.input.shape[1:3]), each.input.shape[3])
+        return collections.Counter(kinds[backend](each, shape))
+
+    before, after = counted(model), counted(deployed)
     lines = [
         f"parameters: {model.count_params():,} -> {deployed.count_params():,}",
         f"operations: {before.total():,} -> {after.total():,}",
     ]
     changed = (kind for kind in sorted({*before, *after}) if before[kind] != after[kind])
     return "\n".join([*lines, *(f"  {kind}: {before[kind]} -> {after[kind]}" for kind in changed)])
-
-
-def _operations(model):
-    """How many operations of each kind compute something in the graph of a model."""
-    kinds = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
-    backend = keras.backend.backend()
-    if backend not in kinds:
-        raise ValueError(f"Expected the backend to be one of {', '.join(kinds)}. Received: {backend!r}.")
-    shape = (1, *(side or 224 for side in model.input.shape[1:3]), model.input.shape[3])
-    return collections.Counter(kinds[backend](model, shape))
 
 
 def _tensorflow_operations(model, shape):
@@ -168,7 +168,6 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
     inputs = _new_inputs(model, batch_size, image_size, in_float32)
     folds = _find_folds(model)
     folded = {fold.layer.name for fold in folds.values()}
-    deployed_layers: dict[str, Any] = {}
     values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
     kept: list[tuple[Any, Any]] = []  # layers with weights, and their copies
 
@@ -176,7 +175,8 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
         is_normaliser = layer.name in folded and not isinstance(layer, _NORMS)
         return is_normaliser or isinstance(layer, _TRAINING_ONLY)
 
-    def make(layer):
+    @functools.cache  # one layer may be called in several places
+    def deployed_layer(layer):
         if vanishes(layer):
             return layer  # which is not called
         if isinstance(layer, keras.Model):
@@ -199,11 +199,6 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
         values[layer.name] = layer.get_weights()
         kept.append((layer, type(layer).from_config(config)))
         return kept[-1][1]
-
-    def deployed_layer(layer):  # one layer may be called in several places
-        if layer.name not in deployed_layers:
-            deployed_layers[layer.name] = make(layer)
-        return deployed_layers[layer.name]
 
     def call(layer, *args, **kwargs):
         kwargs.pop("training", None)
