@@ -92,11 +92,8 @@ def _jpeg_signature(serve, shape, request):
 
     from keras_convnext.data import jpeg
 
-    size = (shape[1], shape[2])
-    preprocessing = request.preprocessing.at(size)
-
     def prepare(content):
-        return tf.ensure_shape(jpeg.center_crop(content, preprocessing), (*size, 3))
+        return tf.ensure_shape(jpeg.center_crop(content, request.preprocessing), (*shape[1:3], 3))
 
     @tf.function
     def serve_jpeg(files):
@@ -125,6 +122,7 @@ def _write_litert(deployed, request):
         images: Any = ()
         if request.calibration:  # as many at a time as the file takes; some twice where the last are too few
             images, step = np.load(request.calibration), deployed.input.shape[0] or 1
+            images[0, 0, 0], images[0, 0, 1] = 0, 255  # so that the pixels' range is 0 to 255
             images = np.resize(images, (-(-len(images) // step), step, *images.shape[1:]))
         content = litert_int8.quantized(content, litert_int8.PLANS[request.precision], images)
     pathlib.Path(request.path).write_bytes(content)
