@@ -140,7 +140,9 @@ def check_target(path: StrPath, replace: bool = True, mark: bytes = b"") -> None
         return
     state = path.lstat()
     if stat.S_ISDIR(state.st_mode):
-        raise IsADirectoryError(f"Expected a file to write, received the directory '{path}'. Add its name.")
+        raise IsADirectoryError(
+            f"Expected the path of a file to write, received the directory '{path}'. Add a file name."
+        )
     if not stat.S_ISREG(state.st_mode):
         kind = f"a link to '{os.readlink(path)}'" if path.is_symlink() else "a pipe, a socket or a device"
         raise FileExistsError(

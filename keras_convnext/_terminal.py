@@ -20,13 +20,9 @@ _RATE_SECONDS = 10
 _said: set[str] = set()  # kinds of `say_once`
 
 
-def is_quiet() -> bool:
-    return is_set("KERAS_CONVNEXT_QUIET")
-
-
 def say(line: str) -> None:
     """Prints a line on stderr, unless KERAS_CONVNEXT_QUIET is set."""
-    if not is_quiet():
+    if not is_set("KERAS_CONVNEXT_QUIET"):
         print_line(line, sys.stderr)
 
 
@@ -77,7 +73,7 @@ class Progress:
         self.unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_quiet = not is_wanted or is_quiet() or self._stream is None
+        self._is_quiet = not is_wanted or is_set("KERAS_CONVNEXT_QUIET") or self._stream is None
         self._is_terminal = self._stream is not None and self._stream.isatty()
         self._line_seconds = _NOTEBOOK_LINE_SECONDS if "ipykernel" in sys.modules else _PLAIN_LINE_SECONDS
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, done)

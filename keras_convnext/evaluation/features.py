@@ -123,9 +123,7 @@ class FeatureResult:
         if self.kernel is None or min(rates) < self.chosen < max(rates):
             return ""
         direction = "larger" if self.chosen == max(rates) else "smaller"
-        return (
-            f"The best learning rate, {self.chosen:g}, is at the edge of those tried: try {direction} ones."
-        )
+        return f"The best learning rate, {self.chosen:g}, is at the edge of those tried: try {direction}."
 
     def report(self) -> dict[str, Any]:
         """Returns all of it but the classifier, as JSON takes it."""

@@ -44,9 +44,7 @@ class LinearProbe(FeatureSettings):
         "trained on all of them with that rate",
         0.1,
     )
-    epochs: Count = key(
-        "passes over the training features; the default is that of facebookresearch/dino", 100
-    )
+    epochs: Count = key("passes over the training features; default that of facebookresearch/dino", 100)
     probe_batch_size: Count = key("features of one step; all where there are fewer", 256)
     momentum: BelowOne = key("of SGD", 0.9)
     weight_decay: NotNegative = key("L2 penalty of the kernel", 0.0)

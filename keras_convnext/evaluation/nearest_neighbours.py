@@ -180,7 +180,5 @@ def _normalised(features: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
         row = int(np.flatnonzero(~np.isfinite(lengths[:, 0]))[0])
-        raise ValueError(
-            f"Expected finite features, received NaN or infinity in row {row}. Check the weights."
-        )
+        raise ValueError(f"Expected finite features, received NaN or infinity in row {row}. Check weights.")
     return (features / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)

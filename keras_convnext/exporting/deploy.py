@@ -224,9 +224,7 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
     except (ValueError, TypeError, NotImplementedError) as error:
         shapes = ", ".join(str((batch_size, *each.shape[1:])) for each in tree.flatten(inputs))
         reason = shortened(" ".join(str(error).split()), 500)
-        raise ValueError(
-            f"{model.name} could not be rebuilt for inputs of shape {shapes}: {reason}"
-        ) from error
+        raise ValueError(f"{model.name} could not be rebuilt for inputs {shapes}: {reason}") from error
 
 
 def _twin(layer, in_float32):
@@ -265,26 +263,19 @@ def check_built(model) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a Keras model, received {type(model).__name__}.")
     if not model.built:
-        raise ValueError(
-            f"Expected a built model. {model.name} is not: call it on images, or give it an input shape."
-        )
+        raise ValueError(f"Expected a built model. {model.name} is not: call it, or give it an input shape.")
 
 
 def check_batch_size(batch_size) -> None:
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(
-            f"Expected batch_size to be a whole number above 0, or None for any, received {batch_size!r}."
-        )
+        raise ValueError(f"Expected batch_size to be an integer above 0, or None, received {batch_size!r}.")
 
 
 def sides(image_size) -> tuple[int, int]:
     """(height, width) of a side in pixels or of a pair of them; ValueError for anything else."""
     size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(
-            "Expected image_size to be a side in pixels or (height, width). Received: "
-            f"image_size={image_size!r}"
-        )
+        raise ValueError(f"Expected a side in pixels or (height, width). Received: image_size={image_size!r}")
     return size
 
 

@@ -224,9 +224,7 @@ def _open_onnx(path, threads):
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (source,), (target,) = session.get_inputs(), session.get_outputs()
     shape, output_shape = (_sides(tensor.shape) for tensor in (source, target))
-    return ExportedModel(
-        shape, "float32", output_shape, lambda images: session.run(None, {source.name: images})[0]
-    )
+    return ExportedModel(shape, "float32", output_shape, lambda x: session.run(None, {source.name: x})[0])
 
 
 def _sides(shape):
