@@ -17,24 +17,10 @@ from keras import tree
 from keras_convnext import convnext, models
 from keras_convnext._messages import shortened
 from keras_convnext.weights import assign
-from keras_convnext.weights.graph import Graph, functional
+from keras_convnext.weights.graph import Graph, functional, is_for_training
 
 _NORMS = tuple(convnext.NORMS.values())
 
-# Layers of Keras that give back their input outside training.
-_TRAINING_ONLY = (
-    keras.layers.ActivityRegularization,
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,  # SpatialDropout2D is one
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.RandomBrightness,
-    keras.layers.RandomContrast,
-    keras.layers.RandomFlip,
-    keras.layers.RandomRotation,
-    keras.layers.RandomTranslation,
-    keras.layers.RandomZoom,
-)
 _POLICIES_OF_16_BITS = ("float16", "mixed_float16", "bfloat16", "mixed_bfloat16")
 
 
@@ -173,7 +159,7 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
 
     def vanishes(layer):
         is_normaliser = layer.name in folded and not isinstance(layer, _NORMS)
-        return is_normaliser or isinstance(layer, _TRAINING_ONLY)
+        return is_normaliser or is_for_training(layer)
 
     @functools.cache  # one layer may be called in several places
     def deployed_layer(layer):
@@ -376,7 +362,7 @@ def _linear_reader(layer, readers, may_average=False):
             plain = layer.padding == "valid" and layer.groups == 1 and layer.data_format == "channels_last"
             return layer if plain else None
         averages = isinstance(layer, keras.layers.GlobalAveragePooling2D)
-        if not isinstance(layer, _TRAINING_ONLY) and not (averages and may_average):
+        if not is_for_training(layer) and not (averages and may_average):
             return None
     return None
 

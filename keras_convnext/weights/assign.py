@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_convnext._messages import listed
 from keras_convnext.weights import arrays, layouts
-from keras_convnext.weights.graph import Graph, functional
+from keras_convnext.weights.graph import REGULARISERS, Graph, functional, is_for_training
 
 # The official part of a layer's name; what stands in front is a prefix (`convnext.layer_name`).
 _OFFICIAL = re.compile(
@@ -20,21 +20,11 @@ _OFFICIAL = re.compile(
 )
 
 # Layers that may stand between two layers of ours: outside training they hand on what they are given.
-_HAND_ON = (
-    keras.layers.ActivityRegularization,
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.Flatten,  # of pooled features (N, C)
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.Identity,
-)
+_HAND_ON = (*REGULARISERS, keras.layers.Flatten, keras.layers.Identity)  # flat: pooled features (N, C)
 # Settings of layers with weights that change what they compute.
 _SETTINGS = ("activation", "dilation_rate", "epsilon", "kernel_size", "norm", "strides")
 _POOLINGS = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
-# Augmentation, which is nothing outside training; RandomCrop cuts there too.
-_AUGMENTATION = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:
@@ -275,9 +265,8 @@ def _hands_on(part) -> bool:
     if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return True  # `places` has its place, or names it
     kept = (*_HAND_ON, *_POOLINGS, keras.layers.InputLayer)
-    is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
-    is_kept = kind.__module__.startswith("keras.") and isinstance(part, kept)
-    return is_kept or bool(is_augmentation or _IN_STEM.search(part.name))
+    is_kept = kind.__module__.startswith("keras.") and (isinstance(part, kept) or is_for_training(part))
+    return is_kept or _IN_STEM.search(part.name) is not None
 
 
 def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:

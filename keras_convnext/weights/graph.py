@@ -2,10 +2,20 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import keras
 from keras import tree
+
+# Layers of Keras that hand on what they are given outside training; SpatialDropout2D is a Dropout.
+REGULARISERS = (
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,3 +69,10 @@ def functional(operation: Any) -> Any:
     """The functional model that a model is or, as a sequential one, has; None for any other operation."""
     model = getattr(operation, "_functional", operation)
     return model if isinstance(model, keras.Model) and hasattr(model, "operations") else None
+
+
+def is_for_training(layer: Any) -> bool:
+    """Whether a layer hands on what it is given outside training; RandomCrop of Keras cuts there too."""
+    names = [kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("keras.")]
+    augmentation = re.compile(r"Rand(?!omCrop$)\w+|MixUp|CutMix|AugMix")
+    return isinstance(layer, REGULARISERS) or any(map(augmentation.fullmatch, names))
