@@ -199,8 +199,7 @@ def _backend_in(path: str) -> str | None:
         pass
     if not isinstance(settings, dict):
         raise ImportError(
-            f"Expected the settings of Keras, an object in JSON, in '{path}'. Remove it: Keras writes it "
-            "anew."
+            f"Expected Keras's settings, an object in JSON, in '{path}'. Remove it: Keras writes it anew."
         )
     backend = settings.get("backend")
     return backend if isinstance(backend, str) else None

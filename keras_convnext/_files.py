@@ -174,22 +174,21 @@ def replacing_file(path: StrPath, mark: bytes = b"") -> Iterator[BinaryIO]:
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with _replacing(path, temporary, mark), open(temporary, "xb") as file:
+    with replacing_path(path, mark, temporary), open(temporary, "xb") as file:
         yield file
 
 
-def replacing_path(path: StrPath) -> contextlib.AbstractContextManager[pathlib.Path]:
+@contextlib.contextmanager
+def replacing_path(
+    path: StrPath, mark: bytes = b"", temporary: pathlib.Path | None = None
+) -> Iterator[pathlib.Path]:
     """Gives a path for a library to write to, which takes the place of another when the block ends well.
 
-    The temporary name ends in that of the file, as libraries tell the format from it. Errors are those of
+    By default its name ends in that of the file, as libraries tell the format from it. Errors are those of
     `replacing_file`, and a FileNotFoundError where the block wrote nothing.
     """
     path = pathlib.Path(path)
-    return _replacing(path, path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}"))
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path, temporary: pathlib.Path, mark: bytes = b"") -> Iterator[pathlib.Path]:
+    temporary = temporary or path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
     check_target(path, mark=mark)
     try:
         yield temporary

@@ -223,9 +223,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"Expected a TOML file, but '{path}' is not one: {shortened(str(error), 200)}. Correct that line."
         ) from error
     except OSError as error:
-        raise ValueError(
-            f"Expected a readable recipe at '{path}': {error.strerror}. Check the path."
-        ) from error
+        raise ValueError(f"Expected a readable recipe at '{path}': {error.strerror}. Check it.") from error
 
 
 def toml_value(value: Any) -> str:

@@ -20,13 +20,9 @@ _RATE_SECONDS = 10
 _said: set[str] = set()  # kinds of `say_once`
 
 
-def is_quiet() -> bool:
-    return is_set("KERAS_CONVNEXT_QUIET")
-
-
 def say(line: str) -> None:
     """Prints a line on stderr, unless KERAS_CONVNEXT_QUIET is set."""
-    if not is_quiet():
+    if not is_set("KERAS_CONVNEXT_QUIET"):
         print_line(line, sys.stderr)
 
 
@@ -77,7 +73,7 @@ class Progress:
         self.unit = unit
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_quiet = not is_wanted or is_quiet() or self._stream is None
+        self._is_quiet = not is_wanted or is_set("KERAS_CONVNEXT_QUIET") or self._stream is None
         self._is_terminal = self._stream is not None and self._stream.isatty()
         self._line_seconds = _NOTEBOOK_LINE_SECONDS if "ipykernel" in sys.modules else _PLAIN_LINE_SECONDS
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, done)
@@ -221,63 +217,31 @@ def markdown_table(titles: Sequence[str], alignments: str, rows: Sequence[Sequen
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-class _Silence(io.TextIOBase):
-    """Stands for a stream of `sys`: nothing passes while it is silent, everything afterwards.
-
-    Loggers keep the stream that they found when they were made, TensorFlow's for example.
-    """
-
-    def __init__(self, number: int):
-        self.number = number
-        self.name = {1: "stdout", 2: "stderr"}[number]
-        self.is_silent = True
-
-    def fileno(self) -> int:
-        return self.number
-
-    def write(self, text: str) -> int:
-        return len(text) if self.is_silent else getattr(sys, self.name).write(text)
-
-    def flush(self) -> None:
-        if not self.is_silent:
-            getattr(sys, self.name).flush()
-
-
 @contextlib.contextmanager
 def silenced(*, stdout: bool = False) -> Iterator[None]:
     """Sends stderr, and stdout where asked, nowhere: what Python writes, and what native libraries do.
 
-    TensorFlow's start-up lines, for example, obey none of its settings. Exceptions pass.
+    TensorFlow's start-up lines, for example, obey none of its settings. Exceptions pass. `sys` has meanwhile
+    the streams of the process, which are others in a notebook: a logger that keeps one is heard afterwards.
     """
-    numbers = (1, 2) if stdout else (2,)
-    _flush()
-    kept = {}
-    for number in numbers:
-        with contextlib.suppress(OSError):  # a process without a console has none
-            kept[number] = os.dup(number)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    silences = [_Silence(number) for number in numbers]
-    try:
-        for number in kept:
-            os.dup2(nowhere, number)
-        # Python's streams are not those two in a notebook, for example.
-        with contextlib.ExitStack() as redirected:
-            redirected.enter_context(contextlib.redirect_stderr(silences[-1]))
-            if stdout:
-                redirected.enter_context(contextlib.redirect_stdout(silences[0]))
-            yield
-    finally:
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "wb"))
         _flush()
-        for silence in silences:
-            silence.is_silent = False
-        for number, copy in kept.items():
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(nowhere)
+        for number in (1, 2) if stdout else (2,):
+            with contextlib.suppress(OSError):  # a process without a console has none
+                copy = os.dup(number)
+                stack.callback(os.close, copy)
+                stack.callback(os.dup2, copy, number)
+                os.dup2(nowhere.fileno(), number)
+        stack.callback(_flush)
+        stack.enter_context(contextlib.redirect_stderr(sys.__stderr__))
+        if stdout:
+            stack.enter_context(contextlib.redirect_stdout(sys.__stdout__))
+        yield
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.flush()

@@ -97,9 +97,7 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
     cannot be used.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(
-            f"Expected a fraction above 0 and at most 1 of the peak figures, received {fraction}."
-        )
+        raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")
     model, batch_size = recipe.model, recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
     engine, model_devices = _engine(recipe, num_devices)
@@ -108,9 +106,7 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
     device = DEVICES[name]
     backend = ENGINES[engine] if ENGINES.get(engine) in BACKENDS else wanted_backend()
     if device.kind == "tpu" and backend == "torch":
-        raise ValueError(
-            "Expected the backend jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax."
-        )
+        raise ValueError("Expected jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax.")
 
     def step(accumulation_steps, rematerialize=model.rematerialize):
         scale = model.layer_scale_init_value or None
@@ -320,9 +316,7 @@ def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
         own = (name for name, backend in ENGINES.items() if backend == wanted_backend())
         engine = next(own, "data_parallel") if num_devices > 1 else "none"
     if engine == "none" and num_devices > 1:
-        raise ValueError(
-            f"Expected one device for engine 'none', received {num_devices}. Choose --engine data_parallel."
-        )
+        raise ValueError(f"Expected one device for engine 'none', received {num_devices}. Try data_parallel.")
     if engine != "model_parallel":
         return engine, 1
     shared = recipe.distribution.model_devices

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 from keras_convnext.evaluation import forward, result_columns
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 TRAIN_BLOCK = 65536
 
 
@@ -122,9 +123,7 @@ class FeatureResult:
         if self.kernel is None or min(rates) < self.chosen < max(rates):
             return ""
         direction = "larger" if self.chosen == max(rates) else "smaller"
-        return (
-            f"The best learning rate, {self.chosen:g}, is at the edge of those tried: try {direction} ones."
-        )
+        return f"The best learning rate, {self.chosen:g}, is at the edge of those tried: try {direction}."
 
     def report(self) -> dict[str, Any]:
         """Returns all of it but the classifier, as JSON takes it."""
@@ -196,11 +195,13 @@ def extract_features(
     return result
 
 
-def both_features(settings, model, data, cache, max_faults, progress):
-    """Returns the features to compare with, those to classify, the source of the first, the environment.
+def evaluate_features(settings, classify, model, data, cache, max_faults, progress) -> FeatureResult:
+    """Computes the features to compare with and those to classify, and has these classified.
 
     Args:
         settings: `NearestNeighbours` or `LinearProbe`.
+        classify: takes the settings, both `Features` and the source of the first, and returns what it finds:
+            fields of `FeatureResult` by name.
         model: `keras.Model` of (N, H, W, 3) pixels in 0..255 to features (N, C), in place of
             `settings.model`. A classifier of this package gives the features in front of its classifier.
         data: (training source, source to classify) in place of `settings.data` and its splits. The second has
@@ -210,6 +211,7 @@ def both_features(settings, model, data, cache, max_faults, progress):
     Raises a ValueError where the model has no features (N, C) or they are NaN, a SourceError or DataError
     where the data cannot be used, and an ImportError without TensorFlow, which reads the images.
     """
+    begin = time.perf_counter()
     forward.import_batches()  # its absence is told before anything is downloaded
     if cache is not None and settings.data:
         sources.check_outside(settings.data, cache)
@@ -248,8 +250,15 @@ def both_features(settings, model, data, cache, max_faults, progress):
         )
         for source in (train_source, test_source)
     )
-    environment = result_columns.settings_of(backbone, test_source, split, settings.batch_size)
-    return train, test, train_source, environment
+    return FeatureResult(
+        settings=settings,
+        environment=result_columns.settings_of(backbone, test_source, split, settings.batch_size),
+        **classify(settings, train, test, train_source),
+        num_train=len(train.labels),
+        n=len(test.labels),
+        faults=train.faults | test.faults,
+        seconds=time.perf_counter() - begin,
+    )
 
 
 @contextlib.contextmanager
@@ -297,7 +306,7 @@ def _changed_preprocessing(preprocessing: Preprocessing, settings: Any) -> Prepr
 
 
 def _cache_key(model: Any, source: Source, preprocessing: Preprocessing) -> str:
-    """Returns a digest of all that features depend on."""
+    """Returns a digest of all that features depend on: of images names, classes, order, and files' times."""
     try:
         architecture = model.to_json()
     except (NotImplementedError, ValueError, TypeError):  # a model of the user's own class
@@ -308,15 +317,9 @@ def _cache_key(model: Any, source: Source, preprocessing: Preprocessing) -> str:
         model.dtype_policy.name,
         architecture,
         result_columns.digest_of_arrays(model),
-        _source_digest(source),
         preprocessing.stored(),
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
-
-
-def _source_digest(source: Source) -> str:
-    """Returns a digest of names, classes and order of the images, and of size and time of their files."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8"))
     for number in np.unique(source.file_numbers).tolist():
         state = os.stat(source.files[number])
         digest.update(f"{number} {state.st_size} {state.st_mtime_ns}\n".encode())
@@ -325,7 +328,7 @@ def _source_digest(source: Source) -> str:
     digest.update("\n".join(source.classes).encode("utf-8", "surrogateescape"))
     for number in range(len(source)):
         digest.update(f"{source.name(number)}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 def _read_cache(path: pathlib.Path) -> Features | None:

@@ -106,8 +106,7 @@ def overlay(image: Any, heat: Any, opacity: float = 0.7) -> np.ndarray:
     image, heat = np.asarray(image, "float32"), np.asarray(heat, "float32")
     if image.ndim != 3 or image.shape[-1] not in (1, 3) or heat.shape != image.shape[:2]:
         raise ValueError(
-            "Expected an image (H, W, 3) or (H, W, 1) and a heat map (H, W). "
-            f"Received: {image.shape} and {heat.shape}"
+            f"Expected an image (H, W, 3 or 1), a heat map (H, W). Received: {image.shape} and {heat.shape}"
         )
     places = np.linspace(0, 1, len(_COLORS))
     paint = np.stack([np.interp(heat, places, channel) for channel in _COLORS.T], axis=-1)
@@ -252,7 +251,4 @@ def _gradient(function: Callable, x: Any) -> Any:
 
         x = x.detach().requires_grad_()
         return torch.autograd.grad(function(x), x)[0]
-    raise RuntimeError(
-        "Grad-CAM needs a backend with gradients: tensorflow, jax or torch. "
-        f"Received: KERAS_BACKEND={backend}"
-    )
+    raise RuntimeError(f"Grad-CAM needs tensorflow, jax or torch. Received: KERAS_BACKEND={backend}")

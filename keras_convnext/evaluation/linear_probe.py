@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from keras_convnext.evaluation.features import (
     FeatureResult,
     FeatureSettings,
     Score,
-    both_features,
+    evaluate_features,
     full_precision,
 )
 from keras_convnext.evaluation.results import percentage
@@ -45,9 +44,7 @@ class LinearProbe(FeatureSettings):
         "trained on all of them with that rate",
         0.1,
     )
-    epochs: Count = key(
-        "passes over the training features; the default is that of facebookresearch/dino", 100
-    )
+    epochs: Count = key("passes over the training features; default that of facebookresearch/dino", 100)
     probe_batch_size: Count = key("features of one step; all where there are fewer", 256)
     momentum: BelowOne = key("of SGD", 0.9)
     weight_decay: NotNegative = key("L2 penalty of the kernel", 0.0)
@@ -68,14 +65,16 @@ def linear_probe(
     with the best top-1 accuracy on the part held out, the smaller of equals, is taken to train the final
     classifier, whose `top1`, `top5`, `kernel` and `bias` the result has, on all training images; `scores` are
     those of the classifiers before. The images that the scores are of choose nothing. Arguments and errors:
-    `features.both_features`, and a ValueError where all rates lead to NaN.
+    `features.evaluate_features`, and a ValueError where all rates lead to NaN.
 
     Example:
         result = linear_probe(LinearProbe(model="convnext_tiny.fb_in1k", data="flowers", epochs=20))
         result.top1, result.chosen
     """
-    begin = time.perf_counter()
-    train, test, source, environment = both_features(settings, model, data, cache, max_faults, progress)
+    return evaluate_features(settings, _classify, model, data, cache, max_faults, progress)
+
+
+def _classify(settings, train, test, source):
     is_held_out = sources.held_out_mask(source, settings.selection_fraction, settings.seed)[train.numbers]
     fit = functools.partial(
         fit_linear,
@@ -106,20 +105,14 @@ def linear_probe(
     chosen = max(candidates, key=lambda score: (score.selection_top1, -score.setting)).setting
     (kernel,), (bias,) = fit(train.features, train.labels, learning_rates=[chosen])
     final = linear_ranks(kernel, bias, test.features, test.labels)
-    return FeatureResult(
-        settings=settings,
-        environment=environment,
-        scores=tuple(scores),
-        top1=percentage(final < 1),
-        top5=percentage(final < 5),
-        num_train=len(train.labels),
-        n=len(test.labels),
-        faults=train.faults | test.faults,
-        seconds=time.perf_counter() - begin,
-        chosen=chosen,
-        kernel=kernel,
-        bias=bias,
-    )
+    return {
+        "scores": tuple(scores),
+        "top1": percentage(final < 1),
+        "top5": percentage(final < 5),
+        "chosen": chosen,
+        "kernel": kernel,
+        "bias": bias,
+    }
 
 
 def fit_linear(

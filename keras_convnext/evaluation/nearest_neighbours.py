@@ -1,7 +1,6 @@
 """Classifies images by the k nearest neighbours of their features, which a frozen model gives."""
 
 import os
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from keras_convnext.evaluation.features import (
     FeatureResult,
     FeatureSettings,
     Score,
-    both_features,
+    evaluate_features,
     full_precision,
 )
 from keras_convnext.evaluation.results import percentage
@@ -55,14 +54,16 @@ def nearest_neighbours(
     exp(similarity / temperature). An image counts for top-5 when fewer than 5 classes have more votes than
     its label, equal ones being ordered by their class number; a label without any vote never counts. (In
     eval_knn.py of facebookresearch/dino such a label may count for top-5 by the order of a sort.) Arguments
-    and errors: `features.both_features`, and a ValueError for more neighbours than training images.
+    and errors: `features.evaluate_features`, and a ValueError for more neighbours than training images.
 
     Example:
         result = nearest_neighbours(NearestNeighbours(model="convnext_tiny.fb_in1k", data="flowers"))
         result.top1, [(score.setting, score.top1) for score in result.scores]
     """
-    begin = time.perf_counter()
-    train, test, source, environment = both_features(settings, model, data, cache, max_faults, progress)
+    return evaluate_features(settings, _classify, model, data, cache, max_faults, progress)
+
+
+def _classify(settings, train, test, source):
     ranks = neighbour_ranks(
         train.features,
         train.labels,
@@ -77,18 +78,7 @@ def nearest_neighbours(
         for number in settings.neighbours
     )
     headline = next((score for score in scores if score.setting == 20), scores[0])
-    return FeatureResult(
-        settings=settings,
-        environment=environment,
-        scores=scores,
-        top1=headline.top1,
-        top5=headline.top5,
-        num_train=len(train.labels),
-        n=len(test.labels),
-        faults=train.faults | test.faults,
-        seconds=time.perf_counter() - begin,
-        chosen=headline.setting,
-    )
+    return {"scores": scores, "top1": headline.top1, "top5": headline.top5, "chosen": headline.setting}
 
 
 def neighbour_ranks(
@@ -190,7 +180,5 @@ def _normalised(features: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
         row = int(np.flatnonzero(~np.isfinite(lengths[:, 0]))[0])
-        raise ValueError(
-            f"Expected finite features, received NaN or infinity in row {row}. Check the weights."
-        )
+        raise ValueError(f"Expected finite features, received NaN or infinity in row {row}. Check weights.")
     return (features / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)

@@ -1,7 +1,6 @@
 """Writes tables and a picture that show where a classifier is wrong."""
 
 import functools
-import io
 import os
 import pathlib
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext._environment import require
-from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
+from keras_convnext._files import PNG_MARK, prepare_folder, replace_file, replacing_file
 from keras_convnext._messages import printable, shortened
 from keras_convnext._terminal import csv_text
 from keras_convnext.data import class_names, preprocess
@@ -89,7 +88,7 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
         ),
     )
     write_faults(folder, result.faults)
-    _write(folder, "worst_classes.png", _draw_worst_classes(result))
+    _draw_worst_classes(result, pathlib.Path(folder) / "worst_classes.png")
 
 
 def write_faults(folder: str | os.PathLike[str], faults: dict[str, str]) -> None:
@@ -124,8 +123,7 @@ def _ranks_by_class(result: Result) -> list[tuple[int, np.ndarray]]:
     return [(label, result.ranks[result.labels == label]) for label in np.unique(result.labels).tolist()]
 
 
-def _draw_worst_classes(result: Result) -> bytes:
-    """Returns a PNG."""
+def _draw_worst_classes(result: Result, path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     with_errors = [(label, ranks) for label, ranks in _ranks_by_class(result) if ranks.any()]
@@ -147,9 +145,8 @@ def _draw_worst_classes(result: Result) -> bytes:
             axis.imshow(_thumbnail(result.source, int(result.numbers[place])))
             taken_for = display_name(result.source.classes[result.predictions[place, 0]])
             axis.set_title(shortened(taken_for, 20), fontsize=7, parse_math=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
-    return file.getvalue()
+    with replacing_file(path, PNG_MARK) as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
 
 
 def _thumbnail(source: Source, number: int) -> np.ndarray:
@@ -158,8 +155,5 @@ def _thumbnail(source: Source, number: int) -> np.ndarray:
 
 
 def _write_csv(folder, name: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    _write(folder, name, csv_text([columns, *rows]).encode("utf-8", "surrogateescape"))
-
-
-def _write(folder, name: str, content: bytes) -> None:
+    content = csv_text([columns, *rows]).encode("utf-8", "surrogateescape")
     replace_file(pathlib.Path(folder) / name, content, _MARKS[name])

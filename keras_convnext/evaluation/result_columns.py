@@ -13,7 +13,6 @@ import PIL
 
 from keras_convnext import _environment
 from keras_convnext.data.index import Source
-from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation.results import COLUMNS, fingerprint
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
@@ -22,11 +21,22 @@ from keras_convnext.weights.assign import plain_path
 
 def settings_of(opened: Predictor, source: Source, split: str | None, batch_size: int) -> dict[str, str]:
     """Returns what scores of a model on data depend on."""
+    parts = pathlib.Path(os.path.abspath(source.path)).parts
+    preprocessing = opened.preprocessing
+    height, width = preprocessing.size
     return {
         **_model_settings(opened),
         **environment(),
-        **_data_settings(source, split),
-        **_preprocessing_settings(opened.preprocessing),
+        "data_kind": source.kind,
+        # The folder of TensorFlow Datasets is named after the version, in one with the name of the set.
+        "data": "/".join(parts[-2:] if source.kind == "tfds" else parts[-1:]),
+        "split": split or "",
+        "data_sha256": fingerprint(source),
+        "image_size": str(height) if height == width else f"{height}x{width}",
+        "crop": f"{preprocessing.crop_fraction:.6g}",
+        "resize_mode": preprocessing.stored()["resize_mode"],
+        "resize_size": str(preprocessing.resize_size or ""),
+        "interpolation": preprocessing.interpolation,
         "batch_size": str(batch_size),
     }
 
@@ -67,28 +77,6 @@ def environment() -> dict[str, str]:
         "accelerators": _accelerators(backend),
     }
     return {name: facts[name] for name in COLUMNS if name in facts}
-
-
-def _data_settings(source: Source, split: str | None) -> dict[str, str]:
-    """Returns kind, name, split and fingerprint of the data."""
-    parts = pathlib.Path(os.path.abspath(source.path)).parts
-    return {
-        "data_kind": source.kind,
-        # The folder of TensorFlow Datasets is named after the version, in one with the name of the set.
-        "data": "/".join(parts[-2:] if source.kind == "tfds" else parts[-1:]),
-        "split": split or "",
-        "data_sha256": fingerprint(source),
-    }
-
-
-def _preprocessing_settings(preprocessing: Preprocessing) -> dict[str, str]:
-    """Returns how images were prepared."""
-    height, width = preprocessing.size
-    stored = preprocessing.stored()
-    return {"image_size": str(height) if height == width else f"{height}x{width}"} | {
-        name: "" if stored[name] is None else f"{stored[name]:.6g}" if name == "crop" else str(stored[name])
-        for name in ("crop", "resize_mode", "resize_size", "interpolation")
-    }
 
 
 def digest_of_arrays(model: Any) -> str:

@@ -6,6 +6,7 @@ norm of the stem keeps its gain and shift: a residual path and a padded convolut
 
 import collections
 import dataclasses
+import functools
 import tempfile
 from typing import Any
 
@@ -19,6 +20,7 @@ from keras_convnext.weights import assign
 from keras_convnext.weights.graph import Graph, functional, is_training_only
 
 _NORMS = tuple(convnext.NORMS.values())
+
 _POLICIES_OF_16_BITS = ("float16", "mixed_float16", "bfloat16", "mixed_bfloat16")
 
 
@@ -61,23 +63,22 @@ def savings(model: keras.Model, deployed: keras.Model) -> str:
     or PyTorch's exported operators, without those that compute nothing (constants, reads of weights,
     reshapes, casts to the same type). ValueError on a backend without graphs (NumPy, OpenVINO).
     """
-    before, after = _operations(model), _operations(deployed)
+    kinds = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
+    backend = keras.backend.backend()
+    if backend not in kinds:
+        raise ValueError(f"Expected the backend to be one of {', '.join(kinds)}. Received: {backend!r}.")
+
+    def counted(each):
+        shape = (1, *(side or 224 for side in each.input.shape[1:3]), each.input.shape[3])
+        return collections.Counter(kinds[backend](each, shape))
+
+    before, after = counted(model), counted(deployed)
     lines = [
         f"parameters: {model.count_params():,} -> {deployed.count_params():,}",
         f"operations: {before.total():,} -> {after.total():,}",
     ]
     changed = (kind for kind in sorted({*before, *after}) if before[kind] != after[kind])
     return "\n".join([*lines, *(f"  {kind}: {before[kind]} -> {after[kind]}" for kind in changed)])
-
-
-def _operations(model):
-    """How many operations of each kind compute something in the graph of a model."""
-    kinds = {"tensorflow": _tensorflow_operations, "jax": _jax_operations, "torch": _torch_operations}
-    backend = keras.backend.backend()
-    if backend not in kinds:
-        raise ValueError(f"Expected the backend to be one of {', '.join(kinds)}. Received: {backend!r}.")
-    shape = (1, *(side or 224 for side in model.input.shape[1:3]), model.input.shape[3])
-    return collections.Counter(kinds[backend](model, shape))
 
 
 def _tensorflow_operations(model, shape):
@@ -153,7 +154,6 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
     inputs = _new_inputs(model, batch_size, image_size, in_float32)
     folds = _find_folds(model)
     folded = {fold.layer.name for fold in folds.values()}
-    deployed_layers: dict[str, Any] = {}
     values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
     kept: list[tuple[Any, Any]] = []  # layers with weights, and their copies
 
@@ -161,7 +161,8 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
         is_normaliser = layer.name in folded and not isinstance(layer, _NORMS)
         return is_normaliser or is_training_only(layer)
 
-    def make(layer):
+    @functools.cache  # one layer may be called in several places
+    def deployed_layer(layer):
         if vanishes(layer):
             return layer  # which is not called
         if isinstance(layer, keras.Model):
@@ -184,11 +185,6 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
         values[layer.name] = layer.get_weights()
         kept.append((layer, type(layer).from_config(config)))
         return kept[-1][1]
-
-    def deployed_layer(layer):  # one layer may be called in several places
-        if layer.name not in deployed_layers:
-            deployed_layers[layer.name] = make(layer)
-        return deployed_layers[layer.name]
 
     def call(layer, *args, **kwargs):
         kwargs.pop("training", None)
@@ -214,9 +210,7 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
     except (ValueError, TypeError, NotImplementedError) as error:
         shapes = ", ".join(str((batch_size, *each.shape[1:])) for each in tree.flatten(inputs))
         reason = shortened(" ".join(str(error).split()), 500)
-        raise ValueError(
-            f"{model.name} could not be rebuilt for inputs of shape {shapes}: {reason}"
-        ) from error
+        raise ValueError(f"{model.name} could not be rebuilt for inputs {shapes}: {reason}") from error
 
 
 def _twin(layer, in_float32):
@@ -255,26 +249,19 @@ def check_built(model) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a Keras model, received {type(model).__name__}.")
     if not model.built:
-        raise ValueError(
-            f"Expected a built model. {model.name} is not: call it on images, or give it an input shape."
-        )
+        raise ValueError(f"Expected a built model. {model.name} is not: call it, or give it an input shape.")
 
 
 def check_batch_size(batch_size) -> None:
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(
-            f"Expected batch_size to be a whole number above 0, or None for any, received {batch_size!r}."
-        )
+        raise ValueError(f"Expected batch_size to be an integer above 0, or None, received {batch_size!r}.")
 
 
 def sides(image_size) -> tuple[int, int]:
     """(height, width) of a side in pixels or of a pair of them; ValueError for anything else."""
     size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(
-            "Expected image_size to be a side in pixels or (height, width). Received: "
-            f"image_size={image_size!r}"
-        )
+        raise ValueError(f"Expected a side in pixels or (height, width). Received: image_size={image_size!r}")
     return size
 
 

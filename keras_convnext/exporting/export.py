@@ -130,13 +130,9 @@ def export(
     format = runtimes.format_of(path, format)
     row = FORMATS[format]
     if row.suffix and path.suffix != row.suffix:
-        raise ValueError(
-            f"Expected a path that ends in {row.suffix} for the format {format!r}, received '{path}'."
-        )
+        raise ValueError(f"Expected a path that ends in {row.suffix} for {format!r}, received '{path}'.")
     if precision not in row.precisions:
-        raise ValueError(
-            f"Expected a precision of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}."
-        )
+        raise ValueError(f"Precisions of {format!r}: {', '.join(row.precisions)}. Received: {precision!r}.")
     if not isinstance(check, bool) and not 0 <= check < float("inf"):  # nan would allow everything
         raise ValueError(f"Expected check to be a bool or a number from 0 up. Received: {check!r}.")
     _check_target(path, format, replace)
@@ -160,13 +156,16 @@ def export(
         folder = pathlib.Path(temporary)
         written = folder / "written" / path.name
         written.parent.mkdir()
+        calibrated = folder / "calibration.npy"
+        if precision == "int8":
+            np.save(calibrated, images)
         request = writers.Request(
             format=format,
             precision=precision,
             path=str(written),
             batch_size=batch,
             image_size=size,
-            calibration=_save_images(folder, images) if precision == "int8" else None,
+            calibration=str(calibrated) if precision == "int8" else None,
             preprocessing=preprocessing,
         )
         _write(model, request, row, folder)
@@ -188,9 +187,7 @@ def _check_target(path, format, replace):
     for target in (path, *others):
         _check_replaceable(target, is_folder=format == "saved_model")
         if os.path.lexists(target) and not replace:
-            raise FileExistsError(
-                f"'{target}' is there already. Pass replace=True (--force) to write over it."
-            )
+            raise FileExistsError(f"'{target}' is there already. Pass replace=True (--force) to replace it.")
         if os.path.lexists(target) and not path.exists():  # PyTorch has weights named .bin
             raise FileExistsError(
                 f"'{target}' is there already, and is not of '{path}', which is not there. Name another path."
@@ -299,14 +296,6 @@ def _calibration_images(model, calibration, preprocessing):
             "Normalization layer in front."
         )
     return np.rint(images).astype("uint8"), "images of calibration="
-
-
-def _save_images(folder, images):
-    """The images for int8, with a black and a white pixel, so that the pixels' range is 0 to 255."""
-    images = images.copy()
-    images[0, 0, 0], images[0, 0, 1] = 0, 255
-    np.save(folder / "calibration.npy", images)
-    return str(folder / "calibration.npy")
 
 
 def _write(model, request, row, folder):

@@ -1,14 +1,13 @@
 """A table and a picture of exported files: size, agreement with the model, time."""
 
 import dataclasses
-import io
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from keras_convnext._environment import require
-from keras_convnext._files import PNG_MARK, prepare_folder, replace_file
+from keras_convnext._files import PNG_MARK, prepare_folder, replace_file, replacing_file
 from keras_convnext._terminal import csv_text, markdown_table
 
 COLUMNS = ("file", "format", "precision", "MB", "difference", "same top-1", "ms/image", "x Keras model")
@@ -102,6 +101,5 @@ def _draw(results, path, heading):
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     picture.colorbar(points, label="images with the model's top-1, %")
-    file = io.BytesIO()
-    picture.savefig(file, format="png", metadata={"Software": "keras_convnext"})
-    replace_file(path, file.getvalue())
+    with replacing_file(path) as file:
+        picture.savefig(file, format="png", metadata={"Software": "keras_convnext"})

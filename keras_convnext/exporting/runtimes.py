@@ -1,7 +1,6 @@
 """`open_exported`: runs an exported file in the runtime of its users; `export` checks each file with it."""
 
 import dataclasses
-import importlib
 import os
 import pathlib
 import statistics
@@ -75,12 +74,7 @@ def open_exported(
     if not path.exists():
         raise FileNotFoundError(f"There is no '{path}'.")
     runtime = FORMATS[format].runtime
-    try:
-        with silenced():
-            importlib.import_module(runtime)
-    except ImportError as error:
-        what = f"Running a file in the format {format!r}"
-        raise ImportError(_environment.missing_text(what, runtime)) from error
+    _environment.require(runtime, f"Running a file in the format {format!r}")
     try:
         with silenced():
             exported = _OPENERS[format](str(path), threads or _environment.available_cores())
@@ -108,21 +102,19 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
                 with archive.open("metadata.json") as member:
                     text = member.read(_files.MAX_TEXT_BYTES)  # what is cut off is no JSON
         metadata = _files.json_object(text, {"input": dict, "output": dict})
-        classes, labels = metadata["output"].get("classes"), metadata.get("labels")
-        names = {name: metadata.get(name) for name in ("name", "licence", "precision")}
-        names["activation"] = metadata["output"].get("activation")
+        values = metadata | metadata["output"]
+        classes, labels = values.get("classes"), values.get("labels")
         are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-        for expected, received, fits in (
-            *((f"a text as {name!r}", text, isinstance(text, str | None)) for name, text in names.items()),
-            ("a whole number above 0 as 'classes'", classes, is_positive_integer(classes)),
-            (
-                f"{classes} texts as 'labels'",
-                labels,
-                labels is None or (are_texts and len(labels) == classes),
-            ),
-        ):
+        checks = {
+            name: ("a text", isinstance(values.get(name), str | None))
+            for name in ("name", "licence", "precision", "activation")
+        }
+        checks["classes"] = "a whole number above 0", is_positive_integer(classes)
+        checks["labels"] = f"{classes} texts", labels is None or (are_texts and len(labels) == classes)
+        for name, (expected, fits) in checks.items():
             if not fits:
-                raise TypeError(f"expected {expected}, received {shortened(repr(received), 80)}")
+                received = shortened(repr(values.get(name)), 80)
+                raise TypeError(f"expected {expected} as {name!r}, received {received}")
         preprocessing = stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
         preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
         return metadata
@@ -205,10 +197,7 @@ def _open_litert(path, threads):
 
     interpreter = Interpreter(path, num_threads=threads)
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
-    shape, output_shape = (
-        tuple(None if side == -1 else int(side) for side in tensor["shape_signature"])
-        for tensor in (source, target)
-    )
+    shape, output_shape = (_sides(tensor["shape_signature"].tolist()) for tensor in (source, target))
     if None not in shape:
         interpreter.allocate_tensors()
 
@@ -235,14 +224,12 @@ def _open_onnx(path, threads):
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (source,), (target,) = session.get_inputs(), session.get_outputs()
     shape, output_shape = (_sides(tensor.shape) for tensor in (source, target))
-    return ExportedModel(
-        shape, "float32", output_shape, lambda images: session.run(None, {source.name: images})[0]
-    )
+    return ExportedModel(shape, "float32", output_shape, lambda x: session.run(None, {source.name: x})[0])
 
 
 def _sides(shape):
-    """A shape with None for the sides that are free."""
-    return tuple(side if isinstance(side, int) else None for side in shape)
+    """A shape with None for the sides that are free: named, or -1."""
+    return tuple(side if isinstance(side, int) and side >= 0 else None for side in shape)
 
 
 def _open_openvino(path, threads):

@@ -122,8 +122,7 @@ def _check_model_file(path: pathlib.Path) -> int:
     """Returns the number of bytes of a file that can be put in a page, with its metadata beside it."""
     if path.suffix.lower() != ".onnx":
         raise ValueError(
-            f"Expected a .onnx file, as `keras-convnext export MODEL {path.stem}.onnx` writes it. Received: "
-            f"'{path}'."
+            f"Expected a .onnx file, as `keras-convnext export MODEL {path.stem}.onnx` writes, not '{path}'."
         )
     if not path.is_file():
         raise FileNotFoundError(
@@ -156,14 +155,12 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
     activation = metadata["output"].get("activation")
     if activation not in _SOFTMAX_TO_TAKE:
         raise ValueError(
-            f"Expected a classifier whose activation is {', '.join(_SOFTMAX_TO_TAKE)}. '{model_file}' has "
-            f"{activation!r}."
+            f"Expected as activation {', '.join(_SOFTMAX_TO_TAKE)}. '{model_file}' has {activation!r}."
         )
-    channels = {"RGB": 3, "gray": 1}.get(metadata["input"].get("colours", "RGB"))
+    colours = metadata["input"].get("colours", "RGB")
+    channels = {"RGB": 3, "gray": 1}.get(colours)
     if channels is None:
-        raise ValueError(
-            f"Expected a model of RGB or gray pictures. '{model_file}' takes {metadata['input']['colours']}."
-        )
+        raise ValueError(f"Expected a model of RGB or gray pictures. '{model_file}' takes {colours}.")
     stored = runtimes.stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
     preprocessing = stored.at(metadata["input"]["image_size"])
     height, width = preprocessing.size
@@ -195,19 +192,13 @@ def _elements(name: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 def _runtime_parts(runtime: str | os.PathLike[str] | None) -> dict[str, bytes]:
     """{part of the page: bytes}, each with the hash it must have."""
-    if runtime is None:
-        source = locate.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
+    source = locate.cache_folder() / f"onnxruntime-web-{RUNTIME_VERSION}"
+    if runtime is not None and not (source := pathlib.Path(runtime)).exists():
+        raise FileNotFoundError(f"There is no '{source}': expected {_PACKAGE} as a folder or .tgz file.")
+    found = _read_folder(source) if runtime is None or source.is_dir() else _read_archive(source)
+    if runtime is None and _wrong_file(found) is not None:
+        _fetch(source)
         found = _read_folder(source)
-        if _wrong_file(found) is not None:
-            _fetch(source)
-            found = _read_folder(source)
-    else:
-        source = pathlib.Path(runtime)
-        if not source.exists():
-            raise FileNotFoundError(
-                f"There is no '{source}': expected {_PACKAGE} as a folder or a .tgz file."
-            )
-        found = _read_folder(source) if source.is_dir() else _read_archive(source)
     wrong = _wrong_file(found)
     if wrong is not None:
         reason = "lacks" if found[wrong] == b"" else "has another"
@@ -251,9 +242,7 @@ def _read_archive(path: pathlib.Path) -> dict[str, bytes]:
 
 def _fetch(folder: pathlib.Path) -> None:
     """Has npm fetch the package, and keeps of it what a page needs."""
-    elsewhere = (
-        f"Or run `npm pack {_PACKAGE}` on another machine and pass the .tgz file as runtime (--runtime)."
-    )
+    elsewhere = f"Or pass what `npm pack {_PACKAGE}` wrote on another machine as runtime (--runtime)."
     if _environment.is_set("KERAS_CONVNEXT_OFFLINE"):
         raise FileNotFoundError(
             f"{_PACKAGE} is not in '{folder}', and KERAS_CONVNEXT_OFFLINE forbids downloading it. Unset "

@@ -31,11 +31,9 @@ class Request:
 
 def write(model: Any, request: Request) -> None:
     """Writes a Keras model as the request says; Keras must run on the backend of the format."""
-    size = request.image_size
+    size: Any = request.image_size
     if request.format == "openvino" and size is None:
-        size = (
-            DEFAULT_SIZE,
-        ) * 2  # Keras traces a free size with one pixel, which the stem takes for nothing
+        size = DEFAULT_SIZE  # Keras traces a free size with one pixel, which the stem takes for nothing
     deployed = deploy.deploy_for_file(
         model, batch_size=request.batch_size, image_size=size, litert=request.format == "litert"
     )
@@ -53,14 +51,10 @@ def main() -> None:
     """Loads the model next to the request, whose path is the first argument, and writes it."""
     path = pathlib.Path(sys.argv[1])
     values = json.loads(path.read_text())
-    size = values["image_size"]
-    converted = {
-        "image_size": None if size is None else tuple(size),
-        "preprocessing": Preprocessing(**values["preprocessing"]),
-    }
+    values["preprocessing"] = Preprocessing(**values["preprocessing"])
     # Our own process saved it a moment ago, so that a Lambda layer in it is as safe as the model is there.
     model = keras.saving.load_model(path.with_name("model.keras"), compile=False, safe_mode=False)
-    write(model, Request(**values | converted))
+    write(model, Request(**values))
 
 
 def _write_saved_model(deployed, request):
@@ -98,11 +92,8 @@ def _jpeg_signature(serve, shape, request):
 
     from keras_convnext.data import jpeg
 
-    size = (shape[1], shape[2])
-    preprocessing = request.preprocessing.at(size)
-
     def prepare(content):
-        return tf.ensure_shape(jpeg.center_crop(content, preprocessing), (*size, 3))
+        return tf.ensure_shape(jpeg.center_crop(content, request.preprocessing), (*shape[1:3], 3))
 
     @tf.function
     def serve_jpeg(files):
@@ -128,17 +119,13 @@ def _write_litert(deployed, request):
         converter.target_spec.supported_types = [tf.float16]
     content = converter.convert()
     if "int8" in request.precision:
-        images = _calibration_batches(request, deployed.input.shape[0]) if request.calibration else ()
+        images: Any = ()
+        if request.calibration:  # as many at a time as the file takes; some twice where the last are too few
+            images, step = np.load(request.calibration), deployed.input.shape[0] or 1
+            images[0, 0, 0], images[0, 0, 1] = 0, 255  # so that the pixels' range is 0 to 255
+            images = np.resize(images, (-(-len(images) // step), step, *images.shape[1:]))
         content = litert_int8.quantized(content, litert_int8.PLANS[request.precision], images)
     pathlib.Path(request.path).write_bytes(content)
-
-
-def _calibration_batches(request, batch_size):
-    """The calibration images, as many at a time as the file takes; some twice where the last are too few."""
-    images = np.load(request.calibration)
-    step = batch_size or 1
-    order = np.arange(-(-len(images) // step) * step) % len(images)
-    return [images[order[start : start + step]] for start in range(0, len(order), step)]
 
 
 def _torch_program(deployed):

@@ -258,8 +258,7 @@ def _hands_on(part) -> bool:
     kind = type(part)
     if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return True  # `places` has its place, or names it
-    kept = (*_HAND_ON, *_POOLINGS, keras.layers.InputLayer)
-    is_kept = isinstance(part, kept) or is_training_only(part)
+    is_kept = isinstance(part, (*_HAND_ON, *_POOLINGS, keras.layers.InputLayer)) or is_training_only(part)
     return (kind.__module__.startswith("keras.") and is_kept) or bool(_IN_STEM.search(part.name))
 
 

@@ -72,7 +72,7 @@ def functional(operation: Any) -> Any:
 
 
 def is_training_only(layer: Any) -> bool:
-    """Whether a layer is one of Keras that gives back its input outside training."""
+    """Whether a layer, of Keras and no subclass of it, gives back its input outside training."""
     kind = type(layer)
-    is_augmentation = kind.__module__.startswith("keras.") and _AUGMENTATION.fullmatch(kind.__name__)
-    return isinstance(layer, _TRAINING_ONLY) or bool(is_augmentation)
+    is_known = isinstance(layer, _TRAINING_ONLY) or _AUGMENTATION.fullmatch(kind.__name__)
+    return kind.__module__.startswith("keras.") and bool(is_known)

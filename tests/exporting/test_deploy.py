@@ -198,6 +198,19 @@ def test_a_model_around_ours_loses_dropout_and_augmentation(nested):
     assert "InferenceBlock" in {type(layer).__name__ for layer in inner.layers}
 
 
+def test_all_augmentation_of_keras_goes_but_random_crop_which_cuts_outside_training():
+    x = inputs = keras.Input((72, 72, 3))
+    for layer in (keras.layers.RandomErasing(seed=0), keras.layers.RandAugment(seed=0)):
+        x = layer(x)
+    x = keras.layers.RandomCrop(64, 64, seed=0)(x)
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))
+    deployed = deploy(model)
+    kinds = {type(layer).__name__ for layer in deployed.layers}
+    assert "RandomCrop" in kinds and not kinds & {"RandomErasing", "RandAugment"}
+    images = pixels((3, 72, 72, 3))
+    assert relative_error(outputs(deployed, images), outputs(model, images)) < TOLERANCE
+
+
 # Wrappers: what their layers keep, several inputs, layers in several places
 
 
