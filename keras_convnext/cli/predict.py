@@ -84,10 +84,6 @@ class Classifier:
     synsets: list[str]  # a WordNet id for each class; empty when it is not an ImageNet classifier
     gives_logits: bool  # whether a softmax is still to be taken
 
-    def prepared(self, content: bytes, name: str) -> np.ndarray:
-        """An encoded image to the pixels that the model takes; `name` is for errors."""
-        return preprocess.decode_prepared(content, name, self.predictor.preprocessing)
-
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 images (N, height, width, 3), prepared, to probabilities (N, classes)."""
         outputs = self.predictor.outputs(images)
@@ -146,10 +142,7 @@ def read_labels(path: str | None, name: str | None) -> list[str]:
 def _readable(
     paths: list[pathlib.Path], errors: list[str], load: Callable[[], Classifier]
 ) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
-    """Files and what the model takes of them, without those that cannot be read: noted.
-
-    The model, which may be a large download, is loaded when one image could be read.
-    """
+    """Files and their pixels for the model, which may be a large download: it waits for a first image."""
     is_loaded = False
     for path in paths:
         try:
@@ -157,6 +150,6 @@ def _readable(
             if not is_loaded:
                 preprocess.decode_image(content, name, lambda image: np.empty(0))
                 is_loaded = True
-            yield path, load().prepared(content, name)
+            yield path, preprocess.decode_prepared(content, name, load().predictor.preprocessing)
         except preprocess.ImageError as error:
             shared.note(errors, error)

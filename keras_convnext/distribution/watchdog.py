@@ -256,12 +256,11 @@ def _connected(told: Mapping[str, Any], greeting: list) -> Any:
 
 def _packed(array: np.ndarray) -> bytes:
     array = np.asarray(array, order="C")  # not `ascontiguousarray`, which gives a scalar an axis
-    header = json.dumps([array.dtype.str, array.shape, array.dtype.name]).encode()
+    header = json.dumps([array.dtype.name, array.shape]).encode()
     return len(header).to_bytes(4, "little") + header + array.tobytes()
 
 
 def _unpacked(content: bytes) -> np.ndarray:
     size = int.from_bytes(content[:4], "little")
-    text, shape, name = json.loads(content[4 : 4 + size])
-    dtype = np.dtype(name if np.dtype(text).kind == "V" else text)
-    return np.frombuffer(content, dtype, offset=4 + size).reshape(shape).copy()
+    name, shape = json.loads(content[4 : 4 + size])
+    return np.frombuffer(content, name, offset=4 + size).reshape(shape).copy()
