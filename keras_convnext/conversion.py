@@ -60,7 +60,9 @@ def save_weights(
     if around.normaliser is None:
         _logger.warning(_NO_NORMALISER, model.name, path)
     _warn_of_activation(around.activation, path)
-    return _write_torch(canonical, layouts.find_variant(canonical), path, layout, preprocessing)
+    variant = layouts.find_variant(canonical)
+    _check_settings(model, variant, model.name)
+    return _write_torch(canonical, variant, path, layout, preprocessing)
 
 
 def convert(source, target, layout: str = "official", architecture: str | None = None) -> pathlib.Path:
@@ -117,6 +119,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         if preprocessing is not None and target.suffix != ".safetensors":
             _logger.warning("%s has no place for how its images are prepared; .safetensors has.", target)
             preprocessing = None
+        if found.is_model and not found.is_keras_applications:
+            _check_settings(found.model, found.variant, found.path)
         return _write_torch(canonical, found.variant, target, layout, preprocessing)
     options = ModelOptions(
         include_preprocessing=found.is_normalised, pyramid_norms=found.contents.pyramid_norms
@@ -130,6 +134,16 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         if preprocessing is not None:
             preprocessing_metadata.add_preprocessing(temporary, preprocessing)
     return target
+
+
+def _check_settings(model, variant: Variant, name) -> None:
+    """Refuses a model with an epsilon, say, that readers of its weights do not build."""
+    options = ModelOptions(
+        include_top=False, include_preprocessing=False, input_shape=(None, None, 3), name=variant.name
+    )
+    with keras.StatelessScope():  # no weights are made
+        built = models.assemble(variant, options, Preprocessing(32))
+    models.check_settings(model, built, name, is_stride_free=True)
 
 
 def _warn_of_activation(activation, path) -> None:

@@ -160,7 +160,13 @@ def without_classifier(model: Any) -> Any:
 
 def for_channels(images: np.ndarray, model: Any) -> np.ndarray:
     """Turns uint8 images (N, H, W, 3), RGB, into gray (N, H, W, 1) for a model of one channel."""
-    if model.input_shape[-1] != 1:
+    channels = model.input_shape[-1]
+    if channels not in (1, 3, None):
+        raise ValueError(
+            f"Expected a model of 3 channels, or 1 for gray images, received {model.name} with {channels}, "
+            "which pictures do not have. Pass arrays of your own to model.predict."
+        )
+    if channels != 1:
         return images
     return np.stack([np.asarray(PIL.Image.fromarray(image).convert("L")) for image in images])[..., None]
 

@@ -126,8 +126,13 @@ def _load_classifier(options: argparse.Namespace) -> Classifier:
     if not labels and opened.class_list is not None:
         names = class_names.class_names(opened.class_list)
         synsets = class_names.synset_ids(opened.class_list)
-    activation = getattr(opened.model.layers[-1], "activation", None)
-    return Classifier(opened, names, synsets, activation is keras.activations.linear)
+    gives_logits = getattr(opened.model.layers[-1], "activation", None) is keras.activations.linear
+    if gives_logits and classes == 1:
+        raise ValueError(
+            f"Expected probabilities from {opened.file}, received one number without an activation, whose "
+            "meaning the file does not say. Save the model with a sigmoid, or with two classes."
+        )
+    return Classifier(opened, names, synsets, gives_logits)
 
 
 def read_labels(path: str | None, name: str | None) -> list[str]:

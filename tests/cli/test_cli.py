@@ -398,6 +398,14 @@ def test_predict_takes_probabilities_alone(run, refused, caplog, tmp_path):
     bare.save(tmp_path / "bare.keras")
     code, *_ = run("predict", PHOTOGRAPHS[0], "--model", tmp_path / "bare.keras")
     assert code == 0 and "bare.keras has no normaliser" in caplog.text
+    one = keras.Sequential([body, keras.layers.Dense(1)])  # a softmax would make it 100 %
+    one.save(tmp_path / "one.keras")
+    message = refused("predict", PHOTOGRAPHS[0], "--model", tmp_path / "one.keras")
+    assert "received one number without an activation" in message
+    four = keras_convnext.load("test_convnext", None, classes=3, input_shape=(32, 32, 4))
+    four.save(tmp_path / "four.keras")
+    message = refused("predict", PHOTOGRAPHS[0], "--model", tmp_path / "four.keras")
+    assert "Expected a model of 3 channels, or 1" in message and "with 4" in message
 
 
 def test_predict_opens_a_fine_tuned_keras_model(run, refused, monkeypatch, tmp_path):

@@ -100,7 +100,10 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(source, workers):
         np.testing.assert_array_equal(one[3], other[3])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("batch_size", [1, pytest.param(3, marks=SLOW), pytest.param(8, marks=SLOW), 64])
 def test_eight_hosts_together_evaluate_every_example_once(source, batch_size):
     hosts = [evaluated(source, host=host, num_hosts=8, batch_size=batch_size) for host in range(8)]
     assert (
@@ -262,7 +265,7 @@ def test_the_iterator_can_be_saved_in_the_middle_of_an_epoch(sound, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("num_hosts", [2, 4])
+@pytest.mark.parametrize("num_hosts", [pytest.param(2, marks=SLOW), 4])
 def test_hosts_together_make_the_batches_of_one(sound, num_hosts):
     options = {"num_classes": 3, "mix_group": 2, "augmentation": Augmentation(policy="none")}
     alone = trained(sound, 4, **options)

@@ -399,6 +399,7 @@ def test_features_of_a_run_are_evaluated_by_one_command(command, smoke_run, tmp_
     assert "pass --data PATH" in capsys.readouterr().err
 
 
+@pytest.mark.one_backend
 def test_nan_in_a_batch_stops_with_the_step_the_batch_and_a_dump(few_digits, tmp_path, monkeypatch):
     import tensorflow as tf
 

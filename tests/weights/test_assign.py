@@ -224,9 +224,14 @@ def test_settings_of_layers_are_kept_or_named(tmp_path):
         config = layer.get_config()
         return type(layer).from_config(config | ({"epsilon": 0.5} if layer.name == "convnext_norm" else {}))
 
-    keras.models.clone_model(body("avg"), clone_function=changed).save(path)
-    with pytest.raises(ValueError, match=r"m.keras: .*epsilon of norm: 0.5, not 1e-05"):
-        keras_convnext.convert(path, tmp_path / "copy.keras")
+    model = keras.models.clone_model(body("avg"), clone_function=changed)
+    model.save(path)
+    for target in ("copy.keras", "copy.weights.h5", "copy.safetensors", "copy.pth"):
+        with pytest.raises(ValueError, match=r"m.keras: .*epsilon of norm: 0.5, not 1e-05"):
+            keras_convnext.convert(path, tmp_path / target, layout="timm")
+    with pytest.raises(ValueError, match=r"epsilon of norm: 0.5, not 1e-05. A .keras file keeps them"):
+        keras_convnext.save_weights(model, tmp_path / "copy.safetensors", layout="timm")
+    keras_convnext.save_weights(dilated, tmp_path / "copy.safetensors", layout="timm")  # as timm's own
 
 
 @pytest.mark.parametrize("arguments", [{"pooling": "avg"}, {"pooling": "max"}, {"pyramid_norms": True}])

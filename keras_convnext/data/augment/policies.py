@@ -1,6 +1,7 @@
 """RandAugment, AutoAugment, TrivialAugment and colour jitter: which operations an image gets, how strong."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -260,16 +261,13 @@ def apply_augment(
 
     The default fill is timm's, torchvision's is (0, 0, 0).
     """
-    functions = _functions(interpolation, tuple(fill))
     if tf.executing_eagerly():
+        functions = _functions(interpolation, tuple(fill))
         for number, argument in zip(plan["operation"], plan["argument"], strict=True):
             image = functions[int(number)](image, argument)
         return image
     shape = image.shape
-    specification = tf.TensorSpec(shape, tf.uint8), tf.TensorSpec([], tf.float64)
-    branches = [
-        tf.function(function, autograph=False).get_concrete_function(*specification) for function in functions
-    ]
+    branches = _graphs(interpolation, tuple(fill), tuple(shape))
     for number, argument in zip(tf.unstack(plan["operation"]), tf.unstack(plan["argument"]), strict=True):
         # tf.switch_case would merge all branches into this graph, and pass a dead value through each node
         # of those not taken: 80 us an image. This calls the chosen function.
@@ -410,3 +408,14 @@ def _functions(
         *(pixels.color, pixels.contrast, pixels.brightness, pixels.sharpness),
         *map(geometric, (pixels.shear_x, pixels.shear_y, pixels.translate_x, pixels.translate_y)),
     ]
+
+
+@functools.lru_cache(maxsize=8)
+def _graphs(interpolation: str, fill: tuple[int, ...], shape: tuple[int | None, ...]) -> list[Any]:
+    """The same, traced once for all graphs in which images of a shape are augmented."""
+    specification = tf.TensorSpec(shape, tf.uint8), tf.TensorSpec([], tf.float64)
+    with tf.init_scope():
+        return [
+            tf.function(function, autograph=False).get_concrete_function(*specification)
+            for function in _functions(interpolation, fill)
+        ]
