@@ -84,6 +84,10 @@ class Classifier:
     synsets: list[str]  # a WordNet id for each class; empty when it is not an ImageNet classifier
     gives_logits: bool  # whether a softmax is still to be taken
 
+    def prepared(self, content: bytes, name: str) -> np.ndarray:
+        """An encoded image to the pixels that the model takes; `name` is for errors."""
+        return preprocess.decode_prepared(content, name, self.predictor.preprocessing)
+
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 images (N, height, width, 3), prepared, to probabilities (N, classes)."""
         outputs = self.predictor.outputs(images)
@@ -155,6 +159,6 @@ def _readable(
             if not is_loaded:
                 preprocess.decode_image(content, name, lambda image: np.empty(0))
                 is_loaded = True
-            yield path, preprocess.decode_prepared(content, name, load().predictor.preprocessing)
+            yield path, load().prepared(content, name)
         except preprocess.ImageError as error:
             shared.note(errors, error)

@@ -46,7 +46,7 @@ class CsvLog:
 
     def _save(self, rows: list[dict[str, Value]]) -> None:
         columns = list(dict.fromkeys(column for row in rows for column in row)) or ["epoch"]
-        table = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+        table: list[list] = [columns, *([row.get(column, "") for column in columns] for row in rows)]
         replace_file(self.path, _terminal.csv_text(table).encode())
         self.rows = rows
 

@@ -316,7 +316,7 @@ class Run:
             failure.write_faults(self.data.faults, self.folder)
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
             rows = self.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
-            scores = dict(rows[-1]) | best
+            scores = {**rows[-1], **best}
             self.folder.write_json(run_state.RESULT_FILE, scores)
             self.events.close()
         self.progress.close()
