@@ -11,7 +11,6 @@ from keras_convnext import _files
 from keras_convnext.cli import main
 from keras_convnext.conversion import convert
 from keras_convnext.data import index, prepare
-from keras_convnext.data.index import IndexBuilder
 from keras_convnext.evaluation import features
 from keras_convnext.evaluation import report as evaluation_report
 from keras_convnext.exporting import export, web_page
@@ -39,7 +38,7 @@ def save_checkpoint(folder):
 
 
 def write_index(folder):
-    index.write_index(folder / "index.npz", IndexBuilder().source("", "tar", [], []))
+    index.write_index(folder / "index.npz", index.scanned("", "tar", [], []))
 
 
 def draw_curves(folder):

@@ -4,12 +4,11 @@ What happens to the example at a place of the order is a function of the seed an
 whatever the number of threads or hosts and wherever the stream was entered.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
-from PIL import Image
 
 from keras_convnext.data import blocks, jpeg, preprocess
 from keras_convnext.data.augment.transform import TrainTransform
@@ -71,7 +70,7 @@ def eval_batches(
     _check_host(host, num_hosts)
     blocks.leave_accelerators()
     faults = Faults(source) if faults is None else faults
-    read, labels = blocks.reader(source), blocks.on_cpu(source.labels)
+    read, labels = blocks.reader(source)
     share = -(-len(source) // num_hosts)
     if batch_size > max(share, _MOST_PADDED):
         raise ValueError(
@@ -82,10 +81,9 @@ def eval_batches(
 
     def plan(places: Any) -> Rows:
         places += begin
-        return {"number": tf.where(places < end, places, _PADDING), "place": places}
+        return {"number": tf.where(places < end, places, _PADDING)}
 
-    def prepared(image: Image.Image) -> np.ndarray:
-        return preprocess.prepared(image, preprocessing)
+    prepared = functools.partial(preprocess.prepared, preprocessing=preprocessing)
 
     def with_tensorflow(rows: Rows) -> Rows:
         pixels = jpeg.center_crop(read(rows["number"][0]), preprocessing)
@@ -129,12 +127,11 @@ def train_batches(
 ) -> Any:
     """Make batches for training, without end: random resized crop, flip, policy, erasing, mixup or cutmix.
 
-    The order of the steps is timm's. An epoch has its own permutation of the examples, and what is left over
-    of its batches is dropped. The stream has no end, so that no epoch repeats another: `fit` needs
+    The steps are in timm's order. An epoch has its own permutation of the examples, and what is left over of
+    its batches is dropped. As no epoch repeats another, the stream has no end: `fit` needs
     `steps_per_epoch=steps_per_epoch(source, batch_size)`, or it runs forever.
 
-    Place p of the order decides alone, with the seed, which example stands there and how it is changed. So
-    the stream is the same whatever the number of `workers`, is entered anywhere by `part.start_batch`, and
+    The stream is the same whatever the number of `workers`, is entered anywhere by `part.start_batch`, and
     several hosts together make the batches of one. Rows 2k and 2k + 1 are mixed with each other, where timm
     takes a batch and its reverse; the shuffle makes that the same.
 
@@ -173,6 +170,7 @@ def train_batches(
         )
     order = _order(source, batch_size, part, seed, augmentation.repeats)
     size = Preprocessing(image_size).size
+    mix_group = batch_size if mix_group is None else mix_group
     transform = TrainTransform(
         augmentation, size, num_classes, batch_size, mix_group, normaliser, dtype, seed
     )
@@ -183,11 +181,26 @@ def train_batches(
         )
     blocks.leave_accelerators()
     faults = Faults(source) if faults is None else faults
-    plan, fast, slow = _training_examples(source, order, transform, faults)
+    read, labels = blocks.reader(source)
+
+    def plan(rows: Any) -> Rows:
+        places = order.places(rows)
+        numbers = {"number": order.numbers(places), "place": places}
+        return numbers | transform.plan(Draws(seed, places), places)
+
+    def with_tensorflow(row: Rows) -> tuple[Any, Any]:
+        return transform.crop_bytes(read(row["number"]), row), labels[row["number"]]
+
+    def with_pillow(row: Rows) -> tuple[Any, Any]:
+        decoded = blocks.read_with_pillow(source, row["number"], faults, preprocess.reduced, _NEIGHBOURS)
+        pixels, number, _ = decoded
+        return transform.crop_pixels(pixels, row), labels[number]
 
     def without_faults(batch: Rows) -> tuple[Any, Any]:
         return batch["images"], blocks.checked(batch["targets"], tf.reduce_any(batch["is_repaired"]), faults)
 
+    fast = functools.partial(transform.make, cropped=with_tensorflow)
+    slow = functools.partial(transform.make, cropped=with_pillow)
     batches = blocks.make_in_blocks(None, order.rows_a_batch, transform.unit, plan, fast, slow, workers)
     endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     return blocks.finished(batches.map(without_faults).apply(endless), workers, faults)
@@ -213,44 +226,6 @@ def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"Expected seed to be an integer from 0 up, received {seed!r}.")
     return Order(len(source), batches_per_epoch, batch_size, part, seed, repeats)
-
-
-def _training_examples(
-    source: Source, order: Order, transform: TrainTransform, faults: Faults
-) -> tuple[Callable[[Any], Rows], Callable[[Rows], Rows], Callable[[Rows], Rows]]:
-    """Return what `make_in_blocks` takes: the plan, and two ways to make the examples of a unit."""
-    read, labels = blocks.reader(source), blocks.on_cpu(source.labels)
-
-    def plan(rows: Any) -> Rows:
-        places = order.places(rows)
-        numbers = {"number": order.numbers(places), "place": places}
-        return numbers | transform.plan(Draws(order.seed, places), places)
-
-    def with_tensorflow(row: Rows) -> tuple[Any, Any]:
-        return transform.crop_bytes(read(row["number"]), row), row["number"]
-
-    def with_pillow(row: Rows) -> tuple[Any, Any]:
-        pixels, number, _ = blocks.read_with_pillow(
-            source, row["number"], faults, preprocess.reduced, _NEIGHBOURS
-        )
-        return transform.crop_pixels(pixels, row), number
-
-    def made(rows: Rows, cropped: Callable[[Rows], tuple[Any, Any]], is_repaired: bool) -> Rows:
-        # One by one and then mixed, while they are in the cache.
-        images, image_labels = [], []
-        for index in range(transform.unit):
-            row = tf.nest.map_structure(lambda values, index=index: values[index], rows)
-            image, number = cropped(row)
-            images.append(transform.augment(image, row))
-            image_labels.append(labels[number])
-        mixed, targets = transform.mix(images, image_labels, rows)
-        return {"images": mixed, "targets": targets, "is_repaired": tf.fill([transform.unit], is_repaired)}
-
-    return (
-        plan,
-        lambda rows: made(rows, with_tensorflow, False),
-        lambda rows: made(rows, with_pillow, True),
-    )
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:

@@ -34,11 +34,11 @@ def make_in_blocks(
     a data set for each example costs 0.7 ms. In a block those for which `fast` raises are left out by
     `ignore_errors`, and made by `slow`, which may call Python and does not raise.
 
-    `plan` maps rows of the stream, int64 (n,), to a nested dict of tensors (n, ...), with "number" and
-    "place", which go into the batch; padding, with number -1, must come last in a block. `fast` and `slow`
-    map `unit` rows of the plan, a divisor of `batch_size`, to as many rows for the batch. The result is a
-    `tf.data.Dataset` of dicts with these, "number" and "place": tensors (batch_size, ...). It has no end
-    where `num_batches` is None.
+    `plan` maps rows of the stream, int64 (n,), to a nested dict of tensors (n, ...), with "number"; padding,
+    with number -1, must come last in a block. `fast` and `slow` map `unit` rows of the plan, a divisor of
+    `batch_size`, to as many rows for the batch. The result is a `tf.data.Dataset` of dicts with these,
+    "number" and "is_repaired", whether `slow` was needed in the block: tensors (batch_size, ...). It has no
+    end where `num_batches` is None.
     """
     sizes = range(unit, min(batch_size, max(_MAX_BLOCK, unit)) + 1, unit)  # of a block: whole units
     size = max(size for size in sizes if batch_size % size == 0)
@@ -101,8 +101,8 @@ def finished(batches: Any, workers: int | None, faults: Faults) -> Any:
     return batches
 
 
-def reader(source: Source) -> Callable[[Any], Any]:
-    """Return a function from an example's number to its encoded bytes, for use in a graph."""
+def reader(source: Source) -> tuple[Callable[[Any], Any], Any]:
+    """Return a function from an example's number to its encoded bytes, for use in a graph, and the labels."""
 
     # TensorFlow has no operation that reads part of a file, and its other one opens pipes and devices.
     def read(number: np.ndarray) -> bytes:
@@ -112,7 +112,11 @@ def reader(source: Source) -> Callable[[Any], Any]:
             preprocess.tell_orientation(content, lambda: source.name(int(number)))
         return content
 
-    return lambda number: tf.ensure_shape(tf.numpy_function(read, [number], tf.string, stateful=False), ())
+    def encoded(number: Any) -> Any:
+        return tf.ensure_shape(tf.numpy_function(read, [number], tf.string, stateful=False), ())
+
+    with tf.device("CPU:0"):  # in whose memory they stay, as tf.data runs there
+        return encoded, tf.constant(source.labels)
 
 
 def read_with_pillow(
@@ -167,12 +171,6 @@ def leave_accelerators() -> None:
             tf.config.set_visible_devices([], "GPU")
 
 
-def on_cpu(values: Any) -> Any:
-    """Return a constant that stays in the memory of the CPU, where tf.data runs."""
-    with tf.device("CPU:0"):
-        return tf.constant(values)
-
-
 def _block(
     rows: Rows, size: int, unit: int, fast: Callable[[Rows], Rows], slow: Callable[[Rows], Rows]
 ) -> Any:
@@ -198,7 +196,8 @@ def _block(
 
         full = tf.cond(tf.shape(index)[0] == num_units, lambda: made, repair)
         full = {name: tf.reshape(values, (size, *signature[name].shape[1:])) for name, values in full.items()}
-        return {**full, **{name: rows[name] for name in ("number", "place")}}
+        is_repaired = tf.fill([size], tf.shape(index)[0] < num_units)
+        return {**full, "number": rows["number"], "is_repaired": is_repaired}
 
     count = tf.reduce_sum(tf.cast(rows["number"] >= 0, tf.int64)) // unit
     examples = tf.data.Dataset.range(count).map(example)

@@ -15,7 +15,7 @@ from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from keras_convnext.data.train_transform import Augmentation
 
 MAGNITUDES = (0, 2, 4, 6, 8, 10)
-_TILE, _GAP, _LINE = 112, 6, 14  # pixels
+_TILE, _STEP, _GAP, _LINE, _NAME = 112, 118, 6, 14, 150  # pixels; _STEP from a tile to the next
 _COLUMNS = 8
 
 
@@ -48,11 +48,26 @@ def draw(
     images, targets = next(iter(batches.train_batches(source, augmentation=augmentation, **options)))
     plain = augmentation.replaced({"policy": "none", "erase": 0, "mixup": 0, "cutmix": 0, "color_jitter": 0})
     sample = next(iter(batches.train_batches(source, augmentation=plain, **options)))[0][0].numpy()
-    above = _operations(sample, levels)
-    below = _batch(images.numpy(), targets.numpy(), source.classes)
-    sheet = Image.new("RGB", (max(above.width, below.width), above.height + below.height), "white")
-    sheet.paste(above, (0, 0))
-    sheet.paste(below, (0, above.height))
+    rows = _operations(sample, levels)
+    top = 2 * _LINE + len(rows) * _STEP  # of the batch
+    height = _LINE + -(-len(images) // _COLUMNS) * (_STEP + 2 * _LINE)
+    sheet = Image.new("RGB", (_COLUMNS * _STEP + _GAP, top + height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, magnitude in enumerate(MAGNITUDES):
+        pen.text((_NAME + column * _STEP, 1), f"magnitude {magnitude}", "black")
+    for number, (name, made) in enumerate(rows):
+        pen.text((_GAP, _LINE + number * _STEP + _TILE // 2), name, "black")
+        for column, image in enumerate(made):
+            sheet.paste(_thumbnail(image), (_NAME + column * _STEP, _LINE + number * _STEP))
+    pen.text((_GAP, top), "a training batch", "black")
+    for number, (image, target) in enumerate(zip(images.numpy(), targets.numpy(), strict=True)):
+        row, column = divmod(number, _COLUMNS)
+        left, upper = _GAP + column * _STEP, top + _LINE + row * (_STEP + 2 * _LINE)
+        sheet.paste(_thumbnail(image), (left, upper))
+        for line, place in enumerate(np.argsort(-target, kind="stable")[:2]):
+            if target[place] > 0.5 / len(target) + 1e-3 and place < len(source.classes):
+                text = f"{target[place]:.0%} {source.classes[place]}"[: _TILE // 6]
+                pen.text((left, upper + _TILE + line * _LINE), text, "black")
     marked = PngImagePlugin.PngInfo()
     name, _, text = PNG_MARK.decode().partition("\0")
     marked.add_text(name, text)
@@ -60,8 +75,8 @@ def draw(
         sheet.save(file, "PNG", pnginfo=marked)
 
 
-def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:
-    """One row for each operation, one column for each magnitude."""
+def _operations(image: np.ndarray, levels: Sequence[str]) -> list[tuple[str, list[np.ndarray]]]:
+    """Returns the name of each operation, and the image after it at each magnitude."""
     rows = [("original", [image])]
     for level in dict.fromkeys(levels):
         made = []
@@ -75,37 +90,7 @@ def _operations(image: np.ndarray, levels: Sequence[str]) -> Image.Image:
     boxes = erase_and_mix.plan_erase(uniforms, 1.0, image.shape[:2])
     noise = (IMAGENET_MEAN, IMAGENET_STD)
     erased = [erase_and_mix.apply_erase(image, box, (0, n), *noise).numpy() for n, box in enumerate(boxes)]
-    rows.append(("erasing", erased))
-
-    label_width = 150
-    width = label_width + len(MAGNITUDES) * (_TILE + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, len(rows) * (_TILE + _GAP) + 2 * _LINE), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, magnitude in enumerate(MAGNITUDES):
-        pen.text((label_width + column * (_TILE + _GAP), 1), f"magnitude {magnitude}", "black")
-    for number, (name, made) in enumerate(rows):
-        top = _LINE + number * (_TILE + _GAP)
-        pen.text((_GAP, top + _TILE // 2), name, "black")
-        for column, each in enumerate(made):
-            sheet.paste(_thumbnail(each), (label_width + column * (_TILE + _GAP), top))
-    return sheet
-
-
-def _batch(images: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """The images of a batch in rows, with the two largest of each one's targets."""
-    num_rows = -(-len(images) // _COLUMNS)
-    height = _TILE + 2 * _LINE + _GAP
-    sheet = Image.new("RGB", (_COLUMNS * (_TILE + _GAP) + _GAP, _LINE + num_rows * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((_GAP, 0), "a training batch", "black")
-    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
-        left, top = _GAP + number % _COLUMNS * (_TILE + _GAP), _LINE + number // _COLUMNS * height
-        sheet.paste(_thumbnail(image), (left, top))
-        for line, place in enumerate(np.argsort(-target, kind="stable")[:2]):
-            if target[place] > 0.5 / len(target) + 1e-3 and place < len(classes):
-                text = f"{target[place]:.0%} {classes[place]}"[: _TILE // 6]
-                pen.text((left, top + _TILE + line * _LINE), text, "black")
-    return sheet
+    return [*rows, ("erasing", erased)]
 
 
 def _thumbnail(image: np.ndarray) -> Image.Image:

@@ -17,18 +17,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from keras_convnext._files import read_bytes, read_text, reading
+from keras_convnext._files import StrPath, read_bytes, read_text, reading
 from keras_convnext._messages import shortened
-from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names, index
-from keras_convnext.data.index import Source, SourceError, first_few
+from keras_convnext.data.index import Found, Source, SourceError, first_few
 from keras_convnext.data.records import examples, feature_values
-
-Image = tuple[tarfile.TarInfo, str, str]  # member of a tar, WordNet id or "", name of the example
 
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 _LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "wnid", "synset")
+_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]*(e[-+]?[0-9]+)?", re.IGNORECASE)
 _NO_LABELS = ("", "nan", "<na>", "n/a", "#n/a", "null")  # as tables write that there is none
 _MAX_TAR_HEADER_BYTES = 1 << 16  # of a name or of attributes
 # torchvision 0.28.0, torchvision/datasets/imagenet.py
@@ -63,31 +61,22 @@ def split_of_tar(path: str) -> str:
     raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
 
 
-def open_tar(path: str, split: str, labels: str | os.PathLike[str] | None) -> Source:
+def open_tar(path: str, split: str, labels: StrPath | None) -> Source:
     """Indexes one of ImageNet's two tars; `labels` is a label file for the validation images, or None."""
-    if split == "train" and labels is not None:
-        raise SourceError(
-            f"Expected labels=None for '{path}', whose class tars are the labels, received '{labels}'."
-        )
     scan = _scan_train_tar if split == "train" else _scan_validation_tar
     source = index.cached_index(path, "tar", split, [path], lambda: scan(path))
     return source if split == "train" else with_labels(source, labels)
 
 
-def with_labels(
-    source: Source, path: str | os.PathLike[str] | None, prefix: str = "", beside: Sequence[str] = ()
-) -> Source:
+def with_labels(source: Source, path: StrPath | None, prefix: str = "", beside: Sequence[str] = ()) -> Source:
     """Returns a source with labels from a label file or, for validation images, the published ones.
 
     The file may name the images `beside` too, of other splits; `prefix` is the folder of the own ones there.
     """
     names = [prefix + source.name(number) for number in range(len(source))]
     is_validation = are_validation(names)
-    if path is None:
-        by_number, origin = _published_validation_labels()
-        values = [by_number[_validation_number(name, len(by_number), origin) - 1] for name in names]
-    else:
-        values = _labels_from_file(path, names, is_validation, beside)
+    file = _published_validation_labels() if path is None else path
+    values = _labels_from_file(file, names, is_validation or path is None, beside)
     known = class_names.synset_ids(1000)
     if is_validation and index.are_numbers(values):
         wrong = next((value for value in values if int(value) >= 1000), None)
@@ -96,9 +85,8 @@ def with_labels(
                 f"Expected class numbers from 0 to 999 in '{path}', received {wrong}. The numbers of "
                 "ImageNet's development kit (1 to 1000) are in another order: pass WordNet ids."
             )
-        labels = np.array(list(map(int, values)), np.int32)
-        return dataclasses.replace(source, labels=labels, classes=known)
-    classes = known if is_validation and set(known).issuperset(values) else index.in_order(values, path or "")
+        values = [known[int(value)] for value in values]
+    classes = known if is_validation and set(known).issuperset(values) else index.in_order(values, file)
     positions = {name: number for number, name in enumerate(classes)}
     labels = np.array([positions[value] for value in values], np.int32)
     return dataclasses.replace(source, labels=labels, classes=classes)
@@ -116,7 +104,7 @@ def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarr
     return None
 
 
-def read_real_labels(source: Source, path: str | os.PathLike[str] | None = None) -> list[tuple[int, ...]]:
+def read_real_labels(source: Source, path: StrPath | None = None) -> list[tuple[int, ...]]:
     """Reads the ReaL labels of ImageNet's validation images: for each, a tuple of class numbers.
 
     The path is that of real.json: one list of class numbers (0 to 999) an image, in the order of the numbers
@@ -192,7 +180,7 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
         )
 
 
-def _scan_train_tar(path: str) -> Source:
+def _scan_train_tar(path: str) -> Iterator[Found]:
     with open(path, "rb", buffering=0) as file:
         tars = list(_members(file, 0, os.path.getsize(path), path))
         wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
@@ -201,45 +189,32 @@ def _scan_train_tar(path: str) -> Source:
                 f"Expected one tar a class in '{path}', such as n01440764.tar, received "
                 f"{first_few(wrong) or 'an empty archive'}. Pass ILSVRC2012_img_train.tar as published."
             )
-        synsets = {os.path.basename(tar.name).removesuffix(".tar") for tar in tars}
-        return _indexed(path, _images_of_classes(file, tars, path), sorted(synsets))
-
-
-def _images_of_classes(file: BinaryIO, tars: list[tarfile.TarInfo], path: str) -> Iterator[Image]:
-    """Yields the members of the class tars that lie in ImageNet's training tar."""
-    for tar in tars:
-        synset, found = os.path.basename(tar.name).removesuffix(".tar"), False
-        for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
-            name, found = os.path.basename(member.name), True
-            if not name.startswith(f"{synset}_"):
+        for tar in tars:
+            synset, found = os.path.basename(tar.name).removesuffix(".tar"), False
+            for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
+                name, found = os.path.basename(member.name), True
+                if not name.startswith(f"{synset}_"):
+                    raise SourceError(
+                        f"Expected images named '{synset}_...' in {synset}.tar of '{path}', received "
+                        f"'{name}'. Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
+                    )
+                yield 0, member.offset_data, member.size, synset, f"{synset}/{name}"
+            if not found:
                 raise SourceError(
-                    f"Expected images named '{synset}_...' in {synset}.tar of '{path}', received '{name}'. "
-                    "Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
+                    f"Expected images in {synset}.tar of '{path}', found none. Download it again."
                 )
-            yield member, synset, f"{synset}/{name}"
-        if not found:
-            raise SourceError(f"Expected images in {synset}.tar of '{path}', found none. Download it again.")
 
 
-def _scan_validation_tar(path: str) -> Source:
+def _scan_validation_tar(path: str) -> Iterator[Found]:
     with open(path, "rb", buffering=0) as file:
-        members = _members(file, 0, os.path.getsize(path), path)
-        return _indexed(path, ((member, "", os.path.basename(member.name)) for member in members), [])
-
-
-def _indexed(path: str, images: Iterable[Image], classes: list[str]) -> Source:
-    positions = {name: number for number, name in enumerate(classes)}
-    columns = index.IndexBuilder()
-    with Progress(f"Indexing {os.path.basename(path)}", os.path.getsize(path), "MB") as progress:
-        for member, synset, name in images:
-            columns.add(0, member.offset_data, member.size, positions.get(synset, 0), name)
-            progress.show(member.offset_data, lambda: f"{len(columns)} images, {progress.text()}")
-    if not columns:
+        member = None
+        for member in _members(file, 0, os.path.getsize(path), path):
+            yield 0, member.offset_data, member.size, 0, os.path.basename(member.name)
+    if member is None:
         raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
-    return columns.source(path, "tar", [path], classes)
 
 
-def _validation_number(name: str, count: int, labels: str | os.PathLike[str]) -> int:
+def _validation_number(name: str, count: int, labels: StrPath) -> int:
     """Returns the number in the name of a validation image, 1 to `count`."""
     match = VALIDATION_NAME.fullmatch(os.path.basename(name))
     if match is None:
@@ -255,14 +230,13 @@ def _validation_number(name: str, count: int, labels: str | os.PathLike[str]) ->
     return number
 
 
-def _published_validation_labels() -> tuple[list[str], str]:
-    """Returns the WordNet id of each validation image in the order of their numbers, and the file."""
+def _published_validation_labels() -> str:
+    """Returns the file with the WordNet id of each validation image, in the order of their numbers."""
     package = importlib.util.find_spec("tensorflow_datasets")
     for folder in (package and package.submodule_search_locations) or ():
         path = os.path.join(folder, "datasets", "imagenet2012", "validation_labels.txt")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                return file.read().split(), path
+            return path
     raise SourceError(
         "Expected the labels of ImageNet's validation images, which the package tensorflow-datasets carries, "
         "but it is not installed. Run pip install tensorflow-datasets importlib_resources, or pass labels."
@@ -270,7 +244,7 @@ def _published_validation_labels() -> tuple[list[str], str]:
 
 
 def _labels_from_file(
-    path: str | os.PathLike[str], names: list[str], is_validation: bool, beside: Sequence[str]
+    path: StrPath, names: list[str], is_validation: bool, beside: Sequence[str]
 ) -> list[str]:
     """Returns the label of each name, as it is written in a label file, which may have those `beside` too."""
     rows = _rows(path, any(os.path.basename(name).startswith("#") for name in names))
@@ -338,7 +312,7 @@ def _labels_from_file(
     return [given[name] for name in names]
 
 
-def _rows(path: str | os.PathLike[str], has_hashes: bool) -> list[tuple[int, list[str]]]:
+def _rows(path: StrPath, has_hashes: bool) -> list[tuple[int, list[str]]]:
     """Returns the number and the fields of each line of a label file, all of as many fields.
 
     Lines that begin with "#" are comments, unless images do (`has_hashes`).
@@ -397,15 +371,13 @@ def _finder(names: list[str]) -> Callable[[str], set[str]]:
     return find
 
 
-def _label_column(
-    header: list[str], columns: list[tuple[str, ...]], file_column: int, path: str | os.PathLike[str]
-) -> int:
+def _label_column(header: list[str], columns: list[tuple[str, ...]], file_column: int, path: StrPath) -> int:
     """Returns the column of labels: the only one beside the files, that of this name, or that of words."""
     names = [name.casefold() for name in header]
     others = [number for number in range(len(columns)) if number != file_column]
     named = [number for number in others if header and names[number] in _LABEL_NAMES]
     exact = [number for number in named if names[number] == "label"]
-    words = [n for n in others if not all(map(_is_number, columns[n][bool(header) :]))]
+    words = [n for n in others if not all(map(_NUMBER.fullmatch, columns[n][bool(header) :]))]
     for found in (others, exact, named, words):
         if len(found) == 1:
             return found[0]
@@ -414,7 +386,3 @@ def _label_column(
         f"{first_few(header) if header else f'{len(columns)} columns'}, of which several could be it. Keep "
         "file and label, or name its column 'label' in the first line."
     )
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[-+]?[0-9]*\.?[0-9]*(e[-+]?[0-9]+)?", text.casefold()) is not None

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_convnext._files import open_regular, reading, regular_size, replacing_file
+from keras_convnext._files import StrPath, open_regular, reading, regular_size, replacing_file
 from keras_convnext._messages import listed, near_names, shortened, size_text
-from keras_convnext._terminal import print_line
+from keras_convnext._terminal import Progress, print_line
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
@@ -56,10 +56,8 @@ class Source:
     lengths: np.ndarray  # int64 (N,), bytes of the encoded image; -1 for the whole file, of unknown size
     labels: np.ndarray  # int32 (N,), class numbers, 0 to len(classes) - 1
     classes: list[str]  # WordNet ids for ImageNet, names of the folders otherwise
-    # uint8 (characters,), UTF-8, the names of all examples without separators, and int64 (N,), where each
-    # ends; both (0,) when the files are named like the examples.
-    name_text: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
-    name_ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    name_text: np.ndarray  # uint8 (characters,), UTF-8, the names of all examples without separators
+    name_ends: np.ndarray  # int64 (N,), where each ends
     # What lies beside the images, by the reason to leave it out, see `list_folder`.
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
@@ -68,11 +66,8 @@ class Source:
 
     def name(self, number: int) -> str:
         """Names example `number` for reports, such as "n01440764/n01440764_18.JPEG"."""
-        if len(self.name_ends):
-            start = self.name_ends[number - 1] if number else 0
-            return self.name_text[start : self.name_ends[number]].tobytes().decode("utf-8", "surrogateescape")
-        relative = os.path.relpath(self.files[self.file_numbers[number]], self.path)
-        return relative.replace(os.sep, "/")
+        start = self.name_ends[number - 1] if number else 0
+        return self.name_text[start : self.name_ends[number]].tobytes().decode("utf-8", "surrogateescape")
 
     def read(self, number: int) -> bytes:
         """Reads the encoded image of example `number`, of a regular file and not of any size."""
@@ -134,26 +129,30 @@ def check_labels(source: Source, count: int) -> None:
         )
 
 
-class IndexBuilder:
-    """An index that grows by one example at a time."""
+# An image: the number of its file, first byte, bytes, number or name of its class, its own name.
+Found = tuple[int, int, int, int | str, str]
 
-    def __init__(self) -> None:
-        self._columns = {name: array.array("B" if name == "name_text" else "q") for name in _COLUMNS}
 
-    def __len__(self) -> int:
-        return len(self._columns["labels"])
-
-    def add(self, file_number: int, offset: int, length: int, label: int, name: str) -> None:
-        self._columns["name_text"].frombytes(name.encode("utf-8", "surrogateescape"))
-        example = {"file_numbers": file_number, "offsets": offset, "lengths": length, "labels": label}
-        for column, value in (example | {"name_ends": len(self._columns["name_text"])}).items():
-            self._columns[column].append(value)
-
-    def source(self, path: str, kind: str, files: list[str], classes: list[str]) -> Source:
-        columns: dict[str, Any] = {
-            name: np.array(self._columns[name], dtype) for name, dtype in _COLUMNS.items()
-        }
-        return Source(path=path, kind=kind, files=files, classes=classes, **columns)
+def scanned(path: str, kind: str, files: list[str], images: Iterable[Found]) -> Source:
+    """Indexes images as they are found in files, and shows how far that is; classes are sorted."""
+    names = ("file_numbers", "offsets", "lengths", "labels", "name_ends")
+    numbers, text, found = array.array("q"), bytearray(), dict[str, int]()
+    sizes = np.cumsum([0, *map(os.path.getsize, files)])
+    with Progress(f"Indexing {os.path.basename(path)}", int(sizes[-1]), "MB") as progress:
+        for number, offset, length, label, name in images:
+            label = found.setdefault(label, len(found)) if isinstance(label, str) else label
+            text += name.encode("utf-8", "surrogateescape")
+            numbers.extend((number, offset, length, label, len(text)))
+            progress.show(
+                int(sizes[number]) + offset, lambda: f"{len(numbers) // 5} images, {progress.text()}"
+            )
+    table = zip(names, np.array(numbers, np.int64).reshape(-1, len(names)).T, strict=True)
+    columns: dict[str, Any] = {name: values.astype(_COLUMNS[name]) for name, values in table}
+    classes = sorted(found)
+    if classes:
+        positions = np.argsort([found[name] for name in classes]).astype(np.int32)
+        columns["labels"] = positions[columns["labels"]]
+    return Source(path, kind, files, classes=classes, name_text=np.frombuffer(text, np.uint8), **columns)
 
 
 def name_columns(names: Iterable[str]) -> dict[str, Any]:
@@ -211,10 +210,12 @@ def _check_columns(arrays: dict[str, np.ndarray], num_files: int, classes: list[
         raise ValueError("name_ends does not rise")
 
 
-def cached_index(path: str, kind: str, split: str, files: list[str], scan: Callable[[], Source]) -> Source:
+def cached_index(
+    path: str, kind: str, split: str, files: list[str], scan: Callable[[], Iterable[Found]]
+) -> Source:
     """Returns what `scan` finds in some files, from the cache when they have not changed."""
     if sum(map(regular_size, files)) < CACHED_BYTES:
-        return scan()
+        return scanned(path, kind, files, scan())
     folder = os.environ.get("KERAS_CONVNEXT_INDEX_CACHE") or os.path.join(
         os.path.expanduser("~"), ".cache", "keras_convnext", "index"
     )
@@ -224,7 +225,7 @@ def cached_index(path: str, kind: str, split: str, files: list[str], scan: Calla
     stamp = _digest([[state.st_size, state.st_mtime_ns] for state in states])
     with contextlib.suppress(OSError, SourceError):
         return read_index(index, path, kind, files, stamp)
-    source = scan()
+    source = scanned(path, kind, files, scan())
     try:
         os.makedirs(folder, exist_ok=True)
         write_index(index, source, stamp)
@@ -326,7 +327,7 @@ def are_numbers(names: Iterable[str]) -> bool:
     return all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names)
 
 
-def in_order(names: Iterable[str], path: str | os.PathLike[str]) -> list[str]:
+def in_order(names: Iterable[str], path: StrPath) -> list[str]:
     """Returns the names of classes in the order of their labels: sorted, but the numbers 0 to n - 1 by value.
 
     SourceError: two names stand for one number.

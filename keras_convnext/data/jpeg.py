@@ -15,6 +15,10 @@ import tensorflow as tf
 from keras_convnext.data import preprocess
 from keras_convnext.data.preprocessing import Preprocessing
 
+Bounds = tuple[float, float]
+Pair = tuple[Any, Any]  # of scalars, vertical and horizontal
+RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop
+
 _SUPPORTS = {"bicubic": 2.0, "bilinear": 1.0}
 _ONE = float(1 << 22)  # Pillow's coefficients are integers of 22 bits after the point (Resample.c)
 _TILE = 8  # outputs that share a window of inputs; 8 and 16 were fastest, one window for all 5 times slower
@@ -38,7 +42,7 @@ def covers(preprocessing: Preprocessing) -> bool:
     return all(resized >= side for resized, side in sides)
 
 
-def plain_jpeg_size(content: Any) -> tuple[Any, Any]:
+def plain_jpeg_size(content: Any) -> Pair:
     """Read (height, width), int32 scalars, from the header of an encoded image, a scalar string.
 
     When run, it and all that decodes here raise tf.errors.InvalidArgumentError where TensorFlow does not
@@ -80,7 +84,7 @@ def random_resized_crop(
     *,
     image_size: tuple[int, int],
     interpolation: str,
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ratio: Bounds = RATIO,
 ) -> Any:
     """Decode a random box of a JPEG, resize and flip it, as Pillow's methods in this order.
 
@@ -96,9 +100,7 @@ def random_resized_crop(
     return _decode_and_resize(content, (top, left), size, axes)
 
 
-def plan_crop(
-    uniforms: Any, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
-) -> Any:
+def plan_crop(uniforms: Any, scale: Bounds = (0.08, 1.0), ratio: Bounds = RATIO) -> Any:
     """Draw the boxes of random resized crops, as far as that goes without the sizes of the images.
 
     `scale` bounds the area of a box as a fraction of the image's, `ratio` its width / height. From
@@ -115,9 +117,7 @@ def plan_crop(
     return tf.concat([tf.sqrt(area / aspect), tf.sqrt(area * aspect), uniforms[:, 20:]], axis=1)
 
 
-def crop_box(
-    size: tuple[Any, Any], crop: Any, ratio: tuple[float, float] = (3 / 4, 4 / 3)
-) -> tuple[Any, Any, Any, Any]:
+def crop_box(size: Pair, crop: Any, ratio: Bounds = RATIO) -> tuple[Any, Any, Any, Any]:
     """Choose the box of a random resized crop: the first of ten that fits, or else a central one.
 
     From (height, width) of the image and a row of `plan_crop` to (top, left, height, width), int32 scalars,
@@ -166,9 +166,9 @@ class _Axes:
 
     def __init__(
         self,
-        in_size: tuple[Any, Any],
-        out_size: tuple[Any, Any],
-        first: tuple[Any, Any],
+        in_size: Pair,
+        out_size: Pair,
+        first: Pair,
         count: tuple[int, int],
         support: float,
         flip: Any = False,
@@ -223,7 +223,7 @@ def _filter(x: Any, support: float) -> Any:
     return tf.where(x < 1.0, near, tf.where(x < 2.0, far, 0.0))
 
 
-def _resized_size(height: Any, width: Any, preprocessing: Preprocessing) -> tuple[Any, Any]:
+def _resized_size(height: Any, width: Any, preprocessing: Preprocessing) -> Pair:
     """`preprocess.resized_size` in a graph."""
     scale_size = preprocessing.scale_size
     if preprocessing.crop_mode == "squash":
@@ -237,9 +237,7 @@ def _resized_size(height: Any, width: Any, preprocessing: Preprocessing) -> tupl
     return tuple(tf.cast(_float(short * size) / _float(shorter), tf.int32) for size in (height, width))
 
 
-def _decode_and_resize(
-    content: Any, origin: tuple[Any, Any], image_size: tuple[Any, Any], axes: _Axes
-) -> Any:
+def _decode_and_resize(content: Any, origin: Pair, image_size: Pair, axes: _Axes) -> Any:
     """Decode what the outputs are made of, and make them; `origin` is where the axes begin in the image."""
     top, left = (origin[axis] + axes.begin[axis] for axis in (0, 1))
     bottom, right = (origin[axis] + axes.end[axis] for axis in (0, 1))

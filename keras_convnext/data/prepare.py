@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -31,12 +30,8 @@ from keras_convnext.data.records import is_prepared, read_manifest
 from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
 
 SHARD_BYTES = 150_000_000  # of the default number of shards
-_RECORD = {
-    "name": str,
-    "size": int,
-    "sha256": str,
-    "num_examples": int,
-}  # of a shard, in journal and manifest
+# Of a shard, in journal and manifest.
+_RECORD = {"name": str, "size": int, "sha256": str, "num_examples": int}
 
 
 class PrepareError(SourceError):
@@ -57,32 +52,17 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """All that follows from the source and the arguments before an image is read.
-
-    That has the place of every image in its shard, so the index needs no reading of the shards.
-    """
+    """All that follows from the source and the arguments before an image is read."""
 
     split: str
-    folder: str
-    source: Source
+    source: Source  # in the order that is written
     settings: dict[str, object]  # what a later run must agree with
-    lengths: np.ndarray  # int64 (N,), bytes of each image of the source
-    order: np.ndarray  # int64 (N,), numbers of the examples in the order they are written
-    ends: np.ndarray  # int64 (num_shards,), where each shard ends in `order`
-    offsets: np.ndarray  # int64 (N,), first byte of each image in its shard, in the written order
+    written: Source  # where the images will lie: so the index needs no reading of the shards
     sizes: np.ndarray  # int64 (num_shards,), bytes of each shard
 
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """Of the shards."""
-        count = len(self.ends)
-        return [f"{self.split}-{shard:05d}-of-{count:05d}.tfrecord" for shard in range(count)]
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
-
-    def examples(self, shard: int) -> list[int]:
-        return self.order[self.ends[shard - 1] if shard else 0 : self.ends[shard]].tolist()
+    def places(self, shard: int) -> np.ndarray:
+        """Of the shard's images in `source`, int64."""
+        return np.flatnonzero(self.written.file_numbers == shard)
 
 
 def prepare(
@@ -167,8 +147,8 @@ def prepare(
             num_kept += _write_split(plans[-1], workers or min(os.cpu_count() or 1, 16))
     return Summary(
         output=output,
-        images={plan.split: len(plan.order) for plan in plans},
-        shards={plan.split: len(plan.ends) for plan in plans},
+        images={plan.split: len(plan.source) for plan in plans},
+        shards={plan.split: len(plan.sizes) for plan in plans},
         num_bytes=sum(int(plan.sizes.sum()) for plan in plans),
         num_kept=num_kept,
         seconds=time.monotonic() - begin,
@@ -208,9 +188,7 @@ def _intact(title: str, folder: str, records: list[dict], workers: int | None) -
 
     def is_intact(record: dict) -> bool:
         path = os.path.join(folder, record["name"])
-        if not os.path.isfile(path) or os.path.getsize(path) != record["size"]:
-            return False
-        return _describe(folder, record["name"])["sha256"] == record["sha256"]
+        return os.path.isfile(path) and _describe(path).items() <= record.items()
 
     intact, done = [], 0
     with (
@@ -245,67 +223,72 @@ def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed:
         )
     # RandomState, because its stream is the same in every version of NumPy.
     order = np.random.RandomState(seed).permutation(count)
-    ends = np.cumsum([len(part) for part in np.array_split(order, num_shards)])
+    ends = np.cumsum([len(part) for part in np.array_split(order, num_shards)])  # of the shards
     record_ends = np.cumsum((HEADER_BYTES + head_sizes + lengths + FOOTER_BYTES)[order])
-    starts = np.concatenate([[0], record_ends[ends[:-1] - 1]])  # of the shards
-    return _Plan(
-        split=split,
-        folder=folder,
-        source=source,
-        settings={
-            "source": fingerprint.hexdigest(),
-            "num_examples": count,
-            "num_shards": num_shards,
-            "shuffle_seed": seed,
-        },
-        lengths=lengths,
-        order=order,
-        ends=ends,
-        offsets=record_ends - FOOTER_BYTES - lengths[order] - np.repeat(starts, np.diff(ends, prepend=0)),
-        sizes=record_ends[ends - 1] - starts,
+    starts = np.concatenate([[0], record_ends[ends[:-1] - 1]])
+    file_numbers = np.repeat(np.arange(num_shards, dtype=np.int32), np.diff(ends, prepend=0))
+    names = [f"{split}-{shard:05d}-of-{num_shards:05d}.tfrecord" for shard in range(num_shards)]
+    shuffled = sources.take(source, order)
+    written = dataclasses.replace(
+        shuffled,
+        path=folder,
+        kind="prepared",
+        files=[os.path.join(folder, name) for name in names],
+        file_numbers=file_numbers,
+        offsets=record_ends - FOOTER_BYTES - lengths[order] - starts[file_numbers],
+        lengths=lengths[order],
     )
+    settings: dict[str, object] = {
+        "source": fingerprint.hexdigest(),
+        "num_examples": count,
+        "num_shards": num_shards,
+        "shuffle_seed": seed,
+    }
+    return _Plan(split, shuffled, settings, written, record_ends[ends - 1] - starts)
 
 
 def _write_split(plan: _Plan, workers: int) -> int:
     """Writes what is missing of a split; returns the number of shards that were there."""
-    journal, index_name = f"{plan.split}-journal.jsonl", f"{plan.split}-index.npz"
+    folder, shards = plan.written.path, plan.written.files
+    names = (f"{plan.split}-journal.jsonl", f"{plan.split}-index.npz", MANIFEST)
+    journal, index_path, manifest_path = (os.path.join(folder, name) for name in names)
     manifest: dict = {"format": "keras_convnext", "version": index.INDEX_VERSION, "splits": {}}
-    if os.path.exists(plan.path(MANIFEST)):
-        manifest = read_manifest(plan.folder)
+    if os.path.exists(manifest_path):
+        manifest = read_manifest(folder)
     entry = manifest["splits"].get(plan.split)
-    lines = _journal_lines(plan.path(journal))
+    lines = _journal_lines(journal)
     if entry is None and lines is None:
-        for name in (journal, index_name, *plan.names):
-            if os.path.lexists(plan.path(name)):
+        for path in (journal, index_path, *shards):
+            if os.path.lexists(path):
                 raise PrepareError(
-                    f"Expected no {name} in '{plan.folder}': prepare did not write it, so it is not "
-                    "replaced. Move it, or pass another folder."
+                    f"Expected no {os.path.basename(path)} in '{folder}': prepare did not write it, so it is "
+                    "not replaced. Move it, or pass another folder."
                 )
     if entry is not None and not lines:
         lines = [entry["settings"], *entry["shards"]]
     kept = _finished_shards(plan, lines or [], workers)
     _remove_leftovers(plan)
-    missing = [shard for shard in range(len(plan.ends)) if shard not in kept]
-    needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(plan.folder).free
+    missing = [shard for shard in range(len(shards)) if shard not in kept]
+    needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(folder).free
     if needed > free:
         raise PrepareError(
-            f"Expected {needed} bytes free in '{plan.folder}' for the split {plan.split}, received {free}. "
+            f"Expected {needed} bytes free in '{folder}' for the split {plan.split}, received {free}. "
             "Free some, or pass a folder on another disk."
         )
-    with _writing(plan.folder):
+    with _writing(folder):
         begun = [plan.settings, *kept.values()]
-        replace_file(plan.path(journal), "".join(json.dumps(line) + "\n" for line in begun).encode())
-    records = kept | _write_shards(plan, missing, plan.path(journal), workers)
-    with _writing(plan.folder):
-        write_index(plan.path(index_name), _written_source(plan))
+        replace_file(journal, "".join(json.dumps(line) + "\n" for line in begun).encode())
+    records = kept | _write_shards(plan, missing, journal, workers)
+    with _writing(folder):
+        write_index(index_path, plan.written)
         manifest["splits"][plan.split] = {
             "settings": plan.settings,
             "classes": plan.source.classes,
-            "shards": [records[shard] for shard in range(len(plan.ends))],
-            "index": _describe(plan.folder, index_name),
+            "shards": [records[shard] for shard in range(len(shards))],
+            "index": _describe(index_path),
         }
-        replace_file(plan.path(MANIFEST), f"{json.dumps(manifest, indent=1)}\n".encode())
-        os.remove(plan.path(journal))
+        replace_file(manifest_path, f"{json.dumps(manifest, indent=1)}\n".encode())
+        os.remove(journal)
     return len(kept)
 
 
@@ -335,22 +318,22 @@ def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, 
             [f"{name}={of.get(name)}" for name in other] for of in (settings, plan.settings)
         )
         raise PrepareError(
-            f"'{plan.folder}' holds the split {plan.split} with {', '.join(expected)}: expected the same, "
-            f"received {', '.join(received)} (source is a hash of names, sizes, labels and classes). Pass "
-            "what was passed then, or another folder."
+            f"'{plan.written.path}' holds the split {plan.split} with {', '.join(expected)}: expected the "
+            f"same, received {', '.join(received)} (source is a hash of names, sizes, labels and classes). "
+            "Pass what was passed then, or another folder."
         )
-    numbers = {name: shard for shard, name in enumerate(plan.names)}
+    shards = {os.path.basename(path): shard for shard, path in enumerate(plan.written.files)}
     states = map(os.stat, plan.source.files if records else ())
     changes = np.array([max(state.st_mtime_ns, state.st_ctime_ns) for state in states], np.int64)
     records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
-    records = [record for record in records if record["name"] in numbers]
-    intact = _intact(f"Checking {plan.split}", plan.folder, records, workers)
+    records = [record for record in records if record["name"] in shards]
+    intact = _intact(f"Checking {plan.split}", plan.written.path, records, workers)
     kept = {}
     for record, is_intact in zip(records, intact, strict=True):
-        shard = numbers[record["name"]]
-        changed = changes[plan.source.file_numbers[plan.examples(shard)]].max()
+        shard = shards[record["name"]]
+        changed = changes[plan.source.file_numbers[plan.places(shard)]].max()
         # An image that was changed later may have kept its size.
-        if is_intact and changed <= os.stat(plan.path(record["name"])).st_mtime_ns:
+        if is_intact and changed <= os.stat(plan.written.files[shard]).st_mtime_ns:
             kept[shard] = record
     return kept
 
@@ -371,9 +354,9 @@ def _journal_lines(journal: str) -> list[dict] | None:
 
 def _remove_leftovers(plan: _Plan) -> None:
     """Removes what a killed run was writing."""
-    for name in os.listdir(plan.folder):
+    for name in os.listdir(plan.written.path):
         if re.fullmatch(rf"\.?({re.escape(plan.split)}-.*|{MANIFEST})\.([0-9a-f]{{16}}){{1,2}}\.tmp", name):
-            os.remove(os.path.join(plan.folder, name))
+            os.remove(os.path.join(plan.written.path, name))
 
 
 def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:
@@ -391,7 +374,7 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
 
     def write(shard: int) -> dict:
         record = _write_shard(plan, shard, count)
-        with lock, _writing(plan.folder), open(journal, "a", encoding="utf-8") as file:
+        with lock, _writing(plan.written.path), open(journal, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -416,65 +399,46 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
     """Writes one shard in one step; returns its record for journal and manifest."""
     import tensorflow as tf  # for its checksums, which take too long in Python
 
-    name, source = plan.names[shard], plan.source
-    temporary = _temporary_name(plan.path(name))
+    path, source = plan.written.files[shard], plan.source
+    temporary, places = _temporary_name(path), plan.places(shard)
     try:
         with tf.io.TFRecordWriter(os.fsencode(temporary)) as writer:
-            for number in plan.examples(shard):
-                image, length = source.read(number), int(plan.lengths[number])
+            for place in places.tolist():
+                image, length = source.read(place), int(plan.written.lengths[place])
                 if len(image) != length:
                     raise SourceError(
-                        f"Expected {length} bytes in '{source.name(number)}' of '{source.path}', received "
+                        f"Expected {length} bytes in '{source.name(place)}' of '{source.path}', received "
                         f"{len(image)}: it changed while it was read. Run prepare again."
                     )
-                example = _head(source, number, length) + image
+                example = _head(source, place, length) + image
                 writer.write(example)
                 count(HEADER_BYTES + len(example) + FOOTER_BYTES)
-        with _writing(plan.folder):
+        with _writing(plan.written.path):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            record = _describe(plan.folder, os.path.basename(temporary))
+            record = _describe(temporary)
             if record["size"] != plan.sizes[shard]:
                 raise OSError(errno.EIO, f"{record['size']} of {plan.sizes[shard]} bytes arrived")
-            os.replace(temporary, plan.path(name))
-            _files.sync_folder(pathlib.Path(plan.folder))
+            os.replace(temporary, path)
+            _files.sync_folder(pathlib.Path(plan.written.path))
     except tf.errors.OpError as error:
         is_full = isinstance(error, tf.errors.ResourceExhaustedError)
-        with _writing(plan.folder):
+        with _writing(plan.written.path):
             raise OSError(errno.ENOSPC if is_full else errno.EIO, error.message) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    return record | {"name": name, "num_examples": len(plan.examples(shard))}
+    return record | {"name": os.path.basename(path), "num_examples": len(places)}
 
 
 def _temporary_name(path: str) -> str:
     return f"{path}.{secrets.token_hex(8)}.tmp"
 
 
-def _written_source(plan: _Plan) -> Source:
-    """Returns where the images of a written split lie."""
-    return Source(
-        path=plan.folder,
-        kind="prepared",
-        files=[plan.path(name) for name in plan.names],
-        file_numbers=np.repeat(np.arange(len(plan.ends), dtype=np.int32), np.diff(plan.ends, prepend=0)),
-        offsets=plan.offsets,
-        lengths=plan.lengths[plan.order],
-        labels=plan.source.labels[plan.order],
-        classes=plan.source.classes,
-        **index.name_columns(map(plan.source.name, plan.order.tolist())),
-    )
-
-
-def _describe(folder: str, name: str) -> dict:
-    path = os.path.join(folder, name)
+def _describe(path: str) -> dict:
     with open(path, "rb") as file:
-        return {
-            "name": name,
-            "size": os.path.getsize(path),
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": os.path.basename(path), "size": os.path.getsize(path), "sha256": digest}
 
 
 @contextlib.contextmanager

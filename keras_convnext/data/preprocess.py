@@ -71,14 +71,12 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     path = Path(path)
     try:
-        # Windows reports a folder as a permission error, so the folder is looked for first.
-        if path.is_dir():
-            raise ImageError(
-                f"Expected an image file, received the folder '{path}'. List the images in it with "
-                "find_images."
-            )
         check_bytes(regular_size(path), f"'{path}'", ImageError)
         return path.read_bytes()
+    except IsADirectoryError as error:
+        raise ImageError(
+            f"Expected an image file, received the folder '{path}'. List the images in it with find_images."
+        ) from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError(
             f"Expected an image file at '{path}', but nothing is there. Check the path."
@@ -337,7 +335,10 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     for path in map(Path, paths):
         try:
             path.stat()
-            images += _images_in_folder(path) if path.is_dir() else [path]
+            if not path.is_dir():
+                images.append(path)
+                continue
+            files, left_out = images_below(os.fspath(path))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ImageError(
                 f"Expected an image file or a folder at '{path}', but nothing is there. Check the path."
@@ -347,20 +348,16 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
                 f"Expected a readable file or folder, but this user may not look into '{error.filename}'. "
                 "Change its permissions or leave it out."
             ) from error
+        others = counted(left_out)
+        if not files:
+            raise ImageError(
+                f"Expected images in the folder '{path}', found none: {others or 'it is empty'}. "
+                f"Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
+            )
+        if others:
+            say(f"{path}: left out {others}")
+        images += sorted(map(Path, files))
     return images
-
-
-def _images_in_folder(folder: Path) -> list[Path]:
-    files, left_out = images_below(os.fspath(folder))
-    others = counted(left_out)
-    if not files:
-        raise ImageError(
-            f"Expected images in the folder '{folder}', found none: {others or 'it is empty'}. "
-            f"Known suffixes: {', '.join(IMAGE_SUFFIXES)}."
-        )
-    if others:
-        say(f"{folder}: left out {others}")
-    return sorted(map(Path, files))
 
 
 def _describe_start(start: bytes) -> str:

@@ -11,17 +11,18 @@ import numpy as np
 
 from keras_convnext._files import json_object, read_bytes, read_text, reading, regular_size
 from keras_convnext._messages import shortened
-from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names, index
-from keras_convnext.data.index import MANIFEST, Source, SourceError, first_few
-from keras_convnext.data.tfrecords import Range, find_records, parse_example
+from keras_convnext.data.index import MANIFEST, Found, Source, SourceError, first_few
+from keras_convnext.data.tfrecords import Features, find_records, parse_example
 
-Features = dict[str, list[Range] | list[int]]  # of a record, by name
-
-# In plain records: names of the image, the label and the file name, the first that a record has.
-_IMAGES, _LABELS = ("image/encoded", "image"), ("image/class/label", "label")
-_FILE_NAMES = ("image/filename", "file_name")
-_SYNSET = "image/class/synset"
+# Names of the image, the label, the file name and the class in plain records, which may lack the last two.
+Names = tuple[Sequence[str], Sequence[str], Sequence[str], Sequence[str]]
+_NAMES: Names = (
+    ("image/encoded", "image"),
+    ("image/class/label", "label"),
+    ("image/filename", "file_name"),
+    ("image/class/synset",),
+)
 
 
 def open_prepared(folder: str, split: str) -> Source:
@@ -90,17 +91,15 @@ def open_tfds(folder: str, split: str) -> Source:
         parts["NUM_SHARDS"] = f"{len(counts):05d}"
         for part, value in parts.items():
             template = template.replace(f"{{{part}}}", value)
-        names = [template.replace("{SHARD_INDEX}", f"{number:05d}") for number in range(len(counts))]
-        files = [_file_in(folder, name) for name in names]
+        numbers = [f"{number:05d}" for number in range(len(counts))]
+        files = [_file_in(folder, template.replace("{SHARD_INDEX}", number)) for number in numbers]
     missing = [os.path.basename(file) for file in files if not os.path.exists(file)]
     if missing:
         raise SourceError(
             f"Expected {len(files)} files of split '{split}' in '{folder}', missing: {first_few(missing)}."
         )
     names, classes = _tfds_features(folder)
-    source = index.cached_index(
-        folder, "tfds", split, files, lambda: _scan_records(folder, "tfds", files, *names)
-    )
+    source = index.cached_index(folder, "tfds", split, files, lambda: _scan_records(folder, files, names))
     found = np.bincount(source.file_numbers, minlength=len(files)).tolist()
     for file, expected, received in zip(files, counts, found, strict=True):
         if received != expected:
@@ -113,7 +112,7 @@ def open_tfds(folder: str, split: str) -> Source:
 
 def open_records(path: str, files: list[str], first_label: int | None) -> Source:
     """Opens TFRecords without a description; `first_label` as for `sources.open_source`."""
-    source = index.cached_index(path, "tfrecord", "", files, lambda: _scan_records(path, "tfrecord", files))
+    source = index.cached_index(path, "tfrecord", "", files, lambda: _scan_records(path, files, _NAMES))
     if source.classes:  # the records have image/class/synset
         return source
     labels = source.labels
@@ -157,7 +156,7 @@ def feature_values(features: Features, name: str, path: str) -> list:
     return features[name]
 
 
-def _tfds_features(folder: str) -> tuple[list[Sequence[str]], list[str]]:
+def _tfds_features(folder: str) -> tuple[Names, list[str]]:
     """Returns the names of image, label and file name, as `_scan_records` takes them; and the classes."""
     with _description(folder, "features.json") as content:
         features = content.get("featuresDict", {}).get("features", {})
@@ -184,51 +183,30 @@ def _tfds_features(folder: str) -> tuple[list[Sequence[str]], list[str]]:
                 raise ValueError(f"numClasses is {count}")
         classes = [str(number) for number in range(count)]
     names = [name for name in ("file_name", "filename", "image/filename") if kinds.get(name) == "Text"]
-    return [images, labels, names[:1] or _FILE_NAMES], classes
+    return (images, labels, names[:1] or _NAMES[2], ()), classes
 
 
-def _scan_records(
-    path: str,
-    kind: str,
-    files: list[str],
-    images: Sequence[str] = _IMAGES,
-    labels: Sequence[str] = _LABELS,
-    file_names: Sequence[str] = _FILE_NAMES,
-) -> Source:
-    """Indexes TFRecords by the first of the names of each feature that a record has.
-
-    Classes are given where plain records have "image/class/synset".
-    """
-    columns = index.IndexBuilder()
-    synsets: dict[str, int] = {}
-    sizes = np.cumsum([0, *map(os.path.getsize, files)])
-    with Progress(f"Indexing {os.path.basename(path)}", int(sizes[-1]), "MB") as progress:
-        for number, file, content, features in examples(files):
-            start, length = _one(features, images, tuple, file)
-            label = _one(features, labels, int, file)
-            has_synset = kind == "tfrecord" and _SYNSET in features
-            if columns and has_synset != bool(synsets):
-                raise SourceError(
-                    f"Expected the feature '{_SYNSET}' in every record of '{path}', or in none."
-                )
-            if has_synset:
-                synset = _text(content, *_one(features, [_SYNSET], tuple, file))
-                label = synsets.setdefault(synset, len(synsets))
-            if not -1 <= label < 1 << 31:
-                raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {label}.")
-            name = f"{os.path.basename(file)}@{start}"
-            if features.keys() & set(file_names):
-                name = _text(content, *_one(features, file_names, tuple, file))
-            columns.add(number, start, length, label, name)
-            progress.show(int(sizes[number]) + start, lambda: f"{len(columns)} images, {progress.text()}")
-    if not columns:
+def _scan_records(path: str, files: list[str], names: Names) -> Iterator[Found]:
+    """Finds the images of TFRecords by the first of the names of each feature that a record has."""
+    images, labels, file_names, synsets = names
+    are_named = None
+    for number, file, content, features in examples(files):
+        start, length = _one(features, images, tuple, file)
+        label = _one(features, labels, int, file)
+        has_synset = any(name in features for name in synsets)
+        are_named = has_synset if are_named is None else are_named
+        if has_synset != are_named:
+            raise SourceError(f"Expected the feature '{synsets[0]}' in every record of '{path}', or in none.")
+        if has_synset:
+            label = _text(content, *_one(features, synsets, tuple, file))
+        elif not -1 <= label < 1 << 31:
+            raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {label}.")
+        name = f"{os.path.basename(file)}@{start}"
+        if any(name in features for name in file_names):
+            name = _text(content, *_one(features, file_names, tuple, file))
+        yield number, start, length, label, name
+    if are_named is None:
         raise SourceError(f"Expected images in '{path}', found no record in {len(files)} files.")
-    classes = sorted(synsets)
-    source = columns.source(path, kind, files, classes)
-    if not classes:
-        return source
-    positions = np.array([classes.index(synset) for synset in synsets], np.int32)
-    return dataclasses.replace(source, labels=positions[source.labels])
 
 
 def _text(content: mmap.mmap, first: int, size: int) -> str:

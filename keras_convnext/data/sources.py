@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from keras_convnext._files import regular_size
+from keras_convnext._files import StrPath, regular_size
 from keras_convnext._messages import near_names
 from keras_convnext._terminal import say_once
 from keras_convnext.data import imagenet, index, records
@@ -38,11 +38,11 @@ _SHARD_NAME = re.compile(
 
 
 def open_source(
-    path: str | os.PathLike[str],
+    path: StrPath,
     split: str | None = None,
     *,
     classes: Sequence[str] | None = None,
-    labels: str | os.PathLike[str] | None = None,
+    labels: StrPath | None = None,
     first_label: int | None = None,
 ) -> Source:
     """Indexes the images of one split of a data set.
@@ -100,10 +100,11 @@ def open_source(
         splits = {split: [os.path.join(path, split)]}
     name = _choose_split(path, kind, splits, split)
     places = splits[name]
-    if labels is not None and kind not in ("folder", "tar"):
+    if labels is not None and (kind, name) != ("tar", "validation") and kind != "folder":
+        own = "whose class tars are the labels" if kind == "tar" else "which has labels of its own"
         raise SourceError(
-            f"Expected labels=None, because '{path}' has labels of its own, received labels='{labels}'. "
-            "Label files are for flat folders and for ImageNet's validation images."
+            f"Expected labels=None for '{path}', {own}, received '{labels}'. Label files are for flat "
+            "folders and for ImageNet's validation images."
         )
     if first_label is not None and kind != "tfrecord":
         raise SourceError(
@@ -128,7 +129,7 @@ def open_source(
     return source if classes is None else index.with_classes(source, list(classes))
 
 
-def list_splits(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> list[str]:
+def list_splits(path: StrPath, labels: StrPath | None = None) -> list[str]:
     """Lists the splits at a path under the names they have there; empty when it is not divided.
 
     Where others have class folders, a folder of images without any, as tests of competitions are, is left out
@@ -173,7 +174,7 @@ def _split_and_others(name: str) -> tuple[str | None, tuple[str, ...]]:
     return (splits.pop() if len(splits) == 1 else None), tuple(others)
 
 
-def check_outside(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+def check_outside(path: StrPath, output: StrPath) -> None:
     """Refuses an output in a folder of class folders, which would be taken for a class the next time."""
     kind, splits = _locate(os.fspath(path)) if os.path.isdir(path) else ("", {})
     roots = [path] if len(splits) < 2 else [folder for places in splits.values() for folder in places]
@@ -191,9 +192,8 @@ def take(source: Source, numbers: Sequence[int] | np.ndarray) -> Source:
     chosen = np.asarray(numbers, np.int64)
     columns = ("file_numbers", "offsets", "lengths", "labels")
     fields = {name: getattr(source, name)[chosen] for name in columns}
-    if len(source.name_ends):  # else the names are those of the files
-        fields |= index.name_columns(map(source.name, chosen.tolist()))
-    return dataclasses.replace(source, **fields)
+    names = index.name_columns(map(source.name, chosen.tolist()))
+    return dataclasses.replace(source, **fields, **names)
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
@@ -394,10 +394,7 @@ def _find_shards(path: str) -> dict[str | None, list[str]]:
 
 
 def _open_folder(
-    path: str,
-    labels: str | os.PathLike[str] | None,
-    classes: Sequence[str] | None,
-    splits: Mapping[str, str],
+    path: str, labels: StrPath | None, classes: Sequence[str] | None, splits: Mapping[str, str]
 ) -> Source:
     """Opens class folders, or images with a label file, which may be one of all `splits`: {folder: name}."""
     folders, flat, left_out = list_folder(path)
@@ -486,15 +483,10 @@ def _sub_folders(folder: str, images: list[str]) -> tuple[set[str], int]:
 def _files_source(
     path: str, files: list[str], labels: np.ndarray, classes: list[str], left_out: collections.Counter[str]
 ) -> Source:
-    count = len(files)
+    numbers = np.arange(len(files), dtype=np.int32)
+    offsets, lengths = np.zeros(len(files), np.int64), np.full(len(files), -1, np.int64)
+    labels, start = np.asarray(labels, np.int32), len(os.path.join(path, ""))
+    names = index.name_columns(file[start:].replace(os.sep, "/") for file in files)
     return Source(
-        path=path,
-        kind="folder",
-        files=files,
-        file_numbers=np.arange(count, dtype=np.int32),
-        offsets=np.zeros(count, np.int64),
-        lengths=np.full(count, -1, np.int64),
-        labels=np.asarray(labels, np.int32),
-        classes=classes,
-        left_out=left_out,
+        path, "folder", files, numbers, offsets, lengths, labels, classes, **names, left_out=left_out
     )

@@ -7,7 +7,6 @@ protocol buffers, tensorflow/core/example/example.proto and feature.proto (field
 
 import itertools
 import mmap
-import os
 import struct
 from collections.abc import Iterator
 
@@ -18,6 +17,7 @@ FOOTER_BYTES = 4  # after it: its checksum
 # A file that is read in bytes, or a record of it.
 Buffer = bytes | mmap.mmap
 Range = tuple[int, int]  # first byte and number of bytes, in the buffer
+Features = dict[str, list[Range] | list[int]]  # of a record, by name
 
 
 class RecordError(ValueError):
@@ -42,7 +42,7 @@ def _masked_checksum(data: bytes) -> int:
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def find_records(buffer: Buffer, path: str | os.PathLike[str]) -> Iterator[Range]:
+def find_records(buffer: Buffer, path: str) -> Iterator[Range]:
     """Finds (first byte, number of bytes) of each record of a TFRecord file, without header and footer.
 
     The checksum of each header is compared, that of the records is not: that would read the whole file.
@@ -55,32 +55,32 @@ def find_records(buffer: Buffer, path: str | os.PathLike[str]) -> Iterator[Range
         )
     start, size = 0, len(buffer)
     while start < size:
-        header = buffer[start : start + HEADER_BYTES]
-        if len(header) < HEADER_BYTES:
-            raise _truncated(path, start, size)
+        header = buffer[start : start + HEADER_BYTES].ljust(HEADER_BYTES, b"\0")
         length, checksum = struct.unpack("<QI", header)
-        if _masked_checksum(header[:8]) != checksum:
+        is_whole = start + HEADER_BYTES <= size
+        if is_whole and _masked_checksum(header[:8]) != checksum:
             what = "is not a TFRecord file" if start == 0 else f"is damaged at byte {start}"
             raise RecordError(
                 f"Expected the header of a TFRecord with its checksum, but '{path}' {what}. Copy or write it "
                 "again."
             )
         end = start + HEADER_BYTES + length + FOOTER_BYTES
-        if end > size:
-            raise _truncated(path, start, size)
+        if end > size:  # that of a header that is cut is beyond it too
+            raise RecordError(
+                f"Expected whole records, but '{path}' ends at byte {size}, within the record that begins at "
+                f"byte {start}. It was not written or copied to its end: do that again."
+            )
         yield start + HEADER_BYTES, length
         start = end
 
 
-def parse_example(
-    buffer: Buffer, start: int, length: int, path: str | os.PathLike[str]
-) -> dict[str, list[Range] | list[int]]:
+def parse_example(buffer: Buffer, start: int, length: int, path: str) -> Features:
     """Finds the features of a serialised tf.train.Example, by name, without copying them.
 
     Values are (first byte, number of bytes) in `buffer` for bytes, int for int64; features of floats are left
     out. Raises RecordError when the bytes are not an Example.
     """
-    features: dict[str, list[Range] | list[int]] = {}
+    features: Features = {}
     try:
         for all_features in _ranges(buffer, (start, length), 1):  # Example.features
             for entry in _ranges(buffer, all_features, 1):  # Features.feature, a map
@@ -190,10 +190,3 @@ def _tag(number: int, length: int) -> bytes:
 
 def _field(number: int, content: bytes) -> bytes:
     return _tag(number, len(content)) + content
-
-
-def _truncated(path: str | os.PathLike[str], start: int, size: int) -> RecordError:
-    return RecordError(
-        f"Expected whole records, but '{path}' ends at byte {size}, within the record that begins at byte "
-        f"{start}. It was not written or copied to its end: do that again."
-    )

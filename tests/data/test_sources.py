@@ -26,7 +26,7 @@ from keras_convnext.data import sources
 from keras_convnext.data.calibration import calibration_images
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.imagenet import _scan_train_tar, imagenet_class_numbers, read_real_labels
-from keras_convnext.data.index import IndexBuilder, SourceError, described
+from keras_convnext.data.index import SourceError, described
 from keras_convnext.data.preprocess import find_images
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.sources import hold_out, list_splits, open_source, take
@@ -1254,13 +1254,12 @@ def test_other_classes_are_not_taken_for_imagenet(classes, num_classes):
 
 def numbered_source(counts, rng=None):
     """A source without files: class "a" has counts[0] images, and so on; in random order with an rng."""
-    columns = IndexBuilder()
     examples = [(label, number) for label, count in enumerate(counts) for number in range(count)]
     order = range(len(examples)) if rng is None else rng.permutation(len(examples))
-    for place in order:
-        label, number = examples[place]
-        columns.add(0, 0, 1, label, f"{'abcdefgh'[label]}/{number}.jpg")
-    return columns.source("data", "tar", ["data"], list("abcdefgh"[: len(counts)]))
+    examples = [examples[place] for place in order]
+    images = [(0, 0, 1, label, f"{'abcdefgh'[label]}/{number}.jpg") for label, number in examples]
+    source = index_module.scanned("data", "tar", [], images)
+    return dataclasses.replace(source, classes=list("abcdefgh"[: len(counts)]))
 
 
 def names_of(source):

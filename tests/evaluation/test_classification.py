@@ -395,7 +395,7 @@ def test_the_fingerprint_knows_images_and_labels_but_not_the_container(tree, sou
 @pytest.mark.once
 def test_the_fingerprint_of_imagenets_validation_images_is_known(source):
     pytest.importorskip("tensorflow_datasets")
-    wnids, _ = imagenet._published_validation_labels()
+    wnids = pathlib.Path(imagenet._published_validation_labels()).read_text().split()
     names = [f"ILSVRC2012_val_{number + 1:08d}.JPEG".encode() for number in range(50_000)]
     whole = classification.dataclasses.replace(
         source,

@@ -305,11 +305,10 @@ def test_logits_that_are_no_numbers_are_never_right():
 
 def source_of(counts):
     """A source without files."""
-    columns = index.IndexBuilder()
-    for label, count in enumerate(counts):
-        for number in range(count):
-            columns.add(0, 0, 1, label, f"{label}/{number}.jpg")
-    return columns.source("data", "tar", ["data"], [str(label) for label in range(len(counts))])
+    labels = [(label, number) for label, count in enumerate(counts) for number in range(count)]
+    images = [(0, 0, 1, label, f"{label}/{number}.jpg") for label, number in labels]
+    classes = [str(label) for label in range(len(counts))]
+    return dataclasses.replace(index.scanned("data", "tar", [], images), classes=classes)
 
 
 class Given:

@@ -61,7 +61,7 @@ def apply_erase(
         patch = 255.0 * (tf.constant(mean, tf.float32) + tf.constant(std, tf.float32) * noise)
         if image.dtype == tf.uint8:
             patch = to_uint8(tf.round(patch))
-        return tf.ensure_shape(_paste(image, patch, top, left, 0), image.shape)
+        return tf.ensure_shape(_paste(image, patch, top, left), image.shape)
 
     return tf.cond(height > 0, erase, lambda: tf.identity(image))
 
@@ -79,9 +79,8 @@ def plan_mix(
 
     Each group of images shares one decision: whether it is mixed, CutMix with `switch_probability` where both
     are on (an alpha of 0 switches one off), and lambda from Beta(alpha, alpha). CutMix takes a box of the
-    fraction 1 - lambda of the area around a uniform centre; lambda is then what the box leaves, the border
-    having cut it. One group mixes the batch as a whole; a recipe trained on many devices mixed the images of
-    each device by themselves.
+    fraction 1 - lambda of the area around a uniform centre; lambda is then what the box leaves, cut by the
+    border. timm mixes a batch as one group, and on many devices that of each device.
 
     Returns "lam": float64 (num_groups,), the weight of an image's own label, 1 where nothing is mixed, and
     "box": int32 (num_groups, 4), top, left, height and width in pixels of what CutMix takes from the partner,
@@ -131,16 +130,12 @@ def mix(
     lam = plan["lam"][:, None, None]
     grouped = tf.reshape(targets, [num_groups, -1, num_classes])
     targets = grouped * tf.cast(lam, tf.float32) + tf.reverse(grouped, [1]) * tf.cast(1.0 - lam, tf.float32)
-    groups = tf.split(images, num_groups) if num_groups > 1 else [images]
-    groups = [_mix_group(group, plan["lam"][i], plan["box"][i]) for i, group in enumerate(groups)]
-    mixed = tf.concat(groups, 0) if num_groups > 1 else groups[0]
+    groups = zip(tf.split(images, num_groups), tf.unstack(plan["lam"]), tf.unstack(plan["box"]), strict=True)
+    mixed = tf.concat([_mix_group(*group) for group in groups], 0)
     return tf.ensure_shape(mixed, images.shape), tf.reshape(targets, [-1, num_classes])
 
 
 def _mix_group(images: tf.Tensor, lam: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
-    def keep() -> tf.Tensor:
-        return tf.identity(images)
-
     def blend() -> tf.Tensor:
         values = tf.cast(images, tf.float32)
         partners = tf.reverse(values, [0])  # ten times as fast as values[::-1]
@@ -150,19 +145,18 @@ def _mix_group(images: tf.Tensor, lam: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
     def cut() -> tf.Tensor:
         top, left, height, width = tf.unstack(box)
         patch = tf.reverse(images[:, top : top + height, left : left + width], [0])
-        return _paste(images, patch, top, left, 1)
+        return _paste(images, patch, top, left)
 
-    return tf.switch_case(tf.where(box[2] > 0, 2, tf.where(lam < 1.0, 1, 0)), [keep, blend, cut])
+    branch = tf.where(box[2] > 0, 2, tf.where(lam < 1.0, 1, 0))
+    return tf.switch_case(branch, [lambda: tf.identity(images), blend, cut])
 
 
-def _paste(image: tf.Tensor, patch: tf.Tensor, top: tf.Tensor, left: tf.Tensor, axis: int) -> tf.Tensor:
-    """Put a patch into images whose rows are at `axis` and columns at the next."""
-    bottom, right = top + tf.shape(patch)[axis], left + tf.shape(patch)[axis + 1]
-    outer = (slice(None),) * axis
-    rows = image[(*outer, slice(top, bottom))]
-    columns = [rows[(*outer, slice(None), part)] for part in (slice(0, left), slice(right, None))]
-    rows = tf.concat([columns[0], patch, columns[1]], axis + 1)
-    return tf.concat([image[(*outer, slice(0, top))], rows, image[(*outer, slice(bottom, None))]], axis)
+def _paste(images: tf.Tensor, patch: tf.Tensor, top: tf.Tensor, left: tf.Tensor) -> tf.Tensor:
+    """Put a patch into images (..., H, W, 3)."""
+    bottom, right = top + tf.shape(patch)[-3], left + tf.shape(patch)[-2]
+    rows = images[..., top:bottom, :, :]
+    rows = tf.concat([rows[..., :left, :], patch, rows[..., right:, :]], -2)
+    return tf.concat([images[..., :top, :, :], rows, images[..., bottom:, :, :]], -3)
 
 
 def _cut(length: int, side: tf.Tensor, centre: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

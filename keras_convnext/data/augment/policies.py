@@ -88,10 +88,10 @@ _V0 = (
 
 # The keys of torchvision's TrivialAugmentWide._augmentation_space.
 _TRIVIAL_OPERATIONS = tuple(name for name in OPERATIONS if name not in ("invert", "solarize_add"))
-# Largest magnitudes in torchvision's _augmentation_space of TrivialAugmentWide and of AutoAugment; for
-# posterize the number of bits that are dropped.
-_TRIVIAL_RANGES = {"shear": 0.99, "translate": 32.0, "rotate": 135.0, "factor": 0.99, "bits": 6.0}
-_AUTO_RANGES = {"shear": 0.3, "rotate": 30.0, "factor": 0.9, "bits": 4.0}
+# Number of bins and largest magnitudes in torchvision's _augmentation_space of TrivialAugmentWide and of
+# AutoAugment; for posterize the number of bits that are dropped.
+_TRIVIAL_SPACE = 31, {"shear": 0.99, "translate": 32.0, "rotate": 135.0, "factor": 0.99, "bits": 6.0}
+_AUTO_SPACE = 10, {"shear": 0.3, "rotate": 30.0, "factor": 0.9, "bits": 4.0}
 
 SubPolicies = tuple[tuple[tuple[str, float, int], ...], ...]  # (level, probability, magnitude)
 
@@ -132,7 +132,6 @@ class TrivialAugment:
     Reference: Mueller and Hutter, arXiv 2103.10158; torchvision 0.28.0, transforms/autoaugment.py.
     """
 
-    num_bins: int = 31
     num_operations: int = 1
 
 
@@ -207,35 +206,25 @@ def plan_augment(policy: Policy, uniforms: tf.Tensor, image_size: tuple[int, int
     uniforms = tf.reshape(uniforms, [-1, policy.num_operations, UNIFORMS_PER_OPERATION])
     choice, applied, strength, sign = tf.unstack(uniforms, axis=2)  # (N, num_operations) each
     negative = tf.cast(sign >= 0.5, tf.int32)
-    if isinstance(policy, TrivialAugment):
-        number = number_below(choice, len(_TRIVIAL_OPERATIONS))
-        count = policy.num_bins
-        table = [
-            [_torchvision_arguments(name, bin_, count, _TRIVIAL_RANGES) for bin_ in range(count)]
-            for name in _TRIVIAL_OPERATIONS
-        ]
-        place = tf.stack([number, number_below(strength, count), negative], 2)
-        return {
-            "operation": tf.gather(_numbers(_TRIVIAL_OPERATIONS), number),
-            "argument": tf.gather_nd(np.array(table, np.float64), place),
-        }
-
+    column = tf.zeros_like(negative)
     if isinstance(policy, RandAugment):
         rows: Any = [[(level, policy.probability, policy.magnitude)] for level in policy.levels]
-        number = number_below(choice, len(rows))
-        place = tf.stack([number, tf.zeros_like(number)], 2)
+    elif isinstance(policy, TrivialAugment):
+        bins = range(_TRIVIAL_SPACE[0])
+        rows = [[(name, 1.0, bin_) for bin_ in bins] for name in _TRIVIAL_OPERATIONS]
+        column = number_below(strength, len(bins))
     else:
         rows = policy.sub_policies
-        number = tf.repeat(number_below(choice[:, :1], len(rows)), policy.num_operations, 1)
-        place = tf.stack([number, tf.zeros_like(number) + tf.range(policy.num_operations)], 2)
-    levels, probabilities, magnitudes = np.moveaxis(np.array(rows, object), 2, 0)  # (rows, operations) each
+        column += tf.range(policy.num_operations)
+        choice = tf.repeat(choice[:, :1], policy.num_operations, 1)
+    place = tf.stack([number_below(choice, len(rows)), column], 2)
+    levels, probabilities, magnitudes = np.moveaxis(np.array(rows, object), 2, 0)  # (rows, columns) each
     probability = tf.gather_nd(probabilities.astype(np.float64), place)
     operation = tf.gather_nd(np.stack([_numbers(row) for row in levels]), place)
     operation = tf.where(applied < probability, operation, 0)
-    if isinstance(policy, AutoAugment) and policy.torchvision:
-        table = [
-            [_torchvision_arguments(level, bin_, 10, _AUTO_RANGES) for level, _, bin_ in row] for row in rows
-        ]
+    if isinstance(policy, TrivialAugment) or (isinstance(policy, AutoAugment) and policy.torchvision):
+        space = _TRIVIAL_SPACE if isinstance(policy, TrivialAugment) else _AUTO_SPACE
+        table = [[_torchvision_arguments(level, bin_, *space) for level, _, bin_ in row] for row in rows]
         argument = tf.gather_nd(np.array(table, np.float64), tf.concat([place, negative[..., None]], 2))
         return {"operation": operation, "argument": argument}
 
@@ -341,22 +330,19 @@ def _torchvision_arguments(
     Reference: torchvision 0.28.0, transforms/autoaugment.py, `_augmentation_space` and `_apply_op`.
     """
     name, number = _operation(level), int(number)
-
-    def magnitude(kind: str) -> float:
-        return _linspace(0.0, ranges[kind], num_bins)[number]
-
+    magnitudes = {kind: _linspace(0.0, largest, num_bins)[number] for kind, largest in ranges.items()}
     if name in ("shear_x", "shear_y"):
         # torchvision goes through degrees, and through another formula for each axis.
-        angle = math.radians(math.degrees(math.atan(magnitude("shear"))))
+        angle = math.radians(math.degrees(math.atan(magnitudes["shear"])))
         shear = math.tan(angle) if name == "shear_x" else math.sin(angle) / math.cos(angle)
         return shear, -shear
     if name in ("translate_x", "translate_y"):
-        distance = float(int(magnitude("translate")))
+        distance = float(int(magnitudes["translate"]))
         return -distance, distance
     if name == "rotate":
-        return magnitude("rotate"), -magnitude("rotate")
+        return magnitudes["rotate"], -magnitudes["rotate"]
     if name in ("brightness", "color", "contrast", "sharpness"):
-        return 1.0 + magnitude("factor"), 1.0 - magnitude("factor")
+        return 1.0 + magnitudes["factor"], 1.0 - magnitudes["factor"]
     argument = 0.0
     if name == "posterize":
         argument = 8.0 - round(float(np.float32(number / ((num_bins - 1) / ranges["bits"]))))

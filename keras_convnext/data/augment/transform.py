@@ -1,6 +1,7 @@
 """What training does to images, in this order: crop and flip, augment one by one, mix in pairs."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,55 +14,43 @@ from keras_convnext.data.stream import Draws
 from keras_convnext.data.train_transform import Augmentation
 
 
+@dataclasses.dataclass
 class TrainTransform:
     """The steps of an `Augmentation`.
 
     `plan` decides about many examples at once, from the random numbers of their places; the other methods
-    carry out the plan of one example (`row`) or of `unit` neighbours (`rows`).
-
-    Args:
-        augmentation: what to do.
-        image_size: (height, width) of the result.
-        num_classes: length of the targets.
-        batch_size: examples in a batch of all hosts.
-        mix_group: examples that share one draw of mixing; None for all of a batch.
-        normaliser: (mean, std) that the model begins with; the noise of erasing is normal after it.
-        dtype: "float32" or "uint8" of the result.
-        seed: of the noise and of mixing.
-
-    Attributes:
-        unit: neighbours that are made together: 2 where they are mixed, else 1.
+    carry out the plan of one example (`row`) or of `unit` neighbours (`rows`), two where they are mixed.
     """
 
-    def __init__(
-        self,
-        augmentation: Augmentation,
-        image_size: tuple[int, int],
-        num_classes: int,
-        batch_size: int,
-        mix_group: int | None,
-        normaliser: tuple[Sequence[float], Sequence[float]],
-        dtype: str,
-        seed: int,
-    ) -> None:
-        if dtype not in ("float32", "uint8"):
-            raise ValueError(f"Unknown dtype {dtype!r}. Known: float32, uint8.")
-        self.policy = policies.parse_policy(augmentation.policy)
+    augmentation: Augmentation
+    image_size: tuple[int, int]  # (height, width) of the result
+    num_classes: int  # length of the targets
+    batch_size: int  # examples in a batch of all hosts
+    mix_group: int  # examples that share one draw of mixing
+    normaliser: tuple[Sequence[float], Sequence[float]]  # as for `batches.train_batches`
+    dtype: str  # of the result, "float32" or "uint8"
+    seed: int  # of the noise and of mixing
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "uint8"):
+            raise ValueError(f"Unknown dtype {self.dtype!r}. Known: float32, uint8.")
+        self.policy = policies.parse_policy(self.augmentation.policy)
         # timm fills with the mean, torchvision with black.
-        is_torchvisions = augmentation.policy.startswith(("ta_wide", "imagenet"))
-        mean = tuple(min(255, round(255 * value)) for value in normaliser[0])
+        is_torchvisions = self.augmentation.policy.startswith(("ta_wide", "imagenet"))
+        mean = tuple(min(255, round(255 * value)) for value in self.normaliser[0])
         self.fill = (0, 0, 0) if is_torchvisions else mean
-        is_mixed = bool(augmentation.mixup or augmentation.cutmix)
+        self._resized: dict[str, Any] = {
+            "image_size": self.image_size,
+            "interpolation": self.augmentation.interpolation,
+        }
+        is_mixed = bool(self.augmentation.mixup or self.augmentation.cutmix)
         self.unit = 2 if is_mixed else 1
-        mix_group = batch_size if mix_group is None else mix_group
-        if not is_positive_integer(mix_group) or batch_size % mix_group or mix_group % self.unit:
+        is_divisor = is_positive_integer(self.mix_group) and self.batch_size % self.mix_group == 0
+        if not is_divisor or self.mix_group % self.unit:
             raise ValueError(
-                f"Expected mix_group to divide the {batch_size} rows of a batch"
-                f"{' and to be even' if is_mixed else ''}, received {mix_group!r}."
+                f"Expected mix_group to divide the {self.batch_size} rows of a batch"
+                f"{' and to be even' if is_mixed else ''}, received {self.mix_group!r}."
             )
-        self.augmentation, self.image_size, self.num_classes = augmentation, image_size, num_classes
-        self.batch_size, self.mix_group = batch_size, mix_group
-        self.normaliser, self.dtype, self.seed = normaliser, dtype, seed
 
     def plan(self, draws: Draws, places: Any) -> Rows:
         chosen = self.augmentation
@@ -80,43 +69,42 @@ class TrainTransform:
             rows["erase"] = erase_and_mix.plan_erase(uniforms, chosen.erase, self.image_size)
         if self.unit == 2:
             # The groups of all hosts are drawn together, so that a group does not depend on whose it is.
-            groups = erase_and_mix.plan_mix(
-                self._key(places[0] // self.batch_size),
-                self.batch_size // self.mix_group,
-                self.image_size,
-                chosen.mixup,
-                chosen.cutmix,
-                chosen.mix_probability,
-                chosen.switch_probability,
-            )
+            seed, num_groups = self._key(places[0] // self.batch_size), self.batch_size // self.mix_group
+            settings = chosen.mixup, chosen.cutmix, chosen.mix_probability, chosen.switch_probability
+            groups = erase_and_mix.plan_mix(seed, num_groups, self.image_size, *settings)
             group = places % self.batch_size // self.mix_group
             rows["mix"] = {name: tf.gather(values, group) for name, values in groups.items()}
         return rows
 
     def crop_bytes(self, content: Any, row: Rows) -> Any:
         """Crop and flip an encoded image: scalar string to uint8 (height, width, 3)."""
-        return jpeg.random_resized_crop(
-            content,
-            row["crop"],
-            row["flip"],
-            image_size=self.image_size,
-            interpolation=self.augmentation.interpolation,
-            ratio=self.augmentation.crop_ratio,
-        )
+        ratio = self.augmentation.crop_ratio
+        return jpeg.random_resized_crop(content, row["crop"], row["flip"], ratio=ratio, **self._resized)
 
     def crop_pixels(self, pixels: Any, row: Rows) -> Any:
         """Crop and flip a decoded image: uint8 (H, W, 3) to uint8 (height, width, 3)."""
         sizes = tf.unstack(tf.shape(pixels)[:2])
         top, left, height, width = jpeg.crop_box(sizes, row["crop"], self.augmentation.crop_ratio)
-        return jpeg.resize(
-            pixels[top : top + height, left : left + width],
-            row["flip"],
-            image_size=self.image_size,
-            interpolation=self.augmentation.interpolation,
-        )
+        return jpeg.resize(pixels[top : top + height, left : left + width], row["flip"], **self._resized)
 
-    def augment(self, image: Any, row: Rows) -> Any:
-        """Change one image: uint8 (height, width, 3) to `dtype`, in levels 0 to 255."""
+    def make(self, rows: Rows, cropped: Callable[[Rows], tuple[Any, Any]]) -> Rows:
+        """Make `unit` neighbours of one group: images, `dtype` in levels 0 to 255, and float32 targets.
+
+        `cropped` gives the image of a row after its crop, and its label.
+        """
+        images, labels = [], []
+        for index in range(self.unit):  # one by one and then mixed, while they are in the cache
+            row = tf.nest.map_structure(lambda values, index=index: values[index], rows)
+            image, label = cropped(row)
+            images.append(self._augmented(image, row))
+            labels.append(label)
+        plan = {name: values[:1] for name, values in rows["mix"].items()} if self.unit == 2 else None
+        smoothing = self.augmentation.label_smoothing
+        images, labels = tf.stack(images), tf.stack(labels)
+        images, targets = erase_and_mix.mix(images, labels, plan, self.num_classes, smoothing)
+        return {"images": images, "targets": targets}
+
+    def _augmented(self, image: Any, row: Rows) -> Any:
         if self.policy is not None:
             image = policies.apply_augment(image, row["policy"], self.augmentation.interpolation, self.fill)
         if self.augmentation.color_jitter:
@@ -125,12 +113,6 @@ class TrainTransform:
         if self.augmentation.erase:
             image = erase_and_mix.apply_erase(image, row["erase"], self._key(row["place"]), *self.normaliser)
         return image
-
-    def mix(self, images: list[Any], labels: list[Any], rows: Rows) -> tuple[Any, Any]:
-        """Mix `unit` neighbours of one group: their images, and targets float32 (unit, num_classes)."""
-        plan = {name: values[:1] for name, values in rows["mix"].items()} if self.unit == 2 else None
-        smoothing = self.augmentation.label_smoothing
-        return erase_and_mix.mix(tf.stack(images), tf.stack(labels), plan, self.num_classes, smoothing)
 
     def _key(self, place: Any) -> Any:
         return tf.stack([tf.constant(self.seed, tf.int64), place])
