@@ -151,10 +151,7 @@ def read_labels(path: str | None, name: str | None) -> list[str]:
 def _readable(
     paths: list[pathlib.Path], errors: list[str], load: Callable[[], Classifier]
 ) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
-    """Files and what the model takes of them, without those that cannot be read: noted.
-
-    The model, which may be a large download, is loaded when one image could be read.
-    """
+    """Files and their pixels for the model, which may be a large download: it waits for a first image."""
     is_loaded = False
     for path in paths:
         try:

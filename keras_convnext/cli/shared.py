@@ -52,10 +52,7 @@ _SHARED_OPTIONS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 def add_option(
     parser: argparse.ArgumentParser, name: str, metavar: str | None = None, text: str = "", **more: Any
 ) -> None:
-    """Adds an option, or an argument where the name has no dashes; without a metavar it is a switch.
-
-    A name alone is that of an option which several commands share.
-    """
+    """Adds an option, an argument (no dashes), a switch (no metavar) or, by a name alone, a shared option."""
     if not text:
         metavar, text, more = _SHARED_OPTIONS[name]
     settings = {"action": "store_true"} if metavar is None else {"metavar": metavar}
@@ -63,10 +60,7 @@ def add_option(
 
 
 def recipe_overrides(settings: Sequence[str], **short: str | None) -> dict[str, str]:
-    """Returns the `--set key=value` words as a dict, with the options that are `short` for some of them.
-
-    ValueError: a key has two values.
-    """
+    """Returns the `--set key=value` words as a dict, with the options that are `short` for some of them."""
     given: dict[str, str] = {}
     named = [f"{key}={value}" for key, value in short.items() if value is not None]
     for setting in (*settings, *named):

@@ -6,7 +6,6 @@ where a sum over devices would wait for minutes or for ever. A backend carries o
 """
 
 import contextlib
-import dataclasses
 import json
 import multiprocessing
 import multiprocessing.connection as connections
@@ -32,14 +31,21 @@ _PULSE, _BYE = "pulse", "bye"  # of a process that is lost they say [its rank, w
 class Group(contextlib.AbstractContextManager):
     """The processes of a run, as one of them sees them, by names as "process 1 (host, 4711)".
 
-    Every method but `is_writer` is called by all processes, in the same order.
+    Every method but `is_writer` is called by all processes, in the same order. A thread ends this process
+    when another one is lost.
     """
 
-    def __init__(self, rank: int, names: Sequence[str], calls: Mapping[int, Any], watch: "_Watch | None"):
-        self.rank = rank
-        self.names = tuple(names)
-        self._calls = dict(calls)
-        self._watch = watch or _Watch(rank, names, {})
+    def __init__(
+        self, rank: int, names: Sequence[str], calls: Mapping[int, Any], pulses: Mapping[int, Any] | None
+    ) -> None:
+        self.rank, self.names = rank, tuple(names)
+        self._calls, self._pulses = calls, dict(pulses or {})
+        self._advice: Callable[[], str] = str
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._has_left = False
+        self._heard = dict.fromkeys(self._pulses, time.monotonic())
+        self._thread = threading.Thread(target=self._watch, name="keras_convnext-processes", daemon=True)
+        self._thread.start()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,7 +57,7 @@ class Group(contextlib.AbstractContextManager):
 
     def set_advice(self, advice: Callable[[], str]) -> None:
         """Sets what makes the sentence that is printed after the name of a lost process."""
-        self._watch.advice = advice
+        self._advice = advice
 
     def gathered(self, value: Any) -> list[Any]:
         """Returns the JSON values of all processes, in their order."""
@@ -73,7 +79,16 @@ class Group(contextlib.AbstractContextManager):
 
     def close(self, failure: str = "") -> None:
         """Leaves the group, which is no loss to the others; with a failure, which is told, they end too."""
-        self._watch.leave(failure)
+        if self._leave():
+            self._advice = str  # the other is a run's, with all its arrays
+            self._send([self.rank, f"stopped: {failure[:2000]}"] if failure else _BYE)
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Leaves the group, and tells the others why where this process fails."""
+        if error is not None:
+            # The backends raise errors of their own about connections; news of a lost process ends this one.
+            self._wait_for_end(3.0)
+        self.close("" if error is None else f"{type(error).__name__}: {error}")
 
     def _gathered(self, content: bytes) -> list[bytes]:
         try:
@@ -86,15 +101,62 @@ class Group(contextlib.AbstractContextManager):
             self._calls[0].send_bytes(content)
             return [self._calls[0].recv_bytes() for _ in self.names]
         except (EOFError, OSError):  # a connection is closed: the thread that watches has the last word
-            self._watch.wait_for_end()
+            self._wait_for_end(SILENCE_SECONDS + 2 * PULSE_SECONDS)
             raise
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Leaves the group, and tells the others why where this process fails."""
-        if error is not None:
-            # The backends raise errors of their own about connections; news of a lost process ends this one.
-            self._watch.wait_for_end(3.0)
-        self.close("" if error is None else f"{type(error).__name__}: {error}")
+    def _wait_for_end(self, seconds: float) -> None:
+        if not self._has_left:
+            self._thread.join(seconds)
+
+    def _leave(self) -> bool:
+        """Notes that this process leaves; False where it has left already."""
+        with self._lock:
+            had_left, self._has_left = self._has_left, True
+        return not had_left
+
+    def _send(self, words: str | list) -> None:
+        with self._sending:
+            for end in list(self._pulses.values()):
+                with contextlib.suppress(OSError, ValueError):
+                    end.send_bytes(json.dumps(words).encode())
+
+    def _watch(self) -> None:
+        sent = 0.0
+        while self._pulses and not self._has_left:
+            if time.monotonic() - sent >= PULSE_SECONDS:
+                self._send(_PULSE)
+                sent = time.monotonic()
+            ready = connections.wait(list(self._pulses.values()), timeout=1.0)
+            for number, end in list(self._pulses.items()):
+                if end in ready:
+                    self._hear(number, end)
+                elif time.monotonic() - self._heard[number] > SILENCE_SECONDS:
+                    self._end(number, f"has been silent for {SILENCE_SECONDS:.0f} s")
+
+    def _hear(self, number: int, end: Any) -> None:
+        try:
+            words = json.loads(end.recv_bytes())
+        except (EOFError, OSError):
+            self._end(number, "has ended")
+            return
+        self._heard[number] = time.monotonic()
+        if words == _BYE:
+            del self._pulses[number]
+        elif words != _PULSE:
+            self._end(*words)
+
+    def _end(self, number: int, what: str) -> None:
+        """Ends this process, with the reason; the main thread may be in a call that never returns."""
+        if not self._leave():
+            return
+        self._send([number, what])
+        text = f"{self.names[number]} of {len(self)} {what}"
+        with contextlib.suppress(Exception):  # whatever happens, the process ends
+            text = f"{text.rstrip('.')}. {self._advice()}"
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\n{text.rstrip()}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        os._exit(EXIT_CODE)
 
 
 def alone() -> Group:
@@ -114,19 +176,13 @@ def join(rank: int, world_size: int, tell: Callable[[str], str]) -> Group:
         key = os.urandom(16)
         with connections.Listener(("", 0), backlog=4 * world_size) as listener:
             tell(json.dumps({"hosts": _own_hosts(), "port": listener.address[1], "key": key.hex()}))
-            calls, pulses, names = _accepted(listener, world_size, key)
-        group_names = [_name(0), *(names[number] for number in sorted(names))]
-        for call in calls.values():
-            call.send_bytes(json.dumps(group_names).encode())
+            calls, pulses = _accepted(listener, world_size, key)
     else:
         told = json.loads(tell(""))
-        ends = []
-        for kind in ("call", "pulse"):
-            ends.append(_connected(told["hosts"], told["port"], bytes.fromhex(told["key"])))
-            ends[-1].send_bytes(json.dumps([kind, rank, _name(rank)]).encode())
-        calls, pulses = {0: ends[0]}, {0: ends[1]}
-        group_names = json.loads(ends[0].recv_bytes())
-    return Group(rank, group_names, dict(sorted(calls.items())), _Watch(rank, group_names, pulses))
+        calls, pulses = ({0: _connected(told, [kind, rank])} for kind in ("call", "pulse"))
+    group = Group(rank, [f"process {number}" for number in range(world_size)], calls, pulses)
+    group.names = tuple(group.gathered(_name(rank)))
+    return group
 
 
 def _name(rank: int) -> str:
@@ -142,11 +198,9 @@ def _own_hosts() -> list[str]:
     return [host[:100] for host in (*hosts, "127.0.0.1")]
 
 
-def _accepted(listener: connections.Listener, world_size: int, key: bytes) -> tuple[dict, dict, dict]:
-    """Waits for both connections of each other process."""
-    calls: dict[int, Any] = {}
-    pulses: dict[int, Any] = {}
-    names: dict[int, str] = {}
+def _accepted(listener: connections.Listener, world_size: int, key: bytes) -> Sequence[dict[int, Any]]:
+    """Waits for both connections of each other process; returns those of calls and of pulses, by rank."""
+    ends: dict[str, dict[int, Any]] = {"call": {}, "pulse": {}}
     arrived: queue.Queue[Any] = queue.Queue()
     is_complete = threading.Event()
 
@@ -155,7 +209,7 @@ def _accepted(listener: connections.Listener, world_size: int, key: bytes) -> tu
         with contextlib.suppress(multiprocessing.AuthenticationError, OSError, EOFError, ValueError):
             connections.deliver_challenge(end, key)  # as `Client` expects it
             connections.answer_challenge(end, key)
-            arrived.put((end, json.loads(end.recv_bytes())))
+            arrived.put((end, *json.loads(end.recv_bytes())))
 
     def accept() -> None:
         while not is_complete.is_set():
@@ -165,31 +219,33 @@ def _accepted(listener: connections.Listener, world_size: int, key: bytes) -> tu
 
     threading.Thread(target=accept, daemon=True).start()
     deadline = time.monotonic() + JOIN_SECONDS
-    while len(calls) + len(pulses) < 2 * (world_size - 1):
-        try:
-            end, (kind, number, name) = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            is_complete.set()
-            missing = sorted(set(range(1, world_size)) - (calls.keys() & pulses.keys()))
-            raise ConnectionError(
-                f"Expected {world_size - 1} other processes to connect to {_name(0)} within "
-                f"{JOIN_SECONDS:.0f} s, but {', '.join(map(str, missing))} did not. Allow connections "
-                "between the machines on all ports, and see what the missing ones print."
-            ) from None
-        (calls if kind == "call" else pulses)[number] = end
-        names[number] = name
-    is_complete.set()
-    return calls, pulses, names
+    others = set(range(1, world_size))
+    try:
+        while missing := sorted(others - (ends["call"].keys() & ends["pulse"].keys())):
+            end, kind, number = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            ends[kind][number] = end
+    except queue.Empty:
+        raise ConnectionError(
+            f"Expected {len(others)} other processes to connect to {_name(0)} within {JOIN_SECONDS:.0f} s, "
+            f"but {', '.join(map(str, missing))} did not. Allow connections between the machines on all "
+            "ports, and see what the missing ones print."
+        ) from None
+    finally:
+        is_complete.set()
+    return [dict(sorted(each.items())) for each in ends.values()]
 
 
-def _connected(hosts: Sequence[str], port: int, key: bytes) -> Any:
+def _connected(told: Mapping[str, Any], greeting: list) -> Any:
     deadline = time.monotonic() + JOIN_SECONDS
+    hosts, port = told["hosts"], told["port"]
     while True:
         for host in hosts:
             with contextlib.suppress(OSError, EOFError, multiprocessing.AuthenticationError):
                 with socket.create_connection((host, port), timeout=5):
                     pass  # a host that does not answer would hold up the client for minutes
-                return connections.Client((host, port), authkey=key)
+                end = connections.Client((host, port), authkey=bytes.fromhex(told["key"]))
+                end.send_bytes(json.dumps(greeting).encode())
+                return end
         if time.monotonic() > deadline:
             raise ConnectionError(
                 f"Expected process 0 at port {port} of {' or '.join(hosts)}, but it does not answer. Allow "
@@ -198,90 +254,13 @@ def _connected(hosts: Sequence[str], port: int, key: bytes) -> Any:
         time.sleep(0.2)
 
 
-@dataclasses.dataclass
-class _Watch:
-    """The thread that ends this process when another one is lost."""
-
-    rank: int
-    names: Sequence[str]
-    pulses: dict[int, Any]
-    advice: Callable[[], str] = str
-
-    def __post_init__(self) -> None:
-        self._lock, self._sending = threading.Lock(), threading.Lock()
-        self._left = False
-        self._open = dict(self.pulses)
-        self._heard = dict.fromkeys(self.pulses, time.monotonic())
-        self._thread = threading.Thread(target=self._run, name="keras_convnext-processes", daemon=True)
-        self._thread.start()
-
-    def leave(self, failure: str = "") -> None:
-        with self._lock:
-            if self._left:
-                return
-            self._left = True
-        self.advice = str  # the other is a run's, with all its arrays
-        self._send([self.rank, f"stopped: {failure[:2000]}"] if failure else _BYE)
-
-    def wait_for_end(self, seconds: float = SILENCE_SECONDS + 2 * PULSE_SECONDS) -> None:
-        if not self._left:
-            self._thread.join(seconds)
-
-    def _send(self, words: str | list) -> None:
-        with self._sending:
-            for end in list(self._open.values()):
-                with contextlib.suppress(OSError, ValueError):
-                    end.send_bytes(json.dumps(words).encode())
-
-    def _run(self) -> None:
-        sent = 0.0
-        while self._open and not self._left:
-            if time.monotonic() - sent >= PULSE_SECONDS:
-                self._send(_PULSE)
-                sent = time.monotonic()
-            for end in connections.wait(list(self._open.values()), timeout=1.0):
-                number = next(number for number, own in self._open.items() if own is end)
-                self._hear(number, end)
-            for number in self._open:
-                if time.monotonic() - self._heard[number] > SILENCE_SECONDS:
-                    self._end(number, f"has been silent for {SILENCE_SECONDS:.0f} s")
-
-    def _hear(self, number: int, end: Any) -> None:
-        try:
-            words = json.loads(end.recv_bytes())
-        except (EOFError, OSError):
-            self._end(number, "has ended")
-            return
-        self._heard[number] = time.monotonic()
-        if words == _BYE:
-            del self._open[number]
-        elif words != _PULSE:
-            self._end(*words)
-
-    def _end(self, number: int, what: str) -> None:
-        """Ends this process, with the reason; the main thread may be in a call that never returns."""
-        with self._lock:
-            if self._left:
-                return
-            self._left = True
-        self._send([number, what])
-        text = f"{self.names[number]} of {len(self.names)} {what}"
-        with contextlib.suppress(Exception):  # whatever happens, the process ends
-            text = f"{text.rstrip('.')}. {self.advice()}"
-        with contextlib.suppress(OSError, ValueError):
-            print(f"\n{text.rstrip()}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-        os._exit(EXIT_CODE)
-
-
 def _packed(array: np.ndarray) -> bytes:
     array = np.asarray(array, order="C")  # not `ascontiguousarray`, which gives a scalar an axis
-    header = json.dumps([array.dtype.str, array.shape, array.dtype.name]).encode()
+    header = json.dumps([array.dtype.name, array.shape]).encode()
     return len(header).to_bytes(4, "little") + header + array.tobytes()
 
 
 def _unpacked(content: bytes) -> np.ndarray:
     size = int.from_bytes(content[:4], "little")
-    text, shape, name = json.loads(content[4 : 4 + size])
-    dtype = np.dtype(name if np.dtype(text).kind == "V" else text)
-    return np.frombuffer(content, dtype, offset=4 + size).reshape(shape).copy()
+    name, shape = json.loads(content[4 : 4 + size])
+    return np.frombuffer(content, name, offset=4 + size).reshape(shape).copy()

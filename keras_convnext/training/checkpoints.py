@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.training import run_folder
-from keras_convnext.training.run_state import Plan, non_finite_names, state_variables
+from keras_convnext.training.run_state import BEST_FILE, Plan, non_finite_names, state_variables
 
 _logger = logging.getLogger("keras_convnext")
 
@@ -37,6 +37,11 @@ class Counts:
     def epoch(self) -> int:
         """Epochs that are done, with all of their micro-batches."""
         return self.done // self.plan.micro_batches_per_epoch
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best epoch."""
+        return int(self.best["epoch"]) * self.plan.steps_per_epoch if self.best else None
 
     def add(self, in_fit: int, means: Mapping[str, float]) -> None:
         """Counts a micro-batch; `means` are over the `in_fit` micro-batches of this call of `fit`."""
@@ -66,7 +71,7 @@ class Checkpoints:
             self.model.jax_state_sync()
         return {name: self.engine.read(variable) for name, variable in self.variables.items()}
 
-    def save(self, is_best: bool = False) -> list[str]:
+    def save(self) -> list[str]:
         """Writes a checkpoint, unless an array is not finite: returns the names of those."""
         if self.folder is None:
             return []
@@ -80,12 +85,11 @@ class Checkpoints:
             "sums": counts.sums,
             "metrics": [self.engine.read(v).tolist() for v in self._metrics_variables()],
             "best": counts.best,
-            "is_best": is_best,
+            "best_step": counts.best_step,
             "backend": keras.backend.backend(),
         }
         self.folder.save(arrays, state)
-        if is_best:
-            self.folder.mark_best(counts.step, _score(counts.best))
+        self._write_best()
         self.saved, self.saved_at = counts.done, time.monotonic()
         return []
 
@@ -121,10 +125,13 @@ class Checkpoints:
         counts.best, counts.epochs_logged = state["best"], state["epochs_logged"]
         if counts.done % counts.plan.micro_batches_per_epoch:
             self._metrics = state.get("metrics", [])
-        if self.folder and counts.best:  # a kill may have come before this was noted, or a person removed it
-            best_step = counts.best["epoch"] * counts.plan.steps_per_epoch
-            self.folder.mark_best(int(best_step), _score(counts.best))
+        self._write_best()  # a kill may have come before it, or a person removed the file
         return True
+
+    def _write_best(self) -> None:
+        if self.folder and self.counts.best:
+            value = next(value for name, value in self.counts.best.items() if name != "epoch")
+            self.folder.write_json(BEST_FILE, {"step": self.counts.best_step, "value": float(value)})
 
     def _metrics_variables(self) -> list[Any]:
         """Returns what the means are made of; nothing where each device has its own."""
@@ -147,7 +154,3 @@ class Checkpoints:
         stands = f"the checkpoint of step {step}" if self.saved > 0 else "the beginning"
         stands = f"{stands} in {self.folder.path}" if self.folder else "the last checkpoint"
         return f"This process ends too. The same command on all machines resumes from {stands}."
-
-
-def _score(best: Mapping[str, float]) -> float:
-    return next(value for name, value in best.items() if name != "epoch")

@@ -44,7 +44,6 @@ class Signals:
     def __init__(self, group: Group) -> None:
         self.received = 0  # signal that this process received, 0 for none
         self._group = group
-        self._stop = 0  # by one of all processes
         self._ask_at = 0  # micro-batches after which the processes ask each other again
         self._asked = (0, time.monotonic())  # micro-batches and time of the last question
 
@@ -69,18 +68,17 @@ class Signals:
 
     def after_step(self, done: int) -> int:
         """Returns the signal on which all stop, 0 for none; processes ask each other once a second."""
-        return self.agreed(done) if done >= self._ask_at else self._stop
+        return self.agreed(done) if done >= self._ask_at else 0
 
     def agreed(self, done: int) -> int:
         """Asks all processes in any case, and returns the same."""
         now, (asked, then) = time.monotonic(), self._asked
         pause = round((done - asked) * _SECONDS_TO_AGREE / max(now - then, 1e-3))
         noted = self._group.gathered([self.received, pause])
-        self._stop = max(received for received, _ in noted)
         self._asked = done, now
         if len(noted) > 1:
             self._ask_at = done + min(max(noted[0][1], 1), _MAX_STEPS_TO_AGREE)
-        return self._stop
+        return max(received for received, _ in noted)
 
     def raise_if_received(self) -> None:
         """Ends a validation; of several processes none, as they would not stop at the same image."""

@@ -45,12 +45,9 @@ class CsvLog:
         self._save([*self.rows, {column: _plain(value) for column, value in row.items()}])
 
     def _save(self, rows: list[dict[str, Value]]) -> None:
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns or ["epoch"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_file(self.path, text.getvalue().encode())
+        columns = list(dict.fromkeys(column for row in rows for column in row)) or ["epoch"]
+        table: list[list] = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+        replace_file(self.path, _terminal.csv_text(table).encode())
         self.rows = rows
 
 

@@ -89,9 +89,9 @@ class AdamW(keras.optimizers.AdamW):
         gradient_accumulation_steps=None,
         name="adamw",
     ):
-        check_numbers("AdamW", weight_decay=weight_decay, epsilon=epsilon, layer_decay=layer_decay)
-        for beta_name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
-            check_numbers("AdamW", **{beta_name: beta})
+        betas = {"beta_1": beta_1, "beta_2": beta_2}
+        check_numbers("AdamW", weight_decay=weight_decay, epsilon=epsilon, layer_decay=layer_decay, **betas)
+        for beta_name, beta in betas.items():
             if beta >= 1:
                 raise ValueError(f"AdamW needs {beta_name} in [0, 1). Received: {beta_name}={beta}")
         if not 0 < layer_decay <= 1:

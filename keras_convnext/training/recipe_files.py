@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +85,16 @@ def recipes_folder() -> Path:
 
     It is in an installed package, next to it in the repository; of a zip file it is a temporary copy.
     """
-    inside = importlib.resources.files("keras_convnext") / "recipes"
+    inside: Any = importlib.resources.files("keras_convnext") / "recipes"
     if not inside.is_dir():
         return Path(__file__).resolve().parents[2] / "recipes"
     if isinstance(inside, Path):
         return inside
-    temporary = Path(tempfile.mkdtemp(prefix="keras_convnext_recipes_"))
+    temporary = tempfile.mkdtemp(prefix="keras_convnext_recipes_")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    _copy(inside, temporary)
-    return temporary
+    names = [name for name in inside.root.namelist() if name.startswith(inside.at)]  # a zipfile.Path
+    inside.root.extractall(temporary, names)
+    return Path(temporary) / inside.at
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -108,13 +108,3 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         for field, (key, value) in zip(fields, values.items(), strict=True)
         if key not in _NOT_IDENTITY and not (is_optional(field) and value == field.default)
     }
-
-
-def _copy(folder: Traversable, target: Path) -> None:
-    """Copies what is in a folder; `importlib.resources.as_file` takes files only before Python 3.12."""
-    target.mkdir(exist_ok=True)
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            _copy(entry, target / entry.name)
-        else:
-            (target / entry.name).write_bytes(entry.read_bytes())

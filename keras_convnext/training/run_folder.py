@@ -1,8 +1,8 @@
 """Keeps a training run on the disk so that a kill, a full disk or a damaged file loses as little as possible.
 
 A run folder holds run.json, the recipe and data of the run; checkpoints/step-00001234.safetensors, all arrays
-and the state of a step, with a checksum of both; best.json, which of them is the best one; .lock, held by the
-process that trains; and what the caller writes. A file has its name when it is complete. No Keras is needed.
+and the state of a step, with a checksum of both; .lock, held by the process that trains; and what the caller
+writes. A file has its name when it is complete. No Keras is needed.
 """
 
 import contextlib
@@ -27,8 +27,6 @@ from keras_convnext._files import (
     disk_error_text,
     open_to_lock,
     read_bytes,
-    read_json,
-    reading,
     replace_file,
     replacing_path,
     sync_folder,
@@ -43,7 +41,6 @@ _logger = logging.getLogger("keras_convnext")
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.toml"
-BEST_FILE = "best.json"
 CHECKPOINT_FOLDER = "checkpoints"
 
 _FORMAT = "keras_convnext run 1"
@@ -114,8 +111,8 @@ class RunFolder(contextlib.AbstractContextManager):
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> pathlib.Path:
         """Writes the checkpoint of a step in place of an earlier one, then removes old ones.
 
-        `state` has JSON values and "step", the number of finished steps. The newest `keep`, the best and this
-        one stay; those that `latest` found damaged go.
+        `state` has JSON values: "step", the number of finished steps, and where one is the best "best_step".
+        That one, this one and the newest `keep` stay; those that `latest` found damaged go.
         """
         step, text = int(state["step"]), json.dumps(dict(state))
         path = self._checkpoint_path(step)
@@ -124,24 +121,13 @@ class RunFolder(contextlib.AbstractContextManager):
             write_safetensors(path, arrays, metadata)
             sync_folder(path.parent)
         self._damaged.discard(step)
-        for number in sorted(self._damaged):
-            self._remove(number)
-        self._prune()
+        whole = [number for number in self.steps() if number not in self._damaged]
+        for number in sorted({*self._damaged, *whole[: -self.keep]} - {step, state.get("best_step")}):
+            try:
+                self._checkpoint_path(number).unlink(missing_ok=True)
+            except OSError as error:  # such as a file that another program reads on Windows
+                _logger.warning("The old checkpoint of step %d stays: %s", number, error)
         return path
-
-    def mark_best(self, step: int, value: float) -> None:
-        """Keeps the checkpoint of a step as the best one by a value; to repeat it changes nothing."""
-        self.write_json(BEST_FILE, {"step": int(step), "value": float(value)})
-        self._prune()
-
-    def best(self) -> tuple[int, float] | None:
-        """Returns step and value of the last `mark_best`, or None; ValueError where its file is damaged."""
-        path = self.path / BEST_FILE
-        if not path.exists():
-            return None
-        with reading(path, "the best step", "Remove it."):
-            entry = read_json(path, {"step": int})
-            return entry["step"], float(entry["value"])
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint file, whole or damaged, in rising order."""
@@ -176,9 +162,7 @@ class RunFolder(contextlib.AbstractContextManager):
         reasons = []
         for step in reversed(steps):
             try:
-                found = self.read(step)
-                self._damaged.discard(step)
-                return found
+                return self.read(step)
             except FileFormatError as error:
                 reasons.append(f"step {step} ({error})")
                 self._damaged.add(step)
@@ -218,27 +202,6 @@ class RunFolder(contextlib.AbstractContextManager):
     def _checkpoint_path(self, step: int) -> pathlib.Path:
         return self.path / CHECKPOINT_FOLDER / f"step-{step:08d}.safetensors"
 
-    def _prune(self) -> None:
-        """Removes the whole checkpoints that are neither the best nor among the newest."""
-        try:
-            best = self.best()
-        except ValueError as error:
-            _logger.warning(
-                "All checkpoints stay until there is a better one, as %s is damaged: %s", BEST_FILE, error
-            )
-            return
-        whole = [step for step in self.steps() if step not in self._damaged]
-        for step in whole[: -self.keep]:
-            if best is None or step != best[0]:
-                self._remove(step)
-
-    def _remove(self, step: int) -> None:
-        try:
-            self._checkpoint_path(step).unlink(missing_ok=True)
-            self._damaged.discard(step)
-        except OSError as error:  # such as a file that another program reads on Windows
-            _logger.warning("The old checkpoint of step %d stays: %s", step, error)
-
 
 def check_arrays(
     arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[tuple[int, ...], str]], source: str
@@ -249,14 +212,12 @@ def check_arrays(
     """
     wanted = {name: _array_text(*kind) for name, kind in expected.items()}
     found = {name: _array_text(array.shape, array.dtype) for name, array in arrays.items()}
-    if wanted != found:
+    if changes := differences(wanted, found):
         problems = {
-            "missing": [name for name in wanted if name not in found],
-            "unexpected": [name for name in found if name not in wanted],
+            "missing": [name for name, _, received in changes if received is None],
+            "unexpected": [name for name, expected, _ in changes if expected is None],
             "different": [
-                f"{name} expected {wanted[name]}, received {text}"
-                for name, text in found.items()
-                if wanted.get(name, text) != text
+                f"{name} expected {one}, received {other}" for name, one, other in changes if one and other
             ],
         }
         facts = [

@@ -27,6 +27,7 @@ LOG_FILE = "log.csv"
 CURVES_FILE = "curves.png"
 ENVIRONMENT_FILE = "environment.json"
 RESULT_FILE = "result.json"
+BEST_FILE = "best.json"  # step and score of the best checkpoint
 FAULTS_FILE = "faults.json"
 FINAL_WEIGHTS = ("final_ema.weights.h5", "final.weights.h5")  # the first where the recipe has an average
 

@@ -146,7 +146,6 @@ class Run:
         self.checkpoints = Checkpoints(folder, engine, built.model, built.student, self.counts)
         self.signals = failure.Signals(engine.group)
         self.has_average = recipe.optimizer.ema_decay > 0
-        self.log: Any = None  # from `begin` on a RunLog, in the process that writes
         self.progress = logs.Progress(
             recipe.optimizer.epochs,
             data.plan.steps_per_epoch,
@@ -174,7 +173,10 @@ class Run:
             environment = {**result_columns.environment(), "command": sys.argv, "engine": described}
             self.folder.write_text(run_folder.RECIPE_FILE, self.recipe.to_toml())
             self.folder.write_json(run_state.ENVIRONMENT_FILE, environment | self.data.facts)
-            self.log = RunLog(self.folder, self.task, self.counts)
+            self.csv = logs.CsvLog(self.folder.path / run_state.LOG_FILE)
+            self.csv.resume(before_epoch=self.counts.epochs_logged + 1)  # drops what is about to be repeated
+            purged = self.counts.step + 1 if is_resumed else None
+            self.events = logs.TensorBoardLog(self.folder.path / "tensorboard", purged)
         if is_resumed:
             self.progress.say(f"resumes after step {self.counts.step} of {self.plan.total_steps}")
         if len(self.engine.group) > 1:
@@ -255,8 +257,11 @@ class Run:
             self._stop(number)
         if self.progress.images_per_second is not None:
             row["images_per_second"] = self.progress.images_per_second
-        if self.log:
-            self.log.write(row)
+        if self.folder:
+            self.csv.write(row)
+            scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+            self.events.write(counts.step, scalars)
+            self.task.draw(self.csv.rows, self.folder)
         shown = dict.fromkeys(("loss", "val_loss", best, f"ema_{best}"))
         self.progress.end_epoch(counts.epoch, {name: row[name] for name in shown if name in row})
         counts.end_epoch()
@@ -265,7 +270,7 @@ class Run:
                 self._write_weights("best.weights.h5")
         is_due = time.monotonic() - self.checkpoints.saved_at >= _SECONDS_BETWEEN_EPOCH_CHECKPOINTS
         if column or is_due or counts.epoch == self.recipe.optimizer.epochs:
-            self.save(is_best=column is not None)
+            self.save()
 
     def _training_row(self) -> dict[str, Any]:
         counts, inner = self.counts, optimizer.inner_optimizer(self.built.model.optimizer)
@@ -293,9 +298,9 @@ class Run:
                 row |= {f"{prefix}_{name}": value for name, value in scores.items()}
         return row
 
-    def save(self, is_best: bool = False) -> None:
+    def save(self) -> None:
         """Writes a checkpoint; NonFiniteError: it is not written, as a weight is NaN or infinite."""
-        if broken := self.checkpoints.save(is_best):
+        if broken := self.checkpoints.save():
             raise self._non_finite(f"{len(broken)} arrays that are not finite, such as {broken[0]}")
 
     def finish(self) -> dict[str, Any]:
@@ -310,10 +315,10 @@ class Run:
         if self.folder:
             failure.write_faults(self.data.faults, self.folder)
             best = {f"best_{name}": value for name, value in self.counts.best.items()}
-            rows = self.log.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
-            scores = dict(rows[-1]) | best
+            rows = self.csv.rows or [{"epoch": self.counts.epoch, "step": self.counts.step}]
+            scores = {**rows[-1], **best}
             self.folder.write_json(run_state.RESULT_FILE, scores)
-            self.log.events.close()
+            self.events.close()
         self.progress.close()
         return self.engine.group.gathered(scores)[0]
 
@@ -332,24 +337,6 @@ class Run:
             self.checkpoints,
             lambda: self.task.train_batches(self.data, self.counts.done - 1, self.engine),
         )
-
-
-class RunLog:
-    """log.csv, the events for TensorBoard and the pictures of a run."""
-
-    def __init__(self, folder: run_folder.RunFolder, task: Task, counts: Counts) -> None:
-        self.folder, self.task = folder, task
-        self.csv = logs.CsvLog(folder.path / run_state.LOG_FILE)
-        self.csv.resume(before_epoch=counts.epochs_logged + 1)  # forgets what is about to be repeated
-        self.events = logs.TensorBoardLog(
-            folder.path / "tensorboard", purge_step=counts.step + 1 if counts.done else None
-        )
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self.csv.write(row)
-        scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
-        self.events.write(row["step"], scalars)
-        self.task.draw(self.csv.rows, self.folder)
 
 
 def note_best(counts: Counts, row: Mapping[str, Any], best: str) -> str | None:

@@ -116,8 +116,8 @@ def arrays_of(step):
     return {"w": np.full((3, 4), step, "float32"), "rng": np.array([step, 2**32 - 1], "uint32")}
 
 
-def save(run, *steps):
-    return [run.save(arrays_of(step), {"step": step}) for step in steps]
+def save(run, *steps, **state):
+    return [run.save(arrays_of(step), {"step": step} | state) for step in steps]
 
 
 def files(folder):
@@ -216,7 +216,6 @@ def test_saving_makes_no_second_copy_of_the_arrays(run):
 def test_a_run_without_checkpoints_has_no_latest(run):
     assert run.latest() is None
     assert run.steps() == []
-    assert run.best() is None
 
 
 # Ends of the process.
@@ -314,24 +313,21 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_named_skipped_and_kept_until_there_is_a_newer_one(tmp_path, caplog, damage):
     with open_here(tmp_path / "run", keep=1) as run:
-        paths = save(run, 10)
-        run.mark_best(10, 0.5)
-        paths += save(run, 20)
+        paths = save(run, 10, 20, best_step=10)
     content = DAMAGES[damage](paths[1].read_bytes())
     paths[1].write_bytes(content)
     with open_here(tmp_path / "run", keep=1) as run:
         with caplog.at_level(logging.WARNING, "keras_convnext"):
             arrays, state = run.latest()
-        assert state == {"step": 10}
+        assert state["step"] == 10
         assert (arrays["w"] == 10).all()
         assert len(caplog.messages) == 1
         assert "step 20" in caplog.messages[0]
         assert str(paths[1]) in caplog.messages[0]
-        run.mark_best(10, 0.5)  # a run that goes on may repeat it
         assert paths[1].read_bytes() == content
-        save(run, 15)
+        save(run, 15, best_step=10)
         assert run.steps() == [10, 15]
-        assert run.latest()[1] == {"step": 15}
+        assert run.latest()[1]["step"] == 15
 
 
 def test_intact_checkpoints_give_no_warning(run, caplog):
@@ -375,29 +371,14 @@ def test_steps_of_more_than_eight_digits_are_the_newer_ones(run):
 
 def test_best_checkpoint_is_kept_until_there_is_a_better_one(tmp_path):
     with open_here(tmp_path / "run") as run:
-        save(run, 1)
-        run.mark_best(1, 0.25)
-        save(run, 2, 3, 4)
-        assert run.steps() == [1, 3, 4]
-        assert run.best() == (1, 0.25)
-    with open_here(tmp_path / "run") as run:
-        assert run.best() == (1, 0.25)
-        run.mark_best(4, 0.5)
+        save(run, 1, 2, 3, best_step=1)
+        assert run.steps() == [1, 2, 3]
+        save(run, 4, best_step=4)
         assert run.steps() == [3, 4]
-        save(run, 5, 6, 7)
+    with open_here(tmp_path / "run") as run:
+        save(run, 5, 6, 7, best_step=4)
         assert run.steps() == [4, 6, 7]
-        assert run.read(4)[1] == {"step": 4}
-
-
-def test_nothing_is_removed_while_the_best_is_not_known(run, caplog):
-    save(run, 1)
-    run.mark_best(1, 0.5)
-    (run.path / "best.json").write_text("{")
-    save(run, 2, 3, 4)
-    assert run.steps() == [1, 2, 3, 4]
-    assert "All checkpoints stay until there is a better one, as best.json is damaged: " in caplog.text
-    run.mark_best(1, 0.5)
-    assert run.steps() == [1, 3, 4]
+        assert run.read(4)[1]["step"] == 4
 
 
 def test_a_checkpoint_that_cannot_be_removed_stops_nothing(run, monkeypatch, caplog):
