@@ -9,6 +9,7 @@ import functools
 
 import keras
 
+from keras_convnext import _environment
 from keras_convnext.layers.bfloat16 import is_widened, rounded_once
 from keras_convnext.layers.chunking import is_eager_on_cpu
 from keras_convnext.layers.depthwise import device_kind, kernel_and_bias
@@ -149,18 +150,18 @@ def _matrix_and_bias(layer, dtype):
 
 def _gains_from_patches(x):
     backend = keras.backend.backend()
-    return (backend == "jax" and device_kind(x) == "cpu") or (backend == "torch" and _onednn_takes(x))
+    return (backend == "jax" and device_kind(x) == "cpu") or (backend == "torch" and _is_own_of_torch(x))
 
 
 def _has_own_product(x):
     """Whether `_product` knows a better way than Keras's for this tensor."""
     backend = keras.backend.backend()
-    return backend == "tensorflow" or (backend == "torch" and _onednn_takes(x))
+    return backend == "tensorflow" or (backend == "torch" and _is_own_of_torch(x))
 
 
 def _product(x, kernel, bias, activation=None):
     """`activation(x @ kernel + bias)` with x (..., C) and kernel (C, D): (..., D)."""
-    product = {"tensorflow": _tensorflow_product, "torch": _onednn_product}.get(
+    product = {"tensorflow": _tensorflow_product, "torch": _torch_product}.get(
         keras.backend.backend(), _plain_product
     )
     return rounded_once(functools.partial(product, activation=activation), x, kernel, bias)
@@ -192,43 +193,43 @@ def _tensorflow_product(x, kernel, bias, activation):
     return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [kernel.shape[-1]]], axis=0))
 
 
-def _onednn_product(x, kernel, bias, activation):
-    """On PyTorch and a CPU, with exact GELU in the same pass where no gradient is asked for.
-
-    MKL, which `torch.nn.functional.linear` calls, is half as fast on AMD's processors.
-    """
+def _torch_product(x, kernel, bias, activation):
+    """On a CPU; by oneDNN with exact GELU in the same pass, where no gradient is asked for."""
     import torch
 
+    onednn = _onednn()
+    if onednn is None:
+        return _activate(activation, torch.nn.functional.linear(x, kernel.t(), bias))
     if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad or bias.requires_grad):
         y = _differentiable_product().apply(x.reshape(-1, x.shape[-1]), kernel, bias)
         y = y.reshape(*x.shape[:-1], kernel.shape[-1])
     elif activation is keras.activations.gelu:
-        return _onednn()(x, kernel.t(), bias, "gelu", [], "none")
+        return onednn(x, kernel.t(), bias, "gelu", [], "none")
     else:
-        y = _onednn()(x, kernel.t(), bias, "none", [], "none")
-    return y if activation is None else activation(y)
+        y = onednn(x, kernel.t(), bias, "none", [], "none")
+    return _activate(activation, y)
 
 
 @functools.cache
 def _onednn():
-    """PyTorch's operator x @ weight.T + bias of oneDNN, or None where this PyTorch lacks it."""
+    """PyTorch's operator x @ weight.T + bias of oneDNN; None where `linear`, which calls MKL, is faster.
+
+    With AVX-512 it is up to 1.6 times as fast as `linear` and GELU; limited to AVX2, where its GELU takes as
+    long as the product, half to once as fast. `python -m benchmarks.speed pointwise` prints both.
+    """
     import torch
 
-    if not torch.backends.mkldnn.is_available():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not _environment.has_bfloat16("torch"):
         return None
     # It has no public name. `torch.compile` builds on it; tests compare it with `linear`.
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def _onednn_takes(x):
+def _is_own_of_torch(x):
     import torch
 
-    return (
-        is_eager_on_cpu(x)  # graphs keep the plain operators
-        and x.numel() > 0
-        and _onednn() is not None
-        and x.dtype in (torch.float32, torch.bfloat16)
-    )
+    # Graphs keep the plain operators.
+    return is_eager_on_cpu(x) and x.numel() > 0 and x.dtype in (torch.float32, torch.bfloat16)
 
 
 @functools.cache

@@ -217,6 +217,16 @@ def test_the_layer_takes_the_chosen_path_which_exists(monkeypatch):
     assert taken == [depthwise.chosen_path(BACKEND, "cpu")]
 
 
+@pytest.fixture(params=["oneDNN", "linear"] if BACKEND == "torch" else ["the only one"])
+def either_product(request, monkeypatch):
+    """PyTorch's two products in turn, whichever this processor takes."""
+    operator = torch.ops.mkldnn._linear_pointwise if request.param == "oneDNN" else None
+    monkeypatch.setattr(pointwise_module, "_onednn", lambda: operator)
+
+
+of_either_product = pytest.mark.usefixtures("either_product")
+
+
 # The products of the blocks. Wider and narrower, as in a block; kernel gradients take a way each.
 
 WIDTHS = {"wider": (6, 24), "narrower": (24, 6)}
@@ -257,6 +267,7 @@ def product_formula(activation):
     return lambda x, kernel, bias: FORMULAS[activation](x @ kernel + bias)
 
 
+@of_either_product
 @pytest.mark.parametrize(("activation", "widths", "positions", "dtype"), POINTWISE)
 def test_pointwise_equals_the_product_in_float64(activation, widths, positions, dtype):
     layer = dense(widths, dtype)
@@ -276,6 +287,7 @@ def test_pointwise_equals_the_product_in_float64(activation, widths, positions, 
         assert min(errors(actual, wrong)[:2]) > 10 * TOLERANCES[dtype]
 
 
+@of_either_product
 @pytest.mark.parametrize("positions", [(5,), (1, 1, 1), (3, 1, 1), (1, 9, 1)])
 def test_pointwise_takes_vectors_and_maps_of_one_pixel(positions):
     layer = dense("wider")
@@ -287,6 +299,7 @@ def test_pointwise_takes_vectors_and_maps_of_one_pixel(positions):
     assert relative_error(forward(applied(layer, "gelu_tanh"), x), expected[0]) > 10 * TOLERANCE
 
 
+@of_either_product
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
 def test_pointwise_gives_the_same_value_without_a_gradient(activation, dtype):
@@ -299,6 +312,7 @@ def test_pointwise_gives_the_same_value_without_a_gradient(activation, dtype):
     assert relative_error(without, expected) < TOLERANCES[dtype]
 
 
+@of_either_product
 def test_pointwise_of_a_layer_with_lora_has_its_update_and_gradients():
     layer = dense("wider")
     layer.enable_lora(2, lora_alpha=3)
@@ -368,6 +382,7 @@ def products_taken(monkeypatch):
     return taken
 
 
+@of_either_product
 @pytest.mark.parametrize(("size", "shape", "dtype"), PATCHES)
 def test_patches_equal_the_sum_over_each_patch(products_taken, size, shape, dtype):
     policy = "mixed_bfloat16" if dtype == "bfloat16" else dtype
@@ -460,6 +475,7 @@ def test_depthwise_rounds_once_without_bfloat16_arithmetic(no_bfloat16):
     )
 
 
+@of_either_product
 @not_on_jax
 @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
 def test_pointwise_rounds_once_without_bfloat16_arithmetic(no_bfloat16, activation):
@@ -471,13 +487,14 @@ def test_pointwise_rounds_once_without_bfloat16_arithmetic(no_bfloat16, activati
     assert_rounded_once([forward(called, x)], expected[:1])  # without a gradient
 
 
+@of_either_product
 @not_on_jax
 def test_patches_are_multiplied_in_float32_without_bfloat16_arithmetic(no_bfloat16, monkeypatch):
     seen = []
     owner, name = (
         (keras.layers.Conv2D, "convolution_op")
         if BACKEND == "tensorflow"
-        else (pointwise_module, "_onednn_product")
+        else (pointwise_module, "_torch_product")
     )
     original = getattr(owner, name)
 
@@ -846,6 +863,7 @@ def test_graph_of_unknown_sizes_has_the_same_value_on_tensorflow(compiled):
     assert announced == [[None, None, 16]]
 
 
+@of_either_product
 @on_torch
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_second_derivatives_of_pointwise_on_torch(widths):
@@ -870,6 +888,7 @@ def test_second_derivatives_of_pointwise_on_torch(widths):
     assert min(errors(actual, second(product_formula("gelu_tanh"), doubles, *others))) > 10 * TOLERANCE
 
 
+@of_either_product
 @on_torch
 def test_pointwise_takes_strided_operands_and_gradients_on_torch():
     layer = dense("wider")
@@ -884,6 +903,7 @@ def test_pointwise_takes_strided_operands_and_gradients_on_torch():
     assert max(errors([slope.numpy() for slope in slopes], expected[1:])) < TOLERANCE
 
 
+@of_either_product
 @on_torch
 def test_pointwise_of_a_frozen_layer_has_the_gradient_of_its_input_on_torch():
     layer = dense("narrower")
@@ -909,6 +929,7 @@ def test_other_dtypes_are_left_to_keras_on_torch(products_taken, dtype):
 @on_torch
 def test_traced_and_compiled_programs_hold_plain_operators_on_torch(monkeypatch):
     take_chunks_of(0, monkeypatch)
+    monkeypatch.setattr(pointwise_module, "_onednn", lambda: torch.ops.mkldnn._linear_pointwise)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
     block = with_random_weights(BLOCKS["v1"](), (3, 4, 6, 4))
