@@ -68,7 +68,6 @@ def eval_batches(
     size = preprocessing.size
     _check_count("batch_size", batch_size)
     _check_host(host, num_hosts)
-    blocks.leave_accelerators()
     faults = Faults(source) if faults is None else faults
     read, labels = blocks.reader(source)
     share = -(-len(source) // num_hosts)
@@ -131,8 +130,7 @@ def train_batches(
     its batches is dropped. As no epoch repeats another, the stream has no end: `fit` needs
     `steps_per_epoch=steps_per_epoch(source, batch_size)`, or it runs forever.
 
-    The stream is the same whatever the number of `workers`, is entered anywhere by `part.start_batch`, and
-    several hosts together make the batches of one. Rows 2k and 2k + 1 are mixed with each other, where timm
+    Several hosts together make the batches of one. Rows 2k and 2k + 1 are mixed with each other, where timm
     takes a batch and its reverse; the shuffle makes that the same.
 
     An image that cannot be decoded is noted in `faults`, and the next example of the source that can be
@@ -142,8 +140,7 @@ def train_batches(
         source: what `sources.open_source` returns.
         batch_size: examples in a batch of all hosts together.
         image_size: of the result in pixels, one side of a square or (height, width).
-        augmentation: what is done to the images; the default is that of ConvNeXt's ImageNet-1k training (Liu
-            et al. 2022, table 5, and the official main.py).
+        augmentation: what is done to the images; default as for ConvNeXt's ImageNet-1k training.
         normaliser: (mean, std) that the model begins with, in 0..1; the noise of erasing is normal after it.
         num_classes: length of the targets, at least that of the source's classes, which is the default.
         mix_group: images that share one draw of mixing; default all of a batch, on whatever hosts they are.
@@ -158,8 +155,7 @@ def train_batches(
         batch_size / part.num_hosts. Errors of a loop over it are as for `eval_batches`.
 
     Raises:
-        ValueError: an argument is outside its range or a name is unknown; the message gives the value
-            received and the ones allowed.
+        ValueError: an argument is outside its range or a name is unknown; the message has what is allowed.
     """
     classes = len(source.classes)
     num_classes = classes if num_classes is None else num_classes
@@ -179,7 +175,6 @@ def train_batches(
             f"Expected an even number of images on each host, which are mixed in pairs, received "
             f"{order.rows_a_batch} of {batch_size} on each of {part.num_hosts}. Choose another batch_size."
         )
-    blocks.leave_accelerators()
     faults = Faults(source) if faults is None else faults
     read, labels = blocks.reader(source)
 

@@ -1,7 +1,5 @@
 """Counts and names the damaged images of a data set, and raises an error when there are too many."""
 
-import threading
-
 from keras_convnext.data.index import Source
 
 MAX_FAULT_SHARE = 0.01
@@ -22,21 +20,18 @@ class Faults:
             )
         self.max_share = max_share
         self.source = source
-        self._reasons: dict[int, str] = {}
-        self._lock = threading.Lock()
+        self._reasons: dict[int, str] = {}  # threads add to it, each by one atomic call
 
     def __len__(self) -> int:
         return len(self._reasons)
 
     def add(self, number: int, reason: str) -> None:
         """Notes that example `number` could not be decoded; again is not counted twice."""
-        with self._lock:
-            self._reasons.setdefault(number, reason)
+        self._reasons.setdefault(number, reason)
 
     def report(self) -> dict[str, str]:
         """Returns the reason by the name of the example, in the order of the source."""
-        with self._lock:
-            return {self.source.name(number): self._reasons[number] for number in sorted(self._reasons)}
+        return {self.source.name(number): self._reasons[number] for number in sorted(self._reasons)}
 
     def check(self) -> None:
         """Raises DataError when more than the allowed share of all examples has failed."""

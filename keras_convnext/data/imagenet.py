@@ -4,7 +4,6 @@ The tars are indexed without unpacking them.
 """
 
 import collections
-import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -13,7 +12,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO
 
 import numpy as np
 
@@ -48,17 +46,15 @@ def split_of_tar(path: str) -> str:
             raise SourceError(
                 f"Expected an uncompressed tar, but '{path}' is compressed with GZIP. Run gunzip on it."
             )
-        for member in _members(file, 0, os.fstat(file.fileno()).st_size, path):
-            name = os.path.basename(member.name)
-            if name.endswith(".tar"):
-                return "train"
-            if VALIDATION_NAME.fullmatch(name):
-                return "validation"
-            raise SourceError(
-                "Expected ILSVRC2012_img_train.tar (a tar of class tars) or ILSVRC2012_img_val.tar, but "
-                f"'{path}' begins with '{member.name}'. Unpack other archives and pass the folder."
-            )
-    raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
+    name = next(_members(path)).name
+    if name.endswith(".tar"):
+        return "train"
+    if are_validation([name]):
+        return "validation"
+    raise SourceError(
+        "Expected ILSVRC2012_img_train.tar (a tar of class tars) or ILSVRC2012_img_val.tar, but "
+        f"'{path}' begins with '{name}'. Unpack other archives and pass the folder."
+    )
 
 
 def open_tar(path: str, split: str, labels: StrPath | None) -> Source:
@@ -90,18 +86,6 @@ def with_labels(source: Source, path: StrPath | None, prefix: str = "", beside: 
     positions = {name: number for number, name in enumerate(classes)}
     labels = np.array([positions[value] for value in values], np.int32)
     return dataclasses.replace(source, labels=labels, classes=classes)
-
-
-def imagenet_class_numbers(classes: Sequence[str], num_classes: int) -> np.ndarray | None:
-    """Finds the outputs of an ImageNet classifier that stand for some classes.
-
-    ImageNet-A and -R have images of 200 of the 1000. Returns int64 (len(classes),), the position of each name
-    in `class_names.synset_ids(num_classes)`; None when there is no such list or a name is not in it.
-    """
-    with contextlib.suppress(ValueError, KeyError):
-        positions = {synset: number for number, synset in enumerate(class_names.synset_ids(num_classes))}
-        return np.array([positions[name] for name in classes], np.int64)
-    return None
 
 
 def read_real_labels(source: Source, path: StrPath | None = None) -> list[tuple[int, ...]]:
@@ -145,16 +129,19 @@ class _Member(tarfile.TarInfo):
         return super()._block(count)  # type: ignore[misc]
 
 
-def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the regular files of the tar that lies between two bytes of a file, but hidden ones.
+def _members(path: str, within: tarfile.TarInfo | None = None) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files of a tar, or of one that is a member of it, but hidden ones; at least one.
 
     `tarfile` counts from where the file stands, so offsets are those of the whole file. It takes a damaged
     header for the end of the archive: the zeros that end an archive are looked for here.
     """
     md5 = _TAR_MD5.get(os.path.basename(path))
     again = f"Download it again{f' (the MD5 sum of the published file is {md5})' if md5 else ''}."
-    file.seek(start)
-    with reading(path, f"a tar archive at byte {start}", again, SourceError):
+    start, size = (within.offset_data, within.size) if within else (0, os.path.getsize(path))
+    end, is_empty = start + size, True
+    expected = f"a tar archive at byte {start}"
+    with open(path, "rb", buffering=0) as file, reading(path, expected, again, SourceError):
+        file.seek(start)
         archive = tarfile.TarFile(fileobj=file, tarinfo=_Member)
         for member in archive:
             if member.issparse():
@@ -171,63 +158,54 @@ def _members(file: BinaryIO, start: int, end: int, path: str) -> Iterator[tarfil
             if member.islnk() or member.issym():
                 raise SourceError(f"Expected files in '{path}', received the link '{member.name}'. {again}")
             if member.isreg() and not os.path.basename(member.name).startswith("."):
+                is_empty = False
                 yield member
-    file.seek(archive.offset)
-    if archive.offset + tarfile.BLOCKSIZE > end or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise SourceError(
-            f"Expected the zeros that end a tar archive at byte {archive.offset} of '{path}', received "
-            f"something else: it is truncated or damaged there. {again}"
-        )
+        file.seek(archive.offset)
+        zeros = bytes(tarfile.BLOCKSIZE)
+        if archive.offset + len(zeros) > end or file.read(len(zeros)) != zeros:
+            raise SourceError(
+                f"Expected the zeros that end a tar archive at byte {archive.offset} of '{path}', received "
+                f"something else: it is truncated or damaged there. {again}"
+            )
+    if is_empty:
+        inner = f"{os.path.basename(within.name)} of " if within else ""
+        raise SourceError(f"Expected images in {inner}'{path}', found none: it is an empty archive. {again}")
 
 
 def _scan_train_tar(path: str) -> Iterator[Found]:
-    with open(path, "rb", buffering=0) as file:
-        tars = list(_members(file, 0, os.path.getsize(path), path))
-        wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
-        if wrong or not tars:
-            raise SourceError(
-                f"Expected one tar a class in '{path}', such as n01440764.tar, received "
-                f"{first_few(wrong) or 'an empty archive'}. Pass ILSVRC2012_img_train.tar as published."
-            )
-        for tar in tars:
-            synset, found = os.path.basename(tar.name).removesuffix(".tar"), False
-            for member in _members(file, tar.offset_data, tar.offset_data + tar.size, path):
-                name, found = os.path.basename(member.name), True
-                if not name.startswith(f"{synset}_"):
-                    raise SourceError(
-                        f"Expected images named '{synset}_...' in {synset}.tar of '{path}', received "
-                        f"'{name}'. Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
-                    )
-                yield 0, member.offset_data, member.size, synset, f"{synset}/{name}"
-            if not found:
+    tars = list(_members(path))
+    wrong = [tar.name for tar in tars if not re.fullmatch(r"n\d{8}\.tar", os.path.basename(tar.name))]
+    if wrong:
+        raise SourceError(
+            f"Expected one tar a class in '{path}', such as n01440764.tar, received {first_few(wrong)}. Pass "
+            "ILSVRC2012_img_train.tar as published."
+        )
+    for tar in tars:
+        synset = os.path.basename(tar.name).removesuffix(".tar")
+        for member in _members(path, tar):
+            name = os.path.basename(member.name)
+            if not name.startswith(f"{synset}_"):
                 raise SourceError(
-                    f"Expected images in {synset}.tar of '{path}', found none. Download it again."
+                    f"Expected images named '{synset}_...' in {synset}.tar of '{path}', received '{name}'. "
+                    "Its label would be a guess: pass ILSVRC2012_img_train.tar as published."
                 )
+            yield 0, member.offset_data, member.size, synset, f"{synset}/{name}"
 
 
 def _scan_validation_tar(path: str) -> Iterator[Found]:
-    with open(path, "rb", buffering=0) as file:
-        member = None
-        for member in _members(file, 0, os.path.getsize(path), path):
-            yield 0, member.offset_data, member.size, 0, os.path.basename(member.name)
-    if member is None:
-        raise SourceError(f"Expected images in '{path}', which is an empty archive. Download it again.")
+    for member in _members(path):
+        yield 0, member.offset_data, member.size, 0, os.path.basename(member.name)
 
 
 def _validation_number(name: str, count: int, labels: StrPath) -> int:
     """Returns the number in the name of a validation image, 1 to `count`."""
     match = VALIDATION_NAME.fullmatch(os.path.basename(name))
-    if match is None:
+    if match is None or not 1 <= int(match[1]) <= count:
         raise SourceError(
-            f"Expected an image named ILSVRC2012_val_00000001.JPEG or the like, received '{name}'."
+            "Expected an image named ILSVRC2012_val_00000001.JPEG or the like, with one of the numbers from "
+            f"1 to {count}, as '{labels}' has so many labels, received '{name}'."
         )
-    number = int(match[1])
-    if not 1 <= number <= count:
-        raise SourceError(
-            f"Expected image numbers from 1 to {count}, which is how many labels '{labels}' has, received "
-            f"'{name}'."
-        )
-    return number
+    return int(match[1])
 
 
 def _published_validation_labels() -> str:
@@ -333,12 +311,10 @@ def _rows(path: StrPath, has_hashes: bool) -> list[tuple[int, list[str]]]:
     separator = next((mark for mark in "\t,;" if mark in lines[0][1]), None)
     rows = []
     for number, line in lines:
+        fields = line.strip().rsplit(maxsplit=1)
         try:
-            fields = (
-                next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
-                if separator
-                else line.strip().rsplit(maxsplit=1)
-            )
+            if separator:
+                fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
         except csv.Error as error:
             raise SourceError(f"Expected 'file,label' in line {number} of '{path}': {error}.") from error
         rows.append((number, [field.strip() for field in fields]))

@@ -97,21 +97,18 @@ def check_bytes(count: int, what: str, error: type[ValueError] = SourceError) ->
 
 def with_classes(source: Source, classes: list[str]) -> Source:
     """Returns a source whose labels are positions in another list of class names."""
-    present = np.unique(source.labels)
     positions = {name: number for number, name in enumerate(classes)}
-    unknown = [source.classes[number] for number in present if source.classes[number] not in positions]
-    if unknown and are_numbers(source.classes) and not any(map(str.isdecimal, classes)):
-        numbers = np.array([int(name) for name in source.classes], np.int32)
-        if numbers.max() < len(classes):
-            return dataclasses.replace(source, labels=numbers[source.labels], classes=classes)
+    if are_numbers(source.classes) and not any(map(str.isdecimal, classes)):
+        numbered = {name: int(name) for name in source.classes}
+        positions = numbered if max(numbered.values(), default=0) < len(classes) else positions
+    unknown = [name for n in np.unique(source.labels) if (name := source.classes[n]) not in positions]
     if unknown:
         raise SourceError(
             f"Expected the classes of '{source.path}' among the {len(classes)} given, such as "
             f"{first_few(classes)}; {len(unknown)} are not: {first_few(unknown)}."
             f"{near_names(unknown[0], classes, 1)}"
         )
-    numbers = np.full(len(source.classes), -1, np.int32)
-    numbers[present] = [positions[source.classes[number]] for number in present]
+    numbers = np.array([positions.get(name, -1) for name in source.classes], np.int32)
     return dataclasses.replace(source, labels=numbers[source.labels], classes=classes)
 
 
@@ -216,9 +213,8 @@ def cached_index(
     """Returns what `scan` finds in some files, from the cache when they have not changed."""
     if sum(map(regular_size, files)) < CACHED_BYTES:
         return scanned(path, kind, files, scan())
-    folder = os.environ.get("KERAS_CONVNEXT_INDEX_CACHE") or os.path.join(
-        os.path.expanduser("~"), ".cache", "keras_convnext", "index"
-    )
+    default = os.path.expanduser("~/.cache/keras_convnext/index")
+    folder = os.environ.get("KERAS_CONVNEXT_INDEX_CACHE") or default
     paths = [os.path.abspath(file) for file in files]
     index = os.path.join(folder, f"{_digest([INDEX_VERSION, kind, split, paths])[:32]}.npz")
     states = [os.stat(path) for path in paths]

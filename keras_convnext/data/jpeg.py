@@ -78,13 +78,7 @@ def center_crop(content: Any, preprocessing: Preprocessing) -> Any:
 
 
 def random_resized_crop(
-    content: Any,
-    crop: Any,
-    flip: Any,
-    *,
-    image_size: tuple[int, int],
-    interpolation: str,
-    ratio: Bounds = RATIO,
+    content: Any, crop: Any, flip: Any, *, image_size: Pair, interpolation: str, ratio: Bounds = RATIO
 ) -> Any:
     """Decode a random box of a JPEG, resize and flip it, as Pillow's methods in this order.
 
@@ -155,9 +149,8 @@ class _Axes:
     """How the outputs of a resized image are made: on both axes, `count` of them from `first` on.
 
     The outputs are taken in tiles of neighbours; all of a tile are products with one window of inputs. `flip`
-    makes the columns in the reverse order, which costs nothing here. Both axes, vertical then horizontal, are
-    worked out together, since so small operations cost the same for two as for one. Reference: Pillow 13,
-    src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
+    reverses the columns, at no cost. Vertical and horizontal axis are worked out at once, at the cost of one.
+    Reference: Pillow 13, src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc.
 
     The inputs from `begin` to `end`, int32 (2,), are needed. `inputs`, int32 (2, tiles, window), are the
     windows, `weights`, (2, tiles, _TILE, window), those of `dtype`, in float64 rounded to Pillow's 22 digits;

@@ -102,8 +102,7 @@ def prepare(
     Raises:
         ValueError: a number is out of range.
         SourceError: as for `open_source`.
-        PrepareError: the folder was prepared with other settings or is in use, or the disk is full. The
-            message tells which, and the bytes needed and free.
+        PrepareError: the folder was prepared with other settings or is in use, or the disk is full.
         ImportError: TensorFlow is not installed.
     """
     for name, value, low, high in (
@@ -125,9 +124,8 @@ def prepare(
     require("tensorflow", "Writing shards")
     if os.path.isfile(output):
         raise PrepareError(f"Expected a folder to write to, received the file '{output}'. Pass another path.")
-    asked: list[str | None] = [split]
-    if split is None:
-        asked = [*sources.list_splits(source_path, labels)] or [None]
+    found = sources.list_splits(source_path, labels) if split is None else [split]
+    asked: list[str | None] = [*found] or [None]
     # All are opened before one is written, so that trouble with the last one shows at once.
     opened = [sources.open_source(source_path, name, labels=labels) for name in asked]
     folder = sources.canonical_split(os.path.basename(os.path.abspath(source_path)), is_whole=True)
@@ -179,27 +177,28 @@ def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[s
         raise SourceError(f"Expected {MANIFEST} in '{output}', found none. Run prepare to its end.")
     entries = read_manifest(output)["splits"].values()
     records = [record for entry in entries for record in (*entry["shards"], entry["index"])]
-    intact = _intact(f"Verifying {output}", output, records, workers or os.cpu_count())
-    return [record["name"] for record, is_intact in zip(records, intact, strict=True) if not is_intact]
+    checked = _checked(f"Verifying {output}", output, records, workers or os.cpu_count())
+    return [record["name"] for record, is_intact in checked if not is_intact]
 
 
-def _intact(title: str, folder: str, records: list[dict], workers: int | None) -> list[bool]:
-    """Returns whether each file has the size and the SHA-256 of its record."""
+def _checked(
+    title: str, folder: str, records: list[dict], workers: int | None
+) -> Iterator[tuple[dict, bool]]:
+    """Yields the records of files, and whether each file has the size and the SHA-256 of its record."""
 
     def is_intact(record: dict) -> bool:
         path = os.path.join(folder, record["name"])
         return os.path.isfile(path) and _describe(path).items() <= record.items()
 
-    intact, done = [], 0
+    done = 0
     with (
         Progress(title, sum(record["size"] for record in records), "MB") as progress,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
         for record, result in zip(records, pool.map(is_intact, records), strict=True):
-            intact.append(result)
             done += record["size"]
             progress.show(done)
-    return intact
+            yield record, result
 
 
 def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed: int) -> _Plan:
@@ -267,7 +266,9 @@ def _write_split(plan: _Plan, workers: int) -> int:
     if entry is not None and not lines:
         lines = [entry["settings"], *entry["shards"]]
     kept = _finished_shards(plan, lines or [], workers)
-    _remove_leftovers(plan)
+    for name in os.listdir(folder):  # what a killed run was writing
+        if re.fullmatch(rf"\.?({re.escape(plan.split)}-.*|{MANIFEST})\.([0-9a-f]{{16}}){{1,2}}\.tmp", name):
+            os.remove(os.path.join(folder, name))
     missing = [shard for shard in range(len(shards)) if shard not in kept]
     needed, free = int(plan.sizes[missing].sum()), shutil.disk_usage(folder).free
     if needed > free:
@@ -306,10 +307,7 @@ def _head(source: Source, number: int, length: int) -> bytes:
 
 
 def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, dict]:
-    """Returns the records of the shards that an earlier run wrote, and whose bytes are still the same.
-
-    The lines are those of the journal: the settings, then the records.
-    """
+    """Returns the records of a journal's lines whose shards have the same bytes and images as then."""
     # Without the settings it is not known what the records are of.
     settings, *records = lines if lines and "sha256" not in lines[0] else [{}]
     other = [name for name in settings if settings[name] != plan.settings.get(name)]
@@ -327,9 +325,8 @@ def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, 
     changes = np.array([max(state.st_mtime_ns, state.st_ctime_ns) for state in states], np.int64)
     records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
     records = [record for record in records if record["name"] in shards]
-    intact = _intact(f"Checking {plan.split}", plan.written.path, records, workers)
     kept = {}
-    for record, is_intact in zip(records, intact, strict=True):
+    for record, is_intact in _checked(f"Checking {plan.split}", plan.written.path, records, workers):
         shard = shards[record["name"]]
         changed = changes[plan.source.file_numbers[plan.places(shard)]].max()
         # An image that was changed later may have kept its size.
@@ -339,10 +336,7 @@ def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, 
 
 
 def _journal_lines(journal: str) -> list[dict] | None:
-    """Returns the settings and records in a journal, without what a kill or a power cut left.
-
-    None where there is none, or the file of another program.
-    """
+    """Returns the whole lines of a journal, settings and records; None for none or another program's file."""
     content = _files.read_bytes(journal) if os.path.exists(journal) else b"none"
     lines = []
     for line in content.splitlines():
@@ -350,13 +344,6 @@ def _journal_lines(journal: str) -> list[dict] | None:
             found = dict(json.loads(line))
             lines += [found] if "shuffle_seed" in found or "sha256" in found else []
     return lines if lines or not content else None
-
-
-def _remove_leftovers(plan: _Plan) -> None:
-    """Removes what a killed run was writing."""
-    for name in os.listdir(plan.written.path):
-        if re.fullmatch(rf"\.?({re.escape(plan.split)}-.*|{MANIFEST})\.([0-9a-f]{{16}}){{1,2}}\.tmp", name):
-            os.remove(os.path.join(plan.written.path, name))
 
 
 def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:

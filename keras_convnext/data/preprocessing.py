@@ -21,8 +21,6 @@ RESIZE_MODES = tuple(_STORED_MODES.values())
 # What files may ask for: larger pictures take the memory, and other normalisers the digits, of the machine.
 MAX_SIDE = 16_384
 MIN_CROP_FRACTION = 0.01
-MEAN_BOUNDS = (-1000, 1000)
-STD_BOUNDS = (1e-6, 1000)
 
 
 def preprocess_input(x: Any, data_format: str | None = None) -> Any:
@@ -54,8 +52,7 @@ class Preprocessing:
             the image to it (as published weights are evaluated at 384 px). timm's words.
         resize_size: the scale size of both sides in pixels, at most 16,384, in place of `crop_fraction`,
             which then has no effect. torchvision's ConvNeXt weights give it, such as 236 for 224.
-        mean: of R, G and B, for pixels in 0..1; -1000 to 1000. Default: ImageNet's.
-        std: of R, G and B, for pixels in 0..1; 1e-6 to 1000. Default: ImageNet's.
+        mean, std: of R, G and B, for pixels in 0..1; from -1000 and 1e-6 to 1000. Default: ImageNet's.
 
     Raises:
         ValueError: a value is out of range or a name unknown; the message has the value and the allowed ones.
@@ -94,7 +91,7 @@ class Preprocessing:
             )
         for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
             _check_known(name, getattr(self, name), known)
-        for name, (least, most) in (("mean", MEAN_BOUNDS), ("std", STD_BOUNDS)):
+        for name, least, most in (("mean", -1000, 1000), ("std", 1e-6, 1000)):
             values = getattr(self, name)
             are_three = isinstance(values, tuple | list) and len(values) == 3
             if not are_three or not all(_is_number(value) and least <= value <= most for value in values):

@@ -78,17 +78,15 @@ def open_tfds(folder: str, split: str) -> Source:
         format_name = info.get("fileFormat", "tfrecord")
         if format_name != "tfrecord":
             raise SourceError(
-                f"Expected the files of '{folder}' to be tfrecord, received {format_name}, whose records are "
-                "compressed, so that images have no place in the file. Run tfds convert_format "
-                "--dataset_version_dir FOLDER --out_file_format tfrecord --out_dir OTHER, or build it with "
-                "file_format='tfrecord'."
+                f"Expected tfrecord files in '{folder}', received {format_name}, which is compressed. Run "
+                "tfds convert_format --dataset_version_dir FOLDER --out_file_format tfrecord --out_dir "
+                "OTHER, or build it with file_format='tfrecord'."
             )
         entry = next(item for item in info["splits"] if item["name"] == split)
         counts = [int(length) for length in entry["shardLengths"]]
         template = entry.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        template = template.replace("{SHARD_X_OF_Y}", "{SHARD_INDEX}-of-{NUM_SHARDS}")
-        parts = {"DATASET": info["name"], "SPLIT": split, "FILEFORMAT": format_name}
-        parts["NUM_SHARDS"] = f"{len(counts):05d}"
+        parts = {"SHARD_X_OF_Y": "{SHARD_INDEX}-of-{NUM_SHARDS}", "NUM_SHARDS": f"{len(counts):05d}"}
+        parts |= {"DATASET": info["name"], "SPLIT": split, "FILEFORMAT": format_name}
         for part, value in parts.items():
             template = template.replace(f"{{{part}}}", value)
         numbers = [f"{number:05d}" for number in range(len(counts))]

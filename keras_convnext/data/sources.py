@@ -88,9 +88,8 @@ def open_source(
             build_imagenet_data.py), else 0; where no label is 0 otherwise, it must be given.
 
     Raises:
-        SourceError: nothing usable is at the path, a file is missing, truncated or damaged, a class has no
-            images, a label is missing, contradicted or out of range, or the split is unknown or could be
-            several. The message names it.
+        SourceError: nothing usable is at the path, a file is missing or damaged, a class has no images, a
+            label is missing, contradicted or out of range, or the split is unknown or could be several.
         RecordError: a TFRecord file is compressed, damaged or truncated.
     """
     path = os.fspath(path)
@@ -222,12 +221,10 @@ def held_out_mask(source: Source, fraction: float, seed: int) -> np.ndarray:
     for label in np.unique(source.labels).tolist():
         members = np.flatnonzero(source.labels == label).tolist()
         count = min(max(math.floor(fraction * len(members) + 0.5), 1), len(members) - 1)
-        prefix = f"{int(seed)}\0{source.classes[label]}\0"
-        keys = {}
-        for number in members:
-            text = prefix + source.name(number)
-            keys[number] = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-        is_held_out[sorted(members, key=keys.__getitem__)[:count]] = True
+        texts = [f"{int(seed)}\0{source.classes[label]}\0{source.name(number)}" for number in members]
+        digests = [hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest() for text in texts]
+        chosen = sorted(zip(digests, members, strict=True))[:count]
+        is_held_out[[number for _, number in chosen]] = True
     if not is_held_out.any():
         raise SourceError(
             f"Expected a class with two images or more in '{source.path}', to hold one out, received "

@@ -5,6 +5,7 @@ the record, masked CRC-32C of the record. Reference: tensorflow/core/lib/io/reco
 protocol buffers, tensorflow/core/example/example.proto and feature.proto (field numbers below).
 """
 
+import functools
 import itertools
 import mmap
 import struct
@@ -24,20 +25,18 @@ class RecordError(ValueError):
     """A TFRecord file, or an Example in it, is damaged: which, where and what to do."""
 
 
+@functools.cache
 def _shifted(value: int) -> int:
     for _ in range(8):
         value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # Castagnoli, bit-reversed
     return value
 
 
-_TABLE = [_shifted(value) for value in range(256)]
-
-
 def _masked_checksum(data: bytes) -> int:
     """The CRC-32C of a record's header, rotated and shifted as TFRecord stores it."""
     value = 0xFFFFFFFF
     for byte in data:
-        value = _TABLE[(value ^ byte) & 0xFF] ^ value >> 8
+        value = _shifted((value ^ byte) & 0xFF) ^ value >> 8
     value ^= 0xFFFFFFFF
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -50,8 +49,8 @@ def find_records(buffer: Buffer, path: str) -> Iterator[Range]:
     """
     if buffer[:2] == b"\x1f\x8b":
         raise RecordError(
-            f"Expected uncompressed TFRecords, but '{path}' is compressed with GZIP, so that images cannot "
-            "be read at random. Write it again without compression: images gain nothing from it."
+            f"Expected uncompressed TFRecords, but '{path}' is compressed with GZIP. Write it again without "
+            "compression: images gain nothing from it."
         )
     start, size = 0, len(buffer)
     while start < size:

@@ -269,7 +269,7 @@ def _without_unused_classes(source: Source) -> Source:
 
 def _real_lists(source: Source, real_labels) -> list[tuple[int, ...]]:
     """Returns the ReaL labels, as class numbers of the data."""
-    positions = imagenet.imagenet_class_numbers(source.classes, 1000)
+    positions = _imagenet_columns(source.classes, 1000)
     if positions is None or len(positions) != 1000:
         raise ValueError(
             f"Expected data with ImageNet's 1000 classes for ReaL labels, received {len(source.classes)} "

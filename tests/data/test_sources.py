@@ -25,7 +25,7 @@ from keras_convnext.data import index as index_module
 from keras_convnext.data import sources
 from keras_convnext.data.calibration import calibration_images
 from keras_convnext.data.class_names import synset_ids
-from keras_convnext.data.imagenet import _scan_train_tar, imagenet_class_numbers, read_real_labels
+from keras_convnext.data.imagenet import _scan_train_tar, read_real_labels
 from keras_convnext.data.index import SourceError, described
 from keras_convnext.data.preprocess import find_images
 from keras_convnext.data.preprocessing import Preprocessing
@@ -1232,21 +1232,6 @@ def test_class_outside_the_given_ones_is_named(tmp_path):
     class_folders(tmp_path, ["cat", "dgo"])
     with pytest.raises(SourceError, match=r"1 are not: dgo\. Did you mean 'dog'\?"):
         open_source(tmp_path, classes=["cat", "dog"])
-
-
-@pytest.mark.parametrize("num_classes", [1000, 21841])
-def test_imagenet_classes_are_found_by_name(num_classes):
-    names = ["n02123045", "n01440764"]
-    numbers = imagenet_class_numbers(names, num_classes)
-    assert [synset_ids(num_classes)[number] for number in numbers] == names
-
-
-@pytest.mark.parametrize(
-    "classes, num_classes",
-    [(["n01440764", "cat"], 1000), (["n01440764"], 10), (["n00004475"], 1000), (["0", "1"], 1000)],
-)
-def test_other_classes_are_not_taken_for_imagenet(classes, num_classes):
-    assert imagenet_class_numbers(classes, num_classes) is None
 
 
 # A part of the examples

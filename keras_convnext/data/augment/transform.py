@@ -34,16 +34,14 @@ class TrainTransform:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "uint8"):
             raise ValueError(f"Unknown dtype {self.dtype!r}. Known: float32, uint8.")
-        self.policy = policies.parse_policy(self.augmentation.policy)
+        chosen = self.augmentation
+        self.policy = policies.parse_policy(chosen.policy)
         # timm fills with the mean, torchvision with black.
-        is_torchvisions = self.augmentation.policy.startswith(("ta_wide", "imagenet"))
+        is_torchvisions = chosen.policy.startswith(("ta_wide", "imagenet"))
         mean = tuple(min(255, round(255 * value)) for value in self.normaliser[0])
         self.fill = (0, 0, 0) if is_torchvisions else mean
-        self._resized: dict[str, Any] = {
-            "image_size": self.image_size,
-            "interpolation": self.augmentation.interpolation,
-        }
-        is_mixed = bool(self.augmentation.mixup or self.augmentation.cutmix)
+        self._resized: dict[str, Any] = {"image_size": self.image_size, "interpolation": chosen.interpolation}
+        is_mixed = bool(chosen.mixup or chosen.cutmix)
         self.unit = 2 if is_mixed else 1
         is_divisor = is_positive_integer(self.mix_group) and self.batch_size % self.mix_group == 0
         if not is_divisor or self.mix_group % self.unit:
