@@ -7,7 +7,6 @@ rounding of the last bit decides between it and the one below. They take `interp
 pixels, with pixel centres at halves.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -19,8 +18,6 @@ IMAGENET_FILL = (124, 116, 104)
 # Luma of ITU-R 601-2 in units of 2^-16, as Pillow's Convert.c has it. All its sums fit the 24 bits of
 # float32, so a matrix product is exact in any order.
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
-
-_TAPS = {"bilinear": (1, 2), "bicubic": (0, 1, 2, 3)}  # of four neighbours, those that count
 
 
 def autocontrast(image: tf.Tensor) -> tf.Tensor:
@@ -220,8 +217,8 @@ def _move_rows(image: tf.Tensor, offset: tf.Tensor, interpolation: str, fill: Se
     starts = 3 * (starts - (height + 2) * (width + 4))
     rows = tf.strings.substr(content, starts, tf.fill([height], 3 * (width + 3)))
     rows = tf.cast(tf.io.decode_raw(rows, tf.uint8), tf.float32)
-    levels = [rows[:, 3 * tap : 3 * (tap + width)] for tap in _TAPS[interpolation]]
-    values = to_uint8(_between(levels, part))
+    levels = [rows[:, 3 * tap : 3 * (tap + width)] for tap in range(4)]
+    values = to_uint8(_along_x(levels, part, interpolation))
 
     color = tf.tile(tf.constant(fill, tf.uint8), [width])
     values = (values - color) * tf.cast(inside, tf.uint8) + color  # wraps, and unwraps
@@ -257,13 +254,26 @@ def _interpolate(
     index = tf.bitwise.right_shift(column, 2) + tf.bitwise.bitwise_and(column, 3) * num_groups
     index = tf.where(tf.reshape(inside, [-1]), index + (row + 1) * groups, (height + 4) * groups)
     values: list[tf.Tensor] = []
-    for number in _TAPS[interpolation]:
+    for number in range(4) if interpolation == "bicubic" else (1, 2):
         with tf.control_dependencies(values[-1:]):  # one row after the other stays in the cache
             quad = tf.gather(quads, index + number * groups)
         quad = tf.transpose(tf.cast(quad, tf.float32))
-        levels = [quad[3 * tap : 3 * tap + 3] for tap in _TAPS[interpolation]]  # (3, H * W) each
-        values.append(_between(levels, x_part))
-    return tf.reshape(tf.transpose(to_uint8(_between(values, y_part))), [height, width, 3])
+        levels = [quad[3 * tap : 3 * tap + 3] for tap in range(4)]  # (3, H * W) each
+        values.append(_along_x(levels, x_part, interpolation))
+    values = _polynomial(_cubic(*values) if interpolation == "bicubic" else _linear(*values), y_part)
+    return tf.reshape(tf.transpose(to_uint8(values)), [height, width, 3])
+
+
+def _along_x(levels: list[tf.Tensor], part: tf.Tensor, interpolation: str) -> tf.Tensor:
+    """Interpolate four neighbours, whole numbers in float32, whose sums are exact in any order."""
+    before, first, second, after = levels
+    if interpolation == "bicubic":
+        rise, last_rise = first - before, after - second
+        third = rise + last_rise
+        coefficients = [first, second - before, -rise - third, third]
+    else:
+        coefficients = _linear(first, second)
+    return _polynomial([tf.cast(coefficient, tf.float64) for coefficient in coefficients], part)
 
 
 def _split(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -273,17 +283,17 @@ def _split(position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.cast(whole, tf.int32), position - whole
 
 
-def _between(levels: list[tf.Tensor], part: tf.Tensor) -> tf.Tensor:
-    """Interpolate two or four neighbours in float64, in the order of operations of Geometry.c.
+def _linear(first: tf.Tensor, second: tf.Tensor) -> list[tf.Tensor]:
+    return [first, second - first]
 
-    Levels of an image, whole numbers in float32, have sums that are exact there too, and faster.
-    """
-    if len(levels) == 2:
-        first, second = levels
-        coefficients = [first, second - first]
-    else:
-        before, first, second, after = levels
-        third = 2.0 * (before - first) + second - after
-        coefficients = [first, second - before, third, first - before - second + after]
-    coefficients = [tf.cast(coefficient, tf.float64) for coefficient in coefficients]
-    return functools.reduce(lambda value, coefficient: coefficient + part * value, reversed(coefficients))
+
+def _cubic(before: tf.Tensor, first: tf.Tensor, second: tf.Tensor, after: tf.Tensor) -> list[tf.Tensor]:
+    """Coefficients of Pillow's cubic, in the order of operations of Geometry.c."""
+    return [first, second - before, 2.0 * (before - first) + second - after, first - before - second + after]
+
+
+def _polynomial(coefficients: list[tf.Tensor], part: tf.Tensor) -> tf.Tensor:
+    value = coefficients[-1]
+    for coefficient in coefficients[-2::-1]:
+        value = coefficient + part * value
+    return value
