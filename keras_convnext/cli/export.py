@@ -117,9 +117,8 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
             raise ValueError(f"{unknown('format', format, formats)}.")
         known = formats[format].precisions
         precisions = known if options.precision == "all" else options.precision.split(",")
-        for precision in precisions:
-            suffix = formats[format].suffix or "_saved_model"
-            targets.append((format, precision, output / f"{stem}_{precision}{suffix}"))
+        suffix = formats[format].suffix or "_saved_model"
+        targets += [(format, each, output / f"{stem}_{each}{suffix}") for each in precisions]
     output.mkdir(parents=True, exist_ok=True)
     return targets
 

@@ -91,10 +91,7 @@ def _refuse_empty(options: argparse.Namespace) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Opens what the shell has closed, as in `keras-convnext list >&-`.
-
-    Else a file that is opened later would get its number, and hold what libraries print.
-    """
+    """Opens what the shell has closed by `>&-`: else a later file would get its number, and stray prints."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

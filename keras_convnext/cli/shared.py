@@ -67,10 +67,9 @@ def recipe_overrides(settings: Sequence[str], **short: str | None) -> dict[str, 
         key, separator, value = setting.partition("=")
         if not separator:
             raise ValueError(f"Expected --set key=value, received {setting!r}.")
-        if given.setdefault(key.strip(), value) != value:
-            raise ValueError(
-                f"Expected one value of {key.strip()!r}, received {given[key.strip()]!r} and {value!r}."
-            )
+        key = key.strip()
+        if given.setdefault(key, value) != value:
+            raise ValueError(f"Expected one value of {key!r}, received {given[key]!r} and {value!r}.")
     return given
 
 

@@ -44,37 +44,23 @@ def list_command(options: argparse.Namespace) -> int:
         downloadable=True if options.downloadable else None,
     )
     rows = [catalog.CHECKPOINTS[tag] for tag in tags]
+    cells: list[tuple] = []
     if options.architectures:
         files = collections.Counter(row.architecture for row in rows)
         variants = [variant for variant in VARIANTS.values() if variant.name in files]
         facts = map(_variant_facts, variants)
         titles, alignments = ("architecture", "paper", "depths", "dims", "parameters", "files"), "<<<<>>"
-        cells: list[tuple] = [
-            (
-                variant.name,
-                _paper(variant),
-                listed(variant.depths),
-                listed(variant.dims),
-                f"{variant.parameters:,}",
-                files[variant.name],
-            )
-            for variant in variants
-        ]
+        for variant in variants:
+            sizes = listed(variant.depths), listed(variant.dims), f"{variant.parameters:,}"
+            cells.append((variant.name, _paper(variant), *sizes, files[variant.name]))
         count, name = f"{len(variants)} of {len(VARIANTS)} architectures", "NAME"
     else:
         facts = map(_checkpoint_facts, rows)
         titles, alignments = ("tag", "classes", "size @ crop", "top-1", "licence", "layout"), "<><><<"
-        cells = [
-            (
-                row.tag,
-                row.classes or "-",
-                f"{row.image_size} @ {row.crop:.3g}",
-                "-" if row.top1 is None else f"{row.top1:.2f}",
-                shortened(row.licence, 15),
-                row.layout,
-            )
-            for row in rows
-        ]
+        for row in rows:
+            size = f"{row.image_size} @ {row.crop:.3g}"
+            top1 = "-" if row.top1 is None else f"{row.top1:.2f}"
+            cells.append((row.tag, row.classes or "-", size, top1, shortened(row.licence, 15), row.layout))
         count, name = f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG"
     if options.json:
         shared.print_json([*facts])
@@ -103,7 +89,7 @@ def info_command(options: argparse.Namespace) -> int:
     elif isinstance(found, Checkpoint):
         name, local = found.tag, locate.find_local(found)
         facts = {**_checkpoint_facts(found), "local_file": None if local is None else str(local)}
-        lines = _checkpoint_lines(found, local)
+        lines = _checkpoint_lines(found, facts)
     else:
         shared.import_quietly("keras_convnext.models")
         source = resolve(name)
@@ -179,15 +165,16 @@ def _variant_lines(variant: Variant) -> Iterable[tuple[str, object]]:
 
 
 def _checkpoint_facts(row: Checkpoint) -> dict:
+    layers = layers_of(VARIANTS[row.architecture], classes=row.classes)
     return {
         **dataclasses.asdict(row),
-        "parameters": _parameters(row),
+        "parameters": sum(layer.num_weights for layer in layers),
         "commercial_use": row.commercial_use,
         "downloadable": row.downloadable,
     }
 
 
-def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[tuple[str, object]]:
+def _checkpoint_lines(row: Checkpoint, facts: dict) -> Iterable[tuple[str, object]]:
     variant = VARIANTS[row.architecture]
     hub = f"{row.hub_id}, {row.hub_filename}{', after an agreement' * row.gated}"
     address = None if row.downloadable else "none"
@@ -197,7 +184,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[t
     projected = f"none, but {row.classes} features of the CLIP projection"
     return {
         "architecture": f"{row.architecture}, {_reference(variant)}",
-        "parameters": f"{_parameters(row):,}",
+        "parameters": f"{facts['parameters']:,}",
         "depths": listed(variant.depths),
         "dims": listed(variant.dims),
         "classes": projected if row.is_projection else row.classes or "none",
@@ -215,7 +202,7 @@ def _checkpoint_lines(row: Checkpoint, local: pathlib.Path | None) -> Iterable[t
         "hub": None if row.hub_id is None else hub,
         "address": address,
         "SHA-256": row.sha256 or (f"{row.sha256_prefix}..." if row.sha256_prefix else None),
-        "on this machine": local or "no",
+        "on this machine": facts["local_file"] or "no",
         "note": row.note or None,
     }.items()
 
@@ -285,10 +272,6 @@ def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, obj
             "not in weights": listed(model["lost"]) or None,  # so neither `load` nor `convert` takes the file
         }
     return [*lines.items(), *((f"metadata {key!r}", value) for key, value in facts["metadata"].items())]
-
-
-def _parameters(row: Checkpoint) -> int:
-    return sum(layer.num_weights for layer in layers_of(VARIANTS[row.architecture], classes=row.classes))
 
 
 def _paper(variant: Variant) -> str:

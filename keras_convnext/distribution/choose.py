@@ -90,16 +90,6 @@ def rows(outputs: Any) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(outputs), "float32")
 
 
-def by_rows() -> Any:
-    """Returns the sharding that a compiled function of JAX must give its outputs for `rows`; None for any."""
-    return _module().by_rows()
-
-
-def forward(model: Any) -> Any:
-    """Returns TensorFlow's function from `divided` images to outputs for `rows`; None without an engine."""
-    return _module().forward(model)
-
-
 def _module() -> Any:
     return importlib.import_module(f"keras_convnext.distribution.{keras.backend.backend()}_engine")
 

@@ -32,7 +32,6 @@ _COUNTS = {
     "SLURM_STEP_NUM_TASKS": True,
     "OMPI_COMM_WORLD_SIZE": True,
 }
-_HEARTBEAT_SECONDS = 100  # JAX's own; the group of processes is quicker
 
 
 def join() -> watchdog.Group:
@@ -47,7 +46,6 @@ def join() -> watchdog.Group:
         jax.distributed.initialize(
             **settings,
             initialization_timeout=int(watchdog.JOIN_SECONDS),
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             # A process that fails does not wait for the others, which the group ends.
             shutdown_timeout_seconds=10,
         )
@@ -70,8 +68,7 @@ def _settings() -> dict[str, Any] | None:
         return {"local_device_ids": list(range(int(gpus)))} if is_only else {}
     prefix = name.removesuffix("NUM_PROCESSES")
     address = prefix + ("COORDINATOR_ADDRESS" if prefix == "JAX_" else "JOB_ADDRESSES")
-    missing = [key for key in (address, f"{prefix}PROCESS_ID") if not environment.get(key)]
-    if missing:
+    if missing := [key for key in (address, f"{prefix}PROCESS_ID") if not environment.get(key)]:
         raise ValueError(
             f"Expected {address} (host:port of process 0) and {prefix}PROCESS_ID beside {name}="
             f"{environment[name]}, received no {' and no '.join(missing)}. Set them for each process."

@@ -66,9 +66,7 @@ def _divide_cpu() -> None:
     if not text:
         return
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(
-            f"Expected {LOGICAL_DEVICES} to be a number of devices, such as 4, received {text!r}."
-        )
+        raise ValueError(f"Expected {LOGICAL_DEVICES} to be a number from 1 up, received {text!r}.")
     cpu = tf.config.list_physical_devices("CPU")[0]
     if len(tf.config.get_logical_device_configuration(cpu) or [None]) == int(text):
         return

@@ -41,8 +41,7 @@ def _place() -> tuple[int, int]:
     if count == 1:
         return 0, 1
     names = ("RANK", *_ADDRESS, *(["LOCAL_RANK"] if _is_on_gpu() else []))
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
+    if missing := [name for name in names if not os.environ.get(name)]:
         raise ValueError(
             f"Expected {', '.join(names)} beside WORLD_SIZE={count}, received no {' and no '.join(missing)}. "
             "Start the processes with torchrun, which sets them."

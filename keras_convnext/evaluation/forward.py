@@ -162,8 +162,10 @@ def _forward(model) -> Callable[[np.ndarray], Any]:
         step = _jax_step(model)
         return lambda images: step(state, images)
     if backend == "tensorflow":
-        if (step := choose.forward(model)) is not None:
-            return step
+        from keras_convnext.distribution import tensorflow_engine
+
+        if (of_replicas := tensorflow_engine.forward(model)) is not None:
+            return of_replicas
         model.make_predict_function()
         return lambda images: model.predict_function([(images,)])
     return model.predict_on_batch
@@ -173,13 +175,15 @@ def _jax_step(model: Any) -> Callable[[Any, np.ndarray], Any]:
     """Returns the compiled function from weights and images to outputs; the same one for the same model."""
     import jax
 
+    from keras_convnext.distribution import jax_engine
+
     if model not in _jax_steps:
         reference: Any = weakref.ref(model)  # the table must not keep the model
 
         def step(state, images):
             return reference().stateless_call(*state, images, training=False)[0]
 
-        _jax_steps[model] = jax.jit(step, out_shardings=choose.by_rows())
+        _jax_steps[model] = jax.jit(step, out_shardings=jax_engine.by_rows())
     return _jax_steps[model]
 
 

@@ -30,9 +30,9 @@ def warnings_for(
     size = recipe.model.image_size
     if has_weights and trained_size is not None and not trained_size / 2 < size <= 2.3 * trained_size:
         messages.append(
-            f"image_size {size} is far from the {trained_size} pixels of the weights, whose features fit "
-            "objects of that size. Published fine-tuning goes from 224 to 224, 384 and 512. Set image_size "
-            f"between {trained_size // 2 + 1} and {int(2.3 * trained_size)}, or choose weights of that size."
+            f"image_size {size} is far from the {trained_size} pixels of the weights. Published fine-tuning "
+            f"goes from 224 to 224, 384 and 512. Set image_size between {trained_size // 2 + 1} and "
+            f"{int(2.3 * trained_size)}, or choose weights of that size."
         )
     return [*messages, *_always(recipe, num_steps)]
 
@@ -43,15 +43,15 @@ def _of_all_weights(recipe: Recipe, is_self_supervised: bool, has_new_head: bool
     per_256 = rate * 256 / batch_size
     if is_self_supervised and per_256 > 2.5e-3:
         yield (
-            f"learning_rate {rate:g} at batch_size {batch_size} is {per_256:.2g} per 256 images. "
-            "Self-supervised weights were fine-tuned at 2e-4 to 1.25e-3 per 256 (Woo et al. 2023, tables 9 "
-            f"to 12). Set learning_rate = {8e-4 * batch_size / 256:.2g}."
+            f"learning_rate {rate:g} at batch_size {batch_size} is {per_256:.2g} per 256 images. Published "
+            "for self-supervised weights: 2e-4 to 1.25e-3 (Woo et al. 2023, tables 9 to 12). Set "
+            f"learning_rate = {8e-4 * batch_size / 256:.2g}."
         )
     if not is_self_supervised and (per_256 > 5e-4 or rate > 1e-3):
         yield (
-            f"learning_rate {rate:g} at batch_size {batch_size} is a rate for training from scratch, which "
-            "destroys what the weights have learned. They were fine-tuned at 5e-5 with batches of 512 (Liu "
-            "et al. 2022, table 6). Set learning_rate to 5e-5, and for few images at most to "
+            f"learning_rate {rate:g} at batch_size {batch_size} is one for training from scratch, which "
+            "destroys what the weights have learned. Published: 5e-5 with batches of 512 (Liu et al. 2022, "
+            "table 6). Set learning_rate to 5e-5, and for few images at most to "
             f"{min(1e-3, 4e-4 * batch_size / 256):.2g}."
         )
     highest, published = 0.1, "1e-8 (Liu et al. 2022, table 6)"
@@ -64,9 +64,8 @@ def _of_all_weights(recipe: Recipe, is_self_supervised: bool, has_new_head: bool
         )
     if has_new_head and scale > 0.1:
         yield (
-            f"head_init_scale {scale:g} lets a random classifier send large gradients into trained weights "
-            "at the first steps. Published for fine-tuning: 0.001 (Liu et al. 2022, table 6; Woo et al. "
-            "2023, tables 9 to 13). Set head_init_scale = 0.001."
+            f"head_init_scale {scale:g} lets a random classifier send large gradients into trained weights. "
+            "Published, and to set: 0.001 (Liu et al. 2022, table 6; Woo et al. 2023, tables 9 to 13)."
         )
 
 
@@ -87,24 +86,21 @@ def _from_scratch(recipe: Recipe) -> Iterator[str]:
         )
     if rate > 1e-2:
         yield (
-            f"learning_rate {rate:g} is high for AdamW with any batch_size. The highest published one is "
-            "4e-3 (Liu et al. 2022, table 5). Set learning_rate to at most that."
+            f"learning_rate {rate:g} is high for AdamW with any batch_size. Set at most 4e-3, the highest "
+            "published one (Liu et al. 2022, table 5)."
         )
     if decay < 1e-4:
         yield (
             f"weight_decay {decay:g} is a value for fine-tuning; from random weights the model overfits "
             "without it. Published: 0.05 (Liu et al. 2022, table 5). Set weight_decay = 0.05."
         )
-    if optimizer.layer_decay < 1:
-        yield (
-            f"layer_decay {optimizer.layer_decay:g} slows down the first layers, which are random too. It is "
-            "published for fine-tuning only. Set layer_decay = 1.0 or set weights to a tag."
-        )
-    if model.head_init_scale < 0.1:
-        yield (
-            f"head_init_scale {model.head_init_scale:g} shrinks the first gradients of a random model. It is "
-            "published for fine-tuning only. Set head_init_scale = 1.0 or set weights to a tag."
-        )
+    slowing = {"layer_decay": (optimizer.layer_decay, 1), "head_init_scale": (model.head_init_scale, 0.1)}
+    for name, (value, least) in slowing.items():
+        if value < least:
+            yield (
+                f"{name} {value:g} slows down layers that are random too. Such values are published for "
+                f"fine-tuning only. Set {name} = 1.0 or set weights to a tag."
+            )
 
 
 def _always(recipe: Recipe, num_steps: int | None) -> Iterator[str]:
@@ -120,21 +116,19 @@ def _always(recipe: Recipe, num_steps: int | None) -> Iterator[str]:
         )
     if optimizer.warmup_epochs > optimizer.epochs / 4:
         yield (
-            f"warmup_epochs {optimizer.warmup_epochs:g} is more than a quarter of the {optimizer.epochs} "
-            "epochs. The longest published one is a fifth (Woo et al. 2023, table 11). Set warmup_epochs "
-            f"to at most {optimizer.epochs / 5:g}."
+            f"warmup_epochs {optimizer.warmup_epochs:g} is more than a quarter of the epochs. Published is a "
+            f"fifth (Woo et al. 2023, table 11). Set warmup_epochs to at most {optimizer.epochs / 5:g}."
         )
     decay = optimizer.ema_decay
     if num_steps is not None and decay and num_steps * (1 - decay) < 3:
         highest = max(0.0, math.floor(1000 * (1 - 3 / num_steps)) / 1000)
         yield (
-            f"ema_decay {decay:g} averages over about {1 / (1 - decay):.0f} steps, but the run has "
-            f"{num_steps}: its first weights would still count for {decay**num_steps:.0%} of what is saved. "
-            "The papers' 0.9999 is for runs of more than 30000 steps. Set ema_decay to "
-            f"{f'at most {highest:g}, or to ' if highest else ''}0."
+            f"ema_decay {decay:g} is for runs of more than {3 / (1 - decay):.0f} steps: of the {num_steps} "
+            f"here, the first weights would still be {decay**num_steps:.0%} of what is saved. Set ema_decay "
+            f"to {f'at most {highest:g}, or to ' if highest else ''}0."
         )
     if model.drop_path_rate > 0.3 and VARIANTS[model.architecture].parameters < 30e6:
         yield (
-            f"drop_path_rate {model.drop_path_rate:g} is high for {model.architecture}. The highest "
-            "published one at its size is 0.2 (Woo et al. 2023, table 10). Set at most that."
+            f"drop_path_rate {model.drop_path_rate:g} is high for {model.architecture}. Set at most 0.2, the "
+            "highest published one at its size (Woo et al. 2023, table 10)."
         )

@@ -40,17 +40,15 @@ def draw_curves(
     figure = Figure(figsize=(11.0, 7.2))
     figure.suptitle(printable(title), fontsize=11, parse_math=False)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.07, hspace=0.32, wspace=0.2)
-    for axes, (name, labels) in zip(
-        figure.subplots(-(-len(panels) // 2), 2).flat, panels.items(), strict=False
-    ):
+    places = figure.subplots(-(-len(panels) // 2), 2).flat
+    for axes, (name, labels) in zip(places, panels.items(), strict=False):
         axes.set_title(name, fontsize=10, loc="left")
         for column, label in labels.items():
-            epochs, values = _curve(rows, column)
-            if epochs:
-                note = _note(name in of_scores, epochs, values)
+            if points := _points(rows, column):
+                text = f"{label}: {_note(name in of_scores, points)}"
                 color = _COLORS.get(label, _COLORS["training"])
-                marker = "." if len(epochs) <= _MARKED_EPOCHS else ""
-                axes.plot(epochs, values, color=color, linewidth=1.4, marker=marker, label=f"{label}{note}")
+                marker = "." if len(points) <= _MARKED_EPOCHS else ""
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.4, marker=marker, label=text)
         _finish(axes)
         if name in _SPEED:
             axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.lines else 1)  # else noise of 1 % fills the panel
@@ -58,19 +56,21 @@ def draw_curves(
         figure.savefig(file, format="png", dpi=100)
 
 
-def _curve(rows: Sequence[Mapping[str, Value]], column: str) -> tuple[list[int], list[float]]:
-    """Returns the epochs and the values of a column, without what is missing or not finite."""
-    points = [(int(row["epoch"]), row[column]) for row in rows if column in row]
-    points = [point for point in points if isinstance(point[1], float | int) and math.isfinite(point[1])]
-    return [epoch for epoch, _ in points], [float(value) for _, value in points]
+def _points(rows: Sequence[Mapping[str, Value]], column: str) -> list[tuple[int, float]]:
+    """Returns (epoch, value) of a column, without what is missing or not finite."""
+    points = [(int(row["epoch"]), row.get(column)) for row in rows]
+    return [
+        (epoch, value) for epoch, value in points if isinstance(value, float | int) and math.isfinite(value)
+    ]
 
 
-def _note(is_score: bool, epochs: list[int], values: list[float]) -> str:
+def _note(is_score: bool, points: list[tuple[int, float]]) -> str:
     """Returns what the legend says of a curve: the best score and its epoch, or the last value."""
+    last = points[-1][1]
     if not is_score:
-        return f": last {values[-1]:.4g}"
-    best = max(range(len(values)), key=values.__getitem__)
-    return f": best {values[best]:.2f} (epoch {epochs[best]}), last {values[-1]:.2f}"
+        return f"last {last:.4g}"
+    epoch, best = max(points, key=lambda point: point[1])
+    return f"best {best:.2f} (epoch {epoch}), last {last:.2f}"
 
 
 def _finish(axes: Any) -> None:

@@ -124,10 +124,7 @@ def _as_begun(derived: _Derived, chosen: Recipe, begun: Recipe) -> _Derived:
 
 
 def _from_weights(own: Recipe, changed: Mapping[str, Any], weights: str, stated: str) -> _Derived:
-    """Returns what follows from other weights where it is not set.
-
-    Size and preparation follow only where the recipe trains at the size of its own weights.
-    """
+    """Returns what follows from other weights, of images only if the recipe trains at the size of its own."""
     facts = _facts(weights, stated, is_of_it="model.architecture" in changed)
     if facts is None:
         return {}
@@ -204,17 +201,15 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
 
 
 def _data_problems(source: Any, folder: pathlib.Path) -> Iterator[str]:
-    try:
-        if source == "":
-            raise ValueError(
-                'expected the path of the images, received "". Pass data=..., or --data on the command line'
-            )
-        if isinstance(source, str):
+    if source == "":
+        yield 'data: expected the path of the images, received "". Pass data=... (--data in a shell)'
+    elif isinstance(source, str):
+        try:
             sources.list_splits(os.path.expanduser(source))
             if not (folder / RUN_FILE).exists():  # else the run was begun there
                 sources.check_outside(os.path.expanduser(source), folder)
-    except ValueError as error:
-        yield f"data: {error}"
+        except ValueError as error:
+            yield f"data: {error}"
 
 
 def _file_problems(values: Mapping[str, Any]) -> Iterator[str]:

@@ -79,9 +79,7 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
         )
     depth = _depth(model)
     if isinstance(stages, bool | float) or stages not in range(depth + 1):
-        raise ValueError(
-            f"Expected from 0 to {depth} stages of '{model.name}' to freeze. Received: stages={stages!r}"
-        )
+        raise ValueError(f"Expected from 0 to {depth} stages of '{model.name}'. Received: stages={stages!r}")
     for owner in owners:
         owner._trainable = True  # of the model alone: its setter would free the other layers too
         for layer in owner.layers:

@@ -10,8 +10,8 @@ _PLACE = re.compile(r"(?:^|/|_)(stages|downsample_layers)_(\d+)_(\d+)(?:/|$)")
 _NORM_PRE = re.compile(r"(?:^|/|_)norm_pre(?:/|$)")
 
 
-def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
-    """Returns the layer number of each weight, as the official code counts for the learning-rate decay.
+def layer_ids(paths: Sequence[str], groups: str) -> tuple[list[int], int]:
+    """Returns the layer number of each weight, and that of the head, as the official code counts them.
 
     - "group": V1 classification and V2; 12 groups of about three blocks. Stem 0, stage 0: 1, stage 1 and the
       downsampling before it 2, downsampling before stage 2: 3, its block j 3 + j // 3, stage 3 and the
@@ -29,20 +29,6 @@ def layer_ids(paths: Sequence[str], groups: str) -> list[int]:
     front. First stages that do not train may be missing; "single" and "timm" then count from the first block
     that is there. ValueError: no path is of a ConvNeXt stage, or the depth of one that matters is not told.
     """
-    return _numbered(paths, groups)[0]
-
-
-def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
-    """Returns the factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
-
-    The rest is as for `layer_ids`. Reference: `LayerDecayValueAssigner` of optim_factory.py and main.py.
-    """
-    ids, last = _numbered(paths, groups)
-    return [float(decay) ** (last - number) for number in ids]
-
-
-def _numbered(paths, groups):
-    """Returns the layer number of each weight, and that of the head."""
     places = [_PLACE.search(path) for path in paths]
     depths = _depths(paths, places, groups)
     is_by_block = groups in ("single", "timm")
@@ -63,6 +49,15 @@ def _numbered(paths, groups):
     return [number(path, place) for path, place in zip(paths, places, strict=True)], last
 
 
+def learning_rate_scales(paths: Sequence[str], groups: str, decay: float) -> list[float]:
+    """Returns the factor on the learning rate of each weight: `decay ** (last_id - id)`, 1 for the head.
+
+    The rest is as for `layer_ids`. Reference: `LayerDecayValueAssigner` of optim_factory.py and main.py.
+    """
+    ids, last = layer_ids(paths, groups)
+    return [float(decay) ** (last - number) for number in ids]
+
+
 def _depths(paths, places, groups):
     """Blocks of each stage, 0 where none is seen; refuses what `groups` cannot be counted with."""
     stages = [int(place[2]) for place in places if place]
@@ -78,8 +73,7 @@ def _depths(paths, places, groups):
         if place and place[1] == "stages":
             depths[int(place[2])] = max(depths[int(place[2])], int(place[3]) + 1)
     needed = {"group": [], "layer_wise": [2], "stage_wise": [2]}.get(groups, range(min(stages), _STAGES))
-    missing = [f"stages_{stage}_*" for stage in needed if depths[stage] == 0]
-    if missing:
+    if missing := [f"stages_{stage}_*" for stage in needed if depths[stage] == 0]:
         raise ValueError(
             f"layer_decay_groups={groups!r} counts blocks that are not among the trainable weights: "
             f"{', '.join(missing)}. Train them too, or take layer_decay_groups='group', which counts none."

@@ -95,10 +95,7 @@ class AdamW(keras.optimizers.AdamW):
             if beta >= 1:
                 raise ValueError(f"AdamW needs {beta_name} in [0, 1). Received: {beta_name}={beta}")
         if not 0 < layer_decay <= 1:
-            raise ValueError(
-                "AdamW needs layer_decay in (0, 1], where 1 is no layer-wise decay. "
-                f"Received: layer_decay={layer_decay}"
-            )
+            raise ValueError(f"AdamW needs layer_decay in (0, 1]. Received: layer_decay={layer_decay}")
         if layer_decay_groups not in LAYER_DECAY_GROUPS:
             raise ValueError(unknown("layer_decay_groups", layer_decay_groups, LAYER_DECAY_GROUPS))
         super().__init__(
@@ -208,7 +205,9 @@ class AdamW(keras.optimizers.AdamW):
             for weight, _, m, v in members
             for tensor in (weight, m, v)
         )
-        learning_rate = ops.cast(learning_rate, "float32")
+        learning_rate, step = ops.cast(learning_rate, "float32"), ops.cast(self.iterations + 1, "float32")
+        settings = {"beta1": self.beta_1, "beta2": self.beta_2, "eps": self.epsilon}
+        settings |= {"amsgrad": False, "maximize": False}
         with torch.no_grad():
             for (scale, decays), members in groups.items():
                 weights, gradients, m, v = map(list, zip(*members, strict=True))
@@ -216,20 +215,10 @@ class AdamW(keras.optimizers.AdamW):
                 if not is_fused:
                     self._torch_foreach_update(weights, gradients, m, v, rate, decay)
                     continue
+                gradients = [gradient.contiguous() for gradient in gradients]
+                steps = [step] * len(weights)
                 torch._fused_adamw_(
-                    weights,
-                    [gradient.contiguous() for gradient in gradients],
-                    m,
-                    v,
-                    [],
-                    [ops.cast(self.iterations + 1, "float32")] * len(weights),
-                    lr=rate,
-                    beta1=self.beta_1,
-                    beta2=self.beta_2,
-                    weight_decay=decay,
-                    eps=self.epsilon,
-                    amsgrad=False,
-                    maximize=False,
+                    weights, gradients, m, v, [], steps, lr=rate, weight_decay=decay, **settings
                 )
 
     def _torch_foreach_update(self, weights, grads, m, v, rate, decay):
@@ -316,12 +305,12 @@ def ema_weights(model: keras.Model) -> Iterator[None]:
         >>> with ema_weights(model):
         ...     scores = model.evaluate(batches, return_dict=True)
     """
-    if not has_ema(model):
+    optimizer = inner_optimizer(getattr(model, "optimizer", None))
+    if not getattr(optimizer, "use_ema", False):
         raise ValueError(
             "ema_weights needs a model whose optimizer keeps a moving average of the weights: compile it with"
-            f" AdamW(..., use_ema=True). Received: optimizer={getattr(model, 'optimizer', None)}"
+            f" AdamW(..., use_ema=True). Received: optimizer={optimizer}"
         )
-    optimizer = inner_optimizer(model.optimizer)
     if not optimizer.built:
         raise ValueError(
             "The optimizer has no moving averages yet. Train first, or call "
@@ -339,11 +328,6 @@ def ema_weights(model: keras.Model) -> Iterator[None]:
     finally:
         for (variable, _), value in zip(pairs, own, strict=True):
             variable.assign(value)
-
-
-def has_ema(model: keras.Model) -> bool:
-    """Whether the optimizer of a model keeps a moving average of the weights."""
-    return getattr(inner_optimizer(getattr(model, "optimizer", None)), "use_ema", False)
 
 
 def inner_optimizer(optimizer):

@@ -133,13 +133,8 @@ class Evaluation(Settings):
     @property
     def preprocessing(self) -> Preprocessing:
         """The same as a `Preprocessing`, with ImageNet's mean and standard deviation."""
-        return Preprocessing.from_stored(
-            image_size=self.eval_image_size,
-            crop=self.eval_crop,
-            resize_mode=self.eval_resize_mode,
-            resize_size=self.eval_resize_size or None,
-            interpolation=self.eval_interpolation,
-        )
+        stored = {name.removeprefix("eval_"): value for name, value in self.values().items()}
+        return Preprocessing.from_stored(**stored | {"resize_size": self.eval_resize_size or None})
 
 
 class Distillation(Settings):
@@ -206,8 +201,7 @@ class Recipe(Settings):
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Self:
-        problems = [*_conflicts(self)]
-        if problems:
+        if problems := [*_conflicts(self)]:
             raise SettingsError(Recipe, problems)
         return self
 
@@ -233,13 +227,11 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "batch_size: expected an even number of images in a micro-batch, as mixup and cutmix take pairs, "
             f"received {size} in {steps} micro-batches"
         )
-    for name in ("min_learning_rate", "warmup_learning_rate"):
-        peak, rate = optimizer.learning_rate, getattr(optimizer, name)
-        if rate > peak:
-            yield f"{name}: expected at most learning_rate {peak!r}, received {rate!r}"
-    epochs, warmup = optimizer.epochs, optimizer.warmup_epochs
-    if warmup > epochs:
-        yield f"warmup_epochs: expected at most epochs {epochs}, received {warmup!r}"
+    rates = dict.fromkeys(("min_learning_rate", "warmup_learning_rate"), "learning_rate")
+    for name, limit in {**rates, "warmup_epochs": "epochs"}.items():
+        most, value = getattr(optimizer, limit), getattr(optimizer, name)
+        if value > most:
+            yield f"{name}: expected at most {limit} {most!r}, received {value!r}"
     if recipe.data.val_split and recipe.data.validation_fraction:
         yield (
             f"validation_fraction: expected 0 beside val_split {recipe.data.val_split!r}, which is evaluated "

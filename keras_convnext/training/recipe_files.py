@@ -65,9 +65,7 @@ def recipe_path(path_or_name: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise ValueError(
-            f"Expected a recipe, received the folder '{path}'. Name a file in it, such as a .toml."
-        )
+        raise ValueError(f"Expected a recipe, received the folder '{path}'. Name a TOML file in it.")
     if path.stem in known:
         raise ValueError(f"There is no file {text!r}. The published recipe of that name is {path.stem!r}.")
     message = unknown("recipe", path.stem, known)

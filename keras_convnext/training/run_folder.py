@@ -213,16 +213,14 @@ def check_arrays(
     wanted = {name: _array_text(*kind) for name, kind in expected.items()}
     found = {name: _array_text(array.shape, array.dtype) for name, array in arrays.items()}
     if changes := differences(wanted, found):
-        problems = {
+        kinds = {
             "missing": [name for name, _, received in changes if received is None],
             "unexpected": [name for name, expected, _ in changes if expected is None],
             "different": [
                 f"{name} expected {one}, received {other}" for name, one, other in changes if one and other
             ],
         }
-        facts = [
-            f"{len(each)} {kind}: {listed(each, _MOST_LISTED)}" for kind, each in problems.items() if each
-        ]
+        facts = [f"{len(each)} {kind}: {listed(each, _MOST_LISTED)}" for kind, each in kinds.items() if each]
         raise ValueError(
             f"{source} is a checkpoint of another architecture, optimizer or precision. Expected "
             f"{len(expected)} arrays, received {len(arrays)}. {'. '.join(facts)}. Continue with the recipe "
@@ -302,9 +300,7 @@ def _read_identity(folder: pathlib.Path) -> dict | None:
 def _refuse_other_run(
     folder: pathlib.Path, stored: Mapping[str, object], given: Mapping[str, object]
 ) -> None:
-    changes = [
-        f"{key}: {_value_text(old)} -> {_value_text(new)}" for key, old, new in differences(stored, given)
-    ]
+    changes = [f"{key}: {_shown(old)} -> {_shown(new)}" for key, old, new in differences(stored, given)]
     if changes:
         raise RunFolderError(
             f"'{folder}' holds another run. Expected the settings it was begun with, received "
@@ -352,7 +348,7 @@ def _array_text(shape: tuple[int, ...], dtype: object) -> str:
     return f"{np.dtype(dtype).name}{list(shape)}"  # type: ignore[call-overload]
 
 
-def _value_text(value: object) -> str:
+def _shown(value: object) -> str:
     return "absent" if value is None else short_repr(value)
 
 

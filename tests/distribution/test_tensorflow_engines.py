@@ -368,7 +368,7 @@ def test_the_engine_of_a_tpu_trains_with_whatever_strategy_it_has(monkeypatch):
         batches = tf.data.Dataset.from_tensors((images, TARGETS)).repeat()
         history = model.fit(engine.for_fit(batches), steps_per_epoch=2, epochs=4, verbose=0).history
         assert history["loss"][-1] < history["loss"][0]
-        outputs = choose.rows(choose.forward(model)(choose.divided(images)))
+        outputs = choose.rows(tensorflow_engine.forward(model)(choose.divided(images)))
     np.testing.assert_allclose(outputs, model(images).numpy(), rtol=1e-5, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 
 import keras_convnext
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS, layer_ids, learning_rate_scales
-from keras_convnext.training.optimizer import AdamW, ema_weights, has_ema
+from keras_convnext.training.optimizer import AdamW, ema_weights
 from keras_convnext.training.schedule import WarmupCosine
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import assign, layouts
@@ -108,8 +108,8 @@ def test_every_weight_has_the_layer_number_of_the_official_code(architecture, gr
         else:
             expected.append(rest)
     paths = [path_of(name) for name in names]
-    assert layer_ids(paths, groups) == expected
-    assert layer_ids([f"{architecture}/{path}" for path in paths], groups) == expected  # a nested model
+    assert layer_ids(paths, groups)[0] == expected
+    assert layer_ids([f"{architecture}/{path}" for path in paths], groups)[0] == expected  # a nested model
     if groups != "timm":
         assert expected == [official_id(name, groups, variant.depths) for name in names]
         return
@@ -648,7 +648,6 @@ def test_loss_scaling_skips_a_step_that_overflows_and_its_average():
     model = tiny(AdamW(1e-2, use_ema=True, ema_momentum=0.5, layer_decay=0.9))
     keras.config.set_dtype_policy(previous)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    assert has_ema(model)
     model.train_on_batch(X[0], Y[0])
     own, average = model.get_weights(), averages(model)
     assert_equal(own, model.get_weights())
@@ -811,7 +810,6 @@ def test_ema_weights_names_what_is_missing():
     ):
         pass
     model.compile(AdamW(), "mse")
-    assert not has_ema(model)
     with pytest.raises(ValueError, match="use_ema=True"), ema_weights(model):
         pass
     model.compile(AdamW(use_ema=True), "mse")

@@ -32,9 +32,7 @@ class Datasets:
     def __post_init__(self) -> None:
         splits = {"train": self.training, "validation": self.validation}
         # All are allowed to the pipeline, whose own error would come wrapped in TensorFlow's.
-        self.faults = {
-            name: Faults(split, max_share=1.0) for name, split in splits.items() if split is not None
-        }
+        self.faults = {name: Faults(data, max_share=1.0) for name, data in splits.items() if data is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,9 +80,7 @@ class Classification:
             num_steps=data.plan.total_steps,
         )
         if data.validation is None:
-            warnings.append(
-                "Nothing is evaluated: the data has no validation split, and validation_fraction is 0."
-            )
+            warnings.append("Nothing is evaluated: no validation split, and validation_fraction is 0.")
         notes = described(data.training, "training")
         notes += described(data.validation, "validation") if data.validation else []
         if recipe.model.weights and not has_new_head:
@@ -207,8 +205,7 @@ def compile_model(recipe: Recipe, student: Any, plan: Plan) -> Any:
 def _with_classes_of(training: Source, validation: Source) -> Source:
     if validation.classes == training.classes:
         return validation
-    unknown = [name for name in validation.classes if name not in training.classes]
-    if unknown:
+    if unknown := [name for name in validation.classes if name not in training.classes]:
         raise ValueError(
             f"Expected validation images of the {len(training.classes)} classes of the training images, "
             f"received {len(unknown)} others, such as {unknown[0]!r}. Choose another val_split."
