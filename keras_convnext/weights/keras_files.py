@@ -66,11 +66,8 @@ def read_stored_text(path: pathlib.Path, key: str) -> str | None:
 
 def read_sizes(path: pathlib.Path) -> tuple[int, int]:
     """(classes, channels) of the model of this package that an `.h5` file is of; 0 for no classifier."""
-    with _open(
-        path,
-        "weights of a model of this package",
-        "Pass what model.save_weights() of one wrote, or the .keras file of a model around one.",
-    ) as file:
+    remedy = "Pass what model.save_weights() of one wrote, or the .keras file of a model around one."
+    with _open(path, "weights of a model of this package", remedy) as file:
         layers = file["layers"]
         dense = [name for name in layers if re.fullmatch(r"dense(_\d)?", name)]  # pre_logits, then the head
         classes = layers[max(dense)]["vars/0"].shape[-1] if dense else 0

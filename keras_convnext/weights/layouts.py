@@ -101,10 +101,7 @@ RULES: dict[str, list] = {
     ],
 }
 # open_clip wraps a timm trunk; its projection is the classifier, without a bias.
-RULES["open_clip"] = [
-    *RULES["timm"][:-3],
-    (r"^norm\.", "head.norm."),
-]
+RULES["open_clip"] = [*RULES["timm"][:-3], (r"^norm\.", "head.norm.")]
 
 # A name that only this layout has, looked for in this order; what stands in front of it is the prefix.
 MARKERS = (
@@ -263,11 +260,8 @@ def find_variant(state: StateDict) -> Variant:
             for name, shape in weight_shapes(variant, 1, contents.channels).items()
             if not name.startswith(("norm.", "pre_logits.bias", "head."))
         }
-        wrong = []
-        for name, shape in shapes.items():
-            array = present.get(rename(name, layout))
-            if array is None or _to_canonical(array, name, shape, layout) is None:
-                wrong.append(name)
+        arrays = {name: present.get(rename(name, layout)) for name in shapes}
+        wrong = [name for name in shapes if _to_canonical(arrays[name], name, shapes[name], layout) is None]
         surplus = blocks - sum(variant.depths)
         surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
@@ -471,11 +465,11 @@ def _is_of_other_head(name: str, layout: str) -> bool:
 
 
 def _to_canonical(array, name, shape, layout):
-    """`array` in the canonical shape, or None when it does not fit."""
+    """`array` in the canonical shape; None when it does not fit, or is not there."""
+    if array is None:
+        return None
     if layout == "fcmae" and rename(name, layout).endswith(".kernel"):
         return _dense_kernel(array, shape)
-    if array.shape == shape:
-        return array
     if [size for size in array.shape if size != 1] == [size for size in shape if size != 1]:
         return array.reshape(shape)
     return None

@@ -33,7 +33,7 @@ from keras_convnext.weights.arrays import (
     naming,
     unknown_content,
 )
-from keras_convnext.weights.safetensors_files import safetensors_arrays
+from keras_convnext.weights.safetensors_files import read_mapped
 from keras_convnext.weights.torch_pickles import Tensor, unpickle
 
 _logger = logging.getLogger("keras_convnext")
@@ -79,7 +79,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     with naming(path):
         data = map_file(path)
         if looks_like_safetensors(bytes(data[:64])):
-            return safetensors_arrays(data)
+            return read_mapped(data)[0]
         return _torch_arrays(data, path.suffix)
 
 
