@@ -14,7 +14,7 @@ from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
-from keras_convnext.weights.assign import differences, filled, placed_values, places
+from keras_convnext.weights.assign import filled, placed_values, places
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
@@ -166,14 +166,23 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
 
 def check_settings(given: keras.Model, built: ConvNeXt, name: object, is_stride_free: bool) -> None:
     """Refuses a model of which some layers compute something else than those built for its weights do."""
-    found, of_stride = differences(given, built), {"dilation_rate", "strides"}
-    if is_stride_free:
-        found = {setting: lines for setting, lines in found.items() if setting not in of_stride}
-    lines = [f"{setting} of {line}" for setting, lines in found.items() for line in lines]
-    if lines:
-        stride = " load(..., output_stride=8 or 16) has them." if found.keys() <= of_stride else ""
+    of_stride, others = ("dilation_rate", "strides"), ("activation", "epsilon", "kernel_size", "norm")
+    settings = others if is_stride_free else (*of_stride, *others)
+    layers = places(built)[0]
+    found: list[str] = []
+    for place, layer in places(given)[0].items():
+        if place in layers and place != "head":  # whose activation is `Around.activation`
+            config, wanted = layer.get_config(), layers[place].get_config()
+            found += [
+                f"{setting} of {place}: {config[setting]}, not {wanted[setting]}"
+                for setting in settings
+                if setting in config and setting in wanted and config[setting] != wanted[setting]
+            ]
+    if found:
+        are_of_stride = all(line.startswith(of_stride) for line in found)
+        stride = " load(..., output_stride=8 or 16) has them." if are_of_stride else ""
         raise ValueError(
-            f"{name}: Expected layers as the architecture has them. Received {listed(lines, 3)}."
+            f"{name}: Expected layers as the architecture has them. Received {listed(found, 3)}."
             f"{stride} A .keras file keeps them; keras.saving.load_model opens it as it is."
         )
 

@@ -135,10 +135,9 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
     """Downloads one file so that it is either complete under its final name or not there.
 
     The bytes go to "<target>.part"; a cut connection is resumed with a Range request, in this call and by
-    the next one. "<target>.part.json" holds the validator (ETag or Last-Modified) which tells whether the
-    file on the server is still the same. "<target>.lock" makes other processes wait and then use the same
-    file. Where `expected`, the published SHA-256 or its first digits, is "", that of the complete file is
-    recorded in "<target>.sha256".
+    the next one, where the validator in "<target>.part.json" (ETag or Last-Modified) still holds.
+    "<target>.lock" makes other processes wait and then use the same file. Without an `expected` SHA-256, or
+    first digits of it, that of the complete file is recorded in "<target>.sha256".
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

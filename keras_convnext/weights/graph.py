@@ -71,8 +71,12 @@ def functional(operation: Any) -> Any:
     return model if isinstance(model, keras.Model) and hasattr(model, "operations") else None
 
 
+def package_of(layer: Any) -> str:
+    """The package that the class of a layer is of: "keras", "keras_convnext" or another."""
+    return type(layer).__module__.partition(".")[0]
+
+
 def is_training_only(layer: Any) -> bool:
     """Whether a layer, of Keras and no subclass of it, gives back its input outside training."""
-    kind = type(layer)
-    is_known = isinstance(layer, _TRAINING_ONLY) or _AUGMENTATION.fullmatch(kind.__name__)
-    return kind.__module__.startswith("keras.") and bool(is_known)
+    is_known = isinstance(layer, _TRAINING_ONLY) or _AUGMENTATION.fullmatch(type(layer).__name__)
+    return package_of(layer) == "keras" and bool(is_known)

@@ -102,9 +102,8 @@ def load_weights(model, path: pathlib.Path) -> None:
             warnings.simplefilter("ignore")  # what Keras warns of, it then raises
             model.load_weights(path)
     except Exception as error:  # Keras and h5py raise of many classes
-        reason = " ".join(str(error).split()) or one_line(error)
         raise ValueError(
-            f"{path} does not fit {model.name!r}: {shortened(reason, 400)} "
+            f"{path} does not fit {model.name!r}: {shortened(one_line(error), 400)} "
             "Build the model with the arguments it was saved with."
         ) from error
 

@@ -304,34 +304,27 @@ def read(
         if array is None:
             if not name.startswith(may_lack):
                 missing.append(f"{prefix}{key} {shape}")
-            continue
-        if "float" not in array.dtype.name:  # bfloat16 and its kin are of kind "V" to NumPy
+        elif "float" not in array.dtype.name:  # bfloat16 and its kin are of kind "V" to NumPy
             mis_shaped.append(f"{prefix}{key}: expected floating point numbers, received {array.dtype}")
-            continue
-        canonical = _to_canonical(array, name, shape, layout)
-        if canonical is None:
+        elif (canonical := _to_canonical(array, name, shape, layout)) is None:
             mis_shaped.append(f"{prefix}{key}: expected {shape}, received {array.shape}")
         else:
             result[name] = canonical
     allowed = tuple(rename(name + ".", layout) for name in may_hold)
     left_over = [name for name in present if not name.startswith(allowed) and not _is_unused(name)]
     others = [full_names[name] for name in left_over if _is_foreign(name, layout)]
-    if "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over):
-        pass  # a part of the classifier that is asked for
-    elif others and ("head" in may_hold or (prefix and "head.weight" in result)):
+    is_asked_for = "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over)
+    if others and not is_asked_for and ("head" in may_hold or (prefix and "head.weight" in result)):
         _logger.warning("Left out what is no part of the network: %s.", _messages.listed(others))
         left_over, others = [name for name in left_over if full_names[name] not in others], []
     left_over = [full_names[name] for name in left_over]
     faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
     if any(faults.values()):
         parts = [f"The state dict (layout {layout}) does not fit the model."]
-        parts += [
-            f"{title} ({len(rows)}): {_messages.listed(rows)}." for title, rows in faults.items() if rows
-        ]
+        parts += [f"{what} ({len(rows)}): {_messages.listed(rows)}." for what, rows in faults.items() if rows]
         if others:
             parts.append(
-                "What is no part of the network is left out with include_top=False or new_head=True; or take "
-                "it out of the file."
+                "Take what is no part of the network out, or pass include_top=False or new_head=True."
             )
         with contextlib.suppress(StateDictError):
             parts.append(f"The names and shapes are those of {find_variant(state).name!r}.")
@@ -470,6 +463,8 @@ def _to_canonical(array, name, shape, layout):
         return None
     if layout == "fcmae" and rename(name, layout).endswith(".kernel"):
         return _dense_kernel(array, shape)
+    if array.shape == shape:
+        return array
     if [size for size in array.shape if size != 1] == [size for size in shape if size != 1]:
         return array.reshape(shape)
     return None
@@ -492,15 +487,12 @@ def _dense_kernel(array, shape):
 def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> None:
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
-    reason = None
     if variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
     elif has_pyramid_norms and layout in ("timm", "torchvision"):
-        reason = (
-            f"{layout} has no place for a norm at each level of a pyramid, as official and huggingface have"
-        )
+        reason = f"{layout} has no norm at each level of a pyramid, as official and huggingface have"
     elif layout == "timm":
-        pass  # it has all others
+        return  # it has all others
     elif variant.stem not in ("patch", "isotropic"):
         reason = f"it has the stem {variant.stem!r}"
     elif variant.norm != "layer_norm":
@@ -514,8 +506,9 @@ def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> N
         )
     elif layout == "torchvision" and variant.version == 2:
         reason = "torchvision has no ConvNeXt V2"
-    if reason:
-        raise ValueError(
-            f"{variant.name!r} cannot be written in the layout {layout!r}: {reason}. "
-            f"Layouts: {', '.join(WRITABLE_LAYOUTS)}"
-        )
+    else:
+        return
+    raise ValueError(
+        f"{variant.name!r} cannot be written in the layout {layout!r}: {reason}. "
+        f"Layouts: {', '.join(WRITABLE_LAYOUTS)}"
+    )

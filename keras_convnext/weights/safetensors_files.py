@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from keras_convnext._files import replacing_file
+from keras_convnext._files import StrPath, replacing_file
 from keras_convnext.weights.arrays import (
     SAFETENSORS_DTYPES,
     damaged,
@@ -26,7 +25,7 @@ from keras_convnext.weights.arrays import (
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_safetensors_metadata(path: StrPath) -> dict[str, str]:
     """Reads the free-form metadata in the header of a .safetensors file; {} when it has none.
 
     The whole header is checked: a FileFormatError when it is not valid, an OSError when no file is there.
@@ -41,7 +40,7 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: StrPath, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes arrays to a .safetensors file, which appears whole or not at all.
 
@@ -52,9 +51,7 @@ def write_safetensors(
     not an array, a ValueError when the format has no such dtype.
     """
     names = names_of_dtypes(arrays, SAFETENSORS_DTYPES, ".safetensors")
-    header: dict[str, object] = {}
-    if metadata is not None:
-        header["__metadata__"] = dict(sorted(metadata.items()))
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     offset = 0
     for name in order:
@@ -64,8 +61,7 @@ def write_safetensors(
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
     with replacing_file(path) as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in order:
             file.write(little_endian_bytes(arrays[name]))
 
@@ -101,13 +97,12 @@ def read_mapped(data: memoryview) -> tuple[dict[str, np.ndarray], dict[str, str]
             raise damaged(f"expected at most 64 sizes >= 0 as the shape of {name!r}, received {shape!r}")
         if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise damaged(f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
-        dtype = SAFETENSORS_DTYPES[dtype_name]
-        begin, end = offsets
-        expected_bytes = math.prod(shape) * dtype.itemsize
-        if end - begin != expected_bytes:
+        expected = math.prod(shape) * SAFETENSORS_DTYPES[dtype_name].itemsize
+        received = offsets[1] - offsets[0]
+        if received != expected:
             raise damaged(
-                f"expected {expected_bytes} bytes for {name!r} ({dtype_name}, shape {shape}), its "
-                f"data_offsets {offsets} have {end - begin}"
+                f"expected {expected} bytes for {name!r} ({dtype_name}, shape {shape}), its data_offsets "
+                f"{offsets} have {received}"
             )
 
     previous_end = 0
