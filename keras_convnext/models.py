@@ -159,18 +159,17 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
     values = source.values(variant, options, new_head)
     model = filled(layout, lambda model: placed_values(model, values))
     if source.around is not None and not source.is_keras_applications:
-        # Another stride was asked for.
-        check_settings(source.model, model, source.path, is_stride_free=options.output_stride != 32)
+        _check_settings(source, model, options)
     return model
 
 
-def check_settings(given: keras.Model, built: ConvNeXt, name: object, is_stride_free: bool) -> None:
-    """Refuses a model of which some layers compute something else than those built for its weights do."""
+def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOptions) -> None:
+    """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
     of_stride, others = ("dilation_rate", "strides"), ("activation", "epsilon", "kernel_size", "norm")
-    settings = others if is_stride_free else (*of_stride, *others)
-    layers = places(built)[0]
+    settings = (*of_stride, *others) if options.output_stride == 32 else others  # another one was asked for
+    layers = places(model)[0]
     found: list[str] = []
-    for place, layer in places(given)[0].items():
+    for place, layer in places(source.model)[0].items():
         if place in layers and place != "head":  # whose activation is `Around.activation`
             config, wanted = layer.get_config(), layers[place].get_config()
             found += [
@@ -182,8 +181,8 @@ def check_settings(given: keras.Model, built: ConvNeXt, name: object, is_stride_
         are_of_stride = all(line.startswith(of_stride) for line in found)
         stride = " load(..., output_stride=8 or 16) has them." if are_of_stride else ""
         raise ValueError(
-            f"{name}: Expected layers as the architecture has them. Received {listed(found, 3)}."
-            f"{stride} A .keras file keeps them; keras.saving.load_model opens it as it is."
+            f"{source.path}: Expected layers as the architecture has them. Received {listed(found, 3)}."
+            f"{stride} keras.saving.load_model opens the file as it is."
         )
 
 

@@ -76,7 +76,7 @@ def package_of(layer: Any) -> str:
     return type(layer).__module__.partition(".")[0]
 
 
-def is_training_only(layer: Any) -> bool:
-    """Whether a layer, of Keras and no subclass of it, gives back its input outside training."""
+def is_training_only(layer: Any, or_subclass: bool = False) -> bool:
+    """Whether a layer of Keras gives back its input outside training; the code of a subclass may not."""
     is_known = isinstance(layer, _TRAINING_ONLY) or _AUGMENTATION.fullmatch(type(layer).__name__)
-    return package_of(layer) == "keras" and bool(is_known)
+    return bool(is_known) and (or_subclass or package_of(layer) == "keras")

@@ -324,7 +324,8 @@ def read(
         parts += [f"{what} ({len(rows)}): {_messages.listed(rows)}." for what, rows in faults.items() if rows]
         if others:
             parts.append(
-                "Take what is no part of the network out, or pass include_top=False or new_head=True."
+                "What is no part of the network is left out with include_top=False or new_head=True; or take "
+                "it out of the file."
             )
         with contextlib.suppress(StateDictError):
             parts.append(f"The names and shapes are those of {find_variant(state).name!r}.")
@@ -490,7 +491,7 @@ def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> N
     if variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
     elif has_pyramid_norms and layout in ("timm", "torchvision"):
-        reason = f"{layout} has no norm at each level of a pyramid, as official and huggingface have"
+        reason = f"{layout} has no place for norms at each level, as official and huggingface have"
     elif layout == "timm":
         return  # it has all others
     elif variant.stem not in ("patch", "isotropic"):
