@@ -53,9 +53,7 @@ def save_weights(
     around.check(model.name)
     if preprocessing is not None:
         _check_preprocessing(preprocessing, around.normaliser, path)
-    if around.normaliser is None:
-        _logger.warning(_NO_NORMALISER, model.name, path)
-    _warn_of_activation(around.activation, path)
+    _warn_of_loss(model.name, around.normaliser is not None, around.activation, path)
     variant = layouts.find_variant(canonical)
     _check_settings(model, variant, model.name)
     return _write_torch(canonical, variant, path, layout, preprocessing)
@@ -106,11 +104,9 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     default = default_checkpoint(found.variant.name).preprocessing
     if not found.is_described and (preprocessing == default or not found.is_normalised):
         preprocessing = None
-    if not found.is_normalised and target.suffix != ".keras":
-        _logger.warning(_NO_NORMALISER, found.path, target)
     canonical = found.canonical()
     if target.suffix != ".keras":
-        _warn_of_activation(found.activation(found.classes), target)
+        _warn_of_loss(found.path, found.is_normalised, found.activation(found.classes), target)
     if target.name.endswith(TORCH_SUFFIXES):
         if preprocessing is not None and target.suffix != ".safetensors":
             _logger.warning("%s has no place for how its images are prepared; .safetensors has.", target)
@@ -149,14 +145,14 @@ def _check_settings(model, variant: Variant, name) -> None:
         )
 
 
-def _warn_of_activation(activation, path) -> None:
+def _warn_of_loss(name, is_normalised: bool, activation, path) -> None:
+    """Tells how to load a file of weights alone, so that they compute what the model `name` does."""
+    if not is_normalised:
+        _logger.warning(_NO_NORMALISER, name, path)
     if activation not in (None, "softmax", keras.activations.softmax, keras.activations.linear):
-        name = getattr(activation, "__name__", activation)
+        own = getattr(activation, "__name__", activation)
         _logger.warning(
-            "%s cannot say that its classifier has the activation %s: load it with classifier_activation=%r.",
-            path,
-            name,
-            name,
+            "%s cannot say its classifier's activation: load it with classifier_activation=%r.", path, own
         )
 
 

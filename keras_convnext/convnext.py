@@ -72,14 +72,8 @@ class Block(SameShape):
 
     def __init__(self, dim, kernel_size, dilation_rate, norm, epsilon, activation, affine=True, **kwargs):
         super().__init__(**kwargs)
-        self.config = {
-            "dim": dim,
-            "kernel_size": kernel_size,
-            "dilation_rate": dilation_rate,
-            "norm": norm,
-            "epsilon": epsilon,
-            "activation": activation,
-        }
+        self.config = {"dim": dim, "kernel_size": kernel_size, "dilation_rate": dilation_rate}
+        self.config.update({"norm": norm, "epsilon": epsilon, "activation": activation})
         self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **self.inherited, name="dwconv")
         self.norm = _chosen("norm", norm, NORMS)(epsilon, affine, **self.inherited, name="norm")
         self.activation = _chosen("activation", activation, ACTIVATIONS)
@@ -300,7 +294,8 @@ def stem(x, variant, named=layer_name):
     dim = variant.dims[0]
     if variant.isotropic:
         return _convolution(dim, 16, 16, name=named("stem"))(x)  # (N, H / 16, W / 16, C)
-    last = 0  # counts as the official nn.Sequential does
+    # The last convolution's place in the official nn.Sequential.
+    last = {"patch": 0, "overlap_act": 2}.get(variant.stem, 1)
     if variant.stem == "patch":
         x = _convolution(dim, 4, 4, name=named("downsample_layers_0_0"))(x)  # (N, H / 4, W / 4, C)
     else:
@@ -308,10 +303,8 @@ def stem(x, variant, named=layer_name):
         x = layers.ZeroPadding2D(1, data_format="channels_last", name=named("stem_padding_0"))(x)
         # To (N, H / 2, W / 2, D).
         x = _convolution(variant.stem_dim, 3, 2, name=named("downsample_layers_0_0"))(x)
-        last = 1
         if variant.stem == "overlap_act":
             x = layers.Activation(ACTIVATIONS[variant.activation], name=named("stem_activation"))(x)
-            last = 2
         x = layers.ZeroPadding2D(1, data_format="channels_last", name=named("stem_padding_1"))(x)
         x = _convolution(dim, 3, 2, name=named(f"downsample_layers_0_{last}"))(x)  # (N, H / 4, W / 4, C)
     return NORMS[variant.norm](variant.epsilon, name=named(f"downsample_layers_0_{last + 1}"))(x)

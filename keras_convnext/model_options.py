@@ -93,8 +93,7 @@ class ModelOptions:
         is_normalised = source.architecture is not None or source.is_normalised
         if is_normalised and self.include_preprocessing and not source.is_normalised:
             _logger.warning(
-                "%s has no normaliser, and this model gets one: include_preprocessing=False leaves it out.",
-                source.path,
+                "%s has no normaliser; this model has one, unless include_preprocessing=False.", source.path
             )
         if not is_normalised and not source.around.lost:
             _logger.warning("%s has no normaliser, so its model takes normalised images.", source.path)

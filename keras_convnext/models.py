@@ -14,7 +14,7 @@ from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
-from keras_convnext.weights.assign import differences, filled, placed_values, places
+from keras_convnext.weights.assign import filled, placed_values, places
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
@@ -165,14 +165,23 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
 
 def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOptions) -> None:
     """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
-    found, of_stride = differences(source.model, model), {"dilation_rate", "strides"}
-    if options.output_stride != 32:  # as asked for
-        found = {name: lines for name, lines in found.items() if name not in of_stride}
-    lines = [f"{name} of {line}" for name, lines in found.items() for line in lines]
-    if lines:
-        stride = " load(..., output_stride=8 or 16) has them." if found.keys() <= of_stride else ""
+    of_stride, others = ("dilation_rate", "strides"), ("activation", "epsilon", "kernel_size", "norm")
+    settings = (*of_stride, *others) if options.output_stride == 32 else others  # another one was asked for
+    layers = places(model)[0]
+    found: list[str] = []
+    for place, layer in places(source.model)[0].items():
+        if place in layers and place != "head":  # whose activation is `Around.activation`
+            config, wanted = layer.get_config(), layers[place].get_config()
+            found += [
+                f"{setting} of {place}: {config[setting]}, not {wanted[setting]}"
+                for setting in settings
+                if setting in config and setting in wanted and config[setting] != wanted[setting]
+            ]
+    if found:
+        are_of_stride = all(line.startswith(of_stride) for line in found)
+        stride = " load(..., output_stride=8 or 16) has them." if are_of_stride else ""
         raise ValueError(
-            f"{source.path}: Expected layers as the architecture has them. Received {listed(lines, 3)}."
+            f"{source.path}: Expected layers as the architecture has them. Received {listed(found, 3)}."
             f"{stride} keras.saving.load_model opens the file as it is."
         )
 

@@ -153,9 +153,7 @@ def without_classifier(model: Any) -> Any:
         return model
     layers = assign.places(model)[0]
     first = layers.get("pre_logits") or layers.get("head")
-    if first is None:
-        return model
-    return keras.Model(model.input, first.input, name=model.name)
+    return model if first is None else keras.Model(model.input, first.input, name=model.name)
 
 
 def for_channels(images: np.ndarray, model: Any) -> np.ndarray:

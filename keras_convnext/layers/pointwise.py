@@ -161,9 +161,8 @@ def _has_own_product(x):
 
 def _product(x, kernel, bias, activation=None):
     """`activation(x @ kernel + bias)` with x (..., C) and kernel (C, D): (..., D)."""
-    product = {"tensorflow": tensorflow_product, "torch": _torch_product}.get(
-        keras.backend.backend(), plain_product
-    )
+    products = {"tensorflow": tensorflow_product, "torch": _torch_product}
+    product = products.get(keras.backend.backend(), plain_product)
     return rounded_once(functools.partial(product, activation=activation), x, kernel, bias)
 
 
@@ -184,10 +183,7 @@ def tensorflow_product(x, kernel, bias, activation):
     import tensorflow as tf
 
     y = tf.nn.bias_add(tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel), bias)
-    if activation is keras.activations.gelu:
-        y = tf.nn.gelu(y, approximate=False)
-    elif activation is not None:
-        y = activation(y)
+    y = _activate(activation, y)
     if all(isinstance(length, int) for length in x.shape[1:]):
         return tf.reshape(y, (-1, *x.shape[1:-1], kernel.shape[-1]))
     return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [kernel.shape[-1]]], axis=0))

@@ -9,6 +9,7 @@ from keras_convnext import convnext, models
 from keras_convnext._messages import shortened
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.weights.assign import places
+from keras_convnext.weights.graph import package_of
 
 _PLACE = re.compile(r"(?:^|_)(?:(?:stages|downsample_layers)_(\d+)_\d+|stem|blocks_\d+)$")
 
@@ -84,10 +85,11 @@ def freeze_stages(model: keras.Model, stages: int) -> None:
         owner._trainable = True  # of the model alone: its setter would free the other layers too
         for layer in owner.layers:
             stage = _stage(layer)
+            is_ours = isinstance(owner, models.ConvNeXt) or package_of(layer) == "keras_convnext"
             if stage is not None and stage < stages:
                 for part in layer._flatten_layers():
                     part.trainable = False
-            elif not layer.trainable and (isinstance(owner, models.ConvNeXt) or _is_ours(layer)):
+            elif is_ours and not layer.trainable:
                 layer.trainable = True
 
 
@@ -97,11 +99,7 @@ def _depth(model):
     return 1 + max((stage for stage in map(_stage, blocks) if stage is not None), default=-1)
 
 
-def _is_ours(layer):
-    return type(layer).__module__.startswith("keras_convnext.")
-
-
 def _stage(layer):
     """The stage of a layer of this package; None behind the stages and for other layers."""
-    place = _PLACE.search(layer.name) if _is_ours(layer) else None
+    place = _PLACE.search(layer.name) if package_of(layer) == "keras_convnext" else None
     return None if place is None else int(place[1] or 0)

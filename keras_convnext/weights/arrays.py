@@ -51,10 +51,7 @@ def not_finite(outputs: np.ndarray) -> np.ndarray:
 
 
 def release_pages(array: np.ndarray) -> None:
-    """Lets the system drop the memory of the file that an array is a view of, once its values are copied.
-
-    So loading a model takes little more memory than the model. Pages that are needed again are read again.
-    """
+    """Lets the system drop the pages of the mapped file behind an array, once its values are copied."""
     owner: object = array
     while isinstance(owner, np.ndarray):
         owner = owner.base

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_convnext._messages import listed
 from keras_convnext.weights import arrays, layouts
-from keras_convnext.weights.graph import Graph, functional, is_training_only
+from keras_convnext.weights.graph import Graph, functional, is_training_only, package_of
 
 # The official part of a layer's name; what stands in front is a prefix (`convnext.layer_name`).
 _OFFICIAL = re.compile(
@@ -22,8 +22,6 @@ _OFFICIAL = re.compile(
 
 # Layers that may stand between two layers of ours, as those of training only may.
 _HAND_ON = (keras.layers.Flatten, keras.layers.Identity)  # Flatten of pooled features (N, C)
-# Settings of layers with weights that change what they compute.
-_SETTINGS = ("activation", "dilation_rate", "epsilon", "kernel_size", "norm", "strides")
 _POOLINGS = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
 
@@ -127,9 +125,8 @@ class Around:
         if self.lost:
             raise ValueError(
                 f"Expected nothing in {name!r} that its weights do not say. Received between its image and "
-                f"its result: {listed(self.lost, 5)}. model.save('x.keras') keeps it and "
-                "keras.saving.load_model opens it; or take the weights of the ConvNeXt alone, and do the "
-                "same in front of or behind it."
+                f"its result: {listed(self.lost, 5)}. model.save('x.keras') keeps it; or take the weights of "
+                "the ConvNeXt alone, and do the same in front of or behind it."
             )
 
 
@@ -194,22 +191,6 @@ def around_applications(model: keras.Model) -> Around:
     )
 
 
-def differences(model: keras.Model, other: keras.Model) -> dict[str, list[str]]:
-    """Settings of layers without weights of their own, such as an epsilon, that two models do not share.
-
-    Gives {setting: ["stages_2_0: 2, not 1", ...]}, of the layers of one place.
-    """
-    found: dict[str, list[str]] = {}
-    others = places(other)[0]
-    for place, layer in places(model)[0].items():
-        if place in others and place != "head":  # whose activation is `Around.activation`
-            config, wanted = layer.get_config(), others[place].get_config()
-            for name in _SETTINGS:
-                if name in config and name in wanted and config[name] != wanted[name]:
-                    found.setdefault(name, []).append(f"{place}: {config[name]}, not {wanted[name]}")
-    return found
-
-
 def _has_own_code(layer) -> bool:
     """Whether a layer is a model whose graph does not say what it computes."""
     is_kerass = type(layer).call.__module__.startswith("keras.")
@@ -218,7 +199,7 @@ def _has_own_code(layer) -> bool:
 
 def _is_activation(part) -> bool:
     kind, axis = type(part), getattr(part, "axis", -1)
-    is_softmax = kind.__module__.startswith("keras.") and kind.__name__ == "Softmax"  # of keras.ops too
+    is_softmax = package_of(part) == "keras" and kind.__name__ == "Softmax"  # of keras.ops too
     return kind is keras.layers.Activation or (is_softmax and axis in (-1, 1))
 
 
@@ -236,8 +217,7 @@ def _place(layer, reads) -> str | None:
     """The official name of a layer, with "_" for "."; None for one of another network."""
     match = _OFFICIAL.search(layer.name)
     name = match[1] if match else None
-    is_ours = type(layer).__module__.partition(".")[0] == __name__.partition(".")[0]
-    if is_ours or (name or "").startswith("downsample_layers"):
+    if package_of(layer) == "keras_convnext" or (name or "").startswith("downsample_layers"):
         return name if name not in ("head", "pre_logits") else None
     source = reads.get(id(layer))
     if type(layer) is not keras.layers.Dense or source is None:
@@ -255,11 +235,10 @@ def _place(layer, reads) -> str | None:
 
 def _hands_on(part) -> bool:
     """Whether a part of a graph hands on what it is given, or each model has it that is built for weights."""
-    kind = type(part)
-    if getattr(part, "weights", ()) or kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
+    if getattr(part, "weights", ()) or package_of(part) == "keras_convnext":
         return True  # `places` has its place, or names it
     is_kept = isinstance(part, (*_HAND_ON, *_POOLINGS, keras.layers.InputLayer)) or is_training_only(part)
-    return (kind.__module__.startswith("keras.") and is_kept) or bool(_IN_STEM.search(part.name))
+    return (package_of(part) == "keras" and is_kept) or bool(_IN_STEM.search(part.name))
 
 
 def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:

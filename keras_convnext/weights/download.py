@@ -135,10 +135,9 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
     """Downloads one file so that it is either complete under its final name or not there.
 
     The bytes go to "<target>.part"; a cut connection is resumed with a Range request, in this call and by
-    the next one. "<target>.part.json" holds the validator (ETag or Last-Modified) which tells whether the
-    file on the server is still the same. "<target>.lock" makes other processes wait and then use the same
-    file. Where `expected`, the published SHA-256 or its first digits, is "", that of the complete file is
-    recorded in "<target>.sha256".
+    the next one, where the validator in "<target>.part.json" (ETag or Last-Modified) still holds.
+    "<target>.lock" makes other processes wait and then use the same file. Without an `expected` SHA-256, or
+    first digits of it, that of the complete file is recorded in "<target>.sha256".
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -149,9 +148,9 @@ def _from_address(url: str, target: pathlib.Path, expected: str) -> pathlib.Path
             _files.check_target(target)
             # Without locks, a name of its own keeps two processes from mixing their bytes. Browsers name what
             # they download so too: such a part has no state.
-            part = target.with_name(f"{target.name}.part")
-            if not is_alone or (os.path.lexists(part) and not _state_path(part).exists()):
-                part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+            part = _beside(target, ".part")
+            if not is_alone or (os.path.lexists(part) and not _beside(part, ".json").exists()):
+                part = _beside(target, f".{uuid.uuid4().hex}.part")
             _receive_with_retries(url, part, is_hashed=bool(expected))
             advice = "Try again; if it fails again, the file on the server has changed."
             try:
@@ -200,7 +199,7 @@ def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
     digest = _digest(path, expected, str(path), f"Delete {path} and call again to download it anew.")
     if expected:
         return
-    record = _record_path(path)
+    record = _beside(path, ".sha256")
     recorded = record.read_text(encoding="utf-8").split()[:1] if record.is_file() else []
     if not recorded:
         with contextlib.suppress(OSError):  # the folder may be read-only
@@ -214,11 +213,11 @@ def _check(path: pathlib.Path, expected: str, is_recorded: bool) -> None:
 
 def _record(path: pathlib.Path, digest: str) -> None:
     """Records a hash in the format of `sha256sum --check`."""
-    _files.replace_file(_record_path(path), f"{digest}  {path.name}\n".encode())
+    _files.replace_file(_beside(path, ".sha256"), f"{digest}  {path.name}\n".encode())
 
 
-def _record_path(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f"{path.name}.sha256")
+def _beside(path: pathlib.Path, ending: str) -> pathlib.Path:
+    return path.with_name(path.name + ending)
 
 
 def _receive_with_retries(url: str, part: pathlib.Path, *, is_hashed: bool) -> None:
@@ -241,7 +240,7 @@ def _receive_with_retries(url: str, part: pathlib.Path, *, is_hashed: bool) -> N
 
 def _receive(url: str, part: pathlib.Path, *, is_first: bool, is_hashed: bool) -> None:
     """Makes one request for what `part` lacks and appends the answer to it."""
-    state_path = _state_path(part)
+    state_path = _beside(part, ".json")
     validator = _read_validator(state_path, url)
     start = part.stat().st_size if validator and part.exists() else 0
     headers = {"User-Agent": "keras-convnext", "Accept-Encoding": "identity"}
@@ -390,14 +389,10 @@ def _read_validator(state_path: pathlib.Path, url: str) -> str:
         return ""
 
 
-def _state_path(part: pathlib.Path) -> pathlib.Path:
-    return part.with_name(f"{part.name}.json")
-
-
 def _discard(part: pathlib.Path) -> None:
     """Removes a part and what is stored with it."""
     part.unlink(missing_ok=True)
-    _state_path(part).unlink(missing_ok=True)
+    _beside(part, ".json").unlink(missing_ok=True)
 
 
 def _digest(path: pathlib.Path, expected: str, name: str, advice: str) -> str:
@@ -451,6 +446,5 @@ def _disk_error(
 ) -> WeightsNotFoundError:
     if_full = f"Free some, or set {variable} to a folder on another disk."
     if_refused = f"Make it writable, or set {variable} to a folder that is."
-    return WeightsNotFoundError(
-        error.errno, _files.disk_error_text(error, folder, if_full, if_refused, needed)
-    )
+    text = _files.disk_error_text(error, folder, if_full, if_refused, needed)
+    return WeightsNotFoundError(error.errno, text)

@@ -71,8 +71,12 @@ def functional(operation: Any) -> Any:
     return model if isinstance(model, keras.Model) and hasattr(model, "operations") else None
 
 
+def package_of(layer: Any) -> str:
+    """The package that the class of a layer is of: "keras", "keras_convnext" or another."""
+    return type(layer).__module__.partition(".")[0]
+
+
 def is_training_only(layer: Any, or_subclass: bool = False) -> bool:
     """Whether a layer of Keras gives back its input outside training; the code of a subclass may not."""
-    kind = type(layer)
-    is_known = isinstance(layer, _TRAINING_ONLY) or _AUGMENTATION.fullmatch(kind.__name__)
-    return bool(is_known) and (or_subclass or kind.__module__.startswith("keras."))
+    is_known = isinstance(layer, _TRAINING_ONLY) or _AUGMENTATION.fullmatch(type(layer).__name__)
+    return bool(is_known) and (or_subclass or package_of(layer) == "keras")

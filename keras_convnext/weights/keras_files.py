@@ -66,11 +66,8 @@ def read_stored_text(path: pathlib.Path, key: str) -> str | None:
 
 def read_sizes(path: pathlib.Path) -> tuple[int, int]:
     """(classes, channels) of the model of this package that an `.h5` file is of; 0 for no classifier."""
-    with _open(
-        path,
-        "weights of a model of this package",
-        "Pass what model.save_weights() of one wrote, or the .keras file of a model around one.",
-    ) as file:
+    remedy = "Pass what model.save_weights() of one wrote, or the .keras file of a model around one."
+    with _open(path, "weights of a model of this package", remedy) as file:
         layers = file["layers"]
         dense = [name for name in layers if re.fullmatch(r"dense(_\d)?", name)]  # pre_logits, then the head
         classes = layers[max(dense)]["vars/0"].shape[-1] if dense else 0
@@ -105,9 +102,8 @@ def load_weights(model, path: pathlib.Path) -> None:
             warnings.simplefilter("ignore")  # what Keras warns of, it then raises
             model.load_weights(path)
     except Exception as error:  # Keras and h5py raise of many classes
-        reason = " ".join(str(error).split()) or one_line(error)
         raise ValueError(
-            f"{path} does not fit {model.name!r}: {shortened(reason, 400)} "
+            f"{path} does not fit {model.name!r}: {shortened(one_line(error), 400)} "
             "Build the model with the arguments it was saved with."
         ) from error
 

@@ -101,10 +101,7 @@ RULES: dict[str, list] = {
     ],
 }
 # open_clip wraps a timm trunk; its projection is the classifier, without a bias.
-RULES["open_clip"] = [
-    *RULES["timm"][:-3],
-    (r"^norm\.", "head.norm."),
-]
+RULES["open_clip"] = [*RULES["timm"][:-3], (r"^norm\.", "head.norm.")]
 
 # A name that only this layout has, looked for in this order; what stands in front of it is the prefix.
 MARKERS = (
@@ -263,11 +260,8 @@ def find_variant(state: StateDict) -> Variant:
             for name, shape in weight_shapes(variant, 1, contents.channels).items()
             if not name.startswith(("norm.", "pre_logits.bias", "head."))
         }
-        wrong = []
-        for name, shape in shapes.items():
-            array = present.get(rename(name, layout))
-            if array is None or _to_canonical(array, name, shape, layout) is None:
-                wrong.append(name)
+        arrays = {name: present.get(rename(name, layout)) for name in shapes}
+        wrong = [name for name in shapes if _to_canonical(arrays[name], name, shapes[name], layout) is None]
         surplus = blocks - sum(variant.depths)
         surplus += rename("pre_logits.weight", layout) in present and variant.head != "mlp"
         if not wrong and surplus == 0:
@@ -310,30 +304,24 @@ def read(
         if array is None:
             if not name.startswith(may_lack):
                 missing.append(f"{prefix}{key} {shape}")
-            continue
-        if "float" not in array.dtype.name:  # bfloat16 and its kin are of kind "V" to NumPy
+        elif "float" not in array.dtype.name:  # bfloat16 and its kin are of kind "V" to NumPy
             mis_shaped.append(f"{prefix}{key}: expected floating point numbers, received {array.dtype}")
-            continue
-        canonical = _to_canonical(array, name, shape, layout)
-        if canonical is None:
+        elif (canonical := _to_canonical(array, name, shape, layout)) is None:
             mis_shaped.append(f"{prefix}{key}: expected {shape}, received {array.shape}")
         else:
             result[name] = canonical
     allowed = tuple(rename(name + ".", layout) for name in may_hold)
     left_over = [name for name in present if not name.startswith(allowed) and not _is_unused(name)]
     others = [full_names[name] for name in left_over if _is_foreign(name, layout)]
-    if "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over):
-        pass  # a part of the classifier that is asked for
-    elif others and ("head" in may_hold or (prefix and "head.weight" in result)):
+    is_asked_for = "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over)
+    if others and not is_asked_for and ("head" in may_hold or (prefix and "head.weight" in result)):
         _logger.warning("Left out what is no part of the network: %s.", _messages.listed(others))
         left_over, others = [name for name in left_over if full_names[name] not in others], []
     left_over = [full_names[name] for name in left_over]
     faults = {"Missing": missing, "Left over": left_over, "Of another shape or type": mis_shaped}
     if any(faults.values()):
         parts = [f"The state dict (layout {layout}) does not fit the model."]
-        parts += [
-            f"{title} ({len(rows)}): {_messages.listed(rows)}." for title, rows in faults.items() if rows
-        ]
+        parts += [f"{what} ({len(rows)}): {_messages.listed(rows)}." for what, rows in faults.items() if rows]
         if others:
             parts.append(
                 "What is no part of the network is left out with include_top=False or new_head=True; or take "
@@ -471,7 +459,9 @@ def _is_of_other_head(name: str, layout: str) -> bool:
 
 
 def _to_canonical(array, name, shape, layout):
-    """`array` in the canonical shape, or None when it does not fit."""
+    """`array` in the canonical shape; None when it does not fit, or is not there."""
+    if array is None:
+        return None
     if layout == "fcmae" and rename(name, layout).endswith(".kernel"):
         return _dense_kernel(array, shape)
     if array.shape == shape:
@@ -498,15 +488,12 @@ def _dense_kernel(array, shape):
 def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> None:
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
-    reason = None
     if variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
     elif has_pyramid_norms and layout in ("timm", "torchvision"):
-        reason = (
-            f"{layout} has no place for a norm at each level of a pyramid, as official and huggingface have"
-        )
+        reason = f"{layout} has no place for norms at each level, as official and huggingface have"
     elif layout == "timm":
-        pass  # it has all others
+        return  # it has all others
     elif variant.stem not in ("patch", "isotropic"):
         reason = f"it has the stem {variant.stem!r}"
     elif variant.norm != "layer_norm":
@@ -520,8 +507,9 @@ def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> N
         )
     elif layout == "torchvision" and variant.version == 2:
         reason = "torchvision has no ConvNeXt V2"
-    if reason:
-        raise ValueError(
-            f"{variant.name!r} cannot be written in the layout {layout!r}: {reason}. "
-            f"Layouts: {', '.join(WRITABLE_LAYOUTS)}"
-        )
+    else:
+        return
+    raise ValueError(
+        f"{variant.name!r} cannot be written in the layout {layout!r}: {reason}. "
+        f"Layouts: {', '.join(WRITABLE_LAYOUTS)}"
+    )

@@ -6,11 +6,10 @@ programs ignore it.
 """
 
 import json
-import os
 import pathlib
 import zipfile
 
-from keras_convnext._files import FileFormatError
+from keras_convnext._files import FileFormatError, StrPath
 from keras_convnext._messages import short_repr
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.weights import keras_files, safetensors_files
@@ -24,7 +23,7 @@ def to_json(preprocessing: Preprocessing) -> str:
     return json.dumps(preprocessing.stored(), sort_keys=True)
 
 
-def from_json(text: str, file: str | os.PathLike[str]) -> Preprocessing:
+def from_json(text: str, file: StrPath) -> Preprocessing:
     """Reads what `to_json` wrote into `file`; a ValueError names it and what is damaged or unknown."""
     names = sorted(Preprocessing(1).stored())
     try:
@@ -43,7 +42,7 @@ def from_json(text: str, file: str | os.PathLike[str]) -> Preprocessing:
         ) from None
 
 
-def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
+def read_preprocessing(path: StrPath) -> Preprocessing | None:
     """Reads from a weight file of any format how its images are prepared; None where it does not say.
 
     ValueError when what it says is damaged, FileNotFoundError when there is no such file.
@@ -61,7 +60,7 @@ def read_preprocessing(path: str | os.PathLike[str]) -> Preprocessing | None:
     return None if text is None else from_json(text, path)
 
 
-def add_preprocessing(path: str | os.PathLike[str], preprocessing: Preprocessing) -> None:
+def add_preprocessing(path: StrPath, preprocessing: Preprocessing) -> None:
     """Writes how images are prepared into an `.h5` or `.keras` file that Keras has written without that.
 
     The file has a temporary name still, as a stop in between damages it.

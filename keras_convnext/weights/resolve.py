@@ -68,11 +68,10 @@ class ResolvedWeights:
     @functools.cached_property
     def is_model(self) -> bool:
         """Whether it is a file of one's own that holds a whole Keras model."""
-        if self.file is None or self.file.suffix not in KERAS_SUFFIXES:
+        path = self.file
+        if path is None or path.suffix not in KERAS_SUFFIXES or not keras_files.holds_model(path):
             return False
-        return keras_files.holds_model(self.file) and (
-            self.file.suffix == ".keras" or not self.is_keras_applications
-        )
+        return path.suffix == ".keras" or not self.is_keras_applications
 
     @functools.cached_property
     def model(self) -> Any:
@@ -229,9 +228,7 @@ class ResolvedWeights:
         if new_head is False or promised:
             raise ValueError(_wrong_classes(row.tag, row.classes, classes))
         _logger.warning(
-            "%s: a new classifier for %d classes, with random weights, on the body of these weights.",
-            row.tag,
-            classes,
+            "%s: a new classifier for %d classes, with random weights, on their body.", row.tag, classes
         )
         return True
 

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from keras_convnext._files import replacing_file
+from keras_convnext._files import StrPath, replacing_file
 from keras_convnext.weights.arrays import (
     SAFETENSORS_DTYPES,
     damaged,
@@ -26,7 +25,7 @@ from keras_convnext.weights.arrays import (
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_safetensors_metadata(path: StrPath) -> dict[str, str]:
     """Reads the free-form metadata in the header of a .safetensors file; {} when it has none.
 
     The whole header is checked: a FileFormatError when it is not valid, an OSError when no file is there.
@@ -37,13 +36,11 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         start = bytes(data[:64])
         if not looks_like_safetensors(start):
             raise unknown_content(start, path.suffix, "a .safetensors file")
-        return _safetensors_header(data)[1]
+        return read_mapped(data)[1]
 
 
 def write_safetensors(
-    path: str | os.PathLike[str],
-    arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
+    path: StrPath, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes arrays to a .safetensors file, which appears whole or not at all.
 
@@ -54,32 +51,23 @@ def write_safetensors(
     not an array, a ValueError when the format has no such dtype.
     """
     names = names_of_dtypes(arrays, SAFETENSORS_DTYPES, ".safetensors")
-    header: dict[str, object] = {}
-    if metadata is not None:
-        header["__metadata__"] = dict(sorted(metadata.items()))
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     offset = 0
     for name in order:
-        end = offset + arrays[name].nbytes
-        header[name] = {
-            "dtype": names[name],
-            "shape": list(arrays[name].shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        array, begin = arrays[name], offset
+        offset += array.nbytes
+        header[name] = {"dtype": names[name], "shape": list(array.shape), "data_offsets": [begin, offset]}
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
     with replacing_file(path) as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in order:
             file.write(little_endian_bytes(arrays[name]))
 
 
-def _safetensors_header(
-    data: memoryview,
-) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], dict[str, str]]:
-    """Checks a file; gives {name: (dtype, shape, position in the file)} of its tensors, and the metadata."""
+def read_mapped(data: memoryview) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Checks a mapped file; gives its arrays, views as of `read_state_dict`, and its metadata."""
     header_bytes = int.from_bytes(data[:8], "little")
     data_start = 8 + header_bytes
     if header_bytes > _MAX_HEADER_BYTES:
@@ -98,8 +86,6 @@ def _safetensors_header(
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("expected '__metadata__' to map str to str in its header")
 
-    entries: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
-    spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise damaged(f"expected 'dtype', 'shape' and 'data_offsets' for tensor {name!r}")
@@ -111,19 +97,16 @@ def _safetensors_header(
             raise damaged(f"expected at most 64 sizes >= 0 as the shape of {name!r}, received {shape!r}")
         if not is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise damaged(f"expected [begin, end] as data_offsets of {name!r}, received {offsets}")
-        dtype = SAFETENSORS_DTYPES[dtype_name]
-        begin, end = offsets
-        expected_bytes = math.prod(shape) * dtype.itemsize
-        if end - begin != expected_bytes:
+        expected = math.prod(shape) * SAFETENSORS_DTYPES[dtype_name].itemsize
+        received = offsets[1] - offsets[0]
+        if received != expected:
             raise damaged(
-                f"expected {expected_bytes} bytes for {name!r} ({dtype_name}, shape {shape}), its "
-                f"data_offsets {offsets} have {end - begin}"
+                f"expected {expected} bytes for {name!r} ({dtype_name}, shape {shape}), its data_offsets "
+                f"{offsets} have {received}"
             )
-        entries[name] = (dtype, tuple(shape), data_start + begin)
-        spans.append((begin, end, name))
 
     previous_end = 0
-    for begin, end, name in sorted(spans):
+    for begin, end, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
         if begin < previous_end:
             raise damaged(
                 f"tensor {name!r} begins at byte {begin} of the data and overlaps another one, "
@@ -134,19 +117,15 @@ def _safetensors_header(
         previous_end = end
     if data_start + previous_end != len(data):
         raise damaged(f"expected {data_start + previous_end} bytes in all, received {len(data)}")
-    return entries, metadata
-
-
-def safetensors_arrays(data: memoryview) -> dict[str, np.ndarray]:
-    """Returns views of the arrays in a mapped file, which is validated first; see `read_state_dict`."""
     arrays = {}
-    for name, (dtype, shape, position) in _safetensors_header(data)[0].items():
+    for name, entry in header.items():
+        shape, dtype = entry["shape"], SAFETENSORS_DTYPES[entry["dtype"]]
         try:
-            arrays[name] = np.ndarray(shape, dtype, buffer=data, offset=position)
+            arrays[name] = np.ndarray(shape, dtype, data, data_start + entry["data_offsets"][0])
         except ValueError as error:
             # The sizes next to a zero can be of any magnitude, and NumPy multiplies them.
-            raise damaged(f"NumPy has no array of the shape {list(shape)} of {name!r} ({error})") from error
-    return arrays
+            raise damaged(f"NumPy has no array of the shape {shape} of {name!r} ({error})") from error
+    return arrays, metadata
 
 
 def _dict_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

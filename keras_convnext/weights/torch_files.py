@@ -9,7 +9,6 @@ import io
 import logging
 import math
 import mmap
-import os
 import pickle
 import pickletools
 import re
@@ -21,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from keras_convnext._files import replacing_file
+from keras_convnext._files import StrPath, replacing_file
 from keras_convnext.weights.arrays import (
     TORCH_DTYPES,
     TORCH_STORAGES,
@@ -33,7 +32,7 @@ from keras_convnext.weights.arrays import (
     naming,
     unknown_content,
 )
-from keras_convnext.weights.safetensors_files import safetensors_arrays
+from keras_convnext.weights.safetensors_files import read_mapped
 from keras_convnext.weights.torch_pickles import Tensor, unpickle
 
 _logger = logging.getLogger("keras_convnext")
@@ -58,7 +57,7 @@ _RE_SAVE = "Re-save it with torch.save on a little-endian machine."
 _SAVE_WEIGHTS = "Save the state dict alone: torch.save(model.state_dict(), path)."
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_state_dict(path: StrPath) -> dict[str, np.ndarray]:
     """Reads the weights in a file of `torch.save`, of any PyTorch since 0.1.10, or in a .safetensors file.
 
     In a PyTorch file the state dict is the file's dictionary itself or what it has under one of `_KEYS`, the
@@ -79,7 +78,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     with naming(path):
         data = map_file(path)
         if looks_like_safetensors(bytes(data[:64])):
-            return safetensors_arrays(data)
+            return read_mapped(data)[0]
         return _torch_arrays(data, path.suffix)
 
 
@@ -118,9 +117,7 @@ def _torch_arrays(data: memoryview, suffix: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_torch(
-    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], key: str | None = None
-) -> None:
+def write_torch(path: StrPath, arrays: Mapping[str, np.ndarray], key: str | None = None) -> None:
     """Writes arrays to a .pth file that `torch.load(path, weights_only=True)` reads as tensors.
 
     The file holds one dictionary of name to tensor, or with `key` a dictionary of that ("model" in the
