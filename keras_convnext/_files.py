@@ -98,16 +98,9 @@ def reading(
         ) from problem
 
 
-def read_json(
-    path: StrPath,
-    kinds: Mapping[str, type] | None = None,
-    *,
-    expected: str = "JSON",
-    remedy: str = "Write it again.",
-    error: type[Exception] = FileFormatError,
-) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; the rest is as for `reading` and `json_object`."""
-    with reading(path, expected, remedy, error):
+def read_json(path: StrPath, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Reads the object in a JSON file, see `json_object`; FileFormatError where it is another."""
+    with reading(path, "JSON", "Write it again."):
         return json_object(read_bytes(path), kinds)
 
 

@@ -185,12 +185,10 @@ def _norm(step: Step, positions: int, dim: int) -> int:
     PyTorch's fused layer norm keeps its input, a mean and a deviation a position; the others are written out
     and keep an operand a product. XLA on a CPU also keeps the products of broadcast factors as maps.
     """
-    operands = {"layer_norm": 2, "rms_norm": 2, "simple_norm": 3}[step.variant.norm]
     if step.backend == "torch" and step.variant.norm == "layer_norm":
         return FLOAT32 * positions * (dim + 2)
-    if step.uses_xla and step.device == "cpu":
-        operands += 1
-    return FLOAT32 * positions * dim * operands
+    operands = {"layer_norm": 2, "rms_norm": 2, "simple_norm": 3}[step.variant.norm]
+    return FLOAT32 * positions * dim * (operands + (step.uses_xla and step.device == "cpu"))
 
 
 def _stem(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
@@ -199,13 +197,11 @@ def _stem(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
     pixels = step.item_size * step.batch * first.inputs * first.side_in**2  # as patches or as a map
     if last is first:
         return pixels, 2 * pixels
-    kept = pixels
-    for layer in inside[1:-1]:
-        maps = 2 if step.variant.stem == "overlap_act" else 1
-        kept += maps * step.item_size * step.batch * layer.inputs * layer.side_in**2
+    maps = 2 if step.variant.stem == "overlap_act" else 1
+    between = sum(layer.inputs * layer.side_in**2 for layer in inside[1:-1])
     positions = step.batch * last.side**2
     outputs = FLOAT32 * positions * last.outputs
-    kept += _norm(step, positions, last.outputs)
+    kept = pixels + maps * step.item_size * step.batch * between + _norm(step, positions, last.outputs)
     if step.uses_xla and step.device == "cpu":
         kept += outputs + (FLOAT32 - step.item_size) * pixels // step.item_size
     return kept, 2 * outputs

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from keras_convnext._environment import BACKENDS, wanted_backend
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
-from keras_convnext.analysis.flops import CLASSES, multiply_adds
 from keras_convnext.architecture import layers_of
 from keras_convnext.training.derived import training_images
 from keras_convnext.training.recipe import ENGINES, Recipe
@@ -22,6 +21,7 @@ from keras_convnext.weights import catalog
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
 KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
+CLASSES = 1000  # where they are unknown
 
 # What `describe` calls the parts of a step's memory, in its order.
 _PARTS = {
@@ -261,13 +261,18 @@ def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange,
     return tuple(found)
 
 
+def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1, classes: int = CLASSES) -> int:
+    """Counts those of convolutions and matrix products, 4.46e9 for ConvNeXt-T at 224 pixels."""
+    return batch * sum(layer.multiply_adds for layer in layers_of(variant, image_size, classes))
+
+
 def step_flops(
-    variant: Variant, image_size: int, batch_size: int, classes: int = 1000, rematerialize: bool = False
+    variant: Variant, image_size: int, batch_size: int, classes: int = CLASSES, rematerialize: bool = False
 ) -> int:
     """Counts the operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
 
     The backward pass has two products for each of the forward pass, for the gradients of the map and of the
-    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted.
+    kernel. Rematerialising computes the forward pass once more.
     """
     return 2 * multiply_adds(variant, image_size, batch_size, classes) * (4 if rematerialize else 3)
 

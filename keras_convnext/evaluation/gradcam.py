@@ -1,8 +1,4 @@
-"""Grad-CAM: a heat map of where in an image a classifier sees a class.
-
->>> heat = gradcam.grad_cam(model, images)  # doctest: +SKIP
->>> picture = gradcam.overlay(images[0], heat[0])  # doctest: +SKIP
-"""
+"""Grad-CAM: a heat map of where in an image a classifier sees a class."""
 
 import collections
 from collections.abc import Callable, Container, Mapping, Sequence
