@@ -54,8 +54,7 @@ class Progress(contextlib.AbstractContextManager):
 
     On a terminal there is a bar, redrawn at most five times a second, which `close` removes. Elsewhere, as in
     the log of a batch system, there is a line every five minutes, in a notebook every 30 seconds. Nothing is
-    shown where KERAS_CONVNEXT_QUIET is set. `total` is None where it is not known; the unit "MB" divides
-    counts of bytes.
+    shown where KERAS_CONVNEXT_QUIET is set. A `total` of None is unknown; "MB" divides counts of bytes.
     """
 
     def __init__(

@@ -11,8 +11,7 @@ What is kept was read, for each backend, from the program itself: on PyTorch the
 (`torch.autograd.graph.saved_tensors_hooks`), on JAX the arrays that are alive at the peak of the program that
 XLA compiled for a CPU (its buffer assignment), on TensorFlow the inputs and outputs that the gradient
 functions of the layers' operators read. `benchmarks/memory.py` compares the sums with measured peaks. Not
-counted: the framework itself, the workspaces of its libraries, what its allocator holds back, the input
-pipeline.
+counted: the framework, its libraries' workspaces, what its allocator holds back, the input pipeline.
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_convnext import predictor
 from keras_convnext._files import read_text
+from keras_convnext._messages import listed
 from keras_convnext._terminal import say
 from keras_convnext.data import class_names, imagenet, sources
 from keras_convnext.data.faults import DataError, Faults
@@ -65,8 +66,7 @@ def evaluate(
             also what `weights.resolve.resolve` returned, such as of a tag and a weight file of one's own.
         data: a path, see `sources.open_source`, or what that returns. `split` is by default its validation
             split, or all of it where it has no splits.
-        real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of
-            TensorFlow Datasets).
+        real_labels: path of ReaL's real.json, or True where the data has it (TFDS's imagenet2012_real).
         preprocessing: of the images in place of the model's own, or a tag that has it, or the image size in
             pixels. The own one of a Keras model and a `.keras` file, which do not say how they were trained,
             is the default of `Preprocessing`.
@@ -156,17 +156,15 @@ def match_classes(
       output i. Class folders are in the order of their sorted names.
 
     Returns int64 (len(classes),), -1 for a class without output, or None when class i is output i of all; and
-    that in words. `class_list` is which list of `class_names` the outputs follow, by default that of their
-    number.
+    that in words. `class_list` names the list of `class_names` that the outputs follow, else their number.
     """
     columns = _imagenet_columns(_synsets(classes), num_outputs if class_list is None else class_list)
     if columns is None and len(classes) == num_outputs:
         return None, f"all {num_outputs}, in the order of the data's classes"
     if columns is None:
-        some = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
         raise ValueError(
-            f"Expected data with the {num_outputs} classes of the model, or with classes named by WordNet "
-            f"ids among ImageNet's, received {len(classes)}: {some}. Pass a model trained on these classes."
+            f"Expected data with the {num_outputs} classes of the model, or with WordNet ids of ImageNet's, "
+            f"received {len(classes)}: {listed(classes, 3)}. Pass a model trained on these classes."
         )
     if np.array_equal(columns, np.arange(num_outputs)):
         return None, f"all {num_outputs}"

@@ -204,8 +204,7 @@ def evaluate_features(settings, classify, model, data, cache, max_faults, progre
             fields of `FeatureResult` by name.
         model: `keras.Model` of (N, H, W, 3) pixels in 0..255 to features (N, C), in place of
             `settings.model`. A classifier of this package gives the features in front of its classifier.
-        data: (training source, source to classify) in place of `settings.data` and its splits. The second has
-            the classes of the first.
+        data: (training source, source to classify), of the same classes, in place of `settings.data`.
         cache, max_faults, progress: see `extract_features`.
 
     Raises a ValueError where the model has no features (N, C) or they are NaN, a SourceError or DataError
