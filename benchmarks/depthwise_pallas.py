@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas
 from jax.experimental.pallas import triton
 
-from benchmarks.speed.depthwise import Candidate
+from benchmarks.speed.candidates import Candidate
 
 ROWS = 4  # of the result in one program: every value that is read serves up to 4 of the 7 tap rows
 COLUMNS = 16  # at most, of the map in one program

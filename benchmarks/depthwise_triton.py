@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.speed.depthwise import Candidate
+from benchmarks.speed.candidates import Candidate
 
 ROWS = 4  # of the result in one program: every value that is read serves up to 4 of the 7 tap rows
 REDUCTION_PROGRAMS = (

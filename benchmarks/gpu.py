@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # of this process; the default of Keras needs TensorFlow
 
-from benchmarks.speed import depthwise, report
+from benchmarks.speed import candidates, depthwise, report
 from benchmarks.speed.alternating_runs import Case, Measurement, measure
 from benchmarks.speed.cases import Progress
 from keras_convnext._environment import machine
@@ -103,8 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         key = {"kind": CANDIDATES, "backend": backend, "batch": batch, "dtype": plan.dtype}
         if any(entry["key"] == key for entry in entries):
             continue
-        shapes = depthwise.stage_shapes(batch, plan.image_size)[-1 if options.quick else 0 :]
-        rows = depthwise.table(
+        shapes = depthwise.shapes(batch, plan.image_size)[-1 if options.quick else 0 :]
+        rows = candidates.table(
+            "depthwise",
             backend,
             shapes,
             plan.dtype,
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=plan.seconds,
             kernels=KERNELS[backend] if options.device == "gpu" else None,
         )
-        print(f"{depthwise.as_table(rows).text()}\n", flush=True)
+        print(f"{candidates.as_table('depthwise', rows).text()}\n", flush=True)
         entries.append({"key": key, "found": [dataclasses.asdict(row) for row in rows]})
         _write(options.output, device, plan, entries)
     print(f"Written: {options.output / 'gpu.md'}, {options.output / 'gpu.csv'}", file=sys.stderr)
@@ -177,7 +178,7 @@ def _write(folder: pathlib.Path, device: str, plan: Plan, entries: list[dict]) -
     """Writes gpu.json and, made from it, gpu.md and gpu.csv."""
     groups = [list(map(_measurement, entry["found"])) for entry in entries if entry["key"]["kind"] == CASE]
     tables = [
-        [depthwise.Row(**row | {"shape": tuple(row["shape"])}) for row in entry["found"]]
+        [candidates.Row(**row | {"shape": tuple(row["shape"])}) for row in entry["found"]]
         for entry in entries
         if entry["key"]["kind"] == CANDIDATES
     ]
@@ -197,7 +198,7 @@ def _write(folder: pathlib.Path, device: str, plan: Plan, entries: list[dict]) -
         "",
     ]
     lines += [f"{report.case_table(group).markdown()}\n" for group in groups]
-    lines += [f"{depthwise.as_table(rows).markdown()}\n" for rows in tables]
+    lines += [f"{candidates.as_table('depthwise', rows).markdown()}\n" for rows in tables]
     with replacing_file(folder / "gpu.json") as file:
         file.write(json.dumps({"device": device, "entries": entries}, indent=1).encode())
     with replacing_file(folder / "gpu.md") as file:
@@ -205,7 +206,7 @@ def _write(folder: pathlib.Path, device: str, plan: Plan, entries: list[dict]) -
     with replacing_file(folder / "gpu.csv") as file:
         file.write(_csv_text(groups).encode())
     if tables:
-        depthwise.write_csv(folder / "gpu_depthwise.csv", list(itertools.chain.from_iterable(tables)))
+        candidates.write_csv(folder / "gpu_depthwise.csv", list(itertools.chain.from_iterable(tables)))
 
 
 def _measurement(facts: dict) -> Measurement:

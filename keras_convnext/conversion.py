@@ -2,12 +2,14 @@
 
 import logging
 import pathlib
+import re
 
 import keras
 import numpy as np
 
 from keras_convnext import models
 from keras_convnext._files import check_target, replacing_path
+from keras_convnext._messages import listed
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import Variant
@@ -132,12 +134,19 @@ def convert(source, target, layout: str = "official", architecture: str | None =
 
 def _check_settings(model, variant: Variant, name) -> None:
     """Refuses a model with an epsilon, say, that readers of its weights do not build."""
-    options = ModelOptions(
-        include_top=False, include_preprocessing=False, input_shape=(None, None, 3), name=variant.name
-    )
-    with keras.StatelessScope():  # no weights are made
-        built = models.assemble(variant, options, Preprocessing(32))
-    models.check_settings(model, built, name, is_stride_free=True)
+    wanted = {"epsilon": variant.epsilon, "activation": variant.activation, "norm": variant.norm}
+    lines = []
+    for place, layer in assign.places(model)[0].items():
+        config = layer.get_config()
+        settings = wanted if "norm" in config else {"epsilon": wanted["epsilon"]}  # of a block, of a norm
+        if not re.fullmatch(r"norm[0-3]", place):  # of a pyramid: 1e-6 in every architecture
+            changed = {key: value for key, value in settings.items() if config.get(key, value) != value}
+            lines += [f"{key} of {place}: {config[key]}, not {value}" for key, value in changed.items()]
+    if lines:
+        raise ValueError(
+            f"{name}: Expected layers as the architecture has them. Received {listed(lines, 3)}. A .keras "
+            "file keeps them; keras.saving.load_model opens it as it is."
+        )
 
 
 def _warn_of_activation(activation, path) -> None:

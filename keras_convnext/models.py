@@ -159,22 +159,21 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
     values = source.values(variant, options, new_head)
     model = filled(layout, lambda model: placed_values(model, values))
     if source.around is not None and not source.is_keras_applications:
-        # Another stride was asked for.
-        check_settings(source.model, model, source.path, is_stride_free=options.output_stride != 32)
+        _check_settings(source, model, options)
     return model
 
 
-def check_settings(given: keras.Model, built: ConvNeXt, name: object, is_stride_free: bool) -> None:
-    """Refuses a model of which some layers compute something else than those built for its weights do."""
-    found, of_stride = differences(given, built), {"dilation_rate", "strides"}
-    if is_stride_free:
-        found = {setting: lines for setting, lines in found.items() if setting not in of_stride}
-    lines = [f"{setting} of {line}" for setting, lines in found.items() for line in lines]
+def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOptions) -> None:
+    """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
+    found, of_stride = differences(source.model, model), {"dilation_rate", "strides"}
+    if options.output_stride != 32:  # as asked for
+        found = {name: lines for name, lines in found.items() if name not in of_stride}
+    lines = [f"{name} of {line}" for name, lines in found.items() for line in lines]
     if lines:
         stride = " load(..., output_stride=8 or 16) has them." if found.keys() <= of_stride else ""
         raise ValueError(
-            f"{name}: Expected layers as the architecture has them. Received {listed(lines, 3)}."
-            f"{stride} A .keras file keeps them; keras.saving.load_model opens it as it is."
+            f"{source.path}: Expected layers as the architecture has them. Received {listed(lines, 3)}."
+            f"{stride} keras.saving.load_model opens the file as it is."
         )
 
 

@@ -25,8 +25,9 @@ keras.applications, onnxruntime, openvino, litert. Each has a process of its own
 that ratios hold on a machine whose speed changes. Lists are separated by commas.
 
 WHAT is architectures, default convnext_tiny, or one of these words, and architectures: all (the full run
-and its bars), depthwise (candidates for the 7x7 convolution), growth (speed against batch, resolution and
-variant), stages (fractions of what the machine can do), startup (from a new process to the first image).
+and its bars), depthwise and pointwise (candidates for the 7x7 convolution and the products of the blocks),
+growth (speed against batch, resolution and variant), stages (fractions of what the machine can do), startup
+(from a new process to the first image).
 
 A training step is forward, backward and AdamW. int8 quantises the pointwise layers. --output gets bench.csv,
 table.md and bench.png."""

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, list] = {
 WORDS: dict[str, dict[str, list]] = {
     "all": {},
     "depthwise": {"batch": [8]},
+    "pointwise": {"batch": [1, 8]},
     "growth": {
         "batch": [1, 2, 4, 8, 16, 32, 64],
         "image_size": [160, 192, 224, 288, 384, 512],
@@ -229,7 +230,7 @@ def heading_lines(
     devices = sorted({one.device for one in found})
     commit = f", commit {where['commit']}" * bool(where["commit"])
     lines = [
-        f"{where['cpu']}, cores: {where['cores']}, threads: {where['threads']}, device: {', '.join(devices)}",
+        f"{output.processor_text()}, threads: {where['threads']}, device: {', '.join(devices)}",
         f"keras-convnext {where['keras_convnext']}{commit}, Python {where['python']}, "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         f"{where['time']}, load before {where['load']}; in turns, rounds: {rounds}, about {seconds:g} s a "

@@ -119,17 +119,3 @@ def check_agreement(group: watchdog.Group, facts: Mapping[str, Any]) -> None:
             f"Expected the same run in all {len(group)} processes, but {'. '.join(lines)}. Give all the same "
             "command, code and data."
         )
-
-
-def slow_processes(group: watchdog.Group, seconds: float) -> str:
-    """Names the processes that took more than twice the middle one's seconds; "" if none did."""
-    times = group.gathered(seconds)
-    middle = float(np.median(times))
-    pairs = zip(group.names, times, strict=True)
-    slow = [f"{name} took {time:.1f} s" for name, time in pairs if time > 2 * middle + 0.5]
-    if not slow:
-        return ""
-    return (
-        f"{'; '.join(slow)} to read its first images, the middle one of {len(group)} processes {middle:.1f} "
-        "s. All wait for the slowest: see what else its machine does, and where its images are."
-    )

@@ -161,13 +161,13 @@ def _has_own_product(x):
 
 def _product(x, kernel, bias, activation=None):
     """`activation(x @ kernel + bias)` with x (..., C) and kernel (C, D): (..., D)."""
-    product = {"tensorflow": _tensorflow_product, "torch": _torch_product}.get(
-        keras.backend.backend(), _plain_product
+    product = {"tensorflow": tensorflow_product, "torch": _torch_product}.get(
+        keras.backend.backend(), plain_product
     )
     return rounded_once(functools.partial(product, activation=activation), x, kernel, bias)
 
 
-def _plain_product(x, kernel, bias, activation):
+def plain_product(x, kernel, bias, activation):
     return _activate(activation, x @ kernel + bias)
 
 
@@ -179,7 +179,7 @@ def _activate(activation, x):
     return x if activation is None else activation(x)
 
 
-def _tensorflow_product(x, kernel, bias, activation):
+def tensorflow_product(x, kernel, bias, activation):
     """On two axes, where TensorFlow fuses product, bias and exact GELU; on four it does not."""
     import tensorflow as tf
 
@@ -194,35 +194,47 @@ def _tensorflow_product(x, kernel, bias, activation):
 
 
 def _torch_product(x, kernel, bias, activation):
-    """On a CPU; by oneDNN with exact GELU in the same pass, where no gradient is asked for."""
+    return (onednn_product if takes_onednn() else linear_product)(x, kernel, bias, activation)
+
+
+@functools.cache
+def takes_onednn() -> bool:
+    """Whether PyTorch's product of oneDNN is faster on this processor than `linear`, which calls MKL.
+
+    With AVX-512 it is up to 1.6 times as fast; limited to AVX2, where its GELU takes as long as the product,
+    half to once as fast. `python -m benchmarks.speed pointwise` prints both.
+    """
     import torch
 
-    onednn = _onednn()
-    if onednn is None:
-        return _activate(activation, torch.nn.functional.linear(x, kernel.t(), bias))
+    has_it = hasattr(torch.ops.mkldnn, "_linear_pointwise") and _environment.has_bfloat16("torch")
+    return has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def linear_product(x, kernel, bias, activation):
+    import torch
+
+    return _activate(activation, torch.nn.functional.linear(x, kernel.t(), bias))
+
+
+def onednn_product(x, kernel, bias, activation):
+    """On a CPU; with exact GELU in the same pass, where no gradient is asked for."""
+    import torch
+
     if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad or bias.requires_grad):
         y = _differentiable_product().apply(x.reshape(-1, x.shape[-1]), kernel, bias)
         y = y.reshape(*x.shape[:-1], kernel.shape[-1])
     elif activation is keras.activations.gelu:
-        return onednn(x, kernel.t(), bias, "gelu", [], "none")
+        return _onednn(x, kernel, bias, "gelu")
     else:
-        y = onednn(x, kernel.t(), bias, "none", [], "none")
+        y = _onednn(x, kernel, bias)
     return _activate(activation, y)
 
 
-@functools.cache
-def _onednn():
-    """PyTorch's operator x @ weight.T + bias of oneDNN; None where `linear`, which calls MKL, is faster.
-
-    With AVX-512 it is up to 1.6 times as fast as `linear` and GELU; limited to AVX2, where its GELU takes as
-    long as the product, half to once as fast. `python -m benchmarks.speed pointwise` prints both.
-    """
+def _onednn(x, kernel, bias, activation="none"):
     import torch
 
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not _environment.has_bfloat16("torch"):
-        return None
     # It has no public name. `torch.compile` builds on it; tests compare it with `linear`.
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return torch.ops.mkldnn._linear_pointwise(x, kernel.t(), bias, activation, [], "none")
 
 
 def _is_own_of_torch(x):
@@ -241,7 +253,7 @@ def _differentiable_product():
         @staticmethod
         @torch.compiler.disable  # the code around it may be compiled; the compiler cannot read this operator
         def forward(x, kernel, bias):
-            return _onednn()(x, kernel.t(), bias, "none", [], "none")
+            return _onednn(x, kernel, bias)
 
         @staticmethod
         def setup_context(context, inputs, output):

@@ -35,7 +35,6 @@ from keras_convnext.training.tasks.classification import Classification
 _logger = logging.getLogger("keras_convnext")
 
 _SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
-_BATCHES_TO_TIME = 4
 
 
 def train(
@@ -179,18 +178,6 @@ class Run:
             self.events = logs.TensorBoardLog(self.folder.path / "tensorboard", purged)
         if is_resumed:
             self.progress.say(f"resumes after step {self.counts.step} of {self.plan.total_steps}")
-        if len(self.engine.group) > 1:
-            self._warn_of_slow_processes()
-
-    def _warn_of_slow_processes(self) -> None:
-        batches = iter(self.task.train_batches(self.data, 0, self.engine))
-        next(batches)  # takes the time of the pipeline's start
-        begin = time.monotonic()
-        for _ in range(_BATCHES_TO_TIME):
-            next(batches)
-        slow = choose.slow_processes(self.engine.group, time.monotonic() - begin)
-        if slow and self.folder:
-            _logger.warning("%s", slow)
 
     def fit(self) -> None:
         """Trains the steps that are left. The rest of an interrupted epoch is a `fit` of its own."""

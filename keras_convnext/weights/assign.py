@@ -277,7 +277,9 @@ def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:
         """The operations that it is made from; those in front of one that hands on what it is given."""
         for each in value.arguments():
             layer = each.layer
-            passes = isinstance(layer, _HAND_ON) or is_training_only(layer) or _IN_STEM.search(layer.name)
+            passes = (
+                isinstance(layer, _HAND_ON) or is_training_only(layer, True) or _IN_STEM.search(layer.name)
+            )
             yield from sources(each) if passes else [layer]
 
     found: list[tuple[Any, list[Any]]] = []

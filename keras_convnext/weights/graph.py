@@ -71,8 +71,8 @@ def functional(operation: Any) -> Any:
     return model if isinstance(model, keras.Model) and hasattr(model, "operations") else None
 
 
-def is_training_only(layer: Any) -> bool:
-    """Whether a layer, of Keras and no subclass of it, gives back its input outside training."""
+def is_training_only(layer: Any, or_subclass: bool = False) -> bool:
+    """Whether a layer of Keras gives back its input outside training; the code of a subclass may not."""
     kind = type(layer)
     is_known = isinstance(layer, _TRAINING_ONLY) or _AUGMENTATION.fullmatch(kind.__name__)
-    return kind.__module__.startswith("keras.") and bool(is_known)
+    return bool(is_known) and (or_subclass or kind.__module__.startswith("keras."))

@@ -401,9 +401,3 @@ def test_processes_that_differ_are_told_from_each_other():
         match=r"process 1 has code 'b', not 'a'\. process 2 has recipe\.epochs 4, not 3; recipe\.seed None",
     ):
         choose.check_agreement(Told(*others), facts)
-
-
-@pytest.mark.once
-def test_a_slow_process_is_named():
-    assert choose.slow_processes(Told(1.1, 0.9), 1.0) == ""
-    assert choose.slow_processes(Told(1.1, 4.0), 1.0).startswith("process 2 took 4.0 s to read its first")

@@ -198,6 +198,19 @@ def test_a_model_around_ours_loses_dropout_and_augmentation(nested):
     assert "InferenceBlock" in {type(layer).__name__ for layer in inner.layers}
 
 
+class DropoutOfAll(keras.layers.Dropout):
+    """What Monte Carlo dropout does: it is at work outside training too."""
+
+    def call(self, inputs, training=False):
+        return inputs * 0.5
+
+
+def test_a_subclass_of_dropout_stays_as_its_own_code_says_what_it_does():
+    body = built("convnextv2_atto", include_top=False, pooling="avg")
+    model = keras.Model(body.input, keras.layers.Dense(5)(DropoutOfAll(0.5)(body.output)))
+    assert relative_error(outputs(deploy(model), pixels()), outputs(model, pixels())) < TOLERANCE
+
+
 def test_all_augmentation_of_keras_goes_but_random_crop_which_cuts_outside_training():
     x = inputs = keras.Input((72, 72, 3))
     for layer in (keras.layers.RandomErasing(seed=0), keras.layers.RandAugment(seed=0)):

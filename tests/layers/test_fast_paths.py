@@ -220,8 +220,7 @@ def test_the_layer_takes_the_chosen_path_which_exists(monkeypatch):
 @pytest.fixture(params=["oneDNN", "linear"] if BACKEND == "torch" else ["the only one"])
 def either_product(request, monkeypatch):
     """PyTorch's two products in turn, whichever this processor takes."""
-    operator = torch.ops.mkldnn._linear_pointwise if request.param == "oneDNN" else None
-    monkeypatch.setattr(pointwise_module, "_onednn", lambda: operator)
+    monkeypatch.setattr(pointwise_module, "takes_onednn", lambda: request.param == "oneDNN")
 
 
 of_either_product = pytest.mark.usefixtures("either_product")
@@ -929,7 +928,7 @@ def test_other_dtypes_are_left_to_keras_on_torch(products_taken, dtype):
 @on_torch
 def test_traced_and_compiled_programs_hold_plain_operators_on_torch(monkeypatch):
     take_chunks_of(0, monkeypatch)
-    monkeypatch.setattr(pointwise_module, "_onednn", lambda: torch.ops.mkldnn._linear_pointwise)
+    monkeypatch.setattr(pointwise_module, "takes_onednn", lambda: True)
     shape = (3, 8, 12, 3)
     patches = with_random_weights(PatchConv2D(4, 2, 2, **LAYOUT), shape)
     block = with_random_weights(BLOCKS["v1"](), (3, 4, 6, 4))

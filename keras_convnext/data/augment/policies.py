@@ -1,7 +1,9 @@
 """RandAugment, AutoAugment, TrivialAugment and colour jitter: which operations an image gets, how strong."""
 
+import csv
 import dataclasses
 import functools
+import importlib.resources
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -27,64 +29,6 @@ _RAND_LEVELS = OPERATIONS[1:]
 # timm's _RAND_INCREASING_TRANSFORMS, for "inc1".
 _CHANGED = ("posterize", "solarize", "color", "contrast", "brightness", "sharpness")
 _RAND_INCREASING_LEVELS = tuple(f"{name}_increasing" if name in _CHANGED else name for name in _RAND_LEVELS)
-
-# AutoAugment's sub-policies for ImageNet, (level, probability, magnitude): Cubuk et al., arXiv 1805.09501,
-# table 9, as timm's auto_augment_policy_original has them.
-_ORIGINAL = (
-    (("posterize_original", 0.4, 8), ("rotate", 0.6, 9)),
-    (("solarize", 0.6, 5), ("autocontrast", 0.6, 5)),
-    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
-    (("posterize_original", 0.6, 7), ("posterize_original", 0.6, 6)),
-    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
-    (("equalize", 0.4, 4), ("rotate", 0.8, 8)),
-    (("solarize", 0.6, 3), ("equalize", 0.6, 7)),
-    (("posterize_original", 0.8, 5), ("equalize", 1.0, 2)),
-    (("rotate", 0.2, 3), ("solarize", 0.6, 8)),
-    (("equalize", 0.6, 8), ("posterize_original", 0.4, 6)),
-    (("rotate", 0.8, 8), ("color", 0.4, 0)),
-    (("rotate", 0.4, 9), ("equalize", 0.6, 2)),
-    (("equalize", 0.0, 7), ("equalize", 0.8, 8)),
-    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
-    (("color", 0.6, 4), ("contrast", 1.0, 8)),
-    (("rotate", 0.8, 8), ("color", 1.0, 2)),
-    (("color", 0.8, 8), ("solarize", 0.8, 7)),
-    (("sharpness", 0.4, 7), ("invert", 0.6, 8)),
-    (("shear_x", 0.6, 5), ("equalize", 1.0, 9)),
-    (("color", 0.4, 0), ("equalize", 0.6, 3)),
-    (("equalize", 0.4, 7), ("solarize", 0.2, 4)),
-    (("solarize", 0.6, 5), ("autocontrast", 0.6, 5)),
-    (("invert", 0.6, 4), ("equalize", 1.0, 8)),
-    (("color", 0.6, 4), ("contrast", 1.0, 8)),
-    (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
-)
-# timm's auto_augment_policy_v0, which comes from the EfficientNet code for TPU.
-_V0 = (
-    (("equalize", 0.8, 1), ("shear_y", 0.8, 4)),
-    (("color", 0.4, 9), ("equalize", 0.6, 3)),
-    (("color", 0.4, 1), ("rotate", 0.6, 8)),
-    (("solarize", 0.8, 3), ("equalize", 0.4, 7)),
-    (("solarize", 0.4, 2), ("solarize", 0.6, 2)),
-    (("color", 0.2, 0), ("equalize", 0.8, 8)),
-    (("equalize", 0.4, 8), ("solarize_add", 0.8, 3)),
-    (("shear_x", 0.2, 9), ("rotate", 0.6, 8)),
-    (("color", 0.6, 1), ("equalize", 1.0, 2)),
-    (("invert", 0.4, 9), ("rotate", 0.6, 0)),
-    (("equalize", 1.0, 9), ("shear_y", 0.6, 3)),
-    (("color", 0.4, 7), ("equalize", 0.6, 0)),
-    (("posterize", 0.4, 6), ("autocontrast", 0.4, 7)),
-    (("solarize", 0.6, 8), ("color", 0.6, 9)),
-    (("solarize", 0.2, 4), ("rotate", 0.8, 9)),
-    (("rotate", 1.0, 7), ("translate_y", 0.8, 9)),
-    (("shear_x", 0.0, 0), ("solarize", 0.8, 4)),
-    (("shear_y", 0.8, 0), ("color", 0.6, 4)),
-    (("color", 1.0, 0), ("rotate", 0.6, 2)),
-    (("equalize", 0.8, 4), ("equalize", 0.0, 8)),
-    (("equalize", 1.0, 4), ("autocontrast", 0.6, 2)),
-    (("shear_y", 0.4, 7), ("solarize_add", 0.6, 7)),
-    (("posterize", 0.8, 2), ("solarize", 0.6, 10)),
-    (("solarize", 0.6, 8), ("equalize", 0.6, 1)),
-    (("color", 0.8, 6), ("rotate", 0.4, 5)),
-)
 
 # The keys of torchvision's TrivialAugmentWide._augmentation_space.
 _TRIVIAL_OPERATIONS = tuple(name for name in OPERATIONS if name not in ("invert", "solarize_add"))
@@ -185,7 +129,7 @@ def parse_policy(text: str) -> Policy | None:
         return TrivialAugment()
     if name == "none":
         return None
-    sub_policies: SubPolicies = _V0 if name.startswith("v0") else _ORIGINAL
+    sub_policies = _sub_policies("v0" if name.startswith("v0") else "original")
     if name.endswith("r"):
         sub_policies = tuple(tuple(map(_increase_posterize, sub_policy)) for sub_policy in sub_policies)
     return AutoAugment(sub_policies, std, torchvision=name == "imagenet")
@@ -357,6 +301,17 @@ def _linspace(start: float, stop: float, num: int) -> list[float]:
     stop = float(np.float32(stop))
     values = [start + step * i if i < num // 2 else stop - step * (num - 1 - i) for i in range(num)]
     return [float(np.float32(value)) for value in values]
+
+
+def _sub_policies(name: str) -> SubPolicies:
+    """AutoAugment's sub-policies for ImageNet, from `auto_augment.csv`.
+
+    "original": Cubuk et al., arXiv 1805.09501, table 9, as timm's auto_augment_policy_original has them;
+    "v0": timm's auto_augment_policy_v0, which comes from the EfficientNet code for TPU.
+    """
+    with (importlib.resources.files(__package__) / "auto_augment.csv").open(encoding="utf-8") as file:
+        rows = [row for policy, *row in csv.reader(file) if policy == name]
+    return tuple(tuple((row[i], float(row[i + 1]), int(row[i + 2])) for i in (0, 3)) for row in rows)
 
 
 def _increase_posterize(entry: tuple[str, float, int]) -> tuple[str, float, int]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.speed import __main__ as program
-from benchmarks.speed import depthwise
-from benchmarks.speed.depthwise import Candidate, Row
+from benchmarks.speed import candidates, depthwise, pointwise
+from benchmarks.speed.candidates import Candidate, Row
 from keras_convnext import _environment
 
 pytestmark = pytest.mark.slow
@@ -24,16 +24,16 @@ def candidate_named(name):
     return next(found for found in depthwise.candidates_of(BACKEND, "cpu") if found.name == name)
 
 
-def measure(candidates, dtype="float32"):
-    return depthwise.measure_shape(BACKEND, "cpu", candidates, SHAPE, dtype, rounds=2, seconds=0.004)
+def measure(found, dtype="float32", operation=depthwise, shape=SHAPE):
+    return candidates.measure_shape(operation, BACKEND, "cpu", found, shape, dtype, rounds=2, seconds=0.004)
 
 
 def test_every_candidate_is_right_and_the_one_in_use_is_among_them():
-    candidates = [
+    all_of_them = [
         found for found in depthwise.candidates_of(BACKEND, "cpu") if found.compiler != "torch.compile"
     ]
-    rows = measure(candidates)
-    assert [row.candidate for row in rows] == [found.name for found in candidates]
+    rows = measure(all_of_them)
+    assert [row.candidate for row in rows] == [found.name for found in all_of_them]
     assert sum(row.chosen for row in rows) == 1
     without_gradient = {"oneDNN, called directly"}
     if BACKEND == "tensorflow" and not _environment.tensorflow_has_onednn():
@@ -41,6 +41,22 @@ def test_every_candidate_is_right_and_the_one_in_use_is_among_them():
     for row in rows:
         assert row.note == "" and row.difference < 1e-5 and row.forward > 0
         assert (row.both is None) == (row.candidate in without_gradient)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("widths", [(8, 32), (32, 8)])
+def test_every_product_is_right_and_the_one_in_use_is_among_them(widths, dtype):
+    found = [each for each in pointwise.candidates_of(BACKEND, "cpu") if each.compiler != "torch.compile"]
+    rows = measure(found, dtype, pointwise, (3, 5, 4, *widths))
+    assert [row.note for row in rows] == [""] * len(found) and sum(row.chosen for row in rows) == 1
+    assert max(row.difference for row in rows) < (1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_a_product_without_its_activation_is_not_timed():
+    first = pointwise.candidates_of(BACKEND, "cpu")[0]
+    without = Candidate("without", lambda x, kernel, bias, _: first.function(x, kernel, bias, "none"))
+    (row,) = measure([without], operation=pointwise, shape=(3, 5, 4, 8, 32))
+    assert row.note == "differs too much: not timed"
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -87,7 +103,7 @@ def test_what_differs_or_fails_is_marked_and_not_timed():
 @pytest.mark.once
 def test_nan_is_not_taken_for_equal():
     value = np.ones((1, 2, 2, 1))
-    assert np.isnan(depthwise._difference([np.full_like(value, np.nan)], [value], "NHWC"))
+    assert np.isnan(candidates._difference([np.full_like(value, np.nan)], [value], "NHWC"))
 
 
 @pytest.mark.once
@@ -97,7 +113,7 @@ def test_expected_result_by_hand():
     kernel = np.arange(49, dtype="float32").reshape(7, 7, 1, 1)
     gradient = np.zeros_like(x)
     gradient[0, 4, 4, 0] = 2
-    y, x_gradient, kernel_gradient = depthwise._expected(x, kernel, np.ones(1), gradient)
+    y, x_gradient, kernel_gradient = depthwise.expected(x, kernel, np.ones(1), gradient, 1)
     assert np.array_equal(y[0, 1:8, 1:8, 0], kernel[::-1, ::-1, 0, 0] + 1)  # a correlation turns the kernel
     assert y[0, 0, 0, 0] == 1
     assert np.array_equal(x_gradient[0, 1:8, 1:8, 0], 2 * kernel[..., 0, 0])
@@ -112,30 +128,30 @@ def test_turns_go_back_and_forth_and_share_the_seconds():
         order.append(name)
         time.sleep(0.003)
 
-    times = depthwise.time_in_turns({"a": lambda: step("a"), "b": lambda: step("b")}, 2, 0.002)
+    times = candidates.time_in_turns({"a": lambda: step("a"), "b": lambda: step("b")}, 2, 0.002)
     assert order == ["a", "b", "b", "a"]
     assert all(0.003 <= value < 1 for value in times.values())
 
 
 @pytest.mark.once
 def test_stage_shapes():
-    assert depthwise.stage_shapes(8) == [
+    assert depthwise.shapes(8) == [
         (8, 56, 56, 96),
         (8, 28, 28, 192),
         (8, 14, 14, 384),
         (8, 7, 7, 768),
     ]
     with pytest.raises(ValueError, match=r"32 pixels or more.*Received: 31"):
-        depthwise.stage_shapes(1, 31)
+        depthwise.shapes(1, 31)
 
 
 @pytest.mark.once
 def test_wrong_words_and_a_process_that_dies():
     with pytest.raises(ValueError, match=r"Unknown backend 'numpy'\. Known: tensorflow, jax, torch"):
-        depthwise.table("numpy", [SHAPE])
+        candidates.table("depthwise", "numpy", [SHAPE])
     with pytest.raises(ValueError, match=r"Unknown dtype 'int8' of the candidates\. Known: float32"):
-        depthwise.table("jax", [SHAPE], "int8")
-    (row,) = depthwise.table("torch", [SHAPE], kernels="nowhere.py")
+        candidates.table("depthwise", "jax", [SHAPE], "int8")
+    (row,) = candidates.table("depthwise", "torch", [SHAPE], kernels="nowhere.py")
     assert row.candidate == "(the process)" and "nowhere.py" in row.note
 
 
@@ -147,7 +163,7 @@ def test_table_says_what_is_used_and_what_is_missing():
         Row("jax", "cpu", "float32", (1, 2, 2, 3), "two", False, 3.0, None, 1e-7),
         Row("jax", "cpu", "float32", (1, 4, 4, 3), "two", False, note="cannot run: no"),
     ]
-    table = depthwise.as_table(rows)
+    table = candidates.as_table("depthwise", rows)
     assert table.rows == [
         ("one *", "1 / 20", "2 / 130", "3 / 150", "2e-07", ""),
         ("two", "3 / -", "- / -", "- / -", "1e-07", "cannot run: no"),
