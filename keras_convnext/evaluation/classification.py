@@ -11,7 +11,6 @@ import numpy as np
 
 from keras_convnext import predictor
 from keras_convnext._files import read_text
-from keras_convnext._messages import listed
 from keras_convnext._terminal import say
 from keras_convnext.data import class_names, imagenet, sources
 from keras_convnext.data.faults import DataError, Faults
@@ -156,15 +155,16 @@ def match_classes(
       output i. Class folders are in the order of their sorted names.
 
     Returns int64 (len(classes),), -1 for a class without output, or None when class i is output i of all; and
-    that in words. `class_list` names the list of `class_names` that the outputs follow, else their number.
+    that in words. `class_list` is the list of `class_names` that the outputs follow, None by their number.
     """
     columns = _imagenet_columns(_synsets(classes), num_outputs if class_list is None else class_list)
     if columns is None and len(classes) == num_outputs:
         return None, f"all {num_outputs}, in the order of the data's classes"
     if columns is None:
+        some = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
         raise ValueError(
-            f"Expected data with the {num_outputs} classes of the model, or with WordNet ids of ImageNet's, "
-            f"received {len(classes)}: {listed(classes, 3)}. Pass a model trained on these classes."
+            f"Expected data with the {num_outputs} classes of the model, or with classes named by WordNet "
+            f"ids among ImageNet's, received {len(classes)}: {some}. Pass a model trained on these classes."
         )
     if np.array_equal(columns, np.arange(num_outputs)):
         return None, f"all {num_outputs}"
