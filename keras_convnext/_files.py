@@ -98,16 +98,9 @@ def reading(
         ) from problem
 
 
-def read_json(
-    path: StrPath,
-    kinds: Mapping[str, type] | None = None,
-    *,
-    expected: str = "JSON",
-    remedy: str = "Write it again.",
-    error: type[Exception] = FileFormatError,
-) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; the rest is as for `reading` and `json_object`."""
-    with reading(path, expected, remedy, error):
+def read_json(path: StrPath, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Reads the object in a JSON file, see `json_object`; FileFormatError where it is another."""
+    with reading(path, "JSON", "Write it again."):
         return json_object(read_bytes(path), kinds)
 
 
@@ -154,8 +147,7 @@ def check_target(path: StrPath, replace: bool = True, mark: bytes = b"") -> None
         with open(path, "rb") as file:
             if mark not in file.read(4096):
                 raise FileExistsError(
-                    f"'{path}' is there already, and keras_convnext did not write it. Name another path, or "
-                    "move it."
+                    f"'{path}' is there already, and keras_convnext did not write it. Name another path."
                 )
 
 
@@ -168,10 +160,7 @@ def prepare_folder(folder: StrPath, marks: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def replacing_file(path: StrPath, mark: bytes = b"") -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the path's place when the block ends without an error.
-
-    Else, or where `check_target` refuses it, what is there stands.
-    """
+    """Opens a temporary file that takes the path's place when the block ends well; see `replacing_path`."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with replacing_path(path, mark, temporary), open(temporary, "xb") as file:
@@ -184,8 +173,8 @@ def replacing_path(
 ) -> Iterator[pathlib.Path]:
     """Gives a path for a library to write to, which takes the place of another when the block ends well.
 
-    By default its name ends in that of the file, as libraries tell the format from it. Errors are those of
-    `replacing_file`, and a FileNotFoundError where the block wrote nothing.
+    Else, or where `check_target` refuses it, what is there stands. By default the name ends in that of the
+    file, as libraries tell the format from it. FileNotFoundError: the block wrote nothing.
     """
     path = pathlib.Path(path)
     temporary = temporary or path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")

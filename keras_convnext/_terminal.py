@@ -49,13 +49,12 @@ def say_once(kind: str, line: str) -> None:
         say(line)
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Shows on stderr what is done of some work, how fast, and how long the rest takes.
 
     On a terminal there is a bar, redrawn at most five times a second, which `close` removes. Elsewhere, as in
     the log of a batch system, there is a line every five minutes, in a notebook every 30 seconds. Nothing is
-    shown where KERAS_CONVNEXT_QUIET is set. `total` is None where it is not known; the unit "MB" divides
-    counts of bytes.
+    shown where KERAS_CONVNEXT_QUIET is set. A `total` of None is unknown; "MB" divides counts of bytes.
     """
 
     def __init__(
@@ -81,9 +80,6 @@ class Progress:
         self._next_sample = self._last[0]
         self._next_line = self._last[0] + self._line_seconds
         self._bar: Any = None
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

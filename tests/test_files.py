@@ -61,9 +61,9 @@ def test_json_that_is_something_else_is_one_sentence(content, reason, tmp_path):
     path = tmp_path / "info.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(_files.FileFormatError, match=reason) as error:
-        _files.read_json(path, {"name": str, "splits": list}, expected="an index", remedy="Make it again.")
+        _files.read_json(path, {"name": str, "splits": list})
     text = str(error.value)
-    assert text.startswith(f"Expected an index in '{path}'") and text.endswith("Make it again.")
+    assert text.startswith(f"Expected JSON in '{path}'") and text.endswith("Write it again.")
     assert len(text) < 600 and "\n" not in text
 
 

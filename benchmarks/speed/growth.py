@@ -15,7 +15,7 @@ from benchmarks.speed.alternating_runs import Measurement, measure
 from benchmarks.speed.cases import Progress, entrants
 from benchmarks.speed.implementations import TITLES, Case, is_ours
 from benchmarks.speed.report import Table
-from keras_convnext.analysis.flops import multiply_adds
+from keras_convnext.analysis.plan import multiply_adds
 from keras_convnext.variants import VARIANTS
 
 MIDDLE = Case("convnext_tiny", batch=8, image_size=224)  # the values that stay when one thing grows

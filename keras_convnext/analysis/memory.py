@@ -11,8 +11,7 @@ What is kept was read, for each backend, from the program itself: on PyTorch the
 (`torch.autograd.graph.saved_tensors_hooks`), on JAX the arrays that are alive at the peak of the program that
 XLA compiled for a CPU (its buffer assignment), on TensorFlow the inputs and outputs that the gradient
 functions of the layers' operators read. `benchmarks/memory.py` compares the sums with measured peaks. Not
-counted: the framework itself, the workspaces of its libraries, what its allocator holds back, the input
-pipeline.
+counted: the framework, its libraries' workspaces, what its allocator holds back, the input pipeline.
 """
 
 import dataclasses
@@ -185,12 +184,10 @@ def _norm(step: Step, positions: int, dim: int) -> int:
     PyTorch's fused layer norm keeps its input, a mean and a deviation a position; the others are written out
     and keep an operand a product. XLA on a CPU also keeps the products of broadcast factors as maps.
     """
-    operands = {"layer_norm": 2, "rms_norm": 2, "simple_norm": 3}[step.variant.norm]
     if step.backend == "torch" and step.variant.norm == "layer_norm":
         return FLOAT32 * positions * (dim + 2)
-    if step.uses_xla and step.device == "cpu":
-        operands += 1
-    return FLOAT32 * positions * dim * operands
+    operands = {"layer_norm": 2, "rms_norm": 2, "simple_norm": 3}[step.variant.norm]
+    return FLOAT32 * positions * dim * (operands + (step.uses_xla and step.device == "cpu"))
 
 
 def _stem(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
@@ -199,13 +196,11 @@ def _stem(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
     pixels = step.item_size * step.batch * first.inputs * first.side_in**2  # as patches or as a map
     if last is first:
         return pixels, 2 * pixels
-    kept = pixels
-    for layer in inside[1:-1]:
-        maps = 2 if step.variant.stem == "overlap_act" else 1
-        kept += maps * step.item_size * step.batch * layer.inputs * layer.side_in**2
+    maps = 2 if step.variant.stem == "overlap_act" else 1
+    between = sum(layer.inputs * layer.side_in**2 for layer in inside[1:-1])
     positions = step.batch * last.side**2
     outputs = FLOAT32 * positions * last.outputs
-    kept += _norm(step, positions, last.outputs)
+    kept = pixels + maps * step.item_size * step.batch * between + _norm(step, positions, last.outputs)
     if step.uses_xla and step.device == "cpu":
         kept += outputs + (FLOAT32 - step.item_size) * pixels // step.item_size
     return kept, 2 * outputs

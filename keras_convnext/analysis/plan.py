@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 from keras_convnext._environment import BACKENDS, wanted_backend
+from keras_convnext._messages import size_text
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
-from keras_convnext.analysis.flops import CLASSES, multiply_adds
 from keras_convnext.architecture import layers_of
 from keras_convnext.training.derived import training_images
 from keras_convnext.training.recipe import ENGINES, Recipe
@@ -22,6 +22,7 @@ from keras_convnext.weights import catalog
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
 KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
+CLASSES = 1000  # where they are unknown
 
 # What `describe` calls the parts of a step's memory, in its order.
 _PARTS = {
@@ -93,8 +94,7 @@ def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
     the devices or do not fit their memory: then the fewest that can and do. The recipe's data is opened where
     it is there. `fraction` of the peak figures, above 0 and at most 1, is reached.
 
-    ValueError: the device is unknown, or the batch cannot be divided among so many. SourceError: the data
-    cannot be used.
+    ValueError: the device is unknown, or so many cannot share the batch. SourceError: the data is unusable.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")
@@ -194,8 +194,9 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         run = f"{length}, without evaluation"
         if not plan.steps_per_epoch:
             few = f"`train` refuses fewer images than a batch of {plan.batch_size}: set a smaller batch_size"
-    total = f"{_size(plan.memory.total)} of {_size(plan.memory_limit)} a device"
+    total = f"{size_text(plan.memory.total)} of {size_text(plan.memory_limit)} a device"
     excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
+    other = "without" if plan.rematerialize else "with"
     parts = ((title, getattr(plan.memory, name)) for title, name in _PARTS.items())
     seconds = ", ".join(f"{name} {1000 * value:,.1f}" for name, value in plan.seconds.items() if value)
     lines = [
@@ -205,11 +206,8 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         ("steps", steps),
         ("", few),
         ("memory", f"{total}, at the peak of a step{excess}"),
-        *((f"  {title}", _size(num_bytes) if num_bytes else "") for title, num_bytes in parts),
-        (
-            f"  {'without' if plan.rematerialize else 'with'} rematerialize",
-            f"{_size(plan.other_memory)} in all",
-        ),
+        *((f"  {title}", size_text(num_bytes) if num_bytes else "") for title, num_bytes in parts),
+        (f"  {other} rematerialize", f"{size_text(plan.other_memory)} in all"),
         *(("exchange", _exchange_text(exchange)) for exchange in plan.exchanges),
         ("operations", f"{plan.flops / 1e12:,.4g} TFLOP a step"),
         ("time", f"{1000 * plan.step_seconds:,.1f} ms a step ({seconds}), not measured"),
@@ -222,8 +220,8 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
 
 def _exchange_text(exchange: Exchange) -> str:
     times = f"{exchange.times} times a step" if exchange.times > 1 else "once a step"
-    arrays = f"{exchange.what}: {_size(exchange.num_bytes)} among {exchange.num_devices} devices"
-    return f"{arrays}, {times}; {_size(exchange.wire_bytes)} sent by each"
+    arrays = f"{exchange.what}: {size_text(exchange.num_bytes)} among {exchange.num_devices} devices"
+    return f"{arrays}, {times}; {size_text(exchange.wire_bytes)} sent by each"
 
 
 def ring_bytes(num_bytes: int, num_devices: int) -> int:
@@ -261,13 +259,18 @@ def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange,
     return tuple(found)
 
 
+def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1, classes: int = CLASSES) -> int:
+    """Counts those of convolutions and matrix products, 4.46e9 for ConvNeXt-T at 224 pixels."""
+    return batch * sum(layer.multiply_adds for layer in layers_of(variant, image_size, classes))
+
+
 def step_flops(
-    variant: Variant, image_size: int, batch_size: int, classes: int = 1000, rematerialize: bool = False
+    variant: Variant, image_size: int, batch_size: int, classes: int = CLASSES, rematerialize: bool = False
 ) -> int:
     """Counts the operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
 
     The backward pass has two products for each of the forward pass, for the gradients of the map and of the
-    kernel. Rematerialising computes the forward pass once more. Only convolutions and products are counted.
+    kernel. Rematerialising computes the forward pass once more.
     """
     return 2 * multiply_adds(variant, image_size, batch_size, classes) * (4 if rematerialize else 3)
 
@@ -339,10 +342,8 @@ def _data_of(recipe: Recipe) -> tuple[int | None, int]:
     if recipe.data.source:
         source = training_images(recipe.data, recipe.run.seed)
         return len(source), len(source.classes)
-    named = [name for name in KNOWN_DATA if name in recipe.title]
-    if named:
-        return KNOWN_DATA[max(named, key=recipe.title.rfind)]
-    return None, CLASSES
+    named = max(KNOWN_DATA, key=recipe.title.rfind)
+    return KNOWN_DATA[named] if named in recipe.title else (None, CLASSES)
 
 
 def _teacher_bytes(recipe: Recipe) -> int:
@@ -362,7 +363,3 @@ def _advice(plan: Plan) -> str:
     if plan.accumulation_steps != own:
         return f"the recipe's accumulation_steps={own} does not fit: --set accumulation_steps={least}"
     return f"fewer and larger micro-batches fit: --set accumulation_steps={least}" if least < own else ""
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

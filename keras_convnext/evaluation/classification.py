@@ -65,8 +65,7 @@ def evaluate(
             also what `weights.resolve.resolve` returned, such as of a tag and a weight file of one's own.
         data: a path, see `sources.open_source`, or what that returns. `split` is by default its validation
             split, or all of it where it has no splits.
-        real_labels: path of ReaL's real.json, or True where the lists are in the data (imagenet2012_real of
-            TensorFlow Datasets).
+        real_labels: path of ReaL's real.json, or True where the data has it (TFDS's imagenet2012_real).
         preprocessing: of the images in place of the model's own, or a tag that has it, or the image size in
             pixels. The own one of a Keras model and a `.keras` file, which do not say how they were trained,
             is the default of `Preprocessing`.
@@ -156,8 +155,7 @@ def match_classes(
       output i. Class folders are in the order of their sorted names.
 
     Returns int64 (len(classes),), -1 for a class without output, or None when class i is output i of all; and
-    that in words. `class_list` is which list of `class_names` the outputs follow, by default that of their
-    number.
+    that in words. `class_list` is the list of `class_names` that the outputs follow, None by their number.
     """
     columns = _imagenet_columns(_synsets(classes), num_outputs if class_list is None else class_list)
     if columns is None and len(classes) == num_outputs:

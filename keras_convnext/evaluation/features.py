@@ -204,8 +204,7 @@ def evaluate_features(settings, classify, model, data, cache, max_faults, progre
             fields of `FeatureResult` by name.
         model: `keras.Model` of (N, H, W, 3) pixels in 0..255 to features (N, C), in place of
             `settings.model`. A classifier of this package gives the features in front of its classifier.
-        data: (training source, source to classify) in place of `settings.data` and its splits. The second has
-            the classes of the first.
+        data: (training source, source to classify), of the same classes, in place of `settings.data`.
         cache, max_faults, progress: see `extract_features`.
 
     Raises a ValueError where the model has no features (N, C) or they are NaN, a SourceError or DataError
@@ -264,21 +263,17 @@ def evaluate_features(settings, classify, model, data, cache, max_faults, progre
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Multiplies matrices in float32: accelerators round their entries to 10 bits or fewer by default."""
-    if keras.backend.backend() == "jax":
-        import jax
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "jax":
+            import jax
 
-        with jax.default_matmul_precision("highest"):
-            yield
-    elif keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        elif keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
 
-        before = tf.config.experimental.tensor_float_32_execution_enabled()
-        tf.config.experimental.enable_tensor_float_32_execution(False)
-        try:
-            yield
-        finally:
-            tf.config.experimental.enable_tensor_float_32_execution(before)
-    else:
+            before = tf.config.experimental.tensor_float_32_execution_enabled()
+            stack.callback(tf.config.experimental.enable_tensor_float_32_execution, before)
+            tf.config.experimental.enable_tensor_float_32_execution(False)
         yield  # PyTorch's default is full precision
 
 

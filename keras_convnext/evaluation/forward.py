@@ -113,8 +113,7 @@ def validate(
     The model gives logits (N, K), class i of the data being output i; `dataset` is what
     `batches.eval_batches` returns. `after_batch` may raise to end the evaluation; `gathered` takes an array
     of this process's images to those of all processes. Returns "loss", the mean cross-entropy of the labels
-    without smoothing, "top1" and "top5" in percent, and "n", the images; NaN where the model gives NaN or the
-    data has no image.
+    without smoothing, "top1" and "top5" in percent, and "n", the images; NaN for NaN, and without images.
     """
     losses, ranks = [np.zeros(0)], [np.zeros(0, np.int32)]
     for batch, outputs in with_outputs(model, dataset.as_numpy_iterator()):
@@ -190,8 +189,7 @@ def _jax_step(model: Any) -> Callable[[Any, np.ndarray], Any]:
 def label_ranks(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Counts the classes in front of the label: a larger output, or an equal one and a smaller number.
 
-    Takes outputs float32 (N, K) without NaN and labels int (N,); returns int32 (N,), 0 where the label is
-    first.
+    Takes outputs float32 (N, K) without NaN and labels int (N,); returns int32 (N,), 0 where it is first.
     """
     own = np.take_along_axis(outputs, labels[:, None], axis=1)
     before = (outputs > own) | ((outputs == own) & (np.arange(outputs.shape[1]) < labels[:, None]))

@@ -1,8 +1,4 @@
-"""Grad-CAM: a heat map of where in an image a classifier sees a class.
-
->>> heat = gradcam.grad_cam(model, images)  # doctest: +SKIP
->>> picture = gradcam.overlay(images[0], heat[0])  # doctest: +SKIP
-"""
+"""Grad-CAM: a heat map of where in an image a classifier sees a class."""
 
 import collections
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -117,11 +113,11 @@ def overlay(image: Any, heat: Any, opacity: float = 0.7) -> np.ndarray:
 def _check_model(model: keras.Model) -> None:
     if functional(model) is None:
         raise ValueError(f"Expected a functional model, whose layers are known. Received: {model!r}")
-    inputs, outputs = model.inputs, model.outputs
-    if not any(len(each.shape) == 4 for each in inputs) or len(outputs) != 1 or len(outputs[0].shape) != 2:
+    inputs, outputs = ([tuple(each.shape) for each in ends] for ends in (model.inputs, model.outputs))
+    if not any(len(shape) == 4 for shape in inputs) or [len(shape) for shape in outputs] != [2]:
         raise ValueError(
             "Expected a model from images (N, H, W, C) to classes (N, K). Received: inputs "
-            f"{[tuple(each.shape) for each in inputs]}, outputs {[tuple(each.shape) for each in outputs]}"
+            f"{inputs}, outputs {outputs}"
         )
 
 

@@ -92,8 +92,7 @@ def _classify(settings, train, test, source):
     if not is_finite.any():
         rates = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
         raise ValueError(
-            "Expected a learning rate that leads to numbers, but all of "
-            f"{rates} lead to NaN or infinity. Pass smaller ones."
+            f"Expected a useful learning rate, but all of {rates} lead to NaN or infinity. Pass smaller ones."
         )
     scores = []
     for rate, kernel, bias in zip(settings.learning_rates, kernels, biases, strict=True):

@@ -13,13 +13,12 @@ from keras_convnext._files import PNG_MARK, prepare_folder, replace_file, replac
 from keras_convnext._messages import printable, shortened
 from keras_convnext._terminal import csv_text
 from keras_convnext.data import class_names, preprocess
-from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.evaluation.results import Result, percentage
 
 WORST_CLASSES = 10
 WORST_IMAGES = 6  # of a class
-_THUMBNAIL = 96  # pixels
+_THUMBNAIL = Preprocessing(96, crop_fraction=1.0)
 # The files of `write_reports`, and what shows that it wrote one, which it may then replace.
 _MARKS = {
     "predictions.csv": b"name,label,rank,",
@@ -42,13 +41,11 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     FileExistsError: one of these names is there and another program wrote it. The files are:
 
     - predictions.csv: name, label, rank of the label (0 where right) and first five classes of each image;
-    - classes.csv: number of images, top-1 and top-5 accuracy of each class in percent, its most frequent
-      wrong prediction;
+    - classes.csv: images, top-1 and top-5 accuracy in percent and most frequent error of each class;
     - confusions.csv: number of images of each class that were taken for each class, without the zeros; by
       class, the most frequent first;
     - faults.csv: the images that could not be decoded, and why;
-    - worst_classes.png: the ten classes of least accuracy, some of their wrongly classified images and what
-      the model took them for.
+    - worst_classes.png: the ten classes of least accuracy, with some errors and what they were taken for.
     """
     check_output(folder)
     classes = result.source.classes
@@ -126,6 +123,7 @@ def _ranks_by_class(result: Result) -> list[tuple[int, np.ndarray]]:
 def _draw_worst_classes(result: Result, path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
+    source = result.source
     with_errors = [(label, ranks) for label, ranks in _ranks_by_class(result) if ranks.any()]
     worst = sorted(with_errors, key=lambda row: (percentage(row[1] < 1), -len(row[1])))[:WORST_CLASSES]
     rows = max(len(worst), 1)
@@ -137,21 +135,17 @@ def _draw_worst_classes(result: Result, path: pathlib.Path) -> None:
     title = printable(title if worst else f"{title}, none is wrong")
     figure.suptitle(title, fontsize=10, parse_math=False)
     for row, (label, ranks) in zip(axes, worst, strict=False):
-        name = shortened(display_name(result.source.classes[label]), 18)
+        name = shortened(display_name(source.classes[label]), 18)
         text = f"{name}\n{percentage(ranks < 1):.0f} % of {len(ranks)}"
         row[0].text(0, 0.5, text, fontsize=9, va="center", parse_math=False)
         wrong = np.flatnonzero((result.labels == label) & (result.ranks > 0))[:WORST_IMAGES]
         for axis, place in zip(row[1:], wrong.tolist(), strict=False):
-            axis.imshow(_thumbnail(result.source, int(result.numbers[place])))
-            taken_for = display_name(result.source.classes[result.predictions[place, 0]])
+            number = int(result.numbers[place])
+            axis.imshow(preprocess.decode_prepared(source.read(number), source.name(number), _THUMBNAIL))
+            taken_for = display_name(source.classes[result.predictions[place, 0]])
             axis.set_title(shortened(taken_for, 20), fontsize=7, parse_math=False)
     with replacing_file(path, PNG_MARK) as file:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
-
-
-def _thumbnail(source: Source, number: int) -> np.ndarray:
-    small = Preprocessing(_THUMBNAIL, crop_fraction=1.0)
-    return preprocess.decode_prepared(source.read(number), source.name(number), small)
 
 
 def _write_csv(folder, name: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -145,8 +145,7 @@ def append_result(path: str | os.PathLike[str], result: Result) -> None:
 def check_results_file(path: str | os.PathLike[str]) -> None:
     """Checks that a row can be added to a file, before hours are spent on it.
 
-    Raises a ValueError for other columns or a last line without end, an OSError where the folder is not
-    there.
+    Raises a ValueError for other columns or a last line without end, an OSError without the folder.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -167,8 +166,7 @@ def check_results_file(path: str | os.PathLike[str]) -> None:
         )
     if not text.endswith("\n"):
         raise ValueError(
-            f"Expected '{path}' to end in a complete line, received {text.splitlines()[-1][:40]!r}... Remove "
-            "that line or end it."
+            f"Expected '{path}' to end in a complete line, received {text.splitlines()[-1][:40]!r}... End it."
         )
 
 

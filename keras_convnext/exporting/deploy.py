@@ -38,8 +38,7 @@ def deploy(
     inputs. Other layers stay, with what they keep beside weights: an adapted mean, a vocabulary, a function.
 
     Args:
-        model: a built functional or sequential `keras.Model`. It is not changed, and shares no weights with
-            the deployed model.
+        model: a built functional or sequential `keras.Model`; not changed, and no weights are shared with it.
         batch_size: number of images, None for any.
         image_size: side of the images in pixels, or (height, width); None for the model's own.
 
@@ -131,10 +130,7 @@ def as_program(model):
 
 
 def deploy_for_file(model: keras.Model, *, batch_size=None, image_size=None, litert=False) -> keras.Model:
-    """`deploy`, in float32 whatever the model's policy.
-
-    With `litert`, in the operations that the LiteRT converter maps to its own one by one.
-    """
+    """`deploy` in float32 whatever the policy, for `litert` in operations that its converter maps to one."""
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")  # for layers that layers of unknown classes make themselves
     try:

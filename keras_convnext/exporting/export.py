@@ -19,6 +19,7 @@ import numpy as np
 
 from keras_convnext import _environment
 from keras_convnext._files import check_target
+from keras_convnext._messages import listed
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
@@ -48,10 +49,7 @@ class ExportError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What was written and how it compares with the model, as the caller passed it.
-
-    Without a check nothing is compared: no images, and NaN.
-    """
+    """What was written, and how it compares with the model as passed; without a check no images, and NaN."""
 
     path: pathlib.Path  # the file, or the folder of a SavedModel
     format: str
@@ -98,8 +96,7 @@ def export(
         format: "litert", "onnx", "openvino", "torch" or "saved_model"; default by the path's suffix.
         precision: "float32"; "float16" (weights; LiteRT, OpenVINO); "dynamic_int8" (weights in int8,
             activations quantised as they come; LiteRT); "int8" (both, uint8 pixels in; LiteRT).
-        batch_size: number of images, None for any. Default: any, but 1 for LiteRT, whose delegates want it
-            fixed.
+        batch_size: number of images, None for any. Default: any; 1 for LiteRT, whose delegates want one.
         image_size: side in pixels or (height, width); None for the model's own. A model that takes any size
             keeps it free, at 224 for LiteRT.
         calibration: images for the check, and for int8 the ranges: uint8 or float (n, H, W, C) of the right
@@ -110,8 +107,7 @@ def export(
         check: whether to run the file and compare, else nothing is measured; or as a number the largest
             allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`, and
             for a model that computes in 16 bits what these change.
-        replace: whether to write over a file at the path, or a folder that holds a SavedModel and nothing
-            else.
+        replace: whether to write over a file at the path, or over a folder that holds only a SavedModel.
 
     Raises:
         ExportError: the converter failed, the file differs from the model by more than `check` allows, or
@@ -156,18 +152,10 @@ def export(
         folder = pathlib.Path(temporary)
         written = folder / "written" / path.name
         written.parent.mkdir()
-        calibrated = folder / "calibration.npy"
-        if precision == "int8":
+        calibrated = str(folder / "calibration.npy") if precision == "int8" else None
+        if calibrated:
             np.save(calibrated, images)
-        request = writers.Request(
-            format=format,
-            precision=precision,
-            path=str(written),
-            batch_size=batch,
-            image_size=size,
-            calibration=str(calibrated) if precision == "int8" else None,
-            preprocessing=preprocessing,
-        )
+        request = writers.Request(format, precision, str(written), batch, size, calibrated, preprocessing)
         _write(model, request, row, folder)
         comparison: dict[str, Any] = {}
         if is_checked:
@@ -202,13 +190,12 @@ def _check_replaceable(target, is_folder):
         check_target(target)
         if is_folder and target.exists():
             raise FileExistsError(
-                f"'{target}' is there already: a file, which a folder does not replace. Name another path, "
-                "or remove the file."
+                f"'{target}' is there already: a file, which a folder does not replace. Name another path."
             )
         return
     foreign = _not_of_a_saved_model(target)
     if foreign or not (target / "saved_model.pb").is_file():
-        shown = ", ".join([*foreign[:3], *["..."] * (len(foreign) > 3)])
+        shown = listed(foreign, 3)
         raise FileExistsError(
             f"'{target}' is there already: a folder, and only one that holds a SavedModel and nothing else "
             f"is replaced. It holds {len(foreign)} other files or folders{shown and ': '}{shown}. Name "
@@ -292,8 +279,7 @@ def _calibration_images(model, calibration, preprocessing):
             f"Expected calibration images with pixels in 0..255, received {images.dtype} from "
             f"{lowest.min():g} to {highest.max():g}"
             + (f", and up to {highest[divided][0]:g} in image {divided.argmax()}" if some else "")
-            + ". Pass them as read_image gives them; a model that takes other numbers needs a Rescaling or "
-            "Normalization layer in front."
+            + ". Pass them as read_image gives them; a model of other numbers needs a Rescaling in front."
         )
     return np.rint(images).astype("uint8"), "images of calibration="
 
@@ -315,8 +301,7 @@ def _write(model, request, row, folder):
             model.save(folder / "model.keras")
     except Exception as error:
         raise ExportError(
-            f"{title} needs Keras on {row.backend}, and the model could not be saved to be rebuilt there: "
-            f"{error}"
+            f"{title} needs Keras on {row.backend}, and the model could not be saved for it: {error}"
         ) from error
     request_path = folder / "request.json"
     request_path.write_text(json.dumps(dataclasses.asdict(request)))
@@ -349,8 +334,8 @@ def _write(model, request, row, folder):
 def _references(model, size, images, precision, check):
     """What the file must equal on the images: (model, its outputs, difference allowed), the last to report.
 
-    The file computes in float32 and at `size`. Where the model does not, the first is its deployed form that
-    does, which is compared with the model in its own size before.
+    Where the model does not compute in float32 and at `size`, as the file does, the first is its deployed
+    form that does, which is compared with the model in its own size before.
     """
     limit = TOLERANCES[precision] if check is True else check
     is_exact = not deploy.dtypes_of_16_bits(model)
@@ -414,8 +399,7 @@ def _compare(references, request, images):
     for _, expected, tolerance in references:
         if received.shape != expected.shape:
             raise ExportError(
-                f"{file} gives an array of shape {received.shape}; the model one of shape {expected.shape}. "
-                "It was not kept."
+                f"{file} gives the shape {received.shape}, the model {expected.shape}. It was not kept."
             )
         relative = _difference(received, expected)
         agreement = float((received.argmax(-1) == expected.argmax(-1)).mean())

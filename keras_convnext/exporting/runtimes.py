@@ -165,8 +165,7 @@ def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
 def take_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
     """Median seconds of a call of each, in turns for about a second of timed calls altogether.
 
-    In its turn each is called twice and the second call timed: threads of the other may still spin in the
-    first, and its own may sleep.
+    Of two calls in a turn the second is timed: in the first, threads of the other may spin, its own sleep.
     """
     times: tuple[list[float], list[float]] = ([], [])
     while len(times[0]) < 3 or sum(map(sum, times)) < 1:

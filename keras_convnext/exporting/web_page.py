@@ -131,8 +131,7 @@ def _check_model_file(path: pathlib.Path) -> int:
     metadata = runtimes.metadata_file(path)
     if not metadata.is_file():
         raise FileNotFoundError(
-            f"Expected '{metadata}' beside the model: `keras-convnext export` writes both. Keep the two "
-            "files together, or export the model again."
+            f"Expected '{metadata}' beside the model, where `export` writes it: export the model again."
         )
     external = path.with_name(f"{path.name}.data")  # where PyTorch puts weights beyond 2 GB
     size = path.stat().st_size + (external.stat().st_size if external.exists() else 0)
@@ -166,8 +165,7 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
     height, width = preprocessing.size
     if height * width > MAX_PIXELS:
         raise ValueError(
-            f"Expected images of at most {MAX_PIXELS:,} pixels, as more do not fit in a browser's tab. "
-            f"'{model_file}' takes {height:,} x {width:,}."
+            f"Expected images of at most {MAX_PIXELS:,} pixels. '{model_file}' takes {height:,} x {width:,}."
         )
     return {
         "height": height,
@@ -251,8 +249,7 @@ def _fetch(folder: pathlib.Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
-            f"npm was not found; it fetches {_PACKAGE}, which runs the model in the page. Install npm, with "
-            f"Node.js. {elsewhere}"
+            f"npm was not found, which fetches {_PACKAGE}. Install npm, with Node.js. {elsewhere}"
         )
     say(f"Fetching {_PACKAGE} with npm (33 MB, once) to {folder}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.speed import alternating_runs, growth, implementations, machine_rates, stages, startup, work
 from benchmarks.speed.implementations import Case
-from keras_convnext.analysis import flops
+from keras_convnext.analysis.plan import multiply_adds
 from keras_convnext.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ RATES = machine_rates.Rates(
 @pytest.mark.parametrize(("name", "image_size", "published"), PUBLISHED)
 def test_multiply_adds_are_those_published(name, image_size, published):
     digits = len(published.partition(".")[2])
-    counted = flops.multiply_adds(VARIANTS[name], image_size) / 1e9
+    counted = multiply_adds(VARIANTS[name], image_size) / 1e9
     # Published numbers are rounded, a few of them down.
     assert abs(counted - float(published)) < 1.01 * 10**-digits, counted
 
@@ -94,7 +94,7 @@ def test_multiply_adds_are_those_that_pytorch_counts_in_timms_model(name, image_
         images = torch.zeros(batch, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
-    assert 2 * flops.multiply_adds(VARIANTS[name], image_size, batch) == counter.get_total_flops()
+    assert 2 * multiply_adds(VARIANTS[name], image_size, batch) == counter.get_total_flops()
 
 
 @pytest.mark.once
@@ -286,7 +286,7 @@ def test_what_grows_faster_than_its_work_is_marked(monkeypatch, options, capsys,
     """Times of a machine that does 1 TFLOP/s, half of that at 128 pixels, with 10 ms more for each batch."""
 
     def measure(case, names, rounds, seconds, threads):
-        work_of_step = 2e-12 * flops.multiply_adds(VARIANTS[case.model], case.image_size, case.batch)
+        work_of_step = 2e-12 * multiply_adds(VARIANTS[case.model], case.image_size, case.batch)
         slower = 2 if case.image_size == 128 else 1
         return [
             measured(names[0], case, slower * work_of_step + 0.01),
@@ -318,7 +318,7 @@ def test_twice_the_time_for_the_same_work_is_marked_and_less_is_not():
     points = [
         growth._point(
             "image size",
-            measured("jax", case, factor * flops.multiply_adds(VARIANTS[case.model], case.image_size)),
+            measured("jax", case, factor * multiply_adds(VARIANTS[case.model], case.image_size)),
         )
         for case, factor in zip(cases, (1.0, 1.4, 2.0), strict=True)
     ]
