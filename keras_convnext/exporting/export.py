@@ -19,7 +19,6 @@ import numpy as np
 
 from keras_convnext import _environment
 from keras_convnext._files import check_target
-from keras_convnext._messages import listed
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
@@ -195,7 +194,7 @@ def _check_replaceable(target, is_folder):
         return
     foreign = _not_of_a_saved_model(target)
     if foreign or not (target / "saved_model.pb").is_file():
-        shown = listed(foreign, 3)
+        shown = ", ".join([*foreign[:3], *["..."] * (len(foreign) > 3)])
         raise FileExistsError(
             f"'{target}' is there already: a folder, and only one that holds a SavedModel and nothing else "
             f"is replaced. It holds {len(foreign)} other files or folders{shown and ': '}{shown}. Name "
