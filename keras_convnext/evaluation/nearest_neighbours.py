@@ -126,7 +126,8 @@ def find_neighbours(
     """
     if not 1 <= count <= len(train_features):
         raise ValueError(
-            f"Expected 1 to {len(train_features)} neighbours (training images), received {count}. Pass fewer."
+            f"Expected 1 to {len(train_features)} neighbours, the number of training images, received "
+            f"{count}. Pass smaller numbers of neighbours."
         )
     train, queries = _normalised(train_features), _normalised(features)
     kept = min(count + _SPARE_NEIGHBOURS, len(train))
