@@ -126,6 +126,8 @@ class Checkpoints:
         if counts.done % counts.plan.micro_batches_per_epoch:
             self._metrics = state.get("metrics", [])
         self._write_best()  # a kill may have come before it, or a person removed the file
+        if self.folder:
+            self.folder.remove_old(state | {"best_step": counts.best_step})
         return True
 
     def _write_best(self) -> None:

@@ -121,13 +121,18 @@ class RunFolder(contextlib.AbstractContextManager):
             write_safetensors(path, arrays, metadata)
             sync_folder(path.parent)
         self._damaged.discard(step)
+        self.remove_old(state)
+        return path
+
+    def remove_old(self, state: Mapping[str, Any]) -> None:
+        """Removes what `save` of a state removes, where a kill came before that."""
         whole = [number for number in self.steps() if number not in self._damaged]
-        for number in sorted({*self._damaged, *whole[: -self.keep]} - {step, state.get("best_step")}):
+        kept = {state["step"], state.get("best_step")}
+        for number in sorted({*self._damaged, *whole[: -self.keep]} - kept):
             try:
                 self._checkpoint_path(number).unlink(missing_ok=True)
             except OSError as error:  # such as a file that another program reads on Windows
                 _logger.warning("The old checkpoint of step %d stays: %s", number, error)
-        return path
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint file, whole or damaged, in rising order."""
