@@ -147,7 +147,8 @@ def check_target(path: StrPath, replace: bool = True, mark: bytes = b"") -> None
         with open(path, "rb") as file:
             if mark not in file.read(4096):
                 raise FileExistsError(
-                    f"'{path}' is there already, and keras_convnext did not write it. Name another path."
+                    f"'{path}' is there already, and keras_convnext did not write it. Name another path, or "
+                    "move it."
                 )
 
 

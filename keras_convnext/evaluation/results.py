@@ -166,7 +166,8 @@ def check_results_file(path: str | os.PathLike[str]) -> None:
         )
     if not text.endswith("\n"):
         raise ValueError(
-            f"Expected '{path}' to end in a complete line, received {text.splitlines()[-1][:40]!r}... End it."
+            f"Expected '{path}' to end in a complete line, received {text.splitlines()[-1][:40]!r}... Remove "
+            "that line or end it."
         )
 
 

@@ -189,7 +189,8 @@ def _check_replaceable(target, is_folder):
         check_target(target)
         if is_folder and target.exists():
             raise FileExistsError(
-                f"'{target}' is there already: a file, which a folder does not replace. Name another path."
+                f"'{target}' is there already: a file, which a folder does not replace. Name another path, "
+                "or remove the file."
             )
         return
     foreign = _not_of_a_saved_model(target)

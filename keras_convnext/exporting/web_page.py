@@ -131,7 +131,8 @@ def _check_model_file(path: pathlib.Path) -> int:
     metadata = runtimes.metadata_file(path)
     if not metadata.is_file():
         raise FileNotFoundError(
-            f"Expected '{metadata}' beside the model, where `export` writes it: export the model again."
+            f"Expected '{metadata}' beside the model: `keras-convnext export` writes both. Keep the two "
+            "files together, or export the model again."
         )
     external = path.with_name(f"{path.name}.data")  # where PyTorch puts weights beyond 2 GB
     size = path.stat().st_size + (external.stat().st_size if external.exists() else 0)
