@@ -202,7 +202,7 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
 
 def _data_problems(source: Any, folder: pathlib.Path) -> Iterator[str]:
     if source == "":
-        yield 'data: expected the path of the images, received "". Pass data=... (--data in a shell)'
+        yield 'data: expected the path of the images, received "". Pass data=..., or --data in a shell'
     elif isinstance(source, str):
         try:
             sources.list_splits(os.path.expanduser(source))
