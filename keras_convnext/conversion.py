@@ -19,7 +19,6 @@ from keras_convnext.weights.published import TORCH_SUFFIXES
 from keras_convnext.weights.resolve import resolve
 
 _logger = logging.getLogger("keras_convnext")
-_NO_NORMALISER = "%s has no normaliser, which %s cannot say. Load that with include_preprocessing=False."
 
 KERAS_TARGETS = (".weights.h5", ".keras")
 
@@ -130,14 +129,14 @@ def convert(source, target, layout: str = "official", architecture: str | None =
 
 def _check_settings(model, variant: Variant, name) -> None:
     """Refuses a model with an epsilon, say, that readers of its weights do not build."""
-    wanted = {"epsilon": variant.epsilon, "activation": variant.activation, "norm": variant.norm}
-    lines = []
-    for place, layer in assign.places(model)[0].items():
-        config = layer.get_config()
-        settings = wanted if "norm" in config else {"epsilon": wanted["epsilon"]}  # of a block, of a norm
-        if not re.fullmatch(r"norm[0-3]", place):  # of a pyramid: 1e-6 in every architecture
-            changed = {key: value for key, value in settings.items() if config.get(key, value) != value}
-            lines += [f"{key} of {place}: {config[key]}, not {value}" for key, value in changed.items()]
+    of_norm = {"epsilon": variant.epsilon}
+    of_block = {**of_norm, "activation": variant.activation, "norm": variant.norm}
+    wanted = {
+        place: of_block if place.startswith(("stages_", "blocks_")) else of_norm
+        for place in assign.places(model)[0]
+        if not re.fullmatch(r"norm[0-3]", place)  # of a pyramid: 1e-6 in every architecture
+    }
+    lines = assign.other_settings(model, wanted)
     if lines:
         raise ValueError(
             f"{name}: Expected layers as the architecture has them. Received {listed(lines, 3)}. A .keras "
@@ -148,7 +147,11 @@ def _check_settings(model, variant: Variant, name) -> None:
 def _warn_of_loss(name, is_normalised: bool, activation, path) -> None:
     """Tells how to load a file of weights alone, so that they compute what the model `name` does."""
     if not is_normalised:
-        _logger.warning(_NO_NORMALISER, name, path)
+        _logger.warning(
+            "%s has no normaliser, which %s cannot say. Load that with include_preprocessing=False.",
+            name,
+            path,
+        )
     if activation not in (None, "softmax", keras.activations.softmax, keras.activations.linear):
         own = getattr(activation, "__name__", activation)
         _logger.warning(

@@ -14,7 +14,7 @@ from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
-from keras_convnext.weights.assign import filled, placed_values, places
+from keras_convnext.weights.assign import filled, other_settings, placed_values, places
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 
@@ -167,17 +167,12 @@ def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOpti
     """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
     of_stride, others = ("dilation_rate", "strides"), ("activation", "epsilon", "kernel_size", "norm")
     settings = (*of_stride, *others) if options.output_stride == 32 else others  # another one was asked for
-    layers = places(model)[0]
-    found: list[str] = []
-    for place, layer in places(source.model)[0].items():
-        if place in layers and place != "head":  # whose activation is `Around.activation`
-            config, wanted = layer.get_config(), layers[place].get_config()
-            found += [
-                f"{setting} of {place}: {config[setting]}, not {wanted[setting]}"
-                for setting in settings
-                if setting in config and setting in wanted and config[setting] != wanted[setting]
-            ]
-    if found:
+    wanted = {
+        place: {name: value for name, value in layer.get_config().items() if name in settings}
+        for place, layer in places(model)[0].items()
+        if place != "head"  # whose activation is `Around.activation`
+    }
+    if found := other_settings(source.model, wanted):
         are_of_stride = all(line.startswith(of_stride) for line in found)
         stride = " load(..., output_stride=8 or 16) has them." if are_of_stride else ""
         raise ValueError(

@@ -33,21 +33,18 @@ for _name in ("nms", "qnms"):
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "TF_ENABLE_ONEDNN_OPTS", "XLA_FLAGS")
 
 
 def processor() -> str:
     """What the numbers of a test may depend on: the processor, its features and what limits them."""
+    from benchmarks.speed import output
     from keras_convnext import _environment
 
-    flags = _environment.cpu_flags()
-    words = [name if name in flags else f"no {name}" for name in FEATURES] if flags else ["features unknown"]
+    words = []
     if "KERAS_BACKEND" in os.environ:
         backend = os.environ["KERAS_BACKEND"]
         words.append(f"{backend} has {'bfloat16' if _environment.has_bfloat16(backend) else 'no bfloat16'}")
-    words += [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
-    return f"processor: {_environment.cpu_name()}; {', '.join(words)}"
+    return ", ".join([f"processor: {output.processor_text()}", *words])
 
 
 @pytest.fixture(autouse=True, scope="module")

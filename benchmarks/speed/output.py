@@ -16,7 +16,13 @@ from keras_convnext._files import replacing_file, replacing_path
 
 BUSY_LOAD = 0.5  # of other work, for each core
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "TF_ENABLE_ONEDNN_OPTS")
+LIMITS = (
+    "ONEDNN_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "XLA_FLAGS",
+)
 
 
 def processor_text() -> str:

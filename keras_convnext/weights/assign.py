@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -128,6 +128,19 @@ class Around:
                 f"its result: {listed(self.lost, 5)}. model.save('x.keras') keeps it; or take the weights of "
                 "the ConvNeXt alone, and do the same in front of or behind it."
             )
+
+
+def other_settings(model: keras.Model, wanted: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names what layers have another value of than is `wanted` at their place: "epsilon of norm: 1, not 2"."""
+    found: list[str] = []
+    for place, layer in places(model)[0].items():
+        config = layer.get_config()
+        found += [
+            f"{name} of {place}: {config[name]}, not {value}"
+            for name, value in wanted.get(place, {}).items()
+            if config.get(name, value) != value
+        ]
+    return found
 
 
 def around(model: keras.Model) -> Around:
