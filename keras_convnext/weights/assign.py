@@ -131,7 +131,7 @@ class Around:
 
 
 def other_settings(model: keras.Model, wanted: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names what layers have another value of than is `wanted` at their place: "epsilon of norm: 1, not 2"."""
+    """Names settings of layers that are not as `wanted` at their place: "epsilon of norm: 1, not 2"."""
     found: list[str] = []
     for place, layer in places(model)[0].items():
         config = layer.get_config()
