@@ -454,8 +454,9 @@ def _is_foreign(name: str, layout: str) -> bool:
 
 def _is_of_other_head(name: str, layout: str) -> bool:
     """Whether a name is of a head of another kind: of two layers, of weight norm, of LoRA."""
-    known = [rename(f"{end}.{leaf}", layout) for end in _ENDS for leaf in ("weight", "bias")]
-    return name.partition(".")[0] == rename("head.weight", layout).partition(".")[0] and name not in known
+    if name.partition(".")[0] != rename("head.weight", layout).partition(".")[0]:
+        return False
+    return name not in [rename(f"{end}.{leaf}", layout) for end in _ENDS for leaf in ("weight", "bias")]
 
 
 def _to_canonical(array, name, shape, layout):

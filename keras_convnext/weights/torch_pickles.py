@@ -6,6 +6,7 @@ imported. The bytes of the tensors lie elsewhere: a pickle names storages, and w
 """
 
 import io
+import math
 import pickle
 import pickletools
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class _Entry(NamedTuple):
     numbers: float = 0  # as a key, how many of `_MAX_NUMBERS` it takes
 
 
-_OTHER, _NUMBER, _NO_KEY = _Entry(), _Entry(0, 1), _Entry(0, float("inf"))
+_OTHER, _NUMBER, _NO_KEY = _Entry(), _Entry(0, 1), _Entry(0, math.inf)
 
 
 class _Fixed:
@@ -312,6 +313,9 @@ def _check_program(stream: io.BytesIO) -> None:
         elif name == "MARK":
             outer_stacks.append(stack)
             stack = []
+        elif not before:
+            if opcode.stack_after:
+                stack.append(_value(name, argument))
         else:
             items: list[_Entry] = []
             if pickletools.markobject in before:
@@ -322,33 +326,39 @@ def _check_program(stream: io.BytesIO) -> None:
                 raise ValueError(f"stack underflow at byte {position}")
             items = stack[first:] + items
             del stack[first:]
-            keys = items[_HASHED[name]] if name in _HASHED else []
-            numbers += sum(key.numbers for key in keys)
-            if numbers == float("inf"):
+            for key in items[_HASHED[name]] if name in _HASHED else ():
+                numbers += key.numbers
+                used += key.length
+            if numbers == math.inf:
                 raise ValueError(
                     f"it has a large number, a set or a nested tuple as a key at byte {position}"
                 )
             if numbers > _MAX_NUMBERS:
                 raise ValueError(f"it has more than {_MAX_NUMBERS} numbers as keys")
-            used += sum(key.length for key in keys)
             if name in ("REDUCE", "NEWOBJ"):
                 used += items[-1].length
             if used > _MAX_ITEMS:
                 raise ValueError(f"its keys and arguments have more than {_MAX_ITEMS} characters and items")
             if opcode.stack_after:
-                stack.append(_pushed(name, argument, items))
+                stack.append(_made(name, items))
 
 
-def _pushed(name: str, argument: object, items: list[_Entry]) -> _Entry:
-    """What an opcode leaves on the stack, from its argument and the items it takes."""
-    if name.startswith("TUPLE"):
-        flat = all(item.numbers <= 1 for item in items)
-        length = sum(1 + (item.length if item.numbers <= 1 else 0) for item in items)
-        return _Entry(length, _TUPLE_NUMBERS + len(items) if flat else float("inf"))
-    if name == "FROZENSET":
-        return _NO_KEY
-    if isinstance(argument, str | bytes) and name != "GLOBAL":
-        return _Entry(len(argument))
-    if isinstance(argument, int | float):
-        return _NUMBER if abs(argument) < 2**60 or isinstance(argument, float) else _NO_KEY
+def _value(name: str, argument: object) -> _Entry:
+    """What an opcode pushes that takes nothing from the stack."""
+    match argument:
+        case float():
+            return _NUMBER
+        case int():
+            return _NUMBER if abs(argument) < 2**60 else _NO_KEY
+        case str() | bytes() if name != "GLOBAL":
+            return _Entry(len(argument))
     return _OTHER
+
+
+def _made(name: str, items: list[_Entry]) -> _Entry:
+    """What an opcode makes of items of the stack."""
+    if name.startswith("TUPLE"):
+        simple = [item.length for item in items if item.numbers <= 1]
+        flat = len(simple) == len(items)
+        return _Entry(len(items) + sum(simple), _TUPLE_NUMBERS + len(items) if flat else math.inf)
+    return _NO_KEY if name == "FROZENSET" else _OTHER
