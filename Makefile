@@ -44,10 +44,10 @@ test-jax: setup
 test-torch: setup
 	KERAS_BACKEND=torch $(PYTEST) -m "not slow"
 
-test: lint
+test: setup
 	@.ci/test-backends
 
-test-all: lint
+test-all: setup
 	@.ci/test-backends all
 
 bench-data: setup

@@ -145,12 +145,14 @@ class SmokeRun(typing.NamedTuple):
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    """One training of recipes/smoke.toml, for all tests that only look at what a run left."""
+    """Three epochs of recipes/smoke.toml, for all tests that only look at what a run left."""
     from keras_convnext.cli import main
 
     folder, printed = tmp_path_factory.mktemp("smoke") / "run", io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = main.main(["train", str(RECIPES / "smoke.toml"), "--out", str(folder), "--quiet"])
+        code = main.main(
+            ["train", str(RECIPES / "smoke.toml"), "--out", str(folder), "--quiet", "--set", "epochs=3"]
+        )
     return SmokeRun(folder, code, printed.getvalue())
 
 

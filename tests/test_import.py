@@ -180,13 +180,19 @@ print("fine")
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("options", [[], ["-O"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["-O"], marks=pytest.mark.slow)])
 def test_names_come_back_after_they_are_deleted(options):
     assert run_python(*options, "-c", NAMES) == "fine\n"
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["keras-convnext", "convnext", "models", "data"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keras-convnext",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnext", "models", "data")),
+    ],
+)
 def test_a_script_of_any_name_gets_the_whole_package(name, tmp_path):
     (tmp_path / f"{name}.py").write_text(
         "import keras_convnext\n"

@@ -685,7 +685,12 @@ def freeze_body(body):
     body.trainable = False
 
 
-FREEZINGS = [freeze_stem_and_two_stages, freeze_norms, freeze_all_but_norms, freeze_body]
+FREEZINGS = [
+    pytest.param(freeze_stem_and_two_stages, marks=pytest.mark.every_backend),
+    freeze_norms,
+    freeze_all_but_norms,
+    pytest.param(freeze_body, marks=pytest.mark.every_backend),
+]
 
 
 def classifier_around(body, nested):
@@ -707,7 +712,6 @@ def step(model):
     return {weight.path for old, weight in pairs if not np.array_equal(old, as_numpy(weight.value))}
 
 
-@pytest.mark.every_backend
 @pytest.mark.parametrize("freeze", FREEZINGS)
 @pytest.mark.parametrize(("name", "nested"), [(V1, False), (V2, True)])
 def test_a_model_learns_the_same_weights_after_it_was_saved_or_cloned(name, nested, freeze, tmp_path):
@@ -785,7 +789,7 @@ def fit(model, steps=2, **compile_settings):
 @pytest.mark.parametrize(
     "policy",
     [
-        pytest.param("float16", marks=pytest.mark.every_backend),
+        "float16",
         pytest.param("mixed_bfloat16", marks=pytest.mark.every_backend),
         "bfloat16",
         "mixed_float16",

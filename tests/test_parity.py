@@ -34,7 +34,7 @@ WIDEST = ("xlarge", "xxlarge", "huge")
 def every(*names):
     """Parameters of a test of layouts: second tier but on PyTorch, or where no other test has the name.
 
-    The widest, of gigabytes, are in the second tier everywhere: `test_timm` has them in the first.
+    The widest, of gigabytes, are in the second tier everywhere.
     """
 
     def marks(name):
@@ -124,10 +124,17 @@ def official_model(name):
 TIMM = [name for name in VARIANTS if "isotropic" not in name]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.one_backend] * name.endswith(WIDEST)) for name in TIMM],
-)
+# What another one has at another width is in the first tier on PyTorch alone.
+SAME_BUT_WIDER = ("femto", "pico", "nano", "small", "base", "large", "atto_rms", "atto_ols", "nano_ols")
+
+
+def tier(name):
+    if name.endswith(WIDEST):
+        return [pytest.mark.slow]
+    return [pytest.mark.one_backend] * (name.partition("_")[2] in SAME_BUT_WIDER)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in TIMM])
 @torch.no_grad()
 def test_timm(name, tmp_path):
     peer = timm_model(name)
@@ -328,9 +335,7 @@ def test_detection_backbone_with_per_level_norms(prefix, tmp_path):
         assert peers.relative_error(result[f"P{level + 2}"], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "kind", ["save .h5", *every("save_weights .weights.h5", "save .keras", "without top")]
-)
+@pytest.mark.parametrize("kind", every("save .h5", "save_weights .weights.h5", "save .keras", "without top"))
 def test_keras_applications(kind, tmp_path):
     name = "convnext_tiny"
     peer, top = keras_applications_model("tiny", kind != "without top")
@@ -410,11 +415,13 @@ def control_error(name, tmp_path):
     return max(*errors, peers.relative_error(result["output"], peer(torch_images()).numpy()))
 
 
+@pytest.mark.one_backend
 @torch.no_grad()
 def test_control_without_a_slip_passes(tmp_path):
     assert control_error("convnextv2_atto", tmp_path) <= TOLERANCE
 
 
+@pytest.mark.one_backend
 @torch.no_grad()
 def test_control_epsilon_1e_3_fails(tmp_path, monkeypatch):
     row = dataclasses.replace(VARIANTS["convnext_atto"], epsilon=1e-3)
@@ -422,12 +429,14 @@ def test_control_epsilon_1e_3_fails(tmp_path, monkeypatch):
     assert control_error("convnext_atto", tmp_path) > 5 * TOLERANCE
 
 
+@pytest.mark.one_backend
 @torch.no_grad()
 def test_control_tanh_gelu_fails(tmp_path, monkeypatch):
     monkeypatch.setitem(convnext.ACTIVATIONS, "gelu", convnext.gelu_tanh)
     assert control_error("convnext_atto", tmp_path) > 5 * TOLERANCE
 
 
+@pytest.mark.one_backend
 @torch.no_grad()
 def test_control_swapped_grn_axes_fails(tmp_path, monkeypatch):
     def call(self, x):
@@ -439,6 +448,7 @@ def test_control_swapped_grn_axes_fails(tmp_path, monkeypatch):
     assert control_error("convnextv2_atto", tmp_path) > 5 * TOLERANCE
 
 
+@pytest.mark.one_backend
 @torch.no_grad()
 def test_control_swapped_grn_weights_fails(tmp_path, monkeypatch):
     original = assign._canonical_name
@@ -453,6 +463,7 @@ def test_control_swapped_grn_weights_fails(tmp_path, monkeypatch):
     assert control_error("convnextv2_atto", tmp_path) > 5 * TOLERANCE
 
 
+@pytest.mark.one_backend
 @torch.no_grad()
 def test_control_transposed_depthwise_kernel_fails(tmp_path, monkeypatch):
     original = assign._to_keras

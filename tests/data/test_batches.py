@@ -103,7 +103,7 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(source, workers):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("batch_size", [1, pytest.param(3, marks=SLOW), pytest.param(8, marks=SLOW), 64])
+@pytest.mark.parametrize("batch_size", [1, *(pytest.param(size, marks=SLOW) for size in (3, 8, 64))])
 def test_eight_hosts_together_evaluate_every_example_once(source, batch_size):
     hosts = [evaluated(source, host=host, num_hosts=8, batch_size=batch_size) for host in range(8)]
     assert (
@@ -397,6 +397,7 @@ def test_faults_refuse_a_share_beyond_one(sound):
         Faults(sound, 2)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_three_epochs(sound):
     process = psutil.Process()
     made = train_batches(sound, batch_size=8, image_size=128, workers=2)

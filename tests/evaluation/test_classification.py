@@ -581,6 +581,7 @@ def test_a_tag_decides_how_images_are_prepared():
     assert of("convnext_tiny.torchvision_in1k", 256)[3] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="a child would write the file there")
 def test_an_exported_file_scores_as_the_model_does(model, source, result, tmp_path):
     path = tmp_path / "model.onnx" if keras.backend.backend() == "torch" else tmp_path / "model"

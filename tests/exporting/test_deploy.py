@@ -101,7 +101,6 @@ def test_deployed_model_equals_the_model(name):
     assert (keras.layers.Normalization in kinds) == name.endswith("ols")  # zeros are padded after it
 
 
-@pytest.mark.every_backend
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
 @pytest.mark.parametrize("weight", ["norm/beta", "norm/gamma", "pwconv2/bias", "gamma", "normalization"])
 def test_a_fold_that_forgets_a_weight_is_seen(name, weight, monkeypatch):

@@ -388,6 +388,7 @@ def test_every_step_equals_the_official_loop(small, groups):
         check_differs(ours, run)
 
 
+@pytest.mark.one_backend
 def test_compile_and_train_equal_a_loop_of_timm(tmp_path, monkeypatch):
     variant = dataclasses.replace(VARIANTS["convnextv2_atto"], depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
     monkeypatch.setitem(VARIANTS, variant.name, variant)

@@ -162,8 +162,9 @@ def test_final_and_average_weights_differ_and_load(uninterrupted):
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("sigterm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kill_sigterm_and_a_truncated_checkpoint_do_not_change_the_final_weights(
-    uninterrupted, few_digits, tmp_path, monkeypatch, caplog
+    sigterm, uninterrupted, few_digits, tmp_path, monkeypatch, caplog
 ):
     folder = tmp_path / "run"
     steps = folder / "checkpoints"
@@ -189,7 +190,7 @@ def test_kill_sigterm_and_a_truncated_checkpoint_do_not_change_the_final_weights
             signal.raise_signal(signal.SIGTERM)
         return save(self, arrays, state)
 
-    if int(killed_at[5:13]) < STEPS - 2:
+    if sigterm and int(killed_at[5:13]) < STEPS - 2:
         with monkeypatch.context() as patch:
             patch.setattr(run_folder.RunFolder, "save", interrupted_save)
             with pytest.raises(failure.Interrupted, match="SIGTERM received: stopped after step"):
@@ -204,7 +205,7 @@ def test_kill_sigterm_and_a_truncated_checkpoint_do_not_change_the_final_weights
     assert logged[0] == logged[1]  # to the last digit
 
 
-@pytest.mark.one_backend
+@pytest.mark.slow
 def test_an_error_in_the_midst_of_an_epoch_ends_the_process(few_digits, tmp_path):
     """It waited for the threads of tf.data forever, which waited for Python."""
     code = (
@@ -661,17 +662,23 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
 
 
 @pytest.mark.one_backend
-def test_smoke_recipe_reaches_its_accuracy(smoke_run):
-    """`recipes/smoke.toml` by the command line: 97 % of 450 digits, on each backend, along the same curve."""
+def test_the_smoke_recipe_runs_by_the_command_line(smoke_run):
     assert smoke_run.code == 0
     assert "top-1 of the EMA" in smoke_run.printed
-    rows = rows_of(smoke_run.folder)
+    assert float(rows_of(smoke_run.folder)[-1]["ema_val_top1"]) >= 90.0
+
+
+@pytest.mark.slow
+def test_smoke_recipe_reaches_its_accuracy(tmp_path):
+    """`recipes/smoke.toml` as it stands: 97 % of 450 digits, on each backend, along the same curve."""
+    assert main.main(["train", "smoke", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    rows = rows_of(tmp_path / "run")
     assert float(rows[-1]["ema_val_top1"]) >= 97.0
     with open(RECIPES.parent / "benchmarks" / "runs" / "smoke_jax.csv", newline="") as file:
         published = [float(row["loss"]) for row in csv.DictReader(file)]
     # 1e-6 where this was written; other processors round otherwise, and differences grow.
     np.testing.assert_allclose([float(row["loss"]) for row in rows], published, rtol=0.02)
-    assert (smoke_run.folder / "final.weights.h5").exists()
+    assert (tmp_path / "run" / "final.weights.h5").exists()
 
 
 @pytest.mark.once

@@ -215,6 +215,7 @@ def finished_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tmp_path):
     runs = tmp_path / "benchmarks" / "runs"
     runs.mkdir(parents=True)
