@@ -265,7 +265,7 @@ def test_the_iterator_can_be_saved_in_the_middle_of_an_epoch(sound, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("num_hosts", [pytest.param(2, marks=SLOW), 4])
+@pytest.mark.parametrize("num_hosts", [2, pytest.param(4, marks=SLOW)])
 def test_hosts_together_make_the_batches_of_one(sound, num_hosts):
     options = {"num_classes": 3, "mix_group": 2, "augmentation": Augmentation(policy="none")}
     alone = trained(sound, 4, **options)

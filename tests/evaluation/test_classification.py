@@ -307,6 +307,7 @@ def test_too_many_damaged_images_are_an_error(model, pictures, tmp_path):
 # Several hosts.
 
 
+@pytest.mark.slow
 def test_eight_hosts_evaluate_each_image_once(model, source, result):
     parts = [evaluate(model, source, batch_size=4, share=(host, 8)) for host in range(8)]
     assert sum(len(part.numbers) for part in parts) == 9

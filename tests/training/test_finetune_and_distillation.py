@@ -66,6 +66,7 @@ def test_distillation_adds_nothing_outside_training_or_for_equal_logits():
     np.testing.assert_allclose(float(layer.losses[0]), 0, atol=1e-6)
 
 
+@pytest.mark.one_backend
 def test_the_teacher_pulls_the_student_and_stays_as_it_is():
     student, teacher = tiny(), tiny("teacher")
     finetune.scale_head(teacher, 20.0)  # so that there is something to learn

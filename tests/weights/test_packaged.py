@@ -251,6 +251,7 @@ def test_ship_weights_writes_file_record_and_logs(ship_weights, finished_run, tm
     assert dataclasses.replace(row, **same) == shipped
 
 
+@pytest.mark.slow
 def test_ship_weights_refuses_in_words(ship_weights, finished_run, tmp_path, monkeypatch, capsys):
     assert ship_weights.main(["test_convnext.digits", str(finished_run), "--package", str(tmp_path)]) == 1
     assert "Expected a tag 'test_convnext2.<data set>'" in capsys.readouterr().err
