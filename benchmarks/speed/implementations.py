@@ -6,11 +6,13 @@ a process holds those of one implementation only.
 
 import contextlib
 import dataclasses
+import getpass
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -179,6 +181,12 @@ def environment(name: str, threads: int | None) -> dict[str, str]:
     if threads is not None:
         variables |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         variables["TF_NUM_INTRAOP_THREADS"] = str(threads)
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    if capability and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        # torch.compile finds its programs again whatever the processor is limited to, and one that was made
+        # for AVX2 destroys memory when it is compiled for AVX-512.
+        folder = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
+        variables["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     return variables
 
 

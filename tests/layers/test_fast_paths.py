@@ -4,9 +4,12 @@ The plain computation is a formula in float64, differentiated by PyTorch, or Ker
 weights. Values are compared elementwise, and each comparison has a mistake that it must find.
 """
 
+import collections
+import csv
 import functools
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -224,6 +227,32 @@ def either_product(request, monkeypatch):
 
 
 of_either_product = pytest.mark.usefixtures("either_product")
+
+
+MEASURED = pathlib.Path(__file__).parents[2] / "benchmarks" / "speed" / "results"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("capability", "rule"), [("avx2", "linear"), ("avx512", "oneDNN")])
+def test_the_product_of_torch_is_within_a_tenth_of_the_fastest_that_was_measured(
+    capability, rule, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", capability.upper)
+    monkeypatch.setattr(_environment, "has_bfloat16", lambda backend: True)  # as where it was measured
+    assert pointwise_module.takes_onednn.__wrapped__() == (rule == "oneDNN")
+    milliseconds = collections.Counter()
+    with open(MEASURED / f"pointwise_{capability}.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            batch = row["shape"].partition("x")[0]
+            assert (row["chosen"] == "True") == (row["candidate"] == rule)
+            for mode in ("forward", "both"):
+                if "compile" not in row["candidate"]:  # a user's choice
+                    milliseconds[row["candidate"], batch, mode] += float(row[mode])
+    cases = {(batch, mode) for _, batch, mode in milliseconds}
+    assert cases == {(batch, mode) for batch in "18" for mode in ("forward", "both")}
+    for case in cases:
+        fastest = min(value for (_, *other), value in milliseconds.items() if (*other,) == case)
+        assert milliseconds[rule, *case] <= 1.1 * fastest, case
 
 
 # The products of the blocks. Wider and narrower, as in a block; kernel gradients take a way each.
