@@ -31,17 +31,20 @@ SIZE = (64, 64)
 WIDEST = ("xlarge", "xxlarge", "huge")
 
 
-def every(*names):
-    """Parameters of a test of layouts: second tier but on PyTorch, or where no other test has the name.
-
-    The widest, of gigabytes, are in the second tier everywhere.
-    """
+def in_tiers(names, on_every_backend):
+    """Parameters: first tier on PyTorch, for some on the others too; second for the widest, of gigabytes."""
 
     def marks(name):
-        fast = "isotropic" in name or (keras.backend.backend() == "torch" and not name.endswith(WIDEST))
-        return () if fast else pytest.mark.slow
+        if name.endswith(WIDEST):
+            return pytest.mark.slow
+        return () if on_every_backend(name) else pytest.mark.one_backend
 
     return [pytest.param(name, marks=marks(name)) for name in names]
+
+
+def every(*names):
+    """Parameters of a test of layouts: on every backend where no other test has the name."""
+    return in_tiers(names, lambda name: "isotropic" in name)
 
 
 PATCH = ("tiny", "small", "base", "large")
@@ -128,13 +131,7 @@ TIMM = [name for name in VARIANTS if "isotropic" not in name]
 SAME_BUT_WIDER = ("femto", "pico", "nano", "small", "base", "large", "atto_rms", "atto_ols", "nano_ols")
 
 
-def tier(name):
-    if name.endswith(WIDEST):
-        return [pytest.mark.slow]
-    return [pytest.mark.one_backend] * (name.partition("_")[2] in SAME_BUT_WIDER)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in TIMM])
+@pytest.mark.parametrize("name", in_tiers(TIMM, lambda name: name.partition("_")[2] not in SAME_BUT_WIDER))
 @torch.no_grad()
 def test_timm(name, tmp_path):
     peer = timm_model(name)

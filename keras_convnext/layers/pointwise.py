@@ -197,8 +197,8 @@ def _torch_product(x, kernel, bias, activation):
 def takes_onednn() -> bool:
     """Whether PyTorch's product of oneDNN is faster on this processor than `linear`, which calls MKL.
 
-    With AVX-512 it is up to 1.6 times as fast. Limited to AVX2 its GELU takes as long as the product, and it
-    falls to half the speed of `linear`. `python -m benchmarks.speed pointwise` prints both.
+    With AVX-512 it takes 0.7 to 0.8 of the time of `linear`; limited to AVX2 1.2 times it, and with GELU up
+    to three times: benchmarks/speed/results, by `python -m benchmarks.speed pointwise`.
     """
     import torch
 
