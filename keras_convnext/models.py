@@ -11,6 +11,7 @@ from keras_convnext import convnext
 from keras_convnext._messages import listed
 from keras_convnext.convnext import layer_name
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.layers.bfloat16 import warn_where_slow
 from keras_convnext.model_options import IMAGENET_CLASSES, ModelOptions
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog, keras_files
@@ -183,6 +184,7 @@ def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOpti
 
 def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessing) -> ConvNeXt:
     """Connects the layers, in the order of the forward pass; settled options."""
+    warn_where_slow()
     own_name = None if options.name == variant.name else options.name
     named = functools.partial(layer_name, model_name=own_name)
     if options.input_tensor is None:

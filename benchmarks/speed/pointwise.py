@@ -56,7 +56,7 @@ def chosen(backend: str, device: str) -> str:
 
     if backend == "torch" and device == "cpu":
         return "oneDNN" if pointwise.takes_onednn() else "linear"
-    return {"tensorflow": "two axes", "jax": "plain", "torch": "linear"}[backend]
+    return "two axes" if backend == "tensorflow" or (backend, device) == ("jax", "cpu") else _PLAIN[backend]
 
 
 def candidates_of(backend: str, device: str) -> list[Candidate]:
@@ -105,18 +105,14 @@ def _jax_candidates(device: str) -> list[Candidate]:
     from keras_convnext.layers import pointwise
 
     def gelu_of_jax(x, kernel, bias, activation):
-        y = x @ kernel + bias
-        return jax.nn.gelu(y, approximate=False) if activation == "gelu" else y
+        y = x.reshape(-1, x.shape[-1]) @ kernel + bias
+        y = jax.nn.gelu(y, approximate=False) if activation == "gelu" else y
+        return y.reshape(*x.shape[:-1], -1)
 
-    def two_axes(x, kernel, bias, activation):
-        rows = x.reshape(-1, x.shape[-1])
-        return plain(rows, kernel, bias, activation).reshape(*x.shape[:-1], -1)
-
-    plain = _of_package(pointwise.plain_product)
     return [
-        Candidate("plain", plain),
-        Candidate("two axes", two_axes),
-        Candidate("JAX's GELU", gelu_of_jax),
+        Candidate("two axes", _of_package(pointwise.jax_product)),
+        Candidate("four axes", _of_package(pointwise.plain_product)),
+        Candidate("two axes, JAX's GELU", gelu_of_jax),
     ]
 
 
@@ -140,6 +136,7 @@ def _torch_candidates(device: str) -> list[Candidate]:
     return found
 
 
+_PLAIN = {"jax": "four axes", "torch": "linear"}
 _CANDIDATES: dict[str, Callable[[str], list[Candidate]]] = {
     "tensorflow": _tensorflow_candidates,
     "jax": _jax_candidates,

@@ -4,10 +4,14 @@ Before AVX-512 the libraries round partial sums to 8 bits, in the gradients abov
 as long as in float32. So matrix products and convolutions are computed in float32 there.
 """
 
+import logging
+
 import keras
 
 from keras_convnext import _environment
 from keras_convnext.layers.chunking import is_eager_on_cpu
+
+_logger = logging.getLogger("keras_convnext")
 
 
 def rounded_once(function, x, *others):
@@ -27,7 +31,7 @@ def is_widened(x):
     backend = keras.backend.backend()
     return (
         backend in ("tensorflow", "torch")  # XLA widens by itself
-        and keras.backend.standardize_dtype(x.dtype) == "bfloat16"
+        and "bfloat16" in str(x.dtype)
         and _computes_here(x)
         and not _environment.has_bfloat16(backend)
     )
@@ -43,3 +47,14 @@ def _computes_here(x):
     if not device:  # in a graph: TensorFlow places it later, on an accelerator if there is one
         return {found.device_type for found in tf.config.list_logical_devices()} == {"CPU"}
     return "CPU" in device.upper()
+
+
+def warn_where_slow() -> None:
+    """Says that the dtype policy is "bfloat16" or "mixed_bfloat16" where JAX has no accelerator."""
+    if keras.backend.backend() == "jax" and keras.config.dtype_policy().compute_dtype == "bfloat16":
+        import jax
+
+        if jax.default_backend() == "cpu":
+            _logger.warning(
+                "JAX takes longer in bfloat16 than in float32 on a CPU. Use float32 or another backend there."
+            )

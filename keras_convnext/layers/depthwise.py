@@ -11,6 +11,7 @@ import functools
 import keras
 
 from keras_convnext.layers.bfloat16 import rounded_once
+from keras_convnext.layers.casting import cast
 from keras_convnext.layers.initializers import RandomNormal
 
 
@@ -58,7 +59,7 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
 
 def kernel_and_bias(layer, dtype):
-    return [keras.ops.convert_to_tensor(value, dtype=dtype) for value in (layer.kernel, layer.bias)]
+    return [cast(value, dtype) for value in (layer.kernel, layer.bias)]
 
 
 def depthwise_in_frames(layer, x):

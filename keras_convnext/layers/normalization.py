@@ -8,6 +8,8 @@ has the shape of the input and the layer's compute dtype.
 import keras
 from keras import ops
 
+from keras_convnext.layers.casting import cast, float32_or_wider
+
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
 
@@ -37,7 +39,7 @@ class _Norm(SameShape):
     def divided(self, x, square):
         """`gamma * x / sqrt(square + epsilon)`, in the compute dtype."""
         y = x * ops.rsqrt(square + self.epsilon)
-        return ops.cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
+        return cast(y * float32_or_wider(self.gamma) if self.affine else y, self.compute_dtype)
 
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon, "affine": self.affine}
@@ -78,7 +80,7 @@ class LayerNormalization(_Norm):
 
             channels = [int(x.shape[-1])]  # Keras's ONNX export traces sizes as tensors
             y = torch.nn.functional.layer_norm(x, channels, gamma, beta, self.epsilon)
-            return ops.cast(y, self.compute_dtype)
+            return cast(y, self.compute_dtype)
         if keras.backend.backend() == "openvino":
             from openvino import opset13
 
@@ -90,7 +92,7 @@ class LayerNormalization(_Norm):
             x = x - ops.mean(x, axis=(-1,), keepdims=True)
             factor = ops.rsqrt(ops.mean(ops.square(x), axis=(-1,), keepdims=True) + self.epsilon)
             y = x * (factor * gamma if self.affine else factor)
-        return ops.cast(y + beta if self.affine else y, self.compute_dtype)
+        return cast(y + beta if self.affine else y, self.compute_dtype)
 
 
 @_register
@@ -195,7 +197,7 @@ class GlobalResponseNormalization(SameShape):
         scale = self.scale(x)
         x = float32_or_wider(x)
         if not self.center:
-            return ops.cast(x * scale, self.compute_dtype)
+            return cast(x * scale, self.compute_dtype)
         beta = float32_or_wider(self.beta)
         if keras.backend.backend() == "torch":
             import torch
@@ -203,14 +205,7 @@ class GlobalResponseNormalization(SameShape):
             y = torch.addcmul(beta, x, scale)  # one pass over the widest map of the block
         else:
             y = x * scale + beta
-        return ops.cast(y, self.compute_dtype)
+        return cast(y, self.compute_dtype)
 
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon, "center": self.center}
-
-
-def float32_or_wider(x):
-    """`x` in float32, or wider if it already is."""
-    if keras.backend.standardize_dtype(x.dtype) == "float32":
-        return ops.convert_to_tensor(x)
-    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))

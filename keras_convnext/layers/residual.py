@@ -7,7 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_convnext.layers.normalization import SameShape, float32_or_wider
+from keras_convnext.layers.casting import cast, float32_or_wider
+from keras_convnext.layers.normalization import SameShape
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
@@ -33,7 +34,7 @@ class LayerScale(SameShape):
         self.gamma = self.add_channel_weight(input_shape, start, "gamma")
 
     def call(self, x):
-        return ops.cast(float32_or_wider(x) * float32_or_wider(self.gamma), self.compute_dtype)
+        return cast(float32_or_wider(x) * float32_or_wider(self.gamma), self.compute_dtype)
 
     def get_config(self):
         return {**super().get_config(), "init_value": self.init_value}
@@ -76,7 +77,7 @@ class StochasticDepth(SameShape):
         if num_parts > 1:
             draw = ops.slice(draw, (part * count, *(0 for _ in ones)), (count, *ones))
         scale = ops.where(draw < keep, 1.0 / keep, 0.0)
-        return x * ops.cast(scale, x.dtype)
+        return x * cast(scale, x.dtype)
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}
