@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_convnext.distribution.engine import Engine
+from keras_convnext.evaluation import result_columns
 from keras_convnext.training import run_folder
 from keras_convnext.training.run_state import BEST_FILE, Plan, non_finite_names, state_variables
 
@@ -62,6 +63,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.engine, self.model, self.counts = folder, engine, model, counts
         self.variables = state_variables(model, student)
+        self.machine = _machine()
         self._metrics: list[Any] = []  # of the part of an epoch before an interruption
         self.saved = -1  # micro-batches that the last checkpoint is of
         self.saved_at = time.monotonic()
@@ -87,6 +89,7 @@ class Checkpoints:
             "best": counts.best,
             "best_step": counts.best_step,
             "backend": keras.backend.backend(),
+            "machine": self.machine,
         }
         self.folder.save(arrays, state)
         self._write_best()
@@ -116,6 +119,13 @@ class Checkpoints:
             for name, (_, dtype) in expected.items():  # counters and random states have other integers there
                 if "int" in dtype and name in arrays and np.issubdtype(arrays[name].dtype, np.integer):
                     arrays[name] = arrays[name].astype(dtype)
+        elif (before := state.get("machine", self.machine)) != self.machine:
+            _logger.warning(
+                "The run was begun on %s and resumes on %s: its last bits may differ from those of an "
+                "uninterrupted run.",
+                before,
+                self.machine,
+            )
         run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
         for name, variable in self.variables.items():
             variable.assign(arrays[name])
@@ -156,3 +166,10 @@ class Checkpoints:
         stands = f"the checkpoint of step {step}" if self.saved > 0 else "the beginning"
         stands = f"{stands} in {self.folder.path}" if self.folder else "the last checkpoint"
         return f"This process ends too. The same command on all machines resumes from {stands}."
+
+
+def _machine() -> str:
+    """Returns what the last bits of a step depend on: processor, cores, accelerators, backend and version."""
+    facts = result_columns.environment()
+    devices = f", {facts['accelerators']}" * bool(facts["accelerators"])
+    return f"{facts['cpu']}, {facts['cores']} cores{devices}, {facts['backend']} {facts['backend_version']}"

@@ -319,8 +319,17 @@ def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted, few_digi
         trainer.train(recipe, folder, progress=False)
 
 
-def test_a_run_resumes_under_another_backend_and_makes_what_was_lost(
-    uninterrupted, few_digits, tmp_path, caplog
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"backend": "another"}, "was begun on another and resumes on"),
+        ({"machine": "a Zen 3, 2 cores"}, "was begun on a Zen 3, 2 cores and resumes on"),
+        ({}, ""),
+    ],
+    ids=["backend", "machine", "neither"],
+)
+def test_a_run_resumes_with_a_warning_elsewhere_and_makes_what_was_lost(
+    uninterrupted, few_digits, tmp_path, caplog, changes, expected
 ):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
@@ -331,11 +340,12 @@ def test_a_run_resumes_under_another_backend_and_makes_what_was_lost(
     ) as run:
         arrays, state = run.latest()
         integers = [name for name, array in arrays.items() if np.issubdtype(array.dtype, np.integer)]
-        arrays |= {name: arrays[name].astype(np.int64) for name in integers}
-        run.save(arrays, state | {"backend": "another"})
+        if "backend" in changes:  # whose integers are of another type
+            arrays |= {name: arrays[name].astype(np.int64) for name in integers}
+        run.save(arrays, state | changes)
     assert len(integers) >= 2
     trainer.train(small(few_digits), folder, progress=False)
-    assert "was begun on another" in caplog.text
+    assert (expected in caplog.text) if expected else ("was begun on" not in caplog.text)
     (arrays, _), (others, _) = weights_of(folder), weights_of(uninterrupted)
     assert arrays.keys() == others.keys()
     assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
