@@ -131,7 +131,6 @@ def measured_row(backend, variant, batch, size, precision, rematerialize) -> tup
     environment = os.environ | {
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TF_CPU_ALLOCATOR_USE_BFC": "1",
         "MALLOC_MMAP_THRESHOLD_": "1000000",  # so that the C library gives large pieces back
         "MALLOC_TRIM_THRESHOLD_": "1000000",

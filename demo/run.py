@@ -24,12 +24,13 @@ from importlib import metadata
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch's threads spin while they wait
 
 try:  # TensorFlow's start-up lines obey none of its settings
     _begin, _stderr = time.perf_counter(), os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import keras
+
+    import keras_convnext  # noqa: F401, before Keras: it sets what makes the backend fast
 finally:
     os.dup2(_stderr, 2)
 import numpy as np

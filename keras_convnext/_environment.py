@@ -53,12 +53,15 @@ def missing_text(what: str, *packages: str) -> str:
 def choose_backend() -> None:
     """Sets KERAS_BACKEND where the backend that Keras would take is not installed, and says so on stderr.
 
+    It sets the variables of `library_settings` too: the libraries read them when they are imported.
+
     "tensorflow" in keras.json is not taken for a person's choice, since Keras writes it there at its first
     import. Nothing happens where Keras is imported already. Of another backend that is chosen and missing, or
     where none is installed, an ImportError tells how to install it.
     """
     if "keras" in sys.modules:
         return
+    os.environ.update(library_settings())
     path, asked = _settings_path(), os.environ.get("KERAS_BACKEND")
     named = _backend_in(path)  # even if another is asked: Keras reads the file
     wanted = asked or named or "tensorflow"
@@ -82,6 +85,19 @@ def choose_backend() -> None:
             f"Backend: {installed[0]} (installed{why}; choose another with KERAS_BACKEND).", file=sys.stderr
         )
     os.environ["KERAS_BACKEND"] = installed[0]
+
+
+def library_settings() -> dict[str, str]:
+    """Returns the variables that make the backends fast on this processor, without those that are set.
+
+    GOMP_SPINCOUNT: PyTorch's threads wait for each other actively, for milliseconds, and beside another busy
+    process a training step takes up to ten times as long. TF_ENABLE_ONEDNN_OPTS: by default TensorFlow uses
+    oneDNN from AVX-512 on; with AVX2 it is faster too. benchmarks/README.md has the figures.
+    """
+    settings = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "1000"}
+    if "avx2" in cpu_flags():
+        settings["TF_ENABLE_ONEDNN_OPTS"] = "1"
+    return {name: value for name, value in settings.items() if name not in os.environ}
 
 
 def wanted_backend() -> str:
@@ -133,7 +149,13 @@ def commit() -> str:
 
 
 def cpu_name() -> str:
-    return _in_cpuinfo("model name") or platform.processor() or platform.machine()
+    """Returns the processor's name and, where Linux tells them, the numbers of its generation.
+
+    A rented machine often says no more than "AMD EPYC"; family 25 and a model from 16 on make it a Zen 4.
+    """
+    name = _in_cpuinfo("model name") or platform.processor() or platform.machine()
+    numbers = [f"{what} {found}" for what in ("cpu family", "model") if (found := _in_cpuinfo(what))]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def cpu_flags() -> frozenset[str]:

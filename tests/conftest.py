@@ -10,7 +10,7 @@ import typing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_CONVNEXT_QUIET", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else PyTorch spins while other processes need the core
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `library_settings` says; PyTorch is imported below
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a network
 if os.environ.get("KERAS_BACKEND") == "jax":
     # The processes of a test train the same small models: what one has compiled the next ones read.

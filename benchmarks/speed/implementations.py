@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keras_convnext._environment import available_cores
+from keras_convnext._environment import available_cores, library_settings
 from keras_convnext._messages import unknown
 from keras_convnext.exporting import runtimes
 from keras_convnext.variants import VARIANTS
@@ -178,6 +178,8 @@ def environment(name: str, threads: int | None) -> dict[str, str]:
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, given)])
     if backend in (*KERAS_BACKENDS, "openvino"):
         variables["KERAS_BACKEND"] = backend
+    if is_ours(name):
+        variables |= library_settings()  # as the import of the package does
     if threads is not None:
         variables |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         variables["TF_NUM_INTRAOP_THREADS"] = str(threads)

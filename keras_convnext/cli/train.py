@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import shlex
 from collections.abc import Callable, Mapping
 
@@ -51,8 +50,6 @@ def train_command(options: argparse.Namespace) -> int:
             f"{shlex.quote(options.labels)}, then train with --data PREPARED."
         )
     overrides = shared.recipe_overrides(options.set, data=options.data, engine=options.distribute)
-    # Else PyTorch's threads spin while they wait, and take the cores from those that make the batches.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # All mistakes that can be found before a backend is loaded, which takes seconds.
     _register_for(overrides)
     derived.choose_recipe(options.recipe, None, overrides, options.out)

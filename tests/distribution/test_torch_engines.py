@@ -183,7 +183,7 @@ def call(function, *arguments):
 def fits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fits")
     paths = [folder / f"{number}.json" for number in (0, 1)]
-    codes, texts, _ = by_two(*(call("report_fits", str(path)) for path in paths), OMP_WAIT_POLICY="PASSIVE")
+    codes, texts, _ = by_two(*(call("report_fits", str(path)) for path in paths))
     assert codes == [0, 0], texts
     return [json.loads(path.read_text()) for path in paths]
 
