@@ -4,6 +4,7 @@
 
 .DEFAULT_GOAL := help
 PYTEST := .venv/bin/python -m pytest
+RESULTS ?= out/bench
 
 .PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-all bench bench-data bench-train bench-load clean
 
@@ -14,7 +15,7 @@ help:
 	@echo "make test-all            the second tier too: full-size models, exports, processes, notebooks, demo, benchmarks"
 	@echo "make test-torch          the tests on one backend (also test-tensorflow, test-jax)"
 	@echo "make lint                style, types and import direction only; what pre-commit runs"
-	@echo "make bench               speed on every backend, against timm and others; about an hour"
+	@echo "make bench RESULTS=folder  speed on every backend, against timm and others; about an hour"
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
 	@echo "make bench-train         a step of the trainer, against the bare step (KERAS_BACKEND=... chooses)"
 	@echo "make bench-load BEFORE=checkout  time and memory of loading a .pth file, against timm and another checkout"
@@ -60,7 +61,8 @@ bench-load: setup
 	.venv/bin/python benchmarks/loading.py $(if $(BEFORE),--before "$(BEFORE)")
 
 bench: setup
-	.venv/bin/python -m benchmarks.speed all --output benchmarks/speed/results
+	.venv/bin/python -m benchmarks.speed all --output "$(RESULTS)"
+	.venv/bin/python -m benchmarks.speed startup --output "$(RESULTS)"
 
 clean:
 	rm -rf .venv out

@@ -1,8 +1,9 @@
-"""Draws the picture of README.md, speed/results/summary.png, from the rows of speed/results/bench.csv.
+"""Draws the picture of README.md and prints its table, from speed/results/MACHINE/bench.csv.
 
-ConvNeXt-Tiny with batches of 8 images of 224 pixels in float32: this package and keras.applications on each
-backend, and timm in PyTorch. Bars are milliseconds an image; at those of the package stands how many times as
-fast as keras.applications on the same backend it is, the median over the rounds. Nothing is measured here.
+ConvNeXt-Tiny with images of 224 pixels in float32: how many times as fast as a peer this package is, on each
+backend and machine, the median over the rounds of a run. The peers are timm in eager PyTorch, and
+keras.applications on the same backend. The number at a row is the least of all machines. Nothing is measured
+here: `make bench RESULTS=benchmarks/speed/results/MACHINE` does that.
 
     python benchmarks/speed_summary.py
 """
@@ -13,11 +14,13 @@ import pathlib
 import sys
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "speed" / "results"
-CASE = {"model": "convnext_tiny", "batch": "8", "image_size": "224", "dtype": "float32"}
-MODES = ("inference", "training")
+MODEL = {"model": "convnext_tiny", "image_size": "224", "dtype": "float32"}
+CASES = (("inference", "1"), ("inference", "8"), ("training", "8"))  # mode, batch
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
-OURS, APPLICATIONS, TIMM = "keras_convnext", "keras.applications", "timm, eager PyTorch"
-COLOURS = {OURS: "#2166ac", APPLICATIONS: "#bdbdbd", TIMM: "#8c6d31"}
+PEERS = {"timm": "timm, eager PyTorch", "keras.applications": "keras.applications, same backend"}
+COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#7b3294", "#8c6d31")
+
+Ratios = dict[tuple[str, str, str, str], dict[str, float]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,83 +35,83 @@ def main(arguments: list[str] | None = None) -> int:
     )
     output = parser.parse_args(arguments).output
     try:
-        found = read(FOLDER / "bench.csv")
-    except (OSError, KeyError) as error:
+        found = read(FOLDER)
+    except (OSError, KeyError, ValueError) as error:
         print(f"speed_summary.py: error: {error}", file=sys.stderr)
         return 2
     draw(found, output)
-    print(output)
+    print(f"{table(found)}\n{output}")
     return 0
 
 
-def read(path: pathlib.Path) -> dict[str, dict[str, dict[str, str]]]:
-    """Reads mode -> implementation -> its first row of the case, which is that where the peers run too.
+def read(folder: pathlib.Path) -> Ratios:
+    """Reads (mode, batch, backend, peer) -> machine -> how many times as fast as the peer ours is.
 
     Raises:
         OSError: no such file.
-        KeyError: an implementation was not measured.
+        KeyError: a column is missing.
     """
-    found: dict[str, dict[str, dict[str, str]]] = {mode: {} for mode in MODES}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["mode"] in MODES and all(row[name] == value for name, value in CASE.items()):
-                found[row["mode"]].setdefault(row["implementation"], row)
-    wanted = [*BACKENDS, *(f"keras.applications:{backend}" for backend in BACKENDS), "timm"]
-    return {mode: {name: rows[name] for name in wanted} for mode, rows in found.items()}
+    found: Ratios = {}
+    for path in sorted(folder.glob("*/bench.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if all(row[key] == MODEL[key] for key in MODEL)]
+        for row in rows:
+            for peer in PEERS:
+                case = (row["mode"], row["batch"], row["implementation"], peer)
+                if case[:2] in CASES and case[2] in BACKENDS and row[f"times_{peer}"]:
+                    # The first is that where the peers run too.
+                    found.setdefault(case, {}).setdefault(path.parent.name, float(row[f"times_{peer}"]))
+    return found
 
 
-def bars(found: dict[str, dict[str, str]]) -> list[tuple[str, str, float, str]]:
-    """Returns the bars from the top: (label, whose, milliseconds, text at the bar)."""
-    times = {name: float(row["ms_per_image"]) for name, row in found.items()}
-    rows = []
-    for backend, title in BACKENDS.items():
-        ours, other = times[backend], times[f"keras.applications:{backend}"]
-        ratio = float(found[backend]["times_keras.applications"])
-        rows.append((title, OURS, ours, f"{ours:.0f} ms, {ratio:.1f} times as fast"))
-        rows.append(("", APPLICATIONS, other, f"{other:.0f} ms"))
-    rows.append(("", TIMM, times["timm"], f"{times['timm']:.0f} ms"))
-    return rows
+def machines(found: Ratios) -> list[str]:
+    return sorted({machine for ratios in found.values() for machine in ratios})
 
 
-def draw(found: dict[str, dict[str, dict[str, str]]], path: pathlib.Path) -> None:
-    """Writes the picture."""
+def table(found: Ratios) -> str:
+    """Returns the least ratios to timm as Markdown."""
+    lines = [f"| ConvNeXt-Tiny | {' | '.join(BACKENDS.values())} |", "|---|" + "--:|" * len(BACKENDS)]
+    for mode, batch in CASES:
+        least = [min(found[mode, batch, backend, "timm"].values()) for backend in BACKENDS]
+        lines.append(f"| {mode}, batch {batch} | {' | '.join(f'{ratio:.2f}' for ratio in least)} |")
+    return "\n".join(lines)
+
+
+def draw(found: Ratios, path: pathlib.Path) -> None:
+    """Writes the picture: a panel for each peer, a row for each case and backend, a dot for each machine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     from keras_convnext._files import replacing_path
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    colours = dict(zip(machines(found), COLOURS, strict=False))
+    rows = [(mode, batch, backend) for mode, batch in CASES for backend in BACKENDS]
+    places = [place + 0.6 * (place // len(BACKENDS)) for place in range(len(rows))]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, mode in zip(figure.subplots(1, len(MODES)), MODES, strict=True):
-        rows = bars(found[mode])
-        # Pairs stand closer together than their neighbours.
-        places = [place + 0.35 * (place // 2) for place in range(len(rows))]
-        axes.barh(places, [row[2] for row in rows], 0.85, color=[COLOURS[row[1]] for row in rows])
-        labelled = [(place + 0.5, row[0]) for place, row in zip(places, rows, strict=True) if row[0]]
-        axes.set_yticks(*zip(*labelled, strict=True))
-        axes.tick_params(left=False, labelsize=9)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.3 * max(row[2] for row in rows))
-        for place, (_, whose, time, text) in zip(places, rows, strict=True):
-            axes.annotate(
-                text,
-                (time, place),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color="black" if whose == OURS else "#595959",
-            )
-        axes.set_title(f"ConvNeXt-Tiny, {mode}: milliseconds an image", fontsize=10, loc="left")
+    for axes, (peer, title) in zip(figure.subplots(1, len(PEERS), sharey=True), PEERS.items(), strict=True):
+        axes.axvline(1, color="#595959", linewidth=1)
+        for place, row in zip(places, rows, strict=True):
+            ratios = found.get((*row, peer), {})
+            for machine, ratio in ratios.items():
+                axes.plot(ratio, place, "o", color=colours[machine], markersize=6)
+            if ratios:
+                label = f"{min(ratios.values()):.2f}"
+                axes.annotate(
+                    label, (min(ratios.values()), place), (-6, 0), textcoords="offset points",
+                    ha="right", va="center", fontsize=8,
+                )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yticks(places, [f"{mode}, batch {batch}, {BACKENDS[name]}" for mode, batch, name in rows])
+        axes.tick_params(labelsize=8)
+        axes.set_title(f"times as fast as {title}", fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()],
-        loc="outside lower center",
-        ncols=len(COLOURS),
-        frameon=False,
-        fontsize=9,
-    )
+    axes.invert_yaxis()
+    for machine, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=machine.replace("_", " "))
+    figure.legend(loc="outside lower center", ncols=len(colours), frameon=False, fontsize=9)
     with replacing_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
