@@ -15,7 +15,7 @@ help:
 	@echo "make test-all            the second tier too: full-size models, exports, processes, notebooks, demo, benchmarks"
 	@echo "make test-torch          the tests on one backend (also test-tensorflow, test-jax)"
 	@echo "make lint                style, types and import direction only; what pre-commit runs"
-	@echo "make bench RESULTS=folder  speed on every backend, against timm and others; about an hour"
+	@echo "make bench RESULTS=folder  speed on every backend, against timm and others; about 40 minutes"
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
 	@echo "make bench-train         a step of the trainer, against the bare step (KERAS_BACKEND=... chooses)"
 	@echo "make bench-load BEFORE=checkout  time and memory of loading a .pth file, against timm and another checkout"

@@ -50,6 +50,7 @@ def read(folder: pathlib.Path) -> Ratios:
     Raises:
         OSError: no such file.
         KeyError: a column is missing.
+        ValueError: there is no table, or a machine lacks a case.
     """
     found: Ratios = {}
     for path in sorted(folder.glob("*/bench.csv")):
@@ -61,6 +62,12 @@ def read(folder: pathlib.Path) -> Ratios:
                 if case[:2] in CASES and case[2] in BACKENDS and row[f"times_{peer}"]:
                     # The first is that where the peers run too.
                     found.setdefault(case, {}).setdefault(path.parent.name, float(row[f"times_{peer}"]))
+    for case in ((*case, backend, peer) for case in CASES for backend in BACKENDS for peer in PEERS):
+        missing = set(machines(found)) - set(found.get(case, ()))
+        if missing or not found:
+            raise ValueError(
+                f"Expected {case} in the bench.csv of each machine in {folder}, not in {missing}."
+            )
     return found
 
 
@@ -84,7 +91,7 @@ def draw(found: Ratios, path: pathlib.Path) -> None:
 
     from keras_convnext._files import replacing_path
 
-    colours = dict(zip(machines(found), COLOURS, strict=False))
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(machines(found))}
     rows = [(mode, batch, backend) for mode, batch in CASES for backend in BACKENDS]
     places = [place + 0.6 * (place // len(BACKENDS)) for place in range(len(rows))]
     figure = Figure(figsize=(10, 3.6), layout="constrained")

@@ -20,11 +20,13 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras_convnext  # noqa: F401, before Keras: it sets what makes the backend fast
+
+# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
 
-import keras_convnext  # noqa: F401, before Keras: it sets what makes the backend fast
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import result_columns
 from keras_convnext.training import run_folder, trainer

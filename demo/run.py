@@ -28,9 +28,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:  # TensorFlow's start-up lines obey none of its settings
     _begin, _stderr = time.perf_counter(), os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    import keras
-
     import keras_convnext  # noqa: F401, before Keras: it sets what makes the backend fast
+
+    # isort: split
+    import keras
 finally:
     os.dup2(_stderr, 2)
 import numpy as np

@@ -28,6 +28,16 @@ _FLAGS_FOR_BFLOAT16 = {"avx512f", "avx_ne_convert", "bf16"}
 # Values of ONEDNN_MAX_CPU_ISA with which it has none.
 _CAPS_BELOW_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI"}
 
+# What decides which code libraries run on a processor: what it has, and variables that limit them.
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+LIMITS = (
+    "ONEDNN_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "XLA_FLAGS",
+)
+
 
 def is_installed(package: str) -> bool:
     """Returns whether a package can be imported; a folder without code, as pip may leave one, cannot."""
@@ -151,7 +161,8 @@ def commit() -> str:
 def cpu_name() -> str:
     """Returns the processor's name and, where Linux tells them, the numbers of its generation.
 
-    A rented machine often says no more than "AMD EPYC"; family 25 and a model from 16 on make it a Zen 4.
+    A rented machine often says no more than "AMD EPYC". Of these, family 25 is Zen 3 with model 1 and Zen 4
+    with 17, and family 26 Zen 5.
     """
     name = _in_cpuinfo("model name") or platform.processor() or platform.machine()
     numbers = [f"{what} {found}" for what in ("cpu family", "model") if (found := _in_cpuinfo(what))]
@@ -161,6 +172,14 @@ def cpu_name() -> str:
 def cpu_flags() -> frozenset[str]:
     """Returns what the processor can do, as Linux names it ("avx2", "avx512_bf16"); nothing elsewhere."""
     return frozenset((_in_cpuinfo("flags") or _in_cpuinfo("Features")).split())  # the latter on Arm
+
+
+def processor_text() -> str:
+    """Returns the processor, its cores, what it has of `FEATURES`, and the variables that limit libraries."""
+    flags = cpu_flags()
+    words = [name if name in flags else f"no {name}" for name in FEATURES] if flags else ["features unknown"]
+    words += [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return f"{cpu_name()}, cores: {available_cores()}, {', '.join(words)}"
 
 
 @functools.cache

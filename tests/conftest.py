@@ -10,7 +10,8 @@ import typing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_CONVNEXT_QUIET", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `library_settings` says; PyTorch is imported below
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `library_settings`, before PyTorch and TensorFlow
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a network
 if os.environ.get("KERAS_BACKEND") == "jax":
     # The processes of a test train the same small models: what one has compiled the next ones read.
@@ -37,14 +38,13 @@ RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 
 def processor() -> str:
     """What the numbers of a test may depend on: the processor, its features and what limits them."""
-    from benchmarks.speed import output
     from keras_convnext import _environment
 
     words = []
     if "KERAS_BACKEND" in os.environ:
         backend = os.environ["KERAS_BACKEND"]
         words.append(f"{backend} has {'bfloat16' if _environment.has_bfloat16(backend) else 'no bfloat16'}")
-    return ", ".join([f"processor: {output.processor_text()}", *words])
+    return ", ".join([f"processor: {_environment.processor_text()}", *words])
 
 
 @pytest.fixture(autouse=True, scope="module")

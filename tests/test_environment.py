@@ -174,6 +174,40 @@ def test_the_settings_are_looked_for_where_keras_keeps_them(monkeypatch, tmp_pat
     assert _environment._settings_path() == "/tmp/.keras/keras.json"
 
 
+@pytest.mark.parametrize(
+    ("variables", "flags", "settings"),
+    [
+        ({}, {"avx2"}, {"GOMP_SPINCOUNT": "1000", "TF_ENABLE_ONEDNN_OPTS": "1"}),
+        ({}, set(), {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "TF_ENABLE_ONEDNN_OPTS": "0"}, {"avx2"}, {}),
+        ({"GOMP_SPINCOUNT": "7"}, set(), {}),
+    ],
+)
+def test_what_makes_the_backends_fast_is_set_unless_it_is_set(monkeypatch, variables, flags, settings):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "TF_ENABLE_ONEDNN_OPTS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(_environment, "cpu_flags", lambda: flags)
+    assert _environment.library_settings() == settings
+
+
+@pytest.mark.parametrize("module", ["keras_convnext", pytest.param("demo.run", marks=pytest.mark.slow)])
+def test_the_backends_are_made_fast_before_they_are_imported(module):
+    program = (
+        "import os, sys; from importlib import abc\n"
+        "class Watch(abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('torch', 'tensorflow', 'keras'): print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        f"sys.meta_path.insert(0, Watch()); import {module}"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {"1000"}
+
+
 def test_a_folder_that_an_uninstallation_left_is_no_package(monkeypatch, tmp_path):
     (tmp_path / "left_behind" / "python").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)

@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed import implementations, output
+from benchmarks.speed import implementations
 from benchmarks.speed.alternating_runs import Worker, WorkerError
 from benchmarks.speed.report import Table, check_output
+from keras_convnext._environment import processor_text
 from keras_convnext._files import replacing_file
 
 # See `worker.COMMAND`.
@@ -138,7 +139,7 @@ def run(operation: str, options) -> int:
     if folder is not None:
         write_csv(folder / f"{operation}.csv", every)
         with replacing_file(folder / f"{operation}.md") as file:
-            pages = [output.processor_text(), *(as_table(operation, rows).markdown() for rows in tables)]
+            pages = [processor_text(), *(as_table(operation, rows).markdown() for rows in tables)]
             file.write("\n\n".join(pages).encode() + b"\n")
         print(f"Written: {folder / operation}.csv and .md", file=sys.stderr)
     return 0 if complete else 1

@@ -13,6 +13,7 @@ from benchmarks.speed.alternating_runs import Measurement, measure_entries
 from benchmarks.speed.implementations import Case
 from benchmarks.speed.report import Table
 from keras_convnext import _terminal
+from keras_convnext._environment import processor_text
 from keras_convnext._messages import unknown
 from keras_convnext.variants import VARIANTS
 
@@ -230,7 +231,7 @@ def heading_lines(
     devices = sorted({one.device for one in found})
     commit = f", commit {where['commit']}" * bool(where["commit"])
     lines = [
-        f"{output.processor_text()}, threads: {where['threads']}, device: {', '.join(devices)}",
+        f"{processor_text()}, threads: {where['threads']}, device: {', '.join(devices)}",
         f"keras-convnext {where['keras_convnext']}{commit}, Python {where['python']}, "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         f"{where['time']}, load before {where['load']}; in turns, rounds: {rounds}, about {seconds:g} s a "

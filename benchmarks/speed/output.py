@@ -4,33 +4,16 @@ import argparse
 import csv
 import io
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.speed import implementations, report
-from keras_convnext._environment import available_cores, cpu_flags, cpu_name, machine
+from keras_convnext._environment import machine, processor_text
 from keras_convnext._files import replacing_file, replacing_path
 
 BUSY_LOAD = 0.5  # of other work, for each core
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-LIMITS = (
-    "ONEDNN_MAX_CPU_ISA",
-    "ATEN_CPU_CAPABILITY",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "TF_ENABLE_ONEDNN_OPTS",
-    "XLA_FLAGS",
-)
-
-
-def processor_text() -> str:
-    """Returns the processor, those of `FEATURES` that it has, and the variables that limit them."""
-    flags = cpu_flags()
-    words = [name if name in flags else f"no {name}" for name in FEATURES] if flags else ["features unknown"]
-    words += [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
-    return f"{cpu_name()}, cores: {available_cores()}, {', '.join(words)}"
 
 
 def busy_warning(facts: dict[str, str]) -> str:

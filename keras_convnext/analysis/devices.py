@@ -44,7 +44,7 @@ DEVICES: dict[str, Device] = {
     "tpu-v5p": Device("tpu", 459e12, 459e12, 95e9, 2.765e12, 600e9, 8960, 600e9, f"{_CLOUD}, TPU v5p"),
     "tpu-v6e": Device("tpu", 918e12, 918e12, 32e9, 1.64e12, 400e9, 256, 400e9, f"{_CLOUD}, TPU v6e"),
     # What products and copies reached, not a peak; links as copies, for simulated devices.
-    "cpu": Device("cpu", 0.471e12, 0.471e12, 16e9, 45.5e9, 22e9, 1024, 22e9, "two cores of an AMD EPYC, measured, benchmarks/speed/results/table.md; memory assumed"),
+    "cpu": Device("cpu", 0.471e12, 0.471e12, 16e9, 45.5e9, 22e9, 1024, 22e9, "two cores of a Zen 5, measured, benchmarks/speed/results/zen5/table.md; memory assumed"),
 }
 # fmt: on
 

@@ -203,8 +203,8 @@ def _torch_product(x, kernel, bias, activation):
 def takes_onednn() -> bool:
     """Whether PyTorch's product of oneDNN is faster on this processor than `linear`, which calls MKL.
 
-    With AVX-512 it takes 0.7 to 0.8 of the time of `linear`; limited to AVX2 1.2 times it, and with GELU up
-    to three times: benchmarks/speed/results, by `python -m benchmarks.speed pointwise`.
+    With AVX-512 it takes about 0.8 of the time of `linear`; limited to AVX2 1.2 to 1.3 times it, with GELU
+    up to three times: benchmarks/speed/results, by `python -m benchmarks.speed pointwise`.
     """
     import torch
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_convnext import _environment
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import result_columns
 from keras_convnext.training import run_folder
@@ -119,7 +120,7 @@ class Checkpoints:
             for name, (_, dtype) in expected.items():  # counters and random states have other integers there
                 if "int" in dtype and name in arrays and np.issubdtype(arrays[name].dtype, np.integer):
                     arrays[name] = arrays[name].astype(dtype)
-        elif (before := state.get("machine", self.machine)) != self.machine:
+        elif self.folder and (before := state.get("machine", self.machine)) != self.machine:
             _logger.warning(
                 "The run was begun on %s and resumes on %s: its last bits may differ from those of an "
                 "uninterrupted run.",
@@ -169,7 +170,7 @@ class Checkpoints:
 
 
 def _machine() -> str:
-    """Returns what the last bits of a step depend on: processor, cores, accelerators, backend and version."""
+    """Returns what the last bits of a step depend on: processor and its limits, accelerators, versions."""
     facts = result_columns.environment()
-    devices = f", {facts['accelerators']}" * bool(facts["accelerators"])
-    return f"{facts['cpu']}, {facts['cores']} cores{devices}, {facts['backend']} {facts['backend_version']}"
+    names = ("keras_convnext", "keras", "backend", "backend_version", "accelerators")
+    return ", ".join([_environment.processor_text(), *(facts[name] for name in names if facts[name])])
