@@ -99,15 +99,14 @@ def draw(found: Ratios, path: pathlib.Path) -> None:
     for axes, (peer, title) in zip(figure.subplots(1, len(PEERS), sharey=True), PEERS.items(), strict=True):
         axes.axvline(1, color="#595959", linewidth=1)
         for place, row in zip(places, rows, strict=True):
-            ratios = found.get((*row, peer), {})
+            ratios = found[(*row, peer)]
             for machine, ratio in ratios.items():
                 axes.plot(ratio, place, "o", color=colours[machine], markersize=6)
-            if ratios:
-                label = f"{min(ratios.values()):.2f}"
-                axes.annotate(
-                    label, (min(ratios.values()), place), (-6, 0), textcoords="offset points",
-                    ha="right", va="center", fontsize=8,
-                )  # fmt: skip
+            least = min(ratios.values())
+            axes.annotate(
+                f"{least:.2f}", (least, place), (-6, 0), textcoords="offset points",
+                ha="right", va="center", fontsize=8,
+            )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.margins(x=0.15)
         axes.xaxis.set_major_formatter("{x:g}")

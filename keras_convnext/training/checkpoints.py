@@ -64,7 +64,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.engine, self.model, self.counts = folder, engine, model, counts
         self.variables = state_variables(model, student)
-        self.machine = _machine()
+        self.machine = _machine() if folder else ""  # asked of the process that writes
         self._metrics: list[Any] = []  # of the part of an epoch before an interruption
         self.saved = -1  # micro-batches that the last checkpoint is of
         self.saved_at = time.monotonic()

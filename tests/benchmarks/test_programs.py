@@ -75,10 +75,12 @@ def test_loading_compares_with_timm_and_another_checkout(capsys):
 
 @pytest.mark.once
 def test_speed_summary_draws_into_another_file(tmp_path, capsys):
-    assert load("speed_summary").main(["--output", str(tmp_path / "x.png")]) == 0
+    program = load("speed_summary")
+    assert program.main(["--output", str(tmp_path / "x.png")]) == 0
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.width == 1200
-    assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n"
+    table = program.table(program.read(program.FOLDER))  # which README.md has
+    assert capsys.readouterr().out == f"{table}\n{tmp_path / 'x.png'}\n"
 
 
 @pytest.mark.once

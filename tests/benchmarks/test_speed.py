@@ -16,8 +16,8 @@ import pytest
 from benchmarks.speed import __main__ as program
 from benchmarks.speed import (
     alternating_runs,
+    candidates,
     cases,
-    depthwise,
     full_run,
     implementations,
     machine_rates,
@@ -387,7 +387,10 @@ def test_the_command_prints_a_table_and_writes_files(run, tmp_path):
         (["--batch", "8,0"], "Expected --batch to be whole numbers from 1 up, received '0'."),
         (["--image-size", "large"], "Expected --image-size to be whole numbers from 1 up, received 'large'."),
         (["--seconds", "nan"], "Expected --seconds to be a positive number, received nan."),
-        (["all", "stages"], "Expected one of all, depthwise, growth, stages, startup; received all stages."),
+        (
+            ["all", "stages"],
+            "Expected one of all, depthwise, pointwise, growth, stages, startup; received all stages.",
+        ),
         (
             ["all", "--dtype", "int8"],
             "Expected nothing but the word all, whose cases are fixed; received --dtype",
@@ -456,7 +459,9 @@ def test_the_standard_run_prints_its_cases_and_bars_and_writes_them(run, monkeyp
     ):
         assert out.count(f"\n{case}\n") + out.startswith(case) == 1
     verdicts = {
-        line.split("  ")[1]: line.split()[-3:] for line in out.splitlines() if "=" in line and ": " in line
+        line.split("  ")[1]: line.split()[-3:]
+        for line in out.splitlines()
+        if line.startswith("  ") and "=" in line and ": " in line
     }
     assert verdicts["convnext_tiny, training, batch 8, 224 pixels, float32: ours, PyTorch, x timm"] == [
         "1", "2.00", "met",
@@ -475,7 +480,7 @@ def test_the_processes_of_peers_start_without_keras_from_any_folder(monkeypatch,
     """All that the code of each kind of worker imports, but nothing of what it does then."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
     environment = os.environ | implementations.environment("torch", None)
-    codes = (worker.COMMAND, depthwise.COMMAND, machine_rates._COMMAND)
+    codes = (worker.COMMAND, candidates.COMMAND, machine_rates._COMMAND)
     imports = [code.rpartition("; ")[0] for code in codes]
     for first, found in ((imports, "False\n"), (["import keras_convnext", *imports], "True\n")):
         program = "; ".join([*first, "import sys; print('keras' in sys.modules)"])
