@@ -20,6 +20,7 @@ from keras import layers
 from keras_convnext import _messages
 from keras_convnext.layers.chunking import in_chunks
 from keras_convnext.layers.depthwise import DepthwiseConv2D, depthwise_in_frames
+from keras_convnext.layers.direct import Direct
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import (
     GlobalResponseNormalization,
@@ -61,7 +62,7 @@ def _chosen(kind, name, table):
     return table[name]
 
 
-class Block(SameShape):
+class Block(Direct, SameShape):
     """What the blocks share: `x + drop_path(branch(x))`, and the depthwise convolution and norm in front.
 
     A final class makes the other layers in the order of its paper, connects all of them in `branch`, and
@@ -77,6 +78,12 @@ class Block(SameShape):
         self.dwconv = DepthwiseConv2D(kernel_size, dilation_rate, **self.inherited, name="dwconv")
         self.norm = _chosen("norm", norm, NORMS)(epsilon, affine, **self.inherited, name="norm")
         self.activation = _chosen("activation", activation, ACTIVATIONS)
+
+    differs_in_training = True
+
+    @property
+    def map_weight(self):
+        return self.dwconv.kernel
 
     @property
     def inherited(self):

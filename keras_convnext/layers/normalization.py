@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_convnext.layers.casting import cast, float32_or_wider
+from keras_convnext.layers.direct import Direct
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
@@ -23,7 +24,7 @@ class SameShape(keras.layers.Layer):
         return input_shape
 
 
-class _Norm(SameShape):
+class _Norm(Direct, SameShape):
     """What the norms share: an epsilon, and where they are `affine` a gain for each channel."""
 
     def __init__(self, epsilon=1e-6, affine=True, **kwargs):
@@ -31,6 +32,10 @@ class _Norm(SameShape):
         self.epsilon = epsilon
         self.affine = affine
         self.gamma = self.beta = None
+
+    @property
+    def map_weight(self):
+        return self.gamma
 
     def build(self, input_shape):
         if self.affine:

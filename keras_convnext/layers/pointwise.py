@@ -13,6 +13,7 @@ from keras_convnext import _environment
 from keras_convnext.layers.bfloat16 import is_widened, rounded_once
 from keras_convnext.layers.chunking import is_eager_on_cpu
 from keras_convnext.layers.depthwise import device_kind, kernel_and_bias
+from keras_convnext.layers.direct import Direct
 
 TOO_SMALL = "Images must be at least 32x32: five halvings leave nothing of smaller ones"
 
@@ -80,13 +81,17 @@ class PointwiseConv2D(keras.layers.Conv2D):
 
 
 @_register
-class PatchConv2D(keras.layers.Conv2D):
+class PatchConv2D(Direct, keras.layers.Conv2D):
     """A convolution; of patches side by side, where the kernel is as large as the stride, one product.
 
     Libraries treat such a kernel as any other: on a CPU they cost up to ten times the product of the patches
     with the kernel, and its gradient more. Arguments, weights and result are those of `keras.layers.Conv2D`;
     maps are channels-last.
     """
+
+    @property
+    def map_weight(self):
+        return self._kernel if self.groups == 1 and not self.lora_enabled else None
 
     def call(self, x):
         self._check(x.shape)
