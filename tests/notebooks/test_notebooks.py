@@ -235,3 +235,12 @@ def test_notebooks_are_kept_without_outputs(notebook):
     nbformat.validate(kept)
     code = [cell for cell in kept.cells if cell.cell_type == "code"]
     assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+@pytest.mark.once
+@BY_NAME
+def test_notebooks_import_the_package_before_keras(notebook):
+    """Its import sets variables that the backends read when they are imported."""
+    code = "".join(cell.source + "\n" for cell in nbformat.read(notebook, as_version=4).cells)
+    lines = re.findall(r"^(?:import|from) ((?:keras|keras_convnext)\b)", code, re.M)
+    assert lines.index("keras_convnext") < lines.index("keras")
