@@ -64,10 +64,16 @@ def _model_settings(opened: Predictor) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """Returns versions, commit and hardware, as in the columns of `results.COLUMNS`."""
+    facts = _environment.machine() | versions()
+    return {name: facts[name] for name in COLUMNS if name in facts}
+
+
+def versions() -> dict[str, str]:
+    """Returns the backend, the versions of the libraries and the accelerators."""
     import tensorflow as tf
 
     backend = importlib.import_module(keras.backend.backend())
-    facts = _environment.machine() | {
+    return {
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
         "backend_version": str(backend.__version__),
@@ -76,7 +82,6 @@ def environment() -> dict[str, str]:
         "pillow": PIL.__version__,
         "accelerators": _accelerators(backend),
     }
-    return {name: facts[name] for name in COLUMNS if name in facts}
 
 
 def digest_of_arrays(model: Any) -> str:

@@ -64,7 +64,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.engine, self.model, self.counts = folder, engine, model, counts
         self.variables = state_variables(model, student)
-        self.machine = _machine() if folder else ""  # asked of the process that writes
+        self.machines = [_machine()] if folder else []  # that the run was on, this one last; of the writer
         self._metrics: list[Any] = []  # of the part of an epoch before an interruption
         self.saved = -1  # micro-batches that the last checkpoint is of
         self.saved_at = time.monotonic()
@@ -90,7 +90,7 @@ class Checkpoints:
             "best": counts.best,
             "best_step": counts.best_step,
             "backend": keras.backend.backend(),
-            "machine": self.machine,
+            "machines": self.machines,
         }
         self.folder.save(arrays, state)
         self._write_best()
@@ -111,6 +111,8 @@ class Checkpoints:
             name: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype))
             for name, v in self.variables.items()
         }
+        machine = self.machines[-1:]
+        before = state.get("machines", machine)
         if state["backend"] != keras.backend.backend():
             _logger.warning(
                 "The run was begun on %s and resumes on %s: it will not end with the same digits.",
@@ -120,13 +122,14 @@ class Checkpoints:
             for name, (_, dtype) in expected.items():  # counters and random states have other integers there
                 if "int" in dtype and name in arrays and np.issubdtype(arrays[name].dtype, np.integer):
                     arrays[name] = arrays[name].astype(dtype)
-        elif self.folder and (before := state.get("machine", self.machine)) != self.machine:
+        elif self.folder and before[-1] != machine[0]:
             _logger.warning(
-                "The run was begun on %s and resumes on %s: its last bits may differ from those of an "
+                "The run was on %s and resumes on %s: its last bits may differ from those of an "
                 "uninterrupted run.",
-                before,
-                self.machine,
+                " and on ".join(before),
+                machine[0],
             )
+        self.machines = [each for each in before if each not in machine] + machine
         run_folder.check_arrays(arrays, expected, f"the checkpoint of step {state['step']}")
         for name, variable in self.variables.items():
             variable.assign(arrays[name])
@@ -171,6 +174,7 @@ class Checkpoints:
 
 def _machine() -> str:
     """Returns what the last bits of a step depend on: processor and its limits, accelerators, versions."""
-    facts = result_columns.environment()
-    names = ("keras_convnext", "keras", "backend", "backend_version", "accelerators")
-    return ", ".join([_environment.processor_text(), *(facts[name] for name in names if facts[name])])
+    facts = result_columns.versions()
+    names = ("keras", "backend", "backend_version", "accelerators")
+    found = (_environment.processor_text(), _environment.__version__, *(facts[name] for name in names))
+    return ", ".join(filter(None, found))

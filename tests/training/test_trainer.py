@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -17,14 +18,15 @@ import PIL.Image
 import pytest
 
 import keras_convnext
-from keras_convnext import predictor
+from keras_convnext import _environment, predictor
 from keras_convnext.cli import main
 from keras_convnext.data import batches, sources
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.train_transform import Augmentation
+from keras_convnext.distribution.choose import choose
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import results
-from keras_convnext.training import failure, run_folder, run_state, trainer
+from keras_convnext.training import checkpoints, failure, run_folder, run_state, trainer
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.tasks import classification
 from keras_convnext.weights import assign, catalog, preprocessing_metadata
@@ -323,10 +325,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted, few_digi
     ("changes", "expected"),
     [
         ({"backend": "another"}, "was begun on another and resumes on"),
-        ({"machine": "a Zen 3, 2 cores"}, "was begun on a Zen 3, 2 cores and resumes on"),
+        ({"machines": ["a Zen 3", "a Zen 4"]}, "The run was on a Zen 3 and on a Zen 4 and resumes on"),
         ({}, ""),
     ],
-    ids=["backend", "machine", "neither"],
+    ids=["backend", "machines", "neither"],
 )
 def test_a_run_resumes_with_a_warning_elsewhere_and_makes_what_was_lost(
     uninterrupted, few_digits, tmp_path, caplog, changes, expected
@@ -345,10 +347,36 @@ def test_a_run_resumes_with_a_warning_elsewhere_and_makes_what_was_lost(
         run.save(arrays, state | changes)
     assert len(integers) >= 2
     trainer.train(small(few_digits), folder, progress=False)
-    assert (expected in caplog.text) if expected else ("was begun on" not in caplog.text)
+    assert (expected in caplog.text) if expected else ("resumes on" not in caplog.text)
     (arrays, _), (others, _) = weights_of(folder), weights_of(uninterrupted)
     assert arrays.keys() == others.keys()
     assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
+
+
+@pytest.mark.one_backend
+def test_a_run_keeps_all_machines_that_it_was_on(few_digits, tmp_path, monkeypatch, caplog):
+    """A machine is named once, and the one that it was on last comes last: here A, B, B, A, C."""
+    task = classification.Classification(small(few_digits))
+    data = task.open_data()
+    built = task.build_model(data)
+    told = {}
+    for step, machine in enumerate("ABBAC"):
+        monkeypatch.setattr(checkpoints, "_machine", lambda machine=machine: machine)
+        with run_folder.open_run(tmp_path / "run", {}, checkpoint_bytes=0) as folder:
+            counts = checkpoints.Counts(data.plan)
+            kept = checkpoints.Checkpoints(folder, choose("none"), built.model, built.student, counts)
+            caplog.clear()
+            assert kept.restore() == (step > 0)
+            counts.done += data.plan.accumulation_steps
+            assert kept.save() == []
+        told[step] = re.findall(r"The run was on (.*) and resumes on (.*):", caplog.text)
+    assert told == {0: [], 1: [("A", "B")], 2: [], 3: [("A and on B", "A")], 4: [("B and on A", "C")]}
+
+
+@pytest.mark.one_backend
+def test_the_machine_of_checkpoints_is_told_without_git(monkeypatch):
+    monkeypatch.setattr(_environment, "commit", lambda: pytest.fail("git ran once more"))
+    assert keras.__version__ in checkpoints._machine()
 
 
 @pytest.mark.one_backend
