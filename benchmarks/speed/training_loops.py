@@ -146,7 +146,7 @@ def run_demo(folder: pathlib.Path, clock: Clock) -> None:
             clock.note_batch()
             yield batch
 
-    run.batches = noted
+    run.batches = noted  # type: ignore[assignment]
     run.train(run.open_weights(run.WEIGHTS), photos.read_photos(folder, run.LIMIT, 0), 10**6, 0)
 
 
@@ -192,7 +192,7 @@ def train_timm(kind: str, folder: pathlib.Path, clock: Clock) -> None:
         classes, batches = demo_batches(folder)
         criterion = torch.nn.CrossEntropyLoss()
     else:
-        dataset = data.create_dataset("", folder)
+        dataset = data.create_dataset("", str(folder))
         classes = len(dataset.reader.class_to_idx)
         smoothing = 0.2 if is_train else 0.1
         mix = data.Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, label_smoothing=smoothing, num_classes=classes)
