@@ -10,7 +10,8 @@ else is marked and not timed. The star marks what the package uses.
 An operation has `TITLE`; `shapes(batch, image_size)`; `inputs(shape)`, float32 arrays: map, kernel, bias and
 gradient of the result; `further(shape)`, more arguments of its candidates; `expected(map, kernel, bias,
 gradient, *further)`, float64: the result, the gradient of the map and that of the kernel;
-`candidates_of(backend, device)`; and `chosen(backend, device)`, the name of the one that the package uses.
+`candidates_of(backend, device)`; and `chosen(backend, device, shape, mode)`, the name of the one that the
+package uses, with mode "forward" or, with the gradients, "both".
 """
 
 import csv
@@ -40,6 +41,8 @@ from keras_convnext._files import replacing_file
 COMMAND = (
     "import keras_convnext_main; from benchmarks.speed import candidates; raise SystemExit(candidates.main())"
 )
+
+MODES = ("forward", "both")  # without and with gradients
 
 MINIMUM_SECONDS = 0.002  # of a turn: many short steps, or the clock's own time counts
 
@@ -79,7 +82,7 @@ class Row:
         dtype: of the map, the kernel and the result.
         shape: what the operation names its size by.
         candidate: its name.
-        chosen: whether the package uses it there.
+        chosen: for what the package uses it there: words of "forward both", by the names below.
         forward: milliseconds of the operation, the median of the rounds; None when it was not timed.
         both: milliseconds of the operation and both gradients; None when it was not timed.
         difference: from NumPy's result, over its largest value: the worst of result and gradients.
@@ -91,7 +94,7 @@ class Row:
     dtype: str
     shape: tuple[int, ...]
     candidate: str
-    chosen: bool
+    chosen: str
     forward: float | None = None
     both: float | None = None
     difference: float | None = None
@@ -139,7 +142,8 @@ def run(operation: str, options) -> int:
     if folder is not None:
         write_csv(folder / f"{operation}.csv", every)
         with replacing_file(folder / f"{operation}.md") as file:
-            pages = [processor_text(), *(as_table(operation, rows).markdown() for rows in tables)]
+            threads = "" if options.threads is None else f", threads: {options.threads}"
+            pages = [processor_text() + threads, *(as_table(operation, rows).markdown() for rows in tables)]
             file.write("\n\n".join(pages).encode() + b"\n")
         print(f"Written: {folder / operation}.csv and .md", file=sys.stderr)
     return 0 if complete else 1
@@ -203,7 +207,7 @@ def table(
             rows += [Row(**row | {"shape": shape}) for row in answer["rows"]]
     except WorkerError as error:
         device = rows[-1].device if rows else "unknown"
-        rows.append(Row(backend, device, dtype, shape, "(the process)", False, note=str(error)))
+        rows.append(Row(backend, device, dtype, shape, "(the process)", "", note=str(error)))
     finally:
         worker.stop()
     return rows
@@ -261,7 +265,7 @@ def measure_shape(
     seconds: float,
 ) -> list[Row]:
     """Compares and times the candidates at one shape, in this process."""
-    chosen = operation.chosen(backend, device)
+    chosen = {mode: operation.chosen(backend, device, shape, mode) for mode in MODES}
     inputs = [_round(array, dtype) for array in operation.inputs(shape)]
     inputs[3][:-2] = 0  # the last two images alone are compared
     further = operation.further(shape)
@@ -271,7 +275,8 @@ def measure_shape(
     steps: dict[tuple[str, str], Callable[[], Any]] = {}
     for candidate in candidates:
         name = candidate.name
-        row = Row(backend, device, dtype, shape, name, name == chosen)
+        taken_for = " ".join(mode for mode in chosen if name == chosen[mode])
+        row = Row(backend, device, dtype, shape, name, taken_for)
         try:
             forward, both, to_numpy = _STEPS[backend](candidate, *inputs, further, dtype)
             results = [forward()] if both is None else [forward(), *both()[1:]]
@@ -461,15 +466,13 @@ def as_table(operation: str, rows: Sequence[Row]) -> Table:
     cells = []
     for name in dict.fromkeys(row.candidate for row in rows):
         found = {row.shape: row for row in rows if row.candidate == name}
-        times = [
-            (found[shape].forward, found[shape].both) if shape in found else (None, None) for shape in shapes
-        ]
-        times.append((_sum([forward for forward, _ in times]), _sum([both for _, both in times])))
+        totals = [_sum([getattr(found.get(shape), mode, None) for shape in shapes]) for mode in MODES]
         differences = [row.difference for row in found.values() if row.difference is not None]
         cells.append(
             (
-                f"{name} *" if any(row.chosen for row in found.values()) else name,
-                *(f"{_number(forward)} / {_number(both)}" for forward, both in times),
+                name,
+                *(_times(found[shape]) if shape in found else "- / -" for shape in shapes),
+                " / ".join(_number(value) for value in totals),
                 f"{max(differences):.0e}" if differences else "-",
                 "; ".join(dict.fromkeys(row.note for row in found.values() if row.note)),
             )
@@ -482,6 +485,11 @@ def as_table(operation: str, rows: Sequence[Row]) -> Table:
         cells,
         ("* is what the package uses there.",),
     )
+
+
+def _times(row: Row) -> str:
+    modes = row.chosen.split()
+    return " / ".join(_number(getattr(row, mode)) + (" *" if mode in modes else "") for mode in MODES)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -41,7 +41,7 @@ def further(shape: tuple[int, ...]) -> tuple[int]:
     return (1,)
 
 
-def chosen(backend: str, device: str) -> str:
+def chosen(backend: str, device: str, shape: tuple[int, ...], mode: str) -> str:
     from keras_convnext.layers.depthwise import chosen_path
 
     return chosen_path(backend, device)

@@ -51,11 +51,11 @@ def expected(x, kernel, bias, gradient, activation) -> list[np.ndarray]:
     return [y, gradient @ kernel.T, np.einsum("nhwc,nhwd->cd", x, gradient, optimize=True)]
 
 
-def chosen(backend: str, device: str) -> str:
+def chosen(backend: str, device: str, shape: tuple[int, ...], mode: str) -> str:
     from keras_convnext.layers import pointwise
 
     if backend == "torch" and device == "cpu":
-        return "oneDNN" if pointwise.takes_onednn() else "linear"
+        return "oneDNN" if pointwise.takes_onednn(shape[-1], mode == "both") else "linear"
     return "two axes" if backend == "tensorflow" or (backend, device) == ("jax", "cpu") else _PLAIN[backend]
 
 

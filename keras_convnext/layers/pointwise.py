@@ -201,20 +201,31 @@ def tensorflow_product(x, kernel, bias, activation):
 
 
 def _torch_product(x, kernel, bias, activation):
-    return (onednn_product if takes_onednn() else linear_product)(x, kernel, bias, activation)
+    taken = takes_onednn(kernel.shape[1], _has_gradient(x, kernel, bias))
+    return (onednn_product if taken else linear_product)(x, kernel, bias, activation)
 
 
 @functools.cache
-def takes_onednn() -> bool:
+def takes_onednn(units: int, with_gradients: bool) -> bool:
     """Whether PyTorch's product of oneDNN is faster on this processor than `linear`, which calls MKL.
 
     With AVX-512 it takes about 0.8 of the time of `linear`; limited to AVX2 1.2 to 1.3 times it, with GELU
-    up to three times: benchmarks/speed/results, by `python -m benchmarks.speed pointwise`.
+    up to three times. On Intel's with AVX-512 `linear` takes about 0.9 of the time of oneDNN with gradients,
+    and 0.5 to 0.6 without for the 3072 units of T: benchmarks/speed/results, by `python -m benchmarks.speed
+    pointwise`.
     """
     import torch
 
-    has_it = hasattr(torch.ops.mkldnn, "_linear_pointwise") and _environment.has_bfloat16("torch")
-    return has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and _environment.has_bfloat16("torch")):
+        return False
+    suits_mkl = "Intel" in _environment.cpu_name() and (with_gradients or units >= 3072)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not suits_mkl
+
+
+def _has_gradient(x, kernel, bias):
+    import torch
+
+    return torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad or bias.requires_grad)
 
 
 def linear_product(x, kernel, bias, activation):
@@ -225,9 +236,7 @@ def linear_product(x, kernel, bias, activation):
 
 def onednn_product(x, kernel, bias, activation):
     """On a CPU; with exact GELU in the same pass, where no gradient is asked for."""
-    import torch
-
-    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad or bias.requires_grad):
+    if _has_gradient(x, kernel, bias):
         y = _differentiable_product().apply(x.reshape(-1, x.shape[-1]), kernel, bias)
         y = y.reshape(*x.shape[:-1], kernel.shape[-1])
     elif activation is keras.activations.gelu:
