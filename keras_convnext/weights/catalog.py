@@ -40,7 +40,7 @@ from keras_convnext.weights.published import Checkpoint
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("classes", "image_size", "test_image_size", "resize_size"), int),
-    **dict.fromkeys(("crop", "test_crop", "top1", "top5", "test_top1"), float),
+    **dict.fromkeys(("crop", "test_crop", "top1", "top5", "test_top1", "miou", "miou_multi_scale"), float),
     **dict.fromkeys(("mean", "std"), lambda cell: tuple(map(float, cell.split()))),
     **dict.fromkeys(("imagenet", "gated"), {"yes": True, "no": False}.__getitem__),
 }
