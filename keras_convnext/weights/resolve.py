@@ -490,13 +490,14 @@ def _check_classifier(found: ResolvedWeights) -> None:
         instead = catalog.IMAGENET[row.architecture] or catalog.IMAGENET["convnext_tiny"]
         what = "has no classifier"
         if row.task == "segmentation":
-            what = f"segments: it gives {row.classes} classes for each pixel, not for the image"
+            what = f"gives {row.classes} classes for each pixel, not for the image"
         elif row.classes:
             what = f"gives {row.classes} features of CLIP, not classes"
         raise ValueError(f"{row.tag!r} {what}. Use weights that have one, for example {instead}.")
     # A model's file may hold any, which whoever opens it checks.
     if found.file is not None and not found.is_model and not found.classes:
-        raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
+        what = "has no classifier" if found.heads is None else "is of a segmenter and has no classifier"
+        raise ValueError(f"{found.file} {what}. Pass weights that have one.")
 
 
 def _wrong_classes(weights, available, classes):

@@ -1,5 +1,10 @@
 """Adaptive pooling, resizing to a map, and batch normalisation, against PyTorch."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import keras
 import layer_contract as contract
 import numpy as np
@@ -107,3 +112,44 @@ def test_batch_norm_of_another_backend_is_loaded(synchronized):
 
 def test_pooling_is_saved_and_loaded():
     contract.check_saving(lambda **settings: AdaptiveAveragePooling2D(3, **settings), (2, 8, 10, 5))
+
+
+PART = """
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if world_size > 1:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+from keras_convnext.layers.normalization import BatchNormalization
+
+x, upstream = (torch.from_numpy(whole)[rank::world_size] for whole in np.load(f"{folder}/in.npy"))
+x.requires_grad_()
+layer = BatchNormalization()
+y = layer(x, training=True)
+(dx,) = torch.autograd.grad((y * upstream).sum(), x)
+variance = layer.moving_variance.value.detach().numpy()
+np.savez(f"{folder}/{rank}_of_{world_size}.npz", y=y.detach().numpy(), dx=dx.numpy(), variance=variance)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the processes are PyTorch's")
+def test_batch_norm_of_two_processes_is_that_of_one(tmp_path):
+    np.save(tmp_path / "in.npy", np.random.default_rng(0).normal(size=(2, 4, 3, 5, 6)).astype("float32"))
+    places = [(0, 1), (0, 2), (1, 2)]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    children = [
+        subprocess.Popen([sys.executable, "-c", PART, *map(str, place), tmp_path], env=environment)
+        for place in places
+    ]
+    assert [child.wait(timeout=200) for child in children] == [0, 0, 0]
+    one, first, second = (np.load(tmp_path / f"{rank}_of_{size}.npz") for rank, size in places)
+    for name in ("y", "dx"):
+        np.testing.assert_allclose(first[name], one[name][0::2], atol=2e-6)
+        np.testing.assert_allclose(second[name], one[name][1::2], atol=2e-6)
+    np.testing.assert_allclose(first["variance"], one["variance"], atol=1e-6)
+    np.testing.assert_array_equal(first["variance"], second["variance"])

@@ -151,7 +151,7 @@ def test_layouts_without_upernet_are_refused(model, tmp_path):
     for layout in ("timm", "torchvision"):
         with pytest.raises(ValueError, match=f"{layout} has no UPerNet, as official, mmsegmentation"):
             keras_convnext.save_weights(model, tmp_path / "x.pth", layout=layout)
-    body = keras_convnext.ConvNeXtAtto(weights=None, include_top=False)
+    body = keras_convnext.load(V1, None, include_top=False)
     with pytest.raises(ValueError, match="mmsegmentation's layout is of segmenters, and this is none"):
         keras_convnext.save_weights(body, tmp_path / "x.pth", layout="mmsegmentation")
     assert not list(tmp_path.iterdir())
@@ -164,7 +164,7 @@ def test_arguments_of_classifiers_are_refused(published):
         keras_convnext.load(published[V1], classifier_activation="softmax")
     with pytest.raises(ValueError, match=r"have 11 classes. Received: classes=4, new_head=False"):
         keras_convnext.load(published[V1], classes=4, new_head=False)
-    with pytest.raises(ValueError, match="has no classifier"):
+    with pytest.raises(ValueError, match="is of a segmenter and has no classifier"):
         resolve(published[V1], task="classification")
     with pytest.raises(ValueError, match=r"Received convnext_tiny.fb_in1k, which is for classification"):
         resolve("convnext_tiny.fb_in1k", task="segmentation")
