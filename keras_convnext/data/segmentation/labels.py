@@ -1,0 +1,29 @@
+"""What the numbers of a label map mean: names, colours, and the values that stand for no class."""
+
+import dataclasses
+
+import numpy as np
+
+IGNORED = 255  # the number of "not labelled" in every label map of this package, once it is read
+
+Colour = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The classes of a segmentation, and which values of the label maps on disk they have.
+
+    Class 0 has the smallest value from 0 up that is not ignored, class 1 the next, and so on: with
+    `ignored_values=(0,)`, as in ADE20K, class 0 is the value 1; with `(11,)`, as in CamVid's eleven classes, the
+    values are the class numbers.
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[Colour, ...]  # RGB, 0 to 255, one for each class
+    ignored_values: tuple[int, ...] = ()  # that stand for "not labelled" in the files
+
+    @property
+    def values(self) -> np.ndarray:
+        """int64 (classes,), the value that each class has in the files."""
+        numbers = np.arange(len(self.names) + len(self.ignored_values))
+        return np.setdiff1d(numbers, self.ignored_values)[: len(self.names)]
