@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -18,7 +17,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 import numpy as np
 
@@ -31,9 +29,9 @@ from keras_convnext.data.index import MANIFEST, Source, SourceError, write_index
 from keras_convnext.data.records import checked_files, file_record, is_prepared, read_manifest
 from keras_convnext.data.segmentation import sources as segmentation
 from keras_convnext.data.segmentation.sources import SegmentationSource
-from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head, image_entry
+from keras_convnext.data.shard_plan import Plan, changes_of, checked_map, head, make_plan
+from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES
 
-SHARD_BYTES = 150_000_000  # of the default number of shards
 # Of a shard, in journal and manifest.
 _RECORD = {"name": str, "size": int, "sha256": str, "num_examples": int}
 
@@ -52,23 +50,6 @@ class Summary:
     num_bytes: int  # of all shards
     num_kept: int  # shards that an earlier run had finished
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that follows from the source and the arguments before an image is read."""
-
-    split: str
-    source: Source  # in the order that is written
-    settings: dict[str, object]  # what a later run must agree with
-    written: Source  # where the images will lie: so the index needs no reading of the shards
-    pairs: SegmentationSource | None  # the images of `source` with their label maps, in the same order
-    written_maps: Source | None
-    sizes: np.ndarray  # int64 (num_shards,), bytes of each shard
-
-    def places(self, shard: int) -> np.ndarray:
-        """Of the shard's images in `source`, int64."""
-        return np.flatnonzero(self.written.file_numbers == shard)
 
 
 def prepare(
@@ -155,7 +136,7 @@ def prepare(
     splits: dict[str, Source] = {}
     pairs: dict[str, SegmentationSource] = {}
     if has_maps:
-        pairs = _open_pairs(source_path, dict(zip(names, asked, strict=True)), labels, ignored_values)
+        pairs = _open_pairs(source_path, dict(zip(names, asked, strict=True)), labels, ignored_values, output)
         splits = {name: pair.images for name, pair in pairs.items()}
     else:
         opened = [sources.open_source(source_path, name, labels=labels) for name in asked]
@@ -169,7 +150,7 @@ def prepare(
             raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
         plans, num_kept = [], 0
         for name, source in splits.items():
-            plans.append(_plan(name, output, source, shards, int(shuffle_seed), pairs.get(name)))
+            plans.append(make_plan(name, output, source, shards, int(shuffle_seed), pairs.get(name)))
             num_kept += _write_split(plans[-1], workers or min(os.cpu_count() or 1, 16))
     return Summary(
         output=output,
@@ -182,16 +163,27 @@ def prepare(
 
 
 def _open_pairs(
-    path: StrPath, splits: dict[str, str | None], labels: StrPath | None, ignored: Sequence[int] | None
+    path: StrPath,
+    splits: dict[str, str | None],
+    labels: StrPath | None,
+    ignored: Sequence[int] | None,
+    output: str,
 ) -> dict[str, SegmentationSource]:
-    """Opens the splits of a set with label maps, all with the labels of the one to train on."""
+    """Opens the splits of a set with label maps, all with the labels of the one to train on.
+
+    An earlier call may have written that one.
+    """
     if labels is not None:
         raise ValueError(
             f"Expected labels=None for '{path}', which has label maps, received '{labels}'. Name the classes "
             "in a file classes.txt in that folder."
         )
     first = "train" if "train" in splits else next(iter(splits))
-    trained = segmentation.open_source(path, splits[first], ignored_values=ignored)
+    written = read_manifest(output)["splits"] if is_prepared(output) else {}
+    stored = written.get("train", {}).get("segmentation") if first != "train" else None
+    trained = segmentation.open_source(
+        path, splits[first], labels=stored and segmentation.stored_labels(stored), ignored_values=ignored
+    )
     others = {
         name: segmentation.open_source(path, split, labels=trained.labels)
         for name, split in splits.items()
@@ -214,82 +206,7 @@ def _numbered_alike(splits: dict[str, Source], output: str) -> dict[str, Source]
     }
 
 
-def _plan(
-    split: str,
-    folder: str,
-    source: Source,
-    num_shards: int | None,
-    seed: int,
-    pairs: SegmentationSource | None = None,
-) -> _Plan:
-    count, lengths = len(source), _lengths(source)
-    map_lengths = np.zeros(count, np.int64) if pairs is None else _lengths(pairs.maps)
-    described: object = source.classes if pairs is None else dataclasses.asdict(pairs.labels)
-    fingerprint = hashlib.sha256(json.dumps(described).encode("utf-8"))
-    fingerprint.update(np.stack([lengths, source.labels]).astype("<i8").tobytes())
-    if pairs is not None:
-        fingerprint.update(map_lengths.astype("<i8").tobytes())
-    head_sizes = np.empty(count, np.int64)
-    with Progress(f"Planning {split}", count) as progress:
-        for number, length in enumerate(lengths.tolist()):
-            fingerprint.update(source.name(number).encode("utf-8", "surrogateescape") + b"\n")
-            label_map = None if pairs is None else bytes(map_lengths[number])
-            head_sizes[number] = len(_head(source, number, length, label_map))
-            progress.show(number + 1)
-    if num_shards is None:
-        num_shards = max(1, round(int(lengths.sum()) / SHARD_BYTES))
-    if num_shards > count:
-        raise ValueError(
-            f"Expected at most one shard for each of the {count} images, received shards={num_shards}."
-        )
-    # RandomState, because its stream is the same in every version of NumPy.
-    order = np.random.RandomState(seed).permutation(count)
-    ends = np.cumsum([len(part) for part in np.array_split(order, num_shards)])  # of the shards
-    record_ends = np.cumsum((HEADER_BYTES + head_sizes + lengths + FOOTER_BYTES)[order])
-    starts = np.concatenate([[0], record_ends[ends[:-1] - 1]])
-    file_numbers = np.repeat(np.arange(num_shards, dtype=np.int32), np.diff(ends, prepend=0))
-    names = [f"{split}-{shard:05d}-of-{num_shards:05d}.tfrecord" for shard in range(num_shards)]
-    shuffled = sources.take(source, order)
-    written = dataclasses.replace(
-        shuffled,
-        path=folder,
-        kind="prepared",
-        files=[os.path.join(folder, name) for name in names],
-        file_numbers=file_numbers,
-        offsets=record_ends - FOOTER_BYTES - lengths[order] - starts[file_numbers],
-        lengths=lengths[order],
-    )
-    written_maps = None
-    if pairs is not None:  # a map ends where the entry of the image begins
-        pairs = segmentation.take(pairs, order)
-        entries = np.array([len(image_entry(int(length))) for length in written.lengths])
-        offsets = written.offsets - entries - map_lengths[order]
-        written_maps = dataclasses.replace(written, offsets=offsets, lengths=map_lengths[order])
-    settings: dict[str, object] = {
-        "source": fingerprint.hexdigest(),
-        "num_examples": count,
-        "num_shards": num_shards,
-        "shuffle_seed": seed,
-    }
-    sizes = record_ends[ends - 1] - starts
-    return _Plan(split, shuffled, settings, written, pairs, written_maps, sizes)
-
-
-def _lengths(source: Source | segmentation.Maps) -> np.ndarray:
-    """Returns the bytes of each encoded image, int64; maps that are drawn are drawn for that."""
-    if not isinstance(source, Source):
-        with Progress("Drawing label maps", len(source)) as progress:
-            sizes = []
-            for number in range(len(source)):
-                sizes.append(len(source.read(number)))
-                progress.show(number + 1)
-        return np.array(sizes, np.int64)
-    if source.kind == "folder":
-        return np.array([os.path.getsize(file) for file in source.files], np.int64)
-    return source.lengths
-
-
-def _write_split(plan: _Plan, workers: int) -> int:
+def _write_split(plan: Plan, workers: int) -> int:
     """Writes what is missing of a split; returns the number of shards that were there."""
     folder, shards = plan.written.path, plan.written.files
     names = (f"{plan.split}-journal.jsonl", f"{plan.split}-index.npz", f"{plan.split}-maps.npz", MANIFEST)
@@ -343,23 +260,7 @@ def _write_split(plan: _Plan, workers: int) -> int:
     return len(kept)
 
 
-def _head(source: Source, number: int, length: int, label_map: bytes | None = None) -> bytes:
-    """Returns the Example of an image of `length` bytes up to the image; a label map comes just before it."""
-    if label_map is not None:
-        name = source.name(number).encode("utf-8", "surrogateescape")
-        return example_head(length, {"image/filename": name, "image/segmentation/class/encoded": label_map})
-    label = int(source.labels[number])
-    return example_head(
-        length,
-        {
-            "image/class/label": label,
-            "image/class/synset": source.classes[label].encode("utf-8", "surrogateescape"),
-            "image/filename": source.name(number).encode("utf-8", "surrogateescape"),
-        },
-    )
-
-
-def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, dict]:
+def _finished_shards(plan: Plan, lines: list[dict], workers: int) -> dict[int, dict]:
     """Returns the records of a journal's lines whose shards have the same bytes and images as then."""
     # Without the settings it is not known what the records are of.
     settings, *records = lines if lines and "sha256" not in lines[0] else [{}]
@@ -374,7 +275,7 @@ def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, 
             "Pass what was passed then, or another folder."
         )
     shards = {os.path.basename(path): shard for shard, path in enumerate(plan.written.files)}
-    changes = _changes(plan) if records else np.zeros(0)
+    changes = changes_of(plan) if records else np.zeros(0)
     records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
     records = [record for record in records if record["name"] in shards]
     kept = {}
@@ -385,21 +286,6 @@ def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, 
         if is_intact and changed <= os.stat(plan.written.files[shard]).st_mtime_ns:
             kept[shard] = record
     return kept
-
-
-def _changes(plan: _Plan) -> np.ndarray:
-    """Returns when the file of each image, or that of its map, last changed: int64 (N,), nanoseconds."""
-
-    def changed(files: list[str]) -> np.ndarray:
-        states = map(os.stat, files)
-        return np.array([max(state.st_mtime_ns, state.st_ctime_ns) for state in states], np.int64)
-
-    of_images = changed(plan.source.files)[plan.source.file_numbers]
-    if plan.pairs is None:
-        return of_images
-    maps = plan.pairs.maps
-    of_maps = changed(maps.files)[maps.file_numbers] if isinstance(maps, Source) else changed([maps.path])
-    return np.maximum(of_images, of_maps)
 
 
 def _journal_lines(journal: str) -> list[dict] | None:
@@ -413,7 +299,7 @@ def _journal_lines(journal: str) -> list[dict] | None:
     return lines if lines or not content else None
 
 
-def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:
+def _write_shards(plan: Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:
     """Writes shards in threads, and a line of the journal for each; returns their records."""
     stop, lock = threading.Event(), threading.Lock()
     num_bytes = num_images = 0
@@ -449,7 +335,7 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
     return {shard: future.result() for future, shard in futures.items()}
 
 
-def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
+def _write_shard(plan: Plan, shard: int, count: Callable[[int], None]) -> dict:
     """Writes one shard in one step; returns its record for journal and manifest."""
     import tensorflow as tf  # for its checksums, which take too long in Python
 
@@ -464,8 +350,8 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
                         f"Expected {length} bytes in '{source.name(place)}' of '{source.path}', received "
                         f"{len(image)}: it changed while it was read. Run prepare again."
                     )
-                label_map = None if plan.pairs is None else _checked_map(plan, place)
-                example = _head(source, place, length, label_map) + image
+                label_map = None if plan.pairs is None else checked_map(plan, place)
+                example = head(source, place, length, label_map) + image
                 writer.write(example)
                 count(HEADER_BYTES + len(example) + FOOTER_BYTES)
         with _writing(plan.written.path):
@@ -484,19 +370,6 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
         if os.path.exists(temporary):
             os.remove(temporary)
     return record | {"name": os.path.basename(path), "num_examples": len(places)}
-
-
-def _checked_map(plan: _Plan, place: int) -> bytes:
-    """Returns the encoded label map at a place; SourceError where it does not fit image or classes."""
-    pairs, written = cast(SegmentationSource, plan.pairs), cast(Source, plan.written_maps)
-    pairs.check(place)
-    content = pairs.maps.read(place)
-    if len(content) != written.lengths[place]:
-        raise SourceError(
-            f"Expected {written.lengths[place]} bytes in '{pairs.maps.name(place)}', received {len(content)}"
-            ": it changed while it was read. Run prepare again."
-        )
-    return content
 
 
 def _temporary_name(path: str) -> str:

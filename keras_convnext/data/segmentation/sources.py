@@ -364,6 +364,12 @@ def _check_same(where: str, own: list[list[str]], given: list[str]) -> None:
         raise SourceError(f"Expected the {len(own)} classes of {where}, received {len(given)} in labels.")
 
 
+def stored_labels(stored: dict) -> Labels:
+    """Returns the labels that a manifest holds as an object."""
+    palette = tuple((red, green, blue) for red, green, blue in stored["palette"])
+    return Labels(tuple(stored["names"]), palette, tuple(stored["ignored_values"]))
+
+
 def _open_prepared(
     path: str, split: str | None, given: Labels | Sequence[str] | None, ignored: tuple[int, ...] | None
 ) -> SegmentationSource:
@@ -371,8 +377,7 @@ def _open_prepared(
     splits = records.read_manifest(path)["splits"]
     name = str(photos.choose_split(path, "prepared", {key: [path] for key in splits}, split))
     images, maps, stored = records.open_prepared_maps(path, name)
-    palette = tuple((red, green, blue) for red, green, blue in stored["palette"])
-    labels = Labels(tuple(stored["names"]), palette, tuple(stored["ignored_values"]))
+    labels = stored_labels(stored)
     if given is not None:
         _check_same(f"'{path}'", [[one] for one in labels.names], _names_of(given))
     if ignored is not None and ignored != labels.ignored_values:
