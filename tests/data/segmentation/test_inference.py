@@ -147,5 +147,5 @@ def test_a_label_map_has_the_size_of_the_photo(mode, size):
 
 
 def test_an_unknown_mode_is_named():
-    with pytest.raises(ValueError, match=r"Unknown mode .slides.\. Did you mean .slide.):
+    with pytest.raises(ValueError, match=r"Unknown mode 'slides'\. Did you mean 'slide'"):
         inference.segment(predict, photo(40, 40), 36, "slides")
