@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 
 from keras_convnext import models, segmentation
+from keras_convnext._messages import unknown
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import inference
@@ -122,16 +123,18 @@ class SegmentationPredictor:
         squeezed into it.
 
         Args:
-            mode: "whole" for the resized image at once; "slide" for windows over it; "auto" for windows where
-                it is larger than one in either direction, else whole: both are what the published scores
-                "ss" were measured with, as a single window is the whole; "multi_scale" for the mean over six
-                sizes, mirrored too, 12 times the work, as "ms".
+            mode: "whole" for the resized image at once; "slide" for windows over it, which are one where the
+                image is no longer than it is wide; "multi_scale" for the mean over six sizes, mirrored too,
+                12 times the work; "auto" for what `evaluate` measures by default: windows with published
+                weights, whose scores are of that, and with a model of one image size; else whole.
         """
         if mode not in ("auto", *inference.MODES):
-            raise ValueError(f"Expected mode auto, {', '.join(inference.MODES)}. Received: {mode!r}.")
-        mode = "slide" if mode == "auto" else mode
+            raise ValueError(unknown("mode", mode, ("auto", *inference.MODES)))
+        is_free = None in self.model.input_shape[1:3]
+        if mode == "auto":
+            mode = "whole" if is_free and self.row is None else "slide"
         crop = self.preprocessing.size
-        if None in self.model.input_shape[1:3]:
+        if is_free:
             return inference.segment(self.logits, image, min(crop), mode, crop)
         if mode == "multi_scale":
             raise ValueError(
@@ -166,15 +169,16 @@ def open_segmenter(name: Any, *, image_size: int | tuple[int, int] | None = None
     """
     if not isinstance(name, str | os.PathLike | ResolvedWeights):
         return _segmenter_of(name, getattr(name, "name", repr(name)), image_size)
-    source = resolve(name, "default", "segmentation")
-    labels = source.labels
-    if source.is_model:
-        stored = source.stored
-        return _segmenter_of(source.model, str(source.path), image_size, stored, labels, source.path)
-    model = segmentation.build(source)
-    preprocessing = source.preprocessing_at(image_size)
-    labels = labels or default_labels(model.output_shape[-1])
-    return SegmentationPredictor(model, labels, preprocessing, source.published, source.path)
+    source = resolve(name)
+    if source.task != "segmentation":
+        raise ValueError(
+            f"Expected weights of a segmentation model, received {name}, a model of {source.task}. "
+            "`keras-convnext list --task segmentation` has published ones."
+        )
+    model, path = segmentation.build(source, ModelOptions()), source.path
+    prepared = source.preprocessing_at(image_size) if source.is_described else None
+    opened = _segmenter_of(model, str(path), image_size, prepared, source.labels, path)
+    return dataclasses.replace(opened, row=source.published)
 
 
 def _segmenter_of(
