@@ -23,6 +23,7 @@ from keras_convnext.evaluation import forward, segmentation_report
 from keras_convnext.evaluation.result_columns import settings_of
 from keras_convnext.evaluation.results import append_result, check_complete, check_results_file
 from keras_convnext.evaluation.segmentation_scores import Scores, confusion_matrix
+from keras_convnext.model_options import ModelOptions
 from keras_convnext.predictor import Predictor
 from keras_convnext.weights import arrays
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
@@ -163,22 +164,27 @@ def validate(
     after_batch: Callable[[], None] = lambda: None,
     gathered: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array],
     share: tuple[int, int] = (0, 1),
+    on_map: Callable[[int, np.ndarray, np.ndarray, np.ndarray], None] = lambda *_: None,
 ) -> dict[str, float]:
     """Scores a segmenter as training does after each epoch: "loss", "miou", "aacc" and "macc", in percent.
 
     "loss" is the mean cross-entropy of the labelled pixels, at the size of the label maps. The rest is as for
     `forward.validate`; `share` is (this process, processes) where each evaluates a part of the photos.
+    `on_map` is given number, photo, truth and prediction of each.
     """
     classes = model.output_shape[-1]
     predict = Predict(model, batch_size)
     numbers = np.arange(share[0], len(source), share[1])
     faults = Faults(source, 1.0) if faults is None else faults
     counts, total = np.zeros((classes, classes), np.int64), 0.0
-    for _, _, truth, outputs in outputs_of(predict, source, numbers, short_side, mode, batch_size, faults):
+    for number, image, truth, outputs in outputs_of(
+        predict, source, numbers, short_side, mode, batch_size, faults
+    ):
         after_batch()
         predicted, loss = _predicted_with_loss(outputs, truth)
         counts += confusion_matrix(truth, predicted, classes)
         total += loss
+        on_map(number, image, truth, predicted)
     counts = sum(gathered(counts.reshape(1, -1)))[0].reshape(classes, classes)
     total = float(sum(map(np.sum, gathered(np.array([total])))))
     scores = Scores.of(counts)
@@ -195,10 +201,10 @@ def open_segmenter(model: Any, image_size: int | None = None) -> tuple[Predictor
     """Returns a segmenter with the size at which it was tested, and its classes where they are known."""
     if isinstance(model, segmentation.Segmenter):
         return Predictor(model, Preprocessing(image_size or 512, 1.0)), None
-    source = model if isinstance(model, ResolvedWeights) else resolve(model, task="segmentation")
+    source = model if isinstance(model, ResolvedWeights) else resolve(model)
     preprocessing = source.preprocessing_at(image_size)
     return (
-        Predictor(segmentation.build(source), preprocessing, source.published, source.path),
+        Predictor(segmentation.build(source, ModelOptions()), preprocessing, source.published, source.path),
         source.labels,
     )
 

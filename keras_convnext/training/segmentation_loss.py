@@ -5,8 +5,7 @@ from keras import ops
 
 from keras_convnext._messages import unknown
 from keras_convnext.data.segmentation.labels import IGNORED
-
-MEANS = ("all", "labelled")
+from keras_convnext.training.segmentation_recipe import MEANS
 
 
 @keras.saving.register_keras_serializable(package="keras_convnext")
