@@ -183,11 +183,11 @@ def build(chosen, recipe, classes, steps):
     """The model of a case, compiled; pixels in 0..255 to logits."""
     import keras
 
-    from keras_convnext import models
+    import keras_convnext
     from keras_convnext.training import optimizer, schedule
 
     architecture, size, stride = chosen
-    model = models.load(
+    model = keras_convnext.load(
         architecture, None, classes=classes, classifier_activation=None, input_shape=(size, size, 3)
     )
     if stride != 4:

@@ -198,7 +198,7 @@ def trained(source, key, steps, weights, line):
     import keras
     import numpy as np
 
-    from keras_convnext import models
+    import keras_convnext
     from keras_convnext.data import batches, sources
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.training import finetune, optimizer, schedule
@@ -211,7 +211,7 @@ def trained(source, key, steps, weights, line):
     recipe = load_recipe("fine_tune")
     keras.utils.set_random_seed(seed)
     tuned = key["start"] == "fine-tuned"
-    model = models.load(
+    model = keras_convnext.load(
         weights["architecture"],
         weights["path"] if tuned else None,
         classes=len(source.classes),

@@ -28,7 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:  # TensorFlow's start-up lines obey none of its settings
     _begin, _stderr = time.perf_counter(), os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    import keras_convnext  # noqa: F401, before Keras: it sets what makes the backend fast
+    import keras_convnext
 
     # isort: split
     import keras
@@ -39,7 +39,7 @@ from PIL import Image
 
 from demo import report
 from demo.photos import PREPROCESSING, SIDE, PhotoSet, batches, read_photos
-from keras_convnext import _environment, models, predictor
+from keras_convnext import _environment, predictor
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
@@ -552,11 +552,11 @@ def _new_model(title: str, opened: predictor.Predictor, classes: int) -> keras.M
     if title == "pretrained":
         # A tag sets the pixels' normaliser too.
         name, weights = (opened.row.tag,) * 2 if opened.row else (architecture, opened.file)
-        return models.load(name, weights=weights, new_head=True, **settings)
+        return keras_convnext.load(name, weights=weights, new_head=True, **settings)
     if VARIANTS[architecture].version == 1:
         # With the published 1e-6 the blocks do next to nothing for the few hundred steps that this takes.
         settings["layer_scale_init_value"] = 0.1
-    return models.load(architecture, weights=None, **settings)
+    return keras_convnext.load(architecture, weights=None, **settings)
 
 
 def save(model: keras.Model, classes: list[str], folder: pathlib.Path) -> pathlib.Path:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:  # Editors read this block; at run time `__getattr__` imports 
         GlobalResponseNormalization, LayerNormalization, RMSNormalization, SimpleNormalization,
     )
     from keras_convnext.layers.residual import LayerScale, StochasticDepth
+    from keras_convnext.loading import load
     from keras_convnext.models import (
-        ConvNeXt, load,
+        ConvNeXt,
         ConvNeXtAtto, ConvNeXtFemto, ConvNeXtPico, ConvNeXtNano, ConvNeXtTiny, ConvNeXtSmall, ConvNeXtBase,
         ConvNeXtLarge, ConvNeXtXLarge, ConvNeXtXXLarge, ConvNeXtTinyHnf, ConvNeXtLargeMlp, ConvNeXtAttoOls,
         ConvNeXtFemtoOls, ConvNeXtPicoOls, ConvNeXtNanoOls, ConvNeXtAttoRms, ConvNeXtZeptoRms,
@@ -54,8 +55,9 @@ _PLACES = {
         "GlobalResponseNormalization LayerNormalization RMSNormalization SimpleNormalization"
     ),
     "layers.residual": "LayerScale StochasticDepth",
+    "loading": "load",
     "models": """
-        ConvNeXt load
+        ConvNeXt
         ConvNeXtAtto ConvNeXtFemto ConvNeXtPico ConvNeXtNano ConvNeXtTiny ConvNeXtSmall ConvNeXtBase
         ConvNeXtLarge ConvNeXtXLarge ConvNeXtXXLarge ConvNeXtTinyHnf ConvNeXtLargeMlp ConvNeXtAttoOls
         ConvNeXtFemtoOls ConvNeXtPicoOls ConvNeXtNanoOls ConvNeXtAttoRms ConvNeXtZeptoRms
@@ -72,7 +74,7 @@ _PLACES = {
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}
 _MODULES = (
     "analysis", "conversion", "convnext", "data", "distribution", "evaluation", "exporting", "layers",
-    "models", "predictor", "training", "variants", "weights",
+    "loading", "models", "predictor", "segmentation", "training", "variants", "weights",
 )  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)

@@ -6,7 +6,23 @@
 import dataclasses
 import math
 
-from keras_convnext.variants import Variant
+from keras_convnext.variants import VARIANTS, Variant
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch norm, as PyTorch calls them
+POOLED_SIZES = (1, 2, 3, 6)  # sides of the pyramid pooling module of UPerNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Those of UPerNet: what `segmentation.UPerNet` takes besides a backbone."""
+
+    classes: int
+    channels: int = 512
+    auxiliary: bool = True
+
+    @property
+    def auxiliary_channels(self) -> int:
+        return self.channels // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,15 +33,17 @@ class Layer:
     parameter there, is "stages.0.1.layer_scale".
     """
 
-    stage: str  # "stem", "stage 1" .. "stage 4" or "head"
+    stage: str  # "stem", "stage 1" .. "stage 4" or "head"; of a segmenter "decode_head" or "auxiliary_head"
     name: str
-    kind: str  # "convolution", "linear", a norm of `Variant`, "response_norm" (GRN), "scale" (LayerScale)
+    # "convolution", "linear", a norm of `Variant`, "response_norm" (GRN), "scale" (LayerScale), "batch_norm"
+    kind: str
     inputs: int  # channels that it reads
     outputs: int  # channels that it writes
     side_in: int  # of the square map that it reads, in pixels
     side: int  # of the map that it writes; 1 in the head, which pools
     kernel: int = 1  # side of a convolution's kernel
     groups: int = 1  # of a convolution; as many as channels in the depthwise one
+    has_bias: bool = True  # of a convolution
 
     @property
     def part(self) -> str:
@@ -45,15 +63,21 @@ class Layer:
                 return {f"{self.name}.weight": channels}
             case "layer_norm":
                 weight = channels
+            case "batch_norm":
+                leaves = ("weight", "bias", *STATISTICS[:2])
+                return {f"{self.name}.{leaf}": channels for leaf in leaves} | {
+                    f"{self.name}.{STATISTICS[2]}": ()
+                }
             case "linear":
                 weight = (self.outputs, self.inputs)
             case _:
                 weight = (self.outputs, self.inputs // self.groups, self.kernel, self.kernel)
-        return {f"{self.name}.weight": weight, f"{self.name}.bias": channels}
+        return {f"{self.name}.weight": weight} | ({f"{self.name}.bias": channels} if self.has_bias else {})
 
     @property
     def num_weights(self) -> int:
-        return sum(math.prod(shape) for shape in self.weights.values())
+        """Of those that training changes by gradients: without the statistics of a batch norm."""
+        return sum(math.prod(shape) for name, shape in self.weights.items() if not name.endswith(STATISTICS))
 
     @property
     def multiply_adds(self) -> int:
@@ -124,3 +148,44 @@ def layers_of(
             add("head", "pre_logits", "linear", dims[-1])
         add("head", "head", "linear", classes)
     return found
+
+
+def head_layers_of(variant: Variant, heads: Heads, image_size: int = 512) -> list[Layer]:
+    """Lists the layers with weights of UPerNet's heads, for square images; the body's are `layers_of`'s.
+
+    `layers_of(variant, image_size, 0, pyramid_norms=True)` has those in front. Names are mmsegmentation's.
+    """
+    maps = layers_of(variant, image_size, 0, pyramid_norms=True)[-4:]
+    sides, width = [level.side for level in maps], heads.channels
+    found: list[Layer] = []
+
+    def add(place, inputs, outputs, side, kernel):
+        head = place.partition(".")[0]
+        convolution = Layer(
+            head, f"{place}.conv", "convolution", inputs, outputs, side, side, kernel, has_bias=False
+        )
+        found.extend([convolution, Layer(head, f"{place}.bn", "batch_norm", outputs, outputs, side, side)])
+
+    def add_logits(head, inputs, side):
+        found.append(Layer(head, f"{head}.conv_seg", "convolution", inputs, heads.classes, side, side, 1))
+
+    for number, cells in enumerate(POOLED_SIZES):
+        add(f"decode_head.psp_modules.{number}.1", maps[3].outputs, width, cells, 1)
+    pooled = maps[3].outputs + len(POOLED_SIZES) * width
+    add("decode_head.bottleneck", pooled, width, sides[3], 3)
+    for level in (2, 1, 0):
+        add(f"decode_head.lateral_convs.{level}", maps[level].outputs, width, sides[level], 1)
+        add(f"decode_head.fpn_convs.{level}", width, width, sides[level], 3)
+    add("decode_head.fpn_bottleneck", 4 * width, width, sides[0], 3)
+    add_logits("decode_head", width, sides[0])
+    if heads.auxiliary:
+        add("auxiliary_head.convs.0", maps[2].outputs, heads.auxiliary_channels, sides[2], 3)
+        add_logits("auxiliary_head", heads.auxiliary_channels, sides[2])
+    return found
+
+
+# {its name with "_" for ".": a layer of the heads}, the same for every architecture.
+HEAD_PLACES = {
+    layer.name.replace(".", "_"): layer.name
+    for layer in head_layers_of(next(iter(VARIANTS.values())), Heads(classes=1))
+}

@@ -7,13 +7,22 @@ import re
 import keras
 import numpy as np
 
-from keras_convnext import models
+from keras_convnext import loading, models
 from keras_convnext._files import check_target, replacing_path
 from keras_convnext._messages import listed
+from keras_convnext.architecture import HEAD_PLACES
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.segmentation.labels import Labels
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import Variant
-from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files, torch_files
+from keras_convnext.weights import (
+    assign,
+    labels_metadata,
+    layouts,
+    preprocessing_metadata,
+    safetensors_files,
+    torch_files,
+)
 from keras_convnext.weights.catalog import default_checkpoint
 from keras_convnext.weights.published import TORCH_SUFFIXES
 from keras_convnext.weights.resolve import resolve
@@ -24,17 +33,24 @@ KERAS_TARGETS = (".weights.h5", ".keras")
 
 
 def save_weights(
-    model: keras.Model, path, layout: str = "official", preprocessing: Preprocessing | None = None
+    model: keras.Model,
+    path,
+    layout: str = "official",
+    preprocessing: Preprocessing | None = None,
+    labels: Labels | None = None,
 ) -> pathlib.Path:
     """Writes the weights of a model so that a PyTorch project loads them with `strict=True`.
 
     Args:
         model: made by this package.
         path: ".safetensors", or ".pth", ".pt", ".bin" for a PyTorch file, which has the weights under the key
-            "model" in the layout "official", as the official files do. It appears whole or not at all.
-        layout: "official", "timm", "torchvision" or "huggingface".
+            "model" in the layout "official", as the official files do, a segmenter under "state_dict". It
+            appears whole or not at all.
+        layout: "official", "timm", "torchvision" or "huggingface"; of a segmenter "official" (Facebook's
+            names), "mmsegmentation" or "huggingface".
         preprocessing: of the images of these weights, stored in a ".safetensors" file, where `load`,
             `keras-convnext predict` and `keras-convnext evaluate` find it; None to leave that unsaid.
+        labels: of a segmenter, its classes with their colours, stored there too.
 
     Such files hold logits: `load` puts a softmax behind them, unless its `classifier_activation` says else. A
     warning tells where the model has another activation, or no normaliser.
@@ -42,7 +58,8 @@ def save_weights(
     Raises:
         ValueError: for a layout that cannot express the architecture, or another ending; for layers without
             weights that change what the model computes, such as a Rescaling or a ReLU; for a `preprocessing`
-            that a PyTorch file has no place for, or whose mean and std are not the model's.
+            that a PyTorch file has no place for, or whose mean and std are not the model's; likewise for
+            `labels`, or other than one for each class.
 
     Example:
         >>> save_weights(model, "tiny.safetensors", layout="timm", preprocessing=Preprocessing(64))
@@ -55,7 +72,9 @@ def save_weights(
     _warn_of_loss(model.name, around.normaliser is not None, around.activation, path)
     variant = layouts.find_variant(canonical)
     _check_settings(model, variant, model.name)
-    return _write_torch(canonical, variant, path, layout, preprocessing)
+    if labels is not None:
+        _check_labels(labels, canonical, path)
+    return _write_torch(canonical, variant, path, layout, preprocessing, labels)
 
 
 def convert(source, target, layout: str = "official", architecture: str | None = None) -> pathlib.Path:
@@ -70,10 +89,12 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             tag, whose file is downloaded.
         target: path to write. ".safetensors", ".pth", ".pt", ".bin": in `layout`. ".keras": a whole model,
             that `keras.saving.load_model` opens; ".weights.h5": its weights.
-        layout: "official", "timm", "torchvision" or "huggingface"; has no meaning for Keras targets.
+        layout: "official", "timm", "torchvision" or "huggingface"; of a segmenter "official",
+            "mmsegmentation" or "huggingface". Has no meaning for Keras targets.
         architecture: name of an architecture, or a tag of one, checked against the file; None to take the
-            architecture from the file. A tag also says how images are prepared, else the source may say it.
-            That is written into ".safetensors", ".weights.h5" and ".keras" targets. A ".keras" target is
+            architecture from the file. A tag also says how images are prepared and which classes a segmenter
+            has, else the source may say it. That is written into ".safetensors", ".weights.h5" and ".keras"
+            targets. A ".keras" target is
             built so; else with the input size and the normaliser, or none, of the model in a ".keras" source;
             else as for the architecture's ImageNet weights. A classifier of a ".keras" source keeps its
             activation.
@@ -112,11 +133,11 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             preprocessing = None
         if found.is_model and not found.is_keras_applications:
             _check_settings(found.model, found.variant, found.path)
-        return _write_torch(canonical, found.variant, target, layout, preprocessing)
-    options = ModelOptions(
-        include_preprocessing=found.is_normalised, pyramid_norms=found.contents.pyramid_norms
-    )
-    model = models.build(found, options)
+        labels = found.labels if target.suffix == ".safetensors" else None
+        return _write_torch(canonical, found.variant, target, layout, preprocessing, labels)
+    pyramid_norms = found.contents.pyramid_norms and found.heads is None
+    options = ModelOptions(include_preprocessing=found.is_normalised, pyramid_norms=pyramid_norms)
+    model = loading.open_model(found, options)
     with replacing_path(target) as temporary:
         if target.suffix == ".keras":
             model.save(temporary)
@@ -124,6 +145,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             model.save_weights(temporary)
         if preprocessing is not None:
             preprocessing_metadata.add_preprocessing(temporary, preprocessing)
+        if found.labels is not None:
+            labels_metadata.add_labels(temporary, found.labels)
     return target
 
 
@@ -131,8 +154,15 @@ def _check_settings(model, variant: Variant, name) -> None:
     """Refuses a model with an epsilon, say, that readers of its weights do not build."""
     of_norm = {"epsilon": variant.epsilon}
     of_block = {**of_norm, "activation": variant.activation, "norm": variant.norm}
+    of_head = {"epsilon": 1e-5, "activation": "linear"}  # batch norms and convolutions of a segmenter
+
+    def settings(place):
+        if place in HEAD_PLACES:
+            return of_head
+        return of_block if place.startswith(("stages_", "blocks_")) else of_norm
+
     wanted = {
-        place: of_block if place.startswith(("stages_", "blocks_")) else of_norm
+        place: settings(place)
         for place in assign.places(model)[0]
         if not re.fullmatch(r"norm[0-3]", place)  # of a pyramid: 1e-6 in every architecture
     }
@@ -182,15 +212,34 @@ def _check_preprocessing(preprocessing, own, path) -> None:
         )
 
 
-def _write_torch(canonical, variant: Variant, path, layout, preprocessing) -> pathlib.Path:
+def _check_labels(labels: Labels, canonical, path) -> None:
+    heads = layouts.inspect(canonical).heads
+    if heads is None or heads.classes != len(labels.names):
+        received = "no segmenter" if heads is None else f"one of {heads.classes}"
+        raise ValueError(
+            f"Expected a segmenter of as many classes as labels, {len(labels.names)}. Received: {received}."
+        )
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"Expected a .safetensors file, which has a place for labels. Received: {path}. Save it as "
+            ".safetensors, or leave labels out."
+        )
+
+
+def _write_torch(canonical, variant: Variant, path, layout, preprocessing, labels=None) -> pathlib.Path:
     arrays = layouts.write(canonical, variant, layout)
     if path.suffix == ".safetensors":
         metadata = {"format": "pt"}
         if preprocessing is not None:
             metadata[preprocessing_metadata.KEY] = preprocessing_metadata.to_json(preprocessing)
+        if labels is not None:
+            metadata[labels_metadata.KEY] = labels_metadata.to_json(labels)
         safetensors_files.write_safetensors(path, arrays, metadata)
     elif path.suffix in TORCH_SUFFIXES:
-        torch_files.write_torch(path, arrays, key="model" if layout == "official" else None)
+        key = "model" if layout == "official" else None
+        if layouts.inspect(canonical).heads is not None and layout != "huggingface":
+            key = "state_dict"  # where OpenMMLab's programs look
+        torch_files.write_torch(path, arrays, key)
     else:
         raise ValueError(f"The file must end in {', '.join(TORCH_SUFFIXES)}. Received: {path}")
     return path

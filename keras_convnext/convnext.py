@@ -277,7 +277,9 @@ def layer_name(official: str, model_name: str | None = None) -> str:
     """
     if model_name is not None:
         return f"{model_name.replace('.', '_')}_{official}"
-    is_rare = official.startswith(("stages_", "blocks_", "downsample_layers_"))
+    is_rare = official.startswith(
+        ("stages_", "blocks_", "downsample_layers_", "decode_head_", "auxiliary_head_")
+    )
     return official if is_rare else f"convnext_{official}"
 
 

@@ -10,6 +10,7 @@ import keras
 
 from keras_convnext.data.preprocessing import is_positive_integer
 from keras_convnext.layers.pointwise import TOO_SMALL
+from keras_convnext.variants import Variant
 from keras_convnext.weights.resolve import IMAGENET_CLASSES, ResolvedWeights
 
 _logger = logging.getLogger("keras_convnext")
@@ -69,6 +70,12 @@ class ModelOptions:
     def of(cls, arguments: Mapping[str, Any]) -> "ModelOptions":
         """The options among the arguments of a constructor."""
         return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
+
+    def changed(self, variant: Variant) -> Variant:
+        """The architecture with what the options set in it."""
+        if self.layer_scale_init_value is None:
+            return variant
+        return dataclasses.replace(variant, layer_scale_init_value=self.layer_scale_init_value or None)
 
     def settled(self, source: ResolvedWeights) -> "ModelOptions":
         """The options with what None leaves to the weights, checked against the architecture."""

@@ -1,8 +1,7 @@
-"""The public constructors, one for each architecture, and `load`: arguments, weight file, layers, values."""
+"""The public constructors, one for each architecture: arguments, weight file, layers, values."""
 
 import dataclasses
 import functools
-import os
 import warnings
 
 import keras
@@ -77,66 +76,10 @@ class ConvNeXt(keras.Model):
 keras.saving.get_custom_objects().setdefault("ConvNeXt", ConvNeXt)
 
 
-def load(
-    architecture_or_tag: str | os.PathLike,
-    /,
-    weights: str | os.PathLike | None = "default",
-    *,
-    include_top: bool | None = None,
-    include_preprocessing: bool = True,
-    input_tensor=None,
-    input_shape: tuple | None = None,
-    pooling: str | None = None,
-    classes: int | None = None,
-    classifier_activation="default",
-    name: str | None = None,
-    drop_path_rate: float = 0.0,
-    layer_scale_init_value: float | None = None,
-    output_stride: int = 32,
-    pyramid_norms: bool = False,
-    rematerialize: bool = False,
-    seed: int | None = None,
-    new_head: bool | None = None,
-) -> keras.Model:
-    """Builds a model by the name of its architecture, of a published weight file, or of a file of one's own.
-
-    Args:
-        architecture_or_tag: "convnext_tiny" or "convnext_tiny.in12k_ft_in1k_384"; see `list_weights`. A tag
-            also sets the image size, the number of classes and the pixel normaliser. Or the path of a file
-            that says what it is of.
-        weights: "default" for the file of the tag (for an architecture: "imagenet"); None for random
-            weights; another tag; or a path, then the first argument says what the file is. A file that says
-            how its images are prepared (`save_weights`) sets image size and normaliser, unless a tag does;
-            else a `.keras` file those of its model. By itself one without normaliser stays without.
-        include_top: None for True, unless the weights have no classifier.
-        classes: None for as many as the weights have, else 1000.
-        classifier_activation: "default" for "softmax", and for None where the last layer is the image
-            projection of a CLIP tower.
-        name: of the Keras model, default the architecture's.
-
-    All other arguments are those of the constructors, for example `keras_convnext.ConvNeXtTiny`.
-
-    Returns:
-        A `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities.
-
-    Raises:
-        ValueError: for an unknown name (near ones are listed) and as the constructors do.
-
-    Example:
-        >>> model = load("test_convnext2", weights=None, classes=10, input_shape=(64, 64, 3))
-        >>> model.output_shape
-        (None, 10)
-    """
-    options = ModelOptions.of(locals())
-    task = "features" if include_top is False else None
-    return build(resolve(architecture_or_tag, weights, task), options)
-
-
 def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
-    """Lays out the layers of a model, then gives them the weights: what `load` does with a resolved name."""
-    variant, options = source.variant, options.settled(source)
-    if options.layer_scale_init_value is not None:
-        variant = dataclasses.replace(variant, layer_scale_init_value=options.layer_scale_init_value or None)
+    """Lays out the layers of a ConvNeXt, then gives them the weights: what `load` does with most names."""
+    options = options.settled(source)
+    variant = options.changed(source.variant)
     new_head = source.starts_new_head(options.include_top, options.classes, options.new_head)
     layout = functools.partial(assemble, variant, options, source.preprocessing)
     if source.is_random:
@@ -160,11 +103,11 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
     values = source.values(variant, options, new_head)
     model = filled(layout, lambda model: placed_values(model, values))
     if source.around is not None and not source.is_keras_applications:
-        _check_settings(source, model, options)
+        check_settings(source, model, options)
     return model
 
 
-def _check_settings(source: ResolvedWeights, model: ConvNeXt, options: ModelOptions) -> None:
+def check_settings(source: ResolvedWeights, model: keras.Model, options: ModelOptions) -> None:
     """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
     of_stride, others = ("dilation_rate", "strides"), ("activation", "epsilon", "kernel_size", "norm")
     settings = (*of_stride, *others) if options.output_stride == 32 else others  # another one was asked for

@@ -339,11 +339,11 @@ def our_model(case: Case):
     """Builds this package's model of a case, with random weights, on this process's backend."""
     import keras
 
-    from keras_convnext import models
+    import keras_convnext
 
     keras.utils.set_random_seed(0)
     _set_dtype(case)
-    model = models.load(
+    model = keras_convnext.load(
         case.model,
         weights=None,
         input_shape=(case.image_size, case.image_size, 3),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from keras_convnext._files import check_target
 from keras_convnext._messages import listed, shortened, size_text
-from keras_convnext.architecture import layers_of
+from keras_convnext.architecture import STATISTICS, Heads, head_layers_of, layers_of
 from keras_convnext.cli import shared
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
@@ -20,12 +20,14 @@ LIST_EXAMPLES = """examples:
   keras-convnext list
   keras-convnext list "convnextv2_*" --classes 1000 --image-size 384
   keras-convnext list convnext_tiny --commercial --downloadable
+  keras-convnext list --task segmentation
   keras-convnext list --architectures"""
 
 
 def list_options(option: Callable) -> None:
     option("architecture", "ARCHITECTURE", 'name, or a pattern such as "convnextv2_*"', nargs="?")
-    option("--classes", "N", "width of the classifier, 0 for none", type=int)
+    option("--classes", "N", "width of the classifier, or classes of a segmenter; 0 for none", type=int)
+    option("--task", "TASK", "classification, features or segmentation")
     option("--image-size", "N", "side of the images in pixels", type=int)
     option("--licence", "ID", "licence identifier, such as apache-2.0")
     option("--commercial", None, "only licences that allow commercial use")
@@ -42,6 +44,7 @@ def list_command(options: argparse.Namespace) -> int:
         licence=options.licence,
         commercial_use=True if options.commercial else None,
         downloadable=True if options.downloadable else None,
+        task=options.task,
     )
     rows = [catalog.CHECKPOINTS[tag] for tag in tags]
     cells: list[tuple] = []
@@ -56,17 +59,24 @@ def list_command(options: argparse.Namespace) -> int:
         count, name = f"{len(variants)} of {len(VARIANTS)} architectures", "NAME"
     else:
         facts = map(_checkpoint_facts, rows)
-        titles, alignments = ("tag", "classes", "size @ crop", "top-1", "licence", "layout"), "<><><<"
+        titles, alignments = ("tag", "classes", "size @ crop", "score", "licence", "layout"), "<><><<"
+        if options.task == "segmentation":
+            titles = ("tag", "classes", "size", "mIoU, one scale / several", "licence", "layout")
         for row in rows:
-            size = f"{row.image_size} @ {row.crop:.3g}"
-            top1 = "-" if row.top1 is None else f"{row.top1:.2f}"
-            cells.append((row.tag, row.classes or "-", size, top1, shortened(row.licence, 15), row.layout))
+            size, score, classes = f"{row.image_size} @ {row.crop:.3g}", row.top1, str(row.classes or "-")
+            if row.task == "segmentation":
+                score, classes = row.miou, f"{classes}/px"
+            text = "-" if score is None else f"{score:.2f}"
+            if options.task == "segmentation":
+                size, text = str(row.image_size), _miou_text(row)
+            cells.append((row.tag, classes, size, text, shortened(row.licence, 15), row.layout))
         count, name = f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG"
     if options.json:
         shared.print_json([*facts])
         return 0
     shared.print_table(titles, alignments, cells)
-    print(f"\n{count}. `keras-convnext info {name}` says more.")
+    marked = " Scores are top-1, of segmenters (classes/px) mIoU." * (not options.architectures)
+    print(f"\n{count}. `keras-convnext info {name}` says more.{marked}")
     return 0
 
 
@@ -165,10 +175,13 @@ def _variant_lines(variant: Variant) -> Iterable[tuple[str, object]]:
 
 
 def _checkpoint_facts(row: Checkpoint) -> dict:
-    layers = layers_of(VARIANTS[row.architecture], classes=row.classes)
+    variant, heads = VARIANTS[row.architecture], []
+    if row.task == "segmentation":
+        heads = head_layers_of(variant, Heads(row.classes))
+    layers = layers_of(variant, classes=0 if heads else row.classes, pyramid_norms=bool(heads))
     return {
         **dataclasses.asdict(row),
-        "parameters": sum(layer.num_weights for layer in layers),
+        "parameters": sum(layer.num_weights for layer in [*layers, *heads]),
         "commercial_use": row.commercial_use,
         "downloadable": row.downloadable,
     }
@@ -184,6 +197,7 @@ def _checkpoint_lines(row: Checkpoint, facts: dict) -> Iterable[tuple[str, objec
     projected = f"none, but {row.classes} features of the CLIP projection"
     return {
         "architecture": f"{row.architecture}, {_reference(variant)}",
+        "task": row.task,
         "parameters": f"{facts['parameters']:,}",
         "depths": listed(variant.depths),
         "dims": listed(variant.dims),
@@ -191,13 +205,16 @@ def _checkpoint_lines(row: Checkpoint, facts: dict) -> Iterable[tuple[str, objec
         "trained on": row.dataset,
         "licence": shared.licence_text(row.licence),
         "image size": f"{row.image_size}, crop {row.crop:.4g}",
-        "resize": _resize_text(row.preprocessing),
+        "resize": _segmenter_resize_text(row)
+        if row.task == "segmentation"
+        else _resize_text(row.preprocessing),
         "mean": f"{listed(row.mean)} of pixels in 0..1",
         "std": listed(row.std),
         "larger test size": larger,
         "top-1": _score_text(row, row.top1, row.image_size),
         "top-5": _score_text(row, row.top5, row.image_size),
         "top-1, larger": _score_text(row, row.test_top1, row.test_image_size),
+        "mIoU": None if row.miou is None else f"{_miou_text(row)} %, one scale / several: {row.score_source}",
         "layout": row.layout if row.state_key is None else f"{row.layout}, under {row.state_key!r}",
         "hub": None if row.hub_id is None else hub,
         "address": address,
@@ -207,16 +224,21 @@ def _checkpoint_lines(row: Checkpoint, facts: dict) -> Iterable[tuple[str, objec
     }.items()
 
 
+def _miou_text(row: Checkpoint) -> str:
+    return f"{row.miou} / {row.miou_multi_scale}"
+
+
 def _score_text(row: Checkpoint, score: float | None, size: int | None) -> str | None:
     published = ", as published" * (row.packaged is None)
     return None if score is None else f"{score} % at {size}{published}: {row.score_source}"
 
 
 def _file_facts(source: ResolvedWeights) -> dict:
-    from keras_convnext.weights import preprocessing_metadata
+    from keras_convnext.weights import labels_metadata, preprocessing_metadata
 
     path, state, contents = source.path, source.state, source.contents
     layout, metadata = contents.layout, {}
+    own = (preprocessing_metadata.KEY, labels_metadata.KEY)
     if path.suffix in KERAS_SUFFIXES:
         layout = "keras_applications" if source.is_keras_applications else "keras_convnext"
     elif path.suffix == ".safetensors":
@@ -233,16 +255,18 @@ def _file_facts(source: ResolvedWeights) -> dict:
         "prefix": contents.prefix,
         "architecture": source.file_variant.name,
         "arrays": len(state),
-        "parameters": sum(array.size for array in state.values()),
+        "task": source.task,
+        "parameters": sum(array.size for name, array in state.items() if not name.endswith(STATISTICS)),
         "dtypes": sorted({str(array.dtype) for array in state.values()}),
-        "classes": contents.classes,
+        "classes": contents.classes if contents.heads is None else contents.heads.classes,
+        "labels": None if source.labels is None else source.labels.names,
         "channels": contents.channels,
         "final_norm": contents.final_norm,
         "pyramid_norms": contents.pyramid_norms,
         "others": contents.others,
         "model": around or None,
         "images": None if source.stored is None else source.stored.stored(),
-        "metadata": {key: value for key, value in metadata.items() if key != preprocessing_metadata.KEY},
+        "metadata": {key: value for key, value in metadata.items() if key not in own},
     }
 
 
@@ -251,11 +275,13 @@ def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, obj
     prefix = f", after the prefix {facts['prefix']!r}" if facts["prefix"] else ""
     lines = {
         "architecture": f"{variant.name}, {_reference(variant)}",
+        "task": facts["task"],
         "layout": f"{facts['layout']}{prefix}",
         "arrays": facts["arrays"],
         "parameters": f"{facts['parameters']:,}",
         "dtype": ", ".join(facts["dtypes"]),
         "classes": facts["classes"] or "none",
+        "labels": listed(facts["labels"], 8) if facts["labels"] else None,
         "channels": facts["channels"],
         "final norm": "yes" if facts["final_norm"] else "no",
         "size": size_text(facts["bytes"]),
@@ -281,6 +307,11 @@ def _paper(variant: Variant) -> str:
 def _reference(variant: Variant) -> str:
     reference = "Woo et al. 2023" if variant.version == 2 else "Liu et al. 2022"
     return f"ConvNeXt {_paper(variant)} ({reference})"
+
+
+def _segmenter_resize_text(row: Checkpoint) -> str:
+    size = row.image_size
+    return f"shorter side to {size}, longer to {4 * size} at most, bilinear; in windows of {size} x {size}"
 
 
 def _resize_text(preprocessing: Preprocessing) -> str:

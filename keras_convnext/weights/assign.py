@@ -12,18 +12,28 @@ import keras
 import numpy as np
 
 from keras_convnext._messages import listed
+from keras_convnext.architecture import HEAD_PLACES, STATISTICS
 from keras_convnext.weights import arrays, layouts
 from keras_convnext.weights.graph import Graph, functional, is_training_only, package_of
 
 # The official part of a layer's name; what stands in front is a prefix (`convnext.layer_name`).
 _OFFICIAL = re.compile(
-    r"(?:^|_)(stem|downsample_layers_\d_\d|stages_\d_\d+|blocks_\d+|norm_pre|norm[0-3]?|pre_logits|head)$"
+    r"(?:^|_)(stem|downsample_layers_\d_\d|stages_\d_\d+|blocks_\d+|norm_pre|norm[0-3]?|pre_logits|head|"
+    rf"{'|'.join(HEAD_PLACES)})$"
 )
 
 # Layers that may stand between two layers of ours, as those of training only may.
 _HAND_ON = (keras.layers.Flatten, keras.layers.Identity)  # Flatten of pooled features (N, C)
 _POOLINGS = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
+_IN_HEADS = re.compile(r"(?:^|_)(decode|auxiliary)_head_\w+$")  # of `segmentation.UPerNet`
+_LEAVES = {  # of a layer's weights -> PyTorch's
+    "kernel": "weight",
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": STATISTICS[0],
+    "moving_variance": STATISTICS[1],
+}
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:
@@ -35,7 +45,8 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
             averaged map (include_top=False, pooling="avg") is the classifier.
 
     Returns:
-        {canonical name: array}, in the order of the forward pass.
+        {canonical name: array}, in the order of the forward pass. Of a segmenter the names are those of
+        Facebook's files: "backbone." and the official name, "decode_head." and "auxiliary_head.".
 
     Layers without weights are not in it, such as a Rescaling in front. LoRA is merged.
 
@@ -56,7 +67,7 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
             "include_top=False, pooling='avg', then Dense. model.save('x.keras') keeps all; for the body "
             f"alone pass {body}."
         )
-    return _arrays(model, placed)
+    return layouts.of_segmenter(_arrays(model, placed))
 
 
 def whole_state(model: keras.Model) -> layouts.StateDict:
@@ -67,7 +78,7 @@ def whole_state(model: keras.Model) -> layouts.StateDict:
         for layer in others
         for path, variable in _variables(layer)
     }
-    return _arrays(model, placed) | beside
+    return layouts.of_segmenter(_arrays(model, placed)) | beside
 
 
 def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer]]:
@@ -230,6 +241,8 @@ def _place(layer, reads) -> str | None:
     """The official name of a layer, with "_" for "."; None for one of another network."""
     match = _OFFICIAL.search(layer.name)
     name = match[1] if match else None
+    if name in HEAD_PLACES:
+        return name if isinstance(layer, (keras.layers.Conv2D, keras.layers.BatchNormalization)) else None
     if package_of(layer) == "keras_convnext" or (name or "").startswith("downsample_layers"):
         return name if name not in ("head", "pre_logits") else None
     source = reads.get(id(layer))
@@ -251,7 +264,8 @@ def _hands_on(part) -> bool:
     if getattr(part, "weights", ()) or package_of(part) == "keras_convnext":
         return True  # `places` has its place, or names it
     is_kept = isinstance(part, (*_HAND_ON, *_POOLINGS, keras.layers.InputLayer)) or is_training_only(part)
-    return (package_of(part) == "keras" and is_kept) or bool(_IN_STEM.search(part.name))
+    is_named = _IN_STEM.search(part.name) or _IN_HEADS.search(part.name)
+    return (package_of(part) == "keras" and is_kept) or bool(is_named)
 
 
 def _connections(model: keras.Model) -> list[tuple[Any, list[Any]]]:
@@ -303,7 +317,8 @@ def _arrays(model, placed) -> layouts.StateDict:
     for name, path, variable in _official(placed):
         if "/lora_" in path:
             continue
-        if name.rsplit(".", 1)[-1] not in ("weight", "bias", "gamma", "beta") or "int" in variable.dtype:
+        known = ("weight", "bias", "gamma", "beta", *STATISTICS)
+        if name.rsplit(".", 1)[-1] not in known or "int" in variable.dtype:
             raise ValueError(
                 f"{model.name!r} is quantised: {path} has no counterpart in PyTorch's layouts. "
                 "Take its weights before quantize()."
@@ -318,11 +333,11 @@ def _arrays(model, placed) -> layouts.StateDict:
 def _canonical_name(path: str) -> str:
     """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
     layer, *inner, leaf = plain_path(path).split("/")
-    layer = re.sub(r"_(?=\d)", ".", layer)
+    layer = HEAD_PLACES.get(layer) or re.sub(r"_(?=\d)", ".", layer)
     if inner == ["layer_scale"]:
         return f"{layer}.gamma"
     if inner != ["grn"]:
-        leaf = {"kernel": "weight", "gamma": "weight", "beta": "bias"}.get(leaf, leaf)
+        leaf = _LEAVES.get(leaf, leaf)
     return ".".join([layer, *inner, leaf])
 
 

@@ -17,6 +17,8 @@ measured here. `score_source` of a row says where its scores come from.
 - torchvision/models/convnext.py: trained by torchvision; its preset resizes bilinearly.
 - keras/src/applications/convnext.py (SHA-256 sums) and keras-team/keras PR #16421 (scores, lower than
   Meta's for the same weights, which Sayak Paul converted: its evaluation squashed to 256 x 256)
+- mmsegmentation 1.2.2, configs/convnext/metafile.yaml; Hugging Face's segmenters are conversions of its files
+  (transformers, convert_convnext_upernet_to_pytorch.py).
 - open-mmlab/mmpretrain at commit ee7f2e88: configs/convnext/README.md (one re-evaluation)
 - facebookresearch/dinov3 at commit 6876159a: dinov3/hub/backbones.py
 - huggingface/transformers: convert_convnext_to_pytorch.py, convert_convnextv2_to_pytorch.py
@@ -40,7 +42,7 @@ from keras_convnext.weights.published import Checkpoint
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("classes", "image_size", "test_image_size", "resize_size"), int),
-    **dict.fromkeys(("crop", "test_crop", "top1", "top5", "test_top1"), float),
+    **dict.fromkeys(("crop", "test_crop", "top1", "top5", "test_top1", "miou", "miou_multi_scale"), float),
     **dict.fromkeys(("mean", "std"), lambda cell: tuple(map(float, cell.split()))),
     **dict.fromkeys(("imagenet", "gated"), {"yes": True, "no": False}.__getitem__),
 }
@@ -134,19 +136,21 @@ def list_weights(
     licence: str | None = None,
     commercial_use: bool | None = None,
     downloadable: bool | None = None,
+    task: str | None = None,
 ) -> list[str]:
     """Lists the tags that meet every condition that is not None, in the order of the catalog.
 
     Args:
         architecture: name or pattern with "*", e.g. "convnextv2_*".
-        classes: width of the classifier, 0 for none.
+        classes: width of the classifier, or classes of a segmenter; 0 for none.
         image_size: side in pixels.
         licence: licence identifier, e.g. "apache-2.0".
         commercial_use: whether the licence allows commercial use.
         downloadable: whether the catalog knows where the file is.
+        task: "classification", "features" or "segmentation".
 
     Raises:
-        ValueError: no architecture matches, or no row has the licence; tells near names.
+        ValueError: no architecture matches, or no row has the licence or task; tells near names.
 
     Example:
         list_weights("convnext_tiny", classes=21841)
@@ -158,7 +162,10 @@ def list_weights(
     licences = sorted({row.licence for row in CHECKPOINTS.values()})
     if licence is not None and licence not in licences:
         raise ValueError(unknown("licence", licence, licences))
-    conditions = {"classes": classes, "image_size": image_size, "licence": licence}
+    tasks = sorted({row.task for row in CHECKPOINTS.values()})
+    if task is not None and task not in tasks:
+        raise ValueError(unknown("task", task, tasks))
+    conditions = {"classes": classes, "image_size": image_size, "licence": licence, "task": task}
     conditions |= {"commercial_use": commercial_use, "downloadable": downloadable}
     return [
         row.tag

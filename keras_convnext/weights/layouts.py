@@ -5,7 +5,9 @@ official PyTorch code, dense, in PyTorch's shapes (convolutions O, I, H, W; line
 1-D). A layout is one list of substitutions, canonical name -> its own name (`RULES`), and is both read and
 written with it.
 What the official code lacks has canonical names of the same style: `downsample_layers.0.2` (the norm after an
-overlapping stem), `norm_pre`, `pre_logits`, `norm0` .. `norm3` (per-level norms of a pyramid).
+overlapping stem), `norm_pre`, `pre_logits`, `norm0` .. `norm3` (per-level norms of a pyramid). The heads of a
+segmenter have mmsegmentation's names, `decode_head...` and `auxiliary_head...`; in a whole state dict of one
+the names of its body start with "backbone.".
 
 Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895, timm 1.0.31, torchvision
 0.28, transformers 5.23, facebookresearch/dinov3 6876159, open_clip as timm reads it, mmpretrain ee7f2e8.
@@ -21,7 +23,7 @@ import re
 import numpy as np
 
 from keras_convnext import _messages
-from keras_convnext.architecture import layers_of
+from keras_convnext.architecture import STATISTICS, Heads, head_layers_of, layers_of
 from keras_convnext.variants import VARIANTS, Variant
 
 _logger = logging.getLogger("keras_convnext")
@@ -78,6 +80,8 @@ RULES: dict[str, list] = {
         (r"^norm([0-3])\.", lambda match: f"hidden_states_norms.stage{int(match[1]) + 1}."),
         (r"^norm\.", "layernorm."),
         (r"^head\.", "classifier."),
+        (r"^(decode_head|auxiliary_head)\.conv_seg\.", r"\1.classifier."),
+        (r"^((?:decode_head|auxiliary_head)\..*)\.bn\.", r"\1.batch_norm."),
     ],
     "dinov3_hf": [
         (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample_layers."),
@@ -102,6 +106,7 @@ RULES: dict[str, list] = {
 }
 # open_clip wraps a timm trunk; its projection is the classifier, without a bias.
 RULES["open_clip"] = [*RULES["timm"][:-3], (r"^norm\.", "head.norm.")]
+RULES["mmsegmentation"] = RULES["mmpretrain"]  # whose bodies it has; of segmenters only
 
 # A name that only this layout has, looked for in this order; what stands in front of it is the prefix.
 MARKERS = (
@@ -150,7 +155,11 @@ _is_unused = re.compile("|".join(UNUSED.values())).match
 
 STEMS = ("stem.weight", "downsample_layers.0.0.weight")
 _ENDS = ("norm", "norm_pre", "pre_logits", "head")
-WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface")
+WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface", "mmsegmentation")
+
+_OF_HEADS = ("decode_head.", "auxiliary_head.")  # in every layout
+_COUNT = f".{STATISTICS[2]}"  # of training steps, which PyTorch keeps and nothing here reads
+_BODY = "backbone."  # in front of the names of a segmenter's body
 
 
 def weight_shapes(
@@ -159,6 +168,24 @@ def weight_shapes(
     """{canonical name: PyTorch shape} of the weights that `layers_of` lists, in its order."""
     layers = layers_of(variant, classes=classes, channels=channels, pyramid_norms=pyramid_norms)
     return {name: shape for layer in layers for name, shape in layer.weights.items()}
+
+
+def head_shapes(variant: Variant, heads: Heads) -> dict[str, tuple[int, ...]]:
+    """The same of the heads of a segmenter, with the statistics of their batch norms."""
+    return {name: shape for layer in head_layers_of(variant, heads) for name, shape in layer.weights.items()}
+
+
+def of_segmenter(state: StateDict) -> StateDict:
+    """The whole state dict: that of a segmenter with "backbone.", and counts of steps, 0 where unknown."""
+    if not any(name.startswith(_OF_HEADS) for name in state):
+        return state
+    whole: StateDict = {}
+    for name, array in state.items():
+        whole[name if name.startswith(_OF_HEADS) else _BODY + name] = array
+        count = name.removesuffix(".running_var") + _COUNT
+        if name.endswith(".running_var") and count not in state:
+            whole[count] = np.zeros((), "int64")
+    return whole
 
 
 def rename(name: str, layout: str) -> str:
@@ -210,6 +237,7 @@ class Contents:
     final_norm: bool  # the norm in front of the classifier, which FCMAE and detection files lack
     pyramid_norms: bool  # all of `norm0` .. `norm3`
     any_pyramid_norm: bool
+    heads: Heads | None  # of UPerNet, where it has them
     beside: tuple[str, ...]  # other networks, as `BESIDE` calls them
     others: tuple[str, ...]  # names of what is no part of the network, as a head of one's own or a loss
 
@@ -238,6 +266,7 @@ def inspect(state: StateDict) -> Contents:
         final_norm=has("norm") or has("norm_pre"),
         pyramid_norms=all(levels),
         any_pyramid_norm=any(levels),
+        heads=_heads(present, layout),
         beside=tuple(kind for kind, names in BESIDE.items() if any(map(re.compile(names).match, present))),
         others=tuple(full_names[name] for name in present if _is_foreign(name, layout)),
     )
@@ -283,9 +312,10 @@ def read(
 ) -> StateDict:
     """The canonical state dict of a file: every expected weight once, every name of the file accounted for.
 
-    What is no part of the network (a loss, metrics, a head of one's own) is left out, with a warning that
-    names it, where the head may be there too, or where a classifier lies with the network under a prefix and
-    it beside. Arrays are views of the file's where possible, in the order of `shapes`.
+    Other networks are left out, heads of a segmenter too unless `shapes` has them. What is no part of the
+    network (a loss, metrics, a head of one's own) is left out, with a warning that names it, where the head
+    may be there too, or where a classifier lies with the network under a prefix and it beside. Arrays are
+    views of the file's where possible, in the order of `shapes`.
 
     Args:
         state: {name: array} as read from the file.
@@ -301,17 +331,25 @@ def read(
     for name, shape in shapes.items():
         key = rename(name, layout)
         array = present.pop(key, None)
+        is_count, full = name.endswith(_COUNT), _full_name(key, prefix)
         if array is None:
-            if not name.startswith(may_lack):
-                missing.append(f"{prefix}{key} {shape}")
-        elif "float" not in array.dtype.name:  # bfloat16 and its kin are of kind "V" to NumPy
-            mis_shaped.append(f"{prefix}{key}: expected floating point numbers, received {array.dtype}")
+            if not is_count and not name.startswith(may_lack):
+                missing.append(f"{full} {shape}")
+        elif (
+            not is_count and "float" not in array.dtype.name
+        ):  # bfloat16 and its kin are of kind "V" to NumPy
+            mis_shaped.append(f"{full}: expected floating point numbers, received {array.dtype}")
         elif (canonical := _to_canonical(array, name, shape, layout)) is None:
-            mis_shaped.append(f"{prefix}{key}: expected {shape}, received {array.shape}")
+            mis_shaped.append(f"{full}: expected {shape}, received {array.shape}")
         else:
             result[name] = canonical
     allowed = tuple(rename(name + ".", layout) for name in may_hold)
-    left_over = [name for name in present if not name.startswith(allowed) and not _is_unused(name)]
+    asked = _OF_HEADS if any(name.startswith(_OF_HEADS) for name in shapes) else ()
+    left_over = [
+        name
+        for name in present
+        if not name.startswith(allowed) and (name.startswith(asked) or not _is_unused(name))
+    ]
     others = [full_names[name] for name in left_over if _is_foreign(name, layout)]
     is_asked_for = "head" not in may_hold and any(_is_of_other_head(name, layout) for name in left_over)
     if others and not is_asked_for and ("head" in may_hold or (prefix and "head.weight" in result)):
@@ -334,17 +372,21 @@ def read(
 
 
 def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
-    """A canonical state dict as another project loads it with `strict=True`.
+    """A whole canonical state dict as another project loads it with `strict=True`.
 
     Hugging Face computes its last norm with `config.layer_norm_eps`, which must be set to 1e-6 there (its
     default is 1e-12). A ValueError says why that project cannot express the architecture.
     """
-    _check_writable(variant, layout, has_pyramid_norms="norm0.weight" in canonical)
+    is_segmenter = any(name.startswith(_OF_HEADS) for name in canonical)
+    _check_writable(variant, layout, "norm0.weight" in canonical, is_segmenter)
     family = "convnextv2." if variant.version == 2 else "convnext."
     result = {}
-    for name, array in canonical.items():
+    for whole_name, array in canonical.items():
+        name = whole_name.removeprefix(_BODY)
         key = rename(name, layout)
-        if layout == "huggingface" and not name.startswith("head."):
+        if name != whole_name:
+            key = _BODY + key
+        elif layout == "huggingface" and not name.startswith(("head.", *_OF_HEADS)):
             key = family + key
         if layout == "timm" and variant.pointwise_as_conv and re.search(r"pwconv\d\.weight$", name):
             array = array[:, :, None, None]
@@ -391,6 +433,22 @@ def adapt_channels(state: StateDict, channels: int, mean=None, std=None) -> Stat
     else:
         values = np.tile(values, (1, math.ceil(channels / 3), 1, 1))[:, :channels] * (3 / channels)
     return {**state, **changed, name: values.astype("float32" if changed else kernel.dtype)}
+
+
+def _heads(present: StateDict, layout: str) -> Heads | None:
+    """The heads of UPerNet among the arrays of a file, by their names."""
+    names = [rename(f"decode_head.{place}.weight", layout) for place in ("conv_seg", "psp_modules.0.1.conv")]
+    arrays = [present.get(name) for name in names]
+    if any(array is None or array.ndim != 4 for array in arrays):
+        return None
+    classes, channels = arrays[0].shape[:2]  # type: ignore[union-attr]
+    return Heads(classes, channels, any(name.startswith("auxiliary_head.") for name in present))
+
+
+def _full_name(key: str, prefix: str) -> str:
+    """A name of the layout as the file has it: heads stand beside the body, not behind its prefix."""
+    outer = prefix.removesuffix(_BODY) if key.startswith(_OF_HEADS) else prefix
+    return outer + key
 
 
 def _opened(state: StateDict) -> tuple[str, str, StateDict, dict[str, str]]:
@@ -486,10 +544,14 @@ def _dense_kernel(array, shape):
     return None
 
 
-def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool) -> None:
+def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool, is_segmenter: bool) -> None:
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
-    if variant.isotropic and layout != "official":
+    if is_segmenter and layout in ("timm", "torchvision"):
+        reason = f"{layout} has no UPerNet, as official, mmsegmentation and huggingface have"
+    elif layout == "mmsegmentation" and not is_segmenter:
+        reason = "mmsegmentation's layout is of segmenters, and this is none"
+    elif variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
     elif has_pyramid_norms and layout in ("timm", "torchvision"):
         reason = f"{layout} has no place for norms at each level, as official and huggingface have"

@@ -47,21 +47,30 @@ def read_preprocessing(path: StrPath) -> Preprocessing | None:
 
     ValueError when what it says is damaged, FileNotFoundError when there is no such file.
     """
+    text = read_text(path, KEY)
+    return None if text is None else from_json(text, path)
+
+
+def read_text(path: StrPath, key: str) -> str | None:
+    """What a weight file of any format has under a key of this package; None where it has nothing."""
     path = pathlib.Path(path)
     try:
         if path.suffix in KERAS_SUFFIXES:
-            text = keras_files.read_stored_text(path, KEY)
-        else:
-            text = safetensors_files.read_safetensors_metadata(path).get(KEY)
+            return keras_files.read_stored_text(path, key)
+        return safetensors_files.read_safetensors_metadata(path).get(key)
     except FileFormatError:
         if path.suffix in (".h5", ".keras"):
             raise
         return None  # another format or a damaged file, which the reader of its weights tells
-    return None if text is None else from_json(text, path)
 
 
 def add_preprocessing(path: StrPath, preprocessing: Preprocessing) -> None:
-    """Writes how images are prepared into an `.h5` or `.keras` file that Keras has written without that.
+    """Writes how images are prepared into an `.h5` or `.keras` file that Keras has written without that."""
+    add_text(path, KEY, to_json(preprocessing))
+
+
+def add_text(path: StrPath, key: str, text: str) -> None:
+    """Writes a text under a key into an `.h5` or `.keras` file.
 
     The file has a temporary name still, as a stop in between damages it.
     """
@@ -70,10 +79,10 @@ def add_preprocessing(path: StrPath, preprocessing: Preprocessing) -> None:
         import h5py
 
         with h5py.File(path, "r+") as file:
-            file.attrs[KEY] = to_json(preprocessing)
+            file.attrs[key] = text
     elif path.suffix == ".keras":
         with zipfile.ZipFile(path, "a") as archive:
             # With a fixed date: the same bytes again.
-            archive.writestr(zipfile.ZipInfo(KEY), to_json(preprocessing))
+            archive.writestr(zipfile.ZipInfo(key), text)
     else:
         raise ValueError(f"Expected a file ending in .h5 or .keras, received '{path}'.")

@@ -31,11 +31,13 @@ class Checkpoint:
     imagenet: bool = False
     # Names and shapes of the arrays inside the file: "timm", "official" (Meta V1 and V2; the encoder-only V2
     # files are dense already and lack the final norm and the head), "torchvision", "huggingface", "dinov3"
-    # (official names plus copies of the final norm), "dinov3_hf", "keras_applications", "mmdet" or "mmseg"
-    # (official names after "backbone.", plus the task heads). A timm row means the file on the Hub: an
-    # address at dl.fbaipublicfiles.com in it is the file that timm converted, in the official layout.
+    # (official names plus copies of the final norm), "dinov3_hf", "keras_applications", "mmdet", "mmseg"
+    # (official names after "backbone.", plus the task heads) or "mmsegmentation" (mmpretrain's there). A timm
+    # row means the file on the Hub: an address at dl.fbaipublicfiles.com in it is the file that timm
+    # converted, in the official layout.
     layout: str
-    classes: int  # width of the classifier, 0 for none; of CLIP towers that of the image projection
+    task: str = ""  # "segmentation"; left out "classification", or "features" without classes
+    classes: int  # of the classifier or segmenter, 0 for none; of CLIP towers width of the image projection
     # Side in pixels of the square the scores `top1` and `top5` were taken at; for "mmdet" the shorter side of
     # the test images, for "mmseg" the training crop.
     image_size: int
@@ -55,6 +57,10 @@ class Checkpoint:
     top1: float | None = None
     top5: float | None = None
     test_top1: float | None = None  # top-1 at `test_image_size`
+    # Of segmenters the published mean intersection over union of the validation images in percent: at one
+    # scale, with a sliding window of the training crop, and averaged over scales and flips.
+    miou: float | None = None
+    miou_multi_scale: float | None = None
     score_source: str = ""  # table the scores come from
     hub_id: str | None = None  # repository on the Hugging Face Hub
     hub_filename: str | None = None  # file in it
@@ -66,6 +72,10 @@ class Checkpoint:
     note: str = ""  # what else a user must know
     gated: bool = False  # the publisher asks for an agreement before the download
     packaged: str | None = None  # file in the folder `weights/packaged` of this package: needs no download
+
+    def __post_init__(self) -> None:
+        if not self.task:
+            object.__setattr__(self, "task", "classification" if self.classes else "features")
 
     @property
     def commercial_use(self) -> bool:

@@ -14,9 +14,20 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _messages
+from keras_convnext.architecture import STATISTICS, Heads
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.segmentation.ade20k import ade20k
+from keras_convnext.data.segmentation.labels import Labels
 from keras_convnext.variants import VARIANTS, Variant
-from keras_convnext.weights import catalog, download, keras_files, layouts, locate, torch_files
+from keras_convnext.weights import (
+    catalog,
+    download,
+    keras_files,
+    labels_metadata,
+    layouts,
+    locate,
+    torch_files,
+)
 from keras_convnext.weights.arrays import naming
 from keras_convnext.weights.preprocessing_metadata import read_preprocessing
 from keras_convnext.weights.published import KERAS_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint
@@ -122,6 +133,32 @@ class ResolvedWeights:
     def variant(self) -> Variant:
         return self.architecture or self.file_variant
 
+    @property
+    def task(self) -> str:
+        """What a model of all these weights is for: "classification", "features" or "segmentation"."""
+        if self.heads is not None:
+            return "segmentation"
+        return "classification" if self.classes else "features"
+
+    @functools.cached_property
+    def heads(self) -> Heads | None:
+        """Those of a segmenter; of random weights those of the tag."""
+        if self.file is not None:
+            return None if self.is_bare else self.contents.heads
+        return Heads(self.row.classes) if self.row is not None and self.row.task == "segmentation" else None
+
+    @functools.cached_property
+    def labels(self) -> Labels | None:
+        """The classes of a segmenter, as the tag or the file says; None where neither does."""
+        if self.heads is None:
+            return None
+        stored = labels_metadata.read_labels(self.file) if self.file is not None else None
+        if stored is not None:
+            return stored
+        row = self.row
+        is_ade20k = row is not None and row.task == "segmentation" and row.dataset.endswith("ade20k")
+        return ade20k() if is_ade20k and self.heads.classes == 150 else None
+
     @functools.cached_property
     def stored(self) -> Preprocessing | None:
         """How the file says that images are prepared; a tag says it instead."""
@@ -179,7 +216,10 @@ class ResolvedWeights:
 
     @property
     def classes(self) -> int:
-        """Outputs of the classifier, 0 for none; of random weights those of the tag, else ImageNet's."""
+        """Outputs of the classifier, 0 for none; of random weights those of the tag, else ImageNet's.
+
+        A segmenter has none: its classes are in `heads`.
+        """
         return self._sizes[0]
 
     @property
@@ -189,8 +229,10 @@ class ResolvedWeights:
 
     @functools.cached_property
     def _sizes(self) -> tuple[int, int]:
+        if self.file is None and self.row is not None:
+            return 0 if self.row.task == "segmentation" else self.row.classes, 3
         if self.file is None:
-            return IMAGENET_CLASSES if self.row is None else self.row.classes, 3
+            return IMAGENET_CLASSES, 3
         if self.is_bare:
             return keras_files.read_sizes(self.file)
         return self.contents.classes, self.contents.channels
@@ -222,23 +264,26 @@ class ResolvedWeights:
         if not include_top:
             return False
         row = self.published
-        if row is None or row.classes == classes or new_head:
+        if row is None or self.classes == classes or new_head:
             return bool(new_head)
-        promised = row.classes != 0 and (self.is_imagenet or classes == IMAGENET_CLASSES)
+        promised = self.classes != 0 and (self.is_imagenet or classes == IMAGENET_CLASSES)
         if new_head is False or promised:
-            raise ValueError(_wrong_classes(row.tag, row.classes, classes))
+            raise ValueError(_wrong_classes(row.tag, self.classes, classes))
         _logger.warning(
             "%s: a new classifier for %d classes, with random weights, on their body.", row.tag, classes
         )
         return True
 
     def canonical(self) -> layouts.StateDict:
-        """All that the file holds of the architecture under canonical names: its own head and channels."""
+        """All that the file holds of the architecture under canonical names: its own heads and channels."""
         contents = self.contents
         shapes = layouts.weight_shapes(
             self.variant, contents.classes, contents.channels, contents.pyramid_norms
         )
-        return self._read(shapes, may_hold=() if contents.classes else ("pre_logits",))
+        if contents.heads is not None:
+            shapes |= layouts.head_shapes(self.variant, contents.heads)
+        values = self._read(shapes, may_hold=() if contents.classes else ("pre_logits",))
+        return layouts.of_segmenter(values)
 
     def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
         """The weights of the file that a model of settled `ModelOptions` takes, under canonical names."""
@@ -261,7 +306,23 @@ class ResolvedWeights:
             may_hold = ("head",)
         if pyramid_norms:
             may_hold += ("norm", "norm_pre")
-        values = self._read(shapes, may_hold)
+        return self._adapted(self._read(shapes, may_hold), options)
+
+    def segmenter_values(
+        self, variant: Variant, options: Any, heads: Heads, new_head: bool
+    ) -> layouts.StateDict:
+        """The same for a segmenter with these heads, of which `new_head` leaves out those of the classes."""
+        shapes = layouts.weight_shapes(variant, 0, self.contents.channels, pyramid_norms=True)
+        shapes |= layouts.head_shapes(variant, heads)
+        may_hold: tuple[str, ...] = ()
+        if new_head:
+            may_hold = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith(may_hold)}
+        values = self._adapted(self._read(shapes, may_hold), options)
+        return {name: array for name, array in values.items() if not name.endswith(STATISTICS[2])}
+
+    def _adapted(self, values: layouts.StateDict, options: Any) -> layouts.StateDict:
+        """The values for images of as many channels as the options say."""
         prepared = self.preprocessing if options.include_preprocessing else None
         normaliser = () if prepared is None else (prepared.mean, prepared.std)
         with naming(self.path):
@@ -279,7 +340,8 @@ class ResolvedWeights:
             if self.around is not None:
                 self.around.check(self.model.name)
             values = layouts.read(self.state, shapes, may_lack, may_hold)
-        if self.file is not None and contents.beside:
+        takes_heads = contents.heads is not None and any(name.startswith("decode_head.") for name in shapes)
+        if self.file is not None and contents.beside and not takes_heads:
             _logger.warning("Of %s the ConvNeXt is taken, not: %s.", self.path, ", ".join(contents.beside))
         lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
         if lacking:
@@ -297,17 +359,19 @@ def resolve(
             What was resolved before is returned as it is.
         weights: "default" for the file of the tag (of an architecture: "imagenet"); None for random weights;
             another tag, long or short; or a file, then a tag as name says how its images are prepared.
-        task: "classification" to refuse weights without a classifier; "features" where none is needed, so
-            that "imagenet" may be the smaller file without it; None for either.
+        task: "classification" to refuse weights without a classifier, "segmentation" those that are not of a
+            segmenter; "features" where neither is needed, so that "imagenet" may be the smaller file without
+            a classifier; None for any.
 
     Raises a ValueError where the name is unknown (near ones are listed), means a file as well as published
-    weights, or the weights have no classifier; a TypeError where `weights` is none of these.
+    weights, or the weights are not for the task; a TypeError where `weights` is none of these.
 
     Example:
         resolve("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction      # 1.0
     """
-    if task not in (None, "classification", "features"):
-        raise ValueError(_messages.unknown("task", task, ("classification", "features")))
+    tasks = ("classification", "features", "segmentation")
+    if task not in (None, *tasks):
+        raise ValueError(_messages.unknown("task", task, tasks))
     if isinstance(name, ResolvedWeights):
         return name
     named = None if name is None else meaning(name)
@@ -340,6 +404,13 @@ def resolve(
         found = ResolvedWeights(architecture, tagged, published, is_imagenet=word == "imagenet")
     if task == "classification":
         _check_classifier(found)
+    if task == "segmentation" and found.task != task:
+        what = (found.row and found.row.tag) or found.file or found.variant.name
+        raise ValueError(
+            f"Expected weights of a segmenter. Received {what}, which is for {found.task}. "
+            "`keras-convnext list --task segmentation` lists such; keras_convnext.segmentation.UPerNet makes "
+            "one of any ConvNeXt."
+        )
     return found
 
 
@@ -415,13 +486,18 @@ def _published(variant: Variant, weights: object, task: str | None) -> Checkpoin
 
 def _check_classifier(found: ResolvedWeights) -> None:
     row = found.published
-    if row is not None and (row.is_projection or not row.classes):
+    if row is not None and (row.is_projection or row.task != "classification"):
         instead = catalog.IMAGENET[row.architecture] or catalog.IMAGENET["convnext_tiny"]
-        what = f"gives {row.classes} features of CLIP, not classes" if row.classes else "has no classifier"
+        what = "has no classifier"
+        if row.task == "segmentation":
+            what = f"gives {row.classes} classes for each pixel, not for the image"
+        elif row.classes:
+            what = f"gives {row.classes} features of CLIP, not classes"
         raise ValueError(f"{row.tag!r} {what}. Use weights that have one, for example {instead}.")
     # A model's file may hold any, which whoever opens it checks.
     if found.file is not None and not found.is_model and not found.classes:
-        raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
+        what = "has no classifier" if found.heads is None else "is of a segmenter and has no classifier"
+        raise ValueError(f"{found.file} {what}. Pass weights that have one.")
 
 
 def _wrong_classes(weights, available, classes):

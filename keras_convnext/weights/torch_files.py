@@ -82,21 +82,37 @@ def read_state_dict(path: StrPath) -> dict[str, np.ndarray]:
         return _torch_arrays(data, path.suffix)
 
 
-def _torch_arrays(data: memoryview, suffix: str) -> dict[str, np.ndarray]:
-    """The arrays in the content of a PyTorch file."""
+def read_meta(path: StrPath) -> dict:
+    """What a PyTorch file has under "meta", where OpenMMLab's tell of classes and colours; {} without it."""
+    path = Path(path)
+    with naming(path):
+        data = map_file(path)
+        if looks_like_safetensors(bytes(data[:64])):
+            return {}
+        content = _content(data, path.suffix)
+    meta = content.get("meta") if isinstance(content, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def _content(data: memoryview, suffix: str) -> object:
+    """What a PyTorch file of either form describes."""
     start = bytes(data[:64])
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        content = _zip_content(data)
-    elif start[:1] == b"\x80" and _LEGACY_MAGIC in start:
-        content = _legacy_content(data)
-    elif data[257:262] == b"ustar":
+        return _zip_content(data)
+    if start[:1] == b"\x80" and _LEGACY_MAGIC in start:
+        return _legacy_content(data)
+    if data[257:262] == b"ustar":
         raise damaged(
             "it is a tar archive, as PyTorch wrote before version 0.1.10",
             "If you trust the file, re-save it in PyTorch: "
             "torch.save(torch.load(path, map_location='cpu', weights_only=False), path).",
         )
-    else:
-        raise unknown_content(start, suffix, "a .pth or .safetensors file")
+    raise unknown_content(start, suffix, "a .pth or .safetensors file")
+
+
+def _torch_arrays(data: memoryview, suffix: str) -> dict[str, np.ndarray]:
+    """The arrays in the content of a PyTorch file."""
+    content = _content(data, suffix)
     tensors = _find_tensors(content)
     if tensors is None:
         received = type(content).__name__
