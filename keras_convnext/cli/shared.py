@@ -27,6 +27,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def values(text: str) -> tuple[int, ...]:
+    """Reads values of label maps: "255" or "0,255"."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 6 for word in words):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas, such as 0,255, received {text!r}"
+        )
+    return tuple(map(int, words))
+
+
 def not_negative(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf:
@@ -52,11 +62,14 @@ _SHARED_OPTIONS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 def add_option(
     parser: argparse.ArgumentParser, name: str, metavar: str | None = None, text: str = "", **more: Any
 ) -> None:
-    """Adds an option, an argument (no dashes), a switch (no metavar) or, by a name alone, a shared option."""
+    """Adds an option, an argument (no dashes), a switch (no metavar) or, by a name alone, a shared option.
+
+    A short name stands in front of a long one: "-o, --output".
+    """
     if not text:
         metavar, text, more = _SHARED_OPTIONS[name]
     settings = {"action": "store_true"} if metavar is None else {"metavar": metavar}
-    parser.add_argument(name, help=text, **settings | more)
+    parser.add_argument(*name.split(", "), help=text, **settings | more)
 
 
 def recipe_overrides(settings: Sequence[str], **short: str | None) -> dict[str, str]:

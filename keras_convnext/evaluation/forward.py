@@ -130,7 +130,7 @@ def validate(
 
 def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np.ndarray]]:
     """Yields each batch with its outputs; the next is on the device already while these are worked on."""
-    forward = _forward(model)
+    forward = forward_function(model)
 
     def begin(batch: dict) -> Any:
         return forward(choose.divided(predictor.for_channels(batch["images"], model)))
@@ -143,7 +143,7 @@ def with_outputs(model: Any, batches: Iterator[dict]) -> Iterator[tuple[dict, np
         yield batch, choose.rows(outputs)
 
 
-def _forward(model) -> Callable[[np.ndarray], Any]:
+def forward_function(model) -> Callable[[np.ndarray], Any]:
     """Returns the function from images to outputs that does not wait for an accelerator to finish."""
     if isinstance(model, runtimes.ExportedModel):
         return model

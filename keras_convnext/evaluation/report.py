@@ -3,7 +3,7 @@
 import functools
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     check_output(folder)
     classes = result.source.classes
     columns = (result.numbers, result.labels, result.ranks, result.predictions)
-    _write_csv(
+    write_csv(
         folder,
         "predictions.csv",
         ["name", "label", "rank", *(f"predicted_{n + 1}" for n in range(result.predictions.shape[1]))],
@@ -60,7 +60,7 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
         ),
     )
     pairs = confusions(result)
-    _write_csv(
+    write_csv(
         folder,
         "confusions.csv",
         ["label", "predicted", "count"],
@@ -68,7 +68,7 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
     )
     # The most frequent pair of a class, which comes first, is the last to be put in.
     wrong = {label: predicted for label, predicted, _ in reversed(pairs) if label != predicted}
-    _write_csv(
+    write_csv(
         folder,
         "classes.csv",
         ["class", "name", "n", "top1", "top5", "most_often_taken_for"],
@@ -90,7 +90,7 @@ def write_reports(folder: str | os.PathLike[str], result: Result) -> None:
 
 def write_faults(folder: str | os.PathLike[str], faults: dict[str, str]) -> None:
     """Writes faults.csv: name and reason of each image that could not be decoded."""
-    _write_csv(folder, "faults.csv", ["name", "reason"], faults.items())
+    write_csv(folder, "faults.csv", ["name", "reason"], faults.items())
 
 
 def confusions(result: Result) -> list[tuple[int, int, int]]:
@@ -148,6 +148,13 @@ def _draw_worst_classes(result: Result, path: pathlib.Path) -> None:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
 
 
-def _write_csv(folder, name: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
+def write_csv(
+    folder: str | os.PathLike[str],
+    name: str,
+    columns: list[str],
+    rows: Iterable[Iterable[Any]],
+    marks: Mapping[str, bytes] = _MARKS,
+) -> None:
+    """Writes a table of a report; `marks` show that an earlier report wrote what it replaces."""
     content = csv_text([columns, *rows]).encode("utf-8", "surrogateescape")
-    replace_file(pathlib.Path(folder) / name, content, _MARKS[name])
+    replace_file(pathlib.Path(folder) / name, content, marks[name])

@@ -12,15 +12,16 @@ import numpy as np
 import PIL
 
 from keras_convnext import _environment
-from keras_convnext.data.index import Source
 from keras_convnext.evaluation.results import COLUMNS, fingerprint
 from keras_convnext.exporting import runtimes
 from keras_convnext.predictor import Predictor
 from keras_convnext.weights.assign import plain_path
 
 
-def settings_of(opened: Predictor, source: Source, split: str | None, batch_size: int) -> dict[str, str]:
-    """Returns what scores of a model on data depend on."""
+def settings_of(
+    opened: Predictor, source: Any, split: str | None, batch_size: int, data_sha256: str = ""
+) -> dict[str, str]:
+    """Returns what scores of a model on data depend on; without a `data_sha256`, `fingerprint` makes it."""
     parts = pathlib.Path(os.path.abspath(source.path)).parts
     preprocessing = opened.preprocessing
     height, width = preprocessing.size
@@ -31,7 +32,7 @@ def settings_of(opened: Predictor, source: Source, split: str | None, batch_size
         # The folder of TensorFlow Datasets is named after the version, in one with the name of the set.
         "data": "/".join(parts[-2:] if source.kind == "tfds" else parts[-1:]),
         "split": split or "",
-        "data_sha256": fingerprint(source),
+        "data_sha256": data_sha256 or fingerprint(source),
         "image_size": str(height) if height == width else f"{height}x{width}",
         "crop": f"{preprocessing.crop_fraction:.6g}",
         "resize_mode": preprocessing.stored()["resize_mode"],

@@ -16,13 +16,15 @@ from keras_convnext._messages import shortened
 from keras_convnext._terminal import csv_text
 from keras_convnext.data.index import Source
 
+# Of these a row has those of its task.
+SCORES = ("top1", "top5", "real", "mode", "miou", "aacc", "macc")
 COLUMNS = (
     "time", "model", "architecture", "weights", "weights_sha256", "licence",
     "keras_convnext", "commit", "keras", "backend", "backend_version", "tensorflow", "numpy", "pillow",
     "python", "cpu", "cores", "accelerators",
     "data_kind", "data", "split", "data_sha256", "outputs", "n", "skipped",
     "image_size", "crop", "resize_mode", "resize_size", "interpolation", "dtype_policy", "batch_size",
-    "top1", "top5", "real", "seconds", "images_per_second",
+    *SCORES, "seconds", "images_per_second",
 )  # fmt: skip
 # Fingerprint of ImageNet's 50,000 validation images with their published labels.
 IMAGENET_VALIDATION = "b0ac1bf119f3c8a8ad32e56c6e37727a179138865155ab81d666b3b1cde5f1c6"
@@ -59,6 +61,19 @@ class Result:
     def real_accuracy(self) -> float | None:
         """ReaL accuracy in percent, over the images with ReaL labels; None when it was not asked for."""
         return None if self.real is None else percentage(self.real[self.real >= 0])
+
+    @property
+    def num_images(self) -> int:
+        """Images that were asked for."""
+        return len(self.source)
+
+    def columns(self) -> dict[str, str]:
+        """Returns the text of the scores' columns; accuracies in percent."""
+        return {
+            "top1": f"{self.top1:.4f}",
+            "top5": f"{self.top5:.4f}",
+            "real": "" if self.real_accuracy is None else f"{self.real_accuracy:.4f}",
+        }
 
 
 def combine(parts: Sequence[Result]) -> Result:
@@ -172,14 +187,12 @@ def check_results_file(path: str | os.PathLike[str]) -> None:
 
 
 def result_row(result: Result) -> dict[str, str]:
-    """Returns the text of every column of `COLUMNS`; accuracies in percent."""
+    """Returns the text of every column of `COLUMNS`, "" for the scores of other tasks."""
     check_complete(result)
-    values = result.settings | {
+    values = dict.fromkeys(SCORES, "") | result.settings | result.columns()
+    values |= {
         "n": str(len(result.numbers)),
         "skipped": str(result.num_skipped),
-        "top1": f"{result.top1:.4f}",
-        "top5": f"{result.top5:.4f}",
-        "real": "" if result.real_accuracy is None else f"{result.real_accuracy:.4f}",
         "seconds": f"{result.seconds:.2f}",
         "images_per_second": f"{result.images_per_second:.2f}",
     }
@@ -188,7 +201,7 @@ def result_row(result: Result) -> dict[str, str]:
 
 def check_complete(result: Result) -> None:
     """Checks that every image of the data was evaluated or left out for a reason, and not all left out."""
-    expected, received = len(result.source), len(result.numbers) + result.num_skipped
+    expected, received = result.num_images, len(result.numbers) + result.num_skipped
     if received != expected:
         raise ValueError(
             f"Expected the {expected} images of the data, received {received}: the result of one of several "

@@ -6,30 +6,37 @@ A key that is set wins over what would follow. No Keras backend is needed.
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from keras_convnext._settings import SettingsError, toml_value
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
+from keras_convnext.data.segmentation import sources as segmentation_sources
 from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipe_files import AnyRecipe, load_recipe
 from keras_convnext.training.run_folder import RECIPE_FILE, RUN_FILE
+from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 
 # Epochs that follow from the data are at least and at most so many times those of the recipe.
 LEAST_EPOCHS, MOST_EPOCHS = 1 / 4, 15
 
+# What lists the splits of a recipe's data.
+_SPLITS: dict[type, Callable[[str], list[str]]] = {
+    Recipe: sources.list_splits,
+    SegmentationRecipe: segmentation_sources.list_splits,
+}
 _Derived = dict[str, tuple[Any, str]]  # full key -> (value, reason)
 
 
 def choose_recipe(
-    given: Recipe | str | os.PathLike[str],
+    given: AnyRecipe | str | os.PathLike[str],
     data: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
-) -> tuple[Recipe, list[str]]:
+) -> tuple[AnyRecipe, list[str]]:
     """Reads a recipe, and derives what follows from weights in place of its own.
 
     `overrides` are by short or full key. A run that was begun in `folder` with these weights keeps what it
@@ -42,19 +49,19 @@ def choose_recipe(
         place = os.path.expanduser(data)
         changes["data"] = os.path.abspath(place) if place else ""  # that is not the working folder
 
-    def made(new: Mapping[str, Any]) -> Recipe:
-        return given.replaced(new) if isinstance(given, Recipe) else load_recipe(given, new)
+    def made(new: Mapping[str, Any]) -> AnyRecipe:
+        return given.replaced(new) if isinstance(given, AnyRecipe) else load_recipe(given, new)
 
-    changed, _ = Recipe.by_key(changes, texts=True)
     try:
         own = made({})
     except SettingsError:  # told with the changes below, which may mend it
         return made(changes), []
+    changed, _ = own.by_key(changes, texts=True)
     before = own.values()
     values = before | changed
     problems = [*_file_problems(values if run_path else changed)]
     if run_path:
-        problems += _data_problems(values["data.source"], run_path)
+        problems += _data_problems(values["data.source"], run_path, _SPLITS[type(own)])
     derived: _Derived = {}
     weights, architecture = values["model.weights"], values["model.architecture"]
     if architecture not in [*VARIANTS]:  # told by the recipe's own check
@@ -69,22 +76,22 @@ def choose_recipe(
     if derived:
         # Epochs and warmup are checked below, when those are known that follow from the data.
         lengths = ("optimizer.epochs", "optimizer.warmup_epochs")
-        other = {key: value for key, value in changes.items() if Recipe.full_key(key) not in lengths}
+        other = {key: value for key, value in changes.items() if own.full_key(key) not in lengths}
         try:
             chosen = made(_values(derived) | other)
         except SettingsError:
             pass  # told with all others below
         else:
-            if not problems:
+            if not problems and isinstance(chosen, Recipe):
                 derived |= _lengths(chosen, changed)
             if run_path and (run_path / RECIPE_FILE).is_file():
                 derived = _as_begun(derived, chosen, load_recipe(run_path / RECIPE_FILE))
     try:
         chosen = made(_values(derived) | changes)
         if problems:
-            raise SettingsError(Recipe, [])
+            raise SettingsError(type(own), [])
     except SettingsError as error:
-        raise SettingsError(Recipe, [*error.problems, *problems], error.received) from None
+        raise SettingsError(type(own), [*error.problems, *problems], error.received) from None
     return chosen, [
         f"{key.rpartition('.')[2]} = {toml_value(value)}: {reason}"
         for key, (value, reason) in derived.items()
@@ -92,9 +99,11 @@ def choose_recipe(
     ]
 
 
-def split_names(data: Data) -> tuple[str | None, str | None]:
+def split_names(
+    data: Any, list_splits: Callable[[str], list[str]] = sources.list_splits
+) -> tuple[str | None, str | None]:
     """The split to train on, and the one to evaluate on (by default validation, else test); None for none."""
-    splits = sources.list_splits(data.source)
+    splits = list_splits(data.source)
     others = {"validation", "test"} & set(map(sources.canonical_split, splits))
     train = data.train_split or "train"
     if not splits and sources.canonical_split(train) == "train":  # all are for training
@@ -115,7 +124,7 @@ def _values(derived: _Derived) -> dict[str, Any]:
     return {key: value for key, (value, _) in derived.items()}
 
 
-def _as_begun(derived: _Derived, chosen: Recipe, begun: Recipe) -> _Derived:
+def _as_begun(derived: _Derived, chosen: AnyRecipe, begun: AnyRecipe) -> _Derived:
     """Takes the values of the run in the folder, if it began with the same weights."""
     model = chosen.model
     if (begun.model.weights, begun.model.architecture) != (model.weights, model.architecture):
@@ -123,7 +132,7 @@ def _as_begun(derived: _Derived, chosen: Recipe, begun: Recipe) -> _Derived:
     return {key: (begun.values()[key], "as the run began") for key in derived}
 
 
-def _from_weights(own: Recipe, changed: Mapping[str, Any], weights: str, stated: str) -> _Derived:
+def _from_weights(own: AnyRecipe, changed: Mapping[str, Any], weights: str, stated: str) -> _Derived:
     """Returns what follows from other weights, of images only if the recipe trains at the size of its own."""
     facts = _facts(weights, stated, is_of_it="model.architecture" in changed)
     if facts is None:
@@ -142,7 +151,8 @@ def _from_weights(own: Recipe, changed: Mapping[str, Any], weights: str, stated:
     if variant.isotropic:
         derived["optimizer.layer_decay"] = 1.0, "none is published for isotropic models"
     before = _facts(own.model.weights, own.model.architecture) if own.model.weights else None
-    if images is not None and before and before[1] and before[1].image_size == own.model.image_size:
+    has_size = isinstance(own, Recipe) and images is not None and before and before[1]
+    if has_size and before[1].image_size == own.model.image_size:
         size = changed.get("model.image_size")
         size = size if isinstance(size, int) else images.image_size
         same = changed.get("evaluation.eval_image_size", size) == images.image_size
@@ -200,12 +210,14 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
     return source
 
 
-def _data_problems(source: Any, folder: pathlib.Path) -> Iterator[str]:
+def _data_problems(
+    source: Any, folder: pathlib.Path, list_splits: Callable[[str], list[str]]
+) -> Iterator[str]:
     if source == "":
         yield 'data: expected the path of the images, received "". Pass data=..., or --data in a shell'
     elif isinstance(source, str):
         try:
-            sources.list_splits(os.path.expanduser(source))
+            list_splits(os.path.expanduser(source))
             if not (folder / RUN_FILE).exists():  # else the run was begun there
                 sources.check_outside(os.path.expanduser(source), folder)
         except ValueError as error:

@@ -4,7 +4,7 @@ Nothing here needs a Keras backend, so a recipe is checked before one starts.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 
@@ -81,29 +81,14 @@ class Data(Settings):
     )
 
 
-class Optimizer(Settings):
-    """AdamW and its schedule: the table [optimizer]."""
+class AdamW(Settings):
+    """AdamW and what is common to its schedules."""
 
-    epochs: Count = key("passes over the training split")
-    epochs_for_images: FromZero = key(
-        "number of images that `epochs` fits: with weights in place of the recipe's, epochs follow the data "
-        "from there; 0 where they stay",
-        0,
-        optional=True,
-    )
     batch_size: Count = key("images of one optimizer step")
     accumulation_steps: Count = key("micro-batches of one optimizer step; a divisor of `batch_size`")
     learning_rate: Positive = key("the peak, at this `batch_size`: no arithmetic follows")
-    min_learning_rate: NotNegative = key("end of the cosine")
-    warmup_epochs: NotNegative = key("length of the linear warmup in epochs")
+    min_learning_rate: NotNegative = key("end of the schedule")
     warmup_learning_rate: NotNegative = key("start of the warmup")
-    warmup_includes_peak: bool = key(
-        "whether the last warmup step has the peak (V1: `linspace(start, peak, steps)`) or the first step "
-        "after it (V2: start + (peak - start) * step / steps)"
-    )
-    schedule_unit: Annotated[str, one_of(("step", "epoch"))] = key(
-        "step, or epoch for a rate that is constant within an epoch"
-    )
     weight_decay: NotNegative = key("AdamW's; not for biases, norms, scales (one axis) or GRN")
     beta_1: BelowOne = key("of AdamW")
     beta_2: BelowOne = key("of AdamW")
@@ -115,6 +100,26 @@ class Optimizer(Settings):
         "stage_wise (ADE20K) or timm"
     )
     ema_decay: BelowOne = key("of the moving average of the weights, per step; 0 for none")
+
+
+class Optimizer(AdamW):
+    """AdamW with a half cosine after the warmup: the table [optimizer]."""
+
+    epochs: Count = key("passes over the training split")
+    epochs_for_images: FromZero = key(
+        "number of images that `epochs` fits: with weights in place of the recipe's, epochs follow the data "
+        "from there; 0 where they stay",
+        0,
+        optional=True,
+    )
+    warmup_epochs: NotNegative = key("length of the linear warmup in epochs")
+    warmup_includes_peak: bool = key(
+        "whether the last warmup step has the peak (V1: `linspace(start, peak, steps)`) or the first step "
+        "after it (V2: start + (peak - start) * step / steps)"
+    )
+    schedule_unit: Annotated[str, one_of(("step", "epoch"))] = key(
+        "step, or epoch for a rate that is constant within an epoch"
+    )
 
 
 class Evaluation(Settings):
@@ -190,6 +195,9 @@ class Recipe(Settings):
 
     title: str = key("one line that a reader knows the recipe by")
     reference: str = key("paper and table, or where else the values come from")
+    task: Annotated[str, one_of(("classification",))] = key(
+        "what is trained; see below for the keys of segmentation", "classification", optional=True
+    )
     model: Model
     data: Data
     optimizer: Optimizer
@@ -208,7 +216,27 @@ class Recipe(Settings):
 
 def _conflicts(recipe: Recipe) -> Iterator[str]:
     """Gives the values that are right each by itself but do not go together, one sentence each."""
-    model, optimizer, distillation = recipe.model, recipe.optimizer, recipe.distillation
+    optimizer, distillation = recipe.optimizer, recipe.distillation
+    yield from model_conflicts(recipe)
+    size, steps = optimizer.batch_size, optimizer.accumulation_steps
+    mixes = recipe.augmentation.mixup or recipe.augmentation.cutmix
+    if size % steps == 0 and mixes and size // steps % 2:
+        yield (
+            "batch_size: expected an even number of images in a micro-batch, as mixup and cutmix take pairs, "
+            f"received {size} in {steps} micro-batches"
+        )
+    yield from above(optimizer, "warmup_epochs", "epochs")
+    if bool(distillation.teacher) != (distillation.distillation_weight > 0):
+        yield (
+            "distillation_weight: expected above 0 with a teacher and 0 without, received "
+            f"{distillation.distillation_weight!r} with teacher {toml_value(distillation.teacher)}"
+        )
+    yield from unknown_tag("teacher", distillation.teacher)
+
+
+def model_conflicts(recipe: Any) -> Iterator[str]:
+    """Gives what does not go together in a recipe of any task: architecture and weights, steps, splits."""
+    model, optimizer = recipe.model, recipe.optimizer
     variant, scale = VARIANTS[model.architecture], model.layer_scale_init_value
     if variant.version == 2 and scale:
         yield f"layer_scale_init_value: expected 0 for {variant.name}, which has GRN, received {scale!r}"
@@ -222,25 +250,12 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
     size, steps = optimizer.batch_size, optimizer.accumulation_steps
     if size % steps:
         yield f"accumulation_steps: expected a divisor of batch_size {size}, received {steps}"
-    elif (recipe.augmentation.mixup or recipe.augmentation.cutmix) and size // steps % 2:
-        yield (
-            "batch_size: expected an even number of images in a micro-batch, as mixup and cutmix take pairs, "
-            f"received {size} in {steps} micro-batches"
-        )
-    rates = dict.fromkeys(("min_learning_rate", "warmup_learning_rate"), "learning_rate")
-    for name, limit in {**rates, "warmup_epochs": "epochs"}.items():
-        most, value = getattr(optimizer, limit), getattr(optimizer, name)
-        if value > most:
-            yield f"{name}: expected at most {limit} {most!r}, received {value!r}"
+    yield from above(optimizer, "min_learning_rate", "learning_rate")
+    yield from above(optimizer, "warmup_learning_rate", "learning_rate")
     if recipe.data.val_split and recipe.data.validation_fraction:
         yield (
             f"validation_fraction: expected 0 beside val_split {recipe.data.val_split!r}, which is evaluated "
             f'already, received {recipe.data.validation_fraction!r}. Or set val_split = ""'
-        )
-    if bool(distillation.teacher) != (distillation.distillation_weight > 0):
-        yield (
-            "distillation_weight: expected above 0 with a teacher and 0 without, received "
-            f"{distillation.distillation_weight!r} with teacher {toml_value(distillation.teacher)}"
         )
     row = CHECKPOINTS.get(ALIASES.get(model.weights, model.weights))
     if row is not None and row.architecture != model.architecture:
@@ -250,7 +265,13 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
         )
     else:
         yield from unknown_tag("weights", model.weights, model.architecture)
-    yield from unknown_tag("teacher", distillation.teacher)
+
+
+def above(table: Settings, name: str, limit: str) -> Iterator[str]:
+    """Gives a value that is larger than another of its table."""
+    most, value = getattr(table, limit), getattr(table, name)
+    if value > most:
+        yield f"{name}: expected at most {limit} {most!r}, received {value!r}"
 
 
 def published_row(name: str, architecture: str | None = None) -> Checkpoint:

@@ -10,9 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keras_convnext._messages import unknown
+from keras_convnext._messages import short_repr, unknown
 from keras_convnext._settings import is_optional, read_toml
 from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.segmentation_recipe import SegmentationRecipe
+
+AnyRecipe = Recipe | SegmentationRecipe
+# By the key `task` at the top of a file; without it, it is a classification.
+RECIPES: dict[str, type[Recipe] | type[SegmentationRecipe]] = {
+    "classification": Recipe,
+    "segmentation": SegmentationRecipe,
+}
 
 # Keys of the recipes in the same folder that train nothing, and the commands that take them.
 _OF_FEATURES = {"neighbours": "knn", "selection_fraction": "probe"}
@@ -24,7 +32,9 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 
-def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path_or_name: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> AnyRecipe:
     """Reads and checks a recipe: a TOML file, or a published one by its bare name, such as "fine_tune".
 
     A file may have its keys in tables or all at the top. `overrides` go by key, "epochs" or
@@ -39,17 +49,23 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Mapping[str, An
         load_recipe("smoke", {"epochs": "1"}).optimizer.epochs     # 1
     """
     path = recipe_path(path_or_name)
+    content = read_toml(path)
     for key, command in _OF_FEATURES.items():
-        if key in read_toml(path):
+        if key in content:
             raise ValueError(
                 f"Expected a recipe for training, received '{path}', which evaluates frozen features. "
                 f"Pass it to `keras-convnext {command}`."
             )
-    recipe = Recipe.read(path, overrides)
-    changed, _ = Recipe.by_key(overrides or {})
+    task = content.get("task", "classification")
+    if not isinstance(task, str) or task not in RECIPES:
+        raise ValueError(
+            f"Expected task to be one of {', '.join(RECIPES)}, received {short_repr(task)} in '{path}'."
+        )
+    recipe = RECIPES[task].read(path, overrides)
+    changed, _ = recipe.by_key(overrides or {})
     places = {}
     for key in ("data.source", "model.weights", "distillation.teacher"):
-        value = recipe.values()[key]
+        value = recipe.values().get(key, "")
         place = (Path.cwd() if key in changed else path.resolve().parent) / os.path.expanduser(value)
         if value and (key == "data.source" or place.exists()):
             places[key] = str(place)
@@ -95,12 +111,12 @@ def recipes_folder() -> Path:
     return Path(temporary) / inside.at
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
+def identity(recipe: AnyRecipe) -> dict[str, Any]:
     """Returns what decides the result of a run, by short key, in JSON values.
 
     Optional ones that have their default are left out: a key of a later version stops no resumption.
     """
-    fields, values = Recipe.fields().values(), recipe.by_short_key()
+    fields, values = recipe.fields().values(), recipe.by_short_key()
     return {
         key: list(value) if isinstance(value, tuple) else value
         for field, (key, value) in zip(fields, values.items(), strict=True)

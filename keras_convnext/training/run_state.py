@@ -17,7 +17,7 @@ import numpy as np
 from keras_convnext._files import read_json
 from keras_convnext.data.index import Source
 from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import identity
+from keras_convnext.training.recipe_files import AnyRecipe, identity
 from keras_convnext.weights import resolve
 from keras_convnext.weights.assign import plain_path
 
@@ -50,9 +50,13 @@ class Plan:
 
     micro_batch_size: int  # images that go through the model at once
     accumulation_steps: int  # micro-batches of an optimizer step
-    steps_per_epoch: int  # optimizer steps, as the next two; what is left over is dropped
+    steps_per_epoch: int  # optimizer steps from one evaluation to the next; the next two count such too
     total_steps: int
     warmup_steps: int
+
+    @property
+    def epochs(self) -> int:
+        return self.total_steps // self.steps_per_epoch
 
     @property
     def micro_batches_per_epoch(self) -> int:
@@ -62,12 +66,7 @@ class Plan:
     def of(cls, recipe: Recipe, training: Source) -> "Plan":
         """Counts the steps; ValueError where the data has fewer images than a batch."""
         optimizer = recipe.optimizer
-        steps = len(training) // optimizer.batch_size
-        if steps == 0:
-            raise ValueError(
-                f"Expected at least one batch of {optimizer.batch_size} images to train on, but "
-                f"'{training.path}' has {len(training)}. Choose a smaller batch_size."
-            )
+        steps = batches_of(training, optimizer.batch_size)
         return cls(
             micro_batch_size=optimizer.batch_size // optimizer.accumulation_steps,
             accumulation_steps=optimizer.accumulation_steps,
@@ -75,6 +74,16 @@ class Plan:
             total_steps=optimizer.epochs * steps,
             warmup_steps=round(optimizer.warmup_epochs * steps),
         )
+
+
+def batches_of(training: Any, batch_size: int) -> int:
+    """Counts the whole batches of the data; ValueError where there is none."""
+    if len(training) < batch_size:
+        raise ValueError(
+            f"Expected at least one batch of {batch_size} images to train on, but '{training.path}' has "
+            f"{len(training)}. Choose a smaller batch_size."
+        )
+    return len(training) // batch_size
 
 
 def shared_facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[str, Any]:
@@ -96,18 +105,18 @@ def shared_facts(identity: Mapping[str, Any], engine: Any, model: Any) -> dict[s
     }
 
 
-def run_identity(recipe: Recipe) -> dict[str, Any]:
+def run_identity(recipe: AnyRecipe) -> dict[str, Any]:
     """Returns what decides the result; not the places of files, which may be moved between two starts."""
     values = {key: value for key, value in identity(recipe).items() if key != "source"}
     for key in ("weights", "teacher"):
-        if values[key] and resolve.is_path(values[key]):
+        if values.get(key) and resolve.is_path(values[key]):
             path = resolve.existing_file(values[key])
             values[key] = f"{path.name} of {path.stat().st_size} bytes"
     return values
 
 
 @contextlib.contextmanager
-def settings_of(recipe: Recipe) -> Iterator[None]:
+def settings_of(recipe: AnyRecipe) -> Iterator[None]:
     """Sets precision and the seed of initial weights; ValueError: Keras is told to end each `fit` early."""
     for name in ("max_epochs", "max_steps_per_epoch"):
         if (limit := getattr(keras.config, name)()) is not None:

@@ -28,17 +28,21 @@ from keras_convnext.training import failure, logs, optimizer, run_folder, run_st
 from keras_convnext.training.checkpoints import Checkpoints, Counts
 from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.recipe_files import AnyRecipe
 from keras_convnext.training.run_state import TrainingResult
+from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.training.tasks import Datasets, Task, TaskModel
 from keras_convnext.training.tasks.classification import Classification
+from keras_convnext.training.tasks.segmentation import Segmentation
 
 _logger = logging.getLogger("keras_convnext")
 
+TASKS: dict[type, Any] = {Recipe: Classification, SegmentationRecipe: Segmentation}
 _SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
 
 
 def train(
-    recipe: Recipe | str | os.PathLike[str],
+    recipe: AnyRecipe | str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
     data: str | os.PathLike[str] | None = None,
@@ -56,7 +60,7 @@ def train(
     another; more than 1 % of such images are an error.
 
     Args:
-        recipe: a `Recipe`, the path of a TOML file or the name of a published one.
+        recipe: a `Recipe` or `SegmentationRecipe`, the path of a TOML file or the name of a published one.
         output: folder of the run; made when it is not there.
         data: in place of the recipe's, see `data.sources.open_source`.
         overrides: values in place of the recipe's, by key; other `weights` bring along what follows from
@@ -80,7 +84,7 @@ def train(
     begin = time.monotonic()
     require("matplotlib", "The picture of the curves")
     chosen, derived = choose_recipe(recipe, data, overrides, output)
-    task = Classification(chosen, workers)  # a recipe has no other task yet
+    task = TASKS[type(chosen)](chosen, workers)
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
     with engine.group, run_state.settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
         engine.check_batch(chosen.optimizer.batch_size, chosen.optimizer.accumulation_steps)
@@ -107,7 +111,7 @@ def train(
 
 
 def _open_folder(
-    path: pathlib.Path, recipe: Recipe, data: Datasets, built: TaskModel, engine: Engine
+    path: pathlib.Path, recipe: AnyRecipe, data: Datasets, built: TaskModel, engine: Engine
 ) -> run_folder.RunFolder | None:
     """Opens the folder of the run, in the process that writes; None in the others."""
     identity = run_state.run_identity(recipe) | data.identity
@@ -131,7 +135,7 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         task: Task,
         data: Datasets,
         built: TaskModel,
@@ -146,7 +150,7 @@ class Run:
         self.signals = failure.Signals(engine.group)
         self.has_average = recipe.optimizer.ema_decay > 0
         self.progress = logs.Progress(
-            recipe.optimizer.epochs,
+            data.plan.epochs,
             data.plan.steps_per_epoch,
             recipe.optimizer.batch_size,
             quiet=not (is_shown and folder),
@@ -184,7 +188,7 @@ class Run:
         counts = self.counts
         if counts.epoch > counts.epochs_logged:
             self.end_epoch()  # the run was stopped after the last step of an epoch
-        while counts.epoch < self.recipe.optimizer.epochs:
+        while counts.epoch < self.plan.epochs:
             per_epoch = self.plan.micro_batches_per_epoch
             left = per_epoch - counts.done % per_epoch
             try:
@@ -193,7 +197,7 @@ class Run:
                     steps_per_epoch=left,
                     shuffle=False,  # the pipeline does
                     initial_epoch=counts.epoch,
-                    epochs=counts.epoch + 1 if left < per_epoch else self.recipe.optimizer.epochs,
+                    epochs=counts.epoch + 1 if left < per_epoch else self.plan.epochs,
                     verbose=0,
                     callbacks=[BetweenSteps(self)],
                 )
@@ -256,7 +260,7 @@ class Run:
             with self._averaged(column.startswith("ema_")):
                 self._write_weights("best.weights.h5")
         is_due = time.monotonic() - self.checkpoints.saved_at >= _SECONDS_BETWEEN_EPOCH_CHECKPOINTS
-        if column or is_due or counts.epoch == self.recipe.optimizer.epochs:
+        if column or is_due or counts.epoch == self.plan.epochs:
             self.save()
 
     def _training_row(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from keras_convnext.data.faults import Faults
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.training import optimizer, schedule
-from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.recipe import AdamW, Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import Plan
 
@@ -86,22 +86,28 @@ class Task(Protocol):
 
 def recipe_optimizer(recipe: Recipe, plan: Plan) -> optimizer.AdamW:
     values = recipe.optimizer
+    rates = schedule.WarmupCosine(
+        values.learning_rate,
+        plan.total_steps,
+        plan.warmup_steps,
+        start=values.warmup_learning_rate,
+        end=values.min_learning_rate,
+        warmup_includes_peak=values.warmup_includes_peak,
+        hold_steps=plan.steps_per_epoch if values.schedule_unit == "epoch" else 1,
+    )
+    # A head by itself has one rate.
+    return adamw(values, rates, plan, 1.0 if recipe.model.trainable == "head" else values.layer_decay)
+
+
+def adamw(values: AdamW, rates: Any, plan: Plan, layer_decay: float) -> optimizer.AdamW:
+    """Makes the optimizer of a recipe's values with a schedule of learning rates."""
     return optimizer.AdamW(
-        schedule.WarmupCosine(
-            values.learning_rate,
-            plan.total_steps,
-            plan.warmup_steps,
-            start=values.warmup_learning_rate,
-            end=values.min_learning_rate,
-            warmup_includes_peak=values.warmup_includes_peak,
-            hold_steps=plan.steps_per_epoch if values.schedule_unit == "epoch" else 1,
-        ),
+        rates,
         weight_decay=values.weight_decay,
         beta_1=values.beta_1,
         beta_2=values.beta_2,
         epsilon=values.epsilon,
-        # A head by itself has one rate.
-        layer_decay=1.0 if recipe.model.trainable == "head" else values.layer_decay,
+        layer_decay=layer_decay,
         layer_decay_groups=values.layer_decay_groups,
         global_clipnorm=values.clip_norm or None,
         gradient_accumulation_steps=plan.accumulation_steps,
