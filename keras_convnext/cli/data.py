@@ -12,6 +12,7 @@ PREPARE_EXAMPLES = """examples:
   keras-convnext prepare imagenet/ prepared/
   keras-convnext prepare imagenet/ prepared/ --split validation --shards 64 --verify
   keras-convnext prepare flowers/ prepared/
+  keras-convnext prepare ade20k/ prepared/ --ignored 0
 
 Writes shuffled TFRecord files of about 150 MB, with the encoded images as they are, and an index. The same
 command resumes after an interruption and repairs damaged files."""
@@ -22,6 +23,7 @@ def prepare_options(option: Callable) -> None:
     option("output", "OUTPUT", "folder to write to")
     option("--split", "NAME", "default all")
     option("--labels", "FILE", "'file,label' lines for a folder without classes")
+    option("--ignored", "N,N", "values of label maps that stand for not labelled", type=shared.values)
     option("--shards", "N", "files of a split, default by size", type=shared.positive)
     option("--workers", "N", "threads, default one a processor", type=shared.positive)
     option("--seed", "N", "of the order, default 0", type=int, default=0)
@@ -31,18 +33,19 @@ def prepare_options(option: Callable) -> None:
 
 def prepare_command(options: argparse.Namespace) -> int:
     shared.import_quietly("tensorflow")
-    from keras_convnext.data import prepare
+    from keras_convnext.data import prepare, records
 
     summary = prepare.prepare(
         options.source,
         options.output,
         options.split,
         labels=options.labels,
+        ignored_values=options.ignored,
         shards=options.shards,
         workers=options.workers,
         shuffle_seed=options.seed,
     )
-    damaged = prepare.verify(options.output, options.workers) if options.verify else []
+    damaged = records.verify(options.output, options.workers) if options.verify else []
     if damaged:
         raise OSError(f"Damaged in {options.output}: {', '.join(damaged)}. Run the same command again.")
     if options.json:
@@ -61,7 +64,8 @@ def prepare_command(options: argparse.Namespace) -> int:
 
 LOOK_EXAMPLES = """examples:
   keras-convnext look flowers/ sheet.png
-  keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3"""
+  keras-convnext look imagenet/ sheet.png --split train --policy ta_wide --seed 3
+  keras-convnext look camvid/ sheet.png --split train --ignored 11"""
 
 
 def look_options(option: Callable) -> None:
@@ -70,14 +74,24 @@ def look_options(option: Callable) -> None:
     option("--split", "NAME", "train, validation; needed where there are several")
     known = "RandAugment, AutoAugment or TrivialAugment, default %(default)s"
     option("--policy", "NAME", known, default="rand-m9-mstd0.5-inc1")
+    option("--ignored", "N,N", "values of label maps that stand for not labelled", type=shared.values)
     option("--seed", "N", "of the batch, default 0", type=int, default=0)
 
 
 def look_command(options: argparse.Namespace) -> int:
     shared.import_quietly("tensorflow")
     from keras_convnext.data import contact_sheet, index, sources
+    from keras_convnext.data.segmentation import sources as segmentation
     from keras_convnext.data.train_transform import Augmentation
 
+    if segmentation.is_segmentation(options.data):
+        from keras_convnext.data.segmentation import contact_sheet as segmentation_sheet
+
+        pairs = segmentation.open_source(options.data, options.split, ignored_values=options.ignored)
+        say("\n".join(segmentation.described(pairs)))
+        segmentation_sheet.draw(pairs, options.output, seed=options.seed)
+        print(f"{options.output}: a training batch of {options.data}, {len(pairs):,} images with label maps")
+        return 0
     augmentation = Augmentation(policy=options.policy)
     source = sources.open_source(options.data, options.split)
     say("\n".join(index.described(source)))

@@ -27,6 +27,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def values(text: str) -> tuple[int, ...]:
+    """Reads values of label maps: "255" or "0,255"."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 6 for word in words):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas, such as 0,255, received {text!r}"
+        )
+    return tuple(map(int, words))
+
+
 def not_negative(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_convnext.data import blocks, jpeg, preprocess
 from keras_convnext.data.augment.transform import TrainTransform
 from keras_convnext.data.blocks import Rows
-from keras_convnext.data.faults import Faults
+from keras_convnext.data.faults import Examples, Faults
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import (
     IMAGENET_MEAN,
@@ -164,7 +164,7 @@ def train_batches(
             f"Expected num_classes of at least {classes}, the classes of '{source.path}', received "
             f"{num_classes!r}."
         )
-    order = _order(source, batch_size, part, seed, augmentation.repeats)
+    order = order_of(source, batch_size, part, seed, augmentation.repeats)
     size = Preprocessing(image_size).size
     mix_group = batch_size if mix_group is None else mix_group
     transform = TrainTransform(
@@ -201,7 +201,7 @@ def train_batches(
     return blocks.finished(batches.map(without_faults).apply(endless), workers, faults)
 
 
-def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int) -> Order:
+def order_of(source: Examples, batch_size: int, part: Part, seed: int, repeats: int = 1) -> Order:
     """Return the order of the examples, after a check of the arguments of `train_batches` that make it."""
     _check_count("batch_size", batch_size)
     _check_host(part.host, part.num_hosts)
@@ -223,7 +223,7 @@ def _order(source: Source, batch_size: int, part: Part, seed: int, repeats: int)
     return Order(len(source), batches_per_epoch, batch_size, part, seed, repeats)
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
+def steps_per_epoch(source: Examples, batch_size: int) -> int:
     """Return the batches of all hosts that an epoch has; ValueError where there are no examples for one."""
     if len(source) < batch_size:
         raise ValueError(

@@ -115,7 +115,7 @@ def reader(source: Source) -> tuple[Callable[[Any], Any], Any]:
     def encoded(number: Any) -> Any:
         return tf.ensure_shape(tf.numpy_function(read, [number], tf.string, stateful=False), ())
 
-    _leave_accelerators()
+    leave_accelerators()
     with tf.device("CPU:0"):  # in whose memory they stay, as tf.data runs there
         return encoded, tf.constant(source.labels)
 
@@ -164,7 +164,7 @@ def checked(tensor: Any, has_new: Any, faults: Faults) -> Any:
     return tf.cond(has_new, call, lambda: tf.identity(tensor))
 
 
-def _leave_accelerators() -> None:
+def leave_accelerators() -> None:
     """Keep TensorFlow off the GPU where another framework computes; it would reserve all of its memory."""
     keras = sys.modules.get("keras")
     if keras is not None and keras.config.backend() != "tensorflow":

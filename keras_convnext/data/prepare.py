@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import hashlib
+import functools
 import json
 import os
 import pathlib
@@ -16,20 +16,22 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from keras_convnext import _files
 from keras_convnext._environment import require
-from keras_convnext._files import replace_file, try_lock
+from keras_convnext._files import StrPath, replace_file, try_lock
 from keras_convnext._terminal import Progress, say
 from keras_convnext.data import index, sources
 from keras_convnext.data.index import MANIFEST, Source, SourceError, write_index
-from keras_convnext.data.records import is_prepared, read_manifest
-from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES, example_head
+from keras_convnext.data.records import checked_files, file_record, is_prepared, read_manifest
+from keras_convnext.data.segmentation import sources as segmentation
+from keras_convnext.data.segmentation.sources import SegmentationSource
+from keras_convnext.data.shard_plan import Plan, changes_of, checked_map, head, make_plan
+from keras_convnext.data.tfrecords import FOOTER_BYTES, HEADER_BYTES
 
-SHARD_BYTES = 150_000_000  # of the default number of shards
 # Of a shard, in journal and manifest.
 _RECORD = {"name": str, "size": int, "sha256": str, "num_examples": int}
 
@@ -50,27 +52,13 @@ class Summary:
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that follows from the source and the arguments before an image is read."""
-
-    split: str
-    source: Source  # in the order that is written
-    settings: dict[str, object]  # what a later run must agree with
-    written: Source  # where the images will lie: so the index needs no reading of the shards
-    sizes: np.ndarray  # int64 (num_shards,), bytes of each shard
-
-    def places(self, shard: int) -> np.ndarray:
-        """Of the shard's images in `source`, int64."""
-        return np.flatnonzero(self.written.file_numbers == shard)
-
-
 def prepare(
     source_path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     split: str | None = None,
     *,
     labels: str | os.PathLike[str] | None = None,
+    ignored_values: Sequence[int] | None = None,
     shards: int | None = None,
     workers: int | None = None,
     shuffle_seed: int = 0,
@@ -84,6 +72,10 @@ def prepare(
     - image/class/synset: bytes, name of the class;
     - image/filename: bytes, name of the example in the source,
 
+    or, of photographs with label maps (see `segmentation.sources.open_source`), in place of class and synset
+
+    - image/segmentation/class/encoded: bytes, the PNG of the label map as it was,
+
     in an order shuffled over all shards, so that reading shard after shard gives a good mix. Beside them are
     "<split>-index.npz", the byte ranges that `open_source` uses, and manifest.json, with size and SHA-256 of
     each file. The same source, seed and number of shards give the same bytes.
@@ -94,6 +86,7 @@ def prepare(
 
     Args:
         source_path, split, labels: as for `open_source`; split None is all splits.
+        ignored_values: of label maps, the values that stand for "not labelled".
         output: folder, made when it is not there. It may hold other splits that `prepare` wrote.
         shards: number of files a split. Default: as many as make files of about 150 MB.
         workers: threads that read and write. Default: number of processors, at most 16.
@@ -124,24 +117,40 @@ def prepare(
     require("tensorflow", "Writing shards")
     if os.path.isfile(output):
         raise PrepareError(f"Expected a folder to write to, received the file '{output}'. Pass another path.")
-    found = sources.list_splits(source_path, labels) if split is None else [split]
+    has_maps = segmentation.is_segmentation(source_path)
+    if not has_maps and ignored_values is not None:
+        raise ValueError(
+            f"Expected ignored_values=None for '{source_path}', which has no label maps, received "
+            f"{ignored_values}."
+        )
+    list_splits = (
+        segmentation.list_splits if has_maps else functools.partial(sources.list_splits, labels=labels)
+    )
+    found = list_splits(source_path) if split is None else [split]
     asked: list[str | None] = [*found] or [None]
-    # All are opened before one is written, so that trouble with the last one shows at once.
-    opened = [sources.open_source(source_path, name, labels=labels) for name in asked]
     folder = sources.canonical_split(os.path.basename(os.path.abspath(source_path)), is_whole=True)
     names = [sources.canonical_split(name or "") or name or folder or "train" for name in asked]
     if len(set(names)) < len(names):  # "train1" and "train2"
         names = [str(name) for name in asked]
-    splits = _numbered_alike(dict(zip(names, opened, strict=True)), output)
+    # All are opened before one is written, so that trouble with the last one shows at once.
+    splits: dict[str, Source] = {}
+    pairs: dict[str, SegmentationSource] = {}
+    if has_maps:
+        pairs = _open_pairs(source_path, dict(zip(names, asked, strict=True)), labels, ignored_values, output)
+        splits = {name: pair.images for name, pair in pairs.items()}
+    else:
+        opened = [sources.open_source(source_path, name, labels=labels) for name in asked]
+        splits = _numbered_alike(dict(zip(names, opened, strict=True)), output)
     for name, source in splits.items():
-        say("\n".join(index.described(source, name)))
+        lines = segmentation.described(pairs[name], name) if pairs else index.described(source, name)
+        say("\n".join(lines))
     os.makedirs(output, exist_ok=True)
     with _files.open_to_lock(os.path.join(output, "prepare.lock")) as lock:
         if not try_lock(lock):
             raise PrepareError(f"Another process prepares '{output}'. Wait for it, or pass another folder.")
         plans, num_kept = [], 0
         for name, source in splits.items():
-            plans.append(_plan(name, output, source, shards, int(shuffle_seed)))
+            plans.append(make_plan(name, output, source, shards, int(shuffle_seed), pairs.get(name)))
             num_kept += _write_split(plans[-1], workers or min(os.cpu_count() or 1, 16))
     return Summary(
         output=output,
@@ -151,6 +160,36 @@ def prepare(
         num_kept=num_kept,
         seconds=time.monotonic() - begin,
     )
+
+
+def _open_pairs(
+    path: StrPath,
+    splits: dict[str, str | None],
+    labels: StrPath | None,
+    ignored: Sequence[int] | None,
+    output: str,
+) -> dict[str, SegmentationSource]:
+    """Opens the splits of a set with label maps, all with the labels of the one to train on.
+
+    An earlier call may have written that one.
+    """
+    if labels is not None:
+        raise ValueError(
+            f"Expected labels=None for '{path}', which has label maps, received '{labels}'. Name the classes "
+            "in a file classes.txt in that folder."
+        )
+    first = "train" if "train" in splits else next(iter(splits))
+    written = read_manifest(output)["splits"] if is_prepared(output) else {}
+    stored = written.get("train", {}).get("segmentation") if first != "train" else None
+    trained = segmentation.open_source(
+        path, splits[first], labels=stored and segmentation.stored_labels(stored), ignored_values=ignored
+    )
+    others = {
+        name: segmentation.open_source(path, split, labels=trained.labels)
+        for name, split in splits.items()
+        if name != first
+    }
+    return {name: others.get(name, trained) for name in splits}
 
 
 def _numbered_alike(splits: dict[str, Source], output: str) -> dict[str, Source]:
@@ -167,97 +206,18 @@ def _numbered_alike(splits: dict[str, Source], output: str) -> dict[str, Source]
     }
 
 
-def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[str]:
-    """Compares a prepared folder with its manifest; returns the names of missing and differing files.
-
-    Raises SourceError where the folder has no manifest, or a damaged one.
-    """
-    output = os.fspath(output)
-    if not os.path.exists(os.path.join(output, MANIFEST)):
-        raise SourceError(f"Expected {MANIFEST} in '{output}', found none. Run prepare to its end.")
-    entries = read_manifest(output)["splits"].values()
-    records = [record for entry in entries for record in (*entry["shards"], entry["index"])]
-    checked = _checked(f"Verifying {output}", output, records, workers or os.cpu_count())
-    return [record["name"] for record, is_intact in checked if not is_intact]
-
-
-def _checked(
-    title: str, folder: str, records: list[dict], workers: int | None
-) -> Iterator[tuple[dict, bool]]:
-    """Yields the records of files, and whether each file has the size and the SHA-256 of its record."""
-
-    def is_intact(record: dict) -> bool:
-        path = os.path.join(folder, record["name"])
-        return os.path.isfile(path) and _describe(path).items() <= record.items()
-
-    done = 0
-    with (
-        Progress(title, sum(record["size"] for record in records), "MB") as progress,
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-    ):
-        for record, result in zip(records, pool.map(is_intact, records), strict=True):
-            done += record["size"]
-            progress.show(done)
-            yield record, result
-
-
-def _plan(split: str, folder: str, source: Source, num_shards: int | None, seed: int) -> _Plan:
-    lengths = source.lengths
-    if source.kind == "folder":
-        lengths = np.array([os.path.getsize(file) for file in source.files], np.int64)
-    count = len(source)
-    fingerprint = hashlib.sha256(json.dumps(source.classes).encode("utf-8"))
-    fingerprint.update(np.stack([lengths, source.labels]).astype("<i8").tobytes())
-    head_sizes = np.empty(count, np.int64)
-    with Progress(f"Planning {split}", count) as progress:
-        for number, length in enumerate(lengths.tolist()):
-            fingerprint.update(source.name(number).encode("utf-8", "surrogateescape") + b"\n")
-            head_sizes[number] = len(_head(source, number, length))
-            progress.show(number + 1)
-    if num_shards is None:
-        num_shards = max(1, round(int(lengths.sum()) / SHARD_BYTES))
-    if num_shards > count:
-        raise ValueError(
-            f"Expected at most one shard for each of the {count} images, received shards={num_shards}."
-        )
-    # RandomState, because its stream is the same in every version of NumPy.
-    order = np.random.RandomState(seed).permutation(count)
-    ends = np.cumsum([len(part) for part in np.array_split(order, num_shards)])  # of the shards
-    record_ends = np.cumsum((HEADER_BYTES + head_sizes + lengths + FOOTER_BYTES)[order])
-    starts = np.concatenate([[0], record_ends[ends[:-1] - 1]])
-    file_numbers = np.repeat(np.arange(num_shards, dtype=np.int32), np.diff(ends, prepend=0))
-    names = [f"{split}-{shard:05d}-of-{num_shards:05d}.tfrecord" for shard in range(num_shards)]
-    shuffled = sources.take(source, order)
-    written = dataclasses.replace(
-        shuffled,
-        path=folder,
-        kind="prepared",
-        files=[os.path.join(folder, name) for name in names],
-        file_numbers=file_numbers,
-        offsets=record_ends - FOOTER_BYTES - lengths[order] - starts[file_numbers],
-        lengths=lengths[order],
-    )
-    settings: dict[str, object] = {
-        "source": fingerprint.hexdigest(),
-        "num_examples": count,
-        "num_shards": num_shards,
-        "shuffle_seed": seed,
-    }
-    return _Plan(split, shuffled, settings, written, record_ends[ends - 1] - starts)
-
-
-def _write_split(plan: _Plan, workers: int) -> int:
+def _write_split(plan: Plan, workers: int) -> int:
     """Writes what is missing of a split; returns the number of shards that were there."""
     folder, shards = plan.written.path, plan.written.files
-    names = (f"{plan.split}-journal.jsonl", f"{plan.split}-index.npz", MANIFEST)
-    journal, index_path, manifest_path = (os.path.join(folder, name) for name in names)
+    names = (f"{plan.split}-journal.jsonl", f"{plan.split}-index.npz", f"{plan.split}-maps.npz", MANIFEST)
+    journal, index_path, maps_path, manifest_path = (os.path.join(folder, name) for name in names)
     manifest: dict = {"format": "keras_convnext", "version": index.INDEX_VERSION, "splits": {}}
     if os.path.exists(manifest_path):
         manifest = read_manifest(folder)
     entry = manifest["splits"].get(plan.split)
     lines = _journal_lines(journal)
     if entry is None and lines is None:
-        for path in (journal, index_path, *shards):
+        for path in (journal, index_path, maps_path, *shards):
             if os.path.lexists(path):
                 raise PrepareError(
                     f"Expected no {os.path.basename(path)} in '{folder}': prepare did not write it, so it is "
@@ -286,27 +246,21 @@ def _write_split(plan: _Plan, workers: int) -> int:
             "settings": plan.settings,
             "classes": plan.source.classes,
             "shards": [records[shard] for shard in range(len(shards))],
-            "index": _describe(index_path),
+            "index": file_record(index_path),
         }
+        if plan.pairs is not None and plan.written_maps is not None:
+            write_index(maps_path, plan.written_maps)
+            manifest["splits"][plan.split] |= {
+                "classes": plan.pairs.classes,
+                "segmentation": dataclasses.asdict(plan.pairs.labels),
+                "maps": file_record(maps_path),
+            }
         replace_file(manifest_path, f"{json.dumps(manifest, indent=1)}\n".encode())
         os.remove(journal)
     return len(kept)
 
 
-def _head(source: Source, number: int, length: int) -> bytes:
-    """Returns the Example of an image of `length` bytes up to the image."""
-    label = int(source.labels[number])
-    return example_head(
-        length,
-        {
-            "image/class/label": label,
-            "image/class/synset": source.classes[label].encode("utf-8", "surrogateescape"),
-            "image/filename": source.name(number).encode("utf-8", "surrogateescape"),
-        },
-    )
-
-
-def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, dict]:
+def _finished_shards(plan: Plan, lines: list[dict], workers: int) -> dict[int, dict]:
     """Returns the records of a journal's lines whose shards have the same bytes and images as then."""
     # Without the settings it is not known what the records are of.
     settings, *records = lines if lines and "sha256" not in lines[0] else [{}]
@@ -321,14 +275,13 @@ def _finished_shards(plan: _Plan, lines: list[dict], workers: int) -> dict[int, 
             "Pass what was passed then, or another folder."
         )
     shards = {os.path.basename(path): shard for shard, path in enumerate(plan.written.files)}
-    states = map(os.stat, plan.source.files if records else ())
-    changes = np.array([max(state.st_mtime_ns, state.st_ctime_ns) for state in states], np.int64)
+    changes = changes_of(plan) if records else np.zeros(0)
     records = [one for one in records if {key: type(one.get(key)) for key in _RECORD} == _RECORD]
     records = [record for record in records if record["name"] in shards]
     kept = {}
-    for record, is_intact in _checked(f"Checking {plan.split}", plan.written.path, records, workers):
+    for record, is_intact in checked_files(f"Checking {plan.split}", plan.written.path, records, workers):
         shard = shards[record["name"]]
-        changed = changes[plan.source.file_numbers[plan.places(shard)]].max()
+        changed = changes[plan.places(shard)].max()
         # An image that was changed later may have kept its size.
         if is_intact and changed <= os.stat(plan.written.files[shard]).st_mtime_ns:
             kept[shard] = record
@@ -346,7 +299,7 @@ def _journal_lines(journal: str) -> list[dict] | None:
     return lines if lines or not content else None
 
 
-def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:
+def _write_shards(plan: Plan, shards: list[int], journal: str, workers: int) -> dict[int, dict]:
     """Writes shards in threads, and a line of the journal for each; returns their records."""
     stop, lock = threading.Event(), threading.Lock()
     num_bytes = num_images = 0
@@ -382,7 +335,7 @@ def _write_shards(plan: _Plan, shards: list[int], journal: str, workers: int) ->
     return {shard: future.result() for future, shard in futures.items()}
 
 
-def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
+def _write_shard(plan: Plan, shard: int, count: Callable[[int], None]) -> dict:
     """Writes one shard in one step; returns its record for journal and manifest."""
     import tensorflow as tf  # for its checksums, which take too long in Python
 
@@ -397,13 +350,14 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
                         f"Expected {length} bytes in '{source.name(place)}' of '{source.path}', received "
                         f"{len(image)}: it changed while it was read. Run prepare again."
                     )
-                example = _head(source, place, length) + image
+                label_map = None if plan.pairs is None else checked_map(plan, place)
+                example = head(source, place, length, label_map) + image
                 writer.write(example)
                 count(HEADER_BYTES + len(example) + FOOTER_BYTES)
         with _writing(plan.written.path):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            record = _describe(temporary)
+            record = file_record(temporary)
             if record["size"] != plan.sizes[shard]:
                 raise OSError(errno.EIO, f"{record['size']} of {plan.sizes[shard]} bytes arrived")
             os.replace(temporary, path)
@@ -420,12 +374,6 @@ def _write_shard(plan: _Plan, shard: int, count: Callable[[int], None]) -> dict:
 
 def _temporary_name(path: str) -> str:
     return f"{path}.{secrets.token_hex(8)}.tmp"
-
-
-def _describe(path: str) -> dict:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": os.path.basename(path), "size": os.path.getsize(path), "sha256": digest}
 
 
 @contextlib.contextmanager

@@ -167,6 +167,14 @@ def _admitted(image: Image.Image, content: bytes, name: str) -> Iterator[None]:
         yield
 
 
+def image_size(content: bytes, name: str) -> tuple[int, int]:
+    """Reads (height, width) from the header of an encoded image; ImageError as of `decode_image`."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return image.height, image.width
+    height, width = decode_image(content, name).shape[:2]  # says what is wrong
+    return height, width
+
+
 def check_scans(content: bytes, name: str) -> int:
     """Returns how many scans a JPEG has, and refuses many, as in each all its pixels may change.
 

@@ -1,7 +1,9 @@
 """Data sets of TFRecord files: those that `prepare` writes, those of TensorFlow Datasets, and plain ones."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +13,7 @@ import numpy as np
 
 from keras_convnext._files import json_object, read_bytes, read_text, reading, regular_size
 from keras_convnext._messages import shortened
+from keras_convnext._terminal import Progress
 from keras_convnext.data import class_names, index
 from keras_convnext.data.index import MANIFEST, Found, Source, SourceError, first_few
 from keras_convnext.data.tfrecords import Features, find_records, parse_example
@@ -28,7 +31,17 @@ _NAMES: Names = (
 def open_prepared(folder: str, split: str) -> Source:
     """Opens a split that `prepare` wrote, by its own index."""
     entry = read_manifest(folder)["splits"][split]
-    for shard in [*entry["shards"], entry["index"]]:
+    if "maps" in entry:
+        raise SourceError(
+            f"Expected a classification set in '{folder}', which was prepared with label maps: open it with "
+            "keras_convnext.data.segmentation.sources.open_source."
+        )
+    return _open_index(folder, entry, "index")
+
+
+def _open_index(folder: str, entry: dict, name: str) -> Source:
+    """Opens an index of a split, "index" or "maps", after a check that all its files are there."""
+    for shard in _file_records(entry):
         path = os.path.join(folder, shard["name"])
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != shard["size"]:
@@ -37,7 +50,21 @@ def open_prepared(folder: str, split: str) -> Source:
                 "what is missing."
             )
     files = [os.path.join(folder, shard["name"]) for shard in entry["shards"]]
-    return index.read_index(os.path.join(folder, entry["index"]["name"]), folder, "prepared", files)
+    return index.read_index(os.path.join(folder, entry[name]["name"]), folder, "prepared", files)
+
+
+def open_prepared_maps(folder: str, split: str) -> tuple[Source, Source, dict]:
+    """Opens a split that `prepare` wrote with label maps: images, maps, and what the numbers in these mean.
+
+    That is {"names": [...], "palette": [...], "ignored_values": [...]}, see `segmentation.labels.Labels`.
+    """
+    entry = read_manifest(folder)["splits"][split]
+    if "maps" not in entry:
+        raise SourceError(
+            f"Expected label maps in '{folder}', which was prepared for classification: it has none. Prepare "
+            "a set of images and label maps."
+        )
+    return _open_index(folder, entry, "index"), _open_index(folder, entry, "maps"), entry["segmentation"]
 
 
 def is_prepared(folder: str) -> bool:
@@ -61,9 +88,55 @@ def read_manifest(folder: str) -> dict:
             )
         for entry in manifest["splits"].values():
             entry["settings"].keys(), list(entry["classes"])
-            for record in (*entry["shards"], entry["index"]):
+            for record in _file_records(entry):
                 _file_in(folder, record["name"]), record["sha256"], int(record["size"])
     return manifest
+
+
+def verify(output: str | os.PathLike[str], workers: int | None = None) -> list[str]:
+    """Compares a prepared folder with its manifest; returns the names of missing and differing files.
+
+    Raises SourceError where the folder has no manifest, or a damaged one.
+    """
+    output = os.fspath(output)
+    if not os.path.exists(os.path.join(output, MANIFEST)):
+        raise SourceError(f"Expected {MANIFEST} in '{output}', found none. Run prepare to its end.")
+    entries = read_manifest(output)["splits"].values()
+    records = [record for entry in entries for record in _file_records(entry)]
+    checked = checked_files(f"Verifying {output}", output, records, workers or os.cpu_count())
+    return [record["name"] for record, is_intact in checked if not is_intact]
+
+
+def checked_files(
+    title: str, folder: str, records: list[dict], workers: int | None
+) -> Iterator[tuple[dict, bool]]:
+    """Yields the records of files, and whether each file has the size and the SHA-256 of its record."""
+
+    def is_intact(record: dict) -> bool:
+        path = os.path.join(folder, record["name"])
+        return os.path.isfile(path) and file_record(path).items() <= record.items()
+
+    done = 0
+    with (
+        Progress(title, sum(record["size"] for record in records), "MB") as progress,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        for record, result in zip(records, pool.map(is_intact, records), strict=True):
+            done += record["size"]
+            progress.show(done)
+            yield record, result
+
+
+def file_record(path: str) -> dict:
+    """Returns name, size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": os.path.basename(path), "size": os.path.getsize(path), "sha256": digest}
+
+
+def _file_records(entry: dict) -> list[dict]:
+    """Returns the records of all files of a split in a manifest."""
+    return [*entry["shards"], entry["index"], *([entry["maps"]] if "maps" in entry else [])]
 
 
 def tfds_splits(folder: str) -> list[str]:

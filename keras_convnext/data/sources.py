@@ -97,7 +97,7 @@ def open_source(
     folders, images = list_folder(path)[:2] if kind == "folder" else ([], [])
     if None in splits and split in folders:
         splits = {split: [os.path.join(path, split)]}
-    name = _choose_split(path, kind, splits, split)
+    name = choose_split(path, kind, splits, split)
     places = splits[name]
     if labels is not None and (kind, name) != ("tar", "validation") and kind != "folder":
         own = "whose class tars are the labels" if kind == "tar" else "which has labels of its own"
@@ -293,7 +293,8 @@ def _split_folders(path: str, folders: list[str]) -> list[str]:
     return divided.get(()) or next(iter(divided.values()), [])
 
 
-def _choose_split(path: str, kind: str, splits: dict[str | None, list[str]], split: str | None) -> str | None:
+def choose_split(path: str, kind: str, splits: dict[str | None, list[str]], split: str | None) -> str | None:
+    """Returns the name of the split that `split` means there; SourceError says which are known."""
     known = ", ".join(str(name) for name in splits)
     if split is None:
         if len(splits) == 1:
@@ -405,7 +406,7 @@ def _open_folder(
             if folder != path and labels is not None
             for file in images_below(folder)[0]
         ]
-        source = _files_source(path, files, np.zeros(len(files)), [], left_out)
+        source = files_source(path, files, np.zeros(len(files)), [], left_out)
         return imagenet.with_labels(source, labels, f"{splits[path]}/" if beside else "", beside)
     if not folders and flat:
         raise SourceError(
@@ -438,7 +439,7 @@ def _open_folder(
     names = index.in_order(folders, path)
     positions = {name: number for number, name in enumerate(names)}
     numbers = np.repeat([positions[name] for name in folders], [len(found) for found in images])
-    return _files_source(path, [file for found in images for file in found], numbers, names, left_out)
+    return files_source(path, [file for found in images for file in found], numbers, names, left_out)
 
 
 def _check_depth(path: str, folders: list[str], images: list[list[str]]) -> None:
@@ -477,9 +478,10 @@ def _sub_folders(folder: str, images: list[str]) -> tuple[set[str], int]:
     return {part[0] for part in parts if len(part) > 1}, sum(len(part) == 1 for part in parts)
 
 
-def _files_source(
+def files_source(
     path: str, files: list[str], labels: np.ndarray, classes: list[str], left_out: collections.Counter[str]
 ) -> Source:
+    """Returns the source of whole files, named by their paths below `path`."""
     numbers = np.arange(len(files), dtype=np.int32)
     offsets, lengths = np.zeros(len(files), np.int64), np.full(len(files), -1, np.int64)
     labels, start = np.asarray(labels, np.int32), len(os.path.join(path, ""))

@@ -111,10 +111,16 @@ def example_head(image_bytes: int, features: dict[str, bytes | int]) -> bytes:
         kind, content = (1, value) if isinstance(value, bytes) else (3, _varint(value))
         feature = _field(kind, _field(1, content))
         others += _field(1, _field(1, name.encode()) + _field(2, feature))
+    entry = image_entry(image_bytes)
+    return _tag(1, len(others) + len(entry) + image_bytes) + others + entry  # Example.features
+
+
+def image_entry(image_bytes: int) -> bytes:
+    """Serialises what stands in an Example between the other features and the image."""
     head = b""
-    # From the inside out: BytesList.value, Feature.bytes_list, the map entry, Features.feature and
-    # Example.features, each with what stands before it in the enclosing message.
-    for number, before in ((1, b""), (1, b""), (2, _field(1, b"image/encoded")), (1, others), (1, b"")):
+    # From the inside out: BytesList.value, Feature.bytes_list, the map entry and Features.feature, each with
+    # what stands before it in the enclosing message.
+    for number, before in ((1, b""), (1, b""), (2, _field(1, b"image/encoded")), (1, b"")):
         head = before + _tag(number, len(head) + image_bytes) + head
     return head
 

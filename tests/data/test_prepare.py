@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from keras_convnext.data import prepare as prepare_module
+from keras_convnext.data import shard_plan
 from keras_convnext.data.index import MANIFEST, SourceError
-from keras_convnext.data.prepare import PrepareError, _plan, _temporary_name, prepare, verify
+from keras_convnext.data.prepare import PrepareError, _temporary_name, make_plan, prepare
+from keras_convnext.data.records import verify
 from keras_convnext.data.sources import open_source
 
 pytestmark = pytest.mark.once
@@ -137,7 +139,7 @@ def test_seed_decides_the_order_and_nothing_else(tmp_path, prepared, folder):
 def test_default_number_of_shards_follows_the_size(tmp_path, folder, monkeypatch):
     assert prepare(folder, tmp_path / "one").shards == {"train": 1}
     total = sum(path.stat().st_size for path in folder.rglob("*.JPEG"))
-    monkeypatch.setattr(prepare_module, "SHARD_BYTES", total / 4)
+    monkeypatch.setattr(shard_plan, "SHARD_BYTES", total / 4)
     assert prepare(folder, tmp_path / "four").shards == {"train": 4}
 
 
@@ -400,7 +402,7 @@ def test_missing_tensorflow_is_named_with_the_command(tmp_path, folder, monkeypa
 
 def test_image_that_changes_meanwhile_is_named(tmp_path, folder, monkeypatch):
     source = shutil.copytree(folder, tmp_path / "source")
-    plan = _plan
+    plan = make_plan
 
     def plan_then_grow(*arguments):
         result = plan(*arguments)
@@ -408,7 +410,7 @@ def test_image_that_changes_meanwhile_is_named(tmp_path, folder, monkeypatch):
             file.write(b"more")
         return result
 
-    monkeypatch.setattr(prepare_module, "_plan", plan_then_grow)
+    monkeypatch.setattr(prepare_module, "make_plan", plan_then_grow)
     size = (source / "cat" / "7.JPEG").stat().st_size
     with pytest.raises(
         SourceError, match=rf"Expected {size} bytes in 'cat/7.JPEG' .* received {size + 4}: it changed"

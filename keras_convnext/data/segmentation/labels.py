@@ -14,8 +14,8 @@ class Labels:
     """The classes of a segmentation, and which values of the label maps on disk they have.
 
     Class 0 has the smallest value from 0 up that is not ignored, class 1 the next, and so on: with
-    `ignored_values=(0,)`, as in ADE20K, class 0 is the value 1; with `(11,)`, as in CamVid's eleven classes, the
-    values are the class numbers.
+    `ignored_values=(0,)`, as in ADE20K, class 0 is the value 1; with `(11,)`, as in CamVid's eleven classes,
+    the values are the class numbers.
     """
 
     names: tuple[str, ...]
