@@ -197,7 +197,7 @@ def build(source: ResolvedWeights, options: ModelOptions) -> Segmenter:
     With another number of classes than the weights have, or `new_head`, the last layers of both heads start
     fresh.
     """
-    heads = source.heads
+    heads = source.heads if source.is_random else source.contents.heads or source.heads
     if heads is None:
         raise ValueError(f"Expected weights of a segmenter, received those of a model of {source.task}.")
     if options.pooling is not None or options.classifier_activation not in ("default", None):

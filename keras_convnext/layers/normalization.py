@@ -213,12 +213,12 @@ class GlobalResponseNormalization(SameShape):
 
 @_register
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalisation with PyTorch's constants, over the whole batch where Keras can.
+    """Batch normalisation with PyTorch's constants, over the whole batch on several devices too.
 
     Keras's own has epsilon 1e-3 and momentum 0.99. On TensorFlow replicas share their sums
-    (`synchronized`), on JAX one program sees the whole batch; processes of PyTorch keep to their own part. A
-    saved model may be loaded on another backend. The moving variance is, as Keras's, that of the batch:
-    PyTorch's is larger by n / (n - 1) for n values of a channel.
+    (`synchronized`, which Keras has there alone), on JAX one program sees the whole batch, and processes of
+    PyTorch, whose parts are equal, average here. A saved model may be loaded on another backend. The moving
+    variance is, as Keras's, that of the batch: PyTorch's is larger by n / (n - 1) for n values of a channel.
     Reference: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2; `torch.nn.BatchNorm2d`.
 
     Args:
@@ -232,3 +232,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def __init__(self, momentum=0.9, epsilon=1e-5, synchronized=None, **kwargs):
         synchronized = keras.backend.backend() == "tensorflow"
         super().__init__(momentum=momentum, epsilon=epsilon, synchronized=synchronized, **kwargs)
+
+    def _moments(self, inputs, mask):
+        mean, variance = super()._moments(inputs, mask)
+        if keras.backend.backend() != "torch":
+            return mean, variance
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return mean, variance
+        import torch
+        from torch.distributed.nn import functional  # whose sums have gradients
+
+        sums = functional.all_reduce(torch.stack([mean, variance + mean**2]))
+        mean, square = sums / dist.get_world_size()
+        return mean, square - mean**2

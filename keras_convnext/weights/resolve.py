@@ -359,17 +359,19 @@ def resolve(
             What was resolved before is returned as it is.
         weights: "default" for the file of the tag (of an architecture: "imagenet"); None for random weights;
             another tag, long or short; or a file, then a tag as name says how its images are prepared.
-        task: "classification" to refuse weights without a classifier; "features" where none is needed, so
-            that "imagenet" may be the smaller file without it; None for either.
+        task: "classification" to refuse weights without a classifier, "segmentation" those that are not of a
+            segmenter; "features" where neither is needed, so that "imagenet" may be the smaller file without
+            a classifier; None for any.
 
     Raises a ValueError where the name is unknown (near ones are listed), means a file as well as published
-    weights, or the weights have no classifier; a TypeError where `weights` is none of these.
+    weights, or the weights are not for the task; a TypeError where `weights` is none of these.
 
     Example:
         resolve("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction      # 1.0
     """
-    if task not in (None, "classification", "features"):
-        raise ValueError(_messages.unknown("task", task, ("classification", "features")))
+    tasks = ("classification", "features", "segmentation")
+    if task not in (None, *tasks):
+        raise ValueError(_messages.unknown("task", task, tasks))
     if isinstance(name, ResolvedWeights):
         return name
     named = None if name is None else meaning(name)
@@ -402,6 +404,13 @@ def resolve(
         found = ResolvedWeights(architecture, tagged, published, is_imagenet=word == "imagenet")
     if task == "classification":
         _check_classifier(found)
+    if task == "segmentation" and found.task != task:
+        what = (found.row and found.row.tag) or found.file or found.variant.name
+        raise ValueError(
+            f"Expected weights of a segmenter. Received {what}, which is for {found.task}. "
+            "`keras-convnext list --task segmentation` lists such; keras_convnext.segmentation.UPerNet makes "
+            "one of any ConvNeXt."
+        )
     return found
 
 
@@ -481,13 +490,14 @@ def _check_classifier(found: ResolvedWeights) -> None:
         instead = catalog.IMAGENET[row.architecture] or catalog.IMAGENET["convnext_tiny"]
         what = "has no classifier"
         if row.task == "segmentation":
-            what = f"segments: it gives {row.classes} classes for each pixel, not for the image"
+            what = f"gives {row.classes} classes for each pixel, not for the image"
         elif row.classes:
             what = f"gives {row.classes} features of CLIP, not classes"
         raise ValueError(f"{row.tag!r} {what}. Use weights that have one, for example {instead}.")
     # A model's file may hold any, which whoever opens it checks.
     if found.file is not None and not found.is_model and not found.classes:
-        raise ValueError(f"{found.file} has no classifier. Pass weights that have one.")
+        what = "has no classifier" if found.heads is None else "is of a segmenter and has no classifier"
+        raise ValueError(f"{found.file} {what}. Pass weights that have one.")
 
 
 def _wrong_classes(weights, available, classes):

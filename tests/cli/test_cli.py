@@ -64,6 +64,7 @@ def altered(folder, path, change):
         (["--licence", "mit"], {"licence": "mit"}),
         (["--commercial"], {"commercial_use": True}),
         (["--downloadable", "--commercial"], {"downloadable": True, "commercial_use": True}),
+        (["--task", "segmentation"], {"task": "segmentation"}),
         (["convnextv2_*", "--commercial", "--downloadable"],
          {"architecture": "convnextv2_*", "commercial_use": True, "downloadable": True}),
     ],
@@ -93,6 +94,28 @@ def test_list_is_aligned_and_fits_in_120_characters(run):
 
 
 @pytest.mark.once
+def test_list_and_info_show_task_and_miou_of_segmenters(run):
+    _, out, _ = run("list")
+    assert re.search(r"^convnext_tiny\.fb_ade20k_512 +150/px  512 @ 1 +46\.00  mit +mmseg$", out, re.M)
+    assert "of segmenters (classes/px) mIoU" in out.splitlines()[-1]
+    _, out, _ = run("list", "--task", "segmentation")
+    assert re.search(
+        r"^convnext_tiny\.mmseg_ade20k_512 +150/px  512 +46\.11 / 46\.62  apache-2\.0 ", out, re.M
+    )
+    out = run("info", "convnext_tiny.fb_ade20k_512")[1]
+    for pattern in (
+        "task +segmentation$",
+        "parameters +60,242,636$",
+        "classes +150$",
+        "mIoU +46.0 / 46.7 %, one scale / several: semantic_segmentation/README.md$",
+        "resize +shorter side to 512, longer to 2048 at most",
+    ):
+        assert re.search(pattern, out, re.M), pattern
+    facts = json.loads(run("info", "convnext_xlarge.fb_ade20k_640", "--json")[1])
+    assert (facts["task"], facts["parameters"], facts["miou"]) == ("segmentation", 391_140_396, 53.6)
+
+
+@pytest.mark.once
 def test_list_architectures_prints_every_variant_with_its_size(run):
     _, out, _ = run("list", "--architectures")
     rows = out.splitlines()[1:-2]
@@ -109,6 +132,7 @@ def test_list_architectures_prints_every_variant_with_its_size(run):
 def test_unknown_names_come_with_near_ones(refused):
     assert "Did you mean 'convnext_tiny'" in refused("list", "convnext_tinny")
     assert "Unknown licence 'apache2'. Did you mean 'apache-2.0'" in refused("list", "--licence", "apache2")
+    assert "Unknown task 'segment'. Did you mean 'segmentation'" in refused("list", "--task", "segment")
     assert "Did you mean 'convnext_tiny'" in refused("info", "convnext_tinny")
     assert "'convnext_tiny.fb_in1k'" in refused("info", "convnext_tiny.fb_in1")
     assert "'convnext_tiny.fb_in1k'" in refused("predict", PHOTOGRAPHS[0], "--model", "convnext_tiny.fb_in1")

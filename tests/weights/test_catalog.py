@@ -67,10 +67,10 @@ def test_table_equals_the_rows_of_before_field_by_field():
     Whoever adds or corrects a row changes the digest and says in the commit what it was.
     """
     rows = [dataclasses.asdict(row) for row in CHECKPOINTS.values()]
-    assert len(rows) == 225
+    assert len(rows) == 236
     for row in rows:
         del row["imagenet"]  # it was the two dicts
-    assert digest(rows) == "6e8db0a089383ef5eec06fca134cf5eb4095fc97247b4cf21565c5ecc7fb213c"
+    assert digest(rows) == "d08252d26eec81eadc7d16e41971d39ce3d45d30e21bef1095d1a0b1a4b70a71"
     assert (
         digest([IMAGENET, IMAGENET_NOTOP])
         == "4c3762b9571312501d765ba67e2a1a25b1bcf9c65316bb778174a5f0c4853a26"
@@ -166,11 +166,12 @@ def test_each_source_has_its_number_of_rows():
         "official": 24 + 3 + 26,  # V1, V1 without EMA, V2
         "mmdet": 7,
         "mmseg": 6,
+        "mmsegmentation": 6,
         "torchvision": 4,
         "keras_applications": 10,
         "dinov3_hf": 4,
         "dinov3": 4,
-        "huggingface": 15 + 18,  # V1, V2
+        "huggingface": 15 + 18 + 5,  # V1, V2, segmenters
     }
     assert len(list_weights(downloadable=True)) == len(CHECKPOINTS) - 2 - 4
     assert sum(row.downloadable for row in ROWS if row.layout == "timm") == 101
@@ -203,7 +204,7 @@ def test_rows_hold_only_known_values():
         (HALF, HALF),
     }
     assert {row.state_key for row in ROWS} == {None, "model", "state_dict"}
-    assert {row.classes for row in ROWS} == {0, 640, 768, 1000, 1024, 11821, 21841}
+    assert {row.classes for row in ROWS} == {0, 150, 640, 768, 1000, 1024, 11821, 21841}
     assert {row.image_size for row in ROWS} == {160, 224, 256, 320, 384, 512, 640, 800}
     for row in ROWS:
         assert 0.8 < row.crop <= 1.0
@@ -219,9 +220,9 @@ def test_mean_and_std_are_the_published_constants():
 
 def test_licences_and_which_forbid_commercial_use():
     assert collections.Counter(row.licence for row in ROWS) == {
-        "apache-2.0": 70 + 10,  # timm, keras.applications
+        "apache-2.0": 70 + 10 + 6,  # timm, keras.applications, mmsegmentation
         "cc-by-nc-4.0": 26 + 26 + 18,  # timm, Meta, transformers
-        "mit": 24 + 3 + 7 + 6 + 15,
+        "mit": 24 + 3 + 7 + 6 + 15 + 5,
         "bsd-3-clause": 4,
         "dinov3-license": 4 + 4 + 4,
         "fair-noncommercial-research-license": 3,
@@ -236,9 +237,11 @@ def test_licences_and_which_forbid_commercial_use():
 
 def test_scores_are_percentages_with_a_source():
     for row in ROWS:
-        for score in (row.top1, row.top5, row.test_top1):
+        for score in (row.top1, row.top5, row.test_top1, row.miou, row.miou_multi_scale):
             assert score is None or 40 < score < 100, row.tag
-        assert (row.top1 is not None) == bool(row.score_source), row.tag
+        assert (row.top1 is not None or row.miou is not None) == bool(row.score_source), row.tag
+        assert (row.miou is not None) == (row.miou_multi_scale is not None) == (row.task == "segmentation")
+        assert row.miou is None or row.miou < row.miou_multi_scale < row.miou + 1
         assert row.top5 is None or row.top5 > row.top1
         assert row.top1 is None or row.classes == 1000, row.tag
     unscored = [row.tag for row in ROWS if row.classes == 1000 and row.top1 is None]
@@ -261,6 +264,7 @@ def test_addresses_are_complete():
         "official": ("https://dl.fbaipublicfiles.com/convnext/",),
         "mmdet": ("https://dl.fbaipublicfiles.com/convnext/coco/",),
         "mmseg": ("https://dl.fbaipublicfiles.com/convnext/ade20k/",),
+        "mmsegmentation": ("https://download.openmmlab.com/mmsegmentation/v0.5/convnext/",),
         "torchvision": ("https://download.pytorch.org/models/",),
         "keras_applications": ("https://storage.googleapis.com/tensorflow/keras-applications/convnext/",),
     }
@@ -268,12 +272,12 @@ def test_addresses_are_complete():
         assert row.url is None or row.url.startswith(hosts[row.layout]), row.tag
         assert (row.hub_id is None) == (row.hub_filename is None)
         assert row.downloadable or row.note, row.tag
-    for layout in ("official", "mmdet", "mmseg", "torchvision", "keras_applications"):
+    for layout in ("official", "mmdet", "mmseg", "mmsegmentation", "torchvision", "keras_applications"):
         rows = [row for row in ROWS if row.layout == layout]
         assert all(row.url and row.hub_id is None for row in rows)
         assert len({row.url for row in rows}) == len(rows)
     hub_ids = [row.hub_id for row in ROWS if row.hub_id]
-    assert len(set(hub_ids)) == len(hub_ids) == 101 + 4 + 33
+    assert len(set(hub_ids)) == len(hub_ids) == 101 + 4 + 38
 
 
 def test_checksums_are_hexadecimal_and_in_the_file_name():
@@ -284,7 +288,7 @@ def test_checksums_are_hexadecimal_and_in_the_file_name():
             assert f"-{row.sha256_prefix}.pth" in (row.url or row.note)
     assert {row.layout for row in ROWS if row.sha256} == {"keras_applications"}
     with_prefix = collections.Counter(row.layout for row in ROWS if row.sha256_prefix)
-    assert with_prefix == {"timm": 9, "torchvision": 4, "dinov3": 4}
+    assert with_prefix == {"timm": 9, "torchvision": 4, "dinov3": 4, "mmsegmentation": 6}
 
 
 def test_only_the_files_of_meta_dinov3_are_gated():
@@ -295,7 +299,7 @@ def test_only_the_files_of_meta_dinov3_are_gated():
 
 
 def test_dataset_ends_with_what_the_head_was_trained_on():
-    last = {1000: "imagenet1k", 11821: "imagenet12k", 21841: "imagenet22k"}
+    last = {150: "ade20k", 1000: "imagenet1k", 11821: "imagenet12k", 21841: "imagenet22k"}
     for row in ROWS:
         if row.classes in last and row.dataset != "none":
             assert row.dataset.split("->")[-1] == last[row.classes], row.tag
@@ -432,7 +436,9 @@ def test_dense_task_rows_equal_the_collected_facts():
         row = by_url.pop(fact["url"])
         assert row.architecture == f"convnext_{fact['variant']}"
         assert fact["crop"] == f"{row.image_size}x{row.image_size}"
-        assert f"{fact['mIoU_ss']} single scale, {fact['mIoU_ms_flip']} multi-scale" in row.note
+        assert (row.miou, row.miou_multi_scale) == (fact["mIoU_ss"], fact["mIoU_ms_flip"])
+        assert (row.task, row.classes) == ("segmentation", 150)
+        assert row.tag == f"{row.architecture}.fb_ade20k_{row.image_size}"
         assert row.dataset.startswith("imagenet22k") == (fact["pretrain"] == "ImageNet-22K")
     assert not by_url
 
@@ -452,13 +458,18 @@ def test_other_rows_equal_the_collected_facts():
         assert hub.hub_id == fact["hf_hub_id"]
         assert original.sha256_prefix == fact["sha256_prefix"]
         assert fact["file"] in original.note
-    hub_ids = {row.hub_id for row in ROWS if row.layout == "huggingface"}
+    hub_ids = {row.hub_id for row in ROWS if row.layout == "huggingface" and row.task != "segmentation"}
     assert hub_ids == {*collected["hf_hub_ids"]["v1"], *collected["hf_hub_ids"]["v2"]}
 
 
 def test_huggingface_rows_score_as_the_file_they_convert():
     for row in ROWS:
-        if row.layout == "huggingface":
+        if row.layout == "huggingface" and row.task == "segmentation":
+            converted = CHECKPOINTS[row.tag.replace(".huggingface_", ".mmseg_")]
+            for field in ("classes", "image_size", "dataset", "miou", "miou_multi_scale"):
+                assert getattr(row, field) == getattr(converted, field), row.tag
+            assert row.hub_id == f"openmmlab/upernet-{row.architecture.replace('_', '-')}"
+        elif row.layout == "huggingface":
             official = CHECKPOINTS[row.tag.replace(".huggingface_", ".official_")]
             for field in ("classes", "image_size", "crop", "resize_mode", "licence", "dataset"):
                 assert getattr(row, field) == getattr(official, field), row.tag
@@ -623,6 +634,11 @@ def test_list_weights_meets_every_condition():
         *(f"convnext_{size}.official_dinov3_lvd1689m" for size in ("tiny", "small", "base", "large")),
     ]
     assert list_weights(classes=3) == []
+    assert list_weights("convnext_tiny", task="segmentation") == [
+        f"convnext_tiny.{source}_ade20k_512" for source in ("fb", "mmseg", "huggingface")
+    ]
+    assert len(list_weights(task="segmentation")) == 17
+    assert list_weights(task="features") == list_weights(classes=0)
 
 
 @pytest.mark.parametrize("architecture", ["convnext_tinny", "convnex_*"])
@@ -638,6 +654,14 @@ def test_list_weights_refuses_an_unknown_licence():
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         list_weights(licence="apache2")
+
+
+def test_list_weights_refuses_an_unknown_task():
+    message = (
+        "Unknown task 'segment'. Did you mean 'segmentation'? Known: classification, features, segmentation"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list_weights(task="segment")
 
 
 def test_docstring_examples_say_the_truth():
