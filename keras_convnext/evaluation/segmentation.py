@@ -62,6 +62,12 @@ class SegmentationResult:
         """Returns the text of the scores' columns."""
         return {name: f"{getattr(self.scores, name):.4f}" for name in ("miou", "aacc", "macc")}
 
+    def report(self) -> dict[str, Any]:
+        """Returns the scores as JSON values, in percent; null for a class that is not there."""
+        iou = [None if np.isnan(value) else float(value) for value in self.scores.iou]
+        scores = {name: getattr(self.scores, name) for name in ("miou", "aacc", "macc")}
+        return {**scores, "iou": dict(zip(self.source.classes, iou, strict=True))}
+
 
 def evaluate(
     model: Any,
