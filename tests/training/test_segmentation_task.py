@@ -77,7 +77,7 @@ def arrays_of(folder):
 
 
 def test_a_run_leaves_what_a_classifiers_does_and_pictures(trained):
-    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    names = {path.name for path in trained.iterdir() if not path.name.startswith(".")}
     assert names == {
         "best.json", "best.weights.h5", "checkpoints", "curves.png", "environment.json", "final.safetensors",
         "final.weights.h5", "final_ema.weights.h5", "log.csv", "predictions", "recipe.toml", "result.json",

@@ -68,8 +68,8 @@ def changed(levels, factor=1.0, offset=0.0):
 
 def hsv(pixel):
     red, green, blue = (int(level) for level in pixel)
-    value, low = max(pixel), min(pixel)
-    spread = int(value) - int(low)
+    value = max(red, green, blue)
+    spread = value - min(red, green, blue)
     saturation = (spread * int(np.rint((255 << 12) / value)) + 2048) >> 12 if value else 0
     if value == red:
         hue = green - blue
@@ -78,7 +78,7 @@ def hsv(pixel):
     else:
         hue = red - green + 4 * spread
     hue = (hue * int(np.rint((180 << 12) / (6 * spread))) + 2048) >> 12 if spread else 0
-    return hue + 180 * (hue < 0), saturation, int(value)
+    return hue + 180 * (hue < 0), saturation, value
 
 
 def rgb(hue, saturation, value):

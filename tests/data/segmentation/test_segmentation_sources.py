@@ -15,6 +15,7 @@ from keras_convnext.data.preprocess import ImageError
 from keras_convnext.data.segmentation import coco, label_maps, layouts
 from keras_convnext.data.segmentation.label_maps import LabelMapError
 from keras_convnext.data.segmentation.labels import Labels
+from keras_convnext.data.segmentation.pictures import default_labels
 from keras_convnext.data.segmentation.sources import (
     described,
     is_segmentation,
@@ -209,7 +210,7 @@ def test_the_palette_of_the_maps_gives_the_colours_of_the_classes(tmp_path):
 
 
 def test_made_colours_differ():
-    assert len(set(label_maps.colours(255))) == 255
+    assert len(set(default_labels(255).palette)) == 255
 
 
 @pytest.mark.parametrize("name", ["classes.txt", "labels.txt"])
