@@ -1,5 +1,6 @@
 """Pictures of label maps: a PNG with a palette, the map over its photo, and a legend with shares."""
 
+import colorsys
 import io
 from typing import Any
 
@@ -7,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from keras_convnext._files import PNG_MARK, StrPath, replace_file
-from keras_convnext.data.segmentation import label_maps
 from keras_convnext.data.segmentation.labels import IGNORED, Labels
 
 _ROW, _SWATCH, _MARGIN = 22, 14, 10  # pixels of a legend
@@ -15,8 +15,13 @@ _MOST_ROWS = 20
 
 
 def default_labels(classes: int) -> Labels:
-    """Names and colours for classes that nothing is known of: "class 0" and on."""
-    return Labels(tuple(f"class {number}" for number in range(classes)), label_maps.colours(classes))
+    """Names and colours for classes that nothing is known of: "class 0" and on, hues far from each other."""
+    names = tuple(f"class {number}" for number in range(classes))
+    golden = (5**0.5 - 1) / 2  # the multiples of this lie evenly around the circle, however many they are
+    tones = ((0.85, 0.95), (0.55, 0.75), (0.95, 0.6))  # saturation and value, in turns
+    colours = [colorsys.hsv_to_rgb(i * golden % 1, *tones[i % len(tones)]) for i in range(classes)]
+    palette = tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours)
+    return Labels(names, palette)
 
 
 def shares(label_map: np.ndarray, labels: Labels) -> list[dict[str, Any]]:
