@@ -188,6 +188,8 @@ def validate(
         predict, source, numbers, short_side, mode, batch_size, faults
     ):
         after_batch()
+        if mode == "multi_scale":  # a softmax, which is that of its logarithm
+            outputs = np.log(np.maximum(outputs, 1e-30))
         predicted, loss = _predicted_with_loss(outputs, truth)
         counts += confusion_matrix(truth, predicted, classes)
         total += loss
