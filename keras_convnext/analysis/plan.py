@@ -100,8 +100,8 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     """
     if not isinstance(recipe, Recipe):
         raise ValueError(
-            f"Expected a recipe of a classifier, received one of {recipe.task}, {recipe.title!r}: the heads of "
-            "UPerNet are not counted. Train some steps of it: log.csv has images_per_second."
+            f"Expected a recipe of a classifier, received one of {recipe.task}, {recipe.title!r}: the heads "
+            "of UPerNet are not counted. Train some steps of it: log.csv has images_per_second."
         )
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")

@@ -170,16 +170,17 @@ def validate(
     after_batch: Callable[[], None] = lambda: None,
     gathered: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array],
     share: tuple[int, int] = (0, 1),
+    fills: bool = False,
     on_map: Callable[[int, np.ndarray, np.ndarray, np.ndarray], None] = lambda *_: None,
 ) -> dict[str, float]:
     """Scores a segmenter as training does after each epoch: "loss", "miou", "aacc" and "macc", in percent.
 
     "loss" is the mean cross-entropy of the labelled pixels, at the size of the label maps. The rest is as for
     `forward.validate`; `share` is (this process, processes) where each evaluates a part of the photos.
-    `on_map` is given number, photo, truth and prediction of each.
+    `fills` is as for `Predict`; `on_map` is given number, photo, truth and prediction of each.
     """
     classes = model.output_shape[-1]
-    predict = Predict(model, batch_size)
+    predict = Predict(model, batch_size, fills)
     numbers = np.arange(share[0], len(source), share[1])
     faults = Faults(source, 1.0) if faults is None else faults
     counts, total = np.zeros((classes, classes), np.int64), 0.0
@@ -187,6 +188,8 @@ def validate(
         predict, source, numbers, short_side, mode, batch_size, faults
     ):
         after_batch()
+        if mode == "multi_scale":  # a softmax, which is that of its logarithm
+            outputs = np.log(np.maximum(outputs, 1e-30))
         predicted, loss = _predicted_with_loss(outputs, truth)
         counts += confusion_matrix(truth, predicted, classes)
         total += loss
@@ -251,11 +254,11 @@ class Predict:
     """Runs a segmenter: uint8 (n, h, w, 3) to logits float32 (n, h, w, classes), for any n.
 
     A size of which a whole batch was seen gets whole batches only, filled up, since JAX and TensorFlow
-    compile each shape anew; so do the devices of an engine.
+    compile each shape anew. `fills`: every size does, as several devices need.
     """
 
-    def __init__(self, model: Any, batch_size: int) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: Any, batch_size: int, fills: bool = False) -> None:
+        self.model, self.batch_size, self.fills = model, batch_size, fills
         self._forward = forward.forward_function(model)
         self._full: set[tuple[int, ...]] = set()
 
@@ -263,7 +266,7 @@ class Predict:
         count, size = len(images), images.shape[1:]
         if count == self.batch_size:
             self._full.add(size)
-        elif size in self._full:
+        elif self.fills or size in self._full:
             images = np.concatenate([images, np.repeat(images[-1:], self.batch_size - count, 0)])
         logits = choose.rows(self._forward(choose.divided(np.ascontiguousarray(images))))[:count]
         if arrays.not_finite(logits).any():

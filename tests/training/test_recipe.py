@@ -29,8 +29,8 @@ OF_FEATURES = {"knn", "linear_probe"}
 
 # fmt: off
 # facebookresearch/ConvNeXt at 048efce, semantic_segmentation/configs/convnext, and BEiT's base files.
-SEGMENTATION_COLUMNS = ("architecture", "weights", "learning_rate", "drop_path_rate", "crop_size", "base_size",
-                        "precision", "eval_image_size")
+SEGMENTATION_COLUMNS = ("architecture", "weights", "learning_rate", "drop_path_rate", "crop_size",
+                        "base_size", "precision", "eval_image_size")
 _ADE20K = "ade20k_upernet_convnext_"
 _512, _640 = ((512, 512), (2048, 512)), ((640, 640), (2560, 640))
 SEGMENTATION = {
@@ -50,7 +50,8 @@ SEGMENTATION = {
 # What all six share, by short key.
 OF_ADE20K = {
     "steps": 160_000, "batch_size": 16, "warmup_steps": 1500, "weight_decay": 0.05,
-    "beta_1": 0.9, "beta_2": 0.999, "min_learning_rate": 0.0, "clip_norm": 0.0, "layer_decay": 0.9, "layer_decay_groups": "stage_wise",
+    "beta_1": 0.9, "beta_2": 0.999, "min_learning_rate": 0.0, "clip_norm": 0.0, "layer_decay": 0.9,
+    "layer_decay_groups": "stage_wise",
     "ema_decay": 0.0, "channels": 512, "auxiliary_weight": 0.4, "loss_mean": "all", "ignored_values": (0,),
     "scale": (0.5, 2.0), "max_class_share": 0.75, "flip": 0.5, "photometric": 0.5, "eval_mode": "slide",
 }

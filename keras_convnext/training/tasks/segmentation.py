@@ -116,7 +116,8 @@ class Segmentation:
         is_divided = keras.backend.backend() == "torch"
         share = (engine.group.rank, len(engine.group)) if is_divided else (0, 1)
         own = np.arange(share[0], len(data.validation), share[1])
-        shown = own[np.unique(np.linspace(0, len(own) - 1, SHOWN_PHOTOS).astype(int))].tolist()
+        places = np.linspace(0, max(len(own) - 1, 0), min(SHOWN_PHOTOS, len(own)))
+        shown = own[places.astype(int)].tolist()
 
         def keep(number: int, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> None:
             if number in shown:
@@ -133,6 +134,7 @@ class Segmentation:
             after_batch=after_batch,
             gathered=engine.group.gathered_arrays if is_divided else lambda array: [array],
             share=share,
+            fills=engine.num_parts > 1,
             on_map=keep,
         )
 

@@ -393,7 +393,7 @@ def test_a_class_background_takes_what_no_annotation_covers(tmp_path):
     assert (label_map[5, 7], label_map[0, 1], label_map[1, 2]) == (0, 1, 2)
     write(tmp_path, {"classes.txt": "background\ncar\ntree\n"})
     np.testing.assert_array_equal(open_source(tmp_path).load(0)[1], label_map)
-    with pytest.raises(SourceError, match=r"categories of .* among the 1 classes given .*: 1 are not: tree"):
+    with pytest.raises(SourceError, match=r"categories of .* among the 1 classes given .*; 1 are not: tree"):
         (tmp_path / "classes.txt").unlink()
         open_source(tmp_path, labels=["car"])
 
