@@ -146,8 +146,9 @@ def export(
     preprocessing = preprocessing or Preprocessing(DEFAULT_SIZE)
     size = _image_size(model, image_size, format, preprocessing)
     if metadata.gives_maps(model):
-        whole = {"crop_mode": "squash", "crop_fraction": 1.0, "interpolation": "bilinear"}
-        preprocessing = dataclasses.replace(preprocessing, resize_size=None, **whole)
+        preprocessing = dataclasses.replace(
+            preprocessing, resize_size=None, crop_mode="squash", crop_fraction=1.0, interpolation="bilinear"
+        )
     sides = zip(size or model.input_shape[1:3], preprocessing.size, strict=True)
     height, width = (side or own for side, own in sides)
     preprocessing = preprocessing.at((height, width))

@@ -34,7 +34,8 @@ def model():
 @pytest.fixture(scope="module")
 def file(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "streets.safetensors"
-    return save_weights(model, path, preprocessing=Preprocessing(64), labels=LABELS)
+    preprocessing = Preprocessing(64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # of this architecture
+    return save_weights(model, path, preprocessing=preprocessing, labels=LABELS)
 
 
 @pytest.fixture
@@ -132,6 +133,18 @@ def test_modes_are_those_of_inference_and_auto_that_of_evaluation(model):
     np.testing.assert_array_equal(published.segment(image), found["slide"])
     with pytest.raises(ValueError, match=r"Unknown mode 'wole'\. Did you mean 'whole'"):
         opened.segment(image, "wole")
+
+
+@pytest.mark.every_backend
+def test_photos_of_several_sizes_in_succession_are_each_seen_whole(model):
+    """After a second size TensorFlow's graph leaves the sizes free."""
+    opened = predictor.open_segmenter(model, image_size=64)
+    for size in ((50, 120), (64, 64), (90, 61), (33, 70)):
+        image = image_of(*size)
+        pixels = inference.prepared(image, 64)[None].astype("float32")
+        logits = keras.ops.convert_to_numpy(model(pixels, training=False))[0]
+        expected = inference.label_map(logits, size)
+        assert (opened.segment(image, "whole") == expected).mean() > 0.999
 
 
 def test_a_model_of_one_size_is_given_that_size_only(model):

@@ -151,7 +151,7 @@ def test_fine_tune_learns_flowers_as_it_stands_but_from_random_weights(tmp_path,
 @RUNS
 def test_segment_goes_from_masks_to_a_file_for_phones(tmp_path, monkeypatch):
     weights = "convnextv2_atto.tiny_imagenet200"  # in the package
-    settings = {"WEIGHTS": weights, "IMAGE_SIZE": "96", "CHANNELS": "32", "STEPS": "60"}
+    settings = {"WEIGHTS": weights, "IMAGE_SIZE": "96", "CHANNELS": "32", "STEPS": "100"}
     executed = execute(SEGMENT, tmp_path, monkeypatch, **settings)
     text, num_pictures = outputs_of(executed)
     assert "train: 240 images with label maps of 4 classes in 'shapes'" in text
