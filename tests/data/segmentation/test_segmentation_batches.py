@@ -169,7 +169,9 @@ def test_hue_saturation_and_value_are_opencvs():
     exact = np.array([[rgb(*pixel) for pixel in row] for row in expected])
     assert back.dtype == np.uint8
     assert np.abs(back - (exact - 0.5)).max() <= 0.5 + 1e-3  # cut off, not rounded
-    assert (back == np.floor(exact + 1e-4)).mean() > 0.995
+    is_between = np.abs(exact - np.rint(exact)) > 1e-3  # not at a whole number, where the last bit decides
+    np.testing.assert_array_equal(back[is_between], np.floor(exact)[is_between])
+    assert is_between.mean() > 0.5
     if os.environ.get("KERAS_CONVNEXT_MMSEG"):
         cv2 = mmseg_module("cv2")
         np.testing.assert_array_equal(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), channels)
@@ -346,11 +348,11 @@ def test_a_batch_is_a_function_of_its_number_alone(source):
     resumed = made(source, 3, part=Part(start_batch=3), workers=3, **options)
     for one, other in zip(everything, resumed, strict=True):
         np.testing.assert_array_equal(one[3:], other)
-    hosts = [made(source, 6, part=Part(host=host, num_hosts=2), **options) for host in range(2)]
+    plain = made(source, 6)
+    hosts = [made(source, 6, part=Part(host=host, num_hosts=2)) for host in range(2)]
     for place in range(2):
-        np.testing.assert_array_equal(np.concatenate([host[place] for host in hosts], 1), everything[place])
-    other_seed = made(source, 6, seed=1, **options)
-    assert not np.array_equal(other_seed[1], everything[1])
+        np.testing.assert_array_equal(np.concatenate([host[place] for host in hosts], 1), plain[place])
+    assert not np.array_equal(made(source, 6, seed=1)[1], plain[1])
     blue = {
         round(float(value))
         for image in everything[0][:3].reshape(-1, 24, 28, 3)
@@ -449,9 +451,9 @@ def test_the_pipeline_equals_that_of_mmsegmentation_itself(monkeypatch):
     transforms = mmseg_module("mmseg.datasets.transforms.transforms")
     processing = mmseg_module("mmcv.transforms.processing")
     augmentation = SegmentationAugmentation(base_size=(64, 40))
-    crop_size, generator = (40, 48), np.random.default_rng(5)
+    crop_size, generator = (40, 64), np.random.default_rng(5)
     transform = augment.SegmentationTransform(augmentation, crop_size, (123.675, 116.28, 103.53), "float32")
-    drawn = Drawn(monkeypatch)
+    drawn, compared = Drawn(monkeypatch), 0
     for seed in range(60):
         image, label_map = (
             image_of(seed, (30, 44)),
@@ -498,7 +500,13 @@ def test_the_pipeline_equals_that_of_mmsegmentation_itself(monkeypatch):
         results = transforms.PhotoMetricDistortion()(results)
         assert not drawn.values
         height, width = results["img"].shape[:2]
-        np.testing.assert_allclose(ours[0].numpy()[:height, :width], results["img"][..., ::-1], atol=1e-4)
+        # OpenCV rounds colours beyond the last 32 columns, its vectors of 8 bits, and cuts the others off.
+        whole, expected = width // 32 * 32, results["img"][..., ::-1]
+        np.testing.assert_allclose(ours[0].numpy()[:height, :whole], expected[:, :whole], atol=1e-4)
+        rest = np.abs(ours[0].numpy()[:height, whole:width] - expected[:, whole:])
+        assert rest.sum() <= rest.size
+        compared += whole
         np.testing.assert_array_equal(ours[1].numpy()[:height, :width], results["gt_seg_map"])
         assert (ours[1].numpy()[height:] == 255).all()
         assert (ours[1].numpy()[:, width:] == 255).all()
+    assert compared > 60 * 24  # most of the columns

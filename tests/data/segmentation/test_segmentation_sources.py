@@ -26,8 +26,7 @@ from keras_convnext.data.segmentation.sources import (
 
 pytestmark = pytest.mark.once
 
-SHARED = pathlib.Path(__file__).parents[4] / "shared" / "data"
-SHARED = SHARED if SHARED.exists() else pathlib.Path("/work/shared/data")
+SHARED = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def picture(seed=0, size=(6, 8), mode="RGB", format="PNG"):
