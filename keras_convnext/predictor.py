@@ -1,4 +1,7 @@
-"""`open_predictor`: a model by name or by file, with the preprocessing of its images and its classes."""
+"""A model by name or by file, with the preprocessing of its images and its classes.
+
+`open_predictor` opens those that classify a photo, `open_segmenter` those that classify its pixels.
+"""
 
 import contextlib
 import dataclasses
@@ -11,9 +14,13 @@ import keras
 import numpy as np
 import PIL.Image
 
-from keras_convnext import models
+from keras_convnext import models, segmentation
+from keras_convnext._messages import unknown
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.segmentation import inference
+from keras_convnext.data.segmentation.labels import Labels
+from keras_convnext.data.segmentation.pictures import default_labels
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.weights import arrays, assign
 from keras_convnext.weights.published import Checkpoint
@@ -22,6 +29,7 @@ from keras_convnext.weights.resolve import ResolvedWeights, resolve
 _logger = logging.getLogger("keras_convnext")
 
 DEFAULT_SIZE = 224  # pixels, for a model that takes images of any size
+SEGMENTATION_SIZE = 512  # of a window, for a segmentation model of which no crop is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,114 @@ def open_predictor(
     else:
         options = ModelOptions(input_shape=shape, classifier_activation=classifier_activation)
     return Predictor(models.build(source, options), preprocessing, source.published, source.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationPredictor:
+    """A model that classifies pixels, what its classes are, and how photos are resized for it."""
+
+    model: Any  # (N, h, w, 3) pixels in 0..255 to logits (N, h, w, classes)
+    labels: Labels
+    preprocessing: Preprocessing  # whose image size is that of a window
+    row: Checkpoint | None = None  # the published weights that it has
+    file: pathlib.Path | None = None  # the weight file, where it can be told
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 images (N, h, w, 3) to float32 (N, h, w, classes); ValueError where not finite."""
+        outputs = np.asarray(self.model.predict_on_batch(for_channels(batch, self.model)), "float32")
+        return finite(outputs, str(self.file or self.model.name))
+
+    def segment(self, image: np.ndarray, mode: str = "auto") -> np.ndarray:
+        """uint8 (H, W), the number of the class of every pixel of an image, uint8 (H, W, 3) of any size.
+
+        The image is resized so that its shorter side is that of a window, see `inference`, and the logits
+        back to its own size. A model of one image size takes windows of that size, and for "whole" the image
+        squeezed into it.
+
+        Args:
+            mode: "whole" for the resized image at once; "slide" for windows over it, which are one where the
+                image is no longer than it is wide; "multi_scale" for the mean over six sizes, mirrored too,
+                12 times the work; "auto" for what `evaluate` measures by default: windows with published
+                weights, whose scores are of that, and with a model of one image size; else whole.
+        """
+        if mode not in ("auto", *inference.MODES):
+            raise ValueError(unknown("mode", mode, ("auto", *inference.MODES)))
+        is_free = None in self.model.input_shape[1:3]
+        if mode == "auto":
+            mode = "whole" if is_free and self.row is None else "slide"
+        crop = self.preprocessing.size
+        if is_free:
+            return inference.segment(self.logits, image, min(crop), mode, crop)
+        if mode == "multi_scale":
+            raise ValueError(
+                f"Expected a model of any image size for several scales, received {self.model.name} of "
+                f"{crop[0]} x {crop[1]}. Take mode 'slide'."
+            )
+        size = image.shape[:2]
+        if mode == "whole":
+            return inference.label_map(self._resized_logits(image, crop), size)
+        factor = max(wanted / side for wanted, side in zip(crop, size, strict=True))
+        height, width = (max(w, round(side * factor)) for w, side in zip(crop, size, strict=True))
+        return inference.label_map(self._resized_logits(image, (height, width)), size)
+
+    def _resized_logits(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """float32 (*size, classes) of an image resized to a size, by windows of the model's own."""
+        pixels = np.rint(inference.resized(image, size)).astype("uint8")
+        crop = self.preprocessing.size
+        stride = (max(crop[0] * 2 // 3, 1), max(crop[1] * 2 // 3, 1))
+        return inference.sliding_window(self.logits, pixels, crop, stride)
+
+
+def open_segmenter(name: Any, *, image_size: int | tuple[int, int] | None = None) -> SegmentationPredictor:
+    """Builds the segmentation model that a tag or a file means.
+
+    Args:
+        name: tag, the path of a weight file or `.keras` file, what `resolve` returned of these, or a Keras
+            model, which is taken as it is.
+        image_size: of a window in pixels, a side or (height, width). Default: that of the model, where it has
+            one, else of the crops that the weights were trained with, else 512.
+
+    ValueError: the name is unknown, means a classifier, or the file does not fit.
+    """
+    if not isinstance(name, str | os.PathLike | ResolvedWeights):
+        return _segmenter_of(name, getattr(name, "name", repr(name)), image_size)
+    source = resolve(name)
+    if source.task != "segmentation":
+        raise ValueError(
+            f"Expected weights of a segmentation model, received {name}, a model of {source.task}. "
+            "`keras-convnext list --task segmentation` has published ones."
+        )
+    model, path = segmentation.build(source, ModelOptions()), source.path
+    prepared = source.preprocessing_at(image_size) if source.is_described else None
+    opened = _segmenter_of(model, str(path), image_size, prepared, source.labels, path)
+    return dataclasses.replace(opened, row=source.published)
+
+
+def _segmenter_of(
+    model: Any,
+    name: str,
+    image_size: int | tuple[int, int] | None,
+    preprocessing: Preprocessing | None = None,
+    labels: Labels | None = None,
+    file: pathlib.Path | None = None,
+) -> SegmentationPredictor:
+    """Takes a whole model of pixels in 0..255 as it is; its own image size, where it has one, counts."""
+    shapes = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
+    if not all(isinstance(shape, tuple) and len(shape) == 4 for shape in shapes):
+        raise ValueError(
+            f"Expected a model from (N, H, W, C) to logits (N, H, W, classes). Received {name}, inputs "
+            f"{shapes[0]}, outputs {shapes[1]}. `keras-convnext predict` classifies whole images."
+        )
+    prepared = (preprocessing or Preprocessing(SEGMENTATION_SIZE)).at(image_size)
+    own = model.input_shape[1:3]
+    if None not in own and image_size is not None and own != prepared.size:
+        raise ValueError(
+            f"{name} takes images of {own[0]} x {own[1]}. Received: image size {image_size}. Leave it out."
+        )
+    if None not in own:
+        prepared = prepared.at(own)
+    classes = model.output_shape[-1]
+    return SegmentationPredictor(model, labels or default_labels(classes), prepared, None, file)
 
 
 def predictor_of(

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from keras_convnext import _terminal
 from keras_convnext._files import prepare_folder
@@ -20,8 +21,9 @@ EXPORT_EXAMPLES = """examples:
   keras-convnext export my_leaves.safetensors leaves.tflite --precision int8 --calibration leaves/
   keras-convnext export convnext_tiny.fb_in1k exported/ --format litert,onnx --precision all --report report/
 
-MODEL is a tag, an architecture or a file. The file's suffix tells the format: .tflite (LiteRT), .onnx, .xml
-(OpenVINO), .pt2 (PyTorch), none for a SavedModel. Several formats or precisions, or "all", go to a folder.
+MODEL is a tag, an architecture or a file, of a classifier or a segmentation model. The suffix of OUTPUT tells
+the format: .tflite (LiteRT), .onnx, .xml (OpenVINO), .pt2 (PyTorch), none for a SavedModel. Several
+formats or precisions, or "all", go to a folder.
 Every file takes pixels in 0..255 in the order N, H, W, C, and is run and compared with the model before it is
 kept. --calibration is a folder of images or a data set; by default, crops of three photographs."""
 
@@ -49,20 +51,27 @@ def export_command(options: argparse.Namespace) -> int:
     for name in ("report", "tolerance"):
         if getattr(options, name) is not None and options.no_check:
             raise ValueError(f"Expected one of --{name} and --no-check: it needs what the check measures.")
-    labels = read_labels(options.labels, options.model)
+    labels: Any = read_labels(options.labels, options.model)
     shared.import_quietly("keras_convnext.exporting.export")
     from keras_convnext import _environment, predictor
     from keras_convnext.exporting import deploy, report
     from keras_convnext.exporting.export import FORMATS, export
+    from keras_convnext.weights.resolve import resolve
 
     targets = _export_targets(options, FORMATS)
-    opened = predictor.open_predictor(
-        options.model,
-        image_size=options.image_size,
-        classifier_activation=None if options.logits else "softmax",
-    )
-    if not labels and opened.class_list is not None:
-        labels = class_names.class_names(opened.class_list)
+    opened: Any
+    source = resolve(options.model)
+    if source.task == "segmentation":
+        opened = predictor.open_segmenter(source)
+        labels = dataclasses.replace(opened.labels, names=tuple(labels)) if labels else opened.labels
+    else:
+        opened = predictor.open_predictor(
+            source,
+            image_size=options.image_size,
+            classifier_activation=None if options.logits else "softmax",
+        )
+        if not labels and opened.class_list is not None:
+            labels = class_names.class_names(opened.class_list)
     if options.report is not None:
         prepare_folder(options.report, report.MARKS)  # before minutes are spent on the exports
     results = []

@@ -26,6 +26,7 @@ COMMANDS = {
     "list": ("weights", "list the published weight files, or the architectures"),
     "info": ("weights", "describe an architecture, a published tag or a weight file"),
     "predict": ("predict", "classify images"),
+    "segment": ("segment", "say of every pixel of photos what it belongs to"),
     "convert": ("weights", "convert a weight file for another project"),
     "evaluate": ("evaluate", "measure top-1 and top-5 accuracy on a data set"),
     "prepare": ("data", "copy a data set into shuffled TFRecord shards"),

@@ -62,11 +62,14 @@ _SHARED_OPTIONS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 def add_option(
     parser: argparse.ArgumentParser, name: str, metavar: str | None = None, text: str = "", **more: Any
 ) -> None:
-    """Adds an option, an argument (no dashes), a switch (no metavar) or, by a name alone, a shared option."""
+    """Adds an option, an argument (no dashes), a switch (no metavar) or, by a name alone, a shared option.
+
+    A short name stands in front of a long one: "-o, --output".
+    """
     if not text:
         metavar, text, more = _SHARED_OPTIONS[name]
     settings = {"action": "store_true"} if metavar is None else {"metavar": metavar}
-    parser.add_argument(name, help=text, **settings | more)
+    parser.add_argument(*name.split(", "), help=text, **settings | more)
 
 
 def recipe_overrides(settings: Sequence[str], **short: str | None) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """`deploy`: folds norms, scales and biases into the next layer: the same outputs from fewer operations.
 
 Each fold, in float64, is of a linear map before a linear map without padding in between, so it is exact. The
-norm of the stem keeps its gain and shift: a residual path and a padded convolution read its output.
+norm of the stem keeps its gain and shift: a residual path and a padded convolution read its output. A batch
+norm goes into the convolution in front of it, whatever that one's padding.
 """
 
 import collections
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_convnext import convnext, models
+from keras_convnext import convnext, models, segmentation
 from keras_convnext._messages import shortened
 from keras_convnext.weights import assign
 from keras_convnext.weights.graph import Graph, functional, is_training_only
@@ -32,10 +33,11 @@ def deploy(
 ) -> keras.Model:
     """Builds a model for inference: the same outputs within rounding, from fewer operations and weights.
 
-    Folds norms, LayerScale, GRN's shift and the pixel normaliser into the layers that follow, replaces the
-    blocks' Dense layers by 1x1 convolutions, and leaves out drop path, dropout and random augmentation. Works
-    on the models of this package and on functional and sequential models around them, of any number of
-    inputs. Other layers stay, with what they keep beside weights: an adapted mean, a vocabulary, a function.
+    Folds norms, LayerScale, GRN's shift and the pixel normaliser into the layers that follow and batch norms
+    into those in front, replaces the blocks' Dense layers by 1x1 convolutions, and leaves out drop path,
+    dropout, random augmentation and the auxiliary head of a segmentation model. Works on the models of this
+    package and on functional and sequential models around them, of any number of inputs. Other layers stay,
+    with what they keep beside weights: an adapted mean, a vocabulary, a function.
 
     Args:
         model: a built functional or sequential `keras.Model`; not changed, and no weights are shared with it.
@@ -148,14 +150,15 @@ def dtypes_of_16_bits(model: keras.Model) -> set[str]:
 def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
     model = _functional(model)
     inputs = _new_inputs(model, batch_size, image_size, in_float32)
-    folds = _find_folds(model)
+    folds, batch_norms = _find_folds(model), _find_batch_norms(model)
     folded = {fold.layer.name for fold in folds.values()}
+    absorbed = {norm.name for norm in batch_norms.values()}
     values: dict[str, list[np.ndarray]] = {}  # layer -> its weights, in Keras's order
     kept: list[tuple[Any, Any]] = []  # layers with weights, and their copies
 
     def vanishes(layer):
         is_normaliser = layer.name in folded and not isinstance(layer, _NORMS)
-        return is_normaliser or is_training_only(layer)
+        return is_normaliser or layer.name in absorbed or is_training_only(layer)
 
     @functools.cache  # one layer may be called in several places
     def deployed_layer(layer):
@@ -174,7 +177,7 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
         if layer.name in folded:
             return type(layer).from_config({**config, "affine": False})
         if isinstance(layer, keras.layers.Dense | keras.layers.Conv2D):
-            kernel, bias = _folded(layer, folds.get(layer.name))
+            kernel, bias = _folded(layer, folds.get(layer.name), batch_norms.get(layer.name))
             values[layer.name] = [kernel] if bias is None else [kernel, bias]
             config = {name: value for name, value in config.items() if not name.startswith("lora_")}
             return type(layer).from_config({**config, "use_bias": bias is not None})
@@ -184,8 +187,9 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
 
     def call(layer, *args, **kwargs):
         kwargs.pop("training", None)
-        if vanishes(layer):
-            return args[0] if args else next(iter(kwargs.values()))
+        if vanishes(layer) or isinstance(layer, segmentation.KeepAuxiliary):
+            first = args[0] if args else next(iter(kwargs.values()))
+            return first[0] if isinstance(layer, segmentation.KeepAuxiliary) else first
         return layer(*args, **kwargs)
 
     def assemble():
@@ -270,7 +274,8 @@ def _functional(model):
             f"Expected a functional or sequential model; {model.name} is a subclass ({type(model).__name__}) "
             "whose layers are connected by its own code. Deploy the functional model inside it."
         )
-    kind = models.ConvNeXt if isinstance(model, models.ConvNeXt) else keras.Model
+    kinds = (models.ConvNeXt, segmentation.Segmenter)
+    kind = next((kind for kind in kinds if isinstance(model, kind)), keras.Model)
     return kind(graph.input, graph.output, name=model.name)
 
 
@@ -328,6 +333,22 @@ def _find_folds(model):
     return folds
 
 
+def _find_batch_norms(model):
+    """The batch norm that alone takes the outputs of a linear layer: {name of that layer: norm}."""
+    readers = _only_readers(model)
+    found = {}
+    for layer in model.layers:
+        norm = readers.get(layer.name)
+        is_linear = isinstance(layer, keras.layers.Dense | keras.layers.Conv2D)
+        if not is_linear or not isinstance(norm, keras.layers.BatchNormalization):
+            continue
+        axis, rank = norm.axis, norm.input_spec.ndim
+        is_of_channels = axis % rank == rank - 1 and getattr(layer, "data_format", None) != "channels_first"
+        if is_of_channels and layer.activation is keras.activations.linear:
+            found[layer.name] = norm
+    return found
+
+
 def _fold_of(norm):
     return _Fold(norm, _float64(norm.gamma), None if norm.beta is None else _float64(norm.beta))
 
@@ -353,7 +374,8 @@ def _linear_reader(layer, readers, may_average=False):
         if isinstance(layer, keras.layers.Dense):
             return layer
         if isinstance(layer, keras.layers.Conv2D):
-            plain = layer.padding == "valid" and layer.groups == 1 and layer.data_format == "channels_last"
+            is_padded = layer.padding != "valid" and set(layer.kernel_size) != {1}
+            plain = not is_padded and layer.groups == 1 and layer.data_format == "channels_last"
             return layer if plain else None
         averages = isinstance(layer, keras.layers.GlobalAveragePooling2D)
         if not is_training_only(layer) and not (averages and may_average):
@@ -365,8 +387,8 @@ def _float64(value):
     return np.asarray(keras.ops.convert_to_numpy(value), dtype="float64")
 
 
-def _folded(layer, fold):
-    """Kernel and bias of a Dense layer or a convolution, with what stood in front of it."""
+def _folded(layer, fold, norm=None):
+    """Kernel and bias of a Dense layer or a convolution, with what stood in front of it and a norm behind."""
     if getattr(layer, "quantization_mode", None) is not None:
         raise ValueError(
             f"The weights of {layer.name} are quantised ({layer.quantization_mode}). Deploy the float model; "
@@ -379,6 +401,12 @@ def _folded(layer, fold):
             shift = (kernel * fold.shift[:, None]).sum(axis=tuple(range(kernel.ndim - 1)))
             bias = shift if bias is None else bias + shift
         kernel = kernel * fold.scale[:, None]
+    if norm is not None:
+        scale = 1 / np.sqrt(_float64(norm.moving_variance) + norm.epsilon)
+        scale = scale if norm.gamma is None else scale * _float64(norm.gamma)
+        shift = (0 if bias is None else bias) - _float64(norm.moving_mean)
+        kernel, bias = kernel * scale, shift * scale
+        bias = bias if norm.beta is None else bias + _float64(norm.beta)
     return kernel, bias
 
 

@@ -22,8 +22,10 @@ from keras_convnext._files import check_target
 from keras_convnext._terminal import silenced
 from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.segmentation.labels import Labels
 from keras_convnext.exporting import deploy, runtimes, writers
 from keras_convnext.exporting.formats import DEFAULT_SIZE, FORMATS
+from keras_convnext.segmentation import Segmenter
 from keras_convnext.weights import arrays
 
 # Largest difference from the model, relative to its largest output, that a file may have. With random
@@ -32,6 +34,7 @@ from keras_convnext.weights import arrays
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "dynamic_int8": 0.15, "int8": 0.3}
 # How far 16 bits may take a model from its deployed form in float32: times what they change in that form.
 _ROUNDING_MARGIN = 8
+_MOST_NUMBERS = 1 << 27  # of all maps together that a file is compared with: 3 of 512 x 512 x 150
 _SAVED_MODEL_FILES = (
     r"saved_model\.pb|fingerprint\.pb|keras_metadata\.pb|assets\.extra/metadata\.json|"
     r"variables/variables\.(index|data-\d{5}-of-\d{5})"
@@ -58,7 +61,8 @@ class ExportResult:
     images: str = ""  # what these are, such as "crops of three photographs"
     max_difference: float = float("nan")  # of an output from the model's
     relative_difference: float = float("nan")  # the same relative to the model's largest output
-    agreement: float = float("nan")  # share of the images with the same largest output, in [0, 1]
+    # Share of the images, or of the pixels of maps, with the same largest output, in [0, 1].
+    agreement: float = float("nan")
     milliseconds: float = float("nan")  # for an image in the file's runtime, median
     model_milliseconds: float = float("nan")  # for an image in the Keras model, in turns with the file's
     seconds: float = float("nan")  # that writing and checking took
@@ -73,7 +77,7 @@ def export(
     batch_size: int | str | None = "default",
     image_size: int | tuple[int, int] | None = None,
     calibration: Any = None,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Labels | None = None,
     licence: str | None = None,
     preprocessing: Preprocessing | None = None,
     check: bool | float = True,
@@ -97,12 +101,15 @@ def export(
             activations quantised as they come; LiteRT); "int8" (both, uint8 pixels in; LiteRT).
         batch_size: number of images, None for any. Default: any; 1 for LiteRT, whose delegates want one.
         image_size: side in pixels or (height, width); None for the model's own. A model that takes any size
-            keeps it free, at 224 for LiteRT.
+            keeps it free, at 224 for LiteRT; one of maps, as a segmentation model, is at that of
+            `preprocessing` for LiteRT and OpenVINO.
         calibration: images for the check, and for int8 the ranges: uint8 or float (n, H, W, C) of the right
             size, pixels in 0..255, or what `calibration_images` takes. Default: crops of photographs.
-        labels, licence: names of the classes, in order, and licence of the weights, stored with the file.
+        labels, licence: names of the classes, in order, and licence of the weights, stored with the file. Of
+            a segmentation model `Labels`, whose palette is stored too.
         preprocessing: how images are prepared: stored with every file, and done by the SavedModel's
-            signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`.
+            signature "jpeg" and with images of `calibration`. Default: the defaults of `Preprocessing`. For
+            a model of maps its size alone counts: the whole image is squeezed into that.
         check: whether to run the file and compare, else nothing is measured; or as a number the largest
             allowed difference relative to the model's largest output. Default: `TOLERANCES[precision]`, and
             for a model that computes in 16 bits what these change.
@@ -132,21 +139,26 @@ def export(
         raise ValueError(f"Expected check to be a bool or a number from 0 up. Received: {check!r}.")
     _check_target(path, format, replace)
     _check_model(model)
-    if labels is not None and len(labels) != model.output_shape[-1]:
-        raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(labels)}.")
+    names = labels.names if isinstance(labels, Labels) else labels
+    if names is not None and len(names) != model.output_shape[-1]:
+        raise ValueError(f"Expected {model.output_shape[-1]} labels, one a class. Received: {len(names)}.")
     is_checked = check is not False
     _check_packages(format, precision, is_checked)
     batch: Any = row.batch_size if batch_size == "default" else batch_size
     deploy.check_batch_size(batch)
-    size = _image_size(model, image_size, row)
     preprocessing = preprocessing or Preprocessing(DEFAULT_SIZE)
+    size = _image_size(model, image_size, format, preprocessing)
+    if _gives_maps(model):
+        whole = {"crop_mode": "squash", "crop_fraction": 1.0, "interpolation": "bilinear"}
+        preprocessing = dataclasses.replace(preprocessing, resize_size=None, **whole)
     sides = zip(size or model.input_shape[1:3], preprocessing.size, strict=True)
     height, width = (side or own for side, own in sides)
     preprocessing = preprocessing.at((height, width))
     if is_checked or precision == "int8":
         images, said = _calibration_images(model, calibration, preprocessing)
     if is_checked:
-        references = _references(model, size, images, precision, check)
+        compared = images[: _count_of_maps(model, preprocessing.size)]
+        references = _references(model, size, compared, precision, check)
     with tempfile.TemporaryDirectory(prefix=f".tmp-{path.name}-", dir=path.parent) as temporary:
         folder = pathlib.Path(temporary)
         written = folder / "written" / path.name
@@ -158,7 +170,7 @@ def export(
         _write(model, request, row, folder)
         comparison: dict[str, Any] = {}
         if is_checked:
-            comparison = _compare(references, request, images)
+            comparison = _compare(references, request, compared)
             comparison["images"] = said + ", which it was calibrated with" * (precision == "int8")
         _store_metadata(model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
@@ -247,12 +259,36 @@ def _check_packages(format, precision, is_checked):
         raise ImportError(_environment.missing_text(f"The format {format!r}", *missing))
 
 
-def _image_size(model, image_size, row):
+def _image_size(model, image_size, format, preprocessing):
     """(height, width), None for a free size."""
     if image_size is not None:
         return deploy.sides(image_size)
     own = model.input_shape[1:3]
-    return None if None in own and row.free_size else tuple(side or DEFAULT_SIZE for side in own)
+    # Keras traces a graph of OpenVINO at one size, whose maps are then resized to constant sizes.
+    is_free = FORMATS[format].free_size and not (_gives_maps(model) and format == "openvino")
+    default = preprocessing.size if _gives_maps(model) else (DEFAULT_SIZE, DEFAULT_SIZE)
+    if None in own and is_free:
+        return None
+    return tuple(side or other for side, other in zip(own, default, strict=True))
+
+
+def _gives_maps(model):
+    """Whether a model gives (N, h, w, C), as one that classifies pixels."""
+    return len(model.output_shape) == 4
+
+
+def _count_of_maps(model, size):
+    """How many images of a size a file is compared with, None for all: maps of many classes are large."""
+    if not _gives_maps(model):
+        return None
+    return max(1, _MOST_NUMBERS // (size[0] * size[1] * model.output_shape[-1]))
+
+
+def _step(model, images):
+    """How many images go to a model at a time."""
+    if not _gives_maps(model):
+        return 8
+    return max(1, min(8, (_MOST_NUMBERS >> 2) // (images[0, ..., 0].size * model.output_shape[-1])))
 
 
 def _calibration_images(model, calibration, preprocessing):
@@ -372,10 +408,10 @@ def _difference(received, expected):
 
 
 def _outputs(model, images):
-    """What a model gives for uint8 images, float64; ExportError where that is not finite."""
-    pixels = images.astype("float32")
-    parts = [model.predict_on_batch(pixels[i : i + 8]) for i in range(0, len(pixels), 8)]
-    outputs = np.concatenate(parts).astype("float64")
+    """What a model gives for uint8 images, float64, maps float32; ExportError where that is not finite."""
+    pixels, step = images.astype("float32"), _step(model, images)
+    parts = [model.predict_on_batch(pixels[i : i + step]) for i in range(0, len(pixels), step)]
+    outputs = np.concatenate(parts).astype("float32" if _gives_maps(model) else "float64")
     bad = arrays.not_finite(outputs)
     if bad.any():
         raise ExportError(
@@ -390,12 +426,13 @@ def _compare(references, request, images):
     file = f"The {request.format} file"
     try:
         exported = runtimes.open_exported(request.path, request.format)
-        received = exported(images)
+        step = _step(references[0][0], images) if references[0][1].ndim == 4 else len(images)
+        received = np.concatenate([exported(images[i : i + step]) for i in range(0, len(images), step)])
     except ImportError:
         raise
     except Exception as error:  # runtimes raise of many classes
         raise ExportError(f"{file} does not run: {error}. It was not kept.") from error
-    received = received.astype("float64")
+    received = received.astype(references[0][1].dtype)
     for _, expected, tolerance in references:
         if received.shape != expected.shape:
             raise ExportError(
@@ -428,6 +465,7 @@ def _compare(references, request, images):
 
 def _store_metadata(model, request, labels, licence):
     """Stores what an app needs to know: in a LiteRT file, as a ZIP archive at its end; else next to it."""
+    names = labels.names if isinstance(labels, Labels) else labels
     prepared = dataclasses.asdict(request.preprocessing)
     del prepared["mean"], prepared["std"]  # the file normalises by itself
     channels = model.input_shape[3]
@@ -445,15 +483,18 @@ def _store_metadata(model, request, labels, licence):
         "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
         "precision": request.precision,
         "licence": licence,
-        "labels": None if labels is None else list(map(str, labels)),
+        "labels": None if names is None else list(map(str, names)),
     }
+    if _gives_maps(model):
+        palette = labels.palette if isinstance(labels, Labels) else None
+        metadata["output"] |= {"order": "N, H, W, classes", "task": "segmentation", "palette": palette}
     # A name that is not UTF-8 is written with the escapes that JSON has.
     text = json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if request.format == "litert":
         with zipfile.ZipFile(request.path, "a") as archive:
             archive.writestr("metadata.json", text)
-            if labels is not None:
-                archive.writestr("labels.txt", class_names.to_lines(labels))
+            if names is not None:
+                archive.writestr("labels.txt", class_names.to_lines(names))
     else:
         file = runtimes.metadata_file(pathlib.Path(request.path))
         file.parent.mkdir(exist_ok=True)
@@ -462,6 +503,8 @@ def _store_metadata(model, request, labels, licence):
 
 def _activation(model):
     """The name of what makes the outputs: an activation, or another layer or operation."""
+    if isinstance(model, Segmenter):
+        return "linear"  # logits, which are resized last
     last = model.outputs[0]._keras_history.operation
     if isinstance(last, keras.Model):
         return _activation(last)

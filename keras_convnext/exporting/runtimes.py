@@ -86,6 +86,8 @@ def open_exported(
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `export` stored with a file: name, input, output, precision, licence, labels; {} without.
 
+    The output of a segmentation model has the "task" of that name and the colours of its classes, "palette".
+
     Raises a ValueError that names the file where a value is of another kind than `export` writes.
     """
     path = pathlib.Path(path)
@@ -111,6 +113,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
         checks["classes"] = "a whole number above 0", is_positive_integer(classes)
         checks["labels"] = f"{classes} texts", labels is None or (are_texts and len(labels) == classes)
+        palette = values.get("palette")
+        are_colours = isinstance(palette, list) and all(_is_colour(colour) for colour in palette)
+        checks["palette"] = (
+            f"{classes} colours [R, G, B] of 0 to 255",
+            palette is None or (are_colours and len(palette) == classes),
+        )
         for name, (expected, fits) in checks.items():
             if not fits:
                 received = shortened(repr(values.get(name)), 80)
@@ -118,6 +126,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         preprocessing = stored_preprocessing(metadata) or Preprocessing(DEFAULT_SIZE)
         preprocessing.at(metadata["input"].get("image_size"))  # raises for sizes out of range
         return metadata
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(part in range(256) for part in value)
 
 
 def stored_preprocessing(metadata: dict[str, Any]) -> Preprocessing | None:

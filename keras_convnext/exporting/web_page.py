@@ -1,4 +1,4 @@
-"""`write_page`: a model as one HTML file that classifies pictures in a browser, without server or network.
+"""`write_page`: a model as one HTML file that looks at pictures in a browser, without server or network.
 
 The page runs ONNX Runtime Web, the npm package `onnxruntime-web`, which is fetched once into the cache folder
 and never comes with this package.
@@ -23,6 +23,7 @@ from typing import Any
 from keras_convnext import _environment, _files
 from keras_convnext._terminal import say
 from keras_convnext.data.preprocessing import Preprocessing
+from keras_convnext.data.segmentation.pictures import default_labels
 from keras_convnext.exporting import runtimes
 from keras_convnext.exporting.formats import DEFAULT_SIZE
 from keras_convnext.weights import locate
@@ -63,7 +64,9 @@ def write_page(
     The file holds the model, what is known of it and the runtime; it opens with a double click. It prepares a
     picture as `read_image` and `preprocess_image` of `data.preprocess` do: PNG files of 8 bits to the same
     pixels; JPEG files to within a level in Chromium. As there, an EXIF orientation is not applied; the page
-    offers to. Softmax is taken of logits.
+    offers to. Softmax is taken of logits. Of a segmentation model it shows the label map over the picture and
+    the share of each class: a file of one image size sees the picture squeezed into it, one of free sizes the
+    picture resized as `SegmentationPredictor.segment` does it for "whole".
 
     Args:
         model_file: a `.onnx` file that `export` wrote, with its `<name>.metadata.json`. Where the file leaves
@@ -146,6 +149,7 @@ def _check_model_file(path: pathlib.Path) -> int:
 
 def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[str, Any]:
     """What the script of the page needs to know of the model."""
+    is_map = metadata["output"].get("task") == "segmentation"
     batch_size = metadata["input"].get("batch_size")
     if batch_size not in (None, 1):
         raise ValueError(
@@ -153,7 +157,7 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
             "with --batch-size any."
         )
     activation = metadata["output"].get("activation")
-    if activation not in _SOFTMAX_TO_TAKE:
+    if not is_map and activation not in _SOFTMAX_TO_TAKE:
         raise ValueError(
             f"Expected as activation {', '.join(_SOFTMAX_TO_TAKE)}. '{model_file}' has {activation!r}."
         )
@@ -168,11 +172,15 @@ def _page_settings(metadata: dict[str, Any], model_file: pathlib.Path) -> dict[s
         raise ValueError(
             f"Expected images of at most {MAX_PIXELS:,} pixels. '{model_file}' takes {height:,} x {width:,}."
         )
-    return {
+    settings = {"channels": channels, "classes": metadata["output"]["classes"]}
+    if is_map:
+        palette = metadata["output"].get("palette") or default_labels(settings["classes"]).palette
+        is_free = metadata["input"]["image_size"] is None
+        sizes = {"height": None, "width": None} if is_free else {"height": height, "width": width}
+        return settings | sizes | {"short_side": min(height, width), "palette": palette}
+    return settings | {
         "height": height,
         "width": width,
-        "channels": channels,
-        "classes": metadata["output"]["classes"],
         "softmax": _SOFTMAX_TO_TAKE[activation],
         "crop_fraction": preprocessing.crop_fraction,
         "crop_mode": preprocessing.crop_mode,

@@ -133,8 +133,10 @@ def _torch_program(deployed):
     import torch
 
     names = ("batch", "height", "width")
+    # PyTorch takes a free side for one above 1: where maps are resized, so must that of the last stage be.
+    least = 64 if len(deployed.output_shape) == 4 else 32
     free = {
-        axis: torch.export.Dim(name, min=1 if axis == 0 else 32)
+        axis: torch.export.Dim(name, min=1 if axis == 0 else least)
         for axis, name in enumerate(names)
         if deployed.input.shape[axis] is None
     }

@@ -51,8 +51,9 @@ class ResizeLike(keras.layers.Layer):
 
     def call(self, inputs):
         x, like = inputs
-        size = tuple(ops.shape(like)[1:3])
-        if tuple(x.shape[1:3]) == size:
+        own, size = (tuple(ops.shape(each)[1:3]) for each in (x, like))
+        # Only where both are numbers: a comparison of free sizes would fix them in what `torch.export` makes.
+        if all(isinstance(side, int) for side in own + size) and own == size:
             return x
         return ops.image.resize(
             x, size, interpolation="bilinear", antialias=False, data_format="channels_last"
@@ -66,7 +67,9 @@ class ResizeLike(keras.layers.Layer):
 def _averages(size, cells, dtype):
     """(cells, size): row i averages the positions of cell i. `size` is an int, or a tensor of one."""
     library = np if isinstance(size, int) else ops
-    cell, position = library.arange(cells)[:, None], library.arange(size)[None, :]
+    # With a dtype, which Keras does not find out of the sizes that `torch.export` leaves free.
+    cell, position = (library.arange(n, dtype="int32") for n in (cells, size))
+    cell, position = cell[:, None], position[None, :]
     start, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
     is_inside = (position >= start) & (position < end)
     if library is np:

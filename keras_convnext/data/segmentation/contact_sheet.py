@@ -2,30 +2,15 @@
 
 import os
 
-import numpy as np
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw
 
-from keras_convnext._files import PNG_MARK, check_target, replacing_file
-from keras_convnext.data.segmentation import batches
-from keras_convnext.data.segmentation.labels import IGNORED, Labels
+from keras_convnext._files import PNG_MARK, check_target
+from keras_convnext.data.segmentation import batches, pictures
 from keras_convnext.data.segmentation.sources import SegmentationSource
 from keras_convnext.data.segmentation.train_transform import SegmentationAugmentation
 
 _TILE, _GAP, _LINE, _COLUMNS = 192, 6, 14, 4  # pixels; _COLUMNS examples in a row, each photo and overlay
 _SHOWN = 12  # examples
-
-
-def painted(label_map: np.ndarray, labels: Labels) -> np.ndarray:
-    """Paints a label map in the colours of its classes, uint8 (H, W, 3); ignored pixels are black."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(labels.names)] = labels.palette
-    return colours[label_map]
-
-
-def overlaid(image: np.ndarray, label_map: np.ndarray, labels: Labels) -> np.ndarray:
-    """Mixes an image, uint8 (H, W, 3), half with the colours of its map; ignored pixels stay as they are."""
-    mixed = (image.astype(np.uint16) + painted(label_map, labels)) // 2
-    return np.where((label_map == IGNORED)[..., None], image, mixed).astype(np.uint8)
 
 
 def draw(
@@ -55,7 +40,7 @@ def draw(
     pen = ImageDraw.Draw(sheet)
     for number, (image, label_map) in enumerate(zip(images, maps, strict=True)):
         row, column = divmod(number, _COLUMNS)
-        for place, pixels in enumerate((image, overlaid(image, label_map, labels))):
+        for place, pixels in enumerate((image, pictures.overlay(image, label_map, labels))):
             corner = (_GAP + (2 * column + place) * step, _GAP + row * step)
             sheet.paste(Image.fromarray(pixels).resize((_TILE, _TILE), Image.Resampling.BILINEAR), corner)
     for number, (name, colour) in enumerate(zip(names, labels.palette, strict=True)):
@@ -63,8 +48,4 @@ def draw(
         left, top = _GAP + column * step, rows * step + _GAP + row * _LINE
         pen.rectangle((left, top + 2, left + 9, top + 11), colour, "black")
         pen.text((left + 14, top), name[: _TILE // 7], "black")
-    marked = PngImagePlugin.PngInfo()
-    mark, _, text = PNG_MARK.decode().partition("\0")
-    marked.add_text(mark, text)
-    with replacing_file(output, PNG_MARK) as file:
-        sheet.save(file, "PNG", pnginfo=marked)
+    pictures.save_png(sheet, output)

@@ -4,7 +4,6 @@ Nothing is guessed: which values of a file stand for no class is said by `Labels
 that is neither a class nor ignored is an error.
 """
 
-import colorsys
 import io
 import os
 import re
@@ -173,15 +172,3 @@ def file_palette(content: bytes, values: np.ndarray) -> tuple[Colour, ...] | Non
         return None
     rows = np.reshape(colours, (-1, 3))[values].tolist()
     return tuple((red, green, blue) for red, green, blue in rows)
-
-
-def colours(count: int) -> tuple[Colour, ...]:
-    """Makes colours that differ from their neighbours: hues a golden angle apart, in three brightnesses."""
-    made = []
-    for number in range(count):
-        levels = colorsys.hsv_to_rgb(
-            number * 0.618034 % 1, (0.75, 0.5, 0.9)[number % 3], (0.95, 0.8, 0.6)[number // 3 % 3]
-        )
-        red, green, blue = (round(255 * level) for level in levels)
-        made.append((red, green, blue))
-    return tuple(made)

@@ -21,6 +21,7 @@ from keras_convnext.data.index import Source, SourceError, counted, first_few, i
 from keras_convnext.data.segmentation import coco, label_maps, layouts
 from keras_convnext.data.segmentation.label_maps import LabelMapError
 from keras_convnext.data.segmentation.labels import IGNORED, Labels
+from keras_convnext.data.segmentation.pictures import default_labels
 
 SAMPLE = 200  # maps that `described` reads, evenly spaced
 _SHOWN = 24  # classes that `described` names with their shares
@@ -281,7 +282,7 @@ def _labels_of_files(
         names = label_maps.check_names([one[0] for one in named[1]], f"'{path}', {named[0]}")
     else:
         names = _names_found(maps, ignored)
-    blank = Labels(names, label_maps.colours(len(names)), ignored)
+    blank = Labels(names, default_labels(len(names)).palette, ignored)
     palette = label_maps.file_palette(maps.read(0), blank.values)
     return blank if palette is None else dataclasses.replace(blank, palette=palette)
 
@@ -315,7 +316,7 @@ def _names_found(maps: Source, ignored: tuple[int, ...]) -> tuple[str, ...]:
             f"the largest below 255 is {max(below, default='none')}. If {last} means not labelled, pass "
             f"ignored_values=({fix}{',' * (',' not in fix)}) (--ignored).{two}"
         )
-    return tuple(f"class {number}" for number in range(count))
+    return default_labels(count).names
 
 
 def _labels_of_annotations(
@@ -334,7 +335,7 @@ def _labels_of_annotations(
     named = label_maps.read_names(folder)
     names = _names_of(given) if given is not None else [one[0] for one in named[1]] if named else None
     names = list(label_maps.check_names(names or annotations.classes, f"'{annotations.path}'"))
-    palette = given.palette if isinstance(given, Labels) else label_maps.colours(len(names))
+    palette = given.palette if isinstance(given, Labels) else default_labels(len(names)).palette
     return Labels(tuple(names), palette, (IGNORED,))
 
 
@@ -348,7 +349,7 @@ def _given_labels(given: Labels | Sequence[str] | None, ignored: tuple[int, ...]
             given if given is None or ignored is None else dataclasses.replace(given, ignored_values=ignored)
         )
     names = label_maps.check_names(list(given), "labels")
-    return Labels(names, label_maps.colours(len(names)), ignored or ())
+    return Labels(names, default_labels(len(names)).palette, ignored or ())
 
 
 def _check_same(where: str, own: list[list[str]], given: list[str]) -> None:

@@ -1,6 +1,8 @@
 "use strict";
 
 const NUM_SHOWN = 5;
+const NUM_SHARES = 20; // classes of a label map
+const MOST_RATIO = 4; // longer side of a picture that a model sees whole, in shorter sides of its training
 const ONE = 2 ** 22; // Pillow's coefficients are integers of 22 bits after the point
 const SUPPORTS = { bicubic: 2, bilinear: 1 };
 const STRIP_PIXELS = 2 ** 22; // of a picture that are on the canvas at a time; phones bound its area
@@ -64,11 +66,13 @@ async function show(file, upright) {
     drawPreview(bitmap, settings, file.name);
     find("classes").replaceChildren();
     await new Promise((resolve) => setTimeout(resolve, 20)); // lets the browser draw
-    const pixels = prepare(bitmap, settings);
+    const size = imageSize(bitmap, settings);
+    const pixels = settings.palette ? resizeWhole(bitmap, size, settings.channels) : prepare(bitmap, settings);
     bitmap.close();
-    const { outputs, milliseconds } = await run(await session, pixels);
+    const { outputs, dims, milliseconds } = await run(await session, pixels, size);
     if (number !== newest) return;
-    showClasses(probabilities(outputs), milliseconds);
+    if (settings.palette) showMap(labelMap(outputs, dims), dims, settings.palette, milliseconds);
+    else showClasses(probabilities(outputs), milliseconds);
     if (orientation > 1) {
       find("turn").textContent = upright ? "Look at it as it is stored" : "Turn it as the camera was held";
       find("turn").onclick = () => show(file, !upright);
@@ -87,9 +91,21 @@ function drawPreview(bitmap, settings, name) {
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  if (!settings.palette) shadeOutside(context, bitmap, settings, zoom);
+  canvas.setAttribute("aria-label", `Picture: ${name}`);
+  canvas.hidden = false;
+  find("invitation").hidden = true;
+  find("hint").textContent = `${
+    settings.palette ? "The colours are those of the classes." : "The model sees the bright part."
+  } Drop, choose or paste another picture.`;
+  find("hint").hidden = false;
+}
+
+/** Darkens what of the picture the model does not see. */
+function shadeOutside(context, bitmap, settings, zoom) {
   const [rows, columns] = axes(bitmap, settings);
   const shade = new Path2D();
-  shade.rect(0, 0, canvas.width, canvas.height);
+  shade.rect(0, 0, context.canvas.width, context.canvas.height);
   shade.rect(
     columns.first * columns.scale * zoom,
     rows.first * rows.scale * zoom,
@@ -98,36 +114,71 @@ function drawPreview(bitmap, settings, name) {
   );
   context.fillStyle = "rgb(0 0 0 / 0.5)";
   context.fill(shade, "evenodd");
-  canvas.setAttribute("aria-label", `Picture: ${name}`);
-  canvas.hidden = false;
-  find("invitation").hidden = true;
-  find("hint").hidden = false;
 }
 
 function showClasses(values, milliseconds) {
   const best = [...values.keys()].sort((a, b) => values[b] - values[a] || a - b).slice(0, NUM_SHOWN);
   const items = best.map((index) => {
-    const item = document.createElement("li");
-    item.dataset.index = index;
+    const item = classItem(index, values[index]);
     item.dataset.probability = values[index];
-    for (const [kind, text] of [["name", className(index)], ["percentage", percentage(values[index])]]) {
-      const span = document.createElement("span");
-      span.className = kind;
-      span.textContent = text;
-      item.append(span);
-    }
-    const track = document.createElement("div");
-    const bar = document.createElement("div");
-    track.className = "track";
-    bar.className = "bar";
-    bar.style.width = `${100 * values[index]}%`;
-    track.append(bar);
-    item.append(track);
     return item;
   });
   find("classes").replaceChildren(...items);
-  const time = milliseconds < 10 ? milliseconds.toFixed(1) : milliseconds.toFixed(0);
-  say(`${className(best[0])}, ${percentage(values[best[0]])}. The model took ${time} ms.`);
+  say(`${className(best[0])}, ${percentage(values[best[0]])}. ${took(milliseconds)}`);
+}
+
+/** Lays the colours of the classes over the picture, and lists the share of each class. */
+function showMap(map, [, height, width, classes], palette, milliseconds) {
+  const counts = new Array(classes).fill(0);
+  const colours = new ImageData(width, height);
+  map.forEach((index, place) => {
+    counts[index] += 1;
+    colours.data.set([...palette[index], 255], 4 * place);
+  });
+  const canvas = document.createElement("canvas");
+  canvas.width = width;
+  canvas.height = height;
+  canvas.getContext("2d").putImageData(colours, 0, 0);
+  const context = find("preview").getContext("2d");
+  context.globalAlpha = 0.5;
+  context.imageSmoothingEnabled = false;
+  context.drawImage(canvas, 0, 0, context.canvas.width, context.canvas.height);
+  context.globalAlpha = 1;
+  const found = [...counts.keys()].filter((index) => counts[index]).sort((a, b) => counts[b] - counts[a] || a - b);
+  const items = found.slice(0, NUM_SHARES).map((index) => {
+    const share = counts[index] / map.length;
+    const item = classItem(index, share);
+    item.dataset.share = share;
+    item.querySelector(".bar").style.background = `rgb(${palette[index].join(" ")})`;
+    return item;
+  });
+  find("classes").setAttribute("aria-label", "Classes by their share of the picture");
+  find("classes").replaceChildren(...items);
+  say(`${className(found[0])}, ${percentage(counts[found[0]] / map.length)} of the picture. ${took(milliseconds)}`);
+}
+
+function took(milliseconds) {
+  return `The model took ${milliseconds < 10 ? milliseconds.toFixed(1) : milliseconds.toFixed(0)} ms.`;
+}
+
+/** A line of the list: name, share or probability in words and as a bar. */
+function classItem(index, value) {
+  const item = document.createElement("li");
+  item.dataset.index = index;
+  for (const [kind, text] of [["name", className(index)], ["percentage", percentage(value)]]) {
+    const span = document.createElement("span");
+    span.className = kind;
+    span.textContent = text;
+    item.append(span);
+  }
+  const track = document.createElement("div");
+  const bar = document.createElement("div");
+  track.className = "track";
+  bar.className = "bar";
+  bar.style.width = `${100 * value}%`;
+  track.append(bar);
+  item.append(track);
+  return item;
 }
 
 function className(index) {
@@ -149,25 +200,39 @@ async function openSession() {
   ort.env.wasm.wasmBinary = await runtimePart("runtime-wasm");
   const opened = await ort.InferenceSession.create(takePart("model"), { executionProviders: ["wasm"] });
   const runner = { ort, opened };
-  const { height, width, channels } = metadata.page;
-  await run(runner, new Float32Array(height * width * channels)); // the first run is slower
+  const { height, width, channels, short_side: side } = metadata.page;
+  const size = [height ?? side, width ?? side];
+  await run(runner, new Float32Array(size[0] * size[1] * channels), size); // the first run is slower
   return runner;
 }
 
-async function run({ ort, opened }, pixels) {
-  const { height, width, channels, classes } = metadata.page;
+async function run({ ort, opened }, pixels, [height, width]) {
+  const { channels, classes, palette } = metadata.page;
   const images = new ort.Tensor("float32", pixels, [1, height, width, channels]);
   const begin = performance.now();
   const results = await opened.run({ [opened.inputNames[0]]: images });
   const milliseconds = performance.now() - begin;
-  const outputs = results[opened.outputNames[0]].data;
-  if (outputs.length !== classes) {
-    throw new PageError(`Expected a classifier of ${classes} classes; the model gives ${outputs.length} numbers.`);
+  const { data: outputs, dims } = results[opened.outputNames[0]];
+  if (palette ? dims.length !== 4 || dims[3] !== classes : outputs.length !== classes) {
+    throw new PageError(`Expected a model of ${classes} classes; this one gives numbers of shape ${dims}.`);
   }
   if (!outputs.every(Number.isFinite)) {
     throw new PageError("The model gives numbers that are not finite, as after a training that diverged.");
   }
-  return { outputs, milliseconds };
+  return { outputs, dims, milliseconds };
+}
+
+/** The number of the largest logit of each pixel; logits (1, height, width, classes). */
+function labelMap(logits, [, height, width, classes]) {
+  const map = new Uint8Array(height * width);
+  for (let place = 0, from = 0; place < map.length; place += 1, from += classes) {
+    let best = 0;
+    for (let index = 1; index < classes; index += 1) {
+      if (logits[from + index] > logits[from + best]) best = index;
+    }
+    map[place] = best;
+  }
+  return map;
 }
 
 function probabilities(outputs) {
@@ -331,6 +396,48 @@ function textureReader(bitmap) {
 }
 
 // From a bitmap to what the model takes, as `preprocess.preprocess_image` and Pillow's resize do it.
+
+/** [height, width] that the model takes: its own, or of a free size that which the training saw. */
+function imageSize(bitmap, settings) {
+  if (settings.height) return [settings.height, settings.width];
+  const sides = [bitmap.height, bitmap.width];
+  const short = settings.short_side;
+  const scale = Math.min((MOST_RATIO * short) / Math.max(...sides), short / Math.min(...sides));
+  return sides.map((side) => Math.max(32, Math.floor(side * scale + 0.5)));
+}
+
+/** The whole picture at a size, bilinear without antialias, as `data.segmentation.inference.prepared`. */
+function resizeWhole(bitmap, size, channels) {
+  const data = readPixels(bitmap, 0, 0, bitmap.height, bitmap.width);
+  const [rows, columns] = [bitmap.height, bitmap.width].map((inputs, axis) => neighbours(inputs, size[axis]));
+  const pixels = new Float32Array(size[0] * size[1] * channels);
+  let to = 0;
+  for (const row of rows) {
+    const above = row.first * bitmap.width;
+    const below = row.second * bitmap.width;
+    for (const column of columns) {
+      const colour = [0, 1, 2].map((channel) => {
+        const at = (line, place) => data[3 * (line + place) + channel];
+        const left = at(above, column.first) + row.share * (at(below, column.first) - at(above, column.first));
+        const right = at(above, column.second) + row.share * (at(below, column.second) - at(above, column.second));
+        return roundHalfEven(left + column.share * (right - left));
+      });
+      if (channels === 1) pixels[to] = (colour[0] * 19595 + colour[1] * 38470 + colour[2] * 7471 + 0x8000) >> 16;
+      else pixels.set(colour, to);
+      to += channels;
+    }
+  }
+  return pixels;
+}
+
+/** For each output the two inputs that it lies between, and the share of the second. */
+function neighbours(inputs, outputs) {
+  return Array.from({ length: outputs }, (_, output) => {
+    const place = Math.min(Math.max(((output + 0.5) * inputs) / outputs - 0.5, 0), inputs - 1);
+    const first = Math.floor(place);
+    return { first, second: Math.min(first + 1, inputs - 1), share: place - first };
+  });
+}
 
 /** float32 (height, width, channels), 0 to 255. */
 function prepare(bitmap, settings) {

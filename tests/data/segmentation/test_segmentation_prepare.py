@@ -134,7 +134,8 @@ def test_the_command_prepares_pairs(folder, tmp_path, capsys):
     arguments = ["prepare", str(folder), str(tmp_path / "out"), "--ignored", "0", "--verify", "--json"]
     assert main.main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["images"] == {"train": 9, "validation": 4}
-    assert main.main(["prepare", str(folder), str(tmp_path / "out"), "--ignored", "x"]) == 2
+    with pytest.raises(SystemExit):
+        main.main(["prepare", str(folder), str(tmp_path / "out"), "--ignored", "x"])
     assert "expected whole numbers with commas, such as 0,255, received 'x'" in capsys.readouterr().err
     assert main.main(["prepare", str(folder), str(tmp_path / "new"), "--labels", "x.csv"]) == 2
     assert (

@@ -15,6 +15,7 @@ from keras_convnext.data.preprocess import ImageError
 from keras_convnext.data.segmentation import coco, label_maps, layouts
 from keras_convnext.data.segmentation.label_maps import LabelMapError
 from keras_convnext.data.segmentation.labels import Labels
+from keras_convnext.data.segmentation.pictures import default_labels
 from keras_convnext.data.segmentation.sources import (
     described,
     is_segmentation,
@@ -25,8 +26,7 @@ from keras_convnext.data.segmentation.sources import (
 
 pytestmark = pytest.mark.once
 
-SHARED = pathlib.Path(__file__).parents[4] / "shared" / "data"
-SHARED = SHARED if SHARED.exists() else pathlib.Path("/work/shared/data")
+SHARED = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def picture(seed=0, size=(6, 8), mode="RGB", format="PNG"):
@@ -209,7 +209,7 @@ def test_the_palette_of_the_maps_gives_the_colours_of_the_classes(tmp_path):
 
 
 def test_made_colours_differ():
-    assert len(set(label_maps.colours(255))) == 255
+    assert len(set(default_labels(255).palette)) == 255
 
 
 @pytest.mark.parametrize("name", ["classes.txt", "labels.txt"])
@@ -392,7 +392,7 @@ def test_a_class_background_takes_what_no_annotation_covers(tmp_path):
     assert (label_map[5, 7], label_map[0, 1], label_map[1, 2]) == (0, 1, 2)
     write(tmp_path, {"classes.txt": "background\ncar\ntree\n"})
     np.testing.assert_array_equal(open_source(tmp_path).load(0)[1], label_map)
-    with pytest.raises(SourceError, match=r"categories of .* among the 1 classes given .*: 1 are not: tree"):
+    with pytest.raises(SourceError, match=r"categories of .* among the 1 classes given .*; 1 are not: tree"):
         (tmp_path / "classes.txt").unlink()
         open_source(tmp_path, labels=["car"])
 
