@@ -1,5 +1,6 @@
 """UPerNet: logits of both heads against transformers, its graph, files and errors."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -170,9 +171,8 @@ def test_keys_and_shapes_of_the_heads_are_the_published_ones():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("layout", ["huggingface"])
-def test_keys_and_shapes_of_a_whole_file_are_those_of_transformers(layout):
-    variant = VARIANTS["convnext_tiny"]
+def test_keys_and_shapes_of_a_whole_file_are_those_of_transformers():
+    layout, variant = "huggingface", VARIANTS["convnext_tiny"]
     shapes = layouts.weight_shapes(variant, 0, pyramid_norms=True)
     ours = {f"backbone.{layouts.rename(name, layout)}": shape for name, shape in shapes.items()}
     ours |= {
@@ -197,9 +197,7 @@ def test_keys_and_shapes_of_a_whole_file_are_those_of_transformers(layout):
         ("xlarge", (3, 3, 27, 3), 391_140_396),
     ],
 )
-def test_parameters_are_the_published_totals(name, depths, parameters, monkeypatch):
-    import dataclasses
-
+def test_parameters_are_the_published_totals(name, depths, parameters):
     variant = dataclasses.replace(VARIANTS[f"convnext_{name}"], depths=depths)
     layers = layers_of(variant, 512, 0, pyramid_norms=True) + head_layers_of(variant, Heads(150))
     assert sum(layer.num_weights for layer in layers) == parameters
@@ -231,6 +229,7 @@ def test_model_has_one_output_at_the_size_of_the_image(body):
     assert small(np.zeros((1, 64, 100, 3), "float32")).shape == (1, 16, 25, 5)
 
 
+@pytest.mark.one_backend
 def test_auxiliary_logits_share_the_layers_and_can_be_left_out(body):
     model = UPerNet(body(), 5, channels=8)
     pixels = 255 * np.random.default_rng(0).random((1, 64, 64, 3), "float32")
@@ -238,7 +237,7 @@ def test_auxiliary_logits_share_the_layers_and_can_be_left_out(body):
     alone = segmentation.without_auxiliary(model)
     assert isinstance(alone, segmentation.Segmenter) and not alone.has_auxiliary
     expected = keras.ops.convert_to_numpy(model(pixels))
-    assert both["auxiliary"].shape == both["logits"].shape == (1, 64, 64, 5)
+    assert tuple(both["auxiliary"].shape) == tuple(both["logits"].shape) == (1, 64, 64, 5)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(both["logits"]), expected)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(alone(pixels)), expected)
     assert segmentation.without_auxiliary(alone) is alone
@@ -246,8 +245,9 @@ def test_auxiliary_logits_share_the_layers_and_can_be_left_out(body):
         segmentation.with_auxiliary(alone)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
-def test_logits_are_float32_under_16_bit_policies(policy, monkeypatch):
+def test_logits_are_float32_under_16_bit_policies(policy):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -285,11 +285,14 @@ def test_training_moves_weights_and_statistics_of_both_heads(body):
     )
     before = keras_convnext.state_dict(model)
     rng = np.random.default_rng(0)
-    images, maps = 255 * rng.random((2, 64, 64, 3), "float32"), rng.integers(0, 3, (2, 64, 64))
+    # Four images: between two, the batch norm behind the mean of a map leaves only signs.
+    images, maps = 255 * rng.random((4, 64, 64, 3), "float32"), rng.integers(0, 3, (4, 64, 64))
     trained.train_on_batch(images, {"logits": maps, "auxiliary": maps})
     after = keras_convnext.state_dict(model)
     same = [name for name, array in after.items() if np.array_equal(array, before[name])]
-    assert all(name.endswith("num_batches_tracked") for name in same), same
+    in_heads = [name for name in same if name.startswith(("decode_head.", "auxiliary_head."))]
+    assert all(name.endswith("num_batches_tracked") for name in in_heads), in_heads
+    assert "backbone.downsample_layers.0.0.weight" not in same
 
 
 @pytest.mark.one_backend
@@ -308,7 +311,8 @@ def test_keras_file_keeps_the_model(upsample, body, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_a_name_is_opened_with_its_weights():
+def test_a_name_is_opened_with_its_weights(monkeypatch):
+    monkeypatch.setitem(VARIANTS, V2, dataclasses.replace(VARIANTS[V2], depths=(2, 2, 6, 2)))
     model = UPerNet("convnextv2_atto.tiny_imagenet200", 5, channels=8)
     state = keras_convnext.state_dict(model)
     source = keras_convnext.state_dict(keras_convnext.load("convnextv2_atto.tiny_imagenet200"))
@@ -350,7 +354,7 @@ def test_published_weights_give_the_golden_logits():
         pixels = np.asarray(image.convert("RGB").resize((512, 512), PIL.Image.Resampling.BILINEAR), "float32")
     with pytest.MonkeyPatch.context() as patch:
         row = VARIANTS["convnext_tiny"]
-        patch.setitem(VARIANTS, "convnext_tiny", row.__class__(**{**vars(row), "depths": (3, 3, 9, 3)}))
+        patch.setitem(VARIANTS, "convnext_tiny", dataclasses.replace(row, depths=(3, 3, 9, 3)))
         model = keras_convnext.load(FILE)
         logits = keras.ops.convert_to_numpy(model(pixels[None]))
     expected = [[-8.8110, -8.8110, -8.6521], [-8.8110, -8.8110, -8.6521], [-8.7746, -8.7746, -8.6130]]

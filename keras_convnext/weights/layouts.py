@@ -250,11 +250,12 @@ def inspect(state: StateDict) -> Contents:
         return any(rename(f"{norm}.{leaf}", layout) in present for leaf in ("weight", "bias"))
 
     head = present.get(rename("head.weight", layout))
-    if head is not None and head.nbytes > _MAX_HEAD_BYTES and 0 in head.strides:
-        raise StateDictError(
-            f"Expected as many numbers in the file as the classifier has, received one of shape {head.shape} "
-            "that repeats a few. Save it again from a model."
-        )
+    for array in (head, *(array for name, array in present.items() if name.startswith(_OF_HEADS))):
+        if array is not None and array.nbytes > _MAX_HEAD_BYTES and 0 in array.strides:
+            raise StateDictError(
+                "Expected as many numbers in the file as the classifier has, received one of shape "
+                f"{array.shape} that repeats a few. Save it again from a model."
+            )
     stems = (present.get(rename(name, layout)) for name in STEMS)
     stem = next((array for array in stems if array is not None and array.ndim == 4), None)
     levels = [has(f"norm{level}") for level in range(4)]
@@ -335,9 +336,7 @@ def read(
         if array is None:
             if not is_count and not name.startswith(may_lack):
                 missing.append(f"{full} {shape}")
-        elif (
-            not is_count and "float" not in array.dtype.name
-        ):  # bfloat16 and its kin are of kind "V" to NumPy
+        elif not (is_count or "float" in array.dtype.name):  # to NumPy bfloat16 and its kin are of kind "V"
             mis_shaped.append(f"{full}: expected floating point numbers, received {array.dtype}")
         elif (canonical := _to_canonical(array, name, shape, layout)) is None:
             mis_shaped.append(f"{full}: expected {shape}, received {array.shape}")

@@ -147,6 +147,16 @@ def test_counts_of_steps_may_be_missing(published, tmp_path, model):
     same(keras_convnext.state_dict(model), keras_convnext.state_dict(again))
 
 
+def test_numbers_that_a_file_does_not_have_are_refused(published):
+    state = dict(load_file(published[V1]))
+    arrays = {name: value.numpy() for name, value in state.items()}
+    arrays["decode_head.fpn_bottleneck.conv.weight"] = np.broadcast_to(
+        np.float32(0), (100_000, 400_000, 3, 3)
+    )
+    with pytest.raises(StateDictError, match="that repeats a few"):
+        layouts.inspect(arrays)
+
+
 def test_layouts_without_upernet_are_refused(model, tmp_path):
     for layout in ("timm", "torchvision"):
         with pytest.raises(ValueError, match=f"{layout} has no UPerNet, as official, mmsegmentation"):
