@@ -28,6 +28,7 @@ from keras_convnext.weights.torch_files import read_state_dict
 # All that has a state: drop path, dropout, batch statistics, accumulation, layer decay, clipping, EMA.
 SMALL = {
     "architecture": "test_convnext2",
+    "layer_scale_init_value": 1.0,
     "weights": "",
     "channels": 16,
     "crop_size": (64, 64),
@@ -150,7 +151,7 @@ def test_it_learns_shapes(data, tmp_path):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("groups", ["stage_wise", "layer_wise"])
 def test_layer_decay_finds_the_stages_and_leaves_the_heads(data, groups):
-    recipe = small(data, architecture="test_convnext", layer_scale_init_value=1.0)
+    recipe = small(data, architecture="test_convnext")
     source = task.Segmentation(recipe).source
     model = segmentation.with_auxiliary(task.build_model(recipe, CLASSES, source))
     paths = [variable.path for variable in model.trainable_variables]
