@@ -25,10 +25,11 @@ from keras_convnext.training.tasks import segmentation as task
 from keras_convnext.weights.resolve import resolve
 from keras_convnext.weights.torch_files import read_state_dict
 
+pytestmark = pytest.mark.one_backend
+
 # All that has a state: drop path, dropout, batch statistics, accumulation, layer decay, clipping, EMA.
 SMALL = {
-    "architecture": "test_convnext2",
-    "layer_scale_init_value": 1.0,
+    "architecture": "convnextv2_atto",
     "weights": "",
     "channels": 16,
     "crop_size": (64, 64),
@@ -107,7 +108,6 @@ def test_final_weights_open_with_labels_and_give_the_score_of_the_log(trained, d
     assert model.has_auxiliary and model.classes == CLASSES
 
 
-@pytest.mark.one_backend
 def test_batch_statistics_are_trained_saved_and_no_average_of_them(trained, data):
     arrays = arrays_of(trained)
     name = next(name for name in arrays if "fpn_bottleneck_bn" in name and "moving_mean" in name)
@@ -117,7 +117,6 @@ def test_batch_statistics_are_trained_saved_and_no_average_of_them(trained, data
     np.testing.assert_array_equal(stored, arrays[name])  # the weights of the file are averages, these not
 
 
-@pytest.mark.one_backend
 def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeypatch):
     save = run_folder.RunFolder.save
 
@@ -140,18 +139,22 @@ def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.one_backend
 def test_it_learns_shapes(data, tmp_path):
     changes = {"steps": 150, "evaluations": 1, "drop_path_rate": 0.0, "layer_decay": 1.0, "ema_decay": 0.0}
-    recipe = small(data, **changes, accumulation_steps=1, checkpoint_minutes=0.0)
+    model = {"architecture": "test_convnext2", "layer_scale_init_value": 1.0}
+    recipe = small(data, **changes, **model, accumulation_steps=1, checkpoint_minutes=0.0)
     scores = trainer.train(recipe, tmp_path / "run", progress=False).scores
     assert scores["val_miou"] > 80
+    # Facebook's layout has no place for this architecture.
+    source = resolve(tmp_path / "run" / "final.keras")
+    assert source.labels.names[0] == "ground" and source.preprocessing.image_size == 72
+    result = evaluation.evaluate(source, data, split="val", progress=False)
+    assert result.miou == pytest.approx(scores["val_miou"], abs=0.05)
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize("groups", ["stage_wise", "layer_wise"])
 def test_layer_decay_finds_the_stages_and_leaves_the_heads(data, groups):
-    recipe = small(data, architecture="test_convnext")
+    recipe = small(data, architecture="test_convnext", layer_scale_init_value=1.0)
     source = task.Segmentation(recipe).source
     model = segmentation.with_auxiliary(task.build_model(recipe, CLASSES, source))
     paths = [variable.path for variable in model.trainable_variables]
@@ -169,7 +172,6 @@ def test_layer_decay_finds_the_stages_and_leaves_the_heads(data, groups):
     assert {0, 1, 2, 3, 4, last} <= set(ids) or groups == "layer_wise"
 
 
-@pytest.mark.one_backend
 def test_weights_of_a_segmenter_are_trained_further_on_other_classes(trained, data, tmp_path):
     weights = str(trained / "final.safetensors")
     source = task.Segmentation(small(data, weights=weights)).source
@@ -187,7 +189,6 @@ def test_weights_of_a_segmenter_are_trained_further_on_other_classes(trained, da
     assert not alone.has_auxiliary
 
 
-@pytest.mark.one_backend
 def test_photos_are_held_out_where_there_is_no_other_split(tmp_path):
     write(tmp_path, 10)
     recipe = small(tmp_path / "train", validation_fraction=0.3)
@@ -198,7 +199,6 @@ def test_photos_are_held_out_where_there_is_no_other_split(tmp_path):
     assert names[1] == {again.name(number) for number in range(3)}
 
 
-@pytest.mark.one_backend
 def test_what_cannot_be_trained_is_said(data, tmp_path):
     with pytest.raises(ValueError, match=r"at least one batch of 64 images.* has 8\. Choose a smaller"):
         trainer.train(small(data, batch_size=64), tmp_path / "run", progress=False)
@@ -226,12 +226,12 @@ def model():
 
 @pytest.mark.parametrize("mode", ["whole", "slide", "multi_scale"])
 def test_evaluation_counts_what_the_model_finds(model, data, mode):
-    source = sources.open_source(data, "val", ignored_values=(255,))
+    source = sources.take(sources.open_source(data, "val", ignored_values=(255,)), [0, 2, 3])
     result = evaluation.evaluate(model, source, mode=mode, image_size=64, batch_size=2, progress=False)
-    assert len(result.numbers) == 5 and result.counts.dtype == np.int64
+    assert len(result.numbers) == 3 and result.counts.dtype == np.int64
     counts = np.zeros((CLASSES, CLASSES), np.int64)
     predict = evaluation.Predict(model, 1)
-    for number in range(5):
+    for number in range(3):
         image, truth = source.load(number)
         found = evaluation.inference.segment(predict, image, 64, mode)
         counts += confusion_matrix(truth, found, CLASSES)
@@ -241,7 +241,6 @@ def test_evaluation_counts_what_the_model_finds(model, data, mode):
     assert result.miou == pytest.approx(Scores.of(counts).miou, abs=0.1)
 
 
-@pytest.mark.one_backend
 def test_photos_of_other_sizes_are_batched_apart(model, tmp_path):
     write(tmp_path, 3, size=(60, 80))
     write(tmp_path / "b", 3, size=(80, 60))
@@ -261,7 +260,6 @@ def test_photos_of_other_sizes_are_batched_apart(model, tmp_path):
     assert seen == [(2, 64, 85, 3)] * 2 + [(2, 85, 64, 3)] * 2
 
 
-@pytest.mark.one_backend
 def test_the_command_prints_miou_and_writes_rows_tables_and_pictures(trained, data, tmp_path, capsys):
     results, report = tmp_path / "results.csv", tmp_path / "report"
     arguments = ["evaluate", str(trained / "final.safetensors"), "--data", str(data), "--split", "val"]
@@ -282,7 +280,6 @@ def test_the_command_prints_miou_and_writes_rows_tables_and_pictures(trained, da
     assert [each["name"] for each in classes] == ["ground", "square", "disc"]
 
 
-@pytest.mark.one_backend
 def test_other_classes_are_refused_by_name(trained, model, data, tmp_path):
     write(tmp_path, 2)
     (tmp_path / "classes.txt").write_text("ground\nsquare\ntriangle\n")
