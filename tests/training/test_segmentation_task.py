@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 
 import keras
@@ -36,8 +37,8 @@ SMALL = {
     "base_size": (96, 72),
     "batch_size": 4,
     "accumulation_steps": 2,
-    "steps": 6,
-    "evaluations": 3,
+    "steps": 4,
+    "evaluations": 2,
     "warmup_steps": 1,
     "drop_path_rate": 0.2,
     "layer_decay": 0.9,
@@ -45,7 +46,7 @@ SMALL = {
     "learning_rate": 3e-3,
     "eval_image_size": 72,
     "ignored_values": (255,),
-    "checkpoint_minutes": 1e-9,  # after every step
+    "checkpoint_minutes": 0.0,
 }
 
 
@@ -65,7 +66,7 @@ def small(data, **changes):
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     result = trainer.train(small(data), folder, progress=False)
-    assert result.steps == 6
+    assert result.steps == 4
     return folder
 
 
@@ -86,14 +87,14 @@ def test_a_run_leaves_what_a_classifiers_does_and_pictures(trained):
         "run.json", "tensorboard",
     }  # fmt: skip
     rows = rows_of(trained)
-    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert [row["step"] for row in rows] == ["2", "4"]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     parts = float(rows[0]["logits_loss"]) + 0.4 * float(rows[0]["auxiliary_loss"])
     assert float(rows[0]["loss"]) == pytest.approx(parts, rel=1e-4)
     best = max(float(row[name]) for row in rows for name in ("val_miou", "ema_val_miou"))
     assert json.loads((trained / "best.json").read_text())["value"] == best
     pictures = sorted(path.name for path in (trained / "predictions").iterdir())
-    assert pictures == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
+    assert pictures == ["epoch-0001.png", "epoch-0002.png"]
     assert PIL.Image.open(trained / "predictions" / pictures[0]).size[0] > 500
 
 
@@ -117,8 +118,9 @@ def test_batch_statistics_are_trained_saved_and_no_average_of_them(trained, data
     np.testing.assert_array_equal(stored, arrays[name])  # the weights of the file are averages, these not
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeypatch):
-    save = run_folder.RunFolder.save
+    save, often = run_folder.RunFolder.save, small(data, checkpoint_minutes=1e-9)  # after every step
 
     def interrupted_save(self, arrays, state):
         if state["step"] == 3:
@@ -127,9 +129,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "save", interrupted_save)
-        with pytest.raises(failure.Interrupted, match=r"stopped after step [34] of 6"):
-            trainer.train(small(data), tmp_path / "run", progress=False)
-    trainer.train(small(data), tmp_path / "run", progress=False)
+        with pytest.raises(failure.Interrupted, match=r"stopped after step [34] of 4"):
+            trainer.train(often, tmp_path / "run", progress=False)
+    trainer.train(often, tmp_path / "run", progress=False)
     expected, received = arrays_of(trained), arrays_of(tmp_path / "run")
     assert expected.keys() == received.keys()
     for name, array in expected.items():
@@ -144,7 +146,7 @@ def test_it_learns_shapes(data, tmp_path):
     model = {"architecture": "test_convnext2", "layer_scale_init_value": 1.0}
     recipe = small(data, **changes, **model, accumulation_steps=1, checkpoint_minutes=0.0)
     scores = trainer.train(recipe, tmp_path / "run", progress=False).scores
-    assert scores["val_miou"] > 80
+    assert scores["val_miou"] > 50  # 33 at most where all is taken for ground
     # Facebook's layout has no place for this architecture.
     source = resolve(tmp_path / "run" / "final.keras")
     assert source.labels.names[0] == "ground" and source.preprocessing.image_size == 72
@@ -266,7 +268,7 @@ def test_the_command_prints_miou_and_writes_rows_tables_and_pictures(trained, da
     assert main.main([*arguments, "--results", str(results), "--output", str(report)]) == 0
     out = capsys.readouterr().out
     row = read_results(results)[0]
-    assert f"mIoU      {float(row['miou']):.2f} %" in out
+    assert re.search(rf"^  mIoU +{float(row['miou']):.2f} %$", out, re.MULTILINE)
     assert row["top1"] == "" and row["mode"] == "whole" and row["n"] == "5" and row["crop"] == ""
     names = {path.name for path in report.iterdir()}
     assert names == {
