@@ -19,6 +19,7 @@ from keras_convnext import models
 from keras_convnext.architecture import POOLED_SIZES
 from keras_convnext.convnext import layer_name
 from keras_convnext.data.preprocessing import is_positive_integer
+from keras_convnext.layers.convolution import Convolution2D
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import BatchNormalization
 from keras_convnext.layers.resizing import AdaptiveAveragePooling2D, ResizeLike
@@ -141,7 +142,7 @@ def decode_head(maps, channels, named=layer_name):
 def convolution(x, filters, kernel_size, place, named=layer_name):
     """Convolution without bias, batch norm, ReLU: (N, H, W, C) to (N, H, W, filters)."""
     stddev = math.sqrt(2 / (filters * kernel_size**2))  # He et al. 2015 by outputs, mmcv's default
-    x = layers.Conv2D(
+    x = Convolution2D(
         filters,
         kernel_size,
         padding="same",
@@ -157,9 +158,10 @@ def convolution(x, filters, kernel_size, place, named=layer_name):
 def logits(x, classes, dropout, dtype, head, named=layer_name):
     """Drops whole channels in training, then a 1x1 convolution: (N, H, W, C) to (N, H, W, classes)."""
     x = layers.SpatialDropout2D(dropout, data_format="channels_last", name=named(f"{head}_dropout"))(x)
-    return layers.Conv2D(
+    return Convolution2D(
         classes,
         1,
+        padding="same",
         data_format="channels_last",
         kernel_initializer=RandomNormal(0.01),  # decode_head.py, init_cfg
         dtype=dtype,

@@ -233,17 +233,35 @@ class BatchNormalization(keras.layers.BatchNormalization):
         synchronized = keras.backend.backend() == "tensorflow"
         super().__init__(momentum=momentum, epsilon=epsilon, synchronized=synchronized, **kwargs)
 
+    def call(self, inputs, training=None, mask=None):
+        is_plain = mask is None and self.scale and self.center and not self.renorm
+        if keras.backend.backend() != "torch" or (training and self.trainable) or not is_plain:
+            return super().call(inputs, training=training, mask=mask)
+        import torch  # one kernel, where Keras passes over the map three times
+
+        x = float32_or_wider(inputs)
+        weights = (self.moving_mean, self.moving_variance, self.gamma, self.beta)
+        values = (cast(weight, x.dtype) for weight in weights)
+        y = torch.nn.functional.batch_norm(x.movedim(self.axis, 1), *values, eps=self.epsilon)
+        return cast(y.movedim(1, self.axis), self.compute_dtype)
+
     def _moments(self, inputs, mask):
         mean, variance = super()._moments(inputs, mask)
-        if keras.backend.backend() != "torch":
-            return mean, variance
-        import torch.distributed as dist
-
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        world_size = _torch_processes()
+        if world_size == 1:
             return mean, variance
         import torch
         from torch.distributed.nn import functional  # whose sums have gradients
 
         sums = functional.all_reduce(torch.stack([mean, variance + mean**2]))
-        mean, square = sums / dist.get_world_size()
+        mean, square = sums / world_size
         return mean, square - mean**2
+
+
+def _torch_processes() -> int:
+    """How many processes of PyTorch train together; 1 on another backend."""
+    if keras.backend.backend() != "torch":
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
