@@ -84,7 +84,8 @@ def train_command(options: argparse.Namespace) -> int:
     def score(name: str, text: str) -> str | None:
         return text.format(result.scores[name]) if name in result.scores else None
 
-    weights = result.folder / "final.safetensors"
+    names = (f"final{suffix}" for suffix in (".safetensors", ".keras"))
+    weights = next(path for path in map(result.folder.joinpath, names) if path.exists())
     facts = {
         "steps": f"{result.steps:,}, {result.seconds:,.0f} s in this run",
         "training loss": score("loss", "{:.4f}"),

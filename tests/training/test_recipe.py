@@ -232,13 +232,13 @@ def test_published_segmentation_is_as_published(name):
 
 
 def test_a_recipe_of_segmentation_is_read_by_its_task(tmp_path):
-    recipe = load_recipe("camvid", {"steps": "30", "ignored_values": "11,255", "crop_size": "64, 96"})
-    assert isinstance(recipe, SegmentationRecipe) and recipe.optimizer.steps == 30
+    recipe = load_recipe("camvid", {"steps": "300", "ignored_values": "11,255", "crop_size": "64, 96"})
+    assert isinstance(recipe, SegmentationRecipe) and recipe.optimizer.steps == 300
     assert recipe.data.ignored_values == (11, 255) and recipe.model.crop_size == (64, 96)
     path = tmp_path / "mine.toml"
     path.write_text(recipe.to_toml())
     assert load_recipe(path) == recipe
-    assert identity(recipe)["steps"] == 30 and identity(recipe)["crop_size"] == [64, 96]
+    assert identity(recipe)["steps"] == 300 and identity(recipe)["crop_size"] == [64, 96]
     path.write_text(recipe.to_toml().replace('"segmentation"', '"detection"'))
     with pytest.raises(
         ValueError, match=r"Expected task to be one of classification, segmentation, received 'det"

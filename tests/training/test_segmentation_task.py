@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 
 import keras
@@ -25,17 +26,19 @@ from keras_convnext.training.tasks import segmentation as task
 from keras_convnext.weights.resolve import resolve
 from keras_convnext.weights.torch_files import read_state_dict
 
+pytestmark = pytest.mark.one_backend
+
 # All that has a state: drop path, dropout, batch statistics, accumulation, layer decay, clipping, EMA.
 SMALL = {
-    "architecture": "test_convnext2",
+    "architecture": "convnextv2_atto",
     "weights": "",
     "channels": 16,
     "crop_size": (64, 64),
     "base_size": (96, 72),
     "batch_size": 4,
     "accumulation_steps": 2,
-    "steps": 6,
-    "evaluations": 3,
+    "steps": 4,
+    "evaluations": 2,
     "warmup_steps": 1,
     "drop_path_rate": 0.2,
     "layer_decay": 0.9,
@@ -43,7 +46,7 @@ SMALL = {
     "learning_rate": 3e-3,
     "eval_image_size": 72,
     "ignored_values": (255,),
-    "checkpoint_minutes": 1e-9,  # after every step
+    "checkpoint_minutes": 0.0,
 }
 
 
@@ -63,7 +66,7 @@ def small(data, **changes):
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     result = trainer.train(small(data), folder, progress=False)
-    assert result.steps == 6
+    assert result.steps == 4
     return folder
 
 
@@ -84,14 +87,14 @@ def test_a_run_leaves_what_a_classifiers_does_and_pictures(trained):
         "run.json", "tensorboard",
     }  # fmt: skip
     rows = rows_of(trained)
-    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert [row["step"] for row in rows] == ["2", "4"]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     parts = float(rows[0]["logits_loss"]) + 0.4 * float(rows[0]["auxiliary_loss"])
     assert float(rows[0]["loss"]) == pytest.approx(parts, rel=1e-4)
     best = max(float(row[name]) for row in rows for name in ("val_miou", "ema_val_miou"))
     assert json.loads((trained / "best.json").read_text())["value"] == best
     pictures = sorted(path.name for path in (trained / "predictions").iterdir())
-    assert pictures == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
+    assert pictures == ["epoch-0001.png", "epoch-0002.png"]
     assert PIL.Image.open(trained / "predictions" / pictures[0]).size[0] > 500
 
 
@@ -106,7 +109,6 @@ def test_final_weights_open_with_labels_and_give_the_score_of_the_log(trained, d
     assert model.has_auxiliary and model.classes == CLASSES
 
 
-@pytest.mark.one_backend
 def test_batch_statistics_are_trained_saved_and_no_average_of_them(trained, data):
     arrays = arrays_of(trained)
     name = next(name for name in arrays if "fpn_bottleneck_bn" in name and "moving_mean" in name)
@@ -116,9 +118,9 @@ def test_batch_statistics_are_trained_saved_and_no_average_of_them(trained, data
     np.testing.assert_array_equal(stored, arrays[name])  # the weights of the file are averages, these not
 
 
-@pytest.mark.one_backend
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeypatch):
-    save = run_folder.RunFolder.save
+    save, often = run_folder.RunFolder.save, small(data, checkpoint_minutes=1e-9)  # after every step
 
     def interrupted_save(self, arrays, state):
         if state["step"] == 3:
@@ -127,9 +129,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "save", interrupted_save)
-        with pytest.raises(failure.Interrupted, match=r"stopped after step [34] of 6"):
-            trainer.train(small(data), tmp_path / "run", progress=False)
-    trainer.train(small(data), tmp_path / "run", progress=False)
+        with pytest.raises(failure.Interrupted, match=r"stopped after step [34] of 4"):
+            trainer.train(often, tmp_path / "run", progress=False)
+    trainer.train(often, tmp_path / "run", progress=False)
     expected, received = arrays_of(trained), arrays_of(tmp_path / "run")
     assert expected.keys() == received.keys()
     for name, array in expected.items():
@@ -139,15 +141,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.one_backend
 def test_it_learns_shapes(data, tmp_path):
     changes = {"steps": 150, "evaluations": 1, "drop_path_rate": 0.0, "layer_decay": 1.0, "ema_decay": 0.0}
-    recipe = small(data, **changes, accumulation_steps=1, checkpoint_minutes=0.0)
+    model = {"architecture": "test_convnext2", "layer_scale_init_value": 1.0}
+    recipe = small(data, **changes, **model, accumulation_steps=1, checkpoint_minutes=0.0)
     scores = trainer.train(recipe, tmp_path / "run", progress=False).scores
-    assert scores["val_miou"] > 80
+    assert scores["val_miou"] > 50  # 33 at most where all is taken for ground
+    # Facebook's layout has no place for this architecture.
+    source = resolve(tmp_path / "run" / "final.keras")
+    assert source.labels.names[0] == "ground" and source.preprocessing.image_size == 72
+    result = evaluation.evaluate(source, data, split="val", progress=False)
+    assert result.miou == pytest.approx(scores["val_miou"], abs=0.05)
 
 
-@pytest.mark.one_backend
 @pytest.mark.parametrize("groups", ["stage_wise", "layer_wise"])
 def test_layer_decay_finds_the_stages_and_leaves_the_heads(data, groups):
     recipe = small(data, architecture="test_convnext", layer_scale_init_value=1.0)
@@ -168,7 +174,6 @@ def test_layer_decay_finds_the_stages_and_leaves_the_heads(data, groups):
     assert {0, 1, 2, 3, 4, last} <= set(ids) or groups == "layer_wise"
 
 
-@pytest.mark.one_backend
 def test_weights_of_a_segmenter_are_trained_further_on_other_classes(trained, data, tmp_path):
     weights = str(trained / "final.safetensors")
     source = task.Segmentation(small(data, weights=weights)).source
@@ -186,7 +191,6 @@ def test_weights_of_a_segmenter_are_trained_further_on_other_classes(trained, da
     assert not alone.has_auxiliary
 
 
-@pytest.mark.one_backend
 def test_photos_are_held_out_where_there_is_no_other_split(tmp_path):
     write(tmp_path, 10)
     recipe = small(tmp_path / "train", validation_fraction=0.3)
@@ -197,7 +201,6 @@ def test_photos_are_held_out_where_there_is_no_other_split(tmp_path):
     assert names[1] == {again.name(number) for number in range(3)}
 
 
-@pytest.mark.one_backend
 def test_what_cannot_be_trained_is_said(data, tmp_path):
     with pytest.raises(ValueError, match=r"at least one batch of 64 images.* has 8\. Choose a smaller"):
         trainer.train(small(data, batch_size=64), tmp_path / "run", progress=False)
@@ -225,12 +228,12 @@ def model():
 
 @pytest.mark.parametrize("mode", ["whole", "slide", "multi_scale"])
 def test_evaluation_counts_what_the_model_finds(model, data, mode):
-    source = sources.open_source(data, "val", ignored_values=(255,))
+    source = sources.take(sources.open_source(data, "val", ignored_values=(255,)), [0, 2, 3])
     result = evaluation.evaluate(model, source, mode=mode, image_size=64, batch_size=2, progress=False)
-    assert len(result.numbers) == 5 and result.counts.dtype == np.int64
+    assert len(result.numbers) == 3 and result.counts.dtype == np.int64
     counts = np.zeros((CLASSES, CLASSES), np.int64)
     predict = evaluation.Predict(model, 1)
-    for number in range(5):
+    for number in range(3):
         image, truth = source.load(number)
         found = evaluation.inference.segment(predict, image, 64, mode)
         counts += confusion_matrix(truth, found, CLASSES)
@@ -240,7 +243,6 @@ def test_evaluation_counts_what_the_model_finds(model, data, mode):
     assert result.miou == pytest.approx(Scores.of(counts).miou, abs=0.1)
 
 
-@pytest.mark.one_backend
 def test_photos_of_other_sizes_are_batched_apart(model, tmp_path):
     write(tmp_path, 3, size=(60, 80))
     write(tmp_path / "b", 3, size=(80, 60))
@@ -260,14 +262,13 @@ def test_photos_of_other_sizes_are_batched_apart(model, tmp_path):
     assert seen == [(2, 64, 85, 3)] * 2 + [(2, 85, 64, 3)] * 2
 
 
-@pytest.mark.one_backend
 def test_the_command_prints_miou_and_writes_rows_tables_and_pictures(trained, data, tmp_path, capsys):
     results, report = tmp_path / "results.csv", tmp_path / "report"
     arguments = ["evaluate", str(trained / "final.safetensors"), "--data", str(data), "--split", "val"]
     assert main.main([*arguments, "--results", str(results), "--output", str(report)]) == 0
     out = capsys.readouterr().out
     row = read_results(results)[0]
-    assert f"mIoU      {float(row['miou']):.2f} %" in out
+    assert re.search(rf"^  mIoU +{float(row['miou']):.2f} %$", out, re.MULTILINE)
     assert row["top1"] == "" and row["mode"] == "whole" and row["n"] == "5" and row["crop"] == ""
     names = {path.name for path in report.iterdir()}
     assert names == {
@@ -281,7 +282,6 @@ def test_the_command_prints_miou_and_writes_rows_tables_and_pictures(trained, da
     assert [each["name"] for each in classes] == ["ground", "square", "disc"]
 
 
-@pytest.mark.one_backend
 def test_other_classes_are_refused_by_name(trained, model, data, tmp_path):
     write(tmp_path, 2)
     (tmp_path / "classes.txt").write_text("ground\nsquare\ntriangle\n")

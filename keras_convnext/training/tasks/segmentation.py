@@ -25,7 +25,7 @@ from keras_convnext.training.segmentation_loss import SegmentationLoss
 from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.training.tasks import Datasets, TaskModel, adamw, without_optimizer
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import labels_metadata, preprocessing_metadata
+from keras_convnext.weights import labels_metadata, layouts, preprocessing_metadata
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 SHOWN_PHOTOS = 4  # of the validation split, in the picture of each epoch
@@ -35,11 +35,13 @@ class Segmentation:
     """A class for each pixel, by UPerNet: the `Task` of training on ADE20K and on masks of one's own."""
 
     best = "val_miou"
-    files: Sequence[str] = ("final.safetensors",)
 
     def __init__(self, recipe: SegmentationRecipe, workers: int | None = None) -> None:
         self.recipe = recipe
         self.workers = workers
+        # Facebook's code has no place for what some of timm's architectures are.
+        is_official = layouts.is_writable(VARIANTS[recipe.model.architecture], "official", is_segmenter=True)
+        self.files: Sequence[str] = ("final.safetensors" if is_official else "final.keras",)
         forward.import_batches()  # says what is missing without TensorFlow
         from keras_convnext.data.segmentation import batches
 
@@ -156,10 +158,15 @@ class Segmentation:
         labels_metadata.add_labels(path, self._labels)
 
     def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
-        folder.write_with(
-            "final.safetensors",
-            lambda path: save_weights(model, path, "official", self.preprocessing, data.training.labels),
-        )
+        def write(path: pathlib.Path) -> None:
+            if path.suffix == ".safetensors":
+                save_weights(model, path, "official", self.preprocessing, self._labels)
+                return
+            without_optimizer(model).save(path)
+            preprocessing_metadata.add_preprocessing(path, self.preprocessing)
+            labels_metadata.add_labels(path, self._labels)
+
+        folder.write_with(self.files[0], write)
 
 
 def open_data(recipe: SegmentationRecipe) -> tuple[SegmentationSource, SegmentationSource | None]:
