@@ -135,6 +135,7 @@ def test_modes_are_those_of_inference_and_auto_that_of_evaluation(model):
 
 
 @pytest.mark.every_backend
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="each size is a program of its own on JAX")
 def test_photos_of_several_sizes_in_succession_are_each_seen_whole(model):
     """After a second size TensorFlow's graph leaves the sizes free."""
     opened = predictor.open_segmenter(model, image_size=64)

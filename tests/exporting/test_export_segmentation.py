@@ -51,7 +51,6 @@ def outputs(model, images):
     return keras.ops.convert_to_numpy(model(images.astype("float32"), training=False))
 
 
-@pytest.mark.every_backend
 def test_deployed_segmenter_has_no_batch_norms_and_no_auxiliary_head(model, images):
     deployed = deploy(model)
     kinds = {type(layer) for layer in deployed.layers}
