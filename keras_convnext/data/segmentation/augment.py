@@ -34,7 +34,7 @@ class SegmentationTransform:
 
     augmentation: SegmentationAugmentation
     crop_size: tuple[int, int]  # (height, width) of the result
-    mean: tuple[float, float, float]  # colour of the padding, 0 to 255: 0 after normalisation
+    mean: tuple[float, ...]  # colour of the padding, 0 to 255: 0 after normalisation
     dtype: str  # of the images, "float32" or "uint8"
 
     def plan(self, draws: Draws) -> Rows:
@@ -116,10 +116,9 @@ def choose_crop(
     if max_share < 1:
         attempt = tf.while_loop(
             lambda attempt: tf.cond(attempt < TRIES, lambda: is_refused(attempt), lambda: False),
-            lambda attempt: attempt + 1,
+            lambda attempt: [attempt + 1],
             [attempt],
-        )
-        attempt = attempt[0] if isinstance(attempt, list | tuple) else attempt
+        )[0]
     return tf.concat([corners[attempt], sides], 0)
 
 
