@@ -187,9 +187,9 @@ def test_prepare_keeps_what_is_there_and_says_what_is_wrong(run, refused, leaves
 
 @pytest.mark.once
 def test_prepare_reports_damage_that_verify_finds(refused, leaves, monkeypatch):
-    from keras_convnext.data import prepare
+    from keras_convnext.data import records
 
-    monkeypatch.setattr(prepare, "verify", lambda *_: ["train-00000-of-00001.tfrecord"])
+    monkeypatch.setattr(records, "verify", lambda *_: ["train-00000-of-00001.tfrecord"])
     message = refused("prepare", leaves, "out", "--verify")
     assert "Damaged in out: train-00000-of-00001.tfrecord. Run the same command again" in message
 

@@ -116,10 +116,9 @@ def choose_crop(
     if max_share < 1:
         attempt = tf.while_loop(
             lambda attempt: tf.cond(attempt < TRIES, lambda: is_refused(attempt), lambda: False),
-            lambda attempt: attempt + 1,
+            lambda attempt: [attempt + 1],
             [attempt],
-        )
-        attempt = attempt[0] if isinstance(attempt, list | tuple) else attempt
+        )[0]
     return tf.concat([corners[attempt], sides], 0)
 
 

@@ -30,8 +30,9 @@ def draw(
     if os.path.splitext(output)[1].lower() != ".png":
         raise ValueError(f"Expected the name of a PNG to write, received '{os.fspath(output)}'. Add .png.")
     count = min(_SHOWN, len(source))
-    options = {"batch_size": count, "crop_size": crop_size, "seed": seed, "dtype": "uint8"}
-    made = batches.train_batches(source, augmentation=augmentation, **options)
+    made = batches.train_batches(
+        source, batch_size=count, crop_size=crop_size, augmentation=augmentation, seed=seed, dtype="uint8"
+    )
     images, maps = (values.numpy() for values in next(iter(made)))
     step, labels = _TILE + _GAP, source.labels
     rows, names = -(-count // _COLUMNS), labels.names

@@ -160,7 +160,7 @@ def test_the_resized_size_fits_the_box(size, ratio, expected):
 
 
 def test_hue_saturation_and_value_are_opencvs():
-    image = image_of(2, (40, 50))
+    image = image_of(2, (40, 64))  # a multiple of 32, see `to_rgb`
     image[0, :3] = [[0, 0, 0], [7, 7, 7], [255, 0, 0]]
     channels = np.stack(augment.to_hsv(tf.constant(image)), -1)
     expected = np.apply_along_axis(hsv, -1, image)
