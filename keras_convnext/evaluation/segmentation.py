@@ -194,7 +194,7 @@ def validate(
         counts += confusion_matrix(truth, predicted, classes)
         total += loss
         on_map(number, image, truth, predicted)
-    counts = sum(gathered(counts.reshape(1, -1)))[0].reshape(classes, classes)
+    counts = np.sum(gathered(counts.reshape(1, -1)), axis=(0, 1)).reshape(classes, classes)
     total = float(sum(map(np.sum, gathered(np.array([total])))))
     scores = Scores.of(counts)
     labelled = int(counts.sum())
@@ -227,7 +227,8 @@ def open_data(
     else:
         if split is None and (names := sources.list_splits(data)):
             split = next((name for name in ("validation", "val", "test") if name in names), names[0])
-        ignored = tuple(ignored_values) if ignored_values is not None else labels and labels.ignored_values
+        ignored = None if labels is None else labels.ignored_values
+        ignored = ignored if ignored_values is None else tuple(ignored_values)
         source = sources.open_source(data, split, labels=labels, ignored_values=ignored)
     names = source.labels.names
     if labels is not None and names != labels.names:

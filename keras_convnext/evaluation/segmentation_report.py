@@ -83,7 +83,7 @@ def draw_examples(
             axis.imshow(picture[::step, ::step], interpolation="nearest")
             axis.set_title(shortened(printable(what), 44), fontsize=7, parse_math=False)
     patches = [
-        Patch(color=np.array(labels.palette[n]) / 255, label=shortened(printable(labels.names[n]), 20))
+        Patch(color=_colour(labels, n), label=shortened(printable(labels.names[n]), 20))
         for n in sorted(shown)[:_NAMED_CLASSES]
     ]
     if patches:
@@ -94,6 +94,11 @@ def draw_examples(
             entry.set_parse_math(False)
     with replacing_file(path, PNG_MARK) as file:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
+
+
+def _colour(labels: Labels, number: int) -> tuple[float, float, float]:
+    red, green, blue = labels.palette[number]
+    return red / 255, green / 255, blue / 255
 
 
 def _write_tables(folder: str | os.PathLike[str], result: Any) -> None:

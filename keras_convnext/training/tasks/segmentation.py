@@ -208,7 +208,7 @@ def build_model(recipe: SegmentationRecipe, classes: int, source: ResolvedWeight
         include_top=None if source.task == "segmentation" else False,
         pyramid_norms=source.task != "segmentation",
     )
-    if source.task != "segmentation":
+    if source.heads is None:
         backbone = models.build(source, options)
         return segmentation.UPerNet(backbone, classes, values.channels, auxiliary=has_auxiliary)
     if source.heads.channels != values.channels:
@@ -229,6 +229,7 @@ def compile_model(recipe: SegmentationRecipe, student: Any, plan: Plan) -> Any:
         start=values.warmup_learning_rate,
         end=values.min_learning_rate,
     )
+    losses: Any
     model, losses, weights = student, SegmentationLoss(loss.loss_mean), None
     if loss.auxiliary_weight:
         model = segmentation.with_auxiliary(student)
