@@ -23,6 +23,7 @@ import shlex
 import statistics
 import sys
 import time
+from typing import Any
 
 from rows import check_settings, read, write, write_text
 
@@ -131,7 +132,7 @@ def trained(training, held_out, chosen, options):
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.training.recipe_files import load_recipe
 
-    recipe = load_recipe(RECIPE)
+    recipe: Any = load_recipe(RECIPE)
     size = chosen[1]
 
     def stream():

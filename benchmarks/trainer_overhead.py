@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         "ema_decay": 0.9999,
         "checkpoint_minutes": 10.0,
     }
-    recipe = load_recipe("smoke").replaced(changes)
+    recipe: Any = load_recipe("smoke").replaced(changes)
     batch = (
         np.random.default_rng(0).uniform(0, 255, (options.batch_size, *2 * [options.image_size], 3)),
         np.eye(10)[np.arange(options.batch_size) % 10],

@@ -8,11 +8,13 @@ It rewrites what stands between the two comments of each table, and says which p
 import inspect
 import pathlib
 import sys
+from collections.abc import Collection
 
 from keras_convnext import models
-from keras_convnext._settings import range_words
+from keras_convnext._settings import Settings, range_words
 from keras_convnext.evaluation.results import IMAGENET_VALIDATION, read_results
 from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 
@@ -24,6 +26,10 @@ RESULTS = ROOT / "benchmarks" / "results.csv"  # rows of `keras-convnext evaluat
 TABLE = ("<!-- table: python tools/make_tables.py -->\n", "<!-- end of table -->")
 SIZES = ("<!-- sizes: python tools/make_tables.py -->\n", "<!-- end of sizes -->")
 KEYS = ("<!-- keys: python tools/make_tables.py -->\n", "<!-- end of keys -->")
+SEGMENTATION_KEYS = (
+    "<!-- keys of segmentation: python tools/make_tables.py -->\n",
+    "<!-- end of keys of segmentation -->",
+)
 SIZE_NAMES = ("Atto", "Femto", "Pico", "Nano", "Tiny", "Small", "Base", "Large", "XLarge", "Huge")
 
 
@@ -117,16 +123,29 @@ def sizes() -> str:
     return "\n".join(lines) + f"\n\nNC: not for commercial use ({restricted}). The others: {free}.\n"
 
 
-def keys() -> str:
-    """The keys of a recipe in Markdown, with the table that each stands in."""
+def keys(recipe: type[Settings] = Recipe, known: Collection[str] = ()) -> str:
+    """The keys of a recipe in Markdown, with the table that each stands in; without those `known`."""
     rows = ["| key | value | what it is |", "|---|---|---|"]
     table = ""
-    for name, field in Recipe.fields().items():
+    for name, field in recipe.fields().items():
+        if name in known:
+            continue
         before, (table, _, key) = table, name.rpartition(".")
         if table != before:
             rows.append(f"| **[{table}]** | | |")
         rows.append(f"| `{key}` | {range_words(field)} | {field.description} |")
     return "\n".join(rows) + "\n"
+
+
+def own_keys_known() -> set[str]:
+    """The keys of segmentation that mean the same in a classifier's recipe."""
+    ours, theirs = SegmentationRecipe.fields(), Recipe.fields()
+    return {
+        name
+        for name, field in ours.items()
+        if name in theirs
+        and (field.description, field.metadata) == (theirs[name].description, theirs[name].metadata)
+    }
 
 
 def between(text, marks):
@@ -146,7 +165,13 @@ def main(
     package_readme: pathlib.Path = PACKAGE_README,
     recipes_readme: pathlib.Path = RECIPES_README,
 ) -> int:
-    pages = ((readme, SIZES, sizes()), (package_readme, TABLE, table()), (recipes_readme, KEYS, keys()))
+    own = keys(SegmentationRecipe, own_keys_known())
+    pages = (
+        (readme, SIZES, sizes()),
+        (package_readme, TABLE, table()),
+        (recipes_readme, KEYS, keys()),
+        (recipes_readme, SEGMENTATION_KEYS, own),
+    )
     for path, marks, content in pages:
         old = path.read_text()
         new = renewed(old, marks, content)

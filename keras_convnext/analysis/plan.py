@@ -16,6 +16,7 @@ from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, De
 from keras_convnext.architecture import layers_of
 from keras_convnext.training.derived import training_images
 from keras_convnext.training.recipe import ENGINES, Recipe
+from keras_convnext.training.recipe_files import AnyRecipe
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog
 
@@ -87,15 +88,21 @@ class Plan:
         return self.batch_size / self.step_seconds
 
 
-def make_plan(recipe: Recipe, devices: str, fraction: float = FRACTION) -> Plan:
+def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Plan:
     """Plans the run of a recipe on devices such as "64xh100", a number and a key of `DEVICES`.
 
     Batch size and rate stay those of the recipe. So do its micro-batches, unless they cannot be divided among
     the devices or do not fit their memory: then the fewest that can and do. The recipe's data is opened where
     it is there. `fraction` of the peak figures, above 0 and at most 1, is reached.
 
-    ValueError: the device is unknown, or so many cannot share the batch. SourceError: the data is unusable.
+    ValueError: the device is unknown, so many cannot share the batch, or the recipe is not of a classifier.
+    SourceError: the data is unusable.
     """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"Expected a recipe of a classifier, received one of {recipe.task}, {recipe.title!r}: the heads "
+            "of UPerNet are not counted. Train some steps of it: log.csv has images_per_second."
+        )
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")
     model, batch_size = recipe.model, recipe.optimizer.batch_size

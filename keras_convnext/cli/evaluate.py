@@ -1,7 +1,9 @@
 """`evaluate`, `knn` and `probe` score a model on a data set."""
 
 import argparse
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable
+from typing import Any
 
 from keras_convnext.cli import shared
 from keras_convnext.weights import catalog
@@ -11,12 +13,19 @@ EVALUATE_EXAMPLES = """examples:
   keras-convnext evaluate convnext_tiny.fb_in22k_ft_in1k_384 --data imagenet/val --output report/
   keras-convnext evaluate convnext_tiny.fb_in1k --weights my_weights.safetensors --data imagenet/val
   keras-convnext evaluate my_leaves.keras --data leaves/ --split test --no-results
+  keras-convnext evaluate convnext_tiny.fb_ade20k_512 --data ADEChallengeData2016 --split validation
+  keras-convnext evaluate runs/camvid/final.safetensors --data camvid/ --split val --output report/
 
 The tag decides how images are resized and cropped. --data is a folder of class folders, ImageNet's tars, a
 set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. Data with some of the
 classes of ImageNet, such as ImageNet-A and -R, is classified among these alone. A row with all that a score
 depends on is added to results.csv. --output gets predictions, confusions and accuracies by class as CSV
-files, and a picture of the worst classes."""
+files, and a picture of the worst classes.
+
+A segmenter is evaluated on photos with label maps: mIoU, the share of pixels that are right, IoU by class.
+The values that stand for no label are those of its training, unless --ignored names others. --mode slide is
+how published scores were made, multi_scale their "ms" (six scales with flip); whole is the fastest, but JAX
+compiles it for each new size of photo."""
 
 
 def evaluate_options(option: Callable) -> None:
@@ -31,19 +40,69 @@ def evaluate_options(option: Callable) -> None:
     option("--limit", "N", "that many images only, spread evenly over the data", type=shared.positive)
     allowed = "damaged images allowed, default 0.01"
     option("--max-faults", "SHARE", allowed, type=shared.not_negative, default=0.01)
-    option("--output", "DIR", "folder for CSV files and a picture")
+    modes = "of a segmenter: whole, slide or multi_scale; default slide for a tag, else whole"
+    option("--mode", "MODE", modes)
+    option("--ignored", "N,N", "values of label maps that stand for not labelled", type=shared.values)
+    option("--output", "DIR", "folder for CSV files and pictures")
     option("--results", "FILE", "file to add a row to, default results.csv", default="results.csv")
     option("--no-results", None, "add no row")
     option("--image-size")
     option("--json")
 
 
+# Options that one task has, by their names in `argparse`.
+_OF_TASK = {"classification": ("real", "labels"), "segmentation": ("mode", "ignored")}
+
+
 def evaluate_command(options: argparse.Namespace) -> int:
-    """Prints the accuracy of a classifier; images that cannot be decoded are reported and left out."""
-    shared.import_quietly("keras_convnext.evaluation.classification", "tensorflow")
+    """Prints the scores of a model, by its task; images that cannot be decoded are reported and left out."""
+    rooms = ("keras_convnext.evaluation.classification", "keras_convnext.evaluation.segmentation")
+    shared.import_quietly(*rooms, "tensorflow")
+    from keras_convnext.evaluation.results import result_row
+
+    task = _task_of(options.model, options.weights)
+    for other, names in _OF_TASK.items():
+        for name in names if other != task else ():
+            if getattr(options, name) is not None:
+                raise ValueError(f"Expected a model for {other} beside --{name}, received one for {task}.")
+    evaluate, facts_of = _EVALUATIONS[task]
+    result, numbers = evaluate(options)
+    shared.print_faults(list(result.faults.values()))
+    row = result_row(result)
+    if options.json:
+        numbers |= {"n": len(result.numbers), "skipped": result.num_skipped}
+        numbers |= {name: getattr(result, name) for name in ("seconds", "images_per_second")}
+        shared.print_json(row | numbers | {"faults": result.faults})
+    else:
+        shared.print_facts(
+            f"{row['model']} on {row['data']}",
+            {
+                **facts_of(row),
+                "images": f"{row['n']} ({row['skipped']} skipped), split {row['split'] or 'none'}",
+                "outputs": row["outputs"],
+                "prepared": _preparation(row),
+                "speed": f"{result.images_per_second:,.1f} images/s, {result.seconds:,.1f} s in all",
+                "licence": shared.licence_text(row["licence"]),
+                "row added to": None if options.no_results else options.results,
+                "files in": options.output,
+            }.items(),
+        )
+    return 1 if result.num_skipped else 0
+
+
+def _task_of(model: str, weights: str | None) -> str:
+    """Returns what a model is for; "classification" where it cannot be told, whose evaluation says why."""
+    from keras_convnext.weights.resolve import resolve
+
+    with contextlib.suppress(ValueError, OSError):
+        found = resolve(model, "default" if weights is None else weights)
+        return "segmentation" if found.task == "segmentation" else "classification"
+    return "classification"
+
+
+def _evaluate_classifier(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from keras_convnext.data.sources import open_source
     from keras_convnext.evaluation.classification import evaluate
-    from keras_convnext.evaluation.results import result_row
     from keras_convnext.weights.resolve import resolve
 
     model, data = options.model, options.data
@@ -52,42 +111,59 @@ def evaluate_command(options: argparse.Namespace) -> int:
     if options.labels is not None:
         data = open_source(data, options.split, labels=options.labels)
     result = evaluate(
-        model,
-        data,
-        split=options.split,
-        real_labels=options.real,
-        preprocessing=options.image_size,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        results=None if options.no_results else options.results,
-        output=options.output,
-        max_faults=options.max_faults,
+        model, data, real_labels=options.real, preprocessing=options.image_size, **_common(options)
     )
-    shared.print_faults(list(result.faults.values()))
-    row = result_row(result)
-    if options.json:
-        numbers = {name: getattr(result, name) for name in ("top1", "top5", "seconds", "images_per_second")}
-        numbers |= {"n": len(result.numbers), "skipped": result.num_skipped, "real": result.real_accuracy}
-        shared.print_json(row | numbers | {"faults": result.faults})
-    else:
-        shared.print_facts(f"{row['model']} on {row['data']}", _score_facts(row, options))
-    return 1 if result.num_skipped else 0
+    return result, {"top1": result.top1, "top5": result.top5, "real": result.real_accuracy}
 
 
-def _score_facts(row: dict[str, str], options: argparse.Namespace) -> Iterable[tuple[str, object]]:
-    resize = row["resize_size"] or f"crop {row['crop']}"
+def _evaluate_segmenter(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    from keras_convnext.evaluation.segmentation import evaluate
+    from keras_convnext.weights.resolve import resolve
+
+    model = resolve(options.model, "default" if options.weights is None else options.weights)
+    result = evaluate(
+        model,
+        options.data,
+        mode=options.mode,
+        ignored_values=options.ignored,
+        image_size=options.image_size,
+        **_common(options),
+    )
+    return result, result.report()
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("split", "batch_size", "limit", "output", "max_faults")
+    results = None if options.no_results else options.results
+    return {name: getattr(options, name) for name in names} | {"results": results}
+
+
+def _accuracies(row: dict[str, str]) -> dict[str, str | None]:
     return {
         "top-1": f"{float(row['top1']):.2f} %{_published_text(row)}",
         "top-5": f"{float(row['top5']):.2f} %",
         "ReaL": f"{float(row['real']):.2f} %" if row["real"] else None,
-        "images": f"{row['n']} ({row['skipped']} skipped), split {row['split'] or 'none'}",
-        "outputs": row["outputs"],
-        "prepared": f"{row['resize_mode']}, {row['interpolation']}, {resize}, {row['image_size']} pixels",
-        "speed": f"{float(row['images_per_second']):,.1f} images/s, {float(row['seconds']):,.1f} s in all",
-        "licence": shared.licence_text(row["licence"]),
-        "row added to": None if options.no_results else options.results,
-        "files in": options.output,
-    }.items()
+    }
+
+
+def _pixel_scores(row: dict[str, str]) -> dict[str, str | None]:
+    return {
+        "mIoU": f"{float(row['miou']):.2f} %",
+        "aAcc": f"{float(row['aacc']):.2f} % of the pixels",
+        "mAcc": f"{float(row['macc']):.2f} %, mean over the classes",
+        "mode": row["mode"],
+    }
+
+
+def _preparation(row: dict[str, str]) -> str:
+    resize = row["resize_size"] or (f"crop {row['crop']}" if row["crop"] else "no crop")
+    return f"{row['resize_mode']}, {row['interpolation']}, {resize}, {row['image_size']} pixels"
+
+
+_EVALUATIONS: dict[str, tuple[Callable, Callable]] = {
+    "classification": (_evaluate_classifier, _accuracies),
+    "segmentation": (_evaluate_segmenter, _pixel_scores),
+}
 
 
 def _published_text(row: dict[str, str]) -> str:

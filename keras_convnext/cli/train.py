@@ -13,6 +13,7 @@ TRAIN_EXAMPLES = """examples:
   keras-convnext train fine_tune --data flowers/ --out runs/head --set trainable=head
   keras-convnext train fine_tune --data flowers/ --out runs/v2 --set weights=convnextv2_atto.tiny_imagenet200
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --distribute data_parallel
+  keras-convnext train fine_tune_segmentation --data masks/ --out runs/masks --set ignored_values=255
   keras-convnext train --list
 
 RECIPE is a TOML file or the name of a published recipe. --data is a folder of class folders, ImageNet's tars,
@@ -35,6 +36,13 @@ def train_options(option: Callable) -> None:
     option("--list", None, "list the published recipes")
 
 
+# What uses the weights of a run, by the task of its recipe.
+_USES = {
+    "classification": "predict PHOTO --weights {}",
+    "segmentation": "segment PHOTO --model {} -o SEGMENTED",
+}
+
+
 def train_command(options: argparse.Namespace) -> int:
     from keras_convnext.training import derived, recipe_files
 
@@ -52,7 +60,7 @@ def train_command(options: argparse.Namespace) -> int:
     overrides = shared.recipe_overrides(options.set, data=options.data, engine=options.distribute)
     # All mistakes that can be found before a backend is loaded, which takes seconds.
     _register_for(overrides)
-    derived.choose_recipe(options.recipe, None, overrides, options.out)
+    recipe, _ = derived.choose_recipe(options.recipe, None, overrides, options.out)
     shared.import_quietly("keras_convnext.training.trainer", "tensorflow")
     from keras_convnext.training import failure, run_state, trainer
 
@@ -76,18 +84,21 @@ def train_command(options: argparse.Namespace) -> int:
     def score(name: str, text: str) -> str | None:
         return text.format(result.scores[name]) if name in result.scores else None
 
-    weights = result.folder / "final.safetensors"
+    names = (f"final{suffix}" for suffix in (".safetensors", ".keras"))
+    weights = next(path for path in map(result.folder.joinpath, names) if path.exists())
     facts = {
         "steps": f"{result.steps:,}, {result.seconds:,.0f} s in this run",
         "training loss": score("loss", "{:.4f}"),
         "validation loss": score("val_loss", "{:.4f}"),
         "top-1": score("val_top1", "{:.2f} %"),
         "top-1 of the EMA": score("ema_val_top1", "{:.2f} %"),
+        "mIoU": score("val_miou", "{:.2f} %"),
+        "mIoU of the EMA": score("ema_val_miou", "{:.2f} %"),
         "curves": result.folder / run_state.CURVES_FILE,
         "weights": weights,
     }
     shared.print_facts(f"{options.recipe}: {result.folder}", facts.items())
-    print(f"keras-convnext predict PHOTO --weights {shlex.quote(str(weights))}")
+    print(f"keras-convnext {_USES[recipe.task].format(shlex.quote(str(weights)))}")
     return 0
 
 

@@ -140,9 +140,7 @@ class _Replica:
             logs = self.own_step(data)
         finally:
             self.is_in_step = False
-        # Statistics of batch norms are of a process's own rows: all go on with the mean, and save the same.
-        statistics = [v for v in self.model.non_trainable_variables if v.name.startswith("moving_")]
-        _average([*self.model.metrics_variables, *statistics])
+        _average(self.model.metrics_variables)
         return {**logs, **self.model.get_metrics_result()}
 
     def forward(self, *arguments: Any, **named: Any) -> Any:

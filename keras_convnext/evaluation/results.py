@@ -7,7 +7,7 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +28,36 @@ COLUMNS = (
 )  # fmt: skip
 # Fingerprint of ImageNet's 50,000 validation images with their published labels.
 IMAGENET_VALIDATION = "b0ac1bf119f3c8a8ad32e56c6e37727a179138865155ab81d666b3b1cde5f1c6"
+
+
+class Scored(Protocol):
+    """What a row of results is made of, whatever the task."""
+
+    @property
+    def settings(self) -> dict[str, str]: ...
+
+    @property
+    def source(self) -> Any: ...
+
+    @property
+    def numbers(self) -> np.ndarray: ...
+
+    @property
+    def faults(self) -> dict[str, str]: ...
+
+    @property
+    def num_skipped(self) -> int: ...
+
+    @property
+    def num_images(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def images_per_second(self) -> float: ...
+
+    def columns(self) -> dict[str, str]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,7 +167,7 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, str]]:
         return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
 
 
-def append_result(path: str | os.PathLike[str], result: Result) -> None:
+def append_result(path: str | os.PathLike[str], result: Scored) -> None:
     """Adds one row with all columns of `COLUMNS` to a CSV file, which is made when it is not there.
 
     The row is written at once, after those of other processes that write at the same time; a file that cannot
@@ -186,7 +216,7 @@ def check_results_file(path: str | os.PathLike[str]) -> None:
         )
 
 
-def result_row(result: Result) -> dict[str, str]:
+def result_row(result: Scored) -> dict[str, str]:
     """Returns the text of every column of `COLUMNS`, "" for the scores of other tasks."""
     check_complete(result)
     values = dict.fromkeys(SCORES, "") | result.settings | result.columns()
@@ -199,7 +229,7 @@ def result_row(result: Result) -> dict[str, str]:
     return {name: values[name] for name in COLUMNS}
 
 
-def check_complete(result: Result) -> None:
+def check_complete(result: Scored) -> None:
     """Checks that every image of the data was evaluated or left out for a reason, and not all left out."""
     expected, received = result.num_images, len(result.numbers) + result.num_skipped
     if received != expected:

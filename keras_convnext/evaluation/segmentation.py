@@ -62,6 +62,12 @@ class SegmentationResult:
         """Returns the text of the scores' columns."""
         return {name: f"{getattr(self.scores, name):.4f}" for name in ("miou", "aacc", "macc")}
 
+    def report(self) -> dict[str, Any]:
+        """Returns the scores as JSON values, in percent; null for a class that is not there."""
+        iou = [None if np.isnan(value) else float(value) for value in self.scores.iou]
+        scores = {name: getattr(self.scores, name) for name in ("miou", "aacc", "macc")}
+        return {**scores, "iou": dict(zip(self.source.classes, iou, strict=True))}
+
 
 def evaluate(
     model: Any,
@@ -164,16 +170,17 @@ def validate(
     after_batch: Callable[[], None] = lambda: None,
     gathered: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array],
     share: tuple[int, int] = (0, 1),
+    fills: bool = False,
     on_map: Callable[[int, np.ndarray, np.ndarray, np.ndarray], None] = lambda *_: None,
 ) -> dict[str, float]:
     """Scores a segmenter as training does after each epoch: "loss", "miou", "aacc" and "macc", in percent.
 
     "loss" is the mean cross-entropy of the labelled pixels, at the size of the label maps. The rest is as for
     `forward.validate`; `share` is (this process, processes) where each evaluates a part of the photos.
-    `on_map` is given number, photo, truth and prediction of each.
+    `fills` is as for `Predict`; `on_map` is given number, photo, truth and prediction of each.
     """
     classes = model.output_shape[-1]
-    predict = Predict(model, batch_size)
+    predict = Predict(model, batch_size, fills)
     numbers = np.arange(share[0], len(source), share[1])
     faults = Faults(source, 1.0) if faults is None else faults
     counts, total = np.zeros((classes, classes), np.int64), 0.0
@@ -181,11 +188,13 @@ def validate(
         predict, source, numbers, short_side, mode, batch_size, faults
     ):
         after_batch()
+        if mode == "multi_scale":  # a softmax, which is that of its logarithm
+            outputs = np.log(np.maximum(outputs, 1e-30))
         predicted, loss = _predicted_with_loss(outputs, truth)
         counts += confusion_matrix(truth, predicted, classes)
         total += loss
         on_map(number, image, truth, predicted)
-    counts = sum(gathered(counts.reshape(1, -1)))[0].reshape(classes, classes)
+    counts = np.sum(gathered(counts.reshape(1, -1)), axis=(0, 1)).reshape(classes, classes)
     total = float(sum(map(np.sum, gathered(np.array([total])))))
     scores = Scores.of(counts)
     labelled = int(counts.sum())
@@ -218,7 +227,8 @@ def open_data(
     else:
         if split is None and (names := sources.list_splits(data)):
             split = next((name for name in ("validation", "val", "test") if name in names), names[0])
-        ignored = tuple(ignored_values) if ignored_values is not None else labels and labels.ignored_values
+        ignored = None if labels is None else labels.ignored_values
+        ignored = ignored if ignored_values is None else tuple(ignored_values)
         source = sources.open_source(data, split, labels=labels, ignored_values=ignored)
     names = source.labels.names
     if labels is not None and names != labels.names:
@@ -245,11 +255,11 @@ class Predict:
     """Runs a segmenter: uint8 (n, h, w, 3) to logits float32 (n, h, w, classes), for any n.
 
     A size of which a whole batch was seen gets whole batches only, filled up, since JAX and TensorFlow
-    compile each shape anew; so do the devices of an engine.
+    compile each shape anew. `fills`: every size does, as several devices need.
     """
 
-    def __init__(self, model: Any, batch_size: int) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: Any, batch_size: int, fills: bool = False) -> None:
+        self.model, self.batch_size, self.fills = model, batch_size, fills
         self._forward = forward.forward_function(model)
         self._full: set[tuple[int, ...]] = set()
 
@@ -257,7 +267,7 @@ class Predict:
         count, size = len(images), images.shape[1:]
         if count == self.batch_size:
             self._full.add(size)
-        elif size in self._full:
+        elif self.fills or size in self._full:
             images = np.concatenate([images, np.repeat(images[-1:], self.batch_size - count, 0)])
         logits = choose.rows(self._forward(choose.divided(np.ascontiguousarray(images))))[:count]
         if arrays.not_finite(logits).any():

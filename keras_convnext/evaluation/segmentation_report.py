@@ -11,6 +11,7 @@ from keras_convnext._environment import require
 from keras_convnext._files import PNG_MARK, prepare_folder, replacing_file
 from keras_convnext._messages import printable, shortened
 from keras_convnext.data.segmentation.labels import IGNORED, Labels
+from keras_convnext.data.segmentation.pictures import as_palette_image
 from keras_convnext.evaluation import report
 
 WORST_CLASSES = 8
@@ -60,13 +61,6 @@ def write_faults(folder: str | os.PathLike[str], faults: dict[str, str]) -> None
     report.write_csv(folder, "faults.csv", ["name", "reason"], faults.items(), _MARKS)
 
 
-def coloured(label_map: np.ndarray, labels: Labels) -> np.ndarray:
-    """Returns a label map (H, W) in the colours of its classes, uint8 (H, W, 3); black where not labelled."""
-    colours = np.zeros((IGNORED + 1, 3), np.uint8)
-    colours[: len(labels.palette)] = labels.palette
-    return colours[label_map]
-
-
 def draw_examples(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], labels: Labels, path: Any, title: str
 ) -> None:
@@ -83,13 +77,13 @@ def draw_examples(
     shown: set[int] = set()
     for line, (text, image, truth, predicted) in zip(axes, rows, strict=False):
         shown |= {int(number) for each in (truth, predicted) for number in np.unique(each)} - {IGNORED}
-        pictures = (image, coloured(truth, labels), coloured(predicted, labels))
-        for axis, picture, what in zip(line, pictures, (text, "truth", "prediction"), strict=True):
+        maps = (np.asarray(as_palette_image(each, labels).convert("RGB")) for each in (truth, predicted))
+        for axis, picture, what in zip(line, (image, *maps), (text, "truth", "prediction"), strict=True):
             step = max(1, max(picture.shape[:2]) // 480)  # what the picture can show
             axis.imshow(picture[::step, ::step], interpolation="nearest")
             axis.set_title(shortened(printable(what), 44), fontsize=7, parse_math=False)
     patches = [
-        Patch(color=np.array(labels.palette[n]) / 255, label=shortened(printable(labels.names[n]), 20))
+        Patch(color=_colour(labels, n), label=shortened(printable(labels.names[n]), 20))
         for n in sorted(shown)[:_NAMED_CLASSES]
     ]
     if patches:
@@ -100,6 +94,11 @@ def draw_examples(
             entry.set_parse_math(False)
     with replacing_file(path, PNG_MARK) as file:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": "keras_convnext"})
+
+
+def _colour(labels: Labels, number: int) -> tuple[float, float, float]:
+    red, green, blue = labels.palette[number]
+    return red / 255, green / 255, blue / 255
 
 
 def _write_tables(folder: str | os.PathLike[str], result: Any) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +19,10 @@ import numpy as np
 from keras_convnext import _environment
 from keras_convnext._files import check_target
 from keras_convnext._terminal import silenced
-from keras_convnext.data import class_names
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation.labels import Labels
-from keras_convnext.exporting import deploy, runtimes, writers
+from keras_convnext.exporting import deploy, metadata, runtimes, writers
 from keras_convnext.exporting.formats import DEFAULT_SIZE, FORMATS
-from keras_convnext.segmentation import Segmenter
 from keras_convnext.weights import arrays
 
 # Largest difference from the model, relative to its largest output, that a file may have. With random
@@ -148,9 +145,10 @@ def export(
     deploy.check_batch_size(batch)
     preprocessing = preprocessing or Preprocessing(DEFAULT_SIZE)
     size = _image_size(model, image_size, format, preprocessing)
-    if _gives_maps(model):
-        whole = {"crop_mode": "squash", "crop_fraction": 1.0, "interpolation": "bilinear"}
-        preprocessing = dataclasses.replace(preprocessing, resize_size=None, **whole)
+    if metadata.gives_maps(model):
+        preprocessing = dataclasses.replace(
+            preprocessing, resize_size=None, crop_mode="squash", crop_fraction=1.0, interpolation="bilinear"
+        )
     sides = zip(size or model.input_shape[1:3], preprocessing.size, strict=True)
     height, width = (side or own for side, own in sides)
     preprocessing = preprocessing.at((height, width))
@@ -172,7 +170,7 @@ def export(
         if is_checked:
             comparison = _compare(references, request, compared)
             comparison["images"] = said + ", which it was calibrated with" * (precision == "int8")
-        _store_metadata(model, request, labels, licence)
+        metadata.store(model, request, labels, licence)
         num_bytes = sum(file.stat().st_size for file in written.parent.rglob("*") if file.is_file())
         _move(written.parent, path, folder / "replaced")
     seconds = time.perf_counter() - begin
@@ -265,28 +263,23 @@ def _image_size(model, image_size, format, preprocessing):
         return deploy.sides(image_size)
     own = model.input_shape[1:3]
     # Keras traces a graph of OpenVINO at one size, whose maps are then resized to constant sizes.
-    is_free = FORMATS[format].free_size and not (_gives_maps(model) and format == "openvino")
-    default = preprocessing.size if _gives_maps(model) else (DEFAULT_SIZE, DEFAULT_SIZE)
+    is_free = FORMATS[format].free_size and not (metadata.gives_maps(model) and format == "openvino")
+    default = preprocessing.size if metadata.gives_maps(model) else (DEFAULT_SIZE, DEFAULT_SIZE)
     if None in own and is_free:
         return None
     return tuple(side or other for side, other in zip(own, default, strict=True))
 
 
-def _gives_maps(model):
-    """Whether a model gives (N, h, w, C), as one that classifies pixels."""
-    return len(model.output_shape) == 4
-
-
 def _count_of_maps(model, size):
     """How many images of a size a file is compared with, None for all: maps of many classes are large."""
-    if not _gives_maps(model):
+    if not metadata.gives_maps(model):
         return None
     return max(1, _MOST_NUMBERS // (size[0] * size[1] * model.output_shape[-1]))
 
 
 def _step(model, images):
     """How many images go to a model at a time."""
-    if not _gives_maps(model):
+    if not metadata.gives_maps(model):
         return 8
     return max(1, min(8, (_MOST_NUMBERS >> 2) // (images[0, ..., 0].size * model.output_shape[-1])))
 
@@ -411,7 +404,7 @@ def _outputs(model, images):
     """What a model gives for uint8 images, float64, maps float32; ExportError where that is not finite."""
     pixels, step = images.astype("float32"), _step(model, images)
     parts = [model.predict_on_batch(pixels[i : i + step]) for i in range(0, len(pixels), step)]
-    outputs = np.concatenate(parts).astype("float32" if _gives_maps(model) else "float64")
+    outputs = np.concatenate(parts).astype("float32" if metadata.gives_maps(model) else "float64")
     bad = arrays.not_finite(outputs)
     if bad.any():
         raise ExportError(
@@ -461,55 +454,6 @@ def _compare(references, request, images):
         "milliseconds": milliseconds,
         "model_milliseconds": model_milliseconds,
     }
-
-
-def _store_metadata(model, request, labels, licence):
-    """Stores what an app needs to know: in a LiteRT file, as a ZIP archive at its end; else next to it."""
-    names = labels.names if isinstance(labels, Labels) else labels
-    prepared = dataclasses.asdict(request.preprocessing)
-    del prepared["mean"], prepared["std"]  # the file normalises by itself
-    channels = model.input_shape[3]
-    metadata = {
-        "name": model.name,
-        "input": {
-            "order": "N, H, W, C",
-            "colours": {1: "gray", 3: "RGB"}.get(channels, f"{channels} channels"),
-            "range": [0, 255],
-            "dtype": "uint8" if request.precision == "int8" else "float32",
-            "image_size": request.image_size,
-            "batch_size": request.batch_size,
-            "preprocessing": prepared,
-        },
-        "output": {"classes": model.output_shape[-1], "activation": _activation(model)},
-        "precision": request.precision,
-        "licence": licence,
-        "labels": None if names is None else list(map(str, names)),
-    }
-    if _gives_maps(model):
-        palette = labels.palette if isinstance(labels, Labels) else None
-        metadata["output"] |= {"order": "N, H, W, classes", "task": "segmentation", "palette": palette}
-    # A name that is not UTF-8 is written with the escapes that JSON has.
-    text = json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    if request.format == "litert":
-        with zipfile.ZipFile(request.path, "a") as archive:
-            archive.writestr("metadata.json", text)
-            if names is not None:
-                archive.writestr("labels.txt", class_names.to_lines(names))
-    else:
-        file = runtimes.metadata_file(pathlib.Path(request.path))
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(text)
-
-
-def _activation(model):
-    """The name of what makes the outputs: an activation, or another layer or operation."""
-    if isinstance(model, Segmenter):
-        return "linear"  # logits, which are resized last
-    last = model.outputs[0]._keras_history.operation
-    if isinstance(last, keras.Model):
-        return _activation(last)
-    made_by = getattr(last, "activation", last)
-    return getattr(made_by, "__name__", type(made_by).__name__.lower())
 
 
 def _move(folder, path, replaced):

@@ -55,6 +55,11 @@ class ResizeLike(keras.layers.Layer):
         # Only where both are numbers: a comparison of free sizes would fix them in what `torch.export` makes.
         if all(isinstance(side, int) for side in own + size) and own == size:
             return x
+        if keras.backend.backend() == "tensorflow" and not all(isinstance(side, int) for side in size):
+            import tensorflow as tf
+
+            # Keras asks whether a side is above 0, which a graph of free sizes cannot answer.
+            return tf.cast(tf.image.resize(x, size), x.dtype)
         return ops.image.resize(
             x, size, interpolation="bilinear", antialias=False, data_format="channels_last"
         )

@@ -8,9 +8,12 @@ import importlib
 
 _PLACES = {
     "AdamW": "optimizer",
+    "SegmentationLoss": "segmentation_loss",
     "WarmupCosine": "schedule",
+    "WarmupLinear": "schedule",
     "ema_weights": "optimizer",
     "Recipe": "recipe",
+    "SegmentationRecipe": "segmentation_recipe",
     "known_recipes": "recipe_files",
     "load_recipe": "recipe_files",
     "Interrupted": "failure",

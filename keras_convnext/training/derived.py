@@ -12,6 +12,7 @@ from typing import Any
 from keras_convnext._settings import SettingsError, toml_value
 from keras_convnext.data import sources
 from keras_convnext.data.index import Source
+from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import sources as segmentation_sources
 from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
 from keras_convnext.training.recipe_files import AnyRecipe, load_recipe
@@ -150,13 +151,19 @@ def _from_weights(own: AnyRecipe, changed: Mapping[str, Any], weights: str, stat
         derived["model.layer_scale_init_value"] = variant.layer_scale_init_value, f"of {variant.name}"
     if variant.isotropic:
         derived["optimizer.layer_decay"] = 1.0, "none is published for isotropic models"
+    if isinstance(own, Recipe):
+        derived |= _sizes(own, changed, images)
+    return {key: value for key, value in derived.items() if key not in changed}
+
+
+def _sizes(own: Recipe, changed: Mapping[str, Any], images: Preprocessing | None) -> _Derived:
+    """Returns the size of other weights' images, if the recipe trains at that of its own."""
     before = _facts(own.model.weights, own.model.architecture) if own.model.weights else None
-    has_size = isinstance(own, Recipe) and images is not None and before and before[1]
-    if has_size and before[1].image_size == own.model.image_size:
+    if images is not None and before and before[1] and before[1].image_size == own.model.image_size:
         size = changed.get("model.image_size")
         size = size if isinstance(size, int) else images.image_size
         same = changed.get("evaluation.eval_image_size", size) == images.image_size
-        derived |= {
+        return {
             "model.image_size": (images.image_size, "of the weights"),
             "evaluation.eval_image_size": (size, "that of training"),
             "evaluation.eval_crop": (images.crop_fraction, "of the weights"),
@@ -164,7 +171,7 @@ def _from_weights(own: AnyRecipe, changed: Mapping[str, Any], weights: str, stat
             "evaluation.eval_resize_size": (images.resize_size or 0 if same else 0, "of the weights"),
             "evaluation.eval_interpolation": (images.interpolation, "of the weights"),
         }
-    return {key: value for key, value in derived.items() if key not in changed}
+    return {}
 
 
 def _lengths(recipe: Recipe, changed: Mapping[str, Any]) -> _Derived:

@@ -87,8 +87,8 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that falls in a straight line, and rises to that line from the first step.
 
     At step i of n the line is `end + (peak - end) * (1 - i / n)`; in the w steps of the warmup the rate is
-    the line times `1 - (1 - i / w) * (1 - start / peak)`. Reference: mmcv 1.x, `PolyLrUpdaterHook` with power 1
-    and `get_warmup_lr` with warmup="linear", as ConvNeXt's configurations for ADE20K have them.
+    the line times `1 - (1 - i / w) * (1 - start / peak)`. Reference: mmcv 1.x, `PolyLrUpdaterHook` with
+    power 1 and `get_warmup_lr` with warmup="linear", as ConvNeXt's configurations for ADE20K have them.
 
     Args:
         peak: float, where the line begins. 1e-4 at a batch of 16 in the paper.

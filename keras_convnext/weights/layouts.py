@@ -543,6 +543,15 @@ def _dense_kernel(array, shape):
     return None
 
 
+def is_writable(variant: Variant, layout: str, is_segmenter: bool = False) -> bool:
+    """Whether the weights of a model can be written in a layout, as the code that it is of has them."""
+    try:
+        _check_writable(variant, layout, has_pyramid_norms=is_segmenter, is_segmenter=is_segmenter)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool, is_segmenter: bool) -> None:
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))

@@ -21,7 +21,7 @@ import keras_convnext
 from keras_convnext import export, load
 from keras_convnext.data import calibration, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
-from keras_convnext.exporting import deploy, report, runtimes, web_page, writers
+from keras_convnext.exporting import deploy, metadata, report, runtimes, web_page, writers
 from keras_convnext.exporting import export as export_module
 from keras_convnext.exporting.export import FORMATS, ExportError, ExportResult
 from keras_convnext.layers import normalization
@@ -596,10 +596,10 @@ def test_other_inputs_and_channels_are_refused_with_a_way_on(tmp_path):
 )
 def test_the_activation_of_the_outputs_is_told(last, name):
     model = keras.Sequential([keras.Input((3,)), *last])
-    assert export_module._activation(model) == name
+    assert metadata.activation(model) == name
     x = keras.Input((3,))
-    assert export_module._activation(keras.Model(x, model(x))) == name
-    assert export_module._activation(keras.Model(x, keras.ops.sigmoid(model(x)))) == "sigmoid"
+    assert metadata.activation(keras.Model(x, model(x))) == name
+    assert metadata.activation(keras.Model(x, keras.ops.sigmoid(model(x)))) == "sigmoid"
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the exporter of PyTorch that traces sizes")

@@ -8,7 +8,7 @@ import pytest
 from layer_contract import relative_error
 from test_deploy import randomized
 
-from keras_convnext import deploy, export, load, segmentation
+from keras_convnext import deploy, export, load, save_weights, segmentation
 from keras_convnext.data import calibration
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation.labels import Labels
@@ -51,7 +51,6 @@ def outputs(model, images):
     return keras.ops.convert_to_numpy(model(images.astype("float32"), training=False))
 
 
-@pytest.mark.every_backend
 def test_deployed_segmenter_has_no_batch_norms_and_no_auxiliary_head(model, images):
     deployed = deploy(model)
     kinds = {type(layer) for layer in deployed.layers}
@@ -168,3 +167,31 @@ def test_a_damaged_palette_is_told(model, images, tmp_path):
 def test_labels_of_another_number_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"Expected 3 labels, one a class\. Received: 2"):
         export(model, tmp_path / "m.onnx", labels=Labels(LABELS.names[:2], LABELS.palette[:2]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="one backend tells enough")
+def test_the_command_exports_a_file_of_a_segmenter_with_its_labels(run, tmp_path):
+    body = load("convnext_atto", None, include_top=False, pyramid_norms=True)
+    model = segmentation.UPerNet(body, classes=3, channels=16)
+    save_weights(model, tmp_path / "m.safetensors", preprocessing=Preprocessing(SIZE), labels=LABELS)
+    code, out, err = run("export", "m.safetensors", "m.onnx")
+    assert (code, err) == (0, "") and "m.onnx" in out
+    exported = runtimes.open_exported(tmp_path / "m.onnx")
+    assert exported.input_shape == (None, None, None, 3)
+    assert exported.metadata["labels"] == list(LABELS.names)
+    assert exported.metadata["output"]["palette"][1] == [90, 90, 90]
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    words = (
+        "export",
+        "m.safetensors",
+        "n.onnx",
+        "--labels",
+        "labels.txt",
+        "--image-size",
+        "64",
+        "--no-check",
+    )
+    assert run(*words)[0] == 0
+    exported = runtimes.open_exported(tmp_path / "n.onnx")
+    assert exported.input_shape == (None, 64, 64, 3) and exported.metadata["labels"] == ["a", "b", "c"]

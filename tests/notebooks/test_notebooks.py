@@ -24,6 +24,7 @@ CLASSIFY = ROOT / "notebooks" / "classify.ipynb"
 EXPORT = ROOT / "notebooks" / "export.ipynb"
 FEATURES = ROOT / "notebooks" / "features.ipynb"
 FINE_TUNE = ROOT / "notebooks" / "fine_tune.ipynb"
+SEGMENT = ROOT / "notebooks" / "segment.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOWERS = ROOT.parent / "shared" / "data" / "flowers5_thumbs" / "flowers"
 SMALL = {"WEIGHTS": "", "EPOCHS": "1", "IMAGE_SIZE": "32"}  # random weights: there is no network
@@ -147,6 +148,24 @@ def test_fine_tune_learns_flowers_as_it_stands_but_from_random_weights(tmp_path,
     assert check_fine_tune(executed, tmp_path, 600, names, size=128) > 28  # of 120; 20 by chance
 
 
+@RUNS
+def test_segment_goes_from_masks_to_a_file_for_phones(tmp_path, monkeypatch):
+    weights = "convnextv2_atto.tiny_imagenet200"  # in the package
+    settings = {"WEIGHTS": weights, "IMAGE_SIZE": "96", "CHANNELS": "32", "STEPS": "100"}
+    executed = execute(SEGMENT, tmp_path, monkeypatch, **settings)
+    text, num_pictures = outputs_of(executed)
+    assert "train: 240 images with label maps of 4 classes in 'shapes'" in text
+    assert "held out: 24 images" in text
+    learned = float(re.search(r"^mIoU on 24 photos that it has never seen: ([0-9.]+) %$", text, re.M)[1])
+    assert learned > 35  # all background: 20
+    assert float(re.search(r"the same class for ([0-9.]+)% of the pixels", text)[1]) > 99.9
+    on_phone = float(re.search(r"^mIoU of the 8-bit file, [0-9.]+ MB: ([0-9.]+) %$", text, re.M)[1])
+    assert on_phone > learned - 8  # squeezed photos, in 8 bits
+    assert num_pictures == 4  # masks, loss, predictions, on the phone
+    sizes = [(tmp_path / f"mine_{name}.tflite").stat().st_size for name in ("float32", "int8")]
+    assert sizes[1] < 0.4 * sizes[0]
+
+
 def tables_of(notebook):
     """The rows of each table, as lists of cells, without the line under the header."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -224,7 +243,7 @@ def test_a_failing_cell_fails_the_test(tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_every_notebook_is_run_by_a_test():
-    assert [CLASSIFY, EXPORT, FEATURES, FINE_TUNE] == NOTEBOOKS
+    assert [CLASSIFY, EXPORT, FEATURES, FINE_TUNE, SEGMENT] == NOTEBOOKS
 
 
 @pytest.mark.once

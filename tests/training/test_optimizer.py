@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 import keras_convnext
 from keras_convnext.training.layer_decay import LAYER_DECAY_GROUPS, layer_ids, learning_rate_scales
 from keras_convnext.training.optimizer import AdamW, ema_weights
-from keras_convnext.training.schedule import WarmupCosine
+from keras_convnext.training.schedule import WarmupCosine, WarmupLinear
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import assign, layouts
 
@@ -743,6 +743,26 @@ def test_schedules_of_one_step_and_of_warmup_alone():
     assert rates(WarmupCosine(0.1, 1, end=0.0), [0, 1]) == pytest.approx([0.1, 0])
     assert rates(WarmupCosine(0.1, 2, 2, end=0.0), [0, 1, 2]) == pytest.approx([0, 0.1, 0])
     assert rates(WarmupCosine(0.1, 2, 1, start=0.05, end=0.0), [0, 1]) == pytest.approx([0.05, 0.1])
+
+
+def test_the_straight_line_is_mmcvs_with_its_warmup():
+    """mmcv 1.x: get_warmup_lr takes the line's rate of the iteration times 1 - k, as a recurrence has it."""
+    peak, total, warmup, ratio = 1e-4, 160_000, 1500, 1e-6
+    steps = [0, 1, 749, 1499, 1500, 1501, 80_000, 159_999, 160_000, 200_000]
+    expected = []
+    for step in steps:
+        regular = peak * (1 - min(step, total) / total) ** 1.0  # PolyLrUpdaterHook, power 1, min_lr 0
+        k = (1 - step / warmup) * (1 - ratio)
+        expected.append(regular * (1 - k) if step < warmup else regular)
+    found = rates(WarmupLinear(peak, total, warmup, start=peak * ratio), steps)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
+    without = rates(WarmupLinear(peak, total), steps)
+    assert without[1] == pytest.approx(peak) and found[1] < 0.01 * peak
+    assert rates(WarmupLinear(0.1, 4, end=0.02), [0, 2, 4, 9]) == pytest.approx([0.1, 0.06, 0.02, 0.02])
+    copy = WarmupLinear.from_config(WarmupLinear(peak, total, warmup).get_config())
+    assert (copy.peak, copy.total_steps, copy.warmup_steps) == (peak, total, warmup)
+    with pytest.raises(ValueError, match=r"WarmupLinear needs warmup_steps <= total_steps"):
+        WarmupLinear(0.1, 4, 5)
 
 
 # --- Errors ------------------------------------------------------------------------------------------------

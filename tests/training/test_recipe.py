@@ -13,19 +13,49 @@ import pydantic
 import pytest
 
 from keras_convnext._settings import toml_value
+from keras_convnext.analysis.plan import make_plan
 from keras_convnext.data import train_transform
 from keras_convnext.training.advice import warnings_for
 from keras_convnext.training.recipe import Distribution, Recipe
 from keras_convnext.training.recipe_files import identity, known_recipes, load_recipe
+from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.weights.catalog import find_checkpoint
 
 pytestmark = pytest.mark.once
 
 FOLDER = pathlib.Path(__file__).parents[2] / "recipes"
-OURS = {"fine_tune", "tiny_imagenet", "tiny_imagenet_64", "smoke"}
+OF_MASKS = {"fine_tune_segmentation", "camvid"}
+OURS = {"fine_tune", "tiny_imagenet", "tiny_imagenet_64", "smoke", *OF_MASKS}
 OF_FEATURES = {"knn", "linear_probe"}
 
 # fmt: off
+# facebookresearch/ConvNeXt at 048efce, semantic_segmentation/configs/convnext, and BEiT's base files.
+SEGMENTATION_COLUMNS = ("architecture", "weights", "learning_rate", "drop_path_rate", "crop_size",
+                        "base_size", "precision", "eval_image_size")
+_ADE20K = "ade20k_upernet_convnext_"
+_512, _640 = ((512, 512), (2048, 512)), ((640, 640), (2560, 640))
+SEGMENTATION = {
+    f"{_ADE20K}tiny":
+        ("convnext_tiny", "convnext_tiny.fb_in1k", 1e-4, 0.4, *_512, "mixed_float16", 512),
+    f"{_ADE20K}small":
+        ("convnext_small", "convnext_small.fb_in1k", 1e-4, 0.3, *_512, "mixed_float16", 512),
+    f"{_ADE20K}base":
+        ("convnext_base", "convnext_base.fb_in1k", 1e-4, 0.4, *_512, "mixed_float16", 512),
+    f"{_ADE20K}base_640":
+        ("convnext_base", "convnext_base.fb_in22k", 1e-4, 0.4, *_640, "mixed_float16", 640),
+    f"{_ADE20K}large":
+        ("convnext_large", "convnext_large.fb_in22k", 1e-4, 0.4, *_640, "float32", 640),
+    f"{_ADE20K}xlarge":
+        ("convnext_xlarge", "convnext_xlarge.fb_in22k", 8e-5, 0.4, *_640, "float32", 640),
+}
+# What all six share, by short key.
+OF_ADE20K = {
+    "steps": 160_000, "batch_size": 16, "warmup_steps": 1500, "weight_decay": 0.05,
+    "beta_1": 0.9, "beta_2": 0.999, "min_learning_rate": 0.0, "clip_norm": 0.0, "layer_decay": 0.9,
+    "layer_decay_groups": "stage_wise",
+    "ema_decay": 0.0, "channels": 512, "auxiliary_weight": 0.4, "loss_mean": "all", "ignored_values": (0,),
+    "scale": (0.5, 2.0), "max_class_share": 0.75, "flip": 0.5, "photometric": 0.5, "eval_mode": "slide",
+}
 # Liu et al. 2022, tables 5 and 6 and A.1; Woo et al. 2023, tables 9 to 13; the commands of both TRAINING.md;
 # pytorch/vision pull request 5197. The learning rate is absolute: in V2's tables it is per 256 images.
 COLUMNS = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_epochs", "drop_path_rate",
@@ -182,7 +212,7 @@ def write(tmp_path, smoke):
 
 
 def test_the_folder_holds_the_published_runs_and_ours_and_nothing_else():
-    assert set(known_recipes()) == set(PUBLISHED) | OURS | OF_FEATURES
+    assert set(known_recipes()) == set(PUBLISHED) | set(SEGMENTATION) | OURS | OF_FEATURES
     assert known_recipes() == sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
@@ -190,6 +220,56 @@ def test_the_folder_holds_the_published_runs_and_ours_and_nothing_else():
 def test_published_values_are_the_published_ones(published, name):
     found = {column: published[name].by_short_key()[column] for column in COLUMNS}
     assert found == dict(zip(COLUMNS, PUBLISHED[name], strict=True))
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_published_segmentation_is_as_published(name):
+    recipe = load_recipe(name)
+    values = recipe.by_short_key()
+    assert tuple(values[column] for column in SEGMENTATION_COLUMNS) == SEGMENTATION[name]
+    assert {key: values[key] for key in OF_ADE20K} == OF_ADE20K
+    assert values["warmup_learning_rate"] == pytest.approx(1e-6 * values["learning_rate"])
+    assert find_checkpoint(values["weights"]).architecture == values["architecture"]
+
+
+def test_a_recipe_of_segmentation_is_read_by_its_task(tmp_path):
+    recipe = load_recipe("camvid", {"steps": "300", "ignored_values": "11,255", "crop_size": "64, 96"})
+    assert isinstance(recipe, SegmentationRecipe) and recipe.optimizer.steps == 300
+    assert recipe.data.ignored_values == (11, 255) and recipe.model.crop_size == (64, 96)
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe.to_toml())
+    assert load_recipe(path) == recipe
+    assert identity(recipe)["steps"] == 300 and identity(recipe)["crop_size"] == [64, 96]
+    path.write_text(recipe.to_toml().replace('"segmentation"', '"detection"'))
+    with pytest.raises(
+        ValueError, match=r"Expected task to be one of classification, segmentation, received 'det"
+    ):
+        load_recipe(path)
+    path.write_text('task = "classification"\n' + load_recipe("smoke").to_toml().replace("task = ", "# "))
+    assert load_recipe(path).task == "classification"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"evaluations": 7}, "evaluations: expected a divisor of steps 1500, received 7"),
+        ({"warmup_steps": 2000}, "warmup_steps: expected at most steps 1500, received 2000"),
+        ({"architecture": "convnext_isotropic_small"}, "architecture: expected one of"),
+        ({"ignored_values": (11, 11)}, "ignored_values: expected different values from 0 to 65535"),
+        ({"layer_scale_init_value": 1.0}, "layer_scale_init_value: expected 0 for convnextv2_atto"),
+        ({"loss_mean": "labeled"}, "loss_mean: expected one of all, labelled (did you mean 'labelled'?)"),
+        ({"channels": 1}, "channels: expected an integer of at least 2"),
+        ({"weights": "convnextv2_atto.none"}, "weights: expected a tag"),
+    ],
+)
+def test_a_mistake_in_segmentation_is_named(changes, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_recipe("camvid").replaced(changes)
+
+
+def test_a_plan_of_segmentation_is_refused():
+    with pytest.raises(ValueError, match=r"Expected a recipe of a classifier, received one of segmentation"):
+        make_plan(load_recipe("camvid"), "1xcpu")
 
 
 def test_the_table_above_would_notice_another_value(published):
@@ -505,9 +585,8 @@ def test_problems_of_a_file_are_all_named(write, changes, problems):
 
 
 def test_every_key_is_missed_when_it_is_missing(write, smoke):
-    for key in smoke.by_short_key().keys() - {"source", "epochs_for_images", "engine", "model_devices"} | {
-        "data"
-    }:
+    optional = {"task", "epochs_for_images", "engine", "model_devices"}
+    for key in smoke.by_short_key().keys() - {"source", *optional} | {"data"}:
         name = "source" if key == "data" else key
         with pytest.raises(ValueError, match=rf"with 1 problem:\n  {name}: missing"):
             load_recipe(write(**{key: None}))
@@ -588,7 +667,7 @@ def test_a_key_is_changed_by_its_short_or_its_full_name(smoke, key):
 
 
 def test_short_keys_are_unique(smoke):
-    assert len(smoke.by_short_key()) == len(smoke.values()) == 59
+    assert len(smoke.by_short_key()) == len(smoke.values()) == 60
     assert all(
         Recipe.full_key(key) == full for key, full in zip(smoke.by_short_key(), smoke.values(), strict=True)
     )
@@ -601,6 +680,8 @@ def test_the_recipes_have_the_values_that_they_had_before_they_had_tables():
         values = {}
         for key, value in tomllib.loads(path.read_text()).items():
             values |= value if isinstance(value, dict) else {key: value}
+        if path.stem in {*SEGMENTATION, *OF_MASKS}:
+            continue  # recipes of later
         if path.stem not in OF_FEATURES:
             values["data"] = values.pop("source")
             values.pop("epochs_for_images", None)  # a key of later
@@ -701,7 +782,7 @@ def test_a_file_in_the_working_directory_hides_no_published_name(write, tmp_path
 def test_names_of_the_data_pipeline_are_the_pipelines():
     policies = importlib.import_module("keras_convnext.data.augment.policies")
     assert set(train_transform.POLICIES) == set(policies.POLICIES)
-    for name in {*PUBLISHED, *OURS}:
+    for name in {*PUBLISHED, *OURS} - OF_MASKS:
         policies.parse_policy(load_recipe(name).augmentation.policy)
 
 
@@ -710,7 +791,7 @@ def test_names_of_the_data_pipeline_are_the_pipelines():
 
 def test_identity_is_all_that_decides_the_result(smoke):
     free = {"title", "reference", "epochs_for_images", "checkpoint_minutes", "keep_checkpoints"}
-    free |= {"engine", "model_devices"}
+    free |= {"task", "engine", "model_devices"}
     assert set(identity(smoke)) == smoke.by_short_key().keys() - free
     same = smoke.replaced({"title": "x", "reference": "y", "checkpoint_minutes": 1.0, "keep_checkpoints": 9})
     assert identity(same) == identity(smoke)
@@ -744,7 +825,7 @@ def _warned(recipe, **changes):
 
 
 def test_no_published_recipe_is_warned_of_with_its_own_weights(published, smoke):
-    ours = {name: load_recipe(name) for name in OURS}
+    ours = {name: load_recipe(name) for name in OURS - OF_MASKS}
     images = {"fine_tune": 3670 * 8 // 10, "smoke": 1437}
     images |= {"tiny_imagenet": 100_000, "tiny_imagenet_64": 100_000}
     for name, recipe in {**published, **ours}.items():

@@ -13,6 +13,7 @@ from keras.initializers import GlorotUniform
 
 from keras_convnext.training import curves, failure, run_folder, trainer
 from keras_convnext.training.checkpoints import Counts
+from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.run_state import Plan
 from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer, without_optimizer
@@ -99,7 +100,7 @@ def train(folder):
 
 @pytest.fixture
 def autoencoder(monkeypatch):
-    monkeypatch.setattr(trainer, "Classification", Autoencoder)
+    monkeypatch.setitem(trainer.TASKS, Recipe, Autoencoder)
 
 
 def test_a_task_without_scores_is_trained_logged_drawn_and_saved(autoencoder, tmp_path):

@@ -1,6 +1,8 @@
 """Pictures of label maps: a PNG with a palette, the map over its photo, and a legend with shares."""
 
 import colorsys
+import contextlib
+import importlib.util
 import io
 from typing import Any
 
@@ -56,7 +58,7 @@ def with_legend(picture: np.ndarray, found: list[dict[str, Any]], labels: Labels
     if others:
         rest = sum(row["share"] for row in others)
         lines.append(((128, 128, 128), rest, f"{len(others)} more classes"))
-    font = ImageFont.load_default(14)
+    font = _font(14)
     texts = [f"{100 * share:5.1f} %  {name}" for _, share, name in lines]
     width = 2 * _MARGIN + _SWATCH + 8 + int(max((font.getlength(text) for text in texts), default=0))
     height = max(picture.shape[0], 2 * _MARGIN + _ROW * len(lines))
@@ -78,6 +80,16 @@ def save_png(picture: Image.Image, path: StrPath) -> None:
     content = io.BytesIO()
     picture.save(content, "PNG", pnginfo=marked)
     replace_file(path, content.getvalue(), PNG_MARK)
+
+
+def _font(size: int) -> Any:
+    """DejaVu Sans of the system or of matplotlib, for most alphabets; else Pillow's own, for ASCII."""
+    found = importlib.util.find_spec("matplotlib")  # without importing it
+    places = (found.submodule_search_locations if found is not None else None) or ()
+    for folder in ("", *(f"{place}/mpl-data/fonts/ttf/" for place in places)):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(f"{folder}DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)
 
 
 def _table(labels: Labels) -> np.ndarray:

@@ -55,6 +55,11 @@ class SegmentationSource:
         return len(self.images)
 
     @property
+    def kind(self) -> str:
+        """What holds the images, as `index.Source` names it."""
+        return self.images.kind
+
+    @property
     def classes(self) -> list[str]:
         return list(self.labels.names)
 

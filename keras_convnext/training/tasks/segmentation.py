@@ -25,7 +25,7 @@ from keras_convnext.training.segmentation_loss import SegmentationLoss
 from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.training.tasks import Datasets, TaskModel, adamw, without_optimizer
 from keras_convnext.variants import VARIANTS
-from keras_convnext.weights import labels_metadata, preprocessing_metadata
+from keras_convnext.weights import labels_metadata, layouts, preprocessing_metadata
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
 SHOWN_PHOTOS = 4  # of the validation split, in the picture of each epoch
@@ -35,11 +35,13 @@ class Segmentation:
     """A class for each pixel, by UPerNet: the `Task` of training on ADE20K and on masks of one's own."""
 
     best = "val_miou"
-    files: Sequence[str] = ("final.safetensors",)
 
     def __init__(self, recipe: SegmentationRecipe, workers: int | None = None) -> None:
         self.recipe = recipe
         self.workers = workers
+        # Facebook's code has no place for what some of timm's architectures are.
+        is_official = layouts.is_writable(VARIANTS[recipe.model.architecture], "official", is_segmenter=True)
+        self.files: Sequence[str] = ("final.safetensors" if is_official else "final.keras",)
         forward.import_batches()  # says what is missing without TensorFlow
         from keras_convnext.data.segmentation import batches
 
@@ -116,7 +118,8 @@ class Segmentation:
         is_divided = keras.backend.backend() == "torch"
         share = (engine.group.rank, len(engine.group)) if is_divided else (0, 1)
         own = np.arange(share[0], len(data.validation), share[1])
-        shown = own[np.unique(np.linspace(0, len(own) - 1, SHOWN_PHOTOS).astype(int))].tolist()
+        places = np.linspace(0, max(len(own) - 1, 0), min(SHOWN_PHOTOS, len(own)))
+        shown = own[places.astype(int)].tolist()
 
         def keep(number: int, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> None:
             if number in shown:
@@ -133,6 +136,7 @@ class Segmentation:
             after_batch=after_batch,
             gathered=engine.group.gathered_arrays if is_divided else lambda array: [array],
             share=share,
+            fills=engine.num_parts > 1,
             on_map=keep,
         )
 
@@ -154,10 +158,15 @@ class Segmentation:
         labels_metadata.add_labels(path, self._labels)
 
     def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
-        folder.write_with(
-            "final.safetensors",
-            lambda path: save_weights(model, path, "official", self.preprocessing, data.training.labels),
-        )
+        def write(path: pathlib.Path) -> None:
+            if path.suffix == ".safetensors":
+                save_weights(model, path, "official", self.preprocessing, self._labels)
+                return
+            without_optimizer(model).save(path)
+            preprocessing_metadata.add_preprocessing(path, self.preprocessing)
+            labels_metadata.add_labels(path, self._labels)
+
+        folder.write_with(self.files[0], write)
 
 
 def open_data(recipe: SegmentationRecipe) -> tuple[SegmentationSource, SegmentationSource | None]:
@@ -199,7 +208,7 @@ def build_model(recipe: SegmentationRecipe, classes: int, source: ResolvedWeight
         include_top=None if source.task == "segmentation" else False,
         pyramid_norms=source.task != "segmentation",
     )
-    if source.task != "segmentation":
+    if source.heads is None:
         backbone = models.build(source, options)
         return segmentation.UPerNet(backbone, classes, values.channels, auxiliary=has_auxiliary)
     if source.heads.channels != values.channels:
@@ -220,6 +229,7 @@ def compile_model(recipe: SegmentationRecipe, student: Any, plan: Plan) -> Any:
         start=values.warmup_learning_rate,
         end=values.min_learning_rate,
     )
+    losses: Any
     model, losses, weights = student, SegmentationLoss(loss.loss_mean), None
     if loss.auxiliary_weight:
         model = segmentation.with_auxiliary(student)
