@@ -34,7 +34,7 @@ class SegmentationTransform:
 
     augmentation: SegmentationAugmentation
     crop_size: tuple[int, int]  # (height, width) of the result
-    mean: tuple[float, float, float]  # colour of the padding, 0 to 255: 0 after normalisation
+    mean: tuple[float, ...]  # colour of the padding, 0 to 255: 0 after normalisation
     dtype: str  # of the images, "float32" or "uint8"
 
     def plan(self, draws: Draws) -> Rows:

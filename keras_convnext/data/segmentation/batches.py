@@ -90,7 +90,8 @@ def train_batches(
 
     def made(rows: Rows, loader: Any) -> Rows:
         row = {name: values[0] for name, values in rows.items()}
-        image, label_map = transform.make(*loader(row["number"]), row)
+        image, label_map = loader(row["number"])
+        image, label_map = transform.make(image, label_map, row)
         return {"images": image[None], "maps": label_map[None]}
 
     def without_faults(batch: Rows) -> tuple[Any, Any]:
