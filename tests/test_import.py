@@ -35,6 +35,7 @@ WITH_FRAMEWORK = {
         f"data.{name}": {"tensorflow"}
         for name in ("augment", "batches", "blocks", "contact_sheet", "jpeg", "stream", "train_transform")
     },
+    **{f"data.segmentation.{name}": {"tensorflow"} for name in ("augment", "batches")},
     "distribution.jax_engine": {"jax"},
     "distribution.tensorflow_engine": {"tensorflow"},
     "distribution.torch_engine": {"torch"},

@@ -53,13 +53,13 @@ class ResizeLike(keras.layers.Layer):
         x, like = inputs
         own, size = (tuple(ops.shape(each)[1:3]) for each in (x, like))
         # Only where both are numbers: a comparison of free sizes would fix them in what `torch.export` makes.
-        if all(isinstance(side, int) for side in own + size) and own == size:
+        are_known = all(isinstance(side, int) for side in own + size)
+        if are_known and own == size:
             return x
-        if keras.backend.backend() == "tensorflow" and not all(isinstance(side, int) for side in size):
-            import tensorflow as tf
+        if not are_known and keras.backend.backend() == "tensorflow":
+            import tensorflow as tf  # Keras asks whether a side is positive, which a graph cannot tell
 
-            # Keras asks whether a side is above 0, which a graph of free sizes cannot answer.
-            return tf.cast(tf.image.resize(x, size), x.dtype)
+            return cast(tf.image.resize(x, size, "bilinear"), x.dtype)
         return ops.image.resize(
             x, size, interpolation="bilinear", antialias=False, data_format="channels_last"
         )

@@ -87,7 +87,7 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that falls in a straight line, and rises to that line from the first step.
 
     At step i of n the line is `end + (peak - end) * (1 - i / n)`; in the w steps of the warmup the rate is
-    the line times `1 - (1 - i / w) * (1 - start / peak)`. Reference: mmcv 1.x, `PolyLrUpdaterHook` with
+    the line times `i / w + (1 - i / w) * start / peak`. Reference: mmcv 1.x, `PolyLrUpdaterHook` with
     power 1 and `get_warmup_lr` with warmup="linear", as ConvNeXt's configurations for ADE20K have them.
 
     Args:
@@ -125,8 +125,8 @@ class WarmupLinear(keras.optimizers.schedules.LearningRateSchedule):
         rate = self.end + (self.peak - self.end) * (left / self.total_steps)
         if self.warmup_steps == 0:
             return rate
-        missing = ops.cast(ops.maximum(self.warmup_steps - step, 0), "float32") / self.warmup_steps
-        return rate * (1 - missing * (1 - self.start / self.peak))
+        done = ops.cast(ops.minimum(step, self.warmup_steps), "float32") / self.warmup_steps
+        return rate * (done + (1 - done) * (self.start / self.peak))
 
     def get_config(self):
         return {name: getattr(self, name) for name in ("peak", "total_steps", "warmup_steps", "start", "end")}

@@ -65,6 +65,18 @@ def test_resizing_equals_pytorch(size):
     assert relative_error(received, expected) <= 1e-6 < relative_error(received, aligned)
 
 
+def test_one_model_resizes_photos_of_several_sizes():
+    """TensorFlow's second size is one that its graph does not know."""
+    image = keras.Input((None, None, 3))
+    small = keras.layers.AveragePooling2D(4)(image)
+    model = keras.Model(image, ResizeLike()([small, image]))
+    for size in ((16, 24), (20, 8), (32, 32)):
+        images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype("float32")
+        pooled = torch.nn.functional.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2), 4)
+        expected = torch.nn.functional.interpolate(pooled, size, mode="bilinear").permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(model.predict_on_batch(images), expected, atol=1e-5)
+
+
 def test_a_map_of_the_wanted_size_is_handed_on():
     x = random_map((7, 11))
     np.testing.assert_array_equal(as_numpy(ResizeLike()([x, x[..., :1]])), x)

@@ -757,7 +757,7 @@ def test_the_straight_line_is_mmcvs_with_its_warmup():
     found = rates(WarmupLinear(peak, total, warmup, start=peak * ratio), steps)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
     without = rates(WarmupLinear(peak, total), steps)
-    assert without[1] == pytest.approx(peak) and found[1] < 0.01 * peak
+    assert without[1] == pytest.approx(peak, rel=1e-4) and found[1] < 0.01 * peak
     assert rates(WarmupLinear(0.1, 4, end=0.02), [0, 2, 4, 9]) == pytest.approx([0.1, 0.06, 0.02, 0.02])
     copy = WarmupLinear.from_config(WarmupLinear(peak, total, warmup).get_config())
     assert (copy.peak, copy.total_steps, copy.warmup_steps) == (peak, total, warmup)
