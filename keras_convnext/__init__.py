@@ -72,7 +72,7 @@ _PLACES = {
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}
 _MODULES = (
     "analysis", "conversion", "convnext", "data", "distribution", "evaluation", "exporting", "layers",
-    "models", "predictor", "training", "variants", "weights",
+    "models", "predictor", "roadmap", "training", "variants", "weights",
 )  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)
