@@ -1,8 +1,8 @@
 """The road from ResNet-50 to ConvNeXt-T: each step of the paper as a model, and what it costs.
 
-`STEPS` is the road: a row says what it changes, nothing else. `design` adds up the rows, `network` is the
-forward pass of every design, and two readers go through it: `cost` counts, without Keras, and `build` makes a
-model. The last step is the model of `keras_convnext.ConvNeXtTiny` itself.
+A row of `STEPS` says what it changes, nothing else. `design` adds up the rows, `network` is the forward pass of
+every design, and two readers go through it: `cost` counts, without Keras, and `build` makes a model. The last
+step is the model of `keras_convnext.ConvNeXtTiny` itself.
 
 Reference: Liu et al. 2022, "A ConvNet for the 2020s" (arXiv:2201.03545), section 2, figure 2; accuracy and
 GFLOPs are those of appendix C, tables 10 and 11. The first step is He et al. 2016 (arXiv:1512.03385), table 1,
@@ -44,10 +44,7 @@ class Design:
 
 
 class Of(NamedTuple):
-    """A value by regime: the way to ConvNeXt-T, to ConvNeXt-B, or to timm's small ConvNeXt-Atto.
-
-    The last is ours, to train on small machines; its ResNet is as much narrower as ResNet-50 is.
-    """
+    """A value by regime, see `build`."""
 
     tiny: Any
     base: Any
@@ -124,6 +121,13 @@ def design(step: int | str, regime: str = "tiny") -> Design:
         values |= row.changes
     of = {key: getattr(value, regime, value) for key, value in values.items()}
     return Design(**of)
+
+
+def changes(step: int | str, regime: str = "tiny") -> dict[str, Any]:
+    """Gives the fields of `Design` that a step changes in a regime, with their new values."""
+    before = [number for number in range(find(step)) if STEPS[number].kept]
+    old = vars(design(before[-1], regime)) if before else {}
+    return {key: value for key, value in vars(design(step, regime)).items() if old.get(key) != value}
 
 
 # The forward pass. `make` is a reader, `_Counter` or `_KerasLayers`; layers are named as torchvision's.
@@ -212,12 +216,7 @@ class Cost(NamedTuple):
 
 
 def cost(step: int | str, regime: str = "tiny", classes: int = 1000, image_size: int = 224) -> Cost:
-    """Counts the multiply-adds of an image and the weights of a step, without building it.
-
-    Example:
-        >>> cost("ResNet")
-        Cost(multiply_adds=4089184256, weights=25557032)
-    """
+    """Counts the multiply-adds of an image and the weights of a step, without building it."""
     counter = _Counter(chosen := design(step, regime))
     network(counter, (image_size, 3), chosen, classes)
     return Cost(counter.multiply_adds, counter.weights)
@@ -287,8 +286,8 @@ class _KerasLayers:
         self.depthwise, self.patches = depthwise.DepthwiseConv2D, pointwise.PatchConv2D
         self.layer_norm, self.residual = normalization.LayerNormalization, residual
         self.initializer, self.random_normal = convnext.INITIALIZER, initializers.RandomNormal
-        is_16_bit = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
-        self.head_dtype = "float32" if is_16_bit else None  # sums over a map lose digits in 16 bits
+        in_16_bits = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
+        self.head_dtype = "float32" if in_16_bits else None  # sums over a map lose digits in 16 bits
 
     def conv(self, x, name, filters, kernel=1, stride=1, depthwise=False):
         margin = _margin(kernel, stride)
@@ -303,8 +302,8 @@ class _KerasLayers:
             return self.layers.DepthwiseConv2D(kernel, depthwise_initializer=self.initializer, **settings)(x)
         # Of ResNets torchvision's, He et al. 2015 (arXiv:1502.01852) by the outputs.
         start = self.initializer if self.bias else self.random_normal((2 / (kernel**2 * filters)) ** 0.5)
-        layer = self.patches if kernel == stride > 1 else self.layers.Conv2D
-        return layer(filters, kernel, kernel_initializer=start, **settings)(x)
+        kind = self.patches if kernel == stride > 1 else self.layers.Conv2D
+        return kind(filters, kernel, kernel_initializer=start, **settings)(x)
 
     def norm(self, x, name):
         if self.design.norm == "layer_norm":
@@ -316,8 +315,8 @@ class _KerasLayers:
         return self.residual.LayerScale(name=name)(x)
 
     def linear(self, x, name, classes):
-        dense = self.layers.Dense
-        return dense(classes, kernel_initializer=self.initializer, dtype=self.head_dtype, name=name)(x)
+        settings = {"kernel_initializer": self.initializer, "dtype": self.head_dtype, "name": name}
+        return self.layers.Dense(classes, **settings)(x)
 
     def activation(self, x):
         return self.layers.Activation(self.design.activation)(x)
@@ -332,8 +331,8 @@ class _KerasLayers:
         return self.layers.MaxPooling2D(3, 2, data_format="channels_last")(x)
 
     def average_pool(self, x):
-        pool = self.layers.GlobalAveragePooling2D
-        return pool(data_format="channels_last", dtype=self.head_dtype)(x)
+        settings = {"data_format": "channels_last", "dtype": self.head_dtype}
+        return self.layers.GlobalAveragePooling2D(**settings)(x)
 
     def channels(self, x):
         return x.shape[-1]
@@ -356,7 +355,8 @@ def build(
 
     Args:
         step: from 0 to 16, or the name of a row of `STEPS`.
-        regime: "tiny" from ResNet-50 to ConvNeXt-T, "base" from ResNet-200 to ConvNeXt-B; or "atto".
+        regime: "tiny" from ResNet-50 to ConvNeXt-T, "base" from ResNet-200 to ConvNeXt-B; "atto", of our
+            own for small machines, from a ResNet that is as much narrower to timm's ConvNeXt-Atto.
         classifier_activation: None for logits.
         drop_path_rate: of the last block; 0 at the first (0.1 in the paper's "tiny", 0.5 in "base").
 
@@ -388,11 +388,11 @@ def connect(step, regime, classes, input_shape, classifier_activation, drop_path
     chosen, number = design(step, regime), find(step)
     values = {"classes": classes, "input_shape": input_shape, "drop_path_rate": drop_path_rate}
     model_options.ModelOptions(**values)  # checks them
-    images = keras.Input(input_shape, name="image")
+    x = images = keras.Input(input_shape, name="image")
     mean, std = (models.for_channels(values, input_shape[-1]) for values in (IMAGENET_MEAN, IMAGENET_STD))
     mean, variance = [255 * value for value in mean], [(255 * value) ** 2 for value in std]
     # In float32: a mean of 123.675 would be rounded in 16 bits.
-    x = keras.layers.Normalization(-1, mean, variance, dtype="float32", name="normalization")(images)
+    x = keras.layers.Normalization(-1, mean, variance, dtype="float32", name="normalization")(x)
     reader = _KerasLayers(chosen, drop_path_rate, seed)
     x = network(reader, x, chosen, classes)
     if classifier_activation is not None:
