@@ -130,7 +130,7 @@ def changes(step: int | str, regime: str = "tiny") -> dict[str, Any]:
     return {key: value for key, value in vars(design(step, regime)).items() if old.get(key) != value}
 
 
-# The forward pass. `make` is a reader, `_Counter` or `_KerasLayers`; layers are named as torchvision's.
+# The forward pass. `make` is a reader, `Counter` or `_KerasLayers`; layers are named as torchvision's.
 
 
 def network(make, x, design: Design, classes: int):
@@ -217,13 +217,13 @@ class Cost(NamedTuple):
 
 def cost(step: int | str, regime: str = "tiny", classes: int = 1000, image_size: int = 224) -> Cost:
     """Counts the multiply-adds of an image and the weights of a step, without building it."""
-    counter = _Counter(chosen := design(step, regime))
+    counter = Counter(chosen := design(step, regime))
     network(counter, (image_size, 3), chosen, classes)
     return Cost(counter.multiply_adds, counter.weights)
 
 
-class _Counter:
-    """Reads a network as numbers; a map is (side, channels)."""
+class Counter:
+    """Reads a network as numbers; a map is (side, channels). A drawing of a block may note more."""
 
     def __init__(self, design):
         self.bias = design.norm == "layer_norm"
