@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from peers import randomise
+from torch.nn import functional as F
 
 import keras_convnext
 from keras_convnext import roadmap
@@ -253,6 +254,77 @@ def test_the_resnet_of_keras_applications_is_another_network():
     assert ours.get_layer("layer2_0_conv1").strides == (1, 1)
     assert ours.get_layer("layer2_0_conv2").strides == (2, 2)
     assert counted(ours) == cost(0)
+
+
+# In between.
+
+
+class TorchReader:
+    """Reads a network as PyTorch's functions in float64, channels-first, with a Keras model's weights."""
+
+    def __init__(self, model, design, wrong_padding=False):
+        self.model, self.design, self.wrong_padding = model, design, wrong_padding
+
+    def weight(self, name, leaf):
+        value = getattr(self.model.get_layer(name), leaf)
+        return (
+            None if value is None else torch.from_numpy(keras.ops.convert_to_numpy(value).astype("float64"))
+        )
+
+    def conv(self, x, name, filters, kernel=1, stride=1, depthwise=False):
+        order, groups = ((2, 3, 0, 1), x.shape[1]) if depthwise else ((3, 2, 0, 1), 1)
+        weight, padding = self.weight(name, "kernel").permute(order), 0 if kernel == stride else kernel // 2
+        if self.wrong_padding and stride == 2 and padding:  # as TensorFlow's "same" on an even side
+            x = F.pad(x, (padding - 1, padding, padding - 1, padding))
+            padding = 0
+        return F.conv2d(x, weight, self.weight(name, "bias"), stride, padding, groups=groups)
+
+    def norm(self, x, name):
+        gamma, beta = self.weight(name, "gamma"), self.weight(name, "beta")
+        if self.design.norm == "layer_norm":
+            return F.layer_norm(x.movedim(1, -1), gamma.shape, gamma, beta, 1e-6).movedim(-1, 1)
+        mean, variance = self.weight(name, "moving_mean"), self.weight(name, "moving_variance")
+        return F.batch_norm(x, mean, variance, gamma, beta, eps=1e-5)
+
+    def activation(self, x):
+        return {"relu": F.relu, "gelu": F.gelu}[self.design.activation](x)
+
+    def scale(self, x, name):
+        return x * self.weight(name, "gamma")[:, None, None]
+
+    def add(self, x, y, name):
+        return x + y
+
+    def max_pool(self, x):
+        return F.max_pool2d(x, 3, 2, 1)
+
+    def average_pool(self, x):
+        return x.mean((2, 3))
+
+    def linear(self, x, name, classes):
+        return F.linear(x, self.weight(name, "kernel").T, self.weight(name, "bias"))
+
+    def channels(self, x):
+        return x.shape[1]
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=() if step in (4, 6, 9) else pytest.mark.slow) for step in range(2, 16)]
+)
+def test_steps_in_between_compute_what_pytorchs_functions_do(step):
+    """Every weight and statistic random. The order of layers is the road's own: `cost` is what tests it."""
+    model = randomised(connect(step, "atto", 5, (96, 64, 3), None), seed=step)
+    images = np.random.default_rng(step).uniform(0, 255, (2, 96, 64, 3)).astype("float32")
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    pixels = torch.from_numpy(((images / 255 - mean) / std).transpose(0, 3, 1, 2))
+    design = roadmap.design(step, "atto")
+    expected, shifted = (
+        roadmap.network(TorchReader(model, design, is_wrong), pixels, design, 5).numpy()
+        for is_wrong in (0, 1)
+    )
+    found, scale = model.predict_on_batch(images), np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * scale)
+    assert np.abs(found - shifted).max() > 5 * TOLERANCE * scale  # padding on one side is another network
 
 
 # The end.
