@@ -116,7 +116,7 @@ def design(step: int | str, regime: str = "tiny") -> Design:
     """Adds up what the steps change, as far as a step; those that were not kept only where it is one."""
     if regime not in REGIMES:
         raise ValueError(_messages.unknown("regime", regime, REGIMES))
-    last, values = find(step), {}
+    last, values = find(step), dict[str, Any]()
     for row in (*(row for row in STEPS[:last] if row.kept), STEPS[last]):
         values |= row.changes
     of = {key: getattr(value, regime, value) for key, value in values.items()}
@@ -371,12 +371,8 @@ def build(
         return connect(step, regime, classes, input_shape, classifier_activation, drop_path_rate, seed)
     from keras_convnext import models
 
-    settings = {
-        "classifier_activation": classifier_activation,
-        "drop_path_rate": drop_path_rate,
-        "seed": seed,
-    }
-    return models.load(REGIMES[regime], None, classes=classes, input_shape=input_shape, **settings)
+    of_load: dict = {"classifier_activation": classifier_activation, "drop_path_rate": drop_path_rate}
+    return models.load(REGIMES[regime], None, classes=classes, input_shape=input_shape, seed=seed, **of_load)
 
 
 def connect(step, regime, classes, input_shape, classifier_activation, drop_path_rate=0.0, seed=None):
@@ -386,7 +382,7 @@ def connect(step, regime, classes, input_shape, classifier_activation, drop_path
     from keras_convnext import model_options, models
 
     chosen, number = design(step, regime), find(step)
-    values = {"classes": classes, "input_shape": input_shape, "drop_path_rate": drop_path_rate}
+    values: dict = {"classes": classes, "input_shape": input_shape, "drop_path_rate": drop_path_rate}
     model_options.ModelOptions(**values)  # checks them
     x = images = keras.Input(input_shape, name="image")
     mean, std = (models.for_channels(values, input_shape[-1]) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -66,7 +66,8 @@ def roadmap_command(options: argparse.Namespace) -> int:
 
 
 def _print_table(regime: str, as_json: bool) -> int:
-    rows, cells = [], []
+    rows: list[dict] = []
+    cells: list[tuple] = []
     for number, step in enumerate(roadmap.STEPS):
         (top1, printed), cost = step.published(regime), roadmap.cost(number, regime)
         is_misfit = (regime, step.name) in roadmap.MISFITS

@@ -1,6 +1,7 @@
 """Trains steps of the road from ResNet-50 to ConvNeXt alike, and says what is more than noise."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -14,8 +15,10 @@ import keras
 from keras_convnext import roadmap
 from keras_convnext._environment import require
 from keras_convnext._files import check_target, replace_file, replacing_file
+from keras_convnext._messages import printable
 from keras_convnext._terminal import csv_text
 from keras_convnext.roadmap import REGIMES, STEPS
+from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.tasks import Datasets, TaskModel, without_optimizer
@@ -125,6 +128,8 @@ def train_road(
         raise ValueError(f"Expected one seed or more, received {seeds}.")
     roadmap.design(numbers[0], regime)  # refuses an unknown regime
     changes = {**CHANGES, "architecture": REGIMES[regime], **(overrides or {})}
+    recipe, _ = choose_recipe(RECIPE, data, changes)
+    _check_recipe(recipe)
     folder = pathlib.Path(os.path.expanduser(output)).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TABLE, PICTURE):
@@ -133,13 +138,12 @@ def train_road(
     for seed in range(seeds):  # all steps of a seed, then the next: a ladder is there early
         for step in numbers:
             result = train(
-                RECIPE,
+                recipe,
                 folder / f"{step:02d}-seed{seed}",
-                data=data,
-                overrides={**changes, "seed": seed},
+                overrides={"seed": seed},
                 workers=workers,
                 progress=progress,
-                task=lambda recipe, workers, step=step: _checked(Road(step, recipe, workers)),
+                task=functools.partial(Road, step),
             )
             keras.utils.clear_session(free_memory=True)
             scores = result.scores
@@ -148,7 +152,7 @@ def train_road(
             found = {"step": step, "name": STEPS[step].name, "seed": seed, "top1": scores["val_top1"]}
             found |= {"loss": scores["val_loss"], "epochs": scores["epoch"], "updates": scores["step"]}
             rows.append(found)
-            _write(rows, folder, f"{REGIMES[regime]} and the way to it: {data}")
+            _write(rows, folder, f"{regime_of(recipe)}: {recipe.data.source}")
     return rungs(rows)
 
 
@@ -156,14 +160,14 @@ def regime_of(recipe: Recipe) -> str:
     return next(name for name, end in REGIMES.items() if end == recipe.model.architecture)
 
 
-def _checked(task: Road) -> Road:
+def _check_recipe(recipe: Recipe) -> None:
     """Refuses values of a recipe that models with batch norms, or not of this package, cannot have."""
     wanted = {
         "architecture": tuple(REGIMES.values()), "weights": ("",), "trainable": ("all",), "teacher": ("",),
         "rematerialize": (False,), "head_init_scale": (1.0,), "layer_decay": (1.0,), "ema_decay": (0.0,),
         "accumulation_steps": (1,), "layer_scale_init_value": (1e-6,),
     }  # fmt: skip
-    values = task.recipe.by_short_key()
+    values = recipe.by_short_key()
     wrong = [
         f"{key} = {' or '.join(map(repr, allowed))}, received {values[key]!r}"
         for key, allowed in wanted.items()
@@ -171,7 +175,6 @@ def _checked(task: Road) -> Road:
     ]
     if wrong:
         raise ValueError(f"Expected values that every step of the road can have: {'; '.join(wrong)}.")
-    return task
 
 
 def rungs(rows: Sequence[Mapping[str, Any]]) -> list[Rung]:
@@ -224,7 +227,7 @@ def draw(found: Sequence[Rung], path: str | os.PathLike[str], title: str = "") -
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 0.55 * len(found) + 1.9), layout="constrained")
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(printable(title), fontsize=10, parse_math=False)
     axes = figure.subplots()
     places = range(len(found))
     errors = [0.0 if math.isnan(rung.deviation) else rung.deviation for rung in found]
