@@ -107,7 +107,8 @@ def measure(options) -> int:
 
 def timed(model, images, seconds: float) -> float:
     """Seconds of the median call, of those that begin within `seconds`."""
-    calls, begin = [], time.perf_counter()
+    calls: list[float] = []
+    begin = time.perf_counter()
     while not calls or time.perf_counter() - begin < seconds:
         before = time.perf_counter()
         model.predict_on_batch(images)

@@ -331,7 +331,10 @@ def test_steps_in_between_compute_what_pytorchs_functions_do(step):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(("regime", "name"), [("tiny", "ConvNeXtTiny"), ("atto", "ConvNeXtAtto")])
+@pytest.mark.parametrize(
+    ("regime", "name"),
+    [("atto", "ConvNeXtAtto"), pytest.param("tiny", "ConvNeXtTiny", marks=pytest.mark.slow)],
+)
 def test_step_16_is_convnext_both_ways(regime, name):
     ends = [
         build(16, regime, 7, SIZE),

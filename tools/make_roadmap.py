@@ -258,7 +258,7 @@ def notebook() -> str:
     made = []
     for number, (kind, text) in enumerate(cells()):
         short = {"markdown": "text", "code": "code"}[kind]
-        cell = {"cell_type": kind, "id": f"{short}-{number:02d}", "metadata": {}}
+        cell: dict = {"cell_type": kind, "id": f"{short}-{number:02d}", "metadata": {}}
         if kind == "code":
             cell |= {"execution_count": None, "outputs": []}
         made.append(dict(sorted((cell | {"source": text.splitlines(keepends=True)}).items())))
