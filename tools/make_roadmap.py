@@ -65,8 +65,8 @@ left.barh(
     edgecolor="#2171b5", capsize=2,
 )  # fmt: skip
 for place, row in enumerate(roadmap.STEPS):
-    left.text(76.1, place - 0.2, f"{row.top1:.1f}", va="center", fontsize=8)
-    left.text(76.1, place + 0.2, f"{row.top1_base:.1f}", va="center", fontsize=8)
+    left.text(76.1, place - 0.2, f"{row.top1:.2f}", va="center", fontsize=8)
+    left.text(76.1, place + 0.2, f"{row.top1_base:.2f}", va="center", fontsize=8)
 left.set_xlim(76, 84)
 left.set_xlabel("published top-1 accuracy on ImageNet-1k, % (axis begins at 76)")
 left.set_yticks(places, names)
