@@ -94,15 +94,10 @@ class Autoencoder:
 
 
 def train(folder):
-    return trainer.train(load_recipe("smoke", CHANGES), folder, progress=False)
+    return trainer.train(load_recipe("smoke", CHANGES), folder, progress=False, task=Autoencoder)
 
 
-@pytest.fixture
-def autoencoder(monkeypatch):
-    monkeypatch.setattr(trainer, "Classification", Autoencoder)
-
-
-def test_a_task_without_scores_is_trained_logged_drawn_and_saved(autoencoder, tmp_path):
+def test_a_task_without_scores_is_trained_logged_drawn_and_saved(tmp_path):
     result = train(tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     assert names == {
@@ -121,7 +116,7 @@ def test_a_task_without_scores_is_trained_logged_drawn_and_saved(autoencoder, tm
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["pixels"] == 64
 
 
-def test_a_task_resumes_to_the_same_digits(autoencoder, tmp_path, monkeypatch):
+def test_a_task_resumes_to_the_same_digits(tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(whole)
     save = run_folder.RunFolder.save
