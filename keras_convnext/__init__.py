@@ -74,7 +74,7 @@ _PLACES = {
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}
 _MODULES = (
     "analysis", "conversion", "convnext", "data", "distribution", "evaluation", "exporting", "layers",
-    "loading", "models", "predictor", "segmentation", "training", "variants", "weights",
+    "loading", "models", "predictor", "roadmap", "segmentation", "training", "variants", "weights",
 )  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)

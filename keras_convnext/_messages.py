@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Returns the message for a name that is not among the known ones: near names first, then all."""
     return f"Unknown {kind} {short_repr(name)}.{near_names(str(name), known)} Known: {', '.join(known)}"
 

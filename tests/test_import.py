@@ -23,7 +23,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items(
 # Rooms and modules that import no Keras, not even by what they import.
 KERAS_FREE = (
     "_environment", "_files", "_messages", "_settings", "_terminal", "variants", "analysis", "cli",
-    "data", "weights", "evaluation.report", "evaluation.results", "exporting.litert_int8",
+    "data", "roadmap", "weights", "evaluation.report", "evaluation.results", "exporting.litert_int8",
     "exporting.formats", "exporting.report", "exporting.runtimes", "exporting.web_page",
     "training.advice", "training.curves", "training.derived", "training.logs", "training.recipe",
     "training.recipe_files", "training.run_folder",

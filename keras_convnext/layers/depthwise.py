@@ -26,9 +26,10 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
     Args:
         kernel_size: int, odd side K of the kernel; ValueError for an even one, which has no centre.
         dilation_rate: int, distance between the kernel's taps. Default 1.
+        use_bias: bool, whether to have `bias`. Default True; the convolutions of ResNets have none.
     """
 
-    def __init__(self, kernel_size, dilation_rate=1, *, name=None, dtype=None, trainable=True):
+    def __init__(self, kernel_size, dilation_rate=1, use_bias=True, *, name=None, dtype=None, trainable=True):
         if not isinstance(kernel_size, int) or kernel_size % 2 == 0:
             raise ValueError(
                 "DepthwiseConv2D needs one odd number, the side of its square kernel. Received: "
@@ -39,6 +40,7 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
             dilation_rate=dilation_rate,
             padding="same",
             data_format="channels_last",
+            use_bias=use_bias,
             depthwise_initializer=RandomNormal(stddev=0.02),
             name=name,
             dtype=dtype,
@@ -50,12 +52,17 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         if backend not in PATHS:
             return super().call(x)
         path = PATHS[backend][chosen_path(backend, device_kind(x))]
-        kernel, bias = kernel_and_bias(self, self.compute_dtype)
+        if self.use_bias:
+            kernel, bias = kernel_and_bias(self, self.compute_dtype)
+        else:
+            kernel = cast(self.kernel, self.compute_dtype)
+            bias = keras.ops.zeros(kernel.shape[2:3], kernel.dtype)
         return path(x, kernel, bias, self.dilation_rate[0])
 
     def get_config(self):
         config = keras.layers.Layer.get_config(self)
-        return {**config, "kernel_size": self.kernel_size[0], "dilation_rate": self.dilation_rate[0]}
+        config |= {"kernel_size": self.kernel_size[0], "dilation_rate": self.dilation_rate[0]}
+        return config if self.use_bias else {**config, "use_bias": False}
 
 
 def kernel_and_bias(layer, dtype):

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -49,6 +49,7 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     workers: int | None = None,
     progress: bool = True,
+    task: Callable[[Any, int | None], Task] | None = None,
 ) -> TrainingResult:
     """Trains a model as a recipe says, or resumes where an earlier call with the same recipe was stopped.
 
@@ -67,6 +68,7 @@ def train(
             them and is not set, see recipes/README.md.
         workers: threads of the input pipeline, by default the CPU cores; they change no result.
         progress: whether to show progress on stderr.
+        task: makes of the recipe and `workers` what is trained, by default that of the recipe's task.
 
     Raises:
         ValueError: a value of the recipe is out of range or does not fit the data or the weights.
@@ -84,22 +86,22 @@ def train(
     begin = time.monotonic()
     require("matplotlib", "The picture of the curves")
     chosen, derived = choose_recipe(recipe, data, overrides, output)
-    task = TASKS[type(chosen)](chosen, workers)
+    trained = (task or TASKS[type(chosen)])(chosen, workers)
     engine = choose.choose(chosen.distribution.engine, chosen.distribution.model_devices)
     with engine.group, run_state.settings_of(chosen), engine.scope(), contextlib.ExitStack() as stack:
         engine.check_batch(chosen.optimizer.batch_size, chosen.optimizer.accumulation_steps)
-        datasets = task.open_data()
-        built = task.build_model(datasets)
+        datasets = trained.open_data()
+        built = trained.build_model(datasets)
         engine.prepare(built.model)
         path = pathlib.Path(os.path.expanduser(output)).absolute()
         folder = _open_folder(path, chosen, datasets, built, engine)
         if folder:
             stack.enter_context(folder)
         finals = run_state.FINAL_WEIGHTS[0 if chosen.optimizer.ema_decay else 1 :]
-        names = (*finals, *getattr(task, "files", ()))
+        names = (*finals, *getattr(trained, "files", ()))
         scores = engine.group.gathered(run_state.ended_result(path, names) if folder else None)[0]
         if scores is None:
-            run = Run(chosen, task, datasets, built, engine, folder, is_shown=progress)
+            run = Run(chosen, trained, datasets, built, engine, folder, is_shown=progress)
             with run.signals.noted():
                 run.begin(derived)
                 run.fit()

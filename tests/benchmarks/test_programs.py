@@ -206,3 +206,23 @@ def test_quantized_accuracy_has_a_row_for_each_precision(tmp_path):
     assert [
         text.count(f"| {name} |") for name in ("Keras", "float32", "float16", "dynamic_int8", "int8")
     ] == [1] * 5
+
+
+@pytest.mark.once
+def test_roadmap_measures_every_step_and_leaves_out_what_is_measured(tmp_path):
+    words = [tmp_path / "roadmap.csv", "--regime", "atto", "--image-size", "32", "--batch", "1"]
+    words += ["--rounds", "2", "--seconds", "0.01", "--backends", "torch"]
+    out = started("benchmarks/roadmap.py", *words)
+    with open(tmp_path / "roadmap.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [*map(str, range(17)), "16"]
+    assert [row["layers"] for row in rows] == ["plain"] * 17 + ["package"]
+    for row in rows:
+        fastest, middle, slowest = (
+            float(row[name]) for name in ("fastest_round", "milliseconds", "slowest_round")
+        )
+        assert 0 < fastest <= middle <= slowest
+    assert f"| 16 separate downsampling, this package | {float(rows[-1]['milliseconds']):.1f} |" in out
+    before = (tmp_path / "roadmap.csv").read_text()
+    assert "torch is in" in started("benchmarks/roadmap.py", *words)
+    assert (tmp_path / "roadmap.csv").read_text() == before

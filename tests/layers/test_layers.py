@@ -403,6 +403,24 @@ def test_depthwise_layer_equals_that_of_keras():
         assert relative_error(gradient, expected) < TOLERANCE
 
 
+def test_depthwise_layer_without_bias_is_that_with_a_bias_of_zero():
+    layer, x, upstream, _ = convolved(5, 1, (7, 10))
+    bare, zero = DepthwiseConv2D(5, use_bias=False), DepthwiseConv2D(5)
+    for each in (bare, zero):
+        each.build(x.shape)
+    kernel, bias = layer.get_weights()
+    bare.set_weights([kernel])
+    zero.set_weights([kernel, np.zeros_like(bias)])
+    y, dx, (dkernel,) = gradients(bare, x, upstream)
+    assert relative_error(y, gradients(layer, x, upstream)[0]) > 10 * TOLERANCE
+    expected_y, expected_dx, (expected_dkernel, _) = gradients(zero, x, upstream)
+    pairs = ((y, expected_y), (dx, expected_dx), (dkernel, expected_dkernel))
+    assert all(relative_error(found, expected) < TOLERANCE for found, expected in pairs)
+    copy = DepthwiseConv2D.from_config(bare.get_config())
+    copy.build(x.shape)
+    assert len(copy.weights) == 1 and "use_bias" not in layer.get_config()
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="the path is for JAX on a CPU")
 def test_jax_on_a_cpu_takes_the_shifted_products(monkeypatch):
     from keras_convnext.layers.depthwise import PATHS

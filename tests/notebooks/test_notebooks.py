@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib.util
 import pathlib
 import re
 import struct
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 import keras_convnext
+from keras_convnext import roadmap
 from keras_convnext.data.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.slow
@@ -25,6 +27,7 @@ EXPORT = ROOT / "notebooks" / "export.ipynb"
 FEATURES = ROOT / "notebooks" / "features.ipynb"
 FINE_TUNE = ROOT / "notebooks" / "fine_tune.ipynb"
 SEGMENT = ROOT / "notebooks" / "segment.ipynb"
+ROADMAP = ROOT / "notebooks" / "roadmap.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOWERS = ROOT.parent / "shared" / "data" / "flowers5_thumbs" / "flowers"
 SMALL = {"WEIGHTS": "", "EPOCHS": "1", "IMAGE_SIZE": "32"}  # random weights: there is no network
@@ -234,6 +237,40 @@ def test_the_app_of_the_export_notebook_imports_no_keras():
 
 
 @RUNS
+def test_roadmap_draws_the_figure_the_blocks_and_the_times(tmp_path, monkeypatch):
+    columns = ("backend", "step", "name", "layers", "milliseconds", "backend_version", "batch", "image_size")
+    rows = [
+        ("jax", 0, "ResNet", "plain", 12.5, "0.1", 8, 64),
+        ("torch", 0, "ResNet", "plain", 9, "2.0", 8, 64),
+    ]
+    lines = [(*columns, "cpu", "cores"), *((*row, "a CPU", 2) for row in rows)]
+    (tmp_path / "times.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    executed = execute(ROADMAP, tmp_path, monkeypatch, TIMES=str(tmp_path / "times.csv"))
+    text, num_pictures = outputs_of(executed)
+    assert num_pictures == 3  # figure 2, blocks, times
+    assert " 0  ResNet                 76.13 %  4.089 G  25,557,032 weights\n" in text
+    assert "tiny, BN to LN: printed 4.46, counted 4.146\ntiny, separate downsampling: printed 4.49" in text
+    assert "base, " not in text
+    assert "8 images of 64 pixels a call; a CPU, 2 cores\n" in text
+    fits = re.findall(r"([\d,]+) weights, ([\d,]+) counted, loss ([\d.]+) to ([\d.]+)\n", text)
+    assert len(fits) == 3 and all(
+        own == counted and float(last) < float(first) for own, counted, first, last in fits
+    )
+
+
+@pytest.mark.once
+def test_roadmap_is_what_its_program_makes():
+    program = importlib.util.spec_from_file_location("make_roadmap", ROOT / "tools" / "make_roadmap.py")
+    module = importlib.util.module_from_spec(program)
+    program.loader.exec_module(module)
+    assert module.notebook() == ROADMAP.read_text(), "run: python tools/make_roadmap.py"
+    text = "".join(cell for kind, cell in module.cells() if kind == "markdown")
+    for number, row in enumerate(roadmap.STEPS):
+        assert f"### {number}. {row.name}" in text and row.why in text
+    assert "- block = 'inverted'\n+ block = 'moved up'\n" in text
+
+
+@RUNS
 def test_a_failing_cell_fails_the_test(tmp_path, monkeypatch):
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise ValueError('on purpose')")])
     nbformat.write(broken, tmp_path / "broken.ipynb")
@@ -243,7 +280,7 @@ def test_a_failing_cell_fails_the_test(tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_every_notebook_is_run_by_a_test():
-    assert [CLASSIFY, EXPORT, FEATURES, FINE_TUNE, SEGMENT] == NOTEBOOKS
+    assert [CLASSIFY, EXPORT, FEATURES, FINE_TUNE, ROADMAP, SEGMENT] == NOTEBOOKS
 
 
 @pytest.mark.once

@@ -13,7 +13,6 @@ from keras.initializers import GlorotUniform
 
 from keras_convnext.training import curves, failure, run_folder, trainer
 from keras_convnext.training.checkpoints import Counts
-from keras_convnext.training.recipe import Recipe
 from keras_convnext.training.recipe_files import load_recipe
 from keras_convnext.training.run_state import Plan
 from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer, without_optimizer
@@ -95,15 +94,10 @@ class Autoencoder:
 
 
 def train(folder):
-    return trainer.train(load_recipe("smoke", CHANGES), folder, progress=False)
+    return trainer.train(load_recipe("smoke", CHANGES), folder, progress=False, task=Autoencoder)
 
 
-@pytest.fixture
-def autoencoder(monkeypatch):
-    monkeypatch.setitem(trainer.TASKS, Recipe, Autoencoder)
-
-
-def test_a_task_without_scores_is_trained_logged_drawn_and_saved(autoencoder, tmp_path):
+def test_a_task_without_scores_is_trained_logged_drawn_and_saved(tmp_path):
     result = train(tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     assert names == {
@@ -122,7 +116,7 @@ def test_a_task_without_scores_is_trained_logged_drawn_and_saved(autoencoder, tm
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["pixels"] == 64
 
 
-def test_a_task_resumes_to_the_same_digits(autoencoder, tmp_path, monkeypatch):
+def test_a_task_resumes_to_the_same_digits(tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(whole)
     save = run_folder.RunFolder.save
