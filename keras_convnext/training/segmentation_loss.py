@@ -4,8 +4,7 @@ import keras
 from keras import ops
 
 from keras_convnext._messages import unknown
-from keras_convnext.data.segmentation.labels import IGNORED
-from keras_convnext.training.segmentation_recipe import MEANS
+from keras_convnext.data.segmentation.labels import IGNORED, MEANS
 
 
 @keras.saving.register_keras_serializable(package="keras_convnext")

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 IGNORED = 255  # the number of "not labelled" in every label map of this package, once it is read
+MEANS = ("all", "labelled")  # which pixels a loss or a recipe may take the mean of
 
 Colour = tuple[int, int, int]
 
