@@ -150,10 +150,8 @@ class SegmentationPredictor:
 
     def _resized_logits(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """float32 (*size, classes) of an image resized to a size, by windows of the model's own."""
-        pixels = np.rint(inference.resized(image, size)).astype("uint8")
-        crop = self.preprocessing.size
-        stride = (max(crop[0] * 2 // 3, 1), max(crop[1] * 2 // 3, 1))
-        return inference.sliding_window(self.logits, pixels, crop, stride)
+        pixels = inference.resized_pixels(image, size)
+        return inference.sliding_window(self.logits, pixels, self.preprocessing.size)
 
 
 def open_segmenter(name: Any, *, image_size: int | tuple[int, int] | None = None) -> SegmentationPredictor:

@@ -60,13 +60,14 @@ def evaluate_command(options: argparse.Namespace) -> int:
     shared.import_quietly(*rooms, "tensorflow")
     from keras_convnext.evaluation.results import result_row
 
-    task = _task_of(options.model, options.weights)
+    source = _resolved(options.model, options.weights)
+    task = "segmentation" if source is not None and source.task == "segmentation" else "classification"
     for other, names in _OF_TASK.items():
         for name in names if other != task else ():
             if getattr(options, name) is not None:
                 raise ValueError(f"Expected a model for {other} beside --{name}, received one for {task}.")
     evaluate, facts_of = _EVALUATIONS[task]
-    result, numbers = evaluate(options)
+    result, numbers = evaluate(options, source)
     shared.print_faults(list(result.faults.values()))
     row = result_row(result)
     if options.json:
@@ -90,17 +91,17 @@ def evaluate_command(options: argparse.Namespace) -> int:
     return 1 if result.num_skipped else 0
 
 
-def _task_of(model: str, weights: str | None) -> str:
-    """Returns what a model is for; "classification" where it cannot be told, whose evaluation says why."""
+def _resolved(model: str, weights: str | None) -> Any:
+    """Returns what weights a name means; None where that cannot be told, as of a file that `export` wrote."""
     from keras_convnext.weights.resolve import resolve
 
     with contextlib.suppress(ValueError, OSError):
         found = resolve(model, "default" if weights is None else weights)
-        return "segmentation" if found.task == "segmentation" else "classification"
-    return "classification"
+        return found if found.task else None  # reads the file
+    return None
 
 
-def _evaluate_classifier(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _evaluate_classifier(options: argparse.Namespace, _source: Any) -> tuple[Any, dict[str, Any]]:
     from keras_convnext.data.sources import open_source
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.weights.resolve import resolve
@@ -116,13 +117,11 @@ def _evaluate_classifier(options: argparse.Namespace) -> tuple[Any, dict[str, An
     return result, {"top1": result.top1, "top5": result.top5, "real": result.real_accuracy}
 
 
-def _evaluate_segmenter(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _evaluate_segmenter(options: argparse.Namespace, source: Any) -> tuple[Any, dict[str, Any]]:
     from keras_convnext.evaluation.segmentation import evaluate
-    from keras_convnext.weights.resolve import resolve
 
-    model = resolve(options.model, "default" if options.weights is None else options.weights)
     result = evaluate(
-        model,
+        source,
         options.data,
         mode=options.mode,
         ignored_values=options.ignored,

@@ -14,12 +14,16 @@ import PIL
 from keras_convnext import _environment
 from keras_convnext.evaluation.results import COLUMNS, fingerprint
 from keras_convnext.exporting import runtimes
-from keras_convnext.predictor import Predictor
+from keras_convnext.predictor import Predictor, SegmentationPredictor
 from keras_convnext.weights.assign import plain_path
 
 
 def settings_of(
-    opened: Predictor, source: Any, split: str | None, batch_size: int, data_sha256: str = ""
+    opened: Predictor | SegmentationPredictor,
+    source: Any,
+    split: str | None,
+    batch_size: int,
+    data_sha256: str = "",
 ) -> dict[str, str]:
     """Returns what scores of a model on data depend on; without a `data_sha256`, `fingerprint` makes it."""
     parts = pathlib.Path(os.path.abspath(source.path)).parts
@@ -42,7 +46,7 @@ def settings_of(
     }
 
 
-def _model_settings(opened: Predictor) -> dict[str, str]:
+def _model_settings(opened: Predictor | SegmentationPredictor) -> dict[str, str]:
     """Returns name, architecture, weights, their hash and licence, and the dtype policy."""
     model, row, file = opened.model, opened.row, opened.file
     if isinstance(model, runtimes.ExportedModel):

@@ -15,7 +15,7 @@ from keras_convnext._messages import listed, unknown
 from keras_convnext._terminal import Progress, say
 from keras_convnext.data.faults import DataError, Faults
 from keras_convnext.data.preprocess import ImageError
-from keras_convnext.data.preprocessing import Preprocessing, is_positive_integer
+from keras_convnext.data.preprocessing import is_positive_integer
 from keras_convnext.data.segmentation import inference, sources
 from keras_convnext.data.segmentation.labels import IGNORED, Labels
 from keras_convnext.distribution import choose
@@ -23,10 +23,8 @@ from keras_convnext.evaluation import forward, segmentation_report
 from keras_convnext.evaluation.result_columns import settings_of
 from keras_convnext.evaluation.results import append_result, check_complete, check_results_file
 from keras_convnext.evaluation.segmentation_scores import Scores, confusion_matrix
-from keras_convnext.model_options import ModelOptions
-from keras_convnext.predictor import Predictor
-from keras_convnext.weights import arrays
-from keras_convnext.weights.resolve import ResolvedWeights, resolve
+from keras_convnext.predictor import finite, open_segmenter
+from keras_convnext.weights.resolve import resolve
 
 _LOGITS_BYTES = 1 << 28  # of a batch, by which its size is chosen
 _LARGEST_BATCH = 16
@@ -60,13 +58,12 @@ class SegmentationResult:
 
     def columns(self) -> dict[str, str]:
         """Returns the text of the scores' columns."""
-        return {name: f"{getattr(self.scores, name):.4f}" for name in ("miou", "aacc", "macc")}
+        return {name: f"{value:.4f}" for name, value in self.scores.means.items()}
 
     def report(self) -> dict[str, Any]:
         """Returns the scores as JSON values, in percent; null for a class that is not there."""
         iou = [None if np.isnan(value) else float(value) for value in self.scores.iou]
-        scores = {name: getattr(self.scores, name) for name in ("miou", "aacc", "macc")}
-        return {**scores, "iou": dict(zip(self.source.classes, iou, strict=True))}
+        return {**self.scores.means, "iou": dict(zip(self.source.classes, iou, strict=True))}
 
 
 def evaluate(
@@ -125,7 +122,9 @@ def evaluate(
         check_results_file(results)
     if output is not None:
         segmentation_report.check_output(output)
-    opened, labels = open_segmenter(model, image_size)
+    source = None if isinstance(model, segmentation.Segmenter) else resolve(model)
+    opened = open_segmenter(source or model, image_size=image_size)
+    labels = None if source is None else source.labels
     mode = mode or ("slide" if opened.row else "whole")
     source = open_data(data, split, labels, ignored_values, opened.model.classes)
     if progress:
@@ -196,26 +195,8 @@ def validate(
         on_map(number, image, truth, predicted)
     counts = np.sum(gathered(counts.reshape(1, -1)), axis=(0, 1)).reshape(classes, classes)
     total = float(sum(map(np.sum, gathered(np.array([total])))))
-    scores = Scores.of(counts)
     labelled = int(counts.sum())
-    return {
-        "loss": total / labelled if labelled else float("nan"),
-        "miou": scores.miou,
-        "aacc": scores.aacc,
-        "macc": scores.macc,
-    }
-
-
-def open_segmenter(model: Any, image_size: int | None = None) -> tuple[Predictor, Labels | None]:
-    """Returns a segmenter with the size at which it was tested, and its classes where they are known."""
-    if isinstance(model, segmentation.Segmenter):
-        return Predictor(model, Preprocessing(image_size or 512, 1.0)), None
-    source = model if isinstance(model, ResolvedWeights) else resolve(model)
-    preprocessing = source.preprocessing_at(image_size)
-    return (
-        Predictor(segmentation.build(source, ModelOptions()), preprocessing, source.published, source.path),
-        source.labels,
-    )
+    return {"loss": total / labelled if labelled else float("nan"), **Scores.of(counts).means}
 
 
 def open_data(
@@ -270,12 +251,7 @@ class Predict:
         elif self.fills or size in self._full:
             images = np.concatenate([images, np.repeat(images[-1:], self.batch_size - count, 0)])
         logits = choose.rows(self._forward(choose.divided(np.ascontiguousarray(images))))[:count]
-        if arrays.not_finite(logits).any():
-            raise ValueError(
-                "Expected numbers from the model, received infinite ones or NaN. Check the weights; with a "
-                "float16 policy try bfloat16 or float32."
-            )
-        return logits
+        return finite(logits, self.model.name)
 
 
 def outputs_of(

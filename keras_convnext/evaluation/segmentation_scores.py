@@ -30,6 +30,11 @@ class Scores:
     miou: float  # mean of `iou` over the classes that are there
     macc: float  # mean of `accuracy` over the classes that are there
 
+    @property
+    def means(self) -> dict[str, float]:
+        """The scores over all classes, by their columns in log.csv and results.csv."""
+        return {"miou": self.miou, "aacc": self.aacc, "macc": self.macc}
+
     @classmethod
     def of(cls, counts: np.ndarray) -> "Scores":
         found, labelled, predicted = np.diag(counts), counts.sum(1), counts.sum(0)

@@ -187,9 +187,10 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
 
     def call(layer, *args, **kwargs):
         kwargs.pop("training", None)
-        if vanishes(layer) or isinstance(layer, segmentation.KeepAuxiliary):
-            first = args[0] if args else next(iter(kwargs.values()))
-            return first[0] if isinstance(layer, segmentation.KeepAuxiliary) else first
+        if isinstance(layer, segmentation.KeepAuxiliary):
+            return args[0][0]
+        if vanishes(layer):
+            return args[0] if args else next(iter(kwargs.values()))
         return layer(*args, **kwargs)
 
     def assemble():

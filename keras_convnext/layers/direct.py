@@ -1,4 +1,4 @@
-"""Layers that eager PyTorch calls without Keras's checks, which cost 0.2 ms each: a tenth of Tiny's time."""
+"""Layers that eager PyTorch calls without Keras's checks, 4 of 77 ms for an image of Tiny."""
 
 import keras
 

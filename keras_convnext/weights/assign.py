@@ -27,7 +27,7 @@ _HAND_ON = (keras.layers.Flatten, keras.layers.Identity)  # Flatten of pooled fe
 _POOLINGS = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
 _IN_HEADS = re.compile(r"(?:^|_)(decode|auxiliary)_head_\w+$")  # of `segmentation.UPerNet`
-_LEAVES = {  # of a layer's weights -> PyTorch's
+LEAVES = {  # of a layer's weights -> PyTorch's
     "kernel": "weight",
     "gamma": "weight",
     "beta": "bias",
@@ -337,7 +337,7 @@ def _canonical_name(path: str) -> str:
     if inner == ["layer_scale"]:
         return f"{layer}.gamma"
     if inner != ["grn"]:
-        leaf = _LEAVES.get(leaf, leaf)
+        leaf = LEAVES.get(leaf, leaf)
     return ".".join([layer, *inner, leaf])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _messages
+from keras_convnext.weights.assign import LEAVES
 
 
 def load_torchvision(model, state: Mapping[str, Any]) -> None:
@@ -15,10 +16,8 @@ def load_torchvision(model, state: Mapping[str, Any]) -> None:
     `state` maps names to tensors or arrays; that of a ResNet with depths 3, 24, 36, 3 fits the regime "base".
     ValueError: names or shapes are not those of the model; it is unchanged then.
     """
-    leaves = {"kernel": "weight", "gamma": "weight", "beta": "bias", "moving_mean": "running_mean"}
-    leaves["moving_variance"] = "running_var"
     variables = {
-        f"{layer.name.replace('_', '.')}.{leaves.get(variable.name, variable.name)}": variable
+        f"{layer.name.replace('_', '.')}.{LEAVES.get(variable.name, variable.name)}": variable
         for layer in model.layers
         for variable in (layer.weights if re.fullmatch(r"conv1|bn1|fc|layer\d_\d+_\w+", layer.name) else ())
     }

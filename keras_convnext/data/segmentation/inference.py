@@ -35,7 +35,11 @@ def prepared_size(size: Size, short_side: float) -> Size:
 
 def prepared(image: np.ndarray, short_side: float) -> np.ndarray:
     """Resizes a photo uint8 (H, W, 3) to its `prepared_size`."""
-    size = prepared_size(image.shape[:2], short_side)
+    return resized_pixels(image, prepared_size(image.shape[:2], short_side))
+
+
+def resized_pixels(image: np.ndarray, size: Size) -> np.ndarray:
+    """Resizes a photo to uint8 (*size, 3)."""
     return image if size == image.shape[:2] else np.rint(resized(image, size)).astype(np.uint8)
 
 
@@ -74,20 +78,19 @@ def outputs(
         return predict(pixels[None])[0]
     if mode != "slide":
         raise ValueError(unknown("mode", mode, MODES))
-    height, width = crop or (short_side, short_side)
-    stride = max(height * 2 // 3, 1), max(width * 2 // 3, 1)
-    return sliding_window(predict, pixels, (height, width), stride, batch_size)
+    return sliding_window(predict, pixels, crop or (short_side, short_side), batch_size=batch_size)
 
 
 def sliding_window(
-    predict: Predict, image: np.ndarray, crop: Size, stride: Size, batch_size: int = 1
+    predict: Predict, image: np.ndarray, crop: Size, stride: Size | None = None, batch_size: int = 1
 ) -> np.ndarray:
     """Returns logits float32 (h, w, classes) of pixels (h, w, 3): the mean of the windows over each pixel.
 
-    Windows begin at multiples of `stride`; one that would leave the image is moved back into it, and an image
-    smaller than `crop` has a single window of its own size.
+    Windows begin at multiples of `stride`, by default two thirds of `crop`; one that would leave the image is
+    moved back into it, and an image smaller than `crop` has a single window of its own size.
     """
     size = image.shape[:2]
+    stride = stride or (max(crop[0] * 2 // 3, 1), max(crop[1] * 2 // 3, 1))
     height, width = (min(pair) for pair in zip(crop, size, strict=True))
     places = [*itertools.product(*map(starts, size, crop, stride))]
     total, count = np.zeros((*size, 1), np.float32), np.zeros((*size, 1), np.float32)
