@@ -9,6 +9,13 @@ import math
 from keras_convnext.variants import VARIANTS, Variant
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch norm, as PyTorch calls them
+LEAVES = {  # of a layer's weights -> PyTorch's
+    "kernel": "weight",
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": STATISTICS[0],
+    "moving_variance": STATISTICS[1],
+}
 POOLED_SIZES = (1, 2, 3, 6)  # sides of the pyramid pooling module of UPerNet
 
 

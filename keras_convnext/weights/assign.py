@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_convnext._messages import listed
-from keras_convnext.architecture import HEAD_PLACES, STATISTICS
+from keras_convnext.architecture import HEAD_PLACES, LEAVES, STATISTICS
 from keras_convnext.weights import arrays, layouts
 from keras_convnext.weights.graph import Graph, functional, is_training_only, package_of
 
@@ -27,13 +27,6 @@ _HAND_ON = (keras.layers.Flatten, keras.layers.Identity)  # Flatten of pooled fe
 _POOLINGS = {keras.layers.GlobalAveragePooling2D: "avg", keras.layers.GlobalMaxPooling2D: "max"}
 _IN_STEM = re.compile(r"(?:^|_)stem_(padding_\d|activation)$")  # of `convnext.stem`, without weights
 _IN_HEADS = re.compile(r"(?:^|_)(decode|auxiliary)_head_\w+$")  # of `segmentation.UPerNet`
-LEAVES = {  # of a layer's weights -> PyTorch's
-    "kernel": "weight",
-    "gamma": "weight",
-    "beta": "bias",
-    "moving_mean": STATISTICS[0],
-    "moving_variance": STATISTICS[1],
-}
 
 
 def state_dict(model: keras.Model) -> layouts.StateDict:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _messages
-from keras_convnext.weights.assign import LEAVES
+from keras_convnext.architecture import LEAVES
 
 
 def load_torchvision(model, state: Mapping[str, Any]) -> None:
