@@ -19,7 +19,7 @@ from keras_convnext import models
 from keras_convnext.architecture import POOLED_SIZES
 from keras_convnext.convnext import layer_name
 from keras_convnext.data.preprocessing import is_positive_integer
-from keras_convnext.layers.convolution import Convolution2D
+from keras_convnext.layers.convolution import Convolution2D, ConvolutionOfMaps
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import BatchNormalization
 from keras_convnext.layers.resizing import AdaptiveAveragePooling2D, ResizeLike
@@ -113,36 +113,28 @@ def UPerNet(backbone, classes, channels=512, auxiliary=True, dropout=0.1, upsamp
 def decode_head(maps, channels, named=layer_name):
     """Joins the four normalised maps P2 .. P5 to one at the size of P2: (N, H / 4, W / 4, channels)."""
 
-    def resized(x, like, name):
-        return ResizeLike(name=named(f"decode_head_{name}"))([x, like])
-
     top = maps[-1]
     pooled = [top]
     for number, cells in enumerate(POOLED_SIZES):
         place = f"psp_modules_{number}"
         x = AdaptiveAveragePooling2D(cells, name=named(f"decode_head_{place}_0"))(top)
-        x = convolution(x, channels, 1, f"decode_head_{place}_1", named)  # (N, cells, cells, channels)
-        pooled.append(resized(x, top, f"{place}_resize"))
-    x = layers.Concatenate(name=named("decode_head_psp_concat"))(pooled)
-    x = convolution(x, channels, 3, "decode_head_bottleneck", named)  # (N, H / 32, W / 32, channels)
+        pooled.append(convolution(x, channels, 1, f"decode_head_{place}_1", named))
+    x = convolution(pooled, channels, 3, "decode_head_bottleneck", named)  # (N, H / 32, W / 32, channels)
 
     joined = [x]  # from the top down, without a convolution for the topmost
     for level in (2, 1, 0):
         lateral = convolution(maps[level], channels, 1, f"decode_head_lateral_convs_{level}", named)
-        x = resized(x, lateral, f"lateral_convs_{level}_resize")
+        x = ResizeLike(name=named(f"decode_head_lateral_convs_{level}_resize"))([x, lateral])
         x = layers.Add(name=named(f"decode_head_lateral_convs_{level}_add"))([lateral, x])
         joined.insert(0, convolution(x, channels, 3, f"decode_head_fpn_convs_{level}", named))
-    joined[1:] = [
-        resized(x, joined[0], f"fpn_convs_{level}_resize") for level, x in enumerate(joined[1:], start=1)
-    ]
-    x = layers.Concatenate(name=named("decode_head_fpn_concat"))(joined)  # (N, H / 4, W / 4, 4 * channels)
-    return convolution(x, channels, 3, "decode_head_fpn_bottleneck", named)
+    return convolution(joined, channels, 3, "decode_head_fpn_bottleneck", named)
 
 
 def convolution(x, filters, kernel_size, place, named=layer_name):
-    """Convolution without bias, batch norm, ReLU: (N, H, W, C) to (N, H, W, filters)."""
+    """Convolution without bias, batch norm, ReLU: (N, H, W, C), or a list of maps, to (N, H, W, filters)."""
     stddev = math.sqrt(2 / (filters * kernel_size**2))  # He et al. 2015 by outputs, mmcv's default
-    x = Convolution2D(
+    kind = ConvolutionOfMaps if isinstance(x, list) else Convolution2D
+    x = kind(
         filters,
         kernel_size,
         padding="same",

@@ -47,7 +47,7 @@ def main() -> int:
         for line in sys.stdin:
             command = json.loads(line)
             if "run" in command:
-                answer(seconds=_timed(step, command["run"]))
+                answer(seconds=timed(step, command["run"]))
             else:
                 answer(peak_bytes=implementations.peak_bytes())
     except implementations.NotOfferedError as error:
@@ -64,7 +64,7 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:LONGEST_MESSAGE]}"
 
 
-def _timed(step, seconds: float) -> list[float]:
+def timed(step, seconds: float) -> list[float]:
     """Seconds of each step, for about `seconds` in all, after one that is not counted."""
     step()
     times: list[float] = []

@@ -17,6 +17,7 @@ from keras import tree
 
 from keras_convnext import convnext, models, segmentation
 from keras_convnext._messages import shortened
+from keras_convnext.layers.convolution import ConvolutionOfMaps
 from keras_convnext.weights import assign
 from keras_convnext.weights.graph import Graph, functional, is_training_only
 
@@ -180,6 +181,8 @@ def _deploy(model, batch_size, image_size, for_litert=False, in_float32=False):
             kernel, bias = _folded(layer, folds.get(layer.name), batch_norms.get(layer.name))
             values[layer.name] = [kernel] if bias is None else [kernel, bias]
             config = {name: value for name, value in config.items() if not name.startswith("lora_")}
+            if isinstance(layer, ConvolutionOfMaps):  # other runtimes know one convolution best
+                config["splits"] = not in_float32
             return type(layer).from_config({**config, "use_bias": bias is not None})
         values[layer.name] = layer.get_weights()
         kept.append((layer, type(layer).from_config(config)))

@@ -51,22 +51,25 @@ class ResizeLike(keras.layers.Layer):
 
     def call(self, inputs):
         x, like = inputs
-        own, size = (tuple(ops.shape(each)[1:3]) for each in (x, like))
-        # Only where both are numbers: a comparison of free sizes would fix them in what `torch.export` makes.
-        are_known = all(isinstance(side, int) for side in own + size)
-        if are_known and own == size:
-            return x
-        if not are_known and keras.backend.backend() == "tensorflow":
-            import tensorflow as tf  # Keras asks whether a side is positive, which a graph cannot tell
-
-            return cast(tf.image.resize(x, size, "bilinear"), x.dtype)
-        return ops.image.resize(
-            x, size, interpolation="bilinear", antialias=False, data_format="channels_last"
-        )
+        return resize(x, tuple(ops.shape(like)[1:3]))
 
     def compute_output_shape(self, input_shape):
         shape, like = input_shape
         return (shape[0], *like[1:3], shape[3])
+
+
+def resize(x, size):
+    """Resizes a map (N, h, w, C) as `ResizeLike` does, to `size` = (H, W), each an int or a tensor of one."""
+    own = tuple(ops.shape(x)[1:3])
+    # Only where both are numbers: a comparison of free sizes would fix them in what `torch.export` makes.
+    are_known = all(isinstance(side, int) for side in own + size)
+    if are_known and own == size:
+        return x
+    if not are_known and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf  # Keras asks whether a side is positive, which a graph cannot tell
+
+        return cast(tf.image.resize(x, size, "bilinear"), x.dtype)
+    return ops.image.resize(x, size, interpolation="bilinear", antialias=False, data_format="channels_last")
 
 
 def _averages(size, cells, dtype):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from layer_contract import as_numpy, gradients, relative_error
 
-from keras_convnext.layers.convolution import Convolution2D
+from keras_convnext.layers.convolution import Convolution2D, ConvolutionOfMaps
+from keras_convnext.layers.resizing import resize
 
 SETTINGS = (
     {"filters": 4, "kernel_size": 3, "padding": "same", "use_bias": False},
@@ -32,3 +33,26 @@ def test_values_and_gradients_are_those_of_keras(settings):
     for one, other in zip([*received[:2], *received[2]], [*expected[:2], *expected[2]], strict=True):
         assert relative_error(one, other) <= 1e-6
     assert relative_error(as_numpy(layer(x[..., ::-1])), expected[0]) > 0.1  # the control
+
+
+@pytest.mark.parametrize("size", [(16, 12), (25, 19)])
+def test_maps_are_convolved_as_if_joined(size):
+    rng = np.random.default_rng(0)
+    sizes = (size, (size[0] // 2, size[1] // 2), (size[0] // 4, size[1] // 4), (1, 1), (3, 2))
+    maps = [rng.normal(size=(2, *each, 2 + number)).astype("float32") for number, each in enumerate(sizes)]
+    layer = ConvolutionOfMaps(5, 3)
+    layer.build([each.shape for each in maps])
+    layer.set_weights([rng.normal(size=weight.shape) for weight in layer.weights])
+    joined = [maps[0], *(as_numpy(resize(keras.ops.convert_to_tensor(each), size)) for each in maps[1:])]
+    peer = keras.layers.Conv2D(5, 3, padding="same")
+    x = np.concatenate(joined, axis=-1)
+    peer.build(x.shape)
+    peer.set_weights(layer.get_weights())
+    assert relative_error(as_numpy(layer(maps)), as_numpy(peer(x))) <= 2e-6
+    layer.splits = False
+    assert relative_error(as_numpy(layer(maps)), as_numpy(peer(x))) <= 2e-6
+    layer.splits = True
+    assert (
+        relative_error(as_numpy(layer([maps[0], *(each[:, ::-1] for each in maps[1:])])), as_numpy(peer(x)))
+        > 0.1
+    )
