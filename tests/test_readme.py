@@ -23,7 +23,7 @@ import keras_convnext
 from keras_convnext import loading, models
 from keras_convnext.cli import main as cli
 from keras_convnext.evaluation.results import COLUMNS, IMAGENET_VALIDATION
-from keras_convnext.training.recipe_files import known_recipes
+from keras_convnext.training.recipes.files import known_recipes
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 

@@ -13,8 +13,8 @@ from collections.abc import Collection
 from keras_convnext import models
 from keras_convnext._settings import Settings, range_words
 from keras_convnext.evaluation.results import IMAGENET_VALIDATION, read_results
-from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
+from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 

@@ -15,8 +15,8 @@ from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
 from keras_convnext.architecture import layers_of
 from keras_convnext.training.derived import training_images
-from keras_convnext.training.recipe import ENGINES, Recipe
-from keras_convnext.training.recipe_files import AnyRecipe
+from keras_convnext.training.recipes.classification import ENGINES, Recipe
+from keras_convnext.training.recipes.files import AnyRecipe
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog
 

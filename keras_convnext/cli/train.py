@@ -44,10 +44,11 @@ _USES = {
 
 
 def train_command(options: argparse.Namespace) -> int:
-    from keras_convnext.training import derived, recipe_files
+    from keras_convnext.training import derived
+    from keras_convnext.training.recipes import files
 
     if options.list:
-        print("\n".join(recipe_files.known_recipes()))
+        print("\n".join(files.known_recipes()))
         return 0
     if options.recipe is None or options.out is None:
         raise ValueError("Expected RECIPE and --out DIR; keras-convnext train --list names the recipes.")

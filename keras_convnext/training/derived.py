@@ -14,10 +14,10 @@ from keras_convnext.data import sources
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import sources as segmentation_sources
-from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
-from keras_convnext.training.recipe_files import AnyRecipe, load_recipe
+from keras_convnext.training.recipes.classification import Data, Recipe, published_row, unknown_tag
+from keras_convnext.training.recipes.files import AnyRecipe, load_recipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.training.run_folder import RECIPE_FILE, RUN_FILE
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 

@@ -27,10 +27,10 @@ from keras_convnext.evaluation import result_columns
 from keras_convnext.training import failure, logs, optimizer, run_folder, run_state
 from keras_convnext.training.checkpoints import Checkpoints, Counts
 from keras_convnext.training.derived import choose_recipe
-from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import AnyRecipe
+from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.files import AnyRecipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.training.run_state import TrainingResult
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.training.tasks import Datasets, Task, TaskModel
 from keras_convnext.training.tasks.classification import Classification
 from keras_convnext.training.tasks.segmentation import Segmentation

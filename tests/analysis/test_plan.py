@@ -16,7 +16,7 @@ import pytest
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.plan import describe, make_plan, ring_bytes, step_flops
 from keras_convnext.layers import chunking
-from keras_convnext.training.recipe_files import known_recipes, load_recipe
+from keras_convnext.training.recipes.files import known_recipes, load_recipe
 from keras_convnext.variants import VARIANTS
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from keras_convnext.data.faults import Faults
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.training import optimizer, schedule
-from keras_convnext.training.recipe import AdamW, Recipe
+from keras_convnext.training.recipes.classification import AdamW, Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import Plan
 

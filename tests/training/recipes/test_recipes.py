@@ -16,14 +16,14 @@ from keras_convnext._settings import toml_value
 from keras_convnext.analysis.plan import make_plan
 from keras_convnext.data import train_transform
 from keras_convnext.training.advice import warnings_for
-from keras_convnext.training.recipe import Distribution, Recipe
-from keras_convnext.training.recipe_files import identity, known_recipes, load_recipe
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
+from keras_convnext.training.recipes.classification import Distribution, Recipe
+from keras_convnext.training.recipes.files import identity, known_recipes, load_recipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.weights.catalog import find_checkpoint
 
 pytestmark = pytest.mark.once
 
-FOLDER = pathlib.Path(__file__).parents[2] / "recipes"
+FOLDER = pathlib.Path(__file__).parents[3] / "recipes"
 OF_MASKS = {"fine_tune_segmentation", "camvid"}
 OURS = {"fine_tune", "tiny_imagenet", "tiny_imagenet_64", "smoke", *OF_MASKS}
 OF_FEATURES = {"knn", "linear_probe"}

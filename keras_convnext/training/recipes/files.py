@@ -12,8 +12,8 @@ from typing import Any
 
 from keras_convnext._messages import short_repr, unknown
 from keras_convnext._settings import is_optional, read_toml
-from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
+from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 
 AnyRecipe = Recipe | SegmentationRecipe
 # By the key `task` at the top of a file; without it, it is a classification.
@@ -101,7 +101,7 @@ def recipes_folder() -> Path:
     """
     inside: Any = importlib.resources.files("keras_convnext") / "recipes"
     if not inside.is_dir():
-        return Path(__file__).resolve().parents[2] / "recipes"
+        return Path(__file__).resolve().parents[3] / "recipes"
     if isinstance(inside, Path):
         return inside
     temporary = tempfile.mkdtemp(prefix="keras_convnext_recipes_")
