@@ -12,6 +12,7 @@ _PLACES = {
     "WarmupCosine": "schedule",
     "WarmupLinear": "schedule",
     "ema_weights": "optimizer",
+    "PretrainingRecipe": "recipes.pretraining",
     "Recipe": "recipes.classification",
     "SegmentationRecipe": "recipes.segmentation",
     "known_recipes": "recipes.files",

@@ -237,7 +237,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
 def model_conflicts(recipe: Any) -> Iterator[str]:
     """Gives what does not go together in a recipe of any task: architecture and weights, steps, splits."""
     model, optimizer = recipe.model, recipe.optimizer
-    variant, scale = VARIANTS[model.architecture], model.layer_scale_init_value
+    # A recipe for V2 alone has no such key.
+    variant, scale = VARIANTS[model.architecture], getattr(model, "layer_scale_init_value", 0.0)
     if variant.version == 2 and scale:
         yield f"layer_scale_init_value: expected 0 for {variant.name}, which has GRN, received {scale!r}"
     if variant.layer_scale_init_value and not scale:

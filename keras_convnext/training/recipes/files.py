@@ -13,13 +13,15 @@ from typing import Any
 from keras_convnext._messages import short_repr, unknown
 from keras_convnext._settings import is_optional, read_toml
 from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.pretraining import PretrainingRecipe
 from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 
-AnyRecipe = Recipe | SegmentationRecipe
+AnyRecipe = Recipe | SegmentationRecipe | PretrainingRecipe
 # By the key `task` at the top of a file; without it, it is a classification.
-RECIPES: dict[str, type[Recipe] | type[SegmentationRecipe]] = {
+RECIPES: dict[str, type[AnyRecipe]] = {
     "classification": Recipe,
     "segmentation": SegmentationRecipe,
+    "pretraining": PretrainingRecipe,
 }
 
 # Keys of the recipes in the same folder that train nothing, and the commands that take them.
