@@ -114,10 +114,10 @@ def split_names(
     return train, data.val_split or ("validation" if others else None)
 
 
-def training_images(data: Data, seed: int) -> Source:
-    """Opens the images that a run trains on, without those that are held out."""
-    train, validation = split_names(data)
-    training = sources.open_source(data.source, train)
+def training_images(data: Data, seed: int, opener: Any = sources) -> Source:
+    """Opens the images that a run trains on, without those held out, by the functions of a module of data."""
+    train, validation = split_names(data, opener.list_splits)
+    training = opener.open_source(data.source, train)
     if validation or not data.validation_fraction:
         return training
     return sources.hold_out(training, data.validation_fraction, seed)[0]
