@@ -5,7 +5,8 @@
 DATA is a folder with train/ and val/ of class folders. For each seed, `--share` of each class's training
 images, drawn by that seed, are what the classifier is trained on, `evaluation.linear_probe` choosing its rate
 on a tenth of them; all images of val/ are classified, or `--test-share` of each class. "before" is the
-encoder with random weights, drawn as the run's were. Rows go to OUTPUT, a CSV file.
+encoder with random weights, drawn as the run's were. Rows are added to OUTPUT, a
+CSV file; a row that is there is not made again.
 """
 
 import argparse
@@ -29,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     after = resolve(options.encoder)
     fields = ("weights", "share", "seed", "top1", "top5", "labels", "classified", "image_size")
     rows: list[dict[str, Any]] = []
+    if os.path.exists(options.output):
+        with open(options.output, newline="") as file:
+            rows = list(csv.DictReader(file))
+    there = {(row["weights"], int(row["seed"])) for row in rows}
 
     def part(split: str, share: float, seed: int) -> Source:
         source = sources.open_source(options.data, split)
@@ -43,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in range(options.seeds):
             train, test = part("train", options.share, seed), part("val", options.test_share, 0)
             for name, path in (("before", before), ("after", options.encoder)):
+                if name not in options.only or (name, seed) in there:
+                    continue
                 settings = LinearProbe(
                     model=path, image_size=options.image_size, crop=1.0, seed=seed, epochs=options.epochs
                 )
@@ -54,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
                     writer = csv.DictWriter(file, fields, lineterminator="\n")
                     writer.writeheader()
                     writer.writerows(rows)
-    for name in ("before", "after"):
-        scores = [row["top1"] for row in rows if row["weights"] == name]
+    for name in options.only:
+        scores = [float(row["top1"]) for row in rows if row["weights"] == name]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         print(f"{name}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} %")
     return 0
@@ -71,6 +78,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--constructor", default="ConvNeXtV2Atto", help="of the random encoder")
     parser.add_argument("--share", type=float, default=0.1, help="of the labels, by class and seed")
     parser.add_argument("--test-share", type=float, default=1.0, help="of val/ that is classified")
+    parser.add_argument("--only", nargs="+", default=["before", "after"], choices=["before", "after"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--image-size", type=int, default=128)

@@ -196,7 +196,9 @@ class Recipe(Settings):
     title: str = key("one line that a reader knows the recipe by")
     reference: str = key("paper and table, or where else the values come from")
     task: Annotated[str, one_of(("classification",))] = key(
-        "what is trained; see below for the keys of segmentation", "classification", optional=True
+        "what is trained; see below for the keys of segmentation and pre-training",
+        "classification",
+        optional=True,
     )
     model: Model
     data: Data
