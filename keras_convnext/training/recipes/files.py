@@ -63,6 +63,13 @@ def load_recipe(
         raise ValueError(
             f"Expected task to be one of {', '.join(RECIPES)}, received {short_repr(task)} in '{path}'."
         )
+    tables = {key for key, value in content.items() if isinstance(value, dict)}
+    for name, kind in RECIPES.items():
+        if tables - RECIPES[task].model_fields.keys() and tables <= kind.model_fields.keys():
+            raise ValueError(
+                f"Expected a recipe of {task}, as its task says, received the tables of one of {name} in "
+                f"'{path}': {', '.join(sorted(tables))}. Set task = \"{name}\", or take one of {task}."
+            )
     recipe = RECIPES[task].read(path, overrides)
     changed, _ = recipe.by_key(overrides or {})
     places = {}
