@@ -5,6 +5,7 @@ Both layouts have three functions. `cut` takes the seen cells out of a map of th
 cells alone. `visible` is bool (N, rows, columns), True = seen; a map has `side` x `side` positions in each.
 """
 
+import keras
 from keras import ops
 
 from keras_convnext.layers.casting import cast
@@ -42,7 +43,13 @@ class Tall:
         return x
 
     def cut(self, x):
-        """The seen cells of a map (N, rows * side, columns * side, C)."""
+        return _inverse_of_each_other(self._cut, self._paste, x)
+
+    def paste(self, x):
+        return _inverse_of_each_other(self._paste, self._cut, x)
+
+    def _cut(self, x):
+        """(N, rows * side, columns * side, C) to (N, kept * side, side, C)."""
         side, channels = x.shape[1] // self.rows, x.shape[3]
         step = ops.arange(side, dtype="int32")
         cell = cast(self.cell_of, "int32")[:, :, None]
@@ -50,14 +57,29 @@ class Tall:
         x = _rows(x, index, self.rows * side * self.columns, side * channels)
         return ops.reshape(x, (-1, self.kept * side, side, channels))
 
-    def paste(self, x):
-        """A map (N, rows * side, columns * side, C) of the cells of `x`, zero at the others."""
+    def _paste(self, x):
+        """(N, kept * side, side, C) to (N, rows * side, columns * side, C), zero at masked cells."""
         side, channels = x.shape[2:]
         step = ops.arange(side, dtype="int32")[:, None]
         index = cast(self.slot_of, "int32")[:, :, None, :] * side + step  # (N, rows, side, columns)
         x = _rows(x, index, self.kept * side, side * channels)
         x = ops.reshape(x, (-1, self.rows * side, self.columns * side, channels))
         return ops.where(spread(self.visible, side), x, 0)
+
+
+def _inverse_of_each_other(function, inverse, x):
+    """`function(x)`, whose gradient is the other way; by itself it would be a sum into places, far slower."""
+    if keras.backend.backend() == "torch":  # whose own is fast
+        return function(x)
+
+    @ops.custom_gradient
+    def differentiable(x):
+        def gradient(*arguments, upstream=None):
+            return inverse(arguments[-1] if upstream is None else upstream)
+
+        return function(x), gradient
+
+    return differentiable(x)
 
 
 def _rows(x, index, count, length):
