@@ -6,7 +6,7 @@
 PYTEST := .venv/bin/python -m pytest
 RESULTS ?= out/bench
 
-.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-all bench bench-data bench-train bench-load clean
+.PHONY: help setup demo lint test test-tensorflow test-jax test-torch test-all bench bench-data bench-train bench-load bench-fcmae clean
 
 help:
 	@echo "make demo                classify photographs, fine-tune on flowers, export, measure: out/demo/report.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-data DATA=folder  the input pipelines on a folder of JPEGs, against timm and Keras layers"
 	@echo "make bench-train         a step of the trainer, against the bare step (KERAS_BACKEND=... chooses)"
 	@echo "make bench-load BEFORE=checkout  time and memory of loading a .pth file, against timm and another checkout"
+	@echo "make bench-fcmae         a step of FCMAE pre-training: tall, masked and ordinary; about 8 minutes"
 	@echo "make clean               remove .venv and what the commands wrote"
 
 setup:
@@ -63,6 +64,9 @@ bench-load: setup
 bench: setup
 	.venv/bin/python -m benchmarks.speed all --output "$(RESULTS)"
 	.venv/bin/python -m benchmarks.speed startup --output "$(RESULTS)"
+
+bench-fcmae: setup
+	.venv/bin/python benchmarks/fcmae.py benchmarks/runs/fcmae/speed.csv
 
 clean:
 	rm -rf .venv out

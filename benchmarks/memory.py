@@ -159,7 +159,7 @@ def measure(variant: str, batch: int, size: int, precision: str, rematerialize: 
 
     from benchmarks.collectives import compiled_step
     from keras_convnext.training import run_state
-    from keras_convnext.training.recipe_files import load_recipe
+    from keras_convnext.training.recipes.files import load_recipe
     from keras_convnext.training.tasks import classification
     from keras_convnext.variants import VARIANTS
 

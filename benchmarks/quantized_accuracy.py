@@ -48,10 +48,10 @@ def measured(run, num_images):
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.exporting.export import export
     from keras_convnext.predictor import open_predictor
-    from keras_convnext.training import recipe_files
+    from keras_convnext.training.recipes import files
     from keras_convnext.training.tasks import classification
 
-    settings = recipe_files.load_recipe(run / "recipe.toml")
+    settings = files.load_recipe(run / "recipe.toml")
     training, validation = classification.open_data(settings)
     opened = open_predictor(
         settings.model.architecture,

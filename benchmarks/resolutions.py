@@ -130,7 +130,7 @@ def trained(training, held_out, chosen, options):
 
     from keras_convnext.data import batches
     from keras_convnext.evaluation.classification import evaluate
-    from keras_convnext.training.recipe_files import load_recipe
+    from keras_convnext.training.recipes.files import load_recipe
 
     recipe: Any = load_recipe(RECIPE)
     size = chosen[1]

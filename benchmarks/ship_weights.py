@@ -70,7 +70,8 @@ def ship(
     """
     from keras_convnext import predictor
     from keras_convnext.evaluation.classification import evaluate
-    from keras_convnext.training import logs, recipe_files
+    from keras_convnext.training import logs
+    from keras_convnext.training.recipes import files
     from keras_convnext.training.tasks import classification
     from keras_convnext.variants import VARIANTS
     from keras_convnext.weights import assign, layouts, preprocessing_metadata, safetensors_files
@@ -79,7 +80,7 @@ def ship(
         if not (run / "final.safetensors").exists():
             raise FileNotFoundError(f"Expected a finished run, received {run} without final.safetensors.")
     run = runs[-1]
-    settings = recipe_files.load_recipe(run / "recipe.toml", {"data": data} if data else None)
+    settings = files.load_recipe(run / "recipe.toml", {"data": data} if data else None)
     architecture, _, dataset = tag.partition(".")
     if architecture != settings.model.architecture or not dataset:
         raise ValueError(f"Expected a tag '{settings.model.architecture}.<data set>', received {tag!r}.")
@@ -151,9 +152,9 @@ def ship(
 
 def copied(run: pathlib.Path, target: pathlib.Path, name: str, rows: list[dict]) -> dict[str, Any]:
     """Copies what documents a run and returns its part of the record; no path of a machine goes along."""
-    from keras_convnext.training import recipe_files
+    from keras_convnext.training.recipes import files
 
-    settings = recipe_files.load_recipe(run / "recipe.toml")
+    settings = files.load_recipe(run / "recipe.toml")
     weights = pathlib.Path(settings.model.weights).name
     settings = settings.replaced({"data": "", "weights": f"FOLDER/{weights}" if weights else ""})
     replace(target / f"{name}.toml", settings.to_toml().encode())

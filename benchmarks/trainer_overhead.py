@@ -31,7 +31,7 @@ import tensorflow as tf
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import result_columns
 from keras_convnext.training import run_folder, trainer
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.training.tasks.classification import Classification
 
 

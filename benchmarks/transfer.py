@@ -202,7 +202,7 @@ def trained(source, key, steps, weights, line):
     from keras_convnext.data import batches, sources
     from keras_convnext.evaluation.classification import evaluate
     from keras_convnext.training import finetune, optimizer, schedule
-    from keras_convnext.training.recipe_files import load_recipe
+    from keras_convnext.training.recipes.files import load_recipe
 
     begin = time.monotonic()
     keras.utils.clear_session()

@@ -191,6 +191,27 @@ def head_layers_of(variant: Variant, heads: Heads, image_size: int = 512) -> lis
     return found
 
 
+def decoder_layers_of(variant: Variant, width: int, depth: int, image_size: int = 224) -> list[Layer]:
+    """Lists the layers with weights of `fcmae`'s decoder, for square images; 3 channels of 32 x 32 a cell."""
+    inputs, side = variant.dims[-1], image_size // 32
+    found: list[Layer] = []
+
+    def add(name, kind, outputs, kernel=1, groups=1):
+        before = found[-1].outputs if found else inputs
+        found.append(Layer("decoder", name, kind, before, outputs, side, side, kernel, groups))
+
+    add("proj", "linear", width)
+    add("mask_token", "scale", width)
+    for index in range(depth):
+        add(f"decoder.{index}.dwconv", "convolution", width, 7, width)
+        add(f"decoder.{index}.norm", "layer_norm", width)
+        add(f"decoder.{index}.pwconv1", "linear", 4 * width)
+        add(f"decoder.{index}.grn", "response_norm", 4 * width)
+        add(f"decoder.{index}.pwconv2", "linear", width)
+    add("pred", "linear", 3 * 32**2)
+    return found
+
+
 # {its name with "_" for ".": a layer of the heads}, the same for every architecture.
 HEAD_PLACES = {
     layer.name.replace(".", "_"): layer.name

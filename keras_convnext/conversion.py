@@ -13,6 +13,7 @@ from keras_convnext._messages import listed
 from keras_convnext.architecture import HEAD_PLACES
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation.labels import Labels
+from keras_convnext.fcmae import MaskedAutoencoder
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.variants import Variant
 from keras_convnext.weights import (
@@ -42,12 +43,13 @@ def save_weights(
     """Writes the weights of a model so that a PyTorch project loads them with `strict=True`.
 
     Args:
-        model: made by this package.
+        model: made by this package; of a `MaskedAutoencoder` its encoder is written.
         path: ".safetensors", or ".pth", ".pt", ".bin" for a PyTorch file, which has the weights under the key
             "model" in the layout "official", as the official files do, a segmenter under "state_dict". It
             appears whole or not at all.
-        layout: "official", "timm", "torchvision" or "huggingface"; of a segmenter "official" (Facebook's
-            names), "mmsegmentation" or "huggingface".
+        layout: "official", "timm", "torchvision", "huggingface", or "fcmae": the body of a V2 alone, without
+            final norm and classifier; of a segmenter "official" (Facebook's names), "mmsegmentation" or
+            "huggingface".
         preprocessing: of the images of these weights, stored in a ".safetensors" file, where `load`,
             `keras-convnext predict` and `keras-convnext evaluate` find it; None to leave that unsaid.
         labels: of a segmenter, its classes with their colours, stored there too.
@@ -65,6 +67,7 @@ def save_weights(
         >>> save_weights(model, "tiny.safetensors", layout="timm", preprocessing=Preprocessing(64))
     """
     path = pathlib.Path(path)
+    model = model.body if isinstance(model, MaskedAutoencoder) else model
     canonical, around = assign.state_dict(model), assign.around(model)
     around.check(model.name)
     if preprocessing is not None:
@@ -89,7 +92,7 @@ def convert(source, target, layout: str = "official", architecture: str | None =
             tag, whose file is downloaded.
         target: path to write. ".safetensors", ".pth", ".pt", ".bin": in `layout`. ".keras": a whole model,
             that `keras.saving.load_model` opens; ".weights.h5": its weights.
-        layout: "official", "timm", "torchvision" or "huggingface"; of a segmenter "official",
+        layout: "official", "timm", "torchvision", "huggingface" or "fcmae"; of a segmenter "official",
             "mmsegmentation" or "huggingface". Has no meaning for Keras targets.
         architecture: name of an architecture, or a tag of one, checked against the file; None to take the
             architecture from the file. A tag also says how images are prepared and which classes a segmenter
@@ -236,7 +239,7 @@ def _write_torch(canonical, variant: Variant, path, layout, preprocessing, label
             metadata[labels_metadata.KEY] = labels_metadata.to_json(labels)
         safetensors_files.write_safetensors(path, arrays, metadata)
     elif path.suffix in TORCH_SUFFIXES:
-        key = "model" if layout == "official" else None
+        key = "model" if layout in ("official", "fcmae") else None
         if layouts.inspect(canonical).heads is not None and layout != "huggingface":
             key = "state_dict"  # where OpenMMLab's programs look
         torch_files.write_torch(path, arrays, key)

@@ -197,9 +197,10 @@ Args:
         the stem is adapted: a gray picture gives what its three equal channels give, a fourth channel starts
         at zero, others repeat R, G, B.
     pooling: None, "avg" or "max": without the top, whether to pool the last map, and how.
-    classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file;
-        a tag with another number (not the default) keeps its body and gets a new, random classifier. Weights
-        that ship with the package bring their own number in place of the default.
+    classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file
+        with a classifier; another number (not the default) with a tag, or a file of a body alone, keeps the
+        body and gets a new, random classifier. Weights that ship with the package bring their own number in
+        place of the default.
     classifier_activation: of the classifier; None for logits.
     name: of the model. One of your own stands in front of the names of its layers, so that two models fit
         into one graph.

@@ -25,8 +25,8 @@ KERAS_FREE = (
     "_environment", "_files", "_messages", "_settings", "_terminal", "variants", "analysis", "cli",
     "data", "roadmap", "weights", "evaluation.report", "evaluation.results", "exporting.litert_int8",
     "exporting.formats", "exporting.report", "exporting.runtimes", "exporting.web_page",
-    "training.advice", "training.curves", "training.derived", "training.logs", "training.recipe",
-    "training.recipe_files", "training.run_folder",
+    "training.advice", "training.curves", "training.derived", "training.logs", "training.recipes",
+    "training.run_folder",
 )  # fmt: skip
 WITH_KERAS = {"weights.assign", "weights.graph"}
 # Its graphs are what these are made of.

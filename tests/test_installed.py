@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import test_readme
 
-from keras_convnext.training import recipe_files
+from keras_convnext.training.recipes import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.once
@@ -24,18 +24,18 @@ import json
 import keras_convnext_main
 import keras_convnext
 from keras_convnext.data import sources
-from keras_convnext.training import recipe_files
+from keras_convnext.training.recipes import files
 
-folder = recipe_files.recipes_folder()
-digits = sources.open_source(recipe_files.load_recipe("smoke").data.source, "train")
+folder = files.recipes_folder()
+digits = sources.open_source(files.load_recipe("smoke").data.source, "train")
 flowers = sources.open_source(folder / "flowers")
 print(json.dumps({
     "package": keras_convnext.__file__,
     "folder": str(folder),
     "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
     "recipes": {
-        name: recipe_files.load_recipe(name).to_toml().replace(str(folder), "RECIPES")
-        for name in recipe_files.known_recipes() if name not in ("knn", "linear_probe")
+        name: files.load_recipe(name).to_toml().replace(str(folder), "RECIPES")
+        for name in files.known_recipes() if name not in ("knn", "linear_probe")
     },
     "digits": [len(digits), digits.read(7).hex()],
     "flowers": [len(flowers), flowers.read(7).hex()],
@@ -88,7 +88,7 @@ def wheel(tmp_path_factory):
 
 
 def test_the_repository_has_what_is_read(checkout):
-    assert checkout["recipes"].keys() == {*recipe_files.known_recipes()} - {"knn", "linear_probe"}
+    assert checkout["recipes"].keys() == {*files.known_recipes()} - {"knn", "linear_probe"}
     assert (checkout["digits"][0], checkout["flowers"][0]) == (1347, 300)
 
 

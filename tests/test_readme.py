@@ -23,7 +23,7 @@ import keras_convnext
 from keras_convnext import loading, models
 from keras_convnext.cli import main as cli
 from keras_convnext.evaluation.results import COLUMNS, IMAGENET_VALIDATION
-from keras_convnext.training.recipe_files import known_recipes
+from keras_convnext.training.recipes.files import known_recipes
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 
@@ -265,7 +265,7 @@ def small_in_place_of_published_weights(monkeypatch):
             name = given.arguments.pop("architecture_or_tag", None) or given.arguments.pop("name")
             if "." in name or weights not in ("imagenet", "default", None):
                 tag = name if "." in name else f"{name}.{weights}"
-                assert tag.endswith(".pth") or catalog.find_checkpoint(tag)
+                assert tag.endswith((".pth", ".safetensors")) or catalog.find_checkpoint(tag)
             kept = ("classes", "drop_path_rate", "include_top")
             settings = {key: value for key, value in settings.items() if key in kept}
             return small(weights=None, input_shape=(64, 64, 3), **settings)
@@ -303,6 +303,7 @@ def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
         "keras_convnext": keras_convnext,
         "images": np.zeros((4, 64, 64, 3), "uint8"),
         "labels": np.array([0, 1, 2, 3]),
+        "photos": np.zeros((2, 64, 64, 3), "uint8"),
     }
     rest = blocks(README.read_text(), "python")[1:]
     for code in rest:
@@ -310,11 +311,13 @@ def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
             names["model"] = small(weights=None, classes=2, input_shape=(224, 224, 3))
             names["model"].compile("sgd", "categorical_crossentropy")
             code = code.replace("1024", "4").replace("epochs=300", "epochs=1")
+        code = code.replace("epochs=100", "epochs=1")
         exec(compile(code, "README.md", "exec"), names)
-    assert len(rest) == 6 and len(exported) == 2
+    assert len(rest) == 7 and len(exported) == 2
     assert set(names["maps"]) == {"P2", "P3", "P4", "P5"} and names["steps"] == 2
     assert all(
-        pathlib.Path(name).stat().st_size for name in ("flowers.keras", "tiny.safetensors", "tiny.pth")
+        pathlib.Path(name).stat().st_size
+        for name in ("flowers.keras", "photos.safetensors", "tiny.safetensors", "tiny.pth")
     )
 
 

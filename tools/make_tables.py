@@ -13,8 +13,9 @@ from collections.abc import Collection
 from keras_convnext import models
 from keras_convnext._settings import Settings, range_words
 from keras_convnext.evaluation.results import IMAGENET_VALIDATION, read_results
-from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
+from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.pretraining import PretrainingRecipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import catalog
 
@@ -29,6 +30,10 @@ KEYS = ("<!-- keys: python tools/make_tables.py -->\n", "<!-- end of keys -->")
 SEGMENTATION_KEYS = (
     "<!-- keys of segmentation: python tools/make_tables.py -->\n",
     "<!-- end of keys of segmentation -->",
+)
+PRETRAINING_KEYS = (
+    "<!-- keys of pre-training: python tools/make_tables.py -->\n",
+    "<!-- end of keys of pre-training -->",
 )
 SIZE_NAMES = ("Atto", "Femto", "Pico", "Nano", "Tiny", "Small", "Base", "Large", "XLarge", "Huge")
 
@@ -137,9 +142,9 @@ def keys(recipe: type[Settings] = Recipe, known: Collection[str] = ()) -> str:
     return "\n".join(rows) + "\n"
 
 
-def own_keys_known() -> set[str]:
-    """The keys of segmentation that mean the same in a classifier's recipe."""
-    ours, theirs = SegmentationRecipe.fields(), Recipe.fields()
+def keys_known(recipe: type[Settings] = SegmentationRecipe) -> set[str]:
+    """The keys of a recipe that mean the same in a classifier's."""
+    ours, theirs = recipe.fields(), Recipe.fields()
     return {
         name
         for name, field in ours.items()
@@ -165,12 +170,12 @@ def main(
     package_readme: pathlib.Path = PACKAGE_README,
     recipes_readme: pathlib.Path = RECIPES_README,
 ) -> int:
-    own = keys(SegmentationRecipe, own_keys_known())
     pages = (
         (readme, SIZES, sizes()),
         (package_readme, TABLE, table()),
         (recipes_readme, KEYS, keys()),
-        (recipes_readme, SEGMENTATION_KEYS, own),
+        (recipes_readme, SEGMENTATION_KEYS, keys(SegmentationRecipe, keys_known())),
+        (recipes_readme, PRETRAINING_KEYS, keys(PretrainingRecipe, keys_known(PretrainingRecipe))),
     )
     for path, marks, content in pages:
         old = path.read_text()

@@ -52,6 +52,10 @@ class Step:
     clips: bool = False
     num_devices: int = 1
     model_devices: int = 1
+    # Of pre-training, (width, depth); None for a classifier. The share `seen` of the cells goes through the
+    # encoder, all through the decoder.
+    decoder: tuple[int, int] | None = None
+    seen: float = 1.0
 
     @property
     def item_size(self) -> int:
@@ -101,7 +105,7 @@ def count_weights(step: Step) -> tuple[int, int]:
     """Counts the weights of one device, all and those that are trained; LoRA's are in both."""
     total = trained = 0
     rank = int(step.trainable.partition(":")[2]) if step.trainable.startswith("lora:") else 0
-    for layer in layers_of(step.variant, classes=step.classes):
+    for layer in layers_in(step):
         count, added = _own_weights(step, layer), 0
         if layer.name.endswith(("pwconv1", "pwconv2")):
             added = rank * (layer.inputs + layer.outputs)  # A and B
@@ -109,6 +113,14 @@ def count_weights(step: Step) -> tuple[int, int]:
         is_head = layer.stage == "head" and layer.kind == "linear"
         trained += added + (count if step.trainable == "all" or is_head else 0)
     return total, trained
+
+
+def layers_in(step: Step) -> list[architecture.Layer]:
+    """Lists the layers with weights of what is trained."""
+    if step.decoder is None:
+        return layers_of(step.variant, step.image_size, step.classes)
+    body = layers_of(step.variant, step.image_size, 0)[:-1]  # without the final norm
+    return body + architecture.decoder_layers_of(step.variant, *step.decoder, step.image_size)
 
 
 def estimate(step: Step) -> Memory:
@@ -149,23 +161,29 @@ def estimate(step: Step) -> Memory:
 def layers(step: Step) -> list[Layer]:
     """Lists what the stem, each downsampling, each block and the head hold, from the stem to the loss."""
     found = []
-    layers = layers_of(step.variant, step.image_size, step.classes)
-    for part, group in itertools.groupby(layers, key=lambda layer: layer.part):
+    whole = step
+    for part, group in itertools.groupby(layers_in(step), key=lambda layer: layer.part):
         inside = list(group)
+        is_decoder = inside[0].stage == "decoder"
+        step = whole if is_decoder else dataclasses.replace(whole, batch=whole.batch * whole.seen)
         is_head = part == "head"
         if step.trainable == "head" and not is_head:
             found.append(Layer(part, 0, 0, 0))  # no gradient goes through it
             continue
         if is_head:
             kept = working = FLOAT32 * step.batch * (3 * step.classes + 4 * inside[0].inputs)
+        elif part == "decoder":
+            kept, working = _ends_of_decoder(step, inside)
         elif inside[0].stage == "stem":
             kept, working = _stem(step, inside)
         elif part.startswith("downsample_layers"):
             kept, working = _downsampling(step, inside[0])
         else:
             kept, working = _block(step, inside[0])
+            if not is_decoder:  # the grid that the depthwise convolution is given, with zeros at masked cells
+                kept += step.item_size * (whole.batch - step.batch) * inside[0].side ** 2 * inside[0].outputs
         trained = sum(_own_weights(step, layer) for layer in inside) * (step.trainable == "all" or is_head)
-        found.append(Layer(part, kept, working, FLOAT32 * trained))
+        found.append(Layer(part, int(kept), int(working), FLOAT32 * trained))
     return found
 
 
@@ -188,6 +206,16 @@ def _norm(step: Step, positions: int, dim: int) -> int:
         return FLOAT32 * positions * (dim + 2)
     operands = {"layer_norm": 2, "rms_norm": 2, "simple_norm": 3}[step.variant.norm]
     return FLOAT32 * positions * dim * (operands + (step.uses_xla and step.device == "cpu"))
+
+
+def _ends_of_decoder(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
+    """Returns the bytes of projection, mask token or prediction; that of pixels has target and loss too."""
+    first, positions = inside[0], step.batch * inside[0].side ** 2
+    kept, made = (step.item_size * positions * channels for channels in (first.inputs, first.outputs))
+    if first.name != "pred":
+        return kept, made
+    pixels = FLOAT32 * positions * first.outputs
+    return kept + 3 * pixels, 2 * pixels
 
 
 def _stem(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
@@ -223,7 +251,7 @@ def _block(step: Step, depthwise: architecture.Layer) -> tuple[int, int]:
     whole, working = maps(step, step.batch, side, dim, kernel)
     x = step.item_size * positions * dim
     samples = step.batch
-    if step.backend == "jax" and step.device == "cpu" and step.num_devices == 1:
+    if step.backend == "jax" and step.device == "cpu" and step.num_devices == 1 and step.decoder is None:
         samples = samples_in_a_chunk_of_jax(step.batch, side**2)
     if samples < step.batch:
         # A loop over chunks: its input, and its result, which XLA allots before the backward pass begins.

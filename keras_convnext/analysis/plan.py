@@ -8,15 +8,19 @@ Nothing is built and no backend is started: all is counted from the tables of th
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from keras_convnext._environment import BACKENDS, wanted_backend
 from keras_convnext._messages import size_text
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
 from keras_convnext.architecture import layers_of
+from keras_convnext.data import sources, unlabelled
 from keras_convnext.training.derived import training_images
-from keras_convnext.training.recipe import ENGINES, Recipe
-from keras_convnext.training.recipe_files import AnyRecipe
+from keras_convnext.training.recipes.classification import ENGINES
+from keras_convnext.training.recipes.files import AnyRecipe
+from keras_convnext.training.recipes.pretraining import CELL, PretrainingRecipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog
 
@@ -66,7 +70,7 @@ class Plan:
     recipe_accumulation_steps: int
     images_per_device: int  # at once; those of a group in "model_parallel"
     images: int | None  # of the training data; None, as the steps, where it is unknown
-    classes: int  # 1000 where they are unknown
+    classes: int  # 1000 where they are unknown, 0 of pre-training
     steps_per_epoch: int | None
     total_steps: int | None
     rematerialize: bool
@@ -95,14 +99,16 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     the devices or do not fit their memory: then the fewest that can and do. The recipe's data is opened where
     it is there. `fraction` of the peak figures, above 0 and at most 1, is reached.
 
-    ValueError: the device is unknown, so many cannot share the batch, or the recipe is not of a classifier.
+    ValueError: the device is unknown, so many cannot share the batch, or the recipe is of segmentation.
     SourceError: the data is unusable.
     """
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, SegmentationRecipe):
         raise ValueError(
-            f"Expected a recipe of a classifier, received one of {recipe.task}, {recipe.title!r}: the heads "
-            "of UPerNet are not counted. Train some steps of it: log.csv has images_per_second."
+            f"Expected a recipe of a classifier or of pre-training, received one of {recipe.task}, "
+            f"{recipe.title!r}: the heads of UPerNet are not counted. Train some steps of it: log.csv has "
+            "images_per_second."
         )
+    pretrains = isinstance(recipe, PretrainingRecipe)
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")
     model, batch_size = recipe.model, recipe.optimizer.batch_size
@@ -116,7 +122,7 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
         raise ValueError("Expected jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax.")
 
     def step(accumulation_steps, rematerialize=model.rematerialize):
-        scale = model.layer_scale_init_value or None
+        scale = None if pretrains else model.layer_scale_init_value or None
         return memory.Step(
             dataclasses.replace(VARIANTS[model.architecture], layer_scale_init_value=scale),
             batch_size // accumulation_steps // num_parts,
@@ -126,21 +132,22 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
             backend,
             device.kind,
             rematerialize=rematerialize,
-            trainable=model.trainable,
+            trainable="all" if pretrains else model.trainable,
             has_average=recipe.optimizer.ema_decay > 0,
             accumulates=accumulation_steps > 1,
             clips=recipe.optimizer.clip_norm > 0,
             num_devices=num_devices,
             model_devices=model_devices,
+            **(_masked(recipe) if pretrains else {}),
         )
 
     def total(chosen):
         return memory.estimate(chosen).total + teacher
 
-    teacher = _teacher_bytes(recipe)
+    teacher = 0 if pretrains else _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
     # A micro-batch divides into equal parts; mixing takes pairs of images.
-    mixes = recipe.augmentation.mixup or recipe.augmentation.cutmix
+    mixes = not pretrains and (recipe.augmentation.mixup or recipe.augmentation.cutmix)
     unit = math.lcm(num_parts, 2) if mixes else num_parts
     possible = [n for n in _divisors(batch_size) if batch_size // n % unit == 0]
     if not possible:
@@ -158,7 +165,10 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     found = memory.estimate(used)
     found = dataclasses.replace(found, weights=found.weights + teacher)
     exchanges = communication(used, chosen)
-    flops = step_flops(used.variant, model.image_size, batch_size, classes, model.rematerialize)
+    if pretrains:
+        flops = 2 * (4 if model.rematerialize else 3) * batch_size * pretraining_multiply_adds(used)
+    else:
+        flops = step_flops(used.variant, model.image_size, batch_size, classes, model.rematerialize)
     steps = None if images is None else images // batch_size
     return Plan(
         device=name,
@@ -192,9 +202,11 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         groups = plan.batch_size // plan.accumulation_steps // plan.images_per_device
         share = f"{plan.images_per_device} images through each {plan.num_devices // groups} devices at once"
     micro_batches = f"{plan.accumulation_steps} micro-batch{'es' * (plan.accumulation_steps > 1)}"
-    steps, few, run = f"unknown without --data; {plan.classes} classes assumed", "", ""
+    steps, few, run = "unknown without --data", "", ""
+    if plan.classes:
+        steps += f"; {plan.classes} classes assumed"
     if plan.steps_per_epoch is not None and plan.total_steps is not None:
-        data = f"{plan.images:,} images of {plan.classes:,} classes"
+        data = f"{plan.images:,} images" + (f" of {plan.classes:,} classes" if plan.classes else "")
         steps = f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all"
         minutes = plan.total_steps * plan.step_seconds / 60
         length = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
@@ -271,6 +283,15 @@ def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1, class
     return batch * sum(layer.multiply_adds for layer in layers_of(variant, image_size, classes))
 
 
+def pretraining_multiply_adds(step: memory.Step) -> int:
+    """Counts those of an image: seen cells in the encoder, but all of them in its depthwise convolutions."""
+    total = 0.0
+    for layer in memory.layers_in(step):
+        is_whole = layer.stage == "decoder" or layer.groups > 1
+        total += layer.multiply_adds * (1 if is_whole else step.seen)
+    return round(total)
+
+
 def step_flops(
     variant: Variant, image_size: int, batch_size: int, classes: int = CLASSES, rematerialize: bool = False
 ) -> int:
@@ -319,7 +340,7 @@ def step_seconds(
     return seconds
 
 
-def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
+def _engine(recipe: AnyRecipe, num_devices: int) -> tuple[str, int]:
     """Returns the engine, and how many devices share the pointwise kernels."""
     engine = recipe.distribution.engine
     if engine == "auto":
@@ -344,16 +365,25 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def _data_of(recipe: Recipe) -> tuple[int | None, int]:
+def _masked(recipe: PretrainingRecipe) -> dict[str, Any]:
+    """What `memory.Step` has of the decoder and the masks."""
+    cells = (recipe.model.image_size // CELL) ** 2
+    seen = int(cells * (1 - recipe.model.mask_ratio)) / cells
+    return {"decoder": (recipe.model.decoder_width, recipe.model.decoder_depth), "seen": seen}
+
+
+def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
+    pretrains = isinstance(recipe, PretrainingRecipe)
     if recipe.data.source:
-        source = training_images(recipe.data, recipe.run.seed)
-        return len(source), len(source.classes)
+        source = training_images(recipe.data, recipe.run.seed, unlabelled if pretrains else sources)
+        return len(source), 0 if pretrains else len(source.classes)
     named = max(KNOWN_DATA, key=recipe.title.rfind)
-    return KNOWN_DATA[named] if named in recipe.title else (None, CLASSES)
+    images, classes = KNOWN_DATA[named] if named in recipe.title else (None, CLASSES)
+    return images, 0 if pretrains else classes
 
 
-def _teacher_bytes(recipe: Recipe) -> int:
+def _teacher_bytes(recipe: Any) -> int:
     """Counts the bytes of a teacher, which every device has; a file is not opened and counts 0."""
     try:
         row = catalog.find_checkpoint(recipe.distillation.teacher)

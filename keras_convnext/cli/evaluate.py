@@ -217,7 +217,7 @@ def probe_command(options: argparse.Namespace) -> int:
 
 
 def _evaluate_features(options: argparse.Namespace, settings_class, function) -> int:
-    from keras_convnext.training.recipe_files import recipe_path
+    from keras_convnext.training.recipes.files import recipe_path
 
     overrides = shared.recipe_overrides(options.set, model=options.model, data=options.data)
     settings = settings_class.read(recipe_path(options.recipe), overrides)

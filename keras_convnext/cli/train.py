@@ -14,10 +14,12 @@ TRAIN_EXAMPLES = """examples:
   keras-convnext train fine_tune --data flowers/ --out runs/v2 --set weights=convnextv2_atto.tiny_imagenet200
   keras-convnext train fine_tune --data flowers/ --out runs/flowers --distribute data_parallel
   keras-convnext train fine_tune_segmentation --data masks/ --out runs/masks --set ignored_values=255
+  keras-convnext train pretrain --data images/ --out runs/pretrained --set epochs=100
   keras-convnext train --list
 
 RECIPE is a TOML file or the name of a published recipe. --data is a folder of class folders, ImageNet's tars,
-a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. The same command resumes
+a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote; to pre-train, images at
+any depth below it. The same command resumes
 where it was stopped, by Ctrl-C, by SIGTERM, by a kill or a reboot. DIR holds log.csv, curves.png,
 tensorboard/, recipe.toml, checkpoints/, the best and the final weights: `keras-convnext predict --weights
 DIR/final.safetensors photo.jpg` uses them. With other weights, a tag or a file, what follows from them is
@@ -40,14 +42,16 @@ def train_options(option: Callable) -> None:
 _USES = {
     "classification": "predict PHOTO --weights {}",
     "segmentation": "segment PHOTO --model {} -o SEGMENTED",
+    "pretraining": "train fine_tune --data LABELLED --out DIR --set weights={}",
 }
 
 
 def train_command(options: argparse.Namespace) -> int:
-    from keras_convnext.training import derived, recipe_files
+    from keras_convnext.training import derived
+    from keras_convnext.training.recipes import files
 
     if options.list:
-        print("\n".join(recipe_files.known_recipes()))
+        print("\n".join(files.known_recipes()))
         return 0
     if options.recipe is None or options.out is None:
         raise ValueError("Expected RECIPE and --out DIR; keras-convnext train --list names the recipes.")

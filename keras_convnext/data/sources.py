@@ -93,7 +93,7 @@ def open_source(
         RecordError: a TFRecord file is compressed, damaged or truncated.
     """
     path = os.fspath(path)
-    kind, splits = _locate(path)
+    kind, splits = locate(path)
     folders, images = list_folder(path)[:2] if kind == "folder" else ([], [])
     if None in splits and split in folders:
         splits = {split: [os.path.join(path, split)]}
@@ -134,7 +134,7 @@ def list_splits(path: StrPath, labels: StrPath | None = None) -> list[str]:
     Where others have class folders, a folder of images without any, as tests of competitions are, is left out
     and told once, unless there is a file of `labels`.
     """
-    kind, splits = _locate(os.fspath(path))
+    kind, splits = locate(os.fspath(path))
     names = [name for name in splits if name is not None]
     if kind != "folder" or labels is not None or not names:
         return names
@@ -175,7 +175,7 @@ def _split_and_others(name: str) -> tuple[str | None, tuple[str, ...]]:
 
 def check_outside(path: StrPath, output: StrPath) -> None:
     """Refuses an output in a folder of class folders, which would be taken for a class the next time."""
-    kind, splits = _locate(os.fspath(path)) if os.path.isdir(path) else ("", {})
+    kind, splits = locate(os.fspath(path)) if os.path.isdir(path) else ("", {})
     roots = [path] if len(splits) < 2 else [folder for places in splits.values() for folder in places]
     for root in roots if kind == "folder" else ():
         inside = os.path.relpath(os.path.realpath(output), os.path.realpath(root))
@@ -234,7 +234,7 @@ def held_out_mask(source: Source, fraction: float, seed: int) -> np.ndarray:
     return is_held_out
 
 
-def _locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
+def locate(path: str) -> tuple[str, dict[str | None, list[str]]]:
     """Returns the kind and, for each split, its files or folder; the split is None when there are none."""
     if not os.path.exists(path):
         files = sorted(glob.glob(path)) if glob.has_magic(path) else []

@@ -15,13 +15,13 @@ _KnownPolicy = one_of(
 )
 
 
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+def check_ordered(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 < value[0] <= value[1]:
         raise ValueError("[smallest, largest], above 0")
     return value
 
 
-def _shares(value: tuple[float, float]) -> tuple[float, float]:
+def check_shares(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 < value[0] <= value[1] <= 1:
         raise ValueError("[smallest, largest], above 0 and at most 1")
     return value
@@ -38,10 +38,10 @@ class Augmentation(Settings):
         Augmentation(policy="none", mixup=0, cutmix=0)
     """
 
-    crop_scale: Annotated[Pair, AfterValidator(_shares)] = key(
+    crop_scale: Annotated[Pair, AfterValidator(check_shares)] = key(
         "smallest and largest area of the random crop, as shares of the image", (0.08, 1.0)
     )
-    crop_ratio: Annotated[Pair, AfterValidator(_ordered)] = key(
+    crop_ratio: Annotated[Pair, AfterValidator(check_ordered)] = key(
         "smallest and largest width / height of the crop", (3 / 4, 4 / 3)
     )
     interpolation: Interpolation = key("of the crop and of the policy's geometric operations", "bicubic")

@@ -23,8 +23,11 @@ class Engine:
         """Places what is made and computed inside: the model, the optimizer, `fit`."""
         return contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
 
-    def prepare(self, model: Any) -> None:
-        """Makes the training step of a compiled model, whose optimizer is built, one of all devices."""
+    def prepare(self, model: Any, batch: Any = None) -> None:
+        """Makes the training step of a compiled model, whose optimizer is built, one of all devices.
+
+        `batch` has symbolic tensors as `fit` is given; None for images and one-hot targets.
+        """
 
     def for_fit(self, batches: Any) -> Any:
         """Returns this process's batches, a `tf.data.Dataset`, as `fit` needs them to use all devices."""

@@ -238,25 +238,24 @@ class TensorFlowEngine(Engine):
         with residual.divided_batch(_part), self.strategy.scope():
             yield
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Any, batch: Any = None) -> None:
         optimizer = model.optimizer
         if hasattr(optimizer, "inner_optimizer"):  # what Keras puts around it for float16
             optimizer.check_finite = _everywhere(optimizer.check_finite)
             optimizer = optimizer.inner_optimizer
         optimizer.across = _summed
         # Keras would look at a batch for it, by a mean over devices that fails for many processes.
-        shape = tuple(size or 64 for size in model.input_shape[1:])
-        classes = model.output_shape[-1]
-        model._symbolic_build(
-            data_batch=(keras.KerasTensor((2, *shape), "float32"), keras.KerasTensor((2, classes), "float32"))
-        )
+        if batch is None:
+            shapes = (2, *(size or 64 for size in model.input_shape[1:])), (2, model.output_shape[-1])
+            batch = tuple(keras.KerasTensor(shape, "float32") for shape in shapes)
+        model._symbolic_build(data_batch=batch)
         model._maybe_symbolic_build = lambda iterator=None, data_batch=None: None
         step = _train_step(model, self.strategy)
         model.train_function = lambda iterator: step(next(iterator))
 
     def for_fit(self, batches: Any) -> Any:
         own = self.num_parts // len(self.group)
-        rows = batches.element_spec[0].shape[0]
+        rows = tf.nest.flatten(batches.element_spec)[0].shape[0]
         parts = batches if own == 1 else batches.rebatch(rows // own, drop_remainder=True)
         return self.strategy.distribute_datasets_from_function(lambda context: parts)
 

@@ -111,7 +111,7 @@ class TorchEngine(Engine):
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return residual.divided_batch(lambda: (self.num_parts, self.group.rank))
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Any, batch: Any = None) -> None:
         if self.num_parts > 1:
             _Replica(model)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.recipes.classification import Recipe
 from keras_convnext.variants import VARIANTS
 
 

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from keras_convnext._settings import SettingsError, toml_value
-from keras_convnext.data import sources
+from keras_convnext.data import sources, unlabelled
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import sources as segmentation_sources
-from keras_convnext.training.recipe import Data, Recipe, published_row, unknown_tag
-from keras_convnext.training.recipe_files import AnyRecipe, load_recipe
+from keras_convnext.training.recipes.classification import Data, Recipe, published_row, unknown_tag
+from keras_convnext.training.recipes.files import AnyRecipe, load_recipe
+from keras_convnext.training.recipes.pretraining import PretrainingRecipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.training.run_folder import RECIPE_FILE, RUN_FILE
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 
@@ -28,6 +29,7 @@ LEAST_EPOCHS, MOST_EPOCHS = 1 / 4, 15
 _SPLITS: dict[type, Callable[[str], list[str]]] = {
     Recipe: sources.list_splits,
     SegmentationRecipe: segmentation_sources.list_splits,
+    PretrainingRecipe: unlabelled.list_splits,
 }
 _Derived = dict[str, tuple[Any, str]]  # full key -> (value, reason)
 
@@ -112,10 +114,10 @@ def split_names(
     return train, data.val_split or ("validation" if others else None)
 
 
-def training_images(data: Data, seed: int) -> Source:
-    """Opens the images that a run trains on, without those that are held out."""
-    train, validation = split_names(data)
-    training = sources.open_source(data.source, train)
+def training_images(data: Data, seed: int, opener: Any = sources) -> Source:
+    """Opens the images that a run trains on, without those held out, by the functions of a module of data."""
+    train, validation = split_names(data, opener.list_splits)
+    training = opener.open_source(data.source, train)
     if validation or not data.validation_fraction:
         return training
     return sources.hold_out(training, data.validation_fraction, seed)[0]
@@ -147,13 +149,14 @@ def _from_weights(own: AnyRecipe, changed: Mapping[str, Any], weights: str, stat
     variant = VARIANTS[stated if "model.architecture" in changed else architecture]
     if variant.version == 2:
         derived["model.layer_scale_init_value"] = 0.0, "none: ConvNeXt V2 has GRN in its place"
-    elif not own.model.layer_scale_init_value and variant.layer_scale_init_value:
+    elif not getattr(own.model, "layer_scale_init_value", 0) and variant.layer_scale_init_value:
         derived["model.layer_scale_init_value"] = variant.layer_scale_init_value, f"of {variant.name}"
     if variant.isotropic:
         derived["optimizer.layer_decay"] = 1.0, "none is published for isotropic models"
     if isinstance(own, Recipe):
         derived |= _sizes(own, changed, images)
-    return {key: value for key, value in derived.items() if key not in changed}
+    known = own.values()
+    return {key: value for key, value in derived.items() if key not in changed and key in known}
 
 
 def _sizes(own: Recipe, changed: Mapping[str, Any], images: Preprocessing | None) -> _Derived:

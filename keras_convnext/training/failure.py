@@ -105,13 +105,14 @@ def non_finite_error(what: str, checkpoints: Checkpoints, make_batches: Callable
     """Writes the last batch and a report that help to find the cause, and returns the error to raise.
 
     `make_batches` returns a `tf.data.Dataset` from the last micro-batch on: images (N, H, W, 3) in 0..255,
-    and targets, an array or a dict of arrays.
+    and targets, an array or a dict of arrays; or the pair of images and masks alone.
     """
     counts, folder = checkpoints.counts, checkpoints.folder
     step = (counts.done - 1) // counts.plan.accumulation_steps + 1
     if folder is None:
         return NonFiniteError(f"Expected finite numbers, received {what} in step {step}.")
-    images, targets = next(make_batches().as_numpy_iterator())
+    batch = next(make_batches().as_numpy_iterator())
+    images, targets = batch if len(batch) == 2 else batch[0]
     named = targets if isinstance(targets, Mapping) else {"targets": targets}
     saved_step = max(checkpoints.saved, 0) // counts.plan.accumulation_steps
     report = {

@@ -28,7 +28,7 @@ class AdamW(keras.optimizers.AdamW):
     where it weighs up to 30 times more in the first steps. Beyond that:
 
     - weights of one dimension, all named bias, gamma or beta, and those of `exclude_from_weight_decay` do not
-      decay;
+      decay, but those of `decayed` do;
     - `scale` falls from the head to the stem by `layer_decay`, see `layer_ids`; it multiplies the decay too;
     - the moving average (`use_ema=True`) starts as a copy of the weights, in Keras after the first step, and
       follows once an optimizer step, in Keras once a micro-batch: `average += (1 - ema_momentum) * (w -
@@ -46,6 +46,8 @@ class AdamW(keras.optimizers.AdamW):
         beta_1, beta_2: float in [0, 1). Default 0.9 and 0.999.
         layer_decay: float in (0, 1], factor on the rate from a layer to the one before. Default 1: none.
         layer_decay_groups: "group", "single", "layer_wise", "stage_wise" or "timm"; see `layer_ids`.
+        decayed: list of str, endings of the paths of weights that decay whatever their dimensions and names,
+            such as "mask_token". Default: none.
         overwrite_after_fit: bool, whether `fit` ends by setting the model to the averages, as in Keras.
         clipnorm, clipvalue, global_clipnorm: float or None, clipping of the gradients; at most one.
         use_ema: bool, keep a moving average of the weights.
@@ -78,6 +80,7 @@ class AdamW(keras.optimizers.AdamW):
         *,
         layer_decay=1.0,
         layer_decay_groups="group",
+        decayed=(),
         overwrite_after_fit=True,
         clipnorm=None,
         clipvalue=None,
@@ -118,6 +121,7 @@ class AdamW(keras.optimizers.AdamW):
         )
         self.layer_decay = float(layer_decay)
         self.layer_decay_groups = layer_decay_groups
+        self.decayed = list(decayed)
         self.overwrite_after_fit = bool(overwrite_after_fit)
         self.across = None
 
@@ -130,7 +134,8 @@ class AdamW(keras.optimizers.AdamW):
         if self.layer_decay != 1:
             self._scales = tuple(learning_rate_scales(paths, self.layer_decay_groups, self.layer_decay))
         self._decays = tuple(
-            len(variable.shape) > 1 and path.rsplit("/", 1)[-1] not in _NO_DECAY
+            path.endswith(tuple(self.decayed))
+            or (len(variable.shape) > 1 and path.rsplit("/", 1)[-1] not in _NO_DECAY)
             for variable, path in zip(variables, paths, strict=True)
         )
         with _outside_of_graphs():
@@ -284,7 +289,7 @@ class AdamW(keras.optimizers.AdamW):
     def get_config(self):
         config = super().get_config()
         del config["amsgrad"]
-        own = ("layer_decay", "layer_decay_groups", "overwrite_after_fit")
+        own = ("layer_decay", "layer_decay_groups", "decayed", "overwrite_after_fit")
         return config | {name: getattr(self, name) for name in own}
 
 

@@ -19,7 +19,7 @@ from keras_convnext._messages import printable
 from keras_convnext._terminal import csv_text
 from keras_convnext.roadmap import REGIMES, STEPS
 from keras_convnext.training.derived import choose_recipe
-from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.recipes.classification import Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.tasks import Datasets, TaskModel, without_optimizer
 from keras_convnext.training.tasks.classification import Classification, compile_model

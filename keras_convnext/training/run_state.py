@@ -16,8 +16,8 @@ import numpy as np
 
 from keras_convnext._files import read_json
 from keras_convnext.data.index import Source
-from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import AnyRecipe, identity
+from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.files import AnyRecipe, identity
 from keras_convnext.weights import resolve
 from keras_convnext.weights.assign import plain_path
 

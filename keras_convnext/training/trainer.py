@@ -27,17 +27,23 @@ from keras_convnext.evaluation import result_columns
 from keras_convnext.training import failure, logs, optimizer, run_folder, run_state
 from keras_convnext.training.checkpoints import Checkpoints, Counts
 from keras_convnext.training.derived import choose_recipe
-from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.recipe_files import AnyRecipe
+from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.files import AnyRecipe
+from keras_convnext.training.recipes.pretraining import PretrainingRecipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.training.run_state import TrainingResult
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.training.tasks import Datasets, Task, TaskModel
 from keras_convnext.training.tasks.classification import Classification
+from keras_convnext.training.tasks.pretraining import Pretraining
 from keras_convnext.training.tasks.segmentation import Segmentation
 
 _logger = logging.getLogger("keras_convnext")
 
-TASKS: dict[type, Any] = {Recipe: Classification, SegmentationRecipe: Segmentation}
+TASKS: dict[type, Any] = {
+    Recipe: Classification,
+    SegmentationRecipe: Segmentation,
+    PretrainingRecipe: Pretraining,
+}
 _SECONDS_BETWEEN_EPOCH_CHECKPOINTS = 10.0
 
 
@@ -61,7 +67,8 @@ def train(
     another; more than 1 % of such images are an error.
 
     Args:
-        recipe: a `Recipe` or `SegmentationRecipe`, the path of a TOML file or the name of a published one.
+        recipe: a `Recipe`, `SegmentationRecipe` or `PretrainingRecipe`, the path of a TOML file or the name
+            of a published one.
         output: folder of the run; made when it is not there.
         data: in place of the recipe's, see `data.sources.open_source`.
         overrides: values in place of the recipe's, by key; other `weights` bring along what follows from
@@ -92,7 +99,7 @@ def train(
         engine.check_batch(chosen.optimizer.batch_size, chosen.optimizer.accumulation_steps)
         datasets = trained.open_data()
         built = trained.build_model(datasets)
-        engine.prepare(built.model)
+        engine.prepare(built.model, built.batch)
         path = pathlib.Path(os.path.expanduser(output)).absolute()
         folder = _open_folder(path, chosen, datasets, built, engine)
         if folder:

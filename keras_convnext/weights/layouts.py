@@ -155,7 +155,7 @@ _is_unused = re.compile("|".join(UNUSED.values())).match
 
 STEMS = ("stem.weight", "downsample_layers.0.0.weight")
 _ENDS = ("norm", "norm_pre", "pre_logits", "head")
-WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface", "mmsegmentation")
+WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface", "mmsegmentation", "fcmae")
 
 _OF_HEADS = ("decode_head.", "auxiliary_head.")  # in every layout
 _COUNT = f".{STATISTICS[2]}"  # of training steps, which PyTorch keeps and nothing here reads
@@ -374,7 +374,9 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     """A whole canonical state dict as another project loads it with `strict=True`.
 
     Hugging Face computes its last norm with `config.layer_norm_eps`, which must be set to 1e-6 there (its
-    default is 1e-12). A ValueError says why that project cannot express the architecture.
+    default is 1e-12). "fcmae" is the body alone under official names, as in the published encoders of FCMAE;
+    GRN has one axis less than there, since `remap_checkpoint_keys`, through which official fine-tuning reads
+    such a file, adds two. A ValueError says why that project cannot express the architecture.
     """
     is_segmenter = any(name.startswith(_OF_HEADS) for name in canonical)
     _check_writable(variant, layout, "norm0.weight" in canonical, is_segmenter)
@@ -382,6 +384,10 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     result = {}
     for whole_name, array in canonical.items():
         name = whole_name.removeprefix(_BODY)
+        if layout == "fcmae":
+            if not name.startswith(("norm.", "head.")):
+                result[name] = array[None] if ".grn." in name else array
+            continue
         key = rename(name, layout)
         if name != whole_name:
             key = _BODY + key
@@ -578,6 +584,10 @@ def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool, is_s
         )
     elif layout == "torchvision" and variant.version == 2:
         reason = "torchvision has no ConvNeXt V2"
+    elif layout == "fcmae" and variant.version == 1:
+        reason = "FCMAE is of ConvNeXt V2"
+    elif layout == "fcmae" and (is_segmenter or has_pyramid_norms):
+        reason = "FCMAE's encoders have neither norms at each level nor other heads"
     else:
         return
     raise ValueError(

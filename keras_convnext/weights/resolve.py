@@ -264,13 +264,20 @@ class ResolvedWeights:
         if not include_top:
             return False
         row = self.published
-        if row is None or self.classes == classes or new_head:
+        if row is None:  # a file of a body alone, where the number is none that stands for no choice
+            is_body = self.file is not None and not self.is_bare and self.task == "features"
+            if new_head is not None or not is_body or classes == IMAGENET_CLASSES:
+                return bool(new_head)
+            name: object = self.file
+        elif self.classes == classes or new_head:
             return bool(new_head)
-        promised = self.classes != 0 and (self.is_imagenet or classes == IMAGENET_CLASSES)
-        if new_head is False or promised:
-            raise ValueError(_wrong_classes(row.tag, self.classes, classes))
+        else:
+            promised = self.classes != 0 and (self.is_imagenet or classes == IMAGENET_CLASSES)
+            if new_head is False or promised:
+                raise ValueError(_wrong_classes(row.tag, self.classes, classes))
+            name = row.tag
         _logger.warning(
-            "%s: a new classifier for %d classes, with random weights, on their body.", row.tag, classes
+            "%s: a new classifier for %d classes, with random weights, on their body.", name, classes
         )
         return True
 

@@ -1,7 +1,8 @@
 """Every program of benchmarks/ and demo/ answers --help and runs through at its smallest size.
 
 Those with more to test have it elsewhere: gpu.py in test_gpu_script.py, transfer.py in test_transfer.py,
-resolutions.py in test_resolutions.py, ship_weights.py in test_packaged.py.
+resolutions.py in test_resolutions.py, fcmae_probe.py in test_fcmae_probe.py, ship_weights.py in
+test_packaged.py.
 """
 
 import csv

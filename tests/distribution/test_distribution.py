@@ -16,8 +16,8 @@ import pytest
 from benchmarks import collectives
 from keras_convnext.cli import main
 from keras_convnext.distribution import choose
-from keras_convnext.training.recipe import ENGINES
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.classification import ENGINES
+from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.weights.torch_files import read_state_dict
 
 ROOT = pathlib.Path(__file__).parents[2]

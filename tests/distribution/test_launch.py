@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from keras_convnext.cli import main, train
-from keras_convnext.training.recipe import ENGINES
+from keras_convnext.training.recipes.classification import ENGINES
 
 FOLDER = pathlib.Path(__file__).parents[2] / "recipes" / "launch"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.is_file())

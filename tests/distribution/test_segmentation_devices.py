@@ -19,7 +19,7 @@ sys.path.insert(0, sys.argv[2])
 import keras_convnext
 from made_masks import write
 from keras_convnext.training import trainer
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.files import load_recipe
 
 folder = pathlib.Path(sys.argv[1])
 data = write(folder / "data", 16)

@@ -26,6 +26,7 @@ CLASSIFY = ROOT / "notebooks" / "classify.ipynb"
 EXPORT = ROOT / "notebooks" / "export.ipynb"
 FEATURES = ROOT / "notebooks" / "features.ipynb"
 FINE_TUNE = ROOT / "notebooks" / "fine_tune.ipynb"
+PRETRAIN = ROOT / "notebooks" / "pretrain.ipynb"
 SEGMENT = ROOT / "notebooks" / "segment.ipynb"
 ROADMAP = ROOT / "notebooks" / "roadmap.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -169,6 +170,22 @@ def test_segment_goes_from_masks_to_a_file_for_phones(tmp_path, monkeypatch):
     assert sizes[1] < 0.4 * sizes[0]
 
 
+@RUNS
+def test_pretrain_goes_from_photos_without_labels_to_a_few_labels(tmp_path, monkeypatch):
+    weights = "convnextv2_atto.tiny_imagenet200"  # in the package
+    settings = {"WEIGHTS": weights, "IMAGE_SIZE": "96", "EPOCHS": "2", "TUNED_EPOCHS": "1"}
+    text, num_pictures = outputs_of(execute(PRETRAIN, tmp_path, monkeypatch, **settings))
+    assert "without labels: 150 images in 'photos/train', in 5 folders" in text
+    losses = re.search(r"^loss ([0-9.]+), of new photos ([0-9.]+);", text, re.M)
+    assert losses and max(map(float, losses.groups())) < 1.1
+    probes = re.findall(r"^linear probe (before|after): ([0-9.]+) % of 150 photos$", text, re.M)
+    assert [name for name, _ in probes] == ["before", "after"]
+    assert all(20 < float(score) < 100 for _, score in probes)  # 20 by chance
+    tuned = re.findall(r"^fine-tuned (before|after): ([0-9.]+) %, with 15 labels$", text, re.M)
+    assert [name for name, _ in tuned] == ["before", "after"]
+    assert num_pictures == 2  # curves, reconstructions
+
+
 def tables_of(notebook):
     """The rows of each table, as lists of cells, without the line under the header."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -280,7 +297,7 @@ def test_a_failing_cell_fails_the_test(tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_every_notebook_is_run_by_a_test():
-    assert [CLASSIFY, EXPORT, FEATURES, FINE_TUNE, ROADMAP, SEGMENT] == NOTEBOOKS
+    assert [CLASSIFY, EXPORT, FEATURES, FINE_TUNE, PRETRAIN, ROADMAP, SEGMENT] == NOTEBOOKS
 
 
 @pytest.mark.once

@@ -15,7 +15,7 @@ import keras_convnext
 from keras_convnext.analysis.plan import make_plan
 from keras_convnext.cli import main
 from keras_convnext.training.derived import choose_recipe
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.weights.catalog import default_checkpoint
 
 pytestmark = pytest.mark.one_backend

@@ -11,7 +11,7 @@ import keras_convnext
 from keras_convnext.training import finetune
 from keras_convnext.training.distillation import Distillation, with_teacher
 from keras_convnext.training.optimizer import AdamW
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.training.tasks import classification
 
 RECIPES = pathlib.Path(__file__).parents[2] / "recipes"

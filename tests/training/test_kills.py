@@ -37,7 +37,7 @@ if os.environ.get("KERAS_BACKEND") == "tensorflow":
 
 def train(data, folder):
     from keras_convnext.training import trainer
-    from keras_convnext.training.recipe_files import load_recipe
+    from keras_convnext.training.recipes.files import load_recipe
     from keras_convnext.training.tasks import classification
     from tests.training.test_trainer import SMALL
 

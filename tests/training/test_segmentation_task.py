@@ -21,7 +21,7 @@ from keras_convnext.evaluation.results import read_results
 from keras_convnext.evaluation.segmentation_scores import Scores, confusion_matrix
 from keras_convnext.training import failure, run_folder, trainer
 from keras_convnext.training.layer_decay import layer_ids
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.training.tasks import segmentation as task
 from keras_convnext.weights.resolve import resolve
 from keras_convnext.weights.torch_files import read_state_dict

@@ -13,7 +13,7 @@ from keras.initializers import GlorotUniform
 
 from keras_convnext.training import curves, failure, run_folder, trainer
 from keras_convnext.training.checkpoints import Counts
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.training.run_state import Plan
 from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer, without_optimizer
 from keras_convnext.weights.torch_files import read_state_dict

@@ -27,7 +27,7 @@ from keras_convnext.distribution.choose import choose
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import results
 from keras_convnext.training import checkpoints, failure, run_folder, run_state, trainer
-from keras_convnext.training.recipe_files import load_recipe
+from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.training.tasks import classification
 from keras_convnext.weights import assign, catalog, preprocessing_metadata
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from keras_convnext.data.faults import Faults
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.training import optimizer, schedule
-from keras_convnext.training.recipe import AdamW, Recipe
+from keras_convnext.training.recipes.classification import AdamW, Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import Plan
 
@@ -43,6 +43,8 @@ class TaskModel:
     student: Any  # what is evaluated and saved: the model, or the part that learns from a frozen teacher
     warnings: Sequence[str] = ()  # of values of the recipe that are likely a mistake
     notes: Sequence[str] = ()  # what else the user should read before the first step
+    # Symbolic tensors as `fit` is given; None for images and one-hot targets of the shapes of the model.
+    batch: Any = None
 
 
 class Task(Protocol):
@@ -63,7 +65,8 @@ class Task(Protocol):
     def train_batches(self, data: Datasets, start: int, engine: Engine) -> Any:
         """Returns an endless `tf.data.Dataset` of (images, targets), this process's rows of each micro-batch.
 
-        `start` micro-batches of the run are done. Each batch is a function of its number alone.
+        Without targets, ((images, what else the model is given),). `start` micro-batches of the run are done.
+        Each batch is a function of its number alone.
         """
 
     def evaluate(
@@ -99,7 +102,9 @@ def recipe_optimizer(recipe: Recipe, plan: Plan) -> optimizer.AdamW:
     return adamw(values, rates, plan, 1.0 if recipe.model.trainable == "head" else values.layer_decay)
 
 
-def adamw(values: AdamW, rates: Any, plan: Plan, layer_decay: float) -> optimizer.AdamW:
+def adamw(
+    values: AdamW, rates: Any, plan: Plan, layer_decay: float, decayed: Sequence[str] = ()
+) -> optimizer.AdamW:
     """Makes the optimizer of a recipe's values with a schedule of learning rates."""
     return optimizer.AdamW(
         rates,
@@ -114,6 +119,7 @@ def adamw(values: AdamW, rates: Any, plan: Plan, layer_decay: float) -> optimize
         use_ema=values.ema_decay > 0,
         ema_momentum=values.ema_decay,
         overwrite_after_fit=False,
+        decayed=decayed,
     )
 
 

@@ -21,7 +21,7 @@ from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import curves, distillation, finetune
 from keras_convnext.training.advice import warnings_for
 from keras_convnext.training.derived import split_names, with_contents
-from keras_convnext.training.recipe import Recipe
+from keras_convnext.training.recipes.classification import Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import CURVES_FILE, Plan
 from keras_convnext.training.tasks import Datasets, TaskModel, recipe_optimizer, without_optimizer

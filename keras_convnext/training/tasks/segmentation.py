@@ -19,10 +19,10 @@ from keras_convnext.evaluation.segmentation import validate
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import curves, schedule
 from keras_convnext.training.derived import split_names, with_contents
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import CURVES_FILE, Plan, batches_of
 from keras_convnext.training.segmentation_loss import SegmentationLoss
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.training.tasks import Datasets, TaskModel, adamw, without_optimizer
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import labels_metadata, layouts, preprocessing_metadata

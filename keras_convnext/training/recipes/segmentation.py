@@ -22,7 +22,14 @@ from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation.inference import MODES
 from keras_convnext.data.segmentation.labels import MEANS
 from keras_convnext.data.segmentation.train_transform import SegmentationAugmentation
-from keras_convnext.training.recipe import AdamW, Distribution, Run, Size, above, model_conflicts
+from keras_convnext.training.recipes.classification import (
+    AdamW,
+    Distribution,
+    Run,
+    Size,
+    above,
+    model_conflicts,
+)
 from keras_convnext.variants import VARIANTS
 
 _STAGED = [name for name, variant in VARIANTS.items() if not variant.isotropic]

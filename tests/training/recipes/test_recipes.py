@@ -16,16 +16,19 @@ from keras_convnext._settings import toml_value
 from keras_convnext.analysis.plan import make_plan
 from keras_convnext.data import train_transform
 from keras_convnext.training.advice import warnings_for
-from keras_convnext.training.recipe import Distribution, Recipe
-from keras_convnext.training.recipe_files import identity, known_recipes, load_recipe
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
+from keras_convnext.training.recipes.classification import Distribution, Recipe
+from keras_convnext.training.recipes.files import identity, known_recipes, load_recipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.weights.catalog import find_checkpoint
 
 pytestmark = pytest.mark.once
 
-FOLDER = pathlib.Path(__file__).parents[2] / "recipes"
+PRETRAINED_SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+FOLDER = pathlib.Path(__file__).parents[3] / "recipes"
 OF_MASKS = {"fine_tune_segmentation", "camvid"}
-OURS = {"fine_tune", "tiny_imagenet", "tiny_imagenet_64", "smoke", *OF_MASKS}
+OTHER_TASKS = {*OF_MASKS, "pretrain"}
+OURS = {"fine_tune", "tiny_imagenet", "tiny_imagenet_64", "smoke", *OTHER_TASKS}
+PRETRAINED = {f"pretrain_fcmae_convnextv2_{size}" for size in PRETRAINED_SIZES}
 OF_FEATURES = {"knn", "linear_probe"}
 
 # fmt: off
@@ -212,7 +215,7 @@ def write(tmp_path, smoke):
 
 
 def test_the_folder_holds_the_published_runs_and_ours_and_nothing_else():
-    assert set(known_recipes()) == set(PUBLISHED) | set(SEGMENTATION) | OURS | OF_FEATURES
+    assert set(known_recipes()) == {*PUBLISHED, *SEGMENTATION, *PRETRAINED, *OURS, *OF_FEATURES}
     assert known_recipes() == sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
@@ -381,7 +384,7 @@ def test_weights_are_tags_of_the_architecture_or_made_by_another_recipe(publishe
     assert starts == {"base": "convnext_base.official_in1k_raw", "large": "convnext_large.fb_in1k"}
 
 
-@pytest.mark.parametrize("name", sorted({*PUBLISHED, *OURS, *OF_FEATURES}))
+@pytest.mark.parametrize("name", sorted({*PUBLISHED, *PRETRAINED, *OURS, *OF_FEATURES}))
 def test_header_says_where_from_how_good_on_what_and_how(name):
     text = (FOLDER / f"{name}.toml").read_text()
     header = text.split("\n\n", 1)[0]
@@ -680,7 +683,7 @@ def test_the_recipes_have_the_values_that_they_had_before_they_had_tables():
         values = {}
         for key, value in tomllib.loads(path.read_text()).items():
             values |= value if isinstance(value, dict) else {key: value}
-        if path.stem in {*SEGMENTATION, *OF_MASKS}:
+        if path.stem in {*SEGMENTATION, *PRETRAINED, *OTHER_TASKS}:
             continue  # recipes of later
         if path.stem not in OF_FEATURES:
             values["data"] = values.pop("source")
@@ -782,7 +785,7 @@ def test_a_file_in_the_working_directory_hides_no_published_name(write, tmp_path
 def test_names_of_the_data_pipeline_are_the_pipelines():
     policies = importlib.import_module("keras_convnext.data.augment.policies")
     assert set(train_transform.POLICIES) == set(policies.POLICIES)
-    for name in {*PUBLISHED, *OURS} - OF_MASKS:
+    for name in {*PUBLISHED, *OURS} - OTHER_TASKS:
         policies.parse_policy(load_recipe(name).augmentation.policy)
 
 
@@ -825,7 +828,7 @@ def _warned(recipe, **changes):
 
 
 def test_no_published_recipe_is_warned_of_with_its_own_weights(published, smoke):
-    ours = {name: load_recipe(name) for name in OURS - OF_MASKS}
+    ours = {name: load_recipe(name) for name in OURS - OTHER_TASKS}
     images = {"fine_tune": 3670 * 8 // 10, "smoke": 1437}
     images |= {"tiny_imagenet": 100_000, "tiny_imagenet_64": 100_000}
     for name, recipe in {**published, **ours}.items():

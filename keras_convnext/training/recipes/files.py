@@ -12,14 +12,16 @@ from typing import Any
 
 from keras_convnext._messages import short_repr, unknown
 from keras_convnext._settings import is_optional, read_toml
-from keras_convnext.training.recipe import Recipe
-from keras_convnext.training.segmentation_recipe import SegmentationRecipe
+from keras_convnext.training.recipes.classification import Recipe
+from keras_convnext.training.recipes.pretraining import PretrainingRecipe
+from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 
-AnyRecipe = Recipe | SegmentationRecipe
+AnyRecipe = Recipe | SegmentationRecipe | PretrainingRecipe
 # By the key `task` at the top of a file; without it, it is a classification.
-RECIPES: dict[str, type[Recipe] | type[SegmentationRecipe]] = {
+RECIPES: dict[str, type[AnyRecipe]] = {
     "classification": Recipe,
     "segmentation": SegmentationRecipe,
+    "pretraining": PretrainingRecipe,
 }
 
 # Keys of the recipes in the same folder that train nothing, and the commands that take them.
@@ -61,6 +63,13 @@ def load_recipe(
         raise ValueError(
             f"Expected task to be one of {', '.join(RECIPES)}, received {short_repr(task)} in '{path}'."
         )
+    tables = {key for key, value in content.items() if isinstance(value, dict)}
+    for name, kind in RECIPES.items():
+        if tables - RECIPES[task].model_fields.keys() and tables <= kind.model_fields.keys():
+            raise ValueError(
+                f"Expected a recipe of {task}, as its task says, received the tables of one of {name} in "
+                f"'{path}': {', '.join(sorted(tables))}. Set task = \"{name}\", or take one of {task}."
+            )
     recipe = RECIPES[task].read(path, overrides)
     changed, _ = recipe.by_key(overrides or {})
     places = {}
@@ -101,7 +110,7 @@ def recipes_folder() -> Path:
     """
     inside: Any = importlib.resources.files("keras_convnext") / "recipes"
     if not inside.is_dir():
-        return Path(__file__).resolve().parents[2] / "recipes"
+        return Path(__file__).resolve().parents[3] / "recipes"
     if isinstance(inside, Path):
         return inside
     temporary = tempfile.mkdtemp(prefix="keras_convnext_recipes_")

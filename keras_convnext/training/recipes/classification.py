@@ -196,7 +196,9 @@ class Recipe(Settings):
     title: str = key("one line that a reader knows the recipe by")
     reference: str = key("paper and table, or where else the values come from")
     task: Annotated[str, one_of(("classification",))] = key(
-        "what is trained; see below for the keys of segmentation", "classification", optional=True
+        "what is trained; see below for the keys of segmentation and pre-training",
+        "classification",
+        optional=True,
     )
     model: Model
     data: Data
@@ -237,7 +239,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
 def model_conflicts(recipe: Any) -> Iterator[str]:
     """Gives what does not go together in a recipe of any task: architecture and weights, steps, splits."""
     model, optimizer = recipe.model, recipe.optimizer
-    variant, scale = VARIANTS[model.architecture], model.layer_scale_init_value
+    # A recipe for V2 alone has no such key.
+    variant, scale = VARIANTS[model.architecture], getattr(model, "layer_scale_init_value", 0.0)
     if variant.version == 2 and scale:
         yield f"layer_scale_init_value: expected 0 for {variant.name}, which has GRN, received {scale!r}"
     if variant.layer_scale_init_value and not scale:
