@@ -17,7 +17,7 @@ from keras_convnext.data.faults import DataError, Faults
 from keras_convnext.data.preprocess import ImageError
 from keras_convnext.data.preprocessing import is_positive_integer
 from keras_convnext.data.segmentation import inference, sources
-from keras_convnext.data.segmentation.labels import IGNORED, Labels
+from keras_convnext.data.segmentation.labels import IGNORED, Labels, are_default
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import forward, segmentation_report
 from keras_convnext.evaluation.result_columns import settings_of
@@ -212,7 +212,7 @@ def open_data(
         ignored = ignored if ignored_values is None else tuple(ignored_values)
         source = sources.open_source(data, split, labels=labels, ignored_values=ignored)
     names = source.labels.names
-    if labels is not None and names != labels.names:
+    if labels is not None and names != labels.names and not (are_default(names) or are_default(labels.names)):
         missing = [name for name in labels.names if name not in names]
         others = [name for name in names if name not in labels.names]
         what = "; ".join(
@@ -283,14 +283,18 @@ def outputs_of(
 
 
 def _loaded(source: Any, numbers: np.ndarray, faults: Faults) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    for number in numbers.tolist():
+    def load(number: int) -> tuple[int, Any]:
         try:
-            image, truth = source.load(number)
+            return number, source.load(number)
         except ImageError as error:
-            faults.add(number, str(error))
+            return number, error
+
+    for number, found in sources.ahead(load, numbers.tolist()):
+        if isinstance(found, ImageError):
+            faults.add(number, str(found))
             faults.check()
-            continue
-        yield number, image, truth
+        else:
+            yield number, *found
 
 
 def _counted(parts, classes, num_images, progress, settings, source, faults) -> SegmentationResult:

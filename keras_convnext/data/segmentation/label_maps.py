@@ -37,6 +37,11 @@ def decode(content: bytes, name: str) -> np.ndarray:
             f"Expected a PNG with one number a pixel in '{name}', received a JPEG, which changes them. "
             "Export the label maps as PNG."
         )
+    if content[:8] != b"\x89PNG\r\n\x1a\n":
+        raise LabelMapError(
+            f"Expected a PNG with one number a pixel in '{name}', received "
+            f"{f'a file that begins with {content[:8]!r}' if content else 'an empty file'}. Export it again."
+        )
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             check_bytes(len(content) + 4 * image.width * image.height, f"'{name}'", LabelMapError)
