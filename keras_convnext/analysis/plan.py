@@ -13,17 +13,25 @@ from keras_convnext._environment import BACKENDS, wanted_backend
 from keras_convnext._messages import size_text
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
-from keras_convnext.architecture import layers_of
-from keras_convnext.training.derived import training_images
+from keras_convnext.architecture import Heads, layers_of, model_layers_of
+from keras_convnext.data.segmentation import sources as segmentation_sources
+from keras_convnext.training.derived import split_names, training_images
 from keras_convnext.training.recipe import ENGINES, Recipe
 from keras_convnext.training.recipe_files import AnyRecipe
+from keras_convnext.training.segmentation_recipe import SegmentationRecipe
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import catalog
 
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
-KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
-CLASSES = 1000  # where they are unknown
+# ADE20K's benchmark: Zhou et al. 2017. CamVid as in Badrinarayanan et al. 2017 (SegNet).
+KNOWN_DATA = {
+    "ImageNet-1k": (1_281_167, 1000),
+    "ImageNet-22k": (14_197_122, 21_841),
+    "ADE20K": (20_210, 150),
+    "CamVid": (367, 11),
+}
+CLASSES = 1000  # where they are unknown; of a segmenter 150
 
 # What `describe` calls the parts of a step's memory, in its order.
 _PARTS = {
@@ -95,20 +103,18 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     the devices or do not fit their memory: then the fewest that can and do. The recipe's data is opened where
     it is there. `fraction` of the peak figures, above 0 and at most 1, is reached.
 
-    ValueError: the device is unknown, so many cannot share the batch, or the recipe is not of a classifier.
-    SourceError: the data is unusable.
+    Of a segmenter the crops are taken as squares of their area. Its heads' memory is counted alike on all
+    backends, and was compared with PyTorch's.
+
+    ValueError: the device is unknown, or so many cannot share the batch. SourceError: the data is unusable.
     """
-    if not isinstance(recipe, Recipe):
-        raise ValueError(
-            f"Expected a recipe of a classifier, received one of {recipe.task}, {recipe.title!r}: the heads "
-            "of UPerNet are not counted. Train some steps of it: log.csv has images_per_second."
-        )
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")
     model, batch_size = recipe.model, recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
     engine, model_devices = _engine(recipe, num_devices)
     images, classes = _data_of(recipe)
+    image_size, heads, trainable, mixes = _shape_of(recipe, classes)
     num_parts = num_devices // model_devices
     device = DEVICES[name]
     backend = ENGINES[engine] if ENGINES.get(engine) in BACKENDS else wanted_backend()
@@ -120,18 +126,19 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
         return memory.Step(
             dataclasses.replace(VARIANTS[model.architecture], layer_scale_init_value=scale),
             batch_size // accumulation_steps // num_parts,
-            model.image_size,
+            image_size,
             classes,
             model.precision,
             backend,
             device.kind,
             rematerialize=rematerialize,
-            trainable=model.trainable,
+            trainable=trainable,
             has_average=recipe.optimizer.ema_decay > 0,
             accumulates=accumulation_steps > 1,
             clips=recipe.optimizer.clip_norm > 0,
             num_devices=num_devices,
             model_devices=model_devices,
+            heads=heads,
         )
 
     def total(chosen):
@@ -140,7 +147,6 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     teacher = _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
     # A micro-batch divides into equal parts; mixing takes pairs of images.
-    mixes = recipe.augmentation.mixup or recipe.augmentation.cutmix
     unit = math.lcm(num_parts, 2) if mixes else num_parts
     possible = [n for n in _divisors(batch_size) if batch_size // n % unit == 0]
     if not possible:
@@ -158,8 +164,8 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     found = memory.estimate(used)
     found = dataclasses.replace(found, weights=found.weights + teacher)
     exchanges = communication(used, chosen)
-    flops = step_flops(used.variant, model.image_size, batch_size, classes, model.rematerialize)
-    steps = None if images is None else images // batch_size
+    flops = step_flops(used.variant, image_size, batch_size, classes, model.rematerialize, heads)
+    steps, total_steps = _length_of(recipe, images)
     return Plan(
         device=name,
         num_devices=num_devices,
@@ -172,7 +178,7 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
         images=images,
         classes=classes,
         steps_per_epoch=steps,
-        total_steps=None if steps is None else steps * recipe.optimizer.epochs,
+        total_steps=total_steps,
         rematerialize=model.rematerialize,
         memory=found,
         other_memory=total(step(chosen, not model.rematerialize)),
@@ -193,13 +199,17 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         share = f"{plan.images_per_device} images through each {plan.num_devices // groups} devices at once"
     micro_batches = f"{plan.accumulation_steps} micro-batch{'es' * (plan.accumulation_steps > 1)}"
     steps, few, run = f"unknown without --data; {plan.classes} classes assumed", "", ""
-    if plan.steps_per_epoch is not None and plan.total_steps is not None:
-        data = f"{plan.images:,} images of {plan.classes:,} classes"
-        steps = f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all"
+    if plan.total_steps is not None:
+        data = f"{plan.classes} classes assumed"
+        if plan.images is not None:
+            data = f"{plan.images:,} images of {plan.classes:,} classes"
+        steps = f"{plan.total_steps:,} in all; {data}"
+        if plan.steps_per_epoch is not None:
+            steps = f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all"
         minutes = plan.total_steps * plan.step_seconds / 60
         length = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
         run = f"{length}, without evaluation"
-        if not plan.steps_per_epoch:
+        if plan.images is not None and plan.images < plan.batch_size:
             few = f"`train` refuses fewer images than a batch of {plan.batch_size}: set a smaller batch_size"
     total = f"{size_text(plan.memory.total)} of {size_text(plan.memory_limit)} a device"
     excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
@@ -266,20 +276,32 @@ def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange,
     return tuple(found)
 
 
-def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1, classes: int = CLASSES) -> int:
+def multiply_adds(
+    variant: Variant,
+    image_size: int = 224,
+    batch: int = 1,
+    classes: int = CLASSES,
+    heads: Heads | None = None,
+) -> int:
     """Counts those of convolutions and matrix products, 4.46e9 for ConvNeXt-T at 224 pixels."""
-    return batch * sum(layer.multiply_adds for layer in layers_of(variant, image_size, classes))
+    layers = model_layers_of(variant, image_size, classes, heads)
+    return batch * sum(layer.multiply_adds for layer in layers)
 
 
 def step_flops(
-    variant: Variant, image_size: int, batch_size: int, classes: int = CLASSES, rematerialize: bool = False
+    variant: Variant,
+    image_size: int,
+    batch_size: int,
+    classes: int = CLASSES,
+    rematerialize: bool = False,
+    heads: Heads | None = None,
 ) -> int:
     """Counts the operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
 
     The backward pass has two products for each of the forward pass, for the gradients of the map and of the
     kernel. Rematerialising computes the forward pass once more.
     """
-    return 2 * multiply_adds(variant, image_size, batch_size, classes) * (4 if rematerialize else 3)
+    return 2 * multiply_adds(variant, image_size, batch_size, classes, heads) * (4 if rematerialize else 3)
 
 
 def step_seconds(
@@ -319,7 +341,7 @@ def step_seconds(
     return seconds
 
 
-def _engine(recipe: Recipe, num_devices: int) -> tuple[str, int]:
+def _engine(recipe: AnyRecipe, num_devices: int) -> tuple[str, int]:
     """Returns the engine, and how many devices share the pointwise kernels."""
     engine = recipe.distribution.engine
     if engine == "auto":
@@ -344,17 +366,49 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def _data_of(recipe: Recipe) -> tuple[int | None, int]:
+def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
-    if recipe.data.source:
+    if recipe.data.source and isinstance(recipe, Recipe):
         source = training_images(recipe.data, recipe.run.seed)
         return len(source), len(source.classes)
+    if recipe.data.source:
+        data = recipe.data
+        training, validation = split_names(data, segmentation_sources.list_splits)
+        found = segmentation_sources.open_source(
+            data.source, training, ignored_values=data.ignored_values or None
+        )
+        held_out = 0.0 if validation else data.validation_fraction
+        return len(found) - (max(1, round(held_out * len(found))) if held_out else 0), len(found.classes)
     named = max(KNOWN_DATA, key=recipe.title.rfind)
-    return KNOWN_DATA[named] if named in recipe.title else (None, CLASSES)
+    unknown = (None, CLASSES if isinstance(recipe, Recipe) else KNOWN_DATA["ADE20K"][1])
+    return KNOWN_DATA[named] if named in recipe.title else unknown
 
 
-def _teacher_bytes(recipe: Recipe) -> int:
+def _shape_of(recipe: AnyRecipe, classes: int) -> tuple[int, Heads | None, str, bool]:
+    """Returns the side of the images, a segmenter's heads, what is trained, and whether images are mixed."""
+    model, augmentation = recipe.model, recipe.augmentation
+    if isinstance(recipe, SegmentationRecipe):
+        height, width = recipe.model.crop_size
+        heads = Heads(classes, recipe.model.channels, recipe.loss.auxiliary_weight > 0)
+        return round(math.sqrt(height * width)), heads, "all", False
+    return model.image_size, None, model.trainable, bool(augmentation.mixup or augmentation.cutmix)
+
+
+def _length_of(recipe: AnyRecipe, images: int | None) -> tuple[int | None, int | None]:
+    """Returns the steps of an epoch and of the run; None where the number of images decides, but is unknown.
+
+    A segmenter's run has so many steps; its epochs are no passes over the data.
+    """
+    if isinstance(recipe, SegmentationRecipe):
+        return None, recipe.optimizer.steps
+    steps = None if images is None else images // recipe.optimizer.batch_size
+    return steps, None if steps is None else steps * recipe.optimizer.epochs
+
+
+def _teacher_bytes(recipe: AnyRecipe) -> int:
     """Counts the bytes of a teacher, which every device has; a file is not opened and counts 0."""
+    if not isinstance(recipe, Recipe):
+        return 0
     try:
         row = catalog.find_checkpoint(recipe.distillation.teacher)
     except ValueError:
