@@ -153,6 +153,10 @@ def _from_weights(own: AnyRecipe, changed: Mapping[str, Any], weights: str, stat
         derived["optimizer.layer_decay"] = 1.0, "none is published for isotropic models"
     if isinstance(own, Recipe):
         derived |= _sizes(own, changed, images)
+    elif heads := resolve(None if is_path(weights) else architecture, weights).heads:
+        derived["model.channels"] = heads.channels, "of the weights"
+        if not heads.auxiliary:
+            derived["loss.auxiliary_weight"] = 0.0, "the weights have no auxiliary head"
     return {key: value for key, value in derived.items() if key not in changed}
 
 

@@ -144,7 +144,7 @@ class ResolvedWeights:
     def heads(self) -> Heads | None:
         """Those of a segmenter; of random weights those of the tag."""
         if self.file is not None:
-            return None if self.is_bare else self.contents.heads
+            return keras_files.read_heads(self.file) if self.is_bare else self.contents.heads
         return Heads(self.row.classes) if self.row is not None and self.row.task == "segmentation" else None
 
     @functools.cached_property

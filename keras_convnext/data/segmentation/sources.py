@@ -292,7 +292,7 @@ def _labels_of_files(
         if named[0] == "objectInfo150.txt" and 0 not in ignored:
             raise SourceError(
                 f"Expected ignored_values=(0,) for '{path}', as its objectInfo150.txt counts classes from 1 "
-                f"and 0 is what has none, received {ignored}. Pass ignored_values=(0,) (--ignored 0)."
+                f"and 0 is what has none, received {ignored}. Pass {label_maps.passing({*ignored, 0})}."
             )
         names = label_maps.check_names([one[0] for one in named[1]], f"'{path}', {named[0]}")
     else:
@@ -325,11 +325,10 @@ def _names_found(maps: Source, ignored: tuple[int, ...]) -> tuple[str, ...]:
     if count > label_maps.MAX_CLASSES or (last == 255 and 254 not in found):
         below = [value for value in labelled if value < 255]
         two = " If it is a class, as in a black and white mask, write 1 for it." if below in ([], [0]) else ""
-        fix = ", ".join(map(str, sorted({*ignored, last})))
         raise LabelMapError(
             f"Expected values from 0 to {label_maps.MAX_CLASSES - 1} in '{found[last]}', received {last}; "
             f"the largest below 255 is {max(below, default='none')}. If {last} means not labelled, pass "
-            f"ignored_values=({fix}{',' * (',' not in fix)}) (--ignored).{two}"
+            f"{label_maps.passing({*ignored, last})}.{two}"
         )
     return default_labels(count).names
 
