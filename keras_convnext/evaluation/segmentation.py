@@ -19,6 +19,7 @@ from keras_convnext.data.preprocess import ImageError
 from keras_convnext.data.preprocessing import is_positive_integer
 from keras_convnext.data.segmentation import inference, sources
 from keras_convnext.data.segmentation.labels import IGNORED, Labels, are_default
+from keras_convnext.data.sources import canonical_split
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import forward, segmentation_report
 from keras_convnext.evaluation.result_columns import settings_of
@@ -128,6 +129,7 @@ def evaluate(
     opened, labels = _open_model(model, image_size)
     classes = opened.model.output_shape[-1]
     mode = _mode_of(opened, mode)
+    split = split or default_split(data)
     source = open_data(data, split, labels, ignored_values, classes)
     if progress:
         say("\n".join(sources.described(source, "data")))
@@ -231,6 +233,13 @@ def validate(
     return {"loss": total / labelled if labelled else float("nan"), **Scores.of(counts).means}
 
 
+def default_split(data: Any) -> str | None:
+    """Returns the split that is evaluated where none is named: for validation, a test, or the first."""
+    names = sources.list_splits(data) if isinstance(data, str | os.PathLike) else []
+    wanted = (name for kind in ("validation", "test") for name in names if canonical_split(name) == kind)
+    return next(wanted, names[0] if names else None)
+
+
 def open_data(
     data: Any, split: str | None, labels: Labels | None, ignored_values: Iterable[int] | None, classes: int
 ) -> Any:
@@ -238,8 +247,6 @@ def open_data(
     if not isinstance(data, str | os.PathLike):
         source = data
     else:
-        if split is None and (names := sources.list_splits(data)):
-            split = next((name for name in ("validation", "val", "test") if name in names), names[0])
         ignored = None if labels is None else labels.ignored_values
         ignored = ignored if ignored_values is None else tuple(ignored_values)
         source = sources.open_source(data, split, labels=labels, ignored_values=ignored)

@@ -360,6 +360,25 @@ def test_an_exported_segmenter_is_evaluated(trained, data, tmp_path, capsys):
     assert float(scores[0]) == pytest.approx(float(scores[1]), abs=0.05)
 
 
+def test_the_split_that_is_evaluated_by_default_is_named(model, data, tmp_path):
+    arguments = {"ignored_values": (255,), "image_size": 64, "limit": 2, "progress": False}
+    assert evaluation.evaluate(model, data, **arguments).settings["split"] == "val"
+    for split in ("Testing", "train", "valid"):
+        write(tmp_path, 2, split=split)
+        names = {"Testing": "Testing", "train": "Testing", "valid": "valid"}
+        assert evaluation.default_split(tmp_path) == names[split]
+
+
+def test_a_damaged_photo_is_left_out_and_named(model, tmp_path):
+    write(tmp_path, 4)
+    (tmp_path / "train/images/002.png").write_bytes(b"nothing")
+    arguments = {"ignored_values": (255,), "image_size": 64, "progress": True}
+    result = evaluation.evaluate(model, tmp_path, max_faults=0.5, **arguments)
+    assert result.num_skipped == 1 and list(result.faults) == ["train/images/002.png"]
+    with pytest.raises(ValueError, match=r"Expected at most 0.01 of the 4 images"):
+        evaluation.evaluate(model, tmp_path, **arguments)
+
+
 def test_a_model_of_one_image_size_is_evaluated_by_windows(data):
     square = segmentation.UPerNet(body(64, 64), CLASSES, channels=16)
     arguments = {"split": "val", "ignored_values": (255,), "progress": False}

@@ -69,7 +69,7 @@ def _found(path: str) -> str:
     """Says what lies at a path of no known layout, and what to do."""
     if not os.path.isdir(path):
         return f"Received a file, '{os.path.basename(path)}'. Pass the folder of the data."
-    if os.path.isdir(os.path.join(path, "leftImg8bit")) and os.path.isdir(os.path.join(path, "gtFine")):
+    if is_cityscapes(path):
         return (
             "Received the folders of Cityscapes, with cities inside and several maps for a photo. Link each "
             "leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png as img_dir/SPLIT/NAME.png of another folder, its "
@@ -81,6 +81,11 @@ def _found(path: str) -> str:
         return "Received no images. Check the path."
     words = [f"{os.path.relpath(folder, path)} ({count})" for folder, count in sorted(counts.items())]
     return f"Received images in {first_few(words)}. Rename or link these folders as in one of the layouts."
+
+
+def is_cityscapes(path: str) -> bool:
+    """Tells whether a folder has those of Cityscapes, which are of no layout."""
+    return all(os.path.isdir(os.path.join(path, name)) for name in ("leftImg8bit", "gtFine"))
 
 
 def used_folders(layout: Layout, places: Places, path: StrPath) -> set[str]:

@@ -130,6 +130,8 @@ def is_segmentation(path: StrPath) -> bool:
     if records.is_prepared(path):
         return any("maps" in entry for entry in records.read_manifest(path)["splits"].values())
     found = layouts.find(path)
+    if not found and layouts.is_cityscapes(path):
+        layouts.find_one(path)  # raises what to do, where folders of classes would be looked for
     if not found or layouts.COCO in found:
         return bool(found)
     used = set().union(*(layouts.used_folders(layout, places, path) for layout, places in found.items()))
@@ -228,7 +230,7 @@ def described(source: SegmentationSource, title: str = "data") -> list[str]:
     """Says in a few lines what was found: images, classes with their share of pixels, what was left out.
 
     The shares are of at most `SAMPLE` maps, evenly spaced, which are read with the sizes of their images; an
-    error in one of them is raised.
+    error in one of the maps is raised. Damaged images are told when they are used.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int)).tolist()
     counts = sum(ahead(functools.partial(_counts, source), chosen), np.zeros(256, np.int64))
@@ -254,7 +256,11 @@ def described(source: SegmentationSource, title: str = "data") -> list[str]:
 
 
 def _counts(source: SegmentationSource, number: int) -> np.ndarray:
-    return np.bincount(source.check(number).reshape(-1), minlength=256)
+    try:
+        label_map = source.check(number)
+    except preprocess.ImageError:
+        label_map = source.load_map(number)
+    return np.bincount(label_map.reshape(-1), minlength=256)
 
 
 def ahead(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
