@@ -24,9 +24,15 @@ from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 # Epochs that follow from the data are at least and at most so many times those of the recipe.
 LEAST_EPOCHS, MOST_EPOCHS = 1 / 4, 15
 
+
+def _splits_of_classes(path: str) -> list[str]:
+    segmentation_sources.refuse_label_maps(path)
+    return sources.list_splits(path)
+
+
 # What lists the splits of a recipe's data.
 _SPLITS: dict[type, Callable[[str], list[str]]] = {
-    Recipe: sources.list_splits,
+    Recipe: _splits_of_classes,
     SegmentationRecipe: segmentation_sources.list_splits,
 }
 _Derived = dict[str, tuple[Any, str]]  # full key -> (value, reason)

@@ -106,7 +106,7 @@ class ResolvedWeights:
         if self.is_bare:
             raise ValueError(
                 f"{self.path} does not say which architecture it holds. Pass that as model, the file as "
-                "weights: load(architecture, weights=path). Or take the .keras file instead."
+                "weights: load(architecture, weights=path). Or take a .keras or .safetensors file of it."
             )
         if self.path.suffix not in KERAS_SUFFIXES:
             return torch_files.read_state_dict(self.path)

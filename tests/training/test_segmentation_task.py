@@ -17,7 +17,9 @@ import keras_convnext
 from keras_convnext import segmentation
 from keras_convnext.cli import main
 from keras_convnext.data.segmentation import sources
+from keras_convnext.evaluation import features
 from keras_convnext.evaluation import segmentation as evaluation
+from keras_convnext.evaluation.linear_probe import LinearProbe
 from keras_convnext.evaluation.results import read_results
 from keras_convnext.evaluation.segmentation_scores import Scores, confusion_matrix
 from keras_convnext.predictor import open_segmenter
@@ -242,6 +244,21 @@ def test_photos_are_held_out_where_there_is_no_other_split(tmp_path):
     assert [len(each) for each in names] == [7, 3] and not names[0] & names[1]
     again = task.open_data(recipe)[1]
     assert names[1] == {again.name(number) for number in range(3)}
+
+
+def test_photos_with_label_maps_are_no_classes_to_a_classifier(data, tmp_path):
+    for folder in (data, data / "train"):
+        with pytest.raises(ValueError, match=r"data: Expected folders of classes .* fine_tune_segmentation"):
+            choose_recipe("fine_tune", folder, folder=tmp_path / "run")
+    settings = LinearProbe(data=str(data / "train"))
+    with pytest.raises(ValueError, match="received photographs with label maps"):
+        features._open_parts(settings)
+
+
+def test_one_photo_cannot_be_held_out_and_trained_on(tmp_path):
+    write(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"received 1 in .* Set validation_fraction=0 to train on all"):
+        task.open_data(small(tmp_path / "train", validation_fraction=0.3))
 
 
 def test_what_cannot_be_trained_is_said(data, tmp_path):

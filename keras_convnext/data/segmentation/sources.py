@@ -149,6 +149,15 @@ def is_segmentation(path: StrPath) -> bool:
     return True
 
 
+def refuse_label_maps(path: StrPath) -> None:
+    """Refuses photographs with label maps where classes are meant, as their two folders look like such."""
+    if is_segmentation(path):
+        raise SourceError(
+            f"Expected folders of classes in '{os.fspath(path)}', received photographs with label maps. "
+            "Train them by a recipe of segmentation, such as fine_tune_segmentation."
+        )
+
+
 def list_splits(path: StrPath) -> list[str]:
     """Lists the splits at a path under the names they have there; empty when it is not divided."""
     path = os.fspath(path)

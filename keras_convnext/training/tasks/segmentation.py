@@ -197,6 +197,11 @@ def open_data(recipe: SegmentationRecipe) -> tuple[SegmentationSource, Segmentat
         )
     if data.validation_fraction:
         count = max(1, round(data.validation_fraction * len(training)))
+        if count == len(training):
+            raise ValueError(
+                f"Expected more photos than are held out, received {count} in '{data.source}'. Set "
+                "validation_fraction=0 to train on all."
+            )
         order = np.random.default_rng(recipe.run.seed).permutation(len(training))
         return sources.take(training, np.sort(order[count:])), sources.take(training, np.sort(order[:count]))
     return training, None
