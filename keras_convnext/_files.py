@@ -154,7 +154,13 @@ def check_target(path: StrPath, replace: bool = True, mark: bytes = b"") -> None
 
 def prepare_folder(folder: StrPath, marks: Mapping[str, bytes]) -> None:
     """Makes the folder of some files, and refuses those that another program wrote; see `check_target`."""
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileExistsError(
+            f"Expected a folder to write to, received '{folder}', which is a file or lies below one. Name "
+            "another folder."
+        ) from error
     for name, mark in marks.items():
         check_target(pathlib.Path(folder) / name, mark=mark)
 

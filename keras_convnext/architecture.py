@@ -191,6 +191,15 @@ def head_layers_of(variant: Variant, heads: Heads, image_size: int = 512) -> lis
     return found
 
 
+def model_layers_of(variant: Variant, image_size: int, classes: int, heads: Heads | None) -> list[Layer]:
+    """Lists the layers with weights of a classifier, or of a segmenter where there are `heads`."""
+    if heads is None:
+        return layers_of(variant, image_size, classes)
+    body = layers_of(variant, image_size, 0, pyramid_norms=True)
+    return body + head_layers_of(variant, heads, image_size)
+
+
+# {its name with "_" for ".": a layer of the heads}, the same for every architecture.
 def decoder_layers_of(variant: Variant, width: int, depth: int, image_size: int = 224) -> list[Layer]:
     """Lists the layers with weights of `fcmae`'s decoder, for square images; 3 channels of 32 x 32 a cell."""
     inputs, side = variant.dims[-1], image_size // 32
@@ -212,7 +221,6 @@ def decoder_layers_of(variant: Variant, width: int, depth: int, image_size: int 
     return found
 
 
-# {its name with "_" for ".": a layer of the heads}, the same for every architecture.
 HEAD_PLACES = {
     layer.name.replace(".", "_"): layer.name
     for layer in head_layers_of(next(iter(VARIANTS.values())), Heads(classes=1))

@@ -19,7 +19,7 @@ from keras_convnext._messages import unknown
 from keras_convnext.data import class_names, preprocess
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import inference
-from keras_convnext.data.segmentation.labels import Labels
+from keras_convnext.data.segmentation.labels import IGNORED, Labels
 from keras_convnext.data.segmentation.pictures import default_labels
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.weights import arrays, assign
@@ -166,7 +166,7 @@ def open_segmenter(name: Any, *, image_size: int | tuple[int, int] | None = None
     ValueError: the name is unknown, means a classifier, or the file does not fit.
     """
     if not isinstance(name, str | os.PathLike | ResolvedWeights):
-        return _segmenter_of(name, getattr(name, "name", repr(name)), image_size)
+        return segmenter_of(name, getattr(name, "name", repr(name)), image_size)
     source = resolve(name)
     if source.task != "segmentation":
         raise ValueError(
@@ -175,11 +175,11 @@ def open_segmenter(name: Any, *, image_size: int | tuple[int, int] | None = None
         )
     model, path = segmentation.build(source, ModelOptions()), source.path
     prepared = source.preprocessing_at(image_size) if source.is_described else None
-    opened = _segmenter_of(model, str(path), image_size, prepared, source.labels, path)
+    opened = segmenter_of(model, str(path), image_size, prepared, source.labels, path)
     return dataclasses.replace(opened, row=source.published)
 
 
-def _segmenter_of(
+def segmenter_of(
     model: Any,
     name: str,
     image_size: int | tuple[int, int] | None,
@@ -203,6 +203,11 @@ def _segmenter_of(
     if None not in own:
         prepared = prepared.at(own)
     classes = model.output_shape[-1]
+    if classes > IGNORED:
+        raise ValueError(
+            f"Expected a model of at most {IGNORED} classes, as a label map has 8 bits, received {name} with "
+            f"{classes}. model.predict gives its logits."
+        )
     return SegmentationPredictor(model, labels or default_labels(classes), prepared, None, file)
 
 

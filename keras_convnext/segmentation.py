@@ -24,6 +24,7 @@ from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import BatchNormalization
 from keras_convnext.layers.resizing import AdaptiveAveragePooling2D, ResizeLike
 from keras_convnext.model_options import ModelOptions
+from keras_convnext.weights import keras_files
 from keras_convnext.weights.assign import filled, placed_values
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
@@ -191,7 +192,8 @@ def build(source: ResolvedWeights, options: ModelOptions) -> Segmenter:
     With another number of classes than the weights have, or `new_head`, the last layers of both heads start
     fresh.
     """
-    heads = source.heads if source.is_random else source.contents.heads or source.heads
+    has_contents = not (source.is_random or source.is_bare)
+    heads = (source.contents.heads if has_contents else None) or source.heads
     if heads is None:
         raise ValueError(f"Expected weights of a segmenter, received those of a model of {source.task}.")
     if options.pooling is not None or options.classifier_activation not in ("default", None):
@@ -239,6 +241,16 @@ def build(source: ResolvedWeights, options: ModelOptions) -> Segmenter:
 
     if source.is_random:
         return layout()
+    if source.is_bare:
+        if new_head:
+            raise ValueError(
+                f"{source.path} does not say what its weights belong to, so new last layers cannot take "
+                "the place of its own. Use the .keras file of the model, or "
+                "save_weights(model, 'x.safetensors')."
+            )
+        model = layout()
+        keras_files.load_weights(model, source.path)
+        return model
     values = source.segmenter_values(variant, settled, dataclasses.replace(heads, classes=classes), new_head)
     model = filled(layout, lambda model: placed_values(model, values))
     if source.around is not None:

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 from keras_convnext import architecture
-from keras_convnext.architecture import layers_of
+from keras_convnext.architecture import STATISTICS, Heads, layers_of, model_layers_of
 from keras_convnext.layers.chunking import samples_in_a_chunk_of_jax
 from keras_convnext.variants import Variant
 
@@ -35,7 +35,7 @@ class Step:
     `variant` has LayerScale as it is trained, `batch` counts the images that go through the device at once,
     and `image_size` is in pixels. Precision, rematerialize and trainable are a recipe's; `clips` is by norm.
     `num_devices` divide the batch or the kernels, this one included; `model_devices` of them share the
-    pointwise kernels, and with them the hidden maps.
+    pointwise kernels, and with them the hidden maps. `heads` are those of a segmenter.
     """
 
     variant: Variant
@@ -52,7 +52,8 @@ class Step:
     clips: bool = False
     num_devices: int = 1
     model_devices: int = 1
-    # Of pre-training, (width, depth); None for a classifier. The share `seen` of the cells goes through the
+    heads: Heads | None = None
+    # Of pre-training, (width, depth); None for the others. The share `seen` of the cells goes through the
     # encoder, all through the decoder.
     decoder: tuple[int, int] | None = None
     seen: float = 1.0
@@ -118,7 +119,7 @@ def count_weights(step: Step) -> tuple[int, int]:
 def layers_in(step: Step) -> list[architecture.Layer]:
     """Lists the layers with weights of what is trained."""
     if step.decoder is None:
-        return layers_of(step.variant, step.image_size, step.classes)
+        return model_layers_of(step.variant, step.image_size, step.classes, step.heads)
     body = layers_of(step.variant, step.image_size, 0)[:-1]  # without the final norm
     return body + architecture.decoder_layers_of(step.variant, *step.decoder, step.image_size)
 
@@ -133,12 +134,15 @@ def estimate(step: Step) -> Memory:
     weight, half are taken to be there besides the old ones: sets = 1 + 3 / 2.
     """
     total, trained = count_weights(step)
+    targets = step.classes  # numbers an image; of a segmenter the label map, once for each head
+    if step.heads is not None:
+        targets = step.image_size**2 * (1 + step.heads.auxiliary)
     parts = {
         "weights": FLOAT32 * total,
         "average": FLOAT32 * trained * step.has_average,
         "slots": FLOAT32 * SLOTS * trained,
         "accumulated": FLOAT32 * trained * step.accumulates,
-        "inputs": FLOAT32 * step.batch * (3 * step.image_size**2 + step.classes),
+        "inputs": FLOAT32 * step.batch * (3 * step.image_size**2 + targets),
     }
     found = layers(step)
     kept = sum(layer.kept for layer in found)
@@ -166,7 +170,7 @@ def layers(step: Step) -> list[Layer]:
         inside = list(group)
         is_decoder = inside[0].stage == "decoder"
         step = whole if is_decoder else dataclasses.replace(whole, batch=whole.batch * whole.seen)
-        is_head = part == "head"
+        is_head = part == "head" and step.heads is None
         if step.trainable == "head" and not is_head:
             found.append(Layer(part, 0, 0, 0))  # no gradient goes through it
             continue
@@ -178,6 +182,8 @@ def layers(step: Step) -> list[Layer]:
             kept, working = _stem(step, inside)
         elif part.startswith("downsample_layers"):
             kept, working = _downsampling(step, inside[0])
+        elif inside[0].stage.endswith("head"):
+            kept, working = _segmentation_head(step, inside)
         else:
             kept, working = _block(step, inside[0])
             if not is_decoder:  # the grid that the depthwise convolution is given, with zeros at masked cells
@@ -193,6 +199,7 @@ def _own_weights(step: Step, layer: architecture.Layer) -> int:
     return sum(
         math.prod(shape) // (step.model_devices if name.endswith(shared) else 1)
         for name, shape in layer.weights.items()
+        if not name.endswith(STATISTICS)
     )
 
 
@@ -240,6 +247,25 @@ def _downsampling(step: Step, norm: architecture.Layer) -> tuple[int, int]:
     if step.uses_xla and step.device == "cpu":  # float32 throughout, and one map more than in a block
         kept += (2 * FLOAT32 - step.item_size) * positions * norm.inputs
     return kept, 2 * FLOAT32 * positions * norm.inputs
+
+
+def _segmentation_head(step: Step, inside: list[architecture.Layer]) -> tuple[int, int]:
+    """Counts the pyramid's norms; or a convolution with batch norm and ReLU; or logits and their loss.
+
+    The convolution keeps its input, its batch norm that in float32, the ReLU its result. Of logits at the
+    size of the image a loss keeps themselves, and but for PyTorch their exponentials.
+    """
+    first, batch = inside[0], step.batch
+    positions = batch * first.side**2
+    if first.stage == "head":
+        kept = sum(_norm(step, batch * norm.side**2, norm.outputs) for norm in inside)
+        return kept, 2 * FLOAT32 * positions * first.outputs
+    kept = step.item_size * positions * first.inputs
+    if len(inside) == 1:
+        logits = FLOAT32 * batch * first.outputs * step.image_size**2
+        return kept + logits * (1 if step.backend == "torch" else 2), 2 * logits
+    kept += (FLOAT32 + step.item_size) * positions * first.outputs
+    return kept, step.item_size * positions * (first.inputs + first.outputs)
 
 
 def _block(step: Step, depthwise: architecture.Layer) -> tuple[int, int]:

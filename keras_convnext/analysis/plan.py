@@ -14,10 +14,11 @@ from keras_convnext._environment import BACKENDS, wanted_backend
 from keras_convnext._messages import size_text
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
-from keras_convnext.architecture import layers_of
+from keras_convnext.architecture import Heads, layers_of, model_layers_of
 from keras_convnext.data import sources, unlabelled
-from keras_convnext.training.derived import training_images
-from keras_convnext.training.recipes.classification import ENGINES
+from keras_convnext.data.segmentation import sources as segmentation_sources
+from keras_convnext.training.derived import split_names, training_images
+from keras_convnext.training.recipes.classification import ENGINES, Recipe
 from keras_convnext.training.recipes.files import AnyRecipe
 from keras_convnext.training.recipes.pretraining import CELL, PretrainingRecipe
 from keras_convnext.training.recipes.segmentation import SegmentationRecipe
@@ -26,8 +27,14 @@ from keras_convnext.weights import catalog
 
 # What the titles of the recipes name -> (training images, classes).
 # ImageNet-1k: Russakovsky et al. 2015 (arXiv:1409.0575), table 2. ImageNet-22k: the fall 2011 release.
-KNOWN_DATA = {"ImageNet-1k": (1_281_167, 1000), "ImageNet-22k": (14_197_122, 21_841)}
-CLASSES = 1000  # where they are unknown
+# ADE20K's benchmark: Zhou et al. 2017. CamVid as in Badrinarayanan et al. 2017 (SegNet).
+KNOWN_DATA = {
+    "ImageNet-1k": (1_281_167, 1000),
+    "ImageNet-22k": (14_197_122, 21_841),
+    "ADE20K": (20_210, 150),
+    "CamVid": (367, 11),
+}
+CLASSES = 1000  # where they are unknown; of a segmenter 150
 
 # What `describe` calls the parts of a step's memory, in its order.
 _PARTS = {
@@ -99,22 +106,18 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     the devices or do not fit their memory: then the fewest that can and do. The recipe's data is opened where
     it is there. `fraction` of the peak figures, above 0 and at most 1, is reached.
 
-    ValueError: the device is unknown, so many cannot share the batch, or the recipe is of segmentation.
-    SourceError: the data is unusable.
+    Of a segmenter the crops are taken as squares of their area. Its heads' memory is counted alike on all
+    backends, and was compared with PyTorch's.
+
+    ValueError: the device is unknown, or so many cannot share the batch. SourceError: the data is unusable.
     """
-    if isinstance(recipe, SegmentationRecipe):
-        raise ValueError(
-            f"Expected a recipe of a classifier or of pre-training, received one of {recipe.task}, "
-            f"{recipe.title!r}: the heads of UPerNet are not counted. Train some steps of it: log.csv has "
-            "images_per_second."
-        )
-    pretrains = isinstance(recipe, PretrainingRecipe)
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")
     model, batch_size = recipe.model, recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
     engine, model_devices = _engine(recipe, num_devices)
     images, classes = _data_of(recipe)
+    image_size, heads, trainable, mixes = _shape_of(recipe, classes)
     num_parts = num_devices // model_devices
     device = DEVICES[name]
     backend = ENGINES[engine] if ENGINES.get(engine) in BACKENDS else wanted_backend()
@@ -122,32 +125,32 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
         raise ValueError("Expected jax or tensorflow for TPUs, received 'torch'. Set KERAS_BACKEND=jax.")
 
     def step(accumulation_steps, rematerialize=model.rematerialize):
-        scale = None if pretrains else model.layer_scale_init_value or None
+        scale = getattr(model, "layer_scale_init_value", 0.0) or None  # none in pre-training
         return memory.Step(
             dataclasses.replace(VARIANTS[model.architecture], layer_scale_init_value=scale),
             batch_size // accumulation_steps // num_parts,
-            model.image_size,
+            image_size,
             classes,
             model.precision,
             backend,
             device.kind,
             rematerialize=rematerialize,
-            trainable="all" if pretrains else model.trainable,
+            trainable=trainable,
             has_average=recipe.optimizer.ema_decay > 0,
             accumulates=accumulation_steps > 1,
             clips=recipe.optimizer.clip_norm > 0,
             num_devices=num_devices,
             model_devices=model_devices,
-            **(_masked(recipe) if pretrains else {}),
+            heads=heads,
+            **_masked(recipe),
         )
 
     def total(chosen):
         return memory.estimate(chosen).total + teacher
 
-    teacher = 0 if pretrains else _teacher_bytes(recipe)
+    teacher = _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
     # A micro-batch divides into equal parts; mixing takes pairs of images.
-    mixes = not pretrains and (recipe.augmentation.mixup or recipe.augmentation.cutmix)
     unit = math.lcm(num_parts, 2) if mixes else num_parts
     possible = [n for n in _divisors(batch_size) if batch_size // n % unit == 0]
     if not possible:
@@ -165,11 +168,11 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     found = memory.estimate(used)
     found = dataclasses.replace(found, weights=found.weights + teacher)
     exchanges = communication(used, chosen)
-    if pretrains:
+    if isinstance(recipe, PretrainingRecipe):
         flops = 2 * (4 if model.rematerialize else 3) * batch_size * pretraining_multiply_adds(used)
     else:
-        flops = step_flops(used.variant, model.image_size, batch_size, classes, model.rematerialize)
-    steps = None if images is None else images // batch_size
+        flops = step_flops(used.variant, image_size, batch_size, classes, model.rematerialize, heads)
+    steps, total_steps = _length_of(recipe, images)
     return Plan(
         device=name,
         num_devices=num_devices,
@@ -182,7 +185,7 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
         images=images,
         classes=classes,
         steps_per_epoch=steps,
-        total_steps=None if steps is None else steps * recipe.optimizer.epochs,
+        total_steps=total_steps,
         rematerialize=model.rematerialize,
         memory=found,
         other_memory=total(step(chosen, not model.rematerialize)),
@@ -203,15 +206,20 @@ def describe(plan: Plan, fraction: float = FRACTION) -> list[tuple[str, str]]:
         share = f"{plan.images_per_device} images through each {plan.num_devices // groups} devices at once"
     micro_batches = f"{plan.accumulation_steps} micro-batch{'es' * (plan.accumulation_steps > 1)}"
     steps, few, run = "unknown without --data", "", ""
-    if plan.classes:
-        steps += f"; {plan.classes} classes assumed"
-    if plan.steps_per_epoch is not None and plan.total_steps is not None:
-        data = f"{plan.images:,} images" + (f" of {plan.classes:,} classes" if plan.classes else "")
-        steps = f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all"
+    assumed = f"{plan.classes} classes assumed" if plan.classes else ""
+    if assumed:
+        steps += f"; {assumed}"
+    if plan.total_steps is not None:
+        data = assumed
+        if plan.images is not None:
+            data = f"{plan.images:,} images" + (f" of {plan.classes:,} classes" if plan.classes else "")
+        steps = f"{plan.total_steps:,} in all; {data}"
+        if plan.steps_per_epoch is not None:
+            steps = f"{plan.steps_per_epoch:,} an epoch of {data}, {plan.total_steps:,} in all"
         minutes = plan.total_steps * plan.step_seconds / 60
         length = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
         run = f"{length}, without evaluation"
-        if not plan.steps_per_epoch:
+        if plan.images is not None and plan.images < plan.batch_size:
             few = f"`train` refuses fewer images than a batch of {plan.batch_size}: set a smaller batch_size"
     total = f"{size_text(plan.memory.total)} of {size_text(plan.memory_limit)} a device"
     excess = "" if plan.fits else f": MORE than {USABLE_MEMORY:.0%} of it"
@@ -278,9 +286,16 @@ def communication(step: memory.Step, accumulation_steps: int) -> tuple[Exchange,
     return tuple(found)
 
 
-def multiply_adds(variant: Variant, image_size: int = 224, batch: int = 1, classes: int = CLASSES) -> int:
+def multiply_adds(
+    variant: Variant,
+    image_size: int = 224,
+    batch: int = 1,
+    classes: int = CLASSES,
+    heads: Heads | None = None,
+) -> int:
     """Counts those of convolutions and matrix products, 4.46e9 for ConvNeXt-T at 224 pixels."""
-    return batch * sum(layer.multiply_adds for layer in layers_of(variant, image_size, classes))
+    layers = model_layers_of(variant, image_size, classes, heads)
+    return batch * sum(layer.multiply_adds for layer in layers)
 
 
 def pretraining_multiply_adds(step: memory.Step) -> int:
@@ -293,14 +308,19 @@ def pretraining_multiply_adds(step: memory.Step) -> int:
 
 
 def step_flops(
-    variant: Variant, image_size: int, batch_size: int, classes: int = CLASSES, rematerialize: bool = False
+    variant: Variant,
+    image_size: int,
+    batch_size: int,
+    classes: int = CLASSES,
+    rematerialize: bool = False,
+    heads: Heads | None = None,
 ) -> int:
     """Counts the operations of an optimizer step: 2 a multiply-add, forward once and backward twice.
 
     The backward pass has two products for each of the forward pass, for the gradients of the map and of the
     kernel. Rematerialising computes the forward pass once more.
     """
-    return 2 * multiply_adds(variant, image_size, batch_size, classes) * (4 if rematerialize else 3)
+    return 2 * multiply_adds(variant, image_size, batch_size, classes, heads) * (4 if rematerialize else 3)
 
 
 def step_seconds(
@@ -365,8 +385,10 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def _masked(recipe: PretrainingRecipe) -> dict[str, Any]:
-    """What `memory.Step` has of the decoder and the masks."""
+def _masked(recipe: AnyRecipe) -> dict[str, Any]:
+    """What `memory.Step` has of the decoder and the masks of pre-training."""
+    if not isinstance(recipe, PretrainingRecipe):
+        return {}
     cells = (recipe.model.image_size // CELL) ** 2
     seen = int(cells * (1 - recipe.model.mask_ratio)) / cells
     return {"decoder": (recipe.model.decoder_width, recipe.model.decoder_depth), "seen": seen}
@@ -374,17 +396,51 @@ def _masked(recipe: PretrainingRecipe) -> dict[str, Any]:
 
 def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
-    pretrains = isinstance(recipe, PretrainingRecipe)
-    if recipe.data.source:
+    if recipe.data.source and not isinstance(recipe, SegmentationRecipe):
+        pretrains = isinstance(recipe, PretrainingRecipe)
         source = training_images(recipe.data, recipe.run.seed, unlabelled if pretrains else sources)
         return len(source), 0 if pretrains else len(source.classes)
+    if recipe.data.source:
+        data = recipe.data
+        training, validation = split_names(data, segmentation_sources.list_splits)
+        found = segmentation_sources.open_source(
+            data.source, training, ignored_values=data.ignored_values or None
+        )
+        held_out = 0.0 if validation else data.validation_fraction
+        return len(found) - (max(1, round(held_out * len(found))) if held_out else 0), len(found.classes)
     named = max(KNOWN_DATA, key=recipe.title.rfind)
-    images, classes = KNOWN_DATA[named] if named in recipe.title else (None, CLASSES)
-    return images, 0 if pretrains else classes
+    unknown = (None, CLASSES if isinstance(recipe, Recipe) else KNOWN_DATA["ADE20K"][1])
+    images, classes = KNOWN_DATA[named] if named in recipe.title else unknown
+    return images, 0 if isinstance(recipe, PretrainingRecipe) else classes
 
 
-def _teacher_bytes(recipe: Any) -> int:
+def _shape_of(recipe: AnyRecipe, classes: int) -> tuple[int, Heads | None, str, bool]:
+    """Returns the side of the images, a segmenter's heads, what is trained, and whether images are mixed."""
+    if isinstance(recipe, SegmentationRecipe):
+        height, width = recipe.model.crop_size
+        heads = Heads(classes, recipe.model.channels, recipe.loss.auxiliary_weight > 0)
+        return round(math.sqrt(height * width)), heads, "all", False
+    if isinstance(recipe, PretrainingRecipe):
+        return recipe.model.image_size, None, "all", False
+    mixes = bool(recipe.augmentation.mixup or recipe.augmentation.cutmix)
+    return recipe.model.image_size, None, recipe.model.trainable, mixes
+
+
+def _length_of(recipe: AnyRecipe, images: int | None) -> tuple[int | None, int | None]:
+    """Returns the steps of an epoch and of the run; None where the number of images decides, but is unknown.
+
+    A segmenter's run has so many steps; its epochs are no passes over the data.
+    """
+    if isinstance(recipe, SegmentationRecipe):
+        return None, recipe.optimizer.steps
+    steps = None if images is None else images // recipe.optimizer.batch_size
+    return steps, None if steps is None else steps * recipe.optimizer.epochs
+
+
+def _teacher_bytes(recipe: AnyRecipe) -> int:
     """Counts the bytes of a teacher, which every device has; a file is not opened and counts 0."""
+    if not isinstance(recipe, Recipe):
+        return 0
     try:
         row = catalog.find_checkpoint(recipe.distillation.teacher)
     except ValueError:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,8 @@ depends on is added to results.csv. --output gets predictions, confusions and ac
 files, and a picture of the worst classes.
 
 A segmenter is evaluated on photos with label maps: mIoU, the share of pixels that are right, IoU by class.
-The values that stand for no label are those of its training, unless --ignored names others. --mode slide is
+--data is in a layout that `data.segmentation.sources.open_source` names, such as images/ and masks/. The
+values that stand for no label are those of its training, unless --ignored names others. --mode slide is
 how published scores were made, multi_scale their "ms" (six scales with flip); whole is the fastest, but JAX
 compiles it for each new size of photo."""
 
@@ -61,7 +63,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     from keras_convnext.evaluation.results import result_row
 
     source = _resolved(options.model, options.weights)
-    task = "segmentation" if source is not None and source.task == "segmentation" else "classification"
+    task = _task_of(options.model, source)
     for other, names in _OF_TASK.items():
         for name in names if other != task else ():
             if getattr(options, name) is not None:
@@ -101,6 +103,16 @@ def _resolved(model: str, weights: str | None) -> Any:
     return None
 
 
+def _task_of(model: str, source: Any) -> str:
+    """Returns the task of what was resolved, or of a file that `export` wrote."""
+    from keras_convnext.exporting import runtimes
+
+    is_segmenter = source is not None and source.task == "segmentation"
+    if source is None and runtimes.is_exported(path := os.path.expanduser(model)):
+        is_segmenter = runtimes.read_metadata(path).get("output", {}).get("task") == "segmentation"
+    return "segmentation" if is_segmenter else "classification"
+
+
 def _evaluate_classifier(options: argparse.Namespace, _source: Any) -> tuple[Any, dict[str, Any]]:
     from keras_convnext.data.sources import open_source
     from keras_convnext.evaluation.classification import evaluate
@@ -121,7 +133,7 @@ def _evaluate_segmenter(options: argparse.Namespace, source: Any) -> tuple[Any, 
     from keras_convnext.evaluation.segmentation import evaluate
 
     result = evaluate(
-        source,
+        source or options.model,
         options.data,
         mode=options.mode,
         ignored_values=options.ignored,

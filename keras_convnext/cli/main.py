@@ -28,7 +28,7 @@ COMMANDS = {
     "predict": ("predict", "classify images"),
     "segment": ("segment", "say of every pixel of photos what it belongs to"),
     "convert": ("weights", "convert a weight file for another project"),
-    "evaluate": ("evaluate", "measure top-1 and top-5 accuracy on a data set"),
+    "evaluate": ("evaluate", "measure accuracy, or mIoU of a segmenter, on a data set"),
     "prepare": ("data", "copy a data set into shuffled TFRecord shards"),
     "train": ("train", "train a model by a recipe; the same command resumes"),
     "plan": ("train", "estimate memory, traffic and time of a training run"),
@@ -37,7 +37,7 @@ COMMANDS = {
     "look": ("data", "draw a contact sheet of augmentations and a training batch"),
     "export": ("export", "write a model for LiteRT, ONNX, OpenVINO, TensorFlow or PyTorch"),
     "roadmap": ("roadmap", "show the steps from ResNet-50 to ConvNeXt, or train some of them"),
-    "page": ("export", "write a page that classifies pictures in the browser"),
+    "page": ("export", "write a page that classifies or segments pictures in the browser"),
 }
 _MOVED = {"demo": "`make demo`", "bench": "`make bench`, or `python -m benchmarks.speed`,"}
 

@@ -18,8 +18,9 @@ TRAIN_EXAMPLES = """examples:
   keras-convnext train --list
 
 RECIPE is a TOML file or the name of a published recipe. --data is a folder of class folders, ImageNet's tars,
-a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote; to pre-train, images at
-any depth below it. The same command resumes
+a set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote; of a recipe of
+segmentation photos with label maps, such as images/ and masks/; to pre-train, images at any depth below it.
+The same command resumes
 where it was stopped, by Ctrl-C, by SIGTERM, by a kill or a reboot. DIR holds log.csv, curves.png,
 tensorboard/, recipe.toml, checkpoints/, the best and the final weights: `keras-convnext predict --weights
 DIR/final.safetensors photo.jpg` uses them. With other weights, a tag or a file, what follows from them is

@@ -205,9 +205,8 @@ def _checkpoint_lines(row: Checkpoint, facts: dict) -> Iterable[tuple[str, objec
         "trained on": row.dataset,
         "licence": shared.licence_text(row.licence),
         "image size": f"{row.image_size}, crop {row.crop:.4g}",
-        "resize": _segmenter_resize_text(row)
-        if row.task == "segmentation"
-        else _resize_text(row.preprocessing),
+        "resize": _resize_text(row.preprocessing, row.task)
+        + f"; in windows of {row.image_size} x {row.image_size}" * (row.task == "segmentation"),
         "mean": f"{listed(row.mean)} of pixels in 0..1",
         "std": listed(row.std),
         "larger test size": larger,
@@ -287,7 +286,7 @@ def _file_lines(facts: dict, source: ResolvedWeights) -> Iterable[tuple[str, obj
         "size": size_text(facts["bytes"]),
         "pyramid norms": "yes" if facts["pyramid_norms"] else None,
         "beside": listed(facts["others"]) or None,
-        "resize": None if source.stored is None else _resize_text(source.stored),
+        "resize": None if source.stored is None else _resize_text(source.stored, source.task),
     }
     if model := facts["model"]:
         mean, std = (", ".join(map(str, model[name] or ())) for name in ("mean", "std"))
@@ -309,13 +308,11 @@ def _reference(variant: Variant) -> str:
     return f"ConvNeXt {_paper(variant)} ({reference})"
 
 
-def _segmenter_resize_text(row: Checkpoint) -> str:
-    size = row.image_size
-    return f"shorter side to {size}, longer to {4 * size} at most, bilinear; in windows of {size} x {size}"
-
-
-def _resize_text(preprocessing: Preprocessing) -> str:
+def _resize_text(preprocessing: Preprocessing, task: str) -> str:
     height, width = preprocessing.size
+    if task == "segmentation":
+        size = min(height, width)
+        return f"shorter side to {size}, longer to {4 * size} at most, bilinear"
     how = "both sides" if preprocessing.crop_mode == "squash" else "shorter side"
     scale, interpolation = preprocessing.scale_size[0], preprocessing.interpolation
     return f"{how} to {scale}, {interpolation}, then the central {height} x {width}"

@@ -31,6 +31,7 @@ from keras_convnext.data import sources
 from keras_convnext.data.faults import Faults
 from keras_convnext.data.index import Source, described
 from keras_convnext.data.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
+from keras_convnext.data.segmentation import sources as segmentation_sources
 from keras_convnext.evaluation import forward, result_columns
 
 _CACHE_VERSION = 2
@@ -281,6 +282,7 @@ def _open_parts(settings: Any) -> tuple[Source, Source, str]:
     """Returns the training images, those to classify, and which these are in words."""
     if not settings.data:
         raise ValueError("Expected data, received data=''. Pass the path of the images.")
+    segmentation_sources.refuse_label_maps(settings.data)
     splits = sources.list_splits(settings.data)
     train = sources.open_source(settings.data, settings.train_split or ("train" if splits else None))
     others = {sources.canonical_split(split) for split in splits} & {"validation", "test"}

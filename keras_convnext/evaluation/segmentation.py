@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,14 +18,16 @@ from keras_convnext.data.faults import DataError, Faults
 from keras_convnext.data.preprocess import ImageError
 from keras_convnext.data.preprocessing import is_positive_integer
 from keras_convnext.data.segmentation import inference, sources
-from keras_convnext.data.segmentation.labels import IGNORED, Labels
+from keras_convnext.data.segmentation.labels import IGNORED, Labels, are_default
+from keras_convnext.data.sources import canonical_split
 from keras_convnext.distribution import choose
 from keras_convnext.evaluation import forward, segmentation_report
 from keras_convnext.evaluation.result_columns import settings_of
 from keras_convnext.evaluation.results import append_result, check_complete, check_results_file
 from keras_convnext.evaluation.segmentation_scores import Scores, confusion_matrix
-from keras_convnext.predictor import finite, open_segmenter
-from keras_convnext.weights.resolve import resolve
+from keras_convnext.exporting import runtimes
+from keras_convnext.predictor import SegmentationPredictor, finite, open_segmenter, segmenter_of
+from keras_convnext.weights.resolve import is_path, resolve
 
 _LOGITS_BYTES = 1 << 28  # of a batch, by which its size is chosen
 _LARGEST_BATCH = 16
@@ -92,11 +95,12 @@ def evaluate(
 
     Args:
         model: a tag, a weight file or a `.keras` file of a segmenter, what `weights.resolve.resolve` returned
-            of one, or a `segmentation.Segmenter`.
+            of one, a file that `export` wrote, or a `segmentation.Segmenter`.
         data: a folder, see `data.segmentation.sources.open_source`, or what that returns. `split` is by
             default its validation split, or all of it where it has no splits.
         mode: "whole", "slide" or "multi_scale", see `inference.outputs`. Default: "slide" for published
-            weights, whose scores are of that, else "whole".
+            weights, whose scores are of that, and for a model of one image size, which must be square; else
+            "whole".
         ignored_values: of the label maps, in place of those that the weights were trained with.
         image_size: the shorter side in pixels, in place of the weights' own; of a model that does not say it,
             512.
@@ -122,30 +126,30 @@ def evaluate(
         check_results_file(results)
     if output is not None:
         segmentation_report.check_output(output)
-    source = None if isinstance(model, segmentation.Segmenter) else resolve(model)
-    opened = open_segmenter(source or model, image_size=image_size)
-    labels = None if source is None else source.labels
-    mode = mode or ("slide" if opened.row else "whole")
-    source = open_data(data, split, labels, ignored_values, opened.model.classes)
+    opened, labels = _open_model(model, image_size)
+    classes = opened.model.output_shape[-1]
+    mode = _mode_of(opened, mode)
+    split = split or default_split(data)
+    source = open_data(data, split, labels, ignored_values, classes)
     if progress:
         say("\n".join(sources.described(source, "data")))
     numbers = np.arange(len(source))
     if limit is not None and limit < len(source):
         numbers = np.arange(limit) * len(source) // limit
     short_side = min(opened.preprocessing.size)
-    batch_size = batch_size or _fitting_batch(short_side, opened.model.classes)
+    batch_size = batch_size or _fitting_batch(short_side, classes)
     predict = Predict(opened.model, batch_size)
     segment = functools.partial(
         inference.segment, predict, short_side=short_side, mode=mode, batch_size=batch_size
     )
     settings = settings_of(opened, source, split, batch_size, source.fingerprint) | {
         "crop": "", "resize_mode": "shorter_side", "resize_size": "", "interpolation": "bilinear",
-        "outputs": f"all {opened.model.classes}", "mode": mode,
+        "outputs": f"all {classes}", "mode": mode,
     }  # fmt: skip
     faults = Faults(source, max_faults)
     parts = outputs_of(predict, source, numbers, short_side, mode, batch_size, faults)
     try:
-        result = _counted(parts, opened.model.classes, len(numbers), progress, settings, source, faults)
+        result = _counted(parts, classes, len(numbers), progress, settings, source, faults)
     except DataError:
         if output is not None:
             segmentation_report.write_faults(output, faults.report())
@@ -156,6 +160,36 @@ def evaluate(
     if results is not None:
         append_result(results, result)
     return result
+
+
+def _open_model(model: Any, image_size: int | None) -> tuple[SegmentationPredictor, Labels | None]:
+    """Opens what `evaluate` takes as model, with its labels where it says them."""
+    if isinstance(model, segmentation.Segmenter):
+        return open_segmenter(model, image_size=image_size), None
+    is_named = isinstance(model, str | os.PathLike)
+    if is_named and is_path(model) and runtimes.is_exported(path := pathlib.Path(os.path.expanduser(model))):
+        exported = runtimes.open_exported(path)
+        names = exported.metadata.get("labels")
+        palette = exported.metadata.get("output", {}).get("palette")
+        labels = Labels(tuple(names), tuple(map(tuple, palette))) if names and palette else None
+        own = runtimes.stored_preprocessing(exported.metadata)
+        return segmenter_of(exported, str(path), image_size, own, labels, path), labels
+    source = resolve(model)
+    return open_segmenter(source, image_size=image_size), source.labels
+
+
+def _mode_of(opened: SegmentationPredictor, mode: str | None) -> str:
+    """Returns the mode, by default that of the model; one of a single image size takes square windows."""
+    size = opened.model.input_shape[1:3]
+    if None in size:
+        return mode or ("slide" if opened.row else "whole")
+    if mode in (None, "slide") and size[0] == size[1]:
+        return "slide"
+    raise ValueError(
+        "Expected a segmenter of photos of any size, or a square one and mode 'slide'. Received one of "
+        f"{size[0]} x {size[1]} pixels and mode {mode!r}. Evaluate the weights that it is of, or an ONNX "
+        "file of them."
+    )
 
 
 def validate(
@@ -199,6 +233,13 @@ def validate(
     return {"loss": total / labelled if labelled else float("nan"), **Scores.of(counts).means}
 
 
+def default_split(data: Any) -> str | None:
+    """Returns the split that is evaluated where none is named: for validation, a test, or the first."""
+    names = sources.list_splits(data) if isinstance(data, str | os.PathLike) else []
+    wanted = (name for kind in ("validation", "test") for name in names if canonical_split(name) == kind)
+    return next(wanted, names[0] if names else None)
+
+
 def open_data(
     data: Any, split: str | None, labels: Labels | None, ignored_values: Iterable[int] | None, classes: int
 ) -> Any:
@@ -206,13 +247,11 @@ def open_data(
     if not isinstance(data, str | os.PathLike):
         source = data
     else:
-        if split is None and (names := sources.list_splits(data)):
-            split = next((name for name in ("validation", "val", "test") if name in names), names[0])
         ignored = None if labels is None else labels.ignored_values
         ignored = ignored if ignored_values is None else tuple(ignored_values)
         source = sources.open_source(data, split, labels=labels, ignored_values=ignored)
     names = source.labels.names
-    if labels is not None and names != labels.names:
+    if labels is not None and names != labels.names and not (are_default(names) or are_default(labels.names)):
         missing = [name for name in labels.names if name not in names]
         others = [name for name in names if name not in labels.names]
         what = "; ".join(
@@ -251,7 +290,7 @@ class Predict:
         elif self.fills or size in self._full:
             images = np.concatenate([images, np.repeat(images[-1:], self.batch_size - count, 0)])
         logits = choose.rows(self._forward(choose.divided(np.ascontiguousarray(images))))[:count]
-        return finite(logits, self.model.name)
+        return finite(logits, getattr(self.model, "name", "the exported file"))
 
 
 def outputs_of(
@@ -283,14 +322,18 @@ def outputs_of(
 
 
 def _loaded(source: Any, numbers: np.ndarray, faults: Faults) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    for number in numbers.tolist():
+    def load(number: int) -> tuple[int, Any]:
         try:
-            image, truth = source.load(number)
+            return number, source.load(number)
         except ImageError as error:
-            faults.add(number, str(error))
+            return number, error
+
+    for number, found in sources.ahead(load, numbers.tolist()):
+        if isinstance(found, ImageError):
+            faults.add(number, str(found))
             faults.check()
-            continue
-        yield number, image, truth
+        else:
+            yield number, *found
 
 
 def _counted(parts, classes, num_images, progress, settings, source, faults) -> SegmentationResult:

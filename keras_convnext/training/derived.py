@@ -25,9 +25,15 @@ from keras_convnext.weights.resolve import ResolvedWeights, is_path, resolve
 # Epochs that follow from the data are at least and at most so many times those of the recipe.
 LEAST_EPOCHS, MOST_EPOCHS = 1 / 4, 15
 
+
+def _splits_of_classes(path: str) -> list[str]:
+    segmentation_sources.refuse_label_maps(path)
+    return sources.list_splits(path)
+
+
 # What lists the splits of a recipe's data.
 _SPLITS: dict[type, Callable[[str], list[str]]] = {
-    Recipe: sources.list_splits,
+    Recipe: _splits_of_classes,
     SegmentationRecipe: segmentation_sources.list_splits,
     PretrainingRecipe: unlabelled.list_splits,
 }
@@ -155,6 +161,12 @@ def _from_weights(own: AnyRecipe, changed: Mapping[str, Any], weights: str, stat
         derived["optimizer.layer_decay"] = 1.0, "none is published for isotropic models"
     if isinstance(own, Recipe):
         derived |= _sizes(own, changed, images)
+    elif isinstance(own, SegmentationRecipe) and (
+        heads := resolve(None if is_path(weights) else architecture, weights).heads
+    ):
+        derived["model.channels"] = heads.channels, "of the weights"
+        if not heads.auxiliary:
+            derived["loss.auxiliary_weight"] = 0.0, "the weights have no auxiliary head"
     known = own.values()
     return {key: value for key, value in derived.items() if key not in changed and key in known}
 

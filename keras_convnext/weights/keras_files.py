@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_convnext._files import FileFormatError, open_regular, reading
 from keras_convnext._messages import one_line, shortened
+from keras_convnext.architecture import Heads
 
 _MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file
 _MAX_INDEX_BYTES = 1 << 20  # of the list of members of a `.keras` file
@@ -72,6 +73,21 @@ def read_sizes(path: pathlib.Path) -> tuple[int, int]:
         dense = [name for name in layers if re.fullmatch(r"dense(_\d)?", name)]  # pre_logits, then the head
         classes = layers[max(dense)]["vars/0"].shape[-1] if dense else 0
         return classes, layers["patch_conv2d/vars/0"].shape[2]
+
+
+def read_heads(path: pathlib.Path) -> Heads | None:
+    """The heads of the segmenter of this package that an `.h5` file is of; None where it is of no segmenter.
+
+    Of its convolutions only those that give logits have a bias, first the main head's.
+    """
+    with _open(path) as file:
+        layers = file.get("layers", {})
+        if "batch_normalization" not in layers or "resize_like" not in layers:
+            return None
+        names = (name for name in layers if re.fullmatch(r"convolution2d(_\d+)?", name))
+        ordered = sorted(names, key=lambda name: int(name[14:] or 0))
+        shapes = [layers[name]["vars/0"].shape for name in ordered if "1" in layers[name]["vars"]]
+        return Heads(shapes[0][3], shapes[0][2], "keep_auxiliary" in layers) if shapes else None
 
 
 def read_keras_applications(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -106,7 +106,7 @@ class ResolvedWeights:
         if self.is_bare:
             raise ValueError(
                 f"{self.path} does not say which architecture it holds. Pass that as model, the file as "
-                "weights: load(architecture, weights=path). Or take the .keras file instead."
+                "weights: load(architecture, weights=path). Or take a .keras or .safetensors file of it."
             )
         if self.path.suffix not in KERAS_SUFFIXES:
             return torch_files.read_state_dict(self.path)
@@ -144,7 +144,7 @@ class ResolvedWeights:
     def heads(self) -> Heads | None:
         """Those of a segmenter; of random weights those of the tag."""
         if self.file is not None:
-            return None if self.is_bare else self.contents.heads
+            return keras_files.read_heads(self.file) if self.is_bare else self.contents.heads
         return Heads(self.row.classes) if self.row is not None and self.row.task == "segmentation" else None
 
     @functools.cached_property

@@ -11,12 +11,17 @@ import sys
 
 import keras
 import numpy as np
+import PIL.Image
 import pytest
 
+import keras_convnext
+from keras_convnext import segmentation
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.plan import describe, make_plan, ring_bytes, step_flops
+from keras_convnext.architecture import Heads
 from keras_convnext.layers import chunking
 from keras_convnext.training.recipes.files import known_recipes, load_recipe
+from keras_convnext.training.segmentation_loss import SegmentationLoss
 from keras_convnext.variants import VARIANTS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -224,6 +229,75 @@ def test_every_published_recipe_has_a_plan(name):
         assert (plan.images, plan.classes) == (1_281_167, 0)
     elif name.startswith("imagenet22k"):
         assert (plan.images, plan.classes) == (14_197_122, 21_841)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", [name for name in known_recipes() if name.startswith("ade20k")])
+def test_published_recipes_of_segmenters_have_a_plan(name):
+    plan = make_plan(load_recipe(name), "8xa100-80")
+    assert plan.fits and (plan.images, plan.classes, plan.total_steps) == (20_210, 150, 160_000)
+    body = step_flops(VARIANTS[load_recipe(name).model.architecture], 512, plan.batch_size, 0)
+    assert plan.flops > 2 * body  # UPerNet's heads have most of the operations
+    assert "160,000 in all" in dict(describe(plan))["steps"]
+
+
+@pytest.mark.once
+def test_recipes_of_segmenters_have_a_plan_without_and_with_data(tmp_path):
+    plan = make_plan(load_recipe("fine_tune_segmentation"), "1xrtx4090")
+    assert (plan.images, plan.classes, plan.total_steps) == (None, 150, 4000)
+    assert dict(describe(plan))["steps"] == "4,000 in all; 150 classes assumed"
+    for name, values in (
+        ("images", (np.zeros((8, 8, 3), np.uint8))),
+        ("masks", np.eye(8, dtype=np.uint8) * 2),
+    ):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            PIL.Image.fromarray(values).save(tmp_path / name / f"{number}.png")
+    changes = {"data": str(tmp_path), "ignored_values": (255,), "batch_size": 4}
+    plan = make_plan(load_recipe("fine_tune_segmentation", changes), "1xcpu")
+    assert (plan.images, plan.classes) == (8, 3)  # two of ten photos are held out
+
+
+@pytest.mark.once
+def test_operations_of_upernet_are_the_published_ones():
+    heads = Heads(150, auxiliary=False)
+    giga = step_flops(VARIANTS["convnext_tiny"], 512, 1, 150, heads=heads) / 6e9
+    assert giga == pytest.approx(235, rel=0.01)  # 939 G at 2048 x 512 (Liu et al. 2022, table 4): 4 squares
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="counts what autograd keeps")
+@pytest.mark.parametrize("classes", [3, 60])
+def test_memory_of_the_heads_is_what_autograd_keeps(classes):
+    import torch
+
+    heads = Heads(classes, 32)
+    step = memory.Step(VARIANTS["test_convnext2"], 2, 128, classes, backend="torch", heads=heads)
+    parts = memory.layers(step)
+    expected = sum(part.kept for part in parts if part.name.startswith(("decode_head", "auxiliary_head")))
+    body = keras_convnext.load(
+        "test_convnext2", weights=None, include_top=False, pyramid_norms=True, input_shape=(128, 128, 3)
+    )
+    model = segmentation.with_auxiliary(segmentation.UPerNet(body, classes, 32))
+    images = torch.rand(2, 128, 128, 3) * 255
+    maps = body(images, training=True)
+    heads_alone = keras.Model(
+        [body.output[f"P{level}"] for level in (2, 3, 4, 5)] + [body.input], model.output
+    )
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    owned = {weight.value.data_ptr() for weight in model.weights}
+    inputs = [maps[f"P{level}"].detach().requires_grad_() for level in (2, 3, 4, 5)] + [images]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = heads_alone(inputs, training=True)
+        labels = torch.zeros(2, 128, 128, dtype=torch.int32)
+        loss = sum(SegmentationLoss()(labels, outputs[name]) for name in outputs)
+        found = sum(size for place, size in kept.items() if place not in owned)
+    assert loss.requires_grad
+    assert expected == pytest.approx(found, rel=0.3)
 
 
 @pytest.mark.once

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 
 import keras
 import numpy as np
@@ -16,10 +17,14 @@ import keras_convnext
 from keras_convnext import segmentation
 from keras_convnext.cli import main
 from keras_convnext.data.segmentation import sources
+from keras_convnext.evaluation import features
 from keras_convnext.evaluation import segmentation as evaluation
+from keras_convnext.evaluation.linear_probe import LinearProbe
 from keras_convnext.evaluation.results import read_results
 from keras_convnext.evaluation.segmentation_scores import Scores, confusion_matrix
+from keras_convnext.predictor import open_segmenter
 from keras_convnext.training import failure, run_folder, trainer
+from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.layer_decay import layer_ids
 from keras_convnext.training.recipes.files import load_recipe
 from keras_convnext.training.tasks import segmentation as task
@@ -191,6 +196,46 @@ def test_weights_of_a_segmenter_are_trained_further_on_other_classes(trained, da
     assert not alone.has_auxiliary
 
 
+def test_heads_of_other_weights_bring_their_width_along(trained, data, tmp_path):
+    weights = {"weights": str(trained / "final.safetensors")}
+    recipe, derived = choose_recipe("fine_tune_segmentation", data, weights, tmp_path / "run")
+    assert recipe.model.channels == 16 and recipe.loss.auxiliary_weight == 0.4
+    assert any(line.startswith("channels = 16: of the weights") for line in derived)
+    own, _ = choose_recipe("fine_tune_segmentation", data, weights | {"channels": 32}, tmp_path / "run")
+    assert own.model.channels == 32
+    alone = segmentation.without_auxiliary(keras_convnext.load(trained / "final.safetensors"))
+    keras_convnext.save_weights(alone, tmp_path / "alone.safetensors")
+    weights = {"weights": str(tmp_path / "alone.safetensors")}
+    assert (
+        choose_recipe("fine_tune_segmentation", data, weights, tmp_path / "run")[0].loss.auxiliary_weight == 0
+    )
+
+
+def test_weights_alone_open_beside_their_architecture(trained, tmp_path):
+    expected = keras_convnext.load(trained / "final.safetensors")
+    received = keras_convnext.load("convnextv2_atto", trained / "final_ema.weights.h5")
+    assert received.has_auxiliary and received.classes == CLASSES
+    for ours, theirs in zip(received.weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (ours, theirs)), err_msg=ours.path)
+    segmentation.without_auxiliary(expected).save_weights(tmp_path / "alone.weights.h5")
+    assert not keras_convnext.load("convnextv2_atto", tmp_path / "alone.weights.h5").has_auxiliary
+    with pytest.raises(ValueError, match=r"does not say which architecture it holds"):
+        keras_convnext.load(trained / "final_ema.weights.h5")
+    with pytest.raises(ValueError, match=r"new last layers cannot take the place"):
+        keras_convnext.load("convnextv2_atto", trained / "final_ema.weights.h5", classes=7)
+    with pytest.raises(ValueError, match=r"does not fit"):
+        keras_convnext.load("convnextv2_femto", trained / "final_ema.weights.h5")
+
+
+def test_classes_without_names_are_told_before_the_first_step(tmp_path):
+    write(tmp_path, 8)
+    made = task.Segmentation(small(tmp_path))
+    assert any("write classes.txt in" in line for line in made.build_model(made.open_data()).warnings)
+    (tmp_path / "classes.txt").write_text("ground\nsquare\ndisc\n")
+    made = task.Segmentation(small(tmp_path))
+    assert not any("classes.txt" in line for line in made.build_model(made.open_data()).warnings)
+
+
 def test_photos_are_held_out_where_there_is_no_other_split(tmp_path):
     write(tmp_path, 10)
     recipe = small(tmp_path / "train", validation_fraction=0.3)
@@ -199,6 +244,21 @@ def test_photos_are_held_out_where_there_is_no_other_split(tmp_path):
     assert [len(each) for each in names] == [7, 3] and not names[0] & names[1]
     again = task.open_data(recipe)[1]
     assert names[1] == {again.name(number) for number in range(3)}
+
+
+def test_photos_with_label_maps_are_no_classes_to_a_classifier(data, tmp_path):
+    for folder in (data, data / "train"):
+        with pytest.raises(ValueError, match=r"data: Expected folders of classes .* fine_tune_segmentation"):
+            choose_recipe("fine_tune", folder, folder=tmp_path / "run")
+    settings = LinearProbe(data=str(data / "train"))
+    with pytest.raises(ValueError, match="received photographs with label maps"):
+        features._open_parts(settings)
+
+
+def test_one_photo_cannot_be_held_out_and_trained_on(tmp_path):
+    write(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"received 1 in .* Set validation_fraction=0 to train on all"):
+        task.open_data(small(tmp_path / "train", validation_fraction=0.3))
 
 
 def test_what_cannot_be_trained_is_said(data, tmp_path):
@@ -212,13 +272,16 @@ def test_what_cannot_be_trained_is_said(data, tmp_path):
 # Evaluation.
 
 
+def body(*size):
+    return keras_convnext.load(
+        "test_convnext2", weights=None, include_top=False, pyramid_norms=True, input_shape=(*size, 3)
+    )
+
+
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(3)
-    body = keras_convnext.load(
-        "test_convnext2", weights=None, include_top=False, pyramid_norms=True, input_shape=(None, None, 3)
-    )
-    made = segmentation.UPerNet(body, CLASSES, channels=16)
+    made = segmentation.UPerNet(body(None, None), CLASSES, channels=16)
     rng = np.random.default_rng(0)
     for variable in made.weights:
         if "moving_variance" not in variable.path:
@@ -280,6 +343,70 @@ def test_the_command_prints_miou_and_writes_rows_tables_and_pictures(trained, da
     ious = [float(each["iou"]) for each in classes if each["iou"]]
     assert np.mean(ious) == pytest.approx(float(row["miou"]), abs=1e-3)
     assert [each["name"] for each in classes] == ["ground", "square", "disc"]
+
+
+def test_photos_are_read_ahead_of_the_model(model, data, monkeypatch):
+    source = sources.open_source(data, "val", ignored_values=(255,))
+    threads, load = set(), type(source).load
+    noted = lambda self, number: threads.add(threading.get_ident()) or load(self, number)  # noqa: E731
+    monkeypatch.setattr(type(source), "load", noted)
+    result = evaluation.evaluate(model, source, mode="whole", image_size=64, progress=False)
+    assert len(result.numbers) == 5 and threads and threading.get_ident() not in threads
+
+
+def test_classes_without_names_are_evaluated_by_number(trained, model, data, tmp_path):
+    result = evaluation.evaluate(
+        model, data, split="val", ignored_values=(255,), image_size=64, progress=False
+    )
+    assert result.source.classes == ["ground", "square", "disc"]
+    write(tmp_path, 2)
+    result = evaluation.evaluate(trained / "final.safetensors", tmp_path, split="train", progress=False)
+    assert result.source.classes == ["ground", "square", "disc"]
+
+
+@pytest.mark.slow
+def test_an_exported_segmenter_is_evaluated(trained, data, tmp_path, capsys):
+    exported = tmp_path / "masks.onnx"
+    assert main.main(["export", str(trained / "final.safetensors"), str(exported)]) == 0
+    words = ["--data", str(data), "--split", "val", "--ignored", "255", "--no-results", "--json"]
+    scores = []
+    for name in (trained / "final.safetensors", exported):
+        capsys.readouterr()
+        assert main.main(["evaluate", str(name), *words]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["miou"])
+    assert float(scores[0]) == pytest.approx(float(scores[1]), abs=0.05)
+
+
+def test_the_split_that_is_evaluated_by_default_is_named(model, data, tmp_path):
+    arguments = {"ignored_values": (255,), "image_size": 64, "limit": 2, "progress": False}
+    assert evaluation.evaluate(model, data, **arguments).settings["split"] == "val"
+    for split in ("Testing", "train", "valid"):
+        write(tmp_path, 2, split=split)
+        names = {"Testing": "Testing", "train": "Testing", "valid": "valid"}
+        assert evaluation.default_split(tmp_path) == names[split]
+
+
+def test_a_damaged_photo_is_left_out_and_named(model, tmp_path):
+    write(tmp_path, 4)
+    (tmp_path / "train/images/002.png").write_bytes(b"nothing")
+    arguments = {"ignored_values": (255,), "image_size": 64, "progress": True}
+    result = evaluation.evaluate(model, tmp_path, max_faults=0.5, **arguments)
+    assert result.num_skipped == 1 and list(result.faults) == ["train/images/002.png"]
+    with pytest.raises(ValueError, match=r"Expected at most 0.01 of the 4 images"):
+        evaluation.evaluate(model, tmp_path, **arguments)
+
+
+def test_a_model_of_one_image_size_is_evaluated_by_windows(data):
+    square = segmentation.UPerNet(body(64, 64), CLASSES, channels=16)
+    arguments = {"split": "val", "ignored_values": (255,), "progress": False}
+    assert evaluation.evaluate(square, data, **arguments).settings["mode"] == "slide"
+    with pytest.raises(ValueError, match=r"Received one of 64 x 64 pixels and mode 'whole'"):
+        evaluation.evaluate(square, data, mode="whole", **arguments)
+
+
+def test_more_classes_than_a_label_map_holds_are_refused():
+    with pytest.raises(ValueError, match=r"at most 255 classes.* with 256"):
+        open_segmenter(segmentation.UPerNet(body(None, None), 256, channels=2))
 
 
 def test_other_classes_are_refused_by_name(trained, model, data, tmp_path):

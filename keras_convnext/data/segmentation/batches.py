@@ -1,18 +1,15 @@
-"""Batches of photographs and label maps for training, as `tf.data`, and single ones for evaluation.
+"""Batches of photographs and label maps for training, as `tf.data`.
 
 What happens to the example at a place of the order is a function of the seed and of that place alone, as in
 `data.batches`.
 """
 
-import collections
-import concurrent.futures
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_convnext._environment import available_cores
 from keras_convnext.data import batches as photos
 from keras_convnext.data import blocks
 from keras_convnext.data.blocks import Rows
@@ -140,22 +137,3 @@ def _loaders(source: SegmentationSource, faults: Faults) -> tuple[Any, Any]:
         return loaded
 
     return in_graph(load), in_graph(load_or_next)
-
-
-def eval_images(
-    source: SegmentationSource, workers: int | None = None
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Gives the name, the image and the map of every example, in order, at their own sizes.
-
-    Images are uint8 (H, W, 3), RGB, maps uint8 (H, W), class numbers and 255 for ignored. A few are read
-    ahead, by as many threads as `workers`, default one for each CPU core. Errors are those of `source.load`.
-    """
-    workers = workers or available_cores()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        ahead: collections.deque = collections.deque()
-        for number in range(len(source) + workers):
-            if number < len(source):
-                ahead.append((source.name(number), pool.submit(source.load, number)))
-            if number >= workers and ahead:
-                name, future = ahead.popleft()
-                yield name, *future.result()

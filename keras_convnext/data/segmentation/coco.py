@@ -37,11 +37,21 @@ class Annotations:
             self._places = {one["id"]: place for place, one in enumerate(categories)}
             self._images = sorted(content["images"], key=lambda one: str(one["file_name"]))
             self._objects: dict[Any, list[dict]] = {one["id"]: [] for one in self._images}
+            self._check_images()
             for one in content["annotations"]:
                 self._check(one)
                 self._objects[one["image_id"]].append(one)
         self._numbers = np.arange(len(self.classes))
         self._outside = IGNORED
+
+    def _check_images(self) -> None:
+        if len(self._objects) < len(self._images):
+            counts = collections.Counter(one["id"] for one in self._images)
+            (twice, count), *_ = counts.most_common(1)
+            raise SourceError(
+                f"Expected an id of its own for each image of '{self.path}', received {twice!r} for {count} "
+                "of them. Export the file again."
+            )
 
     def _check(self, one: dict) -> None:
         if one["category_id"] not in self._places or one["image_id"] not in self._objects:
@@ -71,7 +81,14 @@ class Annotations:
         """Leaves out images of which no pixel is labelled."""
         if self._outside == IGNORED:
             kept = [one for one in self._images if self._objects[one["id"]]]
-            self.left_out["images without annotations"] += len(self._images) - len(kept)
+            if not kept:
+                raise SourceError(
+                    f"Expected annotations of images in '{self.path}', received none for its "
+                    f"{len(self._images)} images. Export the file with its annotations."
+                )
+            self.left_out += collections.Counter(
+                {"images without annotations": len(self._images) - len(kept)}
+            )
             self._images = kept
 
     def files(self, split: str | None) -> list[str]:

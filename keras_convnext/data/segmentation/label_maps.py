@@ -7,7 +7,7 @@ that is neither a class nor ignored is an error.
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,11 @@ def decode(content: bytes, name: str) -> np.ndarray:
         raise LabelMapError(
             f"Expected a PNG with one number a pixel in '{name}', received a JPEG, which changes them. "
             "Export the label maps as PNG."
+        )
+    if content[:8] != b"\x89PNG\r\n\x1a\n":
+        raise LabelMapError(
+            f"Expected a PNG with one number a pixel in '{name}', received "
+            f"{f'a file that begins with {content[:8]!r}' if content else 'an empty file'}. Export it again."
         )
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
@@ -92,9 +97,8 @@ def _outside(values: np.ndarray, is_outside: np.ndarray, labels: Labels, name: s
     share = f"{is_outside.mean():.2%} of its pixels"
     more = f" and {len(found) - 1} more values" if len(found) > 1 else ""
 
-    def taking(*extra: int) -> str:
-        every = sorted({*ignored, *extra})
-        return f"ignored_values=({', '.join(map(str, every))}{',' * (len(every) == 1)})"
+    def taking(value: int) -> str:
+        return passing({*ignored, value})
 
     if value in (255, 65535):
         fix = f"If {value} means not labelled, pass {taking(value)}."
@@ -109,6 +113,14 @@ def _outside(values: np.ndarray, is_outside: np.ndarray, labels: Labels, name: s
         f"Expected values {known} in '{name}', the {len(labels.names)} classes "
         f"({first_few(labels.names)}), received {value} in {share}{more}. {fix}"
     )
+
+
+def passing(values: Iterable[int]) -> str:
+    """Says how values are ignored, in Python and in a shell."""
+    text = ", ".join(map(str, sorted(values)))
+    words = text.replace(" ", "")
+    python = f"ignored_values=({text}{',' * (',' not in text)})"
+    return f"{python} (--ignored {words}; with train, --set ignored_values={words})"
 
 
 def check_ignored(values: Sequence[int]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What the numbers of a label map mean: names, colours, and the values that stand for no class."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -8,6 +9,16 @@ IGNORED = 255  # the number of "not labelled" in every label map of this package
 MEANS = ("all", "labelled")  # which pixels a loss or a recipe may take the mean of
 
 Colour = tuple[int, int, int]
+
+
+def default_names(classes: int) -> tuple[str, ...]:
+    """Names for classes that nothing is known of: "class 0", "class 1" and on."""
+    return tuple(f"class {number}" for number in range(classes))
+
+
+def are_default(names: Sequence[str]) -> bool:
+    """Whether names are those of `default_names`, which say nothing and contradict no others."""
+    return tuple(names) == default_names(len(names))
 
 
 @dataclasses.dataclass(frozen=True)

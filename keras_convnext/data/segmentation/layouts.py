@@ -6,7 +6,7 @@ import glob
 import os
 
 from keras_convnext._files import StrPath
-from keras_convnext.data.index import SourceError, first_few, list_folder
+from keras_convnext.data.index import SourceError, first_few, images_below, list_folder
 from keras_convnext.data.segmentation import coco
 
 _MAPS = ("masks", "labels", "annotations")
@@ -60,9 +60,32 @@ def find_one(path: StrPath) -> tuple[Layout, Places]:
         )
     known = "; ".join(map(str, LAYOUTS))
     raise SourceError(
-        f"Expected images and their label maps at '{path}', found no pairs in any of these layouts: {known}; "
-        "or a COCO-style JSON beside its images. Label maps are PNG files."
+        f"Expected images and their label maps, PNG files, at '{path}' in one of these layouts: {known}; or "
+        f"a COCO-style JSON beside its images. {_found(os.fspath(path))}"
     )
+
+
+def _found(path: str) -> str:
+    """Says what lies at a path of no known layout, and what to do."""
+    if not os.path.isdir(path):
+        return f"Received a file, '{os.path.basename(path)}'. Pass the folder of the data."
+    if is_cityscapes(path):
+        return (
+            "Received the folders of Cityscapes, with cities inside and several maps for a photo. Link each "
+            "leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png as img_dir/SPLIT/NAME.png of another folder, its "
+            "gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png, in which 255 is not labelled, as "
+            "ann_dir/SPLIT/NAME.png, and pass that folder."
+        )
+    counts = collections.Counter(os.path.dirname(file) for file in images_below(path)[0])
+    if not counts:
+        return "Received no images. Check the path."
+    words = [f"{os.path.relpath(folder, path)} ({count})" for folder, count in sorted(counts.items())]
+    return f"Received images in {first_few(words)}. Rename or link these folders as in one of the layouts."
+
+
+def is_cityscapes(path: str) -> bool:
+    """Tells whether a folder has those of Cityscapes, which are of no layout."""
+    return all(os.path.isdir(os.path.join(path, name)) for name in ("leftImg8bit", "gtFine"))
 
 
 def used_folders(layout: Layout, places: Places, path: StrPath) -> set[str]:

@@ -10,20 +10,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from keras_convnext._files import PNG_MARK, StrPath, replace_file
-from keras_convnext.data.segmentation.labels import IGNORED, Labels
+from keras_convnext.data.segmentation.labels import IGNORED, Labels, default_names
 
 _ROW, _SWATCH, _MARGIN = 22, 14, 10  # pixels of a legend
 _MOST_ROWS = 20
 
 
 def default_labels(classes: int) -> Labels:
-    """Names and colours for classes that nothing is known of: "class 0" and on, hues far from each other."""
-    names = tuple(f"class {number}" for number in range(classes))
+    """Names and colours for classes that nothing is known of: `default_names`, hues far from each other."""
     golden = (5**0.5 - 1) / 2  # the multiples of this lie evenly around the circle, however many they are
     tones = ((0.85, 0.95), (0.55, 0.75), (0.95, 0.6))  # saturation and value, in turns
     colours = [colorsys.hsv_to_rgb(i * golden % 1, *tones[i % len(tones)]) for i in range(classes)]
     palette = tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours)
-    return Labels(names, palette)
+    return Labels(default_names(classes), palette)
 
 
 def shares(label_map: np.ndarray, labels: Labels) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from keras_convnext.data import sources as photos
 from keras_convnext.data.index import Source, SourceError, counted, first_few, images_below, list_folder
 from keras_convnext.data.segmentation import coco, label_maps, layouts
 from keras_convnext.data.segmentation.label_maps import LabelMapError
-from keras_convnext.data.segmentation.labels import IGNORED, Labels
+from keras_convnext.data.segmentation.labels import IGNORED, Labels, are_default
 from keras_convnext.data.segmentation.pictures import default_labels
 
 SAMPLE = 200  # maps that `described` reads, evenly spaced
@@ -130,6 +130,8 @@ def is_segmentation(path: StrPath) -> bool:
     if records.is_prepared(path):
         return any("maps" in entry for entry in records.read_manifest(path)["splits"].values())
     found = layouts.find(path)
+    if not found and layouts.is_cityscapes(path):
+        layouts.find_one(path)  # raises what to do, where folders of classes would be looked for
     if not found or layouts.COCO in found:
         return bool(found)
     used = set().union(*(layouts.used_folders(layout, places, path) for layout, places in found.items()))
@@ -145,6 +147,15 @@ def is_segmentation(path: StrPath) -> bool:
             f"folders that are not of the set away: {first_few(others)}."
         )
     return True
+
+
+def refuse_label_maps(path: StrPath) -> None:
+    """Refuses photographs with label maps where classes are meant, as their two folders look like such."""
+    if is_segmentation(path):
+        raise SourceError(
+            f"Expected folders of classes in '{os.fspath(path)}', received photographs with label maps. "
+            "Train them by a recipe of segmentation, such as fine_tune_segmentation."
+        )
 
 
 def list_splits(path: StrPath) -> list[str]:
@@ -183,7 +194,7 @@ def open_source(
         split: a name the set uses, or "train", "validation" or "test" for what these go by. Default: the only
             one.
         labels: of the model, or names of classes in their order. Where the data name their own classes, these
-            must be the same.
+            must be the same, or as many without names, "class 0" and so on.
         ignored_values: that stand for "not labelled" in the maps, such as (255,), or (0,) for ADE20K. Classes
             are the other values, counted from the smallest. Default: those of `labels`, else none.
 
@@ -228,10 +239,10 @@ def described(source: SegmentationSource, title: str = "data") -> list[str]:
     """Says in a few lines what was found: images, classes with their share of pixels, what was left out.
 
     The shares are of at most `SAMPLE` maps, evenly spaced, which are read with the sizes of their images; an
-    error in one of them is raised.
+    error in one of the maps is raised. Damaged images are told when they are used.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int)).tolist()
-    counts = sum(_each(functools.partial(_counts, source), chosen), np.zeros(256, np.int64))
+    counts = sum(ahead(functools.partial(_counts, source), chosen), np.zeros(256, np.int64))
     total, labelled = int(counts.sum()), max(1, int(counts[:IGNORED].sum()))
     names = source.classes
     shares = [f"{name} {counts[place] / labelled:.1%}" for place, name in enumerate(names) if counts[place]]
@@ -254,13 +265,27 @@ def described(source: SegmentationSource, title: str = "data") -> list[str]:
 
 
 def _counts(source: SegmentationSource, number: int) -> np.ndarray:
-    return np.bincount(source.check(number).reshape(-1), minlength=256)
+    try:
+        label_map = source.check(number)
+    except preprocess.ImageError:
+        label_map = source.load_map(number)
+    return np.bincount(label_map.reshape(-1), minlength=256)
 
 
-def _each(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterable[Any]:
-    """Yields the result for each number, in order; decoders leave the other cores to other threads."""
-    with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
-        yield from pool.map(function, numbers)
+def ahead(function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+    """Yields the result for each number, in order; a few are computed ahead, by a thread for each core.
+
+    Decoders work without Python's lock.
+    """
+    workers = available_cores()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for number in numbers:
+            waiting.append(pool.submit(function, number))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _files_source(root: str, files: list[str]) -> Source:
@@ -276,13 +301,13 @@ def _labels_of_files(
         _check_same(f"'{path}' ({named[0]})", named[1], _names_of(given))
     labels = _given_labels(given, ignored)
     if labels is not None:
-        return labels
+        return labels if named is None else _named(labels, [one[0] for one in named[1]])
     ignored = ignored or ()
     if named is not None:
         if named[0] == "objectInfo150.txt" and 0 not in ignored:
             raise SourceError(
                 f"Expected ignored_values=(0,) for '{path}', as its objectInfo150.txt counts classes from 1 "
-                f"and 0 is what has none, received {ignored}. Pass ignored_values=(0,) (--ignored 0)."
+                f"and 0 is what has none, received {ignored}. Pass {label_maps.passing({*ignored, 0})}."
             )
         names = label_maps.check_names([one[0] for one in named[1]], f"'{path}', {named[0]}")
     else:
@@ -300,7 +325,7 @@ def _names_found(maps: Source, ignored: tuple[int, ...]) -> tuple[str, ...]:
 
     found: dict[int, str] = {}  # value -> the first map with it
     with Progress("Reading label maps", len(maps)) as progress:
-        for number, (some, name) in enumerate(_each(values, range(len(maps)))):
+        for number, (some, name) in enumerate(ahead(values, range(len(maps)))):
             for value in some.tolist():
                 found.setdefault(value, name)
             progress.show(number + 1)
@@ -315,11 +340,10 @@ def _names_found(maps: Source, ignored: tuple[int, ...]) -> tuple[str, ...]:
     if count > label_maps.MAX_CLASSES or (last == 255 and 254 not in found):
         below = [value for value in labelled if value < 255]
         two = " If it is a class, as in a black and white mask, write 1 for it." if below in ([], [0]) else ""
-        fix = ", ".join(map(str, sorted({*ignored, last})))
         raise LabelMapError(
             f"Expected values from 0 to {label_maps.MAX_CLASSES - 1} in '{found[last]}', received {last}; "
             f"the largest below 255 is {max(below, default='none')}. If {last} means not labelled, pass "
-            f"ignored_values=({fix}{',' * (',' not in fix)}) (--ignored).{two}"
+            f"{label_maps.passing({*ignored, last})}.{two}"
         )
     return default_labels(count).names
 
@@ -338,7 +362,9 @@ def _labels_of_annotations(
         )
     folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
     named = label_maps.read_names(folder)
-    names = _names_of(given) if given is not None else [one[0] for one in named[1]] if named else None
+    names = [one[0] for one in named[1]] if named else None
+    if given is not None and not are_default(_names_of(given)):
+        names = _names_of(given)
     names = list(label_maps.check_names(names or annotations.classes, f"'{annotations.path}'"))
     palette = given.palette if isinstance(given, Labels) else default_labels(len(names)).palette
     return Labels(tuple(names), palette, (IGNORED,))
@@ -357,8 +383,15 @@ def _given_labels(given: Labels | Sequence[str] | None, ignored: tuple[int, ...]
     return Labels(names, default_labels(len(names)).palette, ignored or ())
 
 
+def _named(labels: Labels, names: Sequence[str]) -> Labels:
+    """Gives names to the classes of labels that have none."""
+    return dataclasses.replace(labels, names=tuple(names)) if are_default(labels.names) else labels
+
+
 def _check_same(where: str, own: list[list[str]], given: list[str]) -> None:
     """Refuses labels that are not the classes that the data name; ADE20K's file has several names of each."""
+    if len(own) == len(given) and (are_default(given) or are_default([one[0] for one in own])):
+        return
     for number, name in enumerate(given[: len(own)]):
         if name.strip().casefold() not in (one.casefold() for one in own[number]):
             near = near_names(name, [one[0] for one in own], 1)
@@ -386,6 +419,7 @@ def _open_prepared(
     labels = stored_labels(stored)
     if given is not None:
         _check_same(f"'{path}'", [[one] for one in labels.names], _names_of(given))
+        labels = _named(labels, _names_of(given))
     if ignored is not None and ignored != labels.ignored_values:
         raise SourceError(
             f"Expected ignored_values={labels.ignored_values}, with which '{path}' was prepared, received "

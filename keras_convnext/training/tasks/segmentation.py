@@ -12,6 +12,7 @@ from keras_convnext import models, segmentation
 from keras_convnext.conversion import save_weights
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import sources
+from keras_convnext.data.segmentation.labels import are_default
 from keras_convnext.data.segmentation.sources import SegmentationSource
 from keras_convnext.distribution.engine import Engine
 from keras_convnext.evaluation import forward, segmentation_report
@@ -91,8 +92,15 @@ class Segmentation:
         notes += sources.described(data.validation, "validation") if data.validation else []
         passes = self.recipe.optimizer.steps * self.recipe.optimizer.batch_size / len(data.training)
         notes.append(f"Each training photo is seen about {passes:.3g} times.")
-        nothing = "Nothing is evaluated: no validation split, and validation_fraction is 0."
-        warnings = [nothing] if data.validation is None else []
+        warnings = []
+        if data.validation is None:
+            warnings.append("Nothing is evaluated: no validation split, and validation_fraction is 0.")
+        if are_default(data.training.classes):
+            warnings.append(
+                "The classes have no names, and the weights will say 'class 0', 'class 1' and so on. To name "
+                f"them write classes.txt in '{data.training.path}', a name a line, class 0 first, and begin "
+                "the run anew."
+            )
         return TaskModel(compile_model(self.recipe, student, data.plan), student, warnings, notes)
 
     def train_batches(self, data: Datasets, start: int, engine: Engine) -> Any:
@@ -189,6 +197,11 @@ def open_data(recipe: SegmentationRecipe) -> tuple[SegmentationSource, Segmentat
         )
     if data.validation_fraction:
         count = max(1, round(data.validation_fraction * len(training)))
+        if count == len(training):
+            raise ValueError(
+                f"Expected more photos than are held out, received {count} in '{data.source}'. Set "
+                "validation_fraction=0 to train on all."
+            )
         order = np.random.default_rng(recipe.run.seed).permutation(len(training))
         return sources.take(training, np.sort(order[count:])), sources.take(training, np.sort(order[:count]))
     return training, None

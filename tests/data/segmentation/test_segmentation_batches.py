@@ -386,20 +386,6 @@ def test_a_map_with_an_unknown_value_stops_the_stream(folder, source):
         made(strict, 3)
 
 
-def test_evaluation_gives_every_example_in_order(folder, source):
-    with pytest.raises(ValueError, match=r"images/09.png"):
-        list(batches.eval_images(source))
-    from keras_convnext.data.segmentation.sources import take
-
-    whole = take(source, [*range(9), 10, 11])
-    found = list(batches.eval_images(whole, workers=3))
-    assert [name for name, _, _ in found] == [whole.name(number) for number in range(11)]
-    for number, (_, image, label_map) in enumerate(found):
-        expected = whole.load(number)
-        np.testing.assert_array_equal(image, expected[0])
-        np.testing.assert_array_equal(label_map, expected[1])
-
-
 def test_too_few_examples_for_a_batch_are_an_error(source):
     with pytest.raises(ValueError, match="at least one batch of 13 images"):
         made(source, 1, batch_size=13)

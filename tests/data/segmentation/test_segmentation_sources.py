@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_convnext._environment import available_cores
 from keras_convnext.data.index import SourceError
 from keras_convnext.data.preprocess import ImageError
 from keras_convnext.data.segmentation import coco, label_maps, layouts
@@ -17,6 +18,7 @@ from keras_convnext.data.segmentation.label_maps import LabelMapError
 from keras_convnext.data.segmentation.labels import Labels
 from keras_convnext.data.segmentation.pictures import default_labels
 from keras_convnext.data.segmentation.sources import (
+    ahead,
     described,
     is_segmentation,
     list_splits,
@@ -134,7 +136,8 @@ def test_two_layouts_at_once_are_named(tmp_path):
 def test_no_pairs_at_all_are_an_error_that_lists_the_layouts(tmp_path):
     write(tmp_path, {"cats/a.png": picture()})
     with pytest.raises(
-        SourceError, match=r"found no pairs in any of these layouts: SPLIT/images \+ SPLIT/masks"
+        SourceError,
+        match=r"in one of these layouts: SPLIT/images \+ SPLIT/masks.*Received images in cats \(1\)",
     ):
         open_source(tmp_path)
     assert not is_segmentation(tmp_path)
@@ -143,6 +146,28 @@ def test_no_pairs_at_all_are_an_error_that_lists_the_layouts(tmp_path):
         open_source(tmp_path)
     with pytest.raises(SourceError, match="nothing is there"):
         open_source(tmp_path / "x")
+
+
+def test_what_lies_at_a_path_of_no_layout_is_said(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / "empty" / name).mkdir(parents=True)
+    with pytest.raises(SourceError, match=r"Received no images\. Check the path"):
+        open_source(tmp_path / "empty")
+    write(tmp_path, {"voc/JPEGImages/a.jpg": picture(), "voc/SegmentationClass/a.png": png(numbers(0))})
+    with pytest.raises(SourceError, match=r"images in JPEGImages \(1\), SegmentationClass \(1\)\. Rename"):
+        open_source(tmp_path / "voc")
+    with pytest.raises(SourceError, match=r"Received a file, 'a\.jpg'\. Pass the folder"):
+        open_source(tmp_path / "voc/JPEGImages/a.jpg")
+
+
+def test_cityscapes_own_folders_are_refused_with_what_to_do(tmp_path):
+    name = "bonn_000001_000019"
+    photo = {f"leftImg8bit/train/bonn/{name}_leftImg8bit.png": picture()}
+    maps = {f"gtFine/train/bonn/{name}_gtFine_{kind}.png": png(numbers(0)) for kind in ("labelIds", "color")}
+    write(tmp_path, photo | maps)
+    for function in (open_source, is_segmentation, list_splits):
+        with pytest.raises(SourceError, match=r"Cityscapes.*_gtFine_labelTrainIds\.png.*ann_dir/SPLIT/NAME"):
+            function(tmp_path)
 
 
 def test_a_folder_of_pairs_and_classes_has_two_readings(tmp_path):
@@ -275,7 +300,7 @@ def test_a_list_of_classes_that_is_too_short_is_refused(tmp_path):
         LabelMapError, match=r"from 0 to 1 in '.*a.png'.*received 2 .*list of 2 classes is too short"
     ):
         described(open_source(tmp_path))
-    message = r"If 2 means not labelled, pass ignored_values=\(2,\)\. If 0 does, .* ignored_values=\(0,\)"
+    message = r"If 2 means not labelled, pass ignored_values=\(2,\) .*\. If 0 does, .* ignored_values=\(0,\)"
     with pytest.raises(LabelMapError, match=message):
         open_source(tmp_path).load(0)
 
@@ -320,6 +345,14 @@ def test_an_image_with_alpha_is_taken_as_photographs_are(tmp_path):
     np.testing.assert_array_equal(open_source(tmp_path).load(0)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"", "an empty file"), (b"hello, world", "begins with b'hello, w'")]
+)
+def test_what_is_no_png_is_said(content, what):
+    with pytest.raises(LabelMapError, match=f"in 'a.png', received .*{what}. Export it again"):
+        label_maps.decode(content, "a.png")
+
+
 def test_damaged_files_are_named(tmp_path):
     write(tmp_path, pair("a") | pair("b"))
     source = open_source(tmp_path)
@@ -340,6 +373,26 @@ def test_labels_of_a_model_are_taken_and_unknown_values_refused(tmp_path):
     write(tmp_path, {"classes.txt": "x\ny\nz\n"})
     with pytest.raises(SourceError, match=r"Expected the 3 classes of .*, received 2 in labels"):
         open_source(tmp_path, labels=labels)
+
+
+def test_names_of_a_model_without_any_contradict_no_data(tmp_path):
+    unnamed = default_labels(3)
+    write(tmp_path, pair() | {"classes.txt": "sky\nroad\ntree\n"})
+    assert open_source(tmp_path, labels=unnamed).classes == ["sky", "road", "tree"]
+    assert open_source(tmp_path, labels=unnamed.names).classes == ["sky", "road", "tree"]
+    with pytest.raises(SourceError, match=r"Expected the 3 classes of .*, received 4 in labels|class 0"):
+        open_source(tmp_path, labels=default_labels(4))
+    with pytest.raises(SourceError, match=r"class 0 is 'sky' there and 'class 1' in labels"):
+        open_source(tmp_path, labels=["class 1", "class 0", "class 2"])
+    write_annotations(tmp_path / "coco", annotations())
+    assert open_source(tmp_path / "coco", labels=default_labels(2)).classes == ["tree", "car"]
+
+
+def test_results_come_in_order_and_only_a_few_are_made_ahead():
+    begun = []
+    results = ahead(lambda number: begun.append(number) or number**2, range(1000))
+    assert next(results) == 0 and len(begun) <= 2 * available_cores() + 2
+    assert [0, *results] == [number**2 for number in range(1000)]
 
 
 def test_take_keeps_images_and_maps_together(tmp_path):
@@ -447,12 +500,20 @@ def test_polygons_fill_the_pixels_whose_centres_they_hold():
             "9 has only a box",
         ),
         ({"images": [{"id": 5}]}, "'file_name' is missing"),
+        ({"images": annotations()["images"][:1] * 2}, "an id of its own .* received 5 for 2 of them"),
+        ({"annotations": []}, "Expected annotations of images .* received none for its 2 images"),
     ],
 )
 def test_annotations_that_do_not_fit_are_named(tmp_path, change, message):
     write_annotations(tmp_path, annotations(**change))
     with pytest.raises(SourceError, match=message):
         open_source(tmp_path)
+
+
+def test_nothing_is_said_to_be_left_out_where_nothing_is(tmp_path):
+    both = [one | {"image_id": number} for number in (5, 6) for one in annotations()["annotations"]]
+    write_annotations(tmp_path, annotations(annotations=both))
+    assert not any("left out" in line for line in described(open_source(tmp_path)))
 
 
 def test_missing_images_of_annotations_are_named(tmp_path):
