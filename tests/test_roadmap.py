@@ -15,10 +15,11 @@ from peers import randomise
 from torch.nn import functional as F
 
 import keras_convnext
-from keras_convnext import roadmap
+from keras_convnext import predictor, roadmap
 from keras_convnext.roadmap import MISFITS, STEPS, build, connect, cost
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import assign
+from keras_convnext.weights.resolve import resolve
 
 # From ResNet-50, at 1000 classes: the first is torchvision's, the last ConvNeXt-T's; the others were counted
 # from the paper's words by another program than this one.
@@ -461,3 +462,16 @@ def test_each_step_is_saved_whole(step, tmp_path):
     images = np.random.default_rng(0).uniform(0, 255, (2, *SIZE)).astype("float32")
     copy = keras.models.load_model(tmp_path / "step.keras")
     np.testing.assert_array_equal(copy.predict_on_batch(images), model.predict_on_batch(images))
+
+
+@pytest.mark.one_backend
+def test_a_saved_step_is_opened_as_any_classifier(tmp_path):
+    """`export` and `segment` ask for the task of a file, which was asked of a ConvNeXt's weights alone."""
+    images = np.random.default_rng(0).uniform(0, 255, (2, *SIZE)).astype("float32")
+    for step, is_other in ((4, True), (15, True), (16, False)):
+        model = build(step, "atto", 5, SIZE)
+        model.save(tmp_path / "step.keras")
+        source = resolve(tmp_path / "step.keras")
+        assert (source.is_other_network, source.task, source.heads) == (is_other, "classification", None)
+        opened = predictor.open_predictor(source).model
+        np.testing.assert_array_equal(opened.predict_on_batch(images), model.predict_on_batch(images))

@@ -145,8 +145,8 @@ def train_road(
             f"Expected the number of seeds, which are 0, 1, ... for every step, received "
             f"seed={given['run.seed']!r}. Pass seeds={seeds} (--seeds {seeds}) alone."
         )
-    changes = {Recipe.full_key(key): value for key, value in CHANGES.items()}
-    changes |= {"model.architecture": REGIMES[regime], **given}
+    own = {**CHANGES, "architecture": REGIMES[regime]}
+    changes: dict[str, Any] = {Recipe.full_key(key) or key: value for key, value in own.items()} | given
     folder = pathlib.Path(os.path.expanduser(output)).absolute()
     recipe, _ = choose_recipe(RECIPE, data, changes, folder)
     _check_recipe(recipe, regime)
