@@ -11,9 +11,10 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def near_names(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> str:
-    """Returns " Did you mean ...?" with at most `count` near names, or ""."""
-    matches = difflib.get_close_matches(name[:200], list(known), count, cutoff)
-    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    """Returns " Did you mean ...?" with at most `count` names that are near but for their case, or ""."""
+    by_text = {each.casefold(): each for each in known}
+    matches = difflib.get_close_matches(name[:200].casefold(), by_text, count, cutoff)
+    return f" Did you mean {' or '.join(repr(by_text[match]) for match in matches)}?" if matches else ""
 
 
 def listed(names: Iterable[object], count: int = 10) -> str:

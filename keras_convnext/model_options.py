@@ -49,11 +49,14 @@ class ModelOptions:
             "classes": (is_width, "a whole number from 1 up"),
             "drop_path_rate": (is_rate, "in [0, 1), the share of samples whose last block is dropped"),
             "layer_scale_init_value": (is_scale, "above 0, or 0 for no LayerScale"),
+            "seed": (self.seed is None or _is_seed(self.seed), "None or a whole number of 32 bits"),
             "output_stride": (self.output_stride in (8, 16, 32), "8, 16 or 32"),
         }
         for name, (is_right, expected) in rules.items():
             if not is_right:
                 raise ValueError(f"{name} must be {expected}. Received: {name}={getattr(self, name)!r}")
+        if self.seed is not None:  # Keras takes no integer of NumPy
+            object.__setattr__(self, "seed", int(self.seed))
         shape = self.input_shape
         if self.input_tensor is not None:
             if not keras.utils.is_keras_tensor(self.input_tensor):
@@ -139,6 +142,10 @@ class ModelOptions:
             classifier_activation=activation,
             name=self.name or variant.name,
         )
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 2**31
 
 
 def _check_input_shape(shape: Any) -> None:

@@ -268,7 +268,7 @@ def without_classifier(model: Any) -> Any:
     if not isinstance(model, models.ConvNeXt):
         last: Any = model.layers[-1] if getattr(model, "layers", None) else None
         if getattr(last, "activation", None) in (keras.activations.softmax, keras.activations.sigmoid):
-            return keras.Model(model.inputs, last.input, name=model.name)
+            return keras.Model(model.input, last.input, name=model.name)
         return model
     layers = assign.places(model)[0]
     first = layers.get("pre_logits") or layers.get("head")

@@ -13,11 +13,12 @@ activations; the projections keep their norm until they go; LayerScale comes wit
 the caller's. Maps are channels-last, (N, H, W, C).
 """
 
+import collections
 import dataclasses
 from typing import Any, NamedTuple
 
 from keras_convnext import _messages
-from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from keras_convnext.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, is_positive_integer
 from keras_convnext.weights.torchvision_resnet import load_torchvision
 
 __all__ = ["MISFITS", "REGIMES", "STEPS", "build", "connect", "cost", "design", "find", "load_torchvision"]
@@ -43,12 +44,7 @@ class Design:
     downsampling: str  # "in block", by its strides, or "separate", by layers between the stages
 
 
-class Of(NamedTuple):
-    """A value by regime, see `build`."""
-
-    tiny: Any
-    base: Any
-    atto: Any
+Of = collections.namedtuple("Of", "tiny base atto")  # a value by regime, see `build`
 
 
 class Step(NamedTuple):
@@ -66,8 +62,8 @@ class Step(NamedTuple):
 
     def published(self, regime: str) -> tuple[float | None, float | None]:
         """Top-1 and GFLOPs as printed; None for a regime that the paper has not."""
-        values = {"tiny": (self.top1, self.gflops), "base": (self.top1_base, self.gflops_base)}
-        return values.get(regime, (None, None))
+        both = {"tiny": (self.top1, self.gflops), "base": (self.top1_base, self.gflops_base)}
+        return both.get(regime, (None, None))
 
 
 START = {
@@ -105,22 +101,21 @@ MISFITS = {("tiny", "BN to LN"), ("tiny", "separate downsampling")}
 
 def find(step: int | str) -> int:
     """Gives the place of a step in `STEPS`, by its place or name; ValueError when there is none."""
-    places = {row.name: number for number, row in enumerate(STEPS)}
-    places |= {str(number): number for number in places.values()}  # "7" of the command line
-    if isinstance(step, str | int) and str(step) in places:
+    names = [row.name for row in STEPS]
+    places = {text: number for number, name in enumerate(names) for text in (name, str(number))}
+    if str(step) in places:  # an integer of NumPy too, and "7" of the command line
         return places[str(step)]
-    raise ValueError(_messages.unknown("step", step, ["0 to 16", *(row.name for row in STEPS)]))
+    raise ValueError(f"{_messages.unknown('step', step, names)}, or a place from 0 to 16")
 
 
 def design(step: int | str, regime: str = "tiny") -> Design:
     """Adds up what the steps change, as far as a step; those that were not kept only where it is one."""
-    if regime not in REGIMES:
+    if regime not in [*REGIMES]:
         raise ValueError(_messages.unknown("regime", regime, REGIMES))
     last, values = find(step), dict[str, Any]()
     for row in (*(row for row in STEPS[:last] if row.kept), STEPS[last]):
         values |= row.changes
-    of = {key: getattr(value, regime, value) for key, value in values.items()}
-    return Design(**of)
+    return Design(**{key: getattr(value, regime, value) for key, value in values.items()})
 
 
 def changes(step: int | str, regime: str = "tiny") -> dict[str, Any]:
@@ -137,15 +132,14 @@ def network(make, x, design: Design, classes: int):
     """The whole network: (N, H, W, 3) normalised pixels to (N, classes)."""
     separate = design.downsampling == "separate"
     if design.stem == "patchify":
-        x = _conv_norm(make, x, "stem", design, design.width, kernel=4, stride=4)
+        x = _conv_norm(make, x, "stem_", design, design.width, kernel=4, stride=4)
     else:
         x = _conv_norm(make, x, "", design, design.width, kernel=7, stride=2)
         x = make.max_pool(x)
     for stage, depth in enumerate(design.depths):
         width = design.width * 2**stage
         if separate and stage > 0:
-            x = make.norm(x, f"down{stage}_0")
-            x = make.conv(x, f"down{stage}_1", width, kernel=2, stride=2)
+            x = make.conv(make.norm(x, f"down{stage}_0"), f"down{stage}_1", width, kernel=2, stride=2)
         for index in range(depth):
             stride = 2 if index == 0 and stage > 0 and not separate else 1
             x = BLOCKS[design.block](make, x, f"layer{stage + 1}_{index}_", design, width, stride)
@@ -202,8 +196,7 @@ def _conv_norm(make, x, name, design, filters, kernel=1, stride=1, depthwise=Fal
 def _add(make, x, y, name, design, stride):
     """`x + y`, with x projected where its shape is another, and the activation as long as there are all."""
     if stride != 1 or make.channels(x) != make.channels(y):
-        x = make.conv(x, f"{name}downsample_0", make.channels(y), stride=stride)
-        x = make.norm(x, f"{name}downsample_1")
+        x = make.norm(make.conv(x, f"{name}downsample_0", make.channels(y), 1, stride), f"{name}downsample_1")
     x = make.add(x, y, name)
     return make.activation(x) if design.activations == "all" else x
 
@@ -216,9 +209,12 @@ class Cost(NamedTuple):
 
 
 def cost(step: int | str, regime: str = "tiny", classes: int = 1000, image_size: int = 224) -> Cost:
-    """Counts the multiply-adds of an image and the weights of a step, without building it."""
+    """Counts the multiply-adds of a square image and the weights of a step, without building it."""
+    for name, value, least in (("classes", classes, 1), ("image_size", image_size, 32)):
+        if not is_positive_integer(value) or value < least:
+            raise ValueError(f"{name} must be a whole number from {least} up. Received: {name}={value!r}")
     counter = Counter(chosen := design(step, regime))
-    network(counter, (image_size, 3), chosen, classes)
+    network(counter, (int(image_size), 3), chosen, int(classes))
     return Cost(counter.multiply_adds, counter.weights)
 
 
@@ -315,8 +311,7 @@ class _KerasLayers:
         return self.residual.LayerScale(name=name)(x)
 
     def linear(self, x, name, classes):
-        settings = {"kernel_initializer": self.initializer, "dtype": self.head_dtype, "name": name}
-        return self.layers.Dense(classes, **settings)(x)
+        return self.layers.Dense(classes, None, True, self.initializer, dtype=self.head_dtype, name=name)(x)
 
     def activation(self, x):
         return self.layers.Activation(self.design.activation)(x)
@@ -331,8 +326,7 @@ class _KerasLayers:
         return self.layers.MaxPooling2D(3, 2, data_format="channels_last")(x)
 
     def average_pool(self, x):
-        settings = {"data_format": "channels_last", "dtype": self.head_dtype}
-        return self.layers.GlobalAveragePooling2D(**settings)(x)
+        return self.layers.GlobalAveragePooling2D("channels_last", dtype=self.head_dtype)(x)
 
     def channels(self, x):
         return x.shape[-1]
@@ -357,8 +351,10 @@ def build(
         step: from 0 to 16, or the name of a row of `STEPS`.
         regime: "tiny" from ResNet-50 to ConvNeXt-T, "base" from ResNet-200 to ConvNeXt-B; "atto", of our
             own for small machines, from a ResNet that is as much narrower to timm's ConvNeXt-Atto.
+        input_shape: (height, width, channels); a side is 32 and more, or None for any.
         classifier_activation: None for logits.
-        drop_path_rate: of the last block; 0 at the first (0.1 in the paper's "tiny", 0.5 in "base").
+        drop_path_rate: of the last block; 0 at the first (0.1 in the paper's "tiny", 0.5 in "base"). Its
+            random numbers come from `seed`.
 
     Raises:
         ValueError: there is no such step or regime (near names are listed), or a value is out of range.
@@ -369,30 +365,36 @@ def build(
     """
     if design(step, regime).downsampling != "separate":
         return connect(step, regime, classes, input_shape, classifier_activation, drop_path_rate, seed)
-    from keras_convnext import model_options, models
-    from keras_convnext.weights.resolve import resolve
+    from keras_convnext import models
 
-    values: dict = {"classes": classes, "input_shape": input_shape, "drop_path_rate": drop_path_rate}
-    options = model_options.ModelOptions(**values, classifier_activation=classifier_activation, seed=seed)
-    return models.build(resolve(REGIMES[regime], None), options)
+    return models.build(*_end(regime, classes, input_shape, classifier_activation, drop_path_rate, seed))
 
 
 def connect(step, regime, classes, input_shape, classifier_activation, drop_path_rate=0.0, seed=None):
     """Builds any step from the blocks above, the last too: what a fair comparison of times takes."""
     import keras
 
-    from keras_convnext import model_options, models
+    from keras_convnext import models
 
     chosen, number = design(step, regime), find(step)
-    values: dict = {"classes": classes, "input_shape": input_shape, "drop_path_rate": drop_path_rate}
-    model_options.ModelOptions(**values)  # checks them
-    x = images = keras.Input(input_shape, name="image")
-    mean, std = (models.for_channels(values, input_shape[-1]) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    _, options = _end(regime, classes, input_shape, classifier_activation, drop_path_rate, seed)
+    x = images = keras.Input(options.input_shape, name="image")
+    mean, std = (models.for_channels(each, x.shape[-1]) for each in (IMAGENET_MEAN, IMAGENET_STD))
     mean, variance = [255 * value for value in mean], [(255 * value) ** 2 for value in std]
     # In float32: a mean of 123.675 would be rounded in 16 bits.
     x = keras.layers.Normalization(-1, mean, variance, dtype="float32", name="normalization")(x)
-    reader = _KerasLayers(chosen, drop_path_rate, seed)
-    x = network(reader, x, chosen, classes)
-    if classifier_activation is not None:
-        x = keras.layers.Activation(classifier_activation, dtype=reader.head_dtype, name="predictions")(x)
+    reader = _KerasLayers(chosen, options.drop_path_rate, options.seed)
+    x, activation = network(reader, x, chosen, options.classes), options.classifier_activation
+    if activation is not None:
+        x = keras.layers.Activation(activation, dtype=reader.head_dtype, name="predictions")(x)
     return keras.Model(images, x, name=f"road_{number}_{regime}")
+
+
+def _end(regime, classes, input_shape, classifier_activation, drop_path_rate, seed):
+    """The end of the road as `models.build` takes it; any step has its options, checked alike."""
+    from keras_convnext import model_options
+    from keras_convnext.weights.resolve import resolve
+
+    values: dict = {"classes": classes, "input_shape": input_shape, "drop_path_rate": drop_path_rate}
+    options = model_options.ModelOptions(**values, classifier_activation=classifier_activation, seed=seed)
+    return (source := resolve(REGIMES[regime], None)), options.settled(source)

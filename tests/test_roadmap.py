@@ -15,10 +15,11 @@ from peers import randomise
 from torch.nn import functional as F
 
 import keras_convnext
-from keras_convnext import roadmap
+from keras_convnext import predictor, roadmap
 from keras_convnext.roadmap import MISFITS, STEPS, build, connect, cost
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import assign
+from keras_convnext.weights.resolve import resolve
 
 # From ResNet-50, at 1000 classes: the first is torchvision's, the last ConvNeXt-T's; the others were counted
 # from the paper's words by another program than this one.
@@ -142,11 +143,17 @@ def test_steps_are_found_by_place_and_name_and_others_are_refused():
     assert (
         [roadmap.find(row.name) for row in STEPS] == [*range(17)] == [roadmap.find(str(n)) for n in range(17)]
     )
+    assert roadmap.find(np.int64(3)) == roadmap.find(np.uint8(3)) == 3
     with pytest.raises(ValueError, match=r"Unknown step 'kernel size 8'\. Did you mean 'kernel size \d'"):
         build("kernel size 8")
-    for wrong in (-1, 17, "17", 10**9, True, 1.0, None):
-        with pytest.raises(ValueError, match=r"Unknown step .* Known: 0 to 16, ResNet, enhanced recipe, "):
+    with pytest.raises(ValueError, match=r"Unknown step 'relu TO gelu'\. Did you mean 'ReLU to GELU'"):
+        build("relu TO gelu")
+    for wrong in (-1, 17, "17", 10**9, True, np.True_, 1.0, None, [3], "0 to 16"):
+        message = r"Unknown step \S[^?]* Known: ResNet, enhanced recipe, .*, or a place from 0 to 16"
+        with pytest.raises(ValueError, match=message):
             build(wrong)
+    with pytest.raises(ValueError, match=r"Unknown regime \['tiny'\]"):
+        build(3, ["tiny"])
     for step in (3, 16):
         with pytest.raises(ValueError, match=r"Unknown regime 'tine'\. Did you mean 'tiny'"):
             build(step, "tine")
@@ -154,6 +161,30 @@ def test_steps_are_found_by_place_and_name_and_others_are_refused():
             build(step, input_shape=(16, 16, 3))
         with pytest.raises(ValueError, match="classes must be"):
             build(step, classes=0)
+        with pytest.raises(ValueError, match="A softmax over one class"):
+            build(step, classes=1)
+        for seed in ("a", 1.5, True, 2**40):
+            with pytest.raises(ValueError, match=f"seed must be None or a whole .*seed={seed!r}"):
+                build(step, seed=seed)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("image_size", 31, 32), ("image_size", 64.5, 32), ("image_size", "64", 32), ("classes", 0, 1)],
+)
+def test_costs_of_what_cannot_be_built_are_refused(name, value, least):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number from {least} up. .*={value!r}"):
+        cost(3, **{name: value})
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("step", [3, 16])
+def test_every_step_takes_what_the_last_takes(step):
+    integers = build(np.int64(step), "atto", np.int64(5), (*np.int64((64, 32)), 3), seed=np.int64(7))
+    assert integers.input_shape == (None, 64, 32, 3) and integers.output_shape == (None, 5)
+    assert build(step, "atto", None, None).output_shape == (None, 1000)
+    assert build(step, "atto", 5, None).input_shape == (None, 224, 224, 3)
 
 
 def randomised(model, seed=0):
@@ -230,15 +261,37 @@ def test_wrong_state_dicts_are_refused_and_change_nothing(resnet):
     model = build(0, classes=10, input_shape=SIZE)
     before = model.get_weights()
     state = resnet.state_dict()
-    with pytest.raises(ValueError, match=r"Expected fc.weight of shape \(2048, 10\).*Received \(11, 2048\)"):
+    with pytest.raises(ValueError, match=r"fc.weight of shape \(10, 2048\), received \(11, 2048\)"):
         roadmap.load_torchvision(model, state)
+    for wrong in ("resnet50.pth", resnet, None):
+        with pytest.raises(ValueError, match=f"Expected a state dict.*Received: {type(wrong).__name__}"):
+            roadmap.load_torchvision(model, wrong)
+    with pytest.raises(ValueError, match=r"Expected numbers in fc.bias"):  # the last that is assigned
+        roadmap.load_torchvision(model, {**state, "fc.weight": np.ones((10, 2048)), "fc.bias": ["a"] * 10})
+    with pytest.raises(
+        ValueError, match=r"such as conv1\.weight\. Received \d+, such as module\.conv1\.weight"
+    ):
+        roadmap.load_torchvision(model, {f"module.{name}": value for name, value in state.items()})
     del state["layer3.2.bn1.running_mean"]
     with pytest.raises(ValueError, match=r"on one side only: layer3.2.bn1.running_mean\."):
         roadmap.load_torchvision(model, state)
-    with pytest.raises(ValueError, match=r"Step 0 takes those"):
-        roadmap.load_torchvision(build(3, "atto", 5, SIZE), state)
+    for other in (road(4), build(16, "atto", 5, SIZE)):
+        with pytest.raises(ValueError, match=r"Expected the ResNet of step 0 or 1 .*Received: '\w+'"):
+            roadmap.load_torchvision(other, state)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.one_backend
+def test_parameters_and_half_precision_are_read(resnet):
+    model = build(0, classes=11, input_shape=SIZE)
+    state = resnet.state_dict()
+    parameters = {name: torch.nn.Parameter(state[name]) for name, _ in resnet.named_parameters()}
+    roadmap.load_torchvision(model, {**state, **parameters})
+    kernel = model.get_layer("fc").kernel
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(kernel), state["fc.weight"].T)
+    roadmap.load_torchvision(model, {name: value.bfloat16() for name, value in state.items()})
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(kernel), state["fc.weight"].T, rtol=2**-8)
 
 
 @pytest.mark.one_backend
@@ -409,3 +462,16 @@ def test_each_step_is_saved_whole(step, tmp_path):
     images = np.random.default_rng(0).uniform(0, 255, (2, *SIZE)).astype("float32")
     copy = keras.models.load_model(tmp_path / "step.keras")
     np.testing.assert_array_equal(copy.predict_on_batch(images), model.predict_on_batch(images))
+
+
+@pytest.mark.one_backend
+def test_a_saved_step_is_opened_as_any_classifier(tmp_path):
+    """`export` and `segment` ask for the task of a file, which was asked of a ConvNeXt's weights alone."""
+    images = np.random.default_rng(0).uniform(0, 255, (2, *SIZE)).astype("float32")
+    for step, is_other in ((4, True), (15, True), (16, False)):
+        model = build(step, "atto", 5, SIZE)
+        model.save(tmp_path / "step.keras")
+        source = resolve(tmp_path / "step.keras")
+        assert (source.is_other_network, source.task, source.heads) == (is_other, "classification", None)
+        opened = predictor.open_predictor(source).model
+        np.testing.assert_array_equal(opened.predict_on_batch(images), model.predict_on_batch(images))

@@ -25,15 +25,17 @@ def roadmap_options(option: Callable) -> None:
     option("--train", "PATH", "train on these images: a folder of class folders, for example")
     option("--out", "DIR", "folder of the runs, with --train")
     option("--steps", "STEP", "places or names, with --train; default 1 5 7 13 16", nargs="+")
-    option("--seeds", "N", "runs of each step, with --train; default 3", type=shared.positive, default=3)
+    option("--seeds", "N", "runs of each step, with --train; default 3", type=shared.positive)
     for name in ("--set", "--quiet"):
         option(name)
 
 
 def roadmap_command(options: argparse.Namespace) -> int:
     if options.train is None:
-        if options.out or options.steps or options.set:
-            raise ValueError("Expected --train PATH beside --out, --steps or --set, which belong to it.")
+        if options.out or options.steps or options.seeds or options.set:
+            raise ValueError(
+                "Expected --train PATH beside --out, --steps, --seeds or --set, which belong to it."
+            )
         return _print_table(options.regime or "tiny", options.json)
     if options.out is None:
         raise ValueError("Expected --out DIR, the folder of the runs, beside --train.")
@@ -44,21 +46,22 @@ def roadmap_command(options: argparse.Namespace) -> int:
         options.train,
         options.out,
         options.steps or ("1", "5", "7", "13", "16"),
-        seeds=options.seeds,
+        seeds=options.seeds or 3,
         regime=options.regime or "atto",
         overrides=shared.recipe_overrides(options.set),
         progress=not options.quiet,
     )
     lines = road.comparisons(found)
     if options.json:
-        rows = [{"step": rung.step, "top1": rung.scores, "mean": rung.mean} for rung in found]
+        rows = [
+            {"step": rung.step, "name": rung.name, "top1": rung.scores, "mean": rung.mean} for rung in found
+        ]
         shared.print_json({"steps": rows, "noise": road.noise(found), "comparisons": lines})
         return 0
     cells = [
-        (rung.step, roadmap.STEPS[rung.step].name, f"{rung.mean:.2f}", *(f"{one:.2f}" for one in rung.scores))
-        for rung in found
+        (rung.step, rung.name, f"{rung.mean:.2f}", *(f"{one:.2f}" for one in rung.scores)) for rung in found
     ]
-    seeds = [f"seed {number}" for number in range(options.seeds)]
+    seeds = [f"seed {number}" for number in range(len(found[0].scores))]
     shared.print_table(("step", "name", "top-1, %", *seeds), "><>" + ">" * len(seeds), cells)
     print("\n" + "\n".join(lines or ["one step: nothing to compare"]))
     print(f"{options.out}/{road.PICTURE}, {options.out}/{road.TABLE}")
@@ -74,7 +77,8 @@ def _print_table(regime: str, as_json: bool) -> int:
         changes = roadmap.changes(number, regime)
         facts = {"step": number, "name": step.name, "kept": step.kept, "changes": changes, "why": step.why}
         std = step.top1_std if regime == "tiny" else None
-        facts |= {"top1": top1, "top1_std": std, "gflops": printed, "gflops_fit": not is_misfit}
+        facts |= {"top1": top1, "top1_std": std, "gflops": printed}
+        facts["gflops_fit"] = None if printed is None else not is_misfit
         rows.append(facts | cost._asdict())
         score = "-" if top1 is None else f"{top1:.2f}"
         score += f" +-{std:.2f}" if std is not None else " " * 7

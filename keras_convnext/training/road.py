@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +17,16 @@ from keras_convnext import roadmap
 from keras_convnext._environment import require
 from keras_convnext._files import check_target, replace_file, replacing_file
 from keras_convnext._messages import printable
-from keras_convnext._terminal import csv_text
+from keras_convnext._terminal import csv_text, print_line
+from keras_convnext.data import class_names
 from keras_convnext.roadmap import REGIMES, STEPS
 from keras_convnext.training.derived import choose_recipe
 from keras_convnext.training.recipes.classification import Recipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.tasks import Datasets, TaskModel, without_optimizer
-from keras_convnext.training.tasks.classification import Classification, compile_model
+from keras_convnext.training.tasks.classification import Classification, compile_model, open_data
 from keras_convnext.training.trainer import train
+from keras_convnext.weights import preprocessing_metadata
 
 RECIPE = "tiny_imagenet"
 # What differs from that recipe. No average of the weights on the whole road (Liu et al. 2022, appendix A.1:
@@ -51,6 +54,10 @@ class Rung:
 
     step: int
     scores: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return STEPS[self.step].name
 
     @property
     def mean(self) -> float:
@@ -90,7 +97,12 @@ class Road(Classification):
         return TaskModel(compile_model(self.recipe, model, data.plan), model)
 
     def save(self, model: Any, data: Datasets, folder: RunFolder) -> None:
-        folder.write_with("final.keras", lambda path: without_optimizer(model).save(path))
+        def write(path: pathlib.Path) -> None:
+            without_optimizer(model).save(path)
+            preprocessing_metadata.add_preprocessing(path, self.preprocessing)
+
+        folder.write_with("final.keras", write)
+        folder.write_text("final.labels.txt", class_names.to_lines(data.training.classes))
 
 
 def train_road(
@@ -127,16 +139,30 @@ def train_road(
     if seeds < 1:
         raise ValueError(f"Expected one seed or more, received {seeds}.")
     roadmap.design(numbers[0], regime)  # refuses an unknown regime
-    changes = {**CHANGES, "architecture": REGIMES[regime], **(overrides or {})}
-    recipe, _ = choose_recipe(RECIPE, data, changes)
-    _check_recipe(recipe)
+    given = {Recipe.full_key(key) or key: value for key, value in (overrides or {}).items()}
+    if "run.seed" in given:
+        raise ValueError(
+            f"Expected the number of seeds, which are 0, 1, ... for every step, received "
+            f"seed={given['run.seed']!r}. Pass seeds={seeds} (--seeds {seeds}) alone."
+        )
+    own = {**CHANGES, "architecture": REGIMES[regime]}
+    changes: dict[str, Any] = {Recipe.full_key(key) or key: value for key, value in own.items()} | given
     folder = pathlib.Path(os.path.expanduser(output)).absolute()
+    recipe, _ = choose_recipe(RECIPE, data, changes, folder)
+    _check_recipe(recipe, regime)
+    if open_data(recipe)[1] is None:
+        raise ValueError(f"Expected images to evaluate on in '{data}', received none. Set val_split.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected a folder for the runs, received the file '{folder}'. Name another path.")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TABLE, PICTURE):
         check_target(folder / name)
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):  # all steps of a seed, then the next: a ladder is there early
         for step in numbers:
+            if progress:
+                place = f"{len(rows) + 1} of {seeds * len(numbers)}"
+                print_line(f"run {place}: step {step}, {STEPS[step].name}, seed {seed}", sys.stderr)
             result = train(
                 recipe,
                 folder / f"{step:02d}-seed{seed}",
@@ -147,8 +173,6 @@ def train_road(
             )
             keras.utils.clear_session(free_memory=True)
             scores = result.scores
-            if "val_top1" not in scores:
-                raise ValueError(f"Expected images to evaluate on in '{data}', received none. Set val_split.")
             found = {"step": step, "name": STEPS[step].name, "seed": seed, "top1": scores["val_top1"]}
             found |= {"loss": scores["val_loss"], "epochs": scores["epoch"], "updates": scores["step"]}
             rows.append(found)
@@ -160,10 +184,10 @@ def regime_of(recipe: Any) -> str:
     return next(name for name, end in REGIMES.items() if end == recipe.model.architecture)
 
 
-def _check_recipe(recipe: Any) -> None:
+def _check_recipe(recipe: Any, regime: str) -> None:
     """Refuses values of a recipe that models with batch norms, or not of this package, cannot have."""
     wanted = {
-        "architecture": tuple(REGIMES.values()), "weights": ("",), "trainable": ("all",), "teacher": ("",),
+        "architecture": (REGIMES[regime],), "weights": ("",), "trainable": ("all",), "teacher": ("",),
         "rematerialize": (False,), "head_init_scale": (1.0,), "layer_decay": (1.0,), "ema_decay": (0.0,),
         "accumulation_steps": (1,), "layer_scale_init_value": (1e-6,),
     }  # fmt: skip
@@ -212,7 +236,7 @@ def comparisons(found: Sequence[Rung]) -> list[str]:
         if limit is not None:
             is_more = abs(difference) > limit
             verdict = f"{'more than' if is_more else 'within'} noise of {limit:.2f}"
-        lines.append(f"{STEPS[one.step].name} -> {STEPS[other.step].name}: {difference:+.2f}, {verdict}")
+        lines.append(f"{one.name} -> {other.name}: {difference:+.2f}, {verdict}")
     return lines
 
 
@@ -241,7 +265,7 @@ def draw(found: Sequence[Rung], path: str | os.PathLike[str], title: str = "") -
             text += f"  ({rung.mean - before.mean:+.2f}{'' if is_more else ', within noise'})"
         end = max((rung.mean + errors[place], *rung.scores))
         axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, [f"{rung.step}  {STEPS[rung.step].name}" for rung in found])
+    axes.set_yticks(places, [f"{rung.step}  {rung.name}" for rung in found])
     axes.invert_yaxis()
     scores = [score for rung in found for score in rung.scores]
     margin = max(0.25 * (max(scores) - min(scores)), 0.5)

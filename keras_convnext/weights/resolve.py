@@ -3,6 +3,7 @@
 name, weights --resolve--> ResolvedWeights --values--> arrays under canonical names, for `assign`
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -85,6 +86,17 @@ class ResolvedWeights:
         return path.suffix == ".keras" or not self.is_keras_applications
 
     @functools.cached_property
+    def is_other_network(self) -> bool:
+        """Whether it holds a Keras model that is not one ConvNeXt, and is taken as it is."""
+        if not self.is_model or self.is_keras_applications:
+            return False
+        from keras_convnext.weights import assign
+
+        with contextlib.suppress(ValueError):  # of `places`: there is none, or there are two
+            return not assign.places(self.model)[0]
+        return True
+
+    @functools.cached_property
     def model(self) -> Any:
         """The Keras model of a file that holds one, as it is."""
         import keras
@@ -138,12 +150,14 @@ class ResolvedWeights:
         """What a model of all these weights is for: "classification", "features" or "segmentation"."""
         if self.heads is not None:
             return "segmentation"
-        return "classification" if self.classes else "features"
+        return "classification" if self.is_other_network or self.classes else "features"
 
     @functools.cached_property
     def heads(self) -> Heads | None:
         """Those of a segmenter; of random weights those of the tag."""
         if self.file is not None:
+            if self.is_other_network:
+                return None
             return keras_files.read_heads(self.file) if self.is_bare else self.contents.heads
         return Heads(self.row.classes) if self.row is not None and self.row.task == "segmentation" else None
 

@@ -125,4 +125,4 @@ def adamw(
 
 def without_optimizer(model: Any) -> Any:
     """Returns a model of the same layers; Keras saves the optimizer of a compiled one along."""
-    return type(model)(model.inputs, model.outputs, name=model.name)
+    return type(model)(model.input, model.output, name=model.name)  # lists would change the calls of a copy
