@@ -368,10 +368,7 @@ def _divisors(number: int) -> list[int]:
 
 def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
-    if recipe.data.source and isinstance(recipe, Recipe):
-        source = training_images(recipe.data, recipe.run.seed)
-        return len(source), len(source.classes)
-    if recipe.data.source:
+    if recipe.data.source and isinstance(recipe, SegmentationRecipe):
         data = recipe.data
         training, validation = split_names(data, segmentation_sources.list_splits)
         found = segmentation_sources.open_source(
@@ -379,6 +376,9 @@ def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
         )
         held_out = 0.0 if validation else data.validation_fraction
         return len(found) - (max(1, round(held_out * len(found))) if held_out else 0), len(found.classes)
+    if recipe.data.source and isinstance(recipe, Recipe):
+        source = training_images(recipe.data, recipe.run.seed)
+        return len(source), len(source.classes)
     named = max(KNOWN_DATA, key=recipe.title.rfind)
     unknown = (None, CLASSES if isinstance(recipe, Recipe) else KNOWN_DATA["ADE20K"][1])
     return KNOWN_DATA[named] if named in recipe.title else unknown
@@ -386,12 +386,12 @@ def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
 
 def _shape_of(recipe: AnyRecipe, classes: int) -> tuple[int, Heads | None, str, bool]:
     """Returns the side of the images, a segmenter's heads, what is trained, and whether images are mixed."""
-    model, augmentation = recipe.model, recipe.augmentation
     if isinstance(recipe, SegmentationRecipe):
         height, width = recipe.model.crop_size
         heads = Heads(classes, recipe.model.channels, recipe.loss.auxiliary_weight > 0)
         return round(math.sqrt(height * width)), heads, "all", False
-    return model.image_size, None, model.trainable, bool(augmentation.mixup or augmentation.cutmix)
+    mixes = recipe.augmentation.mixup or recipe.augmentation.cutmix
+    return recipe.model.image_size, None, recipe.model.trainable, bool(mixes)
 
 
 def _length_of(recipe: AnyRecipe, images: int | None) -> tuple[int | None, int | None]:
