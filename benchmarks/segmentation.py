@@ -11,7 +11,7 @@ Both have 150 classes, a head of 512 channels and random weights, and see photos
 
 smp is segmentation-models-pytorch with timm's ConvNeXt; its UPerNet has no auxiliary head, so its training
 step does less. It is not among this repository's requirements: a folder that has it can be named in
-PYTHONPATH. PyTorch's peers have channels-last maps, unless that is slower for them (`LAYOUTS`).
+PYTHONPATH. The peers have channels-last maps.
 
 Each has a process of its own with all cores; they take turns, in the reversed order in every second round.
 """
@@ -147,18 +147,20 @@ def theirs(name: str, kind: str, images: np.ndarray, maps: np.ndarray) -> Step:
 
         model = smp.UPerNet(f"tu-{MODEL}", encoder_weights=None, decoder_channels=CHANNELS, classes=CLASSES)
     else:
-        from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
+        import transformers
 
-        stages = ["stage1", "stage2", "stage3", "stage4"]
-        body = ConvNextConfig(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3], out_features=stages)
-        config = UperNetConfig(
+        makers: Any = transformers  # whose types do not know all arguments
+        body = makers.ConvNextConfig(
+            hidden_sizes=[96, 192, 384, 768],
+            depths=[3, 3, 9, 3],
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )
+        config = makers.UperNetConfig(
             backbone_config=body, num_labels=CLASSES, hidden_size=CHANNELS, auxiliary_in_channels=384
         )
-        model = UperNetForSemanticSegmentation(config)
-    model, pixels = (
-        model.to(memory_format=torch.channels_last),
-        pixels.contiguous(memory_format=torch.channels_last),
-    )
+        model = makers.UperNetForSemanticSegmentation(config)
+    model = model.to(memory_format=torch.channels_last)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
     if kind == "inference":
         call = torch.compile(model.eval()) if name.endswith("-compile") else model.eval()
 
@@ -243,8 +245,8 @@ def as_table(found: Sequence[Speed]) -> Table:
             )
         )
     kind = found[0].kind
-    titles = ("implementation", "ms", "min..max", "peak GB", "first s")
-    titles += tuple(f"x {peer.implementation}" for peer in peers)
+    ratios = (f"x {peer.implementation}" for peer in peers)
+    titles = ("implementation", "ms", "min..max", "peak GB", "first s", *ratios)
     heading = f"UPerNet, {MODEL}, {SIDE} x {SIDE} pixels: {kind}, batch {BATCHES[kind]}"
     return Table(heading, titles, "<" + ">" * (len(titles) - 1), rows, tuple(notes))
 

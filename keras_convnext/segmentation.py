@@ -267,7 +267,11 @@ def _check_arguments(classes, channels, dropout) -> None:
     rules = {
         "classes": (classes, is_positive_integer(classes), "a whole number from 1 up"),
         "channels": (channels, is_positive_integer(channels) and channels > 1, "a whole number from 2 up"),
-        "dropout": (dropout, 0 <= dropout < 1, "in [0, 1), the share of channels dropped in training"),
+        "dropout": (
+            dropout,
+            isinstance(dropout, int | float) and 0 <= dropout < 1,
+            "in [0, 1), the share of channels dropped in training",
+        ),
     }
     for name, (value, is_right, expected) in rules.items():
         if not is_right:

@@ -344,6 +344,7 @@ def test_wrong_arguments_are_refused(body):
         ({"classes": 0}, r"classes must be a whole number from 1 up. Received: classes=0"),
         ({"classes": 5, "channels": 1}, r"channels must be a whole number from 2 up. Received: channels=1"),
         ({"classes": 5, "dropout": 1.0}, r"dropout must be in \[0, 1\), .* Received: dropout=1.0"),
+        ({"classes": 5, "dropout": "a"}, r"dropout must be in .* Received: dropout='a'"),
     ):
         with pytest.raises(ValueError, match=message):
             UPerNet(body(), **arguments)

@@ -169,7 +169,9 @@ def layers(step: Step) -> list[Layer]:
     for part, group in itertools.groupby(layers_in(step), key=lambda layer: layer.part):
         inside = list(group)
         is_decoder = inside[0].stage == "decoder"
-        step = whole if is_decoder else dataclasses.replace(whole, batch=whole.batch * whole.seen)
+        step = whole
+        if not is_decoder and whole.seen < 1:  # as parts of an image
+            step = dataclasses.replace(whole, batch=whole.batch * whole.seen)  # type: ignore[arg-type]
         is_head = part == "head" and step.heads is None
         if step.trainable == "head" and not is_head:
             found.append(Layer(part, 0, 0, 0))  # no gradient goes through it

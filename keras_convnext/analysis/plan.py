@@ -396,11 +396,7 @@ def _masked(recipe: AnyRecipe) -> dict[str, Any]:
 
 def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
     """Counts training images and classes: of the recipe's data, else of the set that its title names last."""
-    if recipe.data.source and not isinstance(recipe, SegmentationRecipe):
-        pretrains = isinstance(recipe, PretrainingRecipe)
-        source = training_images(recipe.data, recipe.run.seed, unlabelled if pretrains else sources)
-        return len(source), 0 if pretrains else len(source.classes)
-    if recipe.data.source:
+    if recipe.data.source and isinstance(recipe, SegmentationRecipe):
         data = recipe.data
         training, validation = split_names(data, segmentation_sources.list_splits)
         found = segmentation_sources.open_source(
@@ -408,6 +404,10 @@ def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
         )
         held_out = 0.0 if validation else data.validation_fraction
         return len(found) - (max(1, round(held_out * len(found))) if held_out else 0), len(found.classes)
+    if recipe.data.source:
+        pretrains = isinstance(recipe, PretrainingRecipe)
+        source = training_images(recipe.data, recipe.run.seed, unlabelled if pretrains else sources)
+        return len(source), 0 if pretrains else len(source.classes)
     named = max(KNOWN_DATA, key=recipe.title.rfind)
     unknown = (None, CLASSES if isinstance(recipe, Recipe) else KNOWN_DATA["ADE20K"][1])
     images, classes = KNOWN_DATA[named] if named in recipe.title else unknown

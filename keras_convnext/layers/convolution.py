@@ -109,7 +109,7 @@ def _joined_shape(shapes):
 
 def _convolved_after_resizing(x, kernel, size):
     """The convolution (N, H, W, D) of a map (N, h, w, C) that is resized to `size` = (H, W), each an int."""
-    batch, height, width, channels = (*ops.shape(x)[:3], x.shape[3])
+    batch, height, width, channels = ops.shape(x)
     rows, columns, _, filters = kernel.shape
     down = _resize_and_shift(height, size[0], rows).reshape(size[0], rows * height)
     across = _resize_and_shift(width, size[1], columns).swapaxes(1, 2).reshape(size[1], width * columns)
