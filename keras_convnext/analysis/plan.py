@@ -404,10 +404,11 @@ def _data_of(recipe: AnyRecipe) -> tuple[int | None, int]:
         )
         held_out = 0.0 if validation else data.validation_fraction
         return len(found) - (max(1, round(held_out * len(found))) if held_out else 0), len(found.classes)
-    if recipe.data.source:
-        pretrains = isinstance(recipe, PretrainingRecipe)
-        source = training_images(recipe.data, recipe.run.seed, unlabelled if pretrains else sources)
-        return len(source), 0 if pretrains else len(source.classes)
+    if isinstance(recipe, PretrainingRecipe) and recipe.data.source:
+        return len(training_images(recipe.data, recipe.run.seed, unlabelled)), 0
+    if isinstance(recipe, Recipe) and recipe.data.source:
+        source = training_images(recipe.data, recipe.run.seed)
+        return len(source), len(source.classes)
     named = max(KNOWN_DATA, key=recipe.title.rfind)
     unknown = (None, CLASSES if isinstance(recipe, Recipe) else KNOWN_DATA["ADE20K"][1])
     images, classes = KNOWN_DATA[named] if named in recipe.title else unknown

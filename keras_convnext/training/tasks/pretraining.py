@@ -156,7 +156,8 @@ class Pretraining:
             # One image by one, so that a mask belongs to its image.
             drawn = [self._masks(_EVALUATION, max(n, 0), 1, cells) for n in batch["numbers"].tolist()]
             visible = np.concatenate(drawn)
-            found = run(tuple(map(choose.divided, (batch["images"], visible))))
+            inputs: Any = map(choose.divided, (batch["images"], visible))
+            found = run(tuple(inputs))  # type: ignore[arg-type]
             losses.append(choose.rows(found["loss"])[batch["mask"]].astype(np.float64))
             if chosen := [row for row in np.flatnonzero(batch["mask"]) if batch["numbers"][row] in shown]:
                 pictures = choose.rows(found["picture"])
