@@ -15,7 +15,7 @@ from keras_convnext._messages import size_text
 from keras_convnext.analysis import memory
 from keras_convnext.analysis.devices import DEVICES, FRACTION, USABLE_MEMORY, Device, parse_devices
 from keras_convnext.architecture import Heads, layers_of, model_layers_of
-from keras_convnext.data import sources, unlabelled
+from keras_convnext.data import unlabelled
 from keras_convnext.data.segmentation import sources as segmentation_sources
 from keras_convnext.training.derived import split_names, training_images
 from keras_convnext.training.recipes.classification import ENGINES, Recipe
