@@ -31,8 +31,8 @@ from keras_convnext.layers.pointwise import PatchConv2D, pointwise, pointwise_af
 
 FORMS = ("masked", "tall")
 
-# The form taken by default, by backend and kind of device. Measured is PyTorch's, a step of Tiny in 0.57 of
-# the time of "masked" (benchmarks/runs/fcmae/speed.md); `make bench-fcmae` measures the others too.
+# The form taken by default, by backend and kind of device. A step of Tiny took 0.57 of
+# the time of "masked" on PyTorch, 0.51 on TensorFlow (benchmarks/runs/fcmae/speed.md).
 FASTER = {
     ("tensorflow", "cpu"): "tall",
     ("jax", "cpu"): "tall",
