@@ -145,14 +145,13 @@ class SmokeRun(typing.NamedTuple):
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    """Three epochs of recipes/smoke.toml, for all tests that only look at what a run left."""
+    """Three epochs of recipes/smoke.toml, of a smaller model, for tests that only look at what a run left."""
     from keras_convnext.cli import main
 
     folder, printed = tmp_path_factory.mktemp("smoke") / "run", io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = main.main(
-            ["train", str(RECIPES / "smoke.toml"), "--out", str(folder), "--quiet", "--set", "epochs=3"]
-        )
+        words = ["--set", "epochs=3", "--set", "architecture=test_convnext2"]
+        code = main.main(["train", str(RECIPES / "smoke.toml"), "--out", str(folder), "--quiet", *words])
     return SmokeRun(folder, code, printed.getvalue())
 
 

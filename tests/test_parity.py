@@ -31,11 +31,11 @@ SIZE = (64, 64)
 WIDEST = ("xlarge", "xxlarge", "huge")
 
 
-def in_tiers(names, on_every_backend):
+def in_tiers(names, on_every_backend, widest=WIDEST):
     """Parameters: first tier on PyTorch, for some on the others too; second for the widest, of gigabytes."""
 
     def marks(name):
-        if name.endswith(WIDEST):
+        if name.endswith(widest) and "isotropic" not in name:
             return pytest.mark.slow
         return () if on_every_backend(name) else pytest.mark.one_backend
 
@@ -44,7 +44,7 @@ def in_tiers(names, on_every_backend):
 
 def every(*names):
     """Parameters of a test of layouts: on every backend where no other test has the name."""
-    return in_tiers(names, lambda name: "isotropic" in name)
+    return in_tiers(names, lambda name: "isotropic" in name, (*WIDEST, "large"))  # `test_timm` has its width
 
 
 PATCH = ("tiny", "small", "base", "large")

@@ -35,7 +35,7 @@ RECIPES = pathlib.Path(__file__).parents[2] / "recipes"
 
 # All that has a state: drop path, mixing, accumulation, layer decay, clipping, EMA, validation.
 SMALL = {
-    "architecture": "test_convnext",
+    "architecture": "test_convnext2",
     "batch_size": 32,
     "accumulation_steps": 2,
     "epochs": 3,
@@ -114,7 +114,7 @@ def test_a_run_leaves_log_curves_recipe_environment_and_weights(uninterrupted, f
 @pytest.mark.one_backend
 def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
     recipe = small()
-    row = catalog.default_checkpoint("test_convnext")
+    row = catalog.default_checkpoint("test_convnext2")
     size = recipe.evaluation.eval_image_size
     expected = Preprocessing(size, crop_fraction=1.0, mean=row.mean, std=row.std)
     names = ("final.safetensors", "final.weights.h5", "final_ema.weights.h5", "best.weights.h5")
@@ -122,7 +122,7 @@ def test_weight_files_of_a_run_say_how_their_images_are_prepared(uninterrupted):
     assert found == [expected] * 4
     opened = predictor.open_predictor(weights=uninterrupted / "final.safetensors")
     assert opened.preprocessing == expected and opened.model.input_shape == (None, 32, 32, 3)
-    bare = predictor.open_predictor("test_convnext", uninterrupted / "best.weights.h5")
+    bare = predictor.open_predictor("test_convnext2", uninterrupted / "best.weights.h5")
     assert bare.preprocessing == opened.preprocessing
 
 
@@ -131,8 +131,8 @@ def test_training_goes_on_with_the_normaliser_of_its_weights(tmp_path):
     """Read, used for the model, and written again; without the key it is that of the architecture."""
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
     given = Preprocessing(64, crop_fraction=0.9, mean=mean, std=std)
-    body = keras_convnext.load("test_convnext", None, classes=10, include_preprocessing=False)
-    row = catalog.default_checkpoint("test_convnext")
+    body = keras_convnext.load("test_convnext2", None, classes=10, include_preprocessing=False)
+    row = catalog.default_checkpoint("test_convnext2")
     for images, expected in ((given, (mean, std)), (None, (row.mean, row.std))):
         keras_convnext.save_weights(body, tmp_path / "x.safetensors", "timm", preprocessing=images)
         recipe = small(weights=str(tmp_path / "x.safetensors"), eval_resize_size=40)
@@ -149,7 +149,7 @@ def test_training_goes_on_with_the_normaliser_of_its_weights(tmp_path):
 def test_final_and_average_weights_differ_and_load(uninterrupted):
     def logits(name):
         model = keras_convnext.load(
-            "test_convnext",
+            "test_convnext2",
             weights=uninterrupted / name,
             classes=10,
             input_shape=(32, 32, 3),
@@ -306,7 +306,7 @@ def test_the_folder_of_another_recipe_is_refused(uninterrupted, few_digits):
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted, few_digits, tmp_path):
-    recipe = small(few_digits, architecture="test_convnext2", layer_scale_init_value=0.1)
+    recipe = small(few_digits, architecture="test_convnext", layer_scale_init_value=0.1)
     training, validation = classification.open_data(recipe)
     folder = tmp_path / "run"
     identity = {
@@ -397,7 +397,7 @@ def test_fine_tuning_by_one_key_leaves_weights_that_others_load(
     changes, smoke_run, few_digits, tmp_path, capsys
 ):
     """From the weights of another run, by the command line."""
-    changes = {"architecture": "convnext_atto", "weights": "final.safetensors", "epochs": 1, **changes}
+    changes = {"architecture": "test_convnext2", "weights": "final.safetensors", "epochs": 1, **changes}
     for key in ("weights", "teacher"):
         if key in changes:
             changes[key] = smoke_run.folder / changes[key]
@@ -433,7 +433,7 @@ def test_features_of_a_run_are_evaluated_by_one_command(command, smoke_run, tmp_
     assert main.main([command, *words, "--cache", str(tmp_path), "--quiet", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["num_train"], report["n"]) == (1347, 450)
-    assert report["top1"] > 90  # chance: 10
+    assert report["top1"] > 80  # chance: 10
     assert main.main([command, "--model", "convnext_atto"]) == 2
     assert "pass --data PATH" in capsys.readouterr().err
 
@@ -573,7 +573,7 @@ def test_too_many_damaged_images_are_named_in_one_line(tmp_path, capsys):
     write_photos(tmp_path / "photos", ("a", "b"), 20)
     for number in range(3):
         (tmp_path / "photos" / "a" / f"{number}.png").write_bytes(b"not an image")
-    words = ["--set=architecture=test_convnext", "--set=batch_size=16", "--set=train_split=", "--quiet"]
+    words = ["--set=architecture=test_convnext2", "--set=batch_size=16", "--set=train_split=", "--quiet"]
     folder = tmp_path / "run"
     command = ["train", "smoke", "--data", str(tmp_path / "photos"), "--out", str(folder), *words]
     assert main.main(command) == 2
@@ -703,7 +703,7 @@ def test_the_batches_have_the_values_of_the_recipe(monkeypatch):
 def test_the_smoke_recipe_runs_by_the_command_line(smoke_run):
     assert smoke_run.code == 0
     assert "top-1 of the EMA" in smoke_run.printed
-    assert float(rows_of(smoke_run.folder)[-1]["ema_val_top1"]) >= 90.0
+    assert float(rows_of(smoke_run.folder)[-1]["ema_val_top1"]) >= 80.0
 
 
 @pytest.mark.slow
@@ -777,7 +777,7 @@ def test_names_of_any_bytes_go_from_the_folders_to_the_labels_and_back(tmp_path,
         assert code == 0, printed.err
         return printed.out
 
-    small = ("architecture=test_convnext", "epochs=1", "batch_size=10", "validation_fraction=0.25")
+    small = ("architecture=test_convnext2", "epochs=1", "batch_size=10", "validation_fraction=0.25")
     train = ("train", "smoke", "--data", data, "--out", out, "--quiet", *(f"--set={one}" for one in small))
     for _ in range(2):  # trained, and found to have ended
         assert "final.safetensors" in run(*train)
