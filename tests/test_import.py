@@ -134,7 +134,7 @@ def test_every_room_that_must_be_free_of_keras_is_there():
 def test_nothing_of_keras_hub_is_imported_by_the_package():
     loaded = run_python("-c", "import sys, keras_convnext; keras_convnext.load; print(*sys.modules)").split()
     assert "keras_convnext.loading" in loaded
-    of_hub = ("keras_convnext.hub", "keras_hub", "huggingface_hub", "keras_convnext.exporting.preset")
+    of_hub = ("keras_convnext.hub", "keras_hub", "keras_convnext.exporting.preset")
     assert not set(of_hub) & set(loaded)
 
 
