@@ -18,6 +18,7 @@ BACKENDS = ("tensorflow", "jax", "torch")  # in the order in which one is taken
 # The names in pip's registry of packages that are imported by another name.
 _INSTALLED_AS = {
     "PIL": "pillow",
+    "keras_hub": "keras-hub",
     "ai_edge_litert": "ai-edge-litert",
     "ai_edge_quantizer": "ai-edge-quantizer",
     "tensorflow_datasets": "tensorflow-datasets importlib_resources",

@@ -36,12 +36,13 @@ WITH_FRAMEWORK = {
         for name in ("augment", "batches", "blocks", "contact_sheet", "jpeg", "stream", "train_transform")
     },
     **{f"data.segmentation.{name}": {"tensorflow"} for name in ("augment", "batches")},
+    "hub": {"keras_hub"},
     "distribution.jax_engine": {"jax"},
     "distribution.tensorflow_engine": {"tensorflow"},
     "distribution.torch_engine": {"torch"},
 }
 FRAMEWORKS = {"tensorflow", "jax", "torch"}
-OPTIONAL = {"huggingface_hub", "timm", "transformers", "matplotlib", "openvino", "onnxruntime"}
+OPTIONAL = {"huggingface_hub", "keras_hub", "timm", "transformers", "matplotlib", "openvino", "onnxruntime"}
 
 
 def run_python(*words, cwd=None):
@@ -129,6 +130,14 @@ def test_every_room_that_must_be_free_of_keras_is_there():
         assert any("keras" in imported(other) for other in loaded(f"keras_convnext.{room}"))
 
 
+@pytest.mark.once
+def test_nothing_of_keras_hub_is_imported_by_the_package():
+    loaded = run_python("-c", "import sys, keras_convnext; keras_convnext.load; print(*sys.modules)").split()
+    assert "keras_convnext.loading" in loaded
+    of_hub = ("keras_convnext.hub", "keras_hub", "keras_convnext.exporting.preset")
+    assert not set(of_hub) & set(loaded)
+
+
 # The public names.
 
 
@@ -212,6 +221,7 @@ def test_every_module_that_registers_a_class_is_imported_with_the_package():
     registering = [
         name for name, path in MODULES.items() if "register_keras_serializable" in path.read_text()
     ]
+    registering.remove("keras_convnext.hub")  # for those who import keras-hub
     assert len(registering) > 5
     code = f"import sys, keras_convnext; print({registering!r} - sys.modules.keys())"
     assert run_python("-c", code.replace("[", "{").replace("]", "}")) == "set()\n"

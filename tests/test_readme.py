@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -286,6 +287,7 @@ def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = small_in_place_of_published_weights(monkeypatch)
     exporting = importlib.import_module("keras_convnext.exporting.export")
+    preset = importlib.import_module("keras_convnext.exporting.preset")  # which needs Keras
     exported = []
     for name in keras_convnext.__all__:  # what earlier tests imported is found there, not where it is made
         monkeypatch.delitem(vars(keras_convnext), name, raising=False)
@@ -312,6 +314,11 @@ def test_the_other_blocks_of_python_run(tmp_path, monkeypatch):
             names["model"].compile("sgd", "categorical_crossentropy")
             code = code.replace("1024", "4").replace("epochs=300", "epochs=1")
         code = code.replace("epochs=100", "epochs=1")
+        if "keras_hub" in code:
+            if importlib.util.find_spec("keras_hub") is None:
+                continue
+            preset.write_preset("convnextv2_atto.tiny_imagenet200", "DIR")
+            names["photos"] = np.zeros((1, 80, 90, 3), "uint8")
         exec(compile(code, "README.md", "exec"), names)
     assert len(rest) == 7 and len(exported) == 2
     assert set(names["maps"]) == {"P2", "P3", "P4", "P5"} and names["steps"] == 2

@@ -72,7 +72,7 @@ def look_options(option: Callable) -> None:
     option("data", "DATA", "what evaluate takes as --data")
     option("output", "OUTPUT", "the PNG to write")
     option("--split", "NAME", "train, validation; needed where there are several")
-    known = "RandAugment, AutoAugment or TrivialAugment, default %(default)s"
+    known = "RandAugment, AutoAugment or TrivialAugment, or keras beside ours; default %(default)s"
     option("--policy", "NAME", known, default="rand-m9-mstd0.5-inc1")
     option("--ignored", "N,N", "values of label maps that stand for not labelled", type=shared.values)
     option("--seed", "N", "of the batch, default 0", type=int, default=0)

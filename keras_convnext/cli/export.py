@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from keras_convnext._messages import size_text, unknown
 from keras_convnext.cli import shared
 from keras_convnext.cli.predict import read_labels
 from keras_convnext.data import class_names
+from keras_convnext.weights.repositories import SCHEME
 from keras_convnext.weights.resolve import is_path
 
 EXPORT_EXAMPLES = """examples:
@@ -130,6 +132,44 @@ def _export_targets(options: argparse.Namespace, formats) -> list[tuple[str, str
         targets += [(format, each, output / f"{stem}_{each}{suffix}") for each in precisions]
     output.mkdir(parents=True, exist_ok=True)
     return targets
+
+
+PRESET_EXAMPLES = """examples:
+  keras-convnext preset convnext_tiny.fb_in1k presets/convnext_tiny
+  keras-convnext preset my_leaves.safetensors leaves/
+  keras-convnext preset my_leaves.safetensors hf://user/leaves --dry-run
+  keras-convnext preset my_leaves.safetensors hf://user/leaves
+
+keras_hub.models.ImageClassifier.from_preset opens it after `import keras_convnext.hub`, keras_convnext.load
+without keras-hub. hf://user/name uploads it, as the user of `hf auth login` or HF_TOKEN."""
+
+
+def preset_options(option: Callable) -> None:
+    option("model", "MODEL", "tag, architecture or weight file, with or without a classifier")
+    option("output", "DIR", "the folder to write, or hf://user/name")
+    option("--dry-run", None, "make it, say what would be uploaded, send nothing")
+    option("--force", None, "replace a preset at DIR that this command wrote")
+
+
+def preset_command(options: argparse.Namespace) -> int:
+    is_remote = options.output.startswith(SCHEME)
+    if options.dry_run and not is_remote:
+        raise ValueError(f"Expected {SCHEME}user/name beside --dry-run, received {options.output!r}.")
+    shared.import_quietly("keras_convnext.exporting.preset")
+    from keras_convnext.exporting.preset import push, write_preset
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = temporary if is_remote else options.output
+        files = [
+            (path.name, path.stat().st_size)
+            for path in write_preset(options.model, folder, replace=options.force)
+        ]
+        if is_remote:
+            push(folder, options.output, dry_run=options.dry_run)
+    shared.print_table(("file", "size"), "<>", [(name, size_text(size)) for name, size in files])
+    done = "not sent" if options.dry_run else "uploaded" if is_remote else "written"
+    print(f"\n{options.output}: {len(files)} files, {done}")
+    return 0
 
 
 PAGE_EXAMPLES = """examples:

@@ -37,6 +37,7 @@ COMMANDS = {
     "look": ("data", "draw a contact sheet of augmentations and a training batch"),
     "export": ("export", "write a model for LiteRT, ONNX, OpenVINO, TensorFlow or PyTorch"),
     "roadmap": ("roadmap", "show the steps from ResNet-50 to ConvNeXt, or train some of them"),
+    "preset": ("export", "write a folder for keras-hub, or put it on the Hugging Face Hub"),
     "page": ("export", "write a page that classifies or segments pictures in the browser"),
 }
 _MOVED = {"demo": "`make demo`", "bench": "`make bench`, or `python -m benchmarks.speed`,"}

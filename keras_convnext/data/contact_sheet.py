@@ -30,7 +30,8 @@ def draw(
     """Write a contact sheet as PNG, which appears whole or not at all.
 
     Above stands one image under each operation of the policy, from magnitude 0 to 10, then erased; below the
-    first 32 images of a training batch, each with its largest targets. `seed` is of the batch and of the
+    first 32 images of a training batch, each with its largest targets; for the policy "keras" those of ours
+    with the default policy too. `seed` is of the batch and of the
     choice of the image above; `options` are others of `batches.train_batches`, such as image_size.
     FileExistsError: there is something at `output` that is no contact sheet.
     """
@@ -45,34 +46,51 @@ def draw(
         raise ValueError(f"Expected at least two images to draw, received {len(source)} in '{source.path}'.")
     # Pairs, so that as many mixtures as possible are seen.
     options = {"batch_size": count, "seed": seed, "dtype": "uint8", "mix_group": 2, **options}
-    images, targets = next(iter(batches.train_batches(source, augmentation=augmentation, **options)))
+    shown = {"a training batch": augmentation}
+    if augmentation.policy == "keras":
+        ours = augmentation.replaced({"policy": Augmentation().policy})
+        shown = {f'a training batch, policy "{ours.policy}"': ours, 'the same, policy "keras"': augmentation}
+    made = {
+        title: next(iter(batches.train_batches(source, augmentation=chosen, **options)))
+        for title, chosen in shown.items()
+    }
     plain = augmentation.replaced({"policy": "none", "erase": 0, "mixup": 0, "cutmix": 0, "color_jitter": 0})
     sample = next(iter(batches.train_batches(source, augmentation=plain, **options)))[0][0].numpy()
     rows = _operations(sample, levels)
     top = 2 * _LINE + len(rows) * _STEP  # of the batch
-    height = _LINE + -(-len(images) // _COLUMNS) * (_STEP + 2 * _LINE)
-    sheet = Image.new("RGB", (_COLUMNS * _STEP + _GAP, top + height), "white")
+    height = _LINE + -(-count // _COLUMNS) * (_STEP + 2 * _LINE)  # of a batch
+    sheet = Image.new("RGB", (_COLUMNS * _STEP + _GAP, top + len(made) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, magnitude in enumerate(MAGNITUDES):
         pen.text((_NAME + column * _STEP, 1), f"magnitude {magnitude}", "black")
-    for number, (name, made) in enumerate(rows):
+    for number, (name, tiles) in enumerate(rows):
         pen.text((_GAP, _LINE + number * _STEP + _TILE // 2), name, "black")
-        for column, image in enumerate(made):
+        for column, image in enumerate(tiles):
             sheet.paste(_thumbnail(image), (_NAME + column * _STEP, _LINE + number * _STEP))
-    pen.text((_GAP, top), "a training batch", "black")
-    for number, (image, target) in enumerate(zip(images.numpy(), targets.numpy(), strict=True)):
-        row, column = divmod(number, _COLUMNS)
-        left, upper = _GAP + column * _STEP, top + _LINE + row * (_STEP + 2 * _LINE)
-        sheet.paste(_thumbnail(image), (left, upper))
-        for line, place in enumerate(np.argsort(-target, kind="stable")[:2]):
-            if target[place] > 0.5 / len(target) + 1e-3 and place < len(source.classes):
-                text = f"{target[place]:.0%} {source.classes[place]}"[: _TILE // 6]
-                pen.text((left, upper + _TILE + line * _LINE), text, "black")
+    for number, (title, (images, targets)) in enumerate(made.items()):
+        pen.text((_GAP, top + number * height), title, "black")
+        _draw_batch(
+            sheet, pen, top + number * height + _LINE, images.numpy(), targets.numpy(), source.classes
+        )
     marked = PngImagePlugin.PngInfo()
     name, _, text = PNG_MARK.decode().partition("\0")
     marked.add_text(name, text)
     with replacing_file(output, PNG_MARK) as file:
         sheet.save(file, "PNG", pnginfo=marked)
+
+
+def _draw_batch(
+    sheet, pen, top: int, images: np.ndarray, targets: np.ndarray, classes: Sequence[str]
+) -> None:
+    """Draws images, each with its two largest targets below."""
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        row, column = divmod(number, _COLUMNS)
+        left, upper = _GAP + column * _STEP, top + row * (_STEP + 2 * _LINE)
+        sheet.paste(_thumbnail(image), (left, upper))
+        for line, place in enumerate(np.argsort(-target, kind="stable")[:2]):
+            if target[place] > 0.5 / len(target) + 1e-3 and place < len(classes):
+                text = f"{target[place]:.0%} {classes[place]}"[: _TILE // 6]
+                pen.text((left, upper + _TILE + line * _LINE), text, "black")
 
 
 def _operations(image: np.ndarray, levels: Sequence[str]) -> list[tuple[str, list[np.ndarray]]]:

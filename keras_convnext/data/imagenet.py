@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_convnext._files import StrPath, read_bytes, read_text, reading
 from keras_convnext._messages import shortened
-from keras_convnext.data import class_names, index
+from keras_convnext.data import array_records, class_names, index
 from keras_convnext.data.index import Found, Source, SourceError, first_few
 from keras_convnext.data.records import examples, feature_values
 
@@ -99,13 +99,13 @@ def read_real_labels(source: Source, path: StrPath | None = None) -> list[tuple[
     github.com/google-research/reassessed-imagenet, real.json.
     """
     if path is None:
-        if source.kind != "tfds":
+        if source.kind not in ("tfds", "array_record"):
             raise SourceError(
                 f"Expected the ReaL labels of '{source.path}' in a file, received path=None. Pass real.json, "
                 "or open the set imagenet2012_real."
             )
-        records = examples(source.files)
-        return [tuple(feature_values(features, "real_label", file)) for _, file, _, features in records]
+        records = (examples if source.kind == "tfds" else array_records.examples)(source.files)
+        return [tuple(feature_values(features, "real_label", file)) for _, file, _, features, _ in records]
     with reading(path, "ReaL's real.json", "Download it again.", SourceError):
         lists = json.loads(read_bytes(path))
     if not isinstance(lists, list) or not all(isinstance(item, list) for item in lists):

@@ -18,6 +18,7 @@ from PIL import Image
 from keras_convnext._files import StrPath, open_regular, reading, regular_size, replacing_file
 from keras_convnext._messages import listed, near_names, shortened, size_text
 from keras_convnext._terminal import Progress, print_line
+from keras_convnext.data import array_records
 
 # Of the formats that `preprocess.decode_image` reads; those of other formats are told as left out.
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
@@ -49,10 +50,10 @@ class Source:
     """Where N encoded images lie, and their labels."""
 
     path: str  # the folder or file that was indexed
-    kind: str  # "folder", "tar", "tfds", "tfrecord" or "prepared"
+    kind: str  # "folder", "tar", "tfds", "array_record", "tfrecord" or "prepared"
     files: list[str]  # that hold the images
     file_numbers: np.ndarray  # int32 (N,), which of `files` holds the example
-    offsets: np.ndarray  # int64 (N,), first byte of the encoded image in its file
+    offsets: np.ndarray  # int64 (N,), first byte of the encoded image in its file; or `array_records.place`
     lengths: np.ndarray  # int64 (N,), bytes of the encoded image; -1 for the whole file, of unknown size
     labels: np.ndarray  # int32 (N,), class numbers, 0 to len(classes) - 1
     classes: list[str]  # WordNet ids for ImageNet, names of the folders otherwise
@@ -74,6 +75,8 @@ class Source:
         path, length = self.files[self.file_numbers[number]], int(self.lengths[number])
         size = regular_size(path)
         check_bytes(size if length < 0 else length, f"'{self.name(number)}'")
+        if self.kind == "array_record":
+            return array_records.read(path, int(self.offsets[number]), length)
         with open(path, "rb", buffering=0) as file:
             file.seek(self.offsets[number])
             content = file.read(length)
@@ -141,7 +144,8 @@ def scanned(path: str, kind: str, files: list[str], images: Iterable[Found]) -> 
             text += name.encode("utf-8", "surrogateescape")
             numbers.extend((number, offset, length, label, len(text)))
             progress.show(
-                int(sizes[number]) + offset, lambda: f"{len(numbers) // 5} images, {progress.text()}"
+                int(min(sizes[number] + offset, sizes[number + 1])),
+                lambda: f"{len(numbers) // 5} images, {progress.text()}",
             )
     table = zip(names, np.array(numbers, np.int64).reshape(-1, len(names)).T, strict=True)
     columns: dict[str, Any] = {name: values.astype(_COLUMNS[name]) for name, values in table}

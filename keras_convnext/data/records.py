@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import numpy as np
 from keras_convnext._files import json_object, read_bytes, read_text, reading, regular_size
 from keras_convnext._messages import shortened
 from keras_convnext._terminal import Progress
-from keras_convnext.data import class_names, index
+from keras_convnext.data import array_records, class_names, index
 from keras_convnext.data.index import MANIFEST, Found, Source, SourceError, first_few
-from keras_convnext.data.tfrecords import Features, find_records, parse_example
+from keras_convnext.data.tfrecords import Buffer, Features, find_records, parse_example
 
 # Names of the image, the label, the file name and the class in plain records, which may lack the last two.
 Names = tuple[Sequence[str], Sequence[str], Sequence[str], Sequence[str]]
@@ -146,14 +146,14 @@ def tfds_splits(folder: str) -> list[str]:
 
 
 def open_tfds(folder: str, split: str) -> Source:
-    """Opens a split that TensorFlow Datasets prepared as tfrecord."""
+    """Opens a split that TensorFlow Datasets prepared as tfrecord or array_record."""
     with _description(folder, "dataset_info.json", {"name": str, "splits": list}) as info:
         format_name = info.get("fileFormat", "tfrecord")
-        if format_name != "tfrecord":
+        if format_name not in ("tfrecord", "array_record"):
             raise SourceError(
-                f"Expected tfrecord files in '{folder}', received {format_name}, which is compressed. Run "
-                "tfds convert_format --dataset_version_dir FOLDER --out_file_format tfrecord --out_dir "
-                "OTHER, or build it with file_format='tfrecord'."
+                f"Expected tfrecord or array_record files in '{folder}', received {format_name}. Run tfds "
+                "convert_format --dataset_version_dir FOLDER --out_file_format tfrecord --out_dir OTHER, or "
+                "build it with file_format='tfrecord'."
             )
         entry = next(item for item in info["splits"] if item["name"] == split)
         counts = [int(length) for length in entry["shardLengths"]]
@@ -170,7 +170,12 @@ def open_tfds(folder: str, split: str) -> Source:
             f"Expected {len(files)} files of split '{split}' in '{folder}', missing: {first_few(missing)}."
         )
     names, classes = _tfds_features(folder)
-    source = index.cached_index(folder, "tfds", split, files, lambda: _scan_records(folder, files, names))
+    kind, found_in = "tfds", examples
+    if format_name == "array_record":
+        kind, found_in = format_name, array_records.examples
+    source = index.cached_index(
+        folder, kind, split, files, lambda: _scan_records(folder, found_in(files), names)
+    )
     found = np.bincount(source.file_numbers, minlength=len(files)).tolist()
     for file, expected, received in zip(files, counts, found, strict=True):
         if received != expected:
@@ -183,7 +188,9 @@ def open_tfds(folder: str, split: str) -> Source:
 
 def open_records(path: str, files: list[str], first_label: int | None) -> Source:
     """Opens TFRecords without a description; `first_label` as for `sources.open_source`."""
-    source = index.cached_index(path, "tfrecord", "", files, lambda: _scan_records(path, files, _NAMES))
+    source = index.cached_index(
+        path, "tfrecord", "", files, lambda: _scan_records(path, examples(files), _NAMES)
+    )
     if source.classes:  # the records have image/class/synset
         return source
     labels = source.labels
@@ -205,8 +212,12 @@ def open_records(path: str, files: list[str], first_label: int | None) -> Source
     return dataclasses.replace(source, labels=labels - np.int32(first_label), classes=classes)
 
 
-def examples(files: list[str]) -> Iterator[tuple[int, str, mmap.mmap, Features]]:
-    """Yields number and path of the file, the mapped file and the features of every record."""
+# Number and path of a file, what holds the record, its features there, and what to add to their places.
+Example = tuple[int, str, Buffer, Features, int]
+
+
+def examples(files: list[str]) -> Iterator[Example]:
+    """Yields all records of TFRecord files, each in its mapped file."""
     for number, path in enumerate(files):
         if not regular_size(path):
             continue  # cannot be mapped
@@ -214,7 +225,7 @@ def examples(files: list[str]) -> Iterator[tuple[int, str, mmap.mmap, Features]]
             if hasattr(content, "madvise"):
                 content.madvise(mmap.MADV_RANDOM)  # only headers are read: nothing ahead of them is needed
             for start, length in find_records(content, path):
-                yield number, path, content, parse_example(content, start, length, path)
+                yield number, path, content, parse_example(content, start, length, path), 0
 
 
 def feature_values(features: Features, name: str, path: str) -> list:
@@ -257,11 +268,11 @@ def _tfds_features(folder: str) -> tuple[Names, list[str]]:
     return (images, labels, names[:1] or _NAMES[2], ()), classes
 
 
-def _scan_records(path: str, files: list[str], names: Names) -> Iterator[Found]:
-    """Finds the images of TFRecords by the first of the names of each feature that a record has."""
+def _scan_records(path: str, records: Iterable[Example], names: Names) -> Iterator[Found]:
+    """Finds the images of records by the first of the names of each feature that a record has."""
     images, labels, file_names, synsets = names
     are_named = None
-    for number, file, content, features in examples(files):
+    for number, file, content, features, base in records:
         start, length = _one(features, images, tuple, file)
         label = _one(features, labels, int, file)
         has_synset = any(name in features for name in synsets)
@@ -272,15 +283,15 @@ def _scan_records(path: str, files: list[str], names: Names) -> Iterator[Found]:
             label = _text(content, *_one(features, synsets, tuple, file))
         elif not -1 <= label < 1 << 31:
             raise SourceError(f"Expected labels from 0 to {2**31 - 1} in '{file}', received {label}.")
-        name = f"{os.path.basename(file)}@{start}"
+        name = f"{os.path.basename(file)}@{base + start}"
         if any(name in features for name in file_names):
             name = _text(content, *_one(features, file_names, tuple, file))
-        yield number, start, length, label, name
+        yield number, base + start, length, label, name
     if are_named is None:
-        raise SourceError(f"Expected images in '{path}', found no record in {len(files)} files.")
+        raise SourceError(f"Expected images in '{path}', found no record in its files.")
 
 
-def _text(content: mmap.mmap, first: int, size: int) -> str:
+def _text(content: Buffer, first: int, size: int) -> str:
     return content[first : first + size].decode("utf-8", "surrogateescape")
 
 

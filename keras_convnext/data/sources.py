@@ -47,14 +47,17 @@ def open_source(
 ) -> Source:
     """Indexes the images of one split of a data set.
 
-    What is at the path, a local folder or file or a pattern of TFRecord files, decides; the first that fits:
+    "tfds:imagenet2012" or "tfds:NAME/CONFIGURATION:VERSION" means that set where TensorFlow Datasets prepares
+    it: below the folder TFDS_DATA_DIR, by default ~/tensorflow_datasets. Else what is at the path, a local
+    folder or file or a pattern of TFRecord files, decides; the first that fits:
 
     - `manifest.json`: a folder that `prepare` wrote. Classes as in the source it was made from.
     - ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar or a folder with one or both: ImageNet as published,
       read without unpacking. Classes: WordNet ids.
     - `dataset_info.json`, in the folder or up to three levels below it (name, configuration, version; the
-      newest version is taken): a set that TensorFlow Datasets prepared as tfrecord, with one image and one
-      class an example: ImageNet, its V2, A, R, Sketch, ReaL and subsets, and others. Classes: its label file.
+      newest version is taken): a set that TensorFlow Datasets prepared as tfrecord or array_record, with one
+      image and one class an example: ImageNet, its V2, A, R, Sketch, ReaL and subsets, and others. Classes:
+      its label file.
     - files `*.tfrecord` or `*-00000-of-00128`, in a folder or by a pattern such as "x/train*": records of
       tf.train.Example with "image/encoded" and "image/class/label", or "image" and "label". Classes:
       "image/class/synset" where records have it, else numbers.
@@ -92,7 +95,7 @@ def open_source(
             label is missing, contradicted or out of range, or the split is unknown or could be several.
         RecordError: a TFRecord file is compressed, damaged or truncated.
     """
-    path = os.fspath(path)
+    path = located(path)
     kind, splits = locate(path)
     folders, images = list_folder(path)[:2] if kind == "folder" else ([], [])
     if None in splits and split in folders:
@@ -134,7 +137,7 @@ def list_splits(path: StrPath, labels: StrPath | None = None) -> list[str]:
     Where others have class folders, a folder of images without any, as tests of competitions are, is left out
     and told once, unless there is a file of `labels`.
     """
-    kind, splits = locate(os.fspath(path))
+    kind, splits = locate(located(path))
     names = [name for name in splits if name is not None]
     if kind != "folder" or labels is not None or not names:
         return names
@@ -232,6 +235,24 @@ def held_out_mask(source: Source, fraction: float, seed: int) -> np.ndarray:
             "validation split."
         )
     return is_held_out
+
+
+def located(path: StrPath) -> str:
+    """Returns the path of a data set, for "tfds:NAME" that of its prepared folder; SourceError names it."""
+    path = os.fspath(path)
+    if not path.startswith("tfds:"):
+        return path
+    name, _, version = path.removeprefix("tfds:").partition(":")
+    home = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+    folder = os.path.join(os.path.expanduser(home), *filter(None, (*name.split("/"), version)))
+    if not name or not os.path.isdir(folder):
+        home = os.path.expanduser(home)
+        names = os.listdir(home) if os.path.isdir(home) else []
+        raise SourceError(
+            f"Expected a prepared set in '{folder}', found none.{near_names(name, names, 3)} Run `tfds build "
+            f"{name}`, or set TFDS_DATA_DIR to the folder that has it."
+        )
+    return folder
 
 
 def locate(path: str) -> tuple[str, dict[str | None, list[str]]]:

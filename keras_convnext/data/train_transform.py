@@ -8,7 +8,7 @@ from keras_convnext._settings import BelowOne, Count, NotNegative, Pair, Setting
 from keras_convnext.data.preprocessing import INTERPOLATIONS
 
 Interpolation = Annotated[str, one_of(INTERPOLATIONS)]
-POLICIES = ("none", "rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide")
+POLICIES = ("none", "rand", "original", "originalr", "v0", "v0r", "imagenet", "ta_wide", "keras")
 
 _KnownPolicy = one_of(
     POLICIES, f"a name that begins with one of {', '.join(POLICIES)}", lambda text: text.split("-")[0]
@@ -47,7 +47,8 @@ class Augmentation(Settings):
     interpolation: Interpolation = key("of the crop and of the policy's geometric operations", "bicubic")
     flip: Share = key("probability of exchanging left and right", 0.5)
     policy: Annotated[str, _KnownPolicy] = key(
-        "RandAugment, AutoAugment or TrivialAugment, as `augment.policies.parse_policy` reads it, or none",
+        "RandAugment, AutoAugment or TrivialAugment, as `augment.policies.parse_policy` reads it; keras for "
+        "Keras core's RandAugment, MixUp and CutMix in the place of ours; or none",
         "rand-m9-mstd0.5-inc1",
     )
     color_jitter: NotNegative = key("strength of brightness, contrast and saturation jitter, 0 for none", 0.0)

@@ -34,7 +34,7 @@ def settings_of(
         **environment(),
         "data_kind": source.kind,
         # The folder of TensorFlow Datasets is named after the version, in one with the name of the set.
-        "data": "/".join(parts[-2:] if source.kind == "tfds" else parts[-1:]),
+        "data": "/".join(parts[-2:] if source.kind in ("tfds", "array_record") else parts[-1:]),
         "split": split or "",
         "data_sha256": data_sha256 or fingerprint(source),
         "image_size": str(height) if height == width else f"{height}x{width}",

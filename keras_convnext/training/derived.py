@@ -55,7 +55,7 @@ def choose_recipe(
     changes = dict(overrides or {})
     run_path = None if folder is None else pathlib.Path(os.path.expanduser(folder))
     if data is not None:
-        place = os.path.expanduser(data)
+        place = os.path.expanduser(sources.located(data))
         changes["data"] = os.path.abspath(place) if place else ""  # that is not the working folder
 
     def made(new: Mapping[str, Any]) -> AnyRecipe:

@@ -48,6 +48,14 @@ class UnreachableError(WeightsNotFoundError):
     """No server answered, or only with an error of its own: another address may work."""
 
 
+class ForbiddenError(WeightsNotFoundError):
+    """The file is not here, and a variable forbids to get it."""
+
+
+class NoSuchFileError(WeightsNotFoundError):
+    """A repository on the Hub has no such file."""
+
+
 class _InterruptedError(Exception):
     """A transfer that may succeed when tried again."""
 
@@ -118,7 +126,10 @@ def _from_hub(published: Checkpoint) -> pathlib.Path:
                 advice = f"Accept the licence on {page}, then run `hf auth login`."
             raise WeightsNotFoundError(f"{answer} (no access) for {file}. {advice} Or: {by_hand}") from error
         if status == 404:
-            raise WeightsNotFoundError(
+            missing = (
+                NoSuchFileError if isinstance(error, errors.EntryNotFoundError) else WeightsNotFoundError
+            )
+            raise missing(
                 f"{answer} (not found) for {file}: the repository or the file was moved or removed. "
                 f"A newer keras-convnext may know the new place. Or: {by_hand}"
             ) from error
@@ -407,11 +418,11 @@ def _digest(path: pathlib.Path, expected: str, name: str, advice: str) -> str:
     )
 
 
-def _forbidden(variable: str, published: Checkpoint) -> WeightsNotFoundError:
+def _forbidden(variable: str, published: Checkpoint) -> ForbiddenError:
     """The error for a file that is not here while a variable forbids to get it."""
     folders = os.environ.get("KERAS_CONVNEXT_WEIGHTS_DIR") or "not set"
     setting = f"{variable}={os.environ.get(variable, 1)}"
-    return WeightsNotFoundError(
+    return ForbiddenError(
         f"The weights {published.tag!r} are not on this machine, and {setting} forbids downloading them. "
         f"Looked in KERAS_CONVNEXT_WEIGHTS_DIR ({folders}) and in the cache {locate.cache_folder()}. "
         f"Unset {variable}, or: {_by_hand(published)}"

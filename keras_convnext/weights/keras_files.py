@@ -1,5 +1,6 @@
 """Reads `.h5`, `.weights.h5` and `.keras` files: of this package, and of `keras.applications`."""
 
+import collections
 import contextlib
 import itertools
 import math
@@ -15,7 +16,8 @@ import numpy as np
 
 from keras_convnext._files import FileFormatError, open_regular, reading
 from keras_convnext._messages import one_line, shortened
-from keras_convnext.architecture import Heads
+from keras_convnext.architecture import Heads, Layer, layers_of
+from keras_convnext.variants import Variant
 
 _MAX_CONFIG_BYTES = 1 << 24  # of the JSON in a `.keras` file
 _MAX_INDEX_BYTES = 1 << 20  # of the list of members of a `.keras` file
@@ -37,6 +39,15 @@ _LAYERS = (
     (r"_head_layernorm$|^layer_normalization(?:_\d+)?$", ("norm",)),
     (r"_head_dense$", ("head",)),
 )
+
+# Kind of a layer (`architecture.Layer`) outside of blocks -> its class as Keras writes it.
+_CLASSES = {
+    "convolution": "patch_conv2d",
+    "linear": "dense",
+    "layer_norm": "layer_normalization",
+    "rms_norm": "rms_normalization",
+    "simple_norm": "simple_normalization",
+}
 
 
 def is_keras_applications(path: pathlib.Path) -> bool:
@@ -107,6 +118,53 @@ def read_keras_applications(path: pathlib.Path) -> dict[str, np.ndarray]:
                     raise ValueError(f"{key} is of the type {array.dtype}")
                 state[key] = array
     return state
+
+
+def read_body_and_head(
+    body: pathlib.Path, head: pathlib.Path | None, variant: Variant
+) -> dict[str, np.ndarray]:
+    """The canonical state dict of a preset folder: the body's file, and that of norm and classifier.
+
+    Keras numbers layers by class, in the order in which they were made.
+    """
+    state: dict[str, np.ndarray] = {}
+    classes = 0
+    if head is not None:
+        with _open(head) as file:
+            classes = max(
+                group["vars/0"].shape[-1] for name, group in file["layers"].items() if "dense" in name
+            )
+    wanted = layers_of(variant, classes=classes)
+    for path, layers in (
+        (body, [layer for layer in wanted if layer.stage != "head"]),
+        (head, [layer for layer in wanted if layer.stage == "head"]),
+    ):
+        if path is None:
+            continue
+        counts: collections.Counter[str] = collections.Counter()
+        with _open(path, f"a {variant.name!r} of a preset folder") as file:
+            for layer in layers:
+                arrays = file[f"layers/{_group(layer, variant, counts)}/vars"]
+                for index, name in enumerate(layer.weights):
+                    state[name] = _in_torch_shape(arrays[str(index)][()], layer.groups > 1)
+    return state
+
+
+def _group(layer: Layer, variant: Variant, counts: collections.Counter[str]) -> str:
+    """The group of a layer: its class and number, in a block that of the block."""
+    in_block = layer.name.startswith(("stages.", "blocks."))
+    kind = f"conv_ne_xt{'_v2' * (variant.version == 2)}_block" if in_block else _CLASSES[layer.kind]
+    if not in_block or layer.name.endswith(".dwconv"):  # the first of a block
+        counts[kind] += 1
+    number = counts[kind] - 1
+    group = f"{kind}_{number}" if number else kind
+    return f"{group}/{layer.name.rpartition('.')[2]}" if in_block else group
+
+
+def _in_torch_shape(array: np.ndarray, is_depthwise: bool) -> np.ndarray:
+    if array.ndim == 4:  # (H, W, I, O) -> (O, I, H, W), depthwise (H, W, C, 1) -> (C, 1, H, W)
+        return array.transpose(2, 3, 0, 1) if is_depthwise else array.transpose(3, 2, 0, 1)
+    return array.T
 
 
 def load_weights(model, path: pathlib.Path) -> None:

@@ -27,11 +27,18 @@ from keras_convnext.weights import (
     labels_metadata,
     layouts,
     locate,
+    repositories,
     torch_files,
 )
 from keras_convnext.weights.arrays import naming
 from keras_convnext.weights.preprocessing_metadata import read_preprocessing
-from keras_convnext.weights.published import KERAS_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint
+from keras_convnext.weights.published import (
+    KERAS_SUFFIXES,
+    NON_COMMERCIAL_LICENCES,
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+)
+from keras_convnext.weights.repositories import Repository
 
 _logger = logging.getLogger("keras_convnext")
 _announced_licences: set[str] = set()
@@ -50,6 +57,7 @@ class ResolvedWeights:
     published: Checkpoint | None = None  # the row that the weights are of
     file: pathlib.Path | None = None  # a file of one's own
     is_imagenet: bool = False  # whether the word "imagenet" named them, which promises its classes
+    repository: Repository | None = None  # that the file is of, which says more of it
 
     @property
     def is_random(self) -> bool:
@@ -68,20 +76,30 @@ class ResolvedWeights:
         row = self.published
         if row is None:
             raise ValueError("Random weights have no file.")
-        if not row.commercial_use and row.licence not in _announced_licences:
-            _announced_licences.add(row.licence)
-            _logger.warning("The weights %s are licensed %s: not for commercial use.", row.tag, row.licence)
+        _announce(row.tag, row.licence)
         return download.fetch(row)
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether the file is the body in a preset folder, beside which lies the head."""
+        return self.repository is not None and self.repository.is_preset
 
     @functools.cached_property
     def is_keras_applications(self) -> bool:
+        if self.is_preset:
+            return False
         return self.path.suffix in KERAS_SUFFIXES and keras_files.is_keras_applications(self.path)
 
     @functools.cached_property
     def is_model(self) -> bool:
         """Whether it is a file of one's own that holds a whole Keras model."""
         path = self.file
-        if path is None or path.suffix not in KERAS_SUFFIXES or not keras_files.holds_model(path):
+        if (
+            path is None
+            or self.is_preset
+            or path.suffix not in KERAS_SUFFIXES
+            or not keras_files.holds_model(path)
+        ):
             return False
         return path.suffix == ".keras" or not self.is_keras_applications
 
@@ -110,7 +128,8 @@ class ResolvedWeights:
     @property
     def is_bare(self) -> bool:
         """Whether the file is an `.h5` of this package: weights without the model they belong to."""
-        return self.path.suffix in KERAS_SUFFIXES and not (self.is_keras_applications or self.is_model)
+        is_known = self.is_preset or self.is_keras_applications or self.is_model
+        return self.path.suffix in KERAS_SUFFIXES and not is_known
 
     @functools.cached_property
     def state(self) -> layouts.StateDict:
@@ -120,6 +139,8 @@ class ResolvedWeights:
                 f"{self.path} does not say which architecture it holds. Pass that as model, the file as "
                 "weights: load(architecture, weights=path). Or take a .keras or .safetensors file of it."
             )
+        if self.repository is not None and self.repository.is_preset:
+            return repositories.read_preset(self.path, self.repository.architecture)
         if self.path.suffix not in KERAS_SUFFIXES:
             return torch_files.read_state_dict(self.path)
         if self.is_keras_applications:
@@ -178,6 +199,8 @@ class ResolvedWeights:
         """How the file says that images are prepared; a tag says it instead."""
         if self.file is None or self.tagged is not None:
             return None
+        if self.repository is not None:
+            return self.repository.preprocessing
         return read_preprocessing(self.file)
 
     @functools.cached_property
@@ -396,7 +419,7 @@ def resolve(
     if isinstance(name, ResolvedWeights):
         return name
     named = None if name is None else meaning(name)
-    if isinstance(named, pathlib.Path):
+    if isinstance(named, pathlib.Path | str):
         if weights != "default":
             raise ValueError(
                 f"Expected a tag or an architecture beside weights={str(weights)!r}, received the file "
@@ -405,7 +428,9 @@ def resolve(
         named, weights = None, named
     tagged = named if isinstance(named, Checkpoint) else None
     architecture = VARIANTS[named.architecture] if isinstance(named, Checkpoint) else named
-    if weights is not None and is_path(weights):
+    if repositories.is_repository(weights):
+        found = _of_repository(weights, architecture, tagged)
+    elif weights is not None and is_path(weights):
         found = ResolvedWeights(architecture, tagged, file=existing_file(weights))
     elif architecture is None:
         if weights in (None, "default", ""):
@@ -423,6 +448,11 @@ def resolve(
         word = "imagenet" if weights == "default" else weights
         published = _published(architecture, word, task)
         found = ResolvedWeights(architecture, tagged, published, is_imagenet=word == "imagenet")
+    return _checked(found, task)
+
+
+def _checked(found: ResolvedWeights, task: str | None) -> ResolvedWeights:
+    """Refuses weights that are not for a task."""
     if task == "classification":
         _check_classifier(found)
     if task == "segmentation" and found.task != task:
@@ -435,10 +465,31 @@ def resolve(
     return found
 
 
-def meaning(name: Name | Variant) -> Variant | Checkpoint | pathlib.Path:
-    """What a name by itself means: an architecture, a row of the catalog, or the path of a file."""
+def _of_repository(
+    name: Name, architecture: Variant | None = None, tagged: Checkpoint | None = None
+) -> ResolvedWeights:
+    """The weights in a repository of the Hub that the catalog does not know, or in a folder."""
+    found = repositories.open_repository(name)
+    _announce(found.name, found.licence)
+    variant = architecture or found.architecture
+    return ResolvedWeights(variant, tagged, file=found.file, repository=found)
+
+
+def _announce(name: str, licence: str) -> None:
+    """Logs a licence without commercial use, once each."""
+    if licence in NON_COMMERCIAL_LICENCES and licence not in _announced_licences:
+        _announced_licences.add(licence)
+        _logger.warning("The weights %s are licensed %s: not for commercial use.", name, licence)
+
+
+def meaning(name: Name | Variant) -> Variant | Checkpoint | pathlib.Path | str:
+    """What a name by itself means: an architecture, a row of the catalog, the path of a file or folder, or a
+    repository of the Hub, "hf://user/name", that the catalog does not have.
+    """
     if isinstance(name, Variant):
         return name
+    if isinstance(name, str) and name.startswith(repositories.SCHEME):
+        return repositories.row_of(name) or name
     if is_path(name):
         return pathlib.Path(name)
     name = os.fspath(name)
@@ -458,9 +509,11 @@ def is_path(name: object) -> bool:
         return True
     if not isinstance(name, str):
         return False
+    if name.startswith(repositories.SCHEME):
+        return False
     if name.endswith(WEIGHT_SUFFIXES) or os.sep in name or name.startswith(("~", ".")):
         return True
-    is_model = os.path.isfile(os.path.join(name, "saved_model.pb"))
+    is_model = any(os.path.isfile(os.path.join(name, file)) for file in ("saved_model.pb", "config.json"))
     if name in ("default", "imagenet") or not (is_model or os.path.isfile(name)):
         return False
     known = [*VARIANTS, *catalog.ALIASES, *catalog.CHECKPOINTS]

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.once
 
 IMAGES = pathlib.Path(__file__).parents[1] / "images"
 PLAIN = Augmentation(policy="none", erase=0, mixup=0, cutmix=0, label_smoothing=0)
+NO_MIX = {"mixup": 0, "cutmix": 0}
 
 
 def jpeg(seed: int, height: int = 40, width: int = 50) -> bytes:
@@ -413,3 +414,21 @@ def test_memory_stays_flat_over_three_epochs(sound):
         resident.append(process.memory_info().rss / 2**20)
     print("resident MiB after each twenty epochs:", [round(value) for value in resident])
     assert resident[-1] - resident[0] < 64  # 480 batches of 1.5 MB, had they been kept
+
+
+@pytest.mark.slow
+def test_policy_of_keras_is_a_function_of_the_place_and_does_what_keras_does(sound):
+    chosen = Augmentation(policy="keras", crop_scale=(1.0, 1.0), flip=0, erase=0, label_smoothing=0)
+    options = {"batch_size": 4, "seed": 5}
+    images, targets = trained(sound, 4, augmentation=chosen, **options)
+    again = trained(sound, 2, augmentation=chosen, part=Part(start_batch=2), **options | {"workers": 1})
+    np.testing.assert_array_equal(images[2:], again[0])
+    np.testing.assert_array_equal(targets[2:], again[1])
+    np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+    largest = targets.reshape(-1, 2, targets.shape[-1]).max(-1)
+    assert (largest < 0.99).any()  # mixed
+    assert (np.abs(largest[:, 0] - largest[:, 1]) > 0.01).any()  # each of a pair has its own lambda
+    unmixed = trained(sound, 4, augmentation=chosen.replaced(NO_MIX), **options)[0]
+    plain = trained(sound, 4, augmentation=chosen.replaced({"policy": "none", **NO_MIX}), **options)[0]
+    assert np.abs(unmixed - plain).mean((2, 3, 4)).max() > 5
+    assert len({round(float(value)) for value in np.abs(unmixed - plain).mean((2, 3, 4)).flat}) > 4

@@ -45,6 +45,21 @@ def test_look_draws_every_operation_and_a_batch(folder, tmp_path, capsys):
     _files.check_target(output, mark=_files.PNG_MARK)  # may be written over
 
 
+@pytest.mark.slow
+def test_look_draws_the_policy_of_keras_beside_ours(folder, tmp_path, capsys):
+    sheets = []
+    for number, policy in enumerate(("rand-m9-mstd0.5-inc1", "keras")):
+        output = tmp_path / f"{number}.png"
+        assert main.main(["look", str(folder), str(output), "--policy", policy]) == 0
+        sheets.append(np.asarray(Image.open(output)))
+    one, two = sheets
+    height = two.shape[0] - one.shape[0]  # of the second batch
+    np.testing.assert_array_equal(two[: one.shape[0] - height], one[: one.shape[0] - height])
+    batches = one[-height:][20:130], two[-2 * height : -height][20:130], two[-height:][20:130]
+    np.testing.assert_array_equal(batches[0], batches[1])
+    assert np.abs(batches[1].astype(int) - batches[2]).mean() > 1
+
+
 def test_a_sheet_that_cannot_be_drawn_says_why(folder, tmp_path, capsys):
     for name in ("class0/chelsea.png", "class0/coffee.jpg"):
         (folder / name).unlink()

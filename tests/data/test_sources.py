@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from keras_convnext import _terminal
+from keras_convnext.data import array_records, sources
 from keras_convnext.data import imagenet as imagenet_module
 from keras_convnext.data import index as index_module
-from keras_convnext.data import sources
 from keras_convnext.data.calibration import calibration_images
 from keras_convnext.data.class_names import synset_ids
 from keras_convnext.data.imagenet import _scan_train_tar, read_real_labels
@@ -961,13 +961,36 @@ def test_damaged_description_is_named(prepared_set):
         open_source(prepared_set, "train")
 
 
-def test_array_record_set_is_refused_with_the_command(tmp_path, tfds):
-    features = imagenet_features(tfds)
-    make_set(tfds, tmp_path, "one", features, "test", imagenet_examples([0]), file_format="array_record")
-    with pytest.raises(
-        SourceError, match=r"received array_record.* Run tfds convert_format .*--out_file_format tfrecord"
-    ):
-        open_source(tmp_path)
+def test_array_record_set_has_the_bytes_labels_and_names_of_the_tfrecords(tmp_path, tfds):
+    features, made = imagenet_features(tfds), {}
+    for file_format in ("tfrecord", "array_record"):
+        folder = tmp_path / file_format
+        examples = imagenet_examples([0, 999, 7, 3, 3])
+        make_set(tfds, folder, "one", features, "test", examples, file_format=file_format)
+        source = open_source(folder)
+        images = [source.read(number) for number in range(5)]
+        made[file_format] = images, [source.name(number) for number in range(5)], source.labels.tolist()
+        assert source.kind == {"tfrecord": "tfds"}.get(file_format, file_format)
+    assert made["array_record"] == made["tfrecord"]
+    assert len(set(made["tfrecord"][0])) > 1
+    (file,) = source.files
+    content = Path(file).read_bytes()
+    Path(file).write_bytes(content[: len(content) // 2])
+    array_records._opened.cache_clear()
+    with pytest.raises(ValueError, match=r"Expected array_records in"):
+        open_source(tmp_path / "array_record")
+
+
+def test_a_set_is_found_by_its_name_where_tensorflow_datasets_prepares_it(tmp_path, tfds, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for version, count in (("1.0.0", 1), ("2.0.0", 2)):
+        examples = imagenet_examples([0] * count)
+        make_set(tfds, tmp_path, "one_set", imagenet_features(tfds), "test", examples, version)
+    assert len(open_source("tfds:one_set")) == 2
+    assert len(open_source("tfds:one_set:1.0.0", "test")) == 1
+    assert list_splits("tfds:one_set") == ["test"]
+    with pytest.raises(SourceError, match=r"none. Did you mean 'one_set'\?.* Run `tfds build one_sat`"):
+        open_source("tfds:one_sat")
 
 
 def test_split_without_labels_is_refused(tmp_path, tfds):

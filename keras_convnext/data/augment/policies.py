@@ -89,7 +89,7 @@ UNIFORMS_PER_OPERATION = 4
 
 
 def parse_policy(text: str) -> Policy | None:
-    """Read the name of a published augmentation; None for "none".
+    """Read the name of a published augmentation; None for "none", and for "keras", see `keras_layers`.
 
     - "rand-m9-mstd0.5-inc1", timm's RandAugment. m: magnitude (10), n: operations for one image (2), p:
       probability of each (0.5), mstd: standard deviation of the magnitude (0; above 100 it is uniform),
@@ -127,7 +127,7 @@ def parse_policy(text: str) -> Policy | None:
         )
     if name == "ta_wide":
         return TrivialAugment()
-    if name == "none":
+    if name in ("none", "keras"):
         return None
     sub_policies = _sub_policies("v0" if name.startswith("v0") else "original")
     if name.endswith("r"):

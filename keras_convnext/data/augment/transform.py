@@ -35,6 +35,11 @@ class TrainTransform:
         if self.dtype not in ("float32", "uint8"):
             raise ValueError(f"Unknown dtype {self.dtype!r}. Known: float32, uint8.")
         chosen = self.augmentation
+        self.keras_layers = None
+        if chosen.policy == "keras":
+            from keras_convnext.data.augment.keras_layers import KerasLayers  # waits for Keras
+
+            self.keras_layers = KerasLayers(chosen, self.image_size)
         self.policy = policies.parse_policy(chosen.policy)
         # timm fills with the mean, torchvision with black.
         is_torchvisions = chosen.policy.startswith(("ta_wide", "imagenet"))
@@ -96,13 +101,18 @@ class TrainTransform:
             image, label = cropped(row)
             images.append(self._augmented(image, row))
             labels.append(label)
-        plan = {name: values[:1] for name, values in rows["mix"].items()} if self.unit == 2 else None
+        is_ours = self.unit == 2 and self.keras_layers is None
+        plan = {name: values[:1] for name, values in rows["mix"].items()} if is_ours else None
         smoothing = self.augmentation.label_smoothing
         images, labels = tf.stack(images), tf.stack(labels)
         images, targets = erase_and_mix.mix(images, labels, plan, self.num_classes, smoothing)
+        if self.unit == 2 and self.keras_layers is not None:
+            images, targets = self.keras_layers.mixed(images, targets, self._key(rows["place"][0]))
         return {"images": images, "targets": targets}
 
     def _augmented(self, image: Any, row: Rows) -> Any:
+        if self.keras_layers is not None:
+            image = self.keras_layers.augmented(image, self._key(-1 - row["place"]))  # not the pair's key
         if self.policy is not None:
             image = policies.apply_augment(image, row["policy"], self.augmentation.interpolation, self.fill)
         if self.augmentation.color_jitter:

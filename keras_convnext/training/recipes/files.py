@@ -76,7 +76,7 @@ def load_recipe(
     for key in ("data.source", "model.weights", "distillation.teacher"):
         value = recipe.values().get(key, "")
         place = (Path.cwd() if key in changed else path.resolve().parent) / os.path.expanduser(value)
-        if value and (key == "data.source" or place.exists()):
+        if value and not value.startswith("tfds:") and (key == "data.source" or place.exists()):
             places[key] = str(place)
     return recipe.replaced(places)
 
