@@ -199,7 +199,6 @@ def model_layers_of(variant: Variant, image_size: int, classes: int, heads: Head
     return body + head_layers_of(variant, heads, image_size)
 
 
-# {its name with "_" for ".": a layer of the heads}, the same for every architecture.
 def decoder_layers_of(variant: Variant, width: int, depth: int, image_size: int = 224) -> list[Layer]:
     """Lists the layers with weights of `fcmae`'s decoder, for square images; 3 channels of 32 x 32 a cell."""
     inputs, side = variant.dims[-1], image_size // 32
@@ -221,6 +220,7 @@ def decoder_layers_of(variant: Variant, width: int, depth: int, image_size: int 
     return found
 
 
+# {its name with "_" for ".": a layer of the heads}, the same for every architecture.
 HEAD_PLACES = {
     layer.name.replace(".", "_"): layer.name
     for layer in head_layers_of(next(iter(VARIANTS.values())), Heads(classes=1))
