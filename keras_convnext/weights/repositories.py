@@ -70,13 +70,14 @@ def open_repository(name: str | os.PathLike) -> Repository:
         raise locate.WeightsNotFoundError(f"Expected a config.json in {name}, found none.{_offline_text()}")
     config = _files.read_json(config_path)
     is_preset = config.get("registered_name") == REGISTERED
+    variant: Variant | None = None
     with _files.reading(config_path, "the configuration of a ConvNeXt", "Get it again."):
         if is_preset:
             variant, prepared = _of_preset(config, get)
         elif "architecture" in config:
             variant, prepared = _of_timm(config, name)
         else:
-            variant, prepared = None, _of_transformers(config, get, name)
+            prepared = _of_transformers(config, get, name)
     names = (PRESET_WEIGHTS,) if is_preset else WEIGHTS
     file = next(filter(None, map(get, names)), None)
     if file is None:

@@ -139,7 +139,7 @@ class ResolvedWeights:
                 f"{self.path} does not say which architecture it holds. Pass that as model, the file as "
                 "weights: load(architecture, weights=path). Or take a .keras or .safetensors file of it."
             )
-        if self.repository is not None and self.repository.is_preset:
+        if self.repository is not None and self.repository.is_preset and self.repository.architecture:
             return repositories.read_preset(self.path, self.repository.architecture)
         if self.path.suffix not in KERAS_SUFFIXES:
             return torch_files.read_state_dict(self.path)
@@ -428,7 +428,7 @@ def resolve(
         named, weights = None, named
     tagged = named if isinstance(named, Checkpoint) else None
     architecture = VARIANTS[named.architecture] if isinstance(named, Checkpoint) else named
-    if repositories.is_repository(weights):
+    if weights is not None and repositories.is_repository(weights):
         found = _of_repository(weights, architecture, tagged)
     elif weights is not None and is_path(weights):
         found = ResolvedWeights(architecture, tagged, file=existing_file(weights))
