@@ -64,7 +64,7 @@ def test_a_folder_without_images_is_refused_by_name(tmp_path, beside):
 
 def test_sets_with_labels_are_opened_without_them(digits):
     source = unlabelled.open_source(digits, "train")
-    assert len(source) == 1437 and source.classes == ["images"] and not source.labels.any()
+    assert len(source) == 1347 and source.classes == ["images"] and not source.labels.any()
 
 
 @pytest.fixture

@@ -177,6 +177,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(trained, data, tmp_path, monkeyp
         assert [row[column] for row in rows_of(trained)] == [row[column] for row in rows_of(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_a_batch_and_its_masks_are_a_function_of_its_number(opened, data):
     whole = batches(opened, 0, 4)
     for expected, received in zip(whole[2:], batches(opened, 2, 2), strict=True):
@@ -191,6 +192,7 @@ def test_a_batch_and_its_masks_are_a_function_of_its_number(opened, data):
     assert any((a != b).any() for (_, a), (_, b) in zip(whole, batches(opened, 0, 4, other), strict=True))
 
 
+@pytest.mark.slow
 def test_processes_together_have_the_masks_of_one(opened):
     made, datasets, _ = opened
     (_, expected), *_ = batches(opened, 1, 1)
@@ -238,6 +240,7 @@ def test_the_plan_counts_the_weights_of_the_model(opened):
     assert memory.count_weights(step) == (trained, trained)
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_evaluation_is_that_of_its_masks(opened):
     made, datasets, built = opened
     engine = choose.choose("none", 1)

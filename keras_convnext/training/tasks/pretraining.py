@@ -238,6 +238,7 @@ def build_model(recipe: PretrainingRecipe, source: ResolvedWeights) -> fcmae.Mas
         decoder_depth=values.decoder_depth,
         norm_pix_loss=values.norm_pix_loss,
         seed=recipe.run.seed,
+        name="masked_autoencoder",  # Keras would number it, and a checkpoint names arrays by it
     )
 
 
