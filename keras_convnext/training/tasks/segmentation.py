@@ -40,7 +40,7 @@ class Segmentation:
         self.recipe = recipe
         self.workers = workers
         # Facebook's code has no place for what some of timm's architectures are.
-        is_official = layouts.is_writable(VARIANTS[recipe.model.architecture], "official", is_segmenter=True)
+        is_official = layouts.is_writable(VARIANTS[recipe.model.architecture], "official", "segmentation")
         self.files: Sequence[str] = ("final.safetensors" if is_official else "final.keras",)
         forward.import_batches()  # says what is missing without TensorFlow
         from keras_convnext.data.segmentation import batches
