@@ -222,6 +222,10 @@ class DetectionPredictor:
     row: Checkpoint | None = None  # the published weights that it has
     file: pathlib.Path | None = None  # the weight file, where it can be told
 
+    @property
+    def draws_masks(self) -> bool:
+        return "masks" in self.model.output
+
     def detect(self, image: np.ndarray, score: float = 0.0) -> list[dict[str, Any]]:
         """What is on an image, uint8 (H, W, 3) of any size, from a `score` up, the best first.
 

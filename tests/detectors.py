@@ -52,7 +52,7 @@ def random_state(architecture, heads: DetectorHeads, seed=0):
             value = noise * math.sqrt(2 / fan_in)
         else:
             value = 0.1 * noise + (name.endswith("bn.weight"))
-        scale = {"rpn_reg": 0.3, "fc_reg": 0.5, "fc_cls": 1.2, "rpn_cls": 0.5}
+        scale = {"rpn_reg": 0.1, "fc_reg": 0.1, "fc_cls": 0.4, "rpn_cls": 0.3, "conv_logits": 0.2}
         state[name] = value * scale.get(name.split(".")[-2], 1.0) if value.ndim else value
     return state
 

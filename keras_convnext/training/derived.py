@@ -200,7 +200,7 @@ def _facts(weights: str, architecture: str, *, is_of_it: bool = True):
     try:
         if not is_path(weights):
             row = published_row(weights, architecture)
-            return row.architecture, None if row.layout in ("mmdet", "mmseg") else row.preprocessing
+            return row.architecture, None if row.heads is not None else row.preprocessing
         source = with_contents(resolve(architecture if is_of_it else None, weights))
     except (OSError, ValueError):
         return None
