@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import keras
 
@@ -138,7 +139,7 @@ def build_with_heads(source: ResolvedWeights, options: ModelOptions, task: str, 
             f"The weights have {heads.classes} classes. Received: classes={classes}, new_head=False. Pass "
             f"classes={heads.classes} for their own, or leave new_head out to start new ones."
         )
-    unset = {"classes": None, "classifier_activation": None, "name": None, "new_head": None}
+    unset: dict[str, Any] = dict.fromkeys(("classes", "classifier_activation", "name", "new_head"))
     body = dataclasses.replace(
         options, include_top=False, pyramid_norms=True, input_shape=shape, **unset
     ).settled(source)

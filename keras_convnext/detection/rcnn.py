@@ -251,7 +251,8 @@ def MaskRCNN(
     found = ProposalHead(name=named("rpn_head"))(pyramid)
     boxes, scores = Proposals(num_proposals, name=named("roi_head_proposals"))(found, sizes)
 
-    stages, predictions = range(3 if cascade else 1), []
+    stages = range(3 if cascade else 1)
+    predictions: list = []  # logits and deltas of each stage
     places = [f"_{stage}" if cascade else "" for stage in stages]  # behind the names of the heads
     for stage, place in zip(stages, places, strict=True):
         if stage > 0:

@@ -80,9 +80,9 @@ def _cut(maps, boxes, size, samples, strides):
         [ops.where(is_wide, a, b) for a, b in zip((*first, step), (*second, other), strict=True)]
         for first, step, second, other in ((across, ones, down, columns), (down, columns, across, ones))
     ]
-    (long_axis, long_step), (short_axis, short_step) = ((axis[:3], axis[3]) for axis in axes)
-    weights, place = _weights(*long_axis, LARGE, size, samples)
-    others, other_place = _weights(*short_axis, SMALL, size, samples)
+    (*long_axis, long_step), (*short_axis, short_step) = axes
+    weights, place = _weights(long_axis, LARGE, size, samples)
+    others, other_place = _weights(short_axis, SMALL, size, samples)
     places = place[..., :, None] * long_step[..., None, None]
     places = places + other_place[..., None, :] * short_step[..., None, None]
     places = ops.cast(places + offset[..., None, None], "int32")  # float32 is exact below 2**24 cells
@@ -95,11 +95,12 @@ def _cut(maps, boxes, size, samples, strides):
     return ops.where(is_wide[..., None, None, None], turned, found)
 
 
-def _weights(start, length, cells, window: int, size: int, samples: int):
+def _weights(axis, window: int, size: int, samples: int):
     """Weight of each cell of a window in each bin, (N, R, size, window), and the cells, (N, R, window).
 
-    Of boxes that begin at `start` and have `length` along an axis of `cells`, all (N, R) and in cells.
+    `axis`: where boxes start, how long they are and how long the map is, all (N, R) and in cells.
     """
+    start, length, cells = axis
     most = samples or math.ceil(window / size)
     step = length / size
     count = ops.clip(ops.ceil(step), 0.0, most) if samples == 0 else ops.full_like(step, float(samples))

@@ -456,7 +456,7 @@ def _heads(present: StateDict, layout: str) -> Heads | DetectorHeads | None:
         return [array.shape for array in arrays] if are_there else None  # type: ignore[union-attr]
 
     if found := shapes(("decode_head.conv_seg", "decode_head.psp_modules.0.1.conv"), 4):
-        return Heads(*found[0][:2], any(name.startswith("auxiliary_head.") for name in present))
+        return Heads(found[0][0], found[0][1], any(name.startswith("auxiliary_head.") for name in present))
     for cascade in (False, True):
         place = DetectorHeads(1, cascade=cascade).places("bbox_head")[0]
         linear = shapes((f"{place}.fc_cls", f"{place}.shared_fcs.0"), 2)

@@ -15,10 +15,9 @@ import numpy as np
 
 from keras_convnext import _messages
 from keras_convnext.architecture import STATISTICS, DetectorHeads, Heads
-from keras_convnext.data.detection.categories import Categories, coco
+from keras_convnext.data.detection.categories import coco
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation.ade20k import ade20k
-from keras_convnext.data.segmentation.labels import Labels
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import (
     catalog,
@@ -154,8 +153,8 @@ class ResolvedWeights:
         return None if self.row is None else self.row.heads
 
     @functools.cached_property
-    def labels(self) -> Labels | Categories | None:
-        """The classes of a segmenter or detector, as the tag or the file says; None where neither does."""
+    def labels(self) -> Any:
+        """`Labels` of a segmenter, `Categories` of a detector, as tag or file says; None where none does."""
         if self.heads is None:
             return None
         if self.file is not None:

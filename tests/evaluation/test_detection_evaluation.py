@@ -98,7 +98,7 @@ def scores(content, found, kind="box"):
 def test_all_found_is_a_hundred_percent_and_nothing_is_zero(tmp_path):
     read = Annotations(write(tmp_path))
     found = scores(read.content, perfect(read.content))
-    assert found.means["AP"] == 100 and found.means["AP small"] == 100
+    assert found.means["AP"] == found.means["AP small"] == pytest.approx(100)
     assert found.by_category == pytest.approx({"dog": np.nan, "cat": 100, "bird": 100}, nan_ok=True)
     assert scores(read.content, []).means["AP"] == 0
     moved = perfect(read.content)

@@ -16,8 +16,8 @@ def drawn(image: np.ndarray, found: list[dict[str, Any]], classes: int) -> Image
     shown = image.astype(np.float32)
     for one in reversed(found):
         if "mask" in one:
-            colour = np.array(palette[one["class_index"]], np.float32)
-            shown[one["mask"]] += (colour - shown[one["mask"]]) * _OPACITY
+            pixels = shown[one["mask"]]
+            shown[one["mask"]] = pixels + (np.array(palette[one["class_index"]]) - pixels) * _OPACITY
     picture = Image.fromarray(np.rint(shown).astype(np.uint8))
     pen, width = ImageDraw.Draw(picture), max(round(max(image.shape[:2]) / 400), 1)
     letters = font(max(round(max(image.shape[:2]) / 50), 11))
