@@ -25,7 +25,12 @@ SIZES = ((128, 160), (96, 64))
 LIMITS = {"boxes": 0.01, "scores": 1e-5, "masks": 1e-4}  # pixels, shares
 CASES = [(V1, MASK, SIZES[0]), (V2, CASCADE, SIZES[1])]
 MORE = [(V1, CASCADE, SIZES[0]), (V2, MASK, SIZES[1]), (V1, MASK, SIZES[1]), (V2, CASCADE, SIZES[0])]
-ALL = CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
+BACKEND = keras.backend.backend()
+# A model is compiled for ten seconds and more by JAX, for some by TensorFlow.
+ALL = [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case in MORE or BACKEND != "torch"))
+    for case in CASES + MORE
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,7 +132,14 @@ CONTROL = (V1, MASK, SIZES[1])
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("kind", ["rounded anchors", "anchors on the middle of cells", "aligned=False"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "aligned=False",
+        pytest.param("rounded anchors", marks=pytest.mark.slow),
+        pytest.param("anchors on the middle of cells", marks=pytest.mark.slow),
+    ],
+)
 def test_control_other_arithmetic_fails(kind, made, monkeypatch):
     plain, align = box.anchors, regions.roi_align
 
@@ -145,6 +157,7 @@ def test_control_other_arithmetic_fails(kind, made, monkeypatch):
 
 
 @pytest.mark.one_backend
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["fc_cls", "shared_fcs.0"])
 def test_control_background_first_or_channels_last_fail(layer, made, tmp_path):
     state, name = dict(made(V1, MASK)[0]), f"roi_head.bbox_head.{layer}.weight"
@@ -194,6 +207,7 @@ def test_a_model_for_boxes_alone_has_no_mask_head(body):
     assert not [name for name in keras_convnext.state_dict(model) if "mask_head" in name]
 
 
+@pytest.mark.slow
 def test_a_model_of_one_size_gives_what_one_of_any_size_does(body):
     free = small(body)
     fixed = small(body, image_size=(64, 96))
@@ -256,6 +270,7 @@ def test_description_names_every_weight_of_the_model(body):
         assert trained == sum(layer.num_weights for layer in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_keras_file_keeps_the_model_and_its_numbers(body, tmp_path):
     model = small(body, cascade=True)

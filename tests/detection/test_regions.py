@@ -11,6 +11,9 @@ from keras_convnext.detection import boxes as box
 from keras_convnext.detection import regions
 
 SIZE = (256, 320)  # of images; maps of strides 4 to 32
+IS_JAX = keras.backend.backend() == "jax"
+# XLA divides by way of a reciprocal: a place in a map is off by its last digit, and the maps are noise.
+TOLERANCE = 5e-5 if IS_JAX else 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +58,17 @@ def error_of_regions(maps, boxes, size, samples):
     return np.abs(received - expected_regions(maps, boxes, size, samples)).max()
 
 
-@pytest.mark.parametrize("samples", [0, 2])
-@pytest.mark.parametrize("size", [7, 14])
+# JAX compiles each operation for each shape: one case in its first tier.
+CASES = [
+    pytest.param(size, samples, marks=[pytest.mark.slow] * (IS_JAX and (size, samples) != (7, 2)))
+    for size in (7, 14)
+    for samples in (0, 2)
+]
+
+
+@pytest.mark.parametrize(("size", "samples"), CASES)
 def test_regions_equal_onnxruntime(size, samples, maps, boxes):
-    assert error_of_regions(maps, boxes, size, samples) <= 1e-5
+    assert error_of_regions(maps, boxes, size, samples) <= TOLERANCE
 
 
 @pytest.mark.one_backend
@@ -89,8 +99,7 @@ def gradient(function, values):
     return tape.gradient(y, x).numpy()
 
 
-@pytest.mark.parametrize("samples", [0, 2])
-@pytest.mark.parametrize("size", [7, 14])
+@pytest.mark.parametrize(("size", "samples"), CASES)
 def test_gradient_of_regions_is_that_of_the_linear_form(size, samples, maps):
     """RoIAlign is linear in the map: its gradient is what onnxruntime gives for maps of one cell each."""
     some = np.array([[[9, 20, 140, 160], [50, 61, 180, 200], [-9, 3, 99, 203]]], "float32")

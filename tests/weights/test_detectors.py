@@ -69,7 +69,12 @@ def test_a_file_gives_the_detector_that_it_is_of(name, heads, published):
 
 
 @pytest.mark.parametrize(
-    ("layout", "ending"), [("official", ".keras"), ("official", ".pth"), ("mmdetection", ".safetensors")]
+    ("layout", "ending"),
+    [
+        ("official", ".pth"),
+        ("mmdetection", ".safetensors"),
+        pytest.param("official", ".keras", marks=pytest.mark.slow),
+    ],
 )
 def test_files_of_a_model_are_read_back_bit_for_bit(layout, ending, published, tmp_path):
     model = keras_convnext.load(published[V2, CASCADE])
