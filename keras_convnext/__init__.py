@@ -73,8 +73,9 @@ _PLACES = {
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}
 _MODULES = (
-    "analysis", "conversion", "convnext", "data", "distribution", "evaluation", "exporting", "fcmae",
-    "layers", "loading", "models", "predictor", "roadmap", "segmentation", "training", "variants", "weights",
+    "analysis", "conversion", "convnext", "data", "detection", "distribution", "evaluation", "exporting",
+    "fcmae", "layers", "loading", "models", "predictor", "roadmap", "segmentation", "training", "variants",
+    "weights",
 )  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)

@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from keras_convnext.variants import VARIANTS, Variant
 
@@ -17,6 +18,7 @@ LEAVES = {  # of a layer's weights -> PyTorch's
     "moving_variance": STATISTICS[1],
 }
 POOLED_SIZES = (1, 2, 3, 6)  # sides of the pyramid pooling module of UPerNet
+BOX_BINS, MASK_BINS = 7, 14  # of a side of a region in front of the heads of a detector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +28,39 @@ class Heads:
     classes: int
     channels: int = 512
     auxiliary: bool = True
+    task: ClassVar[str] = "segmentation"
 
     @property
     def auxiliary_channels(self) -> int:
         return self.channels // 2
+
+    @property
+    def last(self) -> tuple[str, ...]:
+        """The layers whose shape depends on the number of classes."""
+        return "decode_head.conv_seg", "auxiliary_head.conv_seg"
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorHeads:
+    """Those of Mask R-CNN: what `detection.MaskRCNN` takes besides a backbone."""
+
+    classes: int
+    channels: int = 256
+    hidden_channels: int = 1024
+    masks: bool = True
+    cascade: bool = False
+    task: ClassVar[str] = "detection"
+
+    def places(self, head: str) -> list[str]:
+        """The official names of "bbox_head" or "mask_head": one, or one for each stage of a cascade."""
+        stages = range(3) if self.cascade else [""]
+        return [f"roi_head.{head}.{stage}".rstrip(".") for stage in stages]
+
+    @property
+    def last(self) -> tuple[str, ...]:
+        """The layers whose shape depends on the number of classes."""
+        boxes = [f"{place}.{name}" for place in self.places("bbox_head") for name in ("fc_cls", "fc_reg")]
+        return (*boxes, *(f"{place}.conv_logits" for place in self.places("mask_head")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +71,9 @@ class Layer:
     parameter there, is "stages.0.1.layer_scale".
     """
 
-    stage: str  # "stem", "stage 1" .. "stage 4" or "head"; of a segmenter "decode_head" or "auxiliary_head"
+    # "stem", "stage 1" .. "stage 4" or "head"; of a segmenter "decode_head" or "auxiliary_head", of a
+    # detector "neck", "rpn_head" or "roi_head"
+    stage: str
     name: str
     # "convolution", "linear", a norm of `Variant`, "response_norm" (GRN), "scale" (LayerScale), "batch_norm"
     kind: str
@@ -157,11 +190,14 @@ def layers_of(
     return found
 
 
-def head_layers_of(variant: Variant, heads: Heads, image_size: int = 512) -> list[Layer]:
-    """Lists the layers with weights of UPerNet's heads, for square images; the body's are `layers_of`'s.
+def head_layers_of(variant: Variant, heads: Heads | DetectorHeads, image_size: int = 512) -> list[Layer]:
+    """Lists the layers with weights of heads, for square images; the body's are `layers_of`'s.
 
-    `layers_of(variant, image_size, 0, pyramid_norms=True)` has those in front. Names are mmsegmentation's.
+    `layers_of(variant, image_size, 0, pyramid_norms=True)` has those in front. Names are mmsegmentation's and
+    mmdetection's.
     """
+    if isinstance(heads, DetectorHeads):
+        return _detector_layers_of(variant, heads, image_size)
     maps = layers_of(variant, image_size, 0, pyramid_norms=True)[-4:]
     sides, width = [level.side for level in maps], heads.channels
     found: list[Layer] = []
@@ -220,8 +256,49 @@ def decoder_layers_of(variant: Variant, width: int, depth: int, image_size: int 
     return found
 
 
+def _detector_layers_of(variant: Variant, heads: DetectorHeads, image_size: int) -> list[Layer]:
+    """Those of Mask R-CNN: of the regions once, though each image has as many as are proposed."""
+    maps, width, hidden = (
+        layers_of(variant, image_size, 0, pyramid_norms=True)[-4:],
+        heads.channels,
+        heads.hidden_channels,
+    )
+    found: list[Layer] = []
+
+    def add(name, inputs, outputs, side, kernel=1, kind="convolution", has_bias=True):
+        stage = name.partition(".")[0]
+        found.append(Layer(stage, name, kind, inputs, outputs, side, side, kernel, has_bias=has_bias))
+
+    for level, map_ in enumerate(maps):
+        add(f"neck.lateral_convs.{level}.conv", map_.outputs, width, map_.side)
+    for level, map_ in enumerate(maps):
+        add(f"neck.fpn_convs.{level}.conv", width, width, map_.side, 3)
+    add("rpn_head.rpn_conv", width, width, maps[0].side, 3)
+    for name, outputs in (("rpn_cls", 3), ("rpn_reg", 12)):
+        add(f"rpn_head.{name}", width, outputs, maps[0].side)
+    for place in heads.places("bbox_head"):
+        for number in range(4 if heads.cascade else 0):
+            add(f"{place}.shared_convs.{number}.conv", width, width, BOX_BINS, 3, has_bias=False)
+            add(f"{place}.shared_convs.{number}.bn", width, width, BOX_BINS, kind="batch_norm")
+        add(f"{place}.shared_fcs.0", BOX_BINS**2 * width, hidden, 1, kind="linear")
+        if not heads.cascade:
+            add(f"{place}.shared_fcs.1", hidden, hidden, 1, kind="linear")
+        add(f"{place}.fc_cls", hidden, heads.classes + 1, 1, kind="linear")
+        add(f"{place}.fc_reg", hidden, 4 * heads.classes, 1, kind="linear")
+    for place in heads.places("mask_head") if heads.masks else ():
+        for number in range(4):
+            add(f"{place}.convs.{number}.conv", width, width, MASK_BINS, 3)
+        add(f"{place}.upsample", width, width, MASK_BINS, 2)
+        add(f"{place}.conv_logits", width, heads.classes, 2 * MASK_BINS)
+    return found
+
+
+def _places(*kinds: Heads | DetectorHeads) -> dict[str, str]:
+    variant = next(iter(VARIANTS.values()))
+    names = (layer.name for heads in kinds for layer in head_layers_of(variant, heads))
+    return {name.replace(".", "_"): name for name in names}
+
+
 # {its name with "_" for ".": a layer of the heads}, the same for every architecture.
-HEAD_PLACES = {
-    layer.name.replace(".", "_"): layer.name
-    for layer in head_layers_of(next(iter(VARIANTS.values())), Heads(classes=1))
-}
+HEAD_PLACES = _places(Heads(classes=1))
+DETECTOR_PLACES = _places(DetectorHeads(classes=1), DetectorHeads(classes=1, cascade=True))

@@ -11,6 +11,7 @@ from keras_convnext import loading, models
 from keras_convnext._files import check_target, replacing_path
 from keras_convnext._messages import listed
 from keras_convnext.architecture import HEAD_PLACES
+from keras_convnext.data.detection.categories import Categories
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation.labels import Labels
 from keras_convnext.fcmae import MaskedAutoencoder
@@ -38,21 +39,22 @@ def save_weights(
     path,
     layout: str = "official",
     preprocessing: Preprocessing | None = None,
-    labels: Labels | None = None,
+    labels: Labels | Categories | None = None,
 ) -> pathlib.Path:
     """Writes the weights of a model so that a PyTorch project loads them with `strict=True`.
 
     Args:
         model: made by this package; of a `MaskedAutoencoder` its encoder is written.
         path: ".safetensors", or ".pth", ".pt", ".bin" for a PyTorch file, which has the weights under the key
-            "model" in the layout "official", as the official files do, a segmenter under "state_dict". It
-            appears whole or not at all.
+            "model" in the layout "official", as the official files do, a segmenter or detector under
+            "state_dict". It appears whole or not at all.
         layout: "official", "timm", "torchvision", "huggingface", or "fcmae": the body of a V2 alone, without
             final norm and classifier; of a segmenter "official" (Facebook's names), "mmsegmentation" or
-            "huggingface".
+            "huggingface"; of a detector "official" or "mmdetection".
         preprocessing: of the images of these weights, stored in a ".safetensors" file, where `load`,
             `keras-convnext predict` and `keras-convnext evaluate` find it; None to leave that unsaid.
-        labels: of a segmenter, its classes with their colours, stored there too.
+        labels: of a segmenter its classes with their colours, of a detector its `Categories`, stored there
+            too.
 
     Such files hold logits: `load` puts a softmax behind them, unless its `classifier_activation` says else. A
     warning tells where the model has another activation, or no normaliser.
@@ -84,8 +86,8 @@ def convert(source, target, layout: str = "official", architecture: str | None =
     """Converts a weight file to the layout and format of another project, or to Keras.
 
     The layout of the source is detected from its names: official V1, V2 and isotropic, timm, torchvision,
-    Hugging Face (V1, V2, DINOv3), DINOv3, FCMAE (dense and sparse), open_clip's image tower, mmdetection and
-    mmsegmentation backbones, mmpretrain, and `keras.applications`.
+    Hugging Face (V1, V2, DINOv3), DINOv3, FCMAE (dense and sparse), open_clip's image tower, mmdetection,
+    mmsegmentation, mmpretrain, and `keras.applications`.
 
     Args:
         source: path of a ".safetensors", ".pth", ".pt", ".bin", ".h5", ".weights.h5" or ".keras" file; or a
@@ -93,14 +95,14 @@ def convert(source, target, layout: str = "official", architecture: str | None =
         target: path to write. ".safetensors", ".pth", ".pt", ".bin": in `layout`. ".keras": a whole model,
             that `keras.saving.load_model` opens; ".weights.h5": its weights.
         layout: "official", "timm", "torchvision", "huggingface" or "fcmae"; of a segmenter "official",
-            "mmsegmentation" or "huggingface". Has no meaning for Keras targets.
+            "mmsegmentation" or "huggingface"; of a detector "official" or "mmdetection". Has no meaning for
+            Keras targets.
         architecture: name of an architecture, or a tag of one, checked against the file; None to take the
             architecture from the file. A tag also says how images are prepared and which classes a segmenter
-            has, else the source may say it. That is written into ".safetensors", ".weights.h5" and ".keras"
-            targets. A ".keras" target is
-            built so; else with the input size and the normaliser, or none, of the model in a ".keras" source;
-            else as for the architecture's ImageNet weights. A classifier of a ".keras" source keeps its
-            activation.
+            or detector has, else the source may say it. That is written into ".safetensors", ".weights.h5"
+            and ".keras" targets. A ".keras" target is built so; else with the input size and the normaliser,
+            or none, of the model in a ".keras" source; else as for the architecture's ImageNet weights. A
+            classifier of a ".keras" source keeps its activation.
 
     Returns:
         The target's path. It appears whole or not at all.
@@ -215,12 +217,16 @@ def _check_preprocessing(preprocessing, own, path) -> None:
         )
 
 
-def _check_labels(labels: Labels, canonical, path) -> None:
+def _check_labels(labels: Labels | Categories, canonical, path) -> None:
     heads = layouts.inspect(canonical).heads
-    if heads is None or heads.classes != len(labels.names):
-        received = "no segmenter" if heads is None else f"one of {heads.classes}"
+    kind, task = (
+        ("detector", "detection") if isinstance(labels, Categories) else ("segmenter", "segmentation")
+    )
+    if heads is None or heads.task != task or heads.classes != len(labels.names):
+        is_one = heads is not None and heads.task == task
+        received = f"one of {heads.classes}" if is_one and heads is not None else f"no {kind}"
         raise ValueError(
-            f"Expected a segmenter of as many classes as labels, {len(labels.names)}. Received: {received}."
+            f"Expected a {kind} of as many classes as labels, {len(labels.names)}. Received: {received}."
         )
     if path.suffix != ".safetensors":
         raise ValueError(

@@ -284,9 +284,11 @@ def layer_name(official: str, model_name: str | None = None) -> str:
     """
     if model_name is not None:
         return f"{model_name.replace('.', '_')}_{official}"
-    is_rare = official.startswith(
-        ("stages_", "blocks_", "downsample_layers_", "decode_head_", "auxiliary_head_")
+    body, heads = (
+        ("stages_", "blocks_", "downsample_layers_"),
+        ("decode_", "auxiliary_", "neck", "rpn_", "roi_"),
     )
+    is_rare = official.startswith(body + heads)
     return official if is_rare else f"convnext_{official}"
 
 

@@ -6,6 +6,7 @@ import os
 import keras
 
 from keras_convnext import models, segmentation
+from keras_convnext.detection import rcnn
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.weights.resolve import ResolvedWeights, resolve
 
@@ -33,8 +34,8 @@ def load(
 ) -> keras.Model:
     """Builds a model by the name of its architecture, of a published weight file, or of a file of one's own.
 
-    Weights of a segmenter give that: `segmentation.UPerNet`, pixels to logits of each, unless
-    include_top=False or pyramid_norms=True asks for its body.
+    Weights of a segmenter give that, `segmentation.UPerNet`, pixels to logits of each, and those of a
+    detector a `detection.MaskRCNN`, unless include_top=False or pyramid_norms=True asks for the body.
 
     Args:
         architecture_or_tag: "convnext_tiny" or "convnext_tiny.in12k_ft_in1k_384"; see `list_weights`. A tag
@@ -46,7 +47,7 @@ def load(
             else a `.keras` file those of its model. By itself one without normaliser stays without.
         include_top: None for True, unless the weights have no classifier.
         classes: None for as many as the weights have, else 1000. With another number than the weights of a
-            segmenter have, its last layers start fresh.
+            segmenter or detector have, its last layers start fresh.
         classifier_activation: "default" for "softmax", and for None where the last layer is the image
             projection of a CLIP tower.
         name: of the Keras model, default the architecture's.
@@ -55,7 +56,7 @@ def load(
 
     Returns:
         A `keras.Model`, (N, H, W, 3) pixels in 0..255 to (N, classes) probabilities; of a segmenter to
-        (N, H, W, classes) logits.
+        (N, H, W, classes) logits; of a detector to a dictionary of boxes, scores, classes, masks and count.
 
     Raises:
         ValueError: for an unknown name (near ones are listed) and as the constructors do.
@@ -72,8 +73,9 @@ def load(
 
 def open_model(source: ResolvedWeights, options: ModelOptions) -> keras.Model:
     """Builds the model that resolved weights are of, by their task."""
-    if source.task != "segmentation":
+    if source.heads is None:
         return models.build(source, options)
     if options.include_top is False or options.pyramid_norms:
         return models.build(source, dataclasses.replace(options, include_top=False))
-    return segmentation.build(source, options)
+    build = segmentation.build if source.task == "segmentation" else rcnn.build
+    return build(source, options)

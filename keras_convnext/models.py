@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import keras
 
@@ -107,6 +108,66 @@ def build(source: ResolvedWeights, options: ModelOptions) -> ConvNeXt:
     return model
 
 
+def build_with_heads(source: ResolvedWeights, options: ModelOptions, task: str, attach):
+    """Lays out a body with the heads of a task, then gives both the weights.
+
+    `attach(backbone, heads)` makes the model. With another number of classes than the weights have, or
+    `new_head`, the layers of the classes start fresh.
+    """
+    has_contents = not (source.is_random or source.is_bare)
+    heads = (source.contents.heads if has_contents else None) or source.heads
+    if heads is None or heads.task != task:
+        raise ValueError(f"Expected weights for {task}, received those of a model of {source.task}.")
+    if options.pooling is not None or options.classifier_activation not in ("default", None):
+        raise ValueError(
+            f"A model for {task} has no classifier of whole images: it takes no pooling, nor a "
+            f"classifier_activation. Received: pooling={options.pooling!r}, "
+            f"classifier_activation={options.classifier_activation!r}"
+        )
+    if source.around is not None and source.around.activation is not keras.activations.linear:
+        name = getattr(source.around.activation, "__name__", source.around.activation)
+        raise ValueError(
+            f"{source.path}: Expected a segmenter that ends in logits. Received one with the activation "
+            f"{name!r}. keras.saving.load_model opens the file as it is."
+        )
+    shape = options.input_shape
+    if shape is None and source.around is not None:
+        shape = (*source.around.sides, source.channels)
+    classes = int(options.classes or heads.classes)
+    new_head = classes != heads.classes or bool(options.new_head)
+    if new_head and options.new_head is False:
+        raise ValueError(
+            f"The weights have {heads.classes} classes. Received: classes={classes}, new_head=False. Pass "
+            f"classes={heads.classes} for their own, or leave new_head out to start new ones."
+        )
+    unset: dict[str, Any] = dict.fromkeys(("classes", "classifier_activation", "name", "new_head"))
+    body = dataclasses.replace(
+        options, include_top=False, pyramid_norms=True, input_shape=shape, **unset
+    ).settled(source)
+    variant, heads = body.changed(source.variant), dataclasses.replace(heads, classes=classes)
+
+    def layout():
+        return attach(assemble(variant, body, source.preprocessing), heads)
+
+    if source.is_random:
+        return layout()
+    if source.is_bare:
+        if new_head:
+            raise ValueError(
+                f"{source.path} does not say what its weights belong to, so new last layers cannot take "
+                "the place of its own. Use the .keras file of the model, or "
+                "save_weights(model, 'x.safetensors')."
+            )
+        model = layout()
+        keras_files.load_weights(model, source.path)
+        return model
+    values = source.values_with_heads(variant, body, heads, new_head)
+    model = filled(layout, lambda model: placed_values(model, values))
+    if source.around is not None:
+        check_settings(source, model, body)
+    return model
+
+
 def check_settings(source: ResolvedWeights, model: keras.Model, options: ModelOptions) -> None:
     """Refuses a `.keras` model of which some layers compute something else than those of `model` do."""
     of_stride, others = ("dilation_rate", "strides"), ("activation", "epsilon", "kernel_size", "norm")
@@ -174,6 +235,27 @@ def assemble(variant: Variant, options: ModelOptions, preprocessing: Preprocessi
                 outputs, variant, options.classes, options.classifier_activation, dtype, named
             )
     return ConvNeXt(inputs, outputs, name=options.name)
+
+
+def with_pyramid(backbone) -> keras.Model:
+    """A backbone that gives P2 .. P5, opened where it is a name."""
+    if not isinstance(backbone, keras.Model):
+        options = ModelOptions(include_top=False, pyramid_norms=True)
+        backbone = build(resolve(backbone, task="features"), options)
+    output = backbone.output if isinstance(backbone.output, dict) else {}
+    if sorted(output) != ["P2", "P3", "P4", "P5"]:
+        raise ValueError(
+            "Expected a backbone that returns the four normalised stage maps, built with include_top=False, "
+            f"pyramid_norms=True. Received: {backbone.name!r} with outputs {backbone.output_shape}"
+        )
+    return backbone
+
+
+def check_rules(rules: dict[str, tuple]) -> None:
+    """Refuses an argument that is not right: of each its value, whether it is right, and what is expected."""
+    for name, (value, is_right, expected) in rules.items():
+        if not is_right:
+            raise ValueError(f"{name} must be {expected}. Received: {name}={value!r}")
 
 
 _DOCSTRING = """{constructor}, as a Keras model.

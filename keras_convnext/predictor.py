@@ -1,6 +1,7 @@
 """A model by name or by file, with the preprocessing of its images and its classes.
 
-`open_predictor` opens those that classify a photo, `open_segmenter` those that classify its pixels.
+`open_predictor` opens those that classify a photo, `open_segmenter` those that classify its pixels, and
+`open_detector` those that find objects.
 """
 
 import contextlib
@@ -17,10 +18,13 @@ import PIL.Image
 from keras_convnext import models, segmentation
 from keras_convnext._messages import unknown
 from keras_convnext.data import class_names, preprocess
+from keras_convnext.data.detection import inference as photos
+from keras_convnext.data.detection.categories import Categories, default_categories
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import inference
 from keras_convnext.data.segmentation.labels import IGNORED, Labels
 from keras_convnext.data.segmentation.pictures import default_labels
+from keras_convnext.detection import rcnn
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.weights import arrays, assign
 from keras_convnext.weights.published import Checkpoint
@@ -30,6 +34,7 @@ _logger = logging.getLogger("keras_convnext")
 
 DEFAULT_SIZE = 224  # pixels, for a model that takes images of any size
 SEGMENTATION_SIZE = 512  # of a window, for a segmentation model of which no crop is known
+DETECTION_SIZE = 800  # of the shorter side, as in all published detectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +214,70 @@ def segmenter_of(
             f"{classes}. model.predict gives its logits."
         )
     return SegmentationPredictor(model, labels or default_labels(classes), prepared, None, file)
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionPredictor:
+    """A model that finds objects, what its classes are, and how photos are resized for it."""
+
+    model: Any  # [(N, h, w, 3) pixels in 0..255, sizes (N, 2)], of `rcnn.with_sizes`
+    categories: Categories
+    short_side: int  # of resized photos
+    mean: tuple[float, ...]  # of pixels in 0..1, which photos are padded with
+    row: Checkpoint | None = None  # the published weights that it has
+    file: pathlib.Path | None = None  # the weight file, where it can be told
+
+    @property
+    def draws_masks(self) -> bool:
+        return "masks" in self.model.output
+
+    def detect(self, image: np.ndarray, score: float = 0.0) -> list[dict[str, Any]]:
+        """What is on an image, uint8 (H, W, 3) of any size, from a `score` up, the best first.
+
+        Of each object "class_index", "name", "category_id", "score", "box" float32 (4,) of x0, y0, x1, y1 in
+        pixels of the image, and where the model draws masks "mask", bool (H, W).
+
+        The image is resized to a shorter side of 800 pixels and a longer one of 1333 at most, as the
+        published scores are measured, and padded to multiples of 32; into the size of a model that has one.
+        JAX and TensorFlow compile a program for each padded size.
+        """
+        size = self.model.input[0].shape[1:3]
+        pixels, inner = photos.prepared(image, self.short_side, self.mean, None if None in size else size)
+        inputs = [pixels[None], np.array([inner], "float32")]
+        outputs = {name: np.asarray(value)[0] for name, value in self.model.predict_on_batch(inputs).items()}
+        finite(outputs["scores"][None], str(self.file or self.model.name))
+        found = photos.on_photo(outputs, inner, image.shape[:2])
+        names, ids = self.categories.names, self.categories.ids
+        return [
+            one | {"name": names[one["class_index"]], "category_id": ids[one["class_index"]]}
+            for one in found
+            if one["score"] >= score
+        ]
+
+
+def open_detector(name: Any, *, image_size: int | None = None) -> DetectionPredictor:
+    """Builds the detector that a tag or a file means.
+
+    Args:
+        name: tag, the path of a weight file or `.keras` file, what `resolve` returned of these, or a
+            `detection.Detector`, which is taken as it is.
+        image_size: of the shorter side of photos in pixels. Default: that of the published scores or of the
+            training, else 800.
+
+    ValueError: the name is unknown, means another model, or the file does not fit.
+    """
+    if isinstance(name, rcnn.Detector):
+        categories = default_categories(name.classes)
+        mean = Preprocessing(DETECTION_SIZE).mean
+        return DetectionPredictor(rcnn.with_sizes(name), categories, image_size or DETECTION_SIZE, mean)
+    source = resolve(name, task="detection")
+    model = rcnn.build(source, ModelOptions())
+    categories = source.labels or default_categories(model.classes)
+    stored = min(source.preprocessing.size) if source.is_described else DETECTION_SIZE
+    mean = source.preprocessing.mean if source.is_normalised else (0.0, 0.0, 0.0)
+    return DetectionPredictor(
+        rcnn.with_sizes(model), categories, image_size or stored, mean, source.published, source.path
+    )
 
 
 def predictor_of(

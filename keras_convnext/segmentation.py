@@ -8,7 +8,6 @@ Names of layers and weights repeat mmsegmentation's, with "_" where it has "." i
 `decode_head.bottleneck.conv.weight` is `decode_head_bottleneck_conv/kernel`.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -24,9 +23,7 @@ from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import BatchNormalization
 from keras_convnext.layers.resizing import AdaptiveAveragePooling2D, ResizeLike
 from keras_convnext.model_options import ModelOptions
-from keras_convnext.weights import keras_files
-from keras_convnext.weights.assign import filled, placed_values
-from keras_convnext.weights.resolve import ResolvedWeights, resolve
+from keras_convnext.weights.resolve import ResolvedWeights
 
 _register = keras.saving.register_keras_serializable(package="keras_convnext")
 
@@ -92,8 +89,22 @@ def UPerNet(backbone, classes, channels=512, auxiliary=True, dropout=0.1, upsamp
         >>> UPerNet(body, classes=11, channels=16).output_shape
         (None, None, None, 11)
     """
-    _check_arguments(classes=classes, channels=channels, dropout=dropout)
-    backbone = _with_pyramid(backbone)
+    models.check_rules(
+        {
+            "classes": (classes, is_positive_integer(classes), "a whole number from 1 up"),
+            "channels": (
+                channels,
+                is_positive_integer(channels) and channels > 1,
+                "a whole number from 2 up",
+            ),
+            "dropout": (
+                dropout,
+                isinstance(dropout, int | float) and 0 <= dropout < 1,
+                "in [0, 1), the share of channels dropped in training",
+            ),
+        }
+    )
+    backbone = models.with_pyramid(backbone)
     maps = [backbone.output[f"P{level}"] for level in (2, 3, 4, 5)]
     image = backbone.input
     is_16_bit = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
@@ -192,101 +203,18 @@ def build(source: ResolvedWeights, options: ModelOptions) -> Segmenter:
     With another number of classes than the weights have, or `new_head`, the last layers of both heads start
     fresh.
     """
-    has_contents = not (source.is_random or source.is_bare)
-    heads = (source.contents.heads if has_contents else None) or source.heads
-    if heads is None:
-        raise ValueError(f"Expected weights of a segmenter, received those of a model of {source.task}.")
-    if options.pooling is not None or options.classifier_activation not in ("default", None):
-        raise ValueError(
-            "A segmenter gives logits for each pixel: it takes no pooling, nor a classifier_activation. "
-            f"Received: pooling={options.pooling!r}, "
-            f"classifier_activation={options.classifier_activation!r}"
-        )
-    if source.around is not None and source.around.activation is not keras.activations.linear:
-        name = getattr(source.around.activation, "__name__", source.around.activation)
-        raise ValueError(
-            f"{source.path}: Expected a segmenter that ends in logits. Received one with the activation "
-            f"{name!r}. keras.saving.load_model opens the file as it is."
-        )
-    shape = options.input_shape
-    if shape is None and source.around is not None:
-        shape = (*source.around.sides, source.channels)
-    classes = int(options.classes or heads.classes)
-    new_head = classes != heads.classes or bool(options.new_head)
-    if new_head and options.new_head is False:
-        raise ValueError(
-            f"The weights have {heads.classes} classes. Received: classes={classes}, new_head=False. Pass "
-            f"classes={heads.classes} for their own, or leave new_head out to start new ones."
-        )
-    settled = dataclasses.replace(
-        options,
-        include_top=False,
-        pyramid_norms=True,
-        input_shape=shape,
-        classes=None,
-        classifier_activation=None,
-        name=None,
-        new_head=None,
-    ).settled(source)
-    variant = settled.changed(source.variant)
     upsample = not source.is_model or any(
         layer.name.endswith("decode_head_upsample") for layer in source.model.layers
     )
 
-    def layout() -> Segmenter:
-        backbone = models.assemble(variant, settled, source.preprocessing)
+    def attach(backbone, heads) -> Segmenter:
         return UPerNet(
-            backbone, classes, heads.channels, heads.auxiliary, upsample=upsample, name=options.name
+            backbone, heads.classes, heads.channels, heads.auxiliary, upsample=upsample, name=options.name
         )
 
-    if source.is_random:
-        return layout()
-    if source.is_bare:
-        if new_head:
-            raise ValueError(
-                f"{source.path} does not say what its weights belong to, so new last layers cannot take "
-                "the place of its own. Use the .keras file of the model, or "
-                "save_weights(model, 'x.safetensors')."
-            )
-        model = layout()
-        keras_files.load_weights(model, source.path)
-        return model
-    values = source.segmenter_values(variant, settled, dataclasses.replace(heads, classes=classes), new_head)
-    model = filled(layout, lambda model: placed_values(model, values))
-    if source.around is not None:
-        models.check_settings(source, model, settled)
-    return model
+    return models.build_with_heads(source, options, "segmentation", attach)
 
 
 def _layer(model, official):
     """The layer of a model with an official name, whatever stands in front of it."""
     return next(layer for layer in model.layers if layer.name.endswith(official))
-
-
-def _check_arguments(classes, channels, dropout) -> None:
-    rules = {
-        "classes": (classes, is_positive_integer(classes), "a whole number from 1 up"),
-        "channels": (channels, is_positive_integer(channels) and channels > 1, "a whole number from 2 up"),
-        "dropout": (
-            dropout,
-            isinstance(dropout, int | float) and 0 <= dropout < 1,
-            "in [0, 1), the share of channels dropped in training",
-        ),
-    }
-    for name, (value, is_right, expected) in rules.items():
-        if not is_right:
-            raise ValueError(f"{name} must be {expected}. Received: {name}={value!r}")
-
-
-def _with_pyramid(backbone) -> keras.Model:
-    """A backbone that gives P2 .. P5, opened where it is a name."""
-    if not isinstance(backbone, keras.Model):
-        options = ModelOptions(include_top=False, pyramid_norms=True)
-        backbone = models.build(resolve(backbone, task="features"), options)
-    output = backbone.output if isinstance(backbone.output, dict) else {}
-    if sorted(output) != ["P2", "P3", "P4", "P5"]:
-        raise ValueError(
-            "Expected a backbone that returns the four normalised stage maps, built with include_top=False, "
-            f"pyramid_norms=True. Received: {backbone.name!r} with outputs {backbone.output_shape}"
-        )
-    return backbone

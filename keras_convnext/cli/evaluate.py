@@ -16,6 +16,7 @@ EVALUATE_EXAMPLES = """examples:
   keras-convnext evaluate my_leaves.keras --data leaves/ --split test --no-results
   keras-convnext evaluate convnext_tiny.fb_ade20k_512 --data ADEChallengeData2016 --split validation
   keras-convnext evaluate runs/camvid/final.safetensors --data camvid/ --split val --output report/
+  keras-convnext evaluate convnext_tiny.fb_coco_mask_rcnn --data instances_val2017.json --images val2017/
 
 The tag decides how images are resized and cropped. --data is a folder of class folders, ImageNet's tars, a
 set of TensorFlow Datasets, TFRecord files or what `keras-convnext prepare` wrote. Data with some of the
@@ -27,13 +28,17 @@ A segmenter is evaluated on photos with label maps: mIoU, the share of pixels th
 --data is in a layout that `data.segmentation.sources.open_source` names, such as images/ and masks/. The
 values that stand for no label are those of its training, unless --ignored names others. --mode slide is
 how published scores were made, multi_scale their "ms" (six scales with flip); whole is the fastest, but JAX
-compiles it for each new size of photo."""
+compiles it for each new size of photo.
+
+A detector is evaluated on a COCO-style JSON: average precision of its boxes and masks by pycocotools.
+--output gets results.json, its detections as COCO's results files; no row is added to results.csv."""
 
 
 def evaluate_options(option: Callable) -> None:
     option("model", "MODEL", "tag, architecture, weight file, .keras file or exported file")
     option("--data", "PATH", "folder or file with the images", required=True)
     option("--weights", "FILE", "weight file in place of the tag's own")
+    option("--images", "DIR", "of a detector: folder of the photos; default that of the JSON")
     option("--split", "NAME", "default validation, where there are splits")
     option("--labels", "FILE", "'file,label' lines for a folder without classes")
     real = "ReaL accuracy too, from real.json unless the data has these labels"
@@ -53,13 +58,17 @@ def evaluate_options(option: Callable) -> None:
 
 
 # Options that one task has, by their names in `argparse`.
-_OF_TASK = {"classification": ("real", "labels"), "segmentation": ("mode", "ignored")}
+_OF_TASK = {
+    "classification": ("real", "labels"),
+    "segmentation": ("mode", "ignored"),
+    "detection": ("images",),
+}
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
     """Prints the scores of a model, by its task; images that cannot be decoded are reported and left out."""
-    rooms = ("keras_convnext.evaluation.classification", "keras_convnext.evaluation.segmentation")
-    shared.import_quietly(*rooms, "tensorflow")
+    rooms = ("classification", "segmentation", "detection")
+    shared.import_quietly(*(f"keras_convnext.evaluation.{room}" for room in rooms), "tensorflow")
     from keras_convnext.evaluation.results import result_row
 
     source = _resolved(options.model, options.weights)
@@ -68,6 +77,8 @@ def evaluate_command(options: argparse.Namespace) -> int:
         for name in names if other != task else ():
             if getattr(options, name) is not None:
                 raise ValueError(f"Expected a model for {other} beside --{name}, received one for {task}.")
+    if task == "detection":
+        return _evaluate_detector(options, source)
     evaluate, facts_of = _EVALUATIONS[task]
     result, numbers = evaluate(options, source)
     shared.print_faults(list(result.faults.values()))
@@ -107,10 +118,10 @@ def _task_of(model: str, source: Any) -> str:
     """Returns the task of what was resolved, or of a file that `export` wrote."""
     from keras_convnext.exporting import runtimes
 
-    is_segmenter = source is not None and source.task == "segmentation"
     if source is None and runtimes.is_exported(path := os.path.expanduser(model)):
         is_segmenter = runtimes.read_metadata(path).get("output", {}).get("task") == "segmentation"
-    return "segmentation" if is_segmenter else "classification"
+        return "segmentation" if is_segmenter else "classification"
+    return source.task if source is not None and source.heads is not None else "classification"
 
 
 def _evaluate_classifier(options: argparse.Namespace, _source: Any) -> tuple[Any, dict[str, Any]]:
@@ -141,6 +152,39 @@ def _evaluate_segmenter(options: argparse.Namespace, source: Any) -> tuple[Any, 
         **_common(options),
     )
     return result, result.report()
+
+
+def _evaluate_detector(options: argparse.Namespace, source: Any) -> int:
+    from keras_convnext.evaluation.detection import evaluate
+
+    if options.split is not None or options.batch_size is not None:
+        raise ValueError("Expected no --split nor --batch-size for a detector: --data is one JSON file.")
+    result = evaluate(
+        source,
+        options.data,
+        options.images,
+        image_size=options.image_size,
+        limit=options.limit,
+        output=options.output,
+        max_faults=options.max_faults,
+    )
+    shared.print_faults([f"{name}: {reason}" for name, reason in result.faults.items()])
+    if options.json:
+        shared.print_json({"model": options.model, **result.report(), "faults": result.faults})
+        return 1 if result.faults else 0
+    facts: dict[str, object] = {}
+    for kind, scores in result.scores.items():
+        means = {name.removeprefix("AP "): f"{value:.2f}" for name, value in scores.means.items()}
+        facts[f"{kind} AP"] = f"{means.pop('AP')} %; " + ", ".join(map(" ".join, means.items()))
+    facts |= {
+        "images": f"{result.num_images - len(result.faults)} ({len(result.faults)} skipped)",
+        "detections": f"{len(result.found):,}",
+        "time": f"{result.seconds:,.1f} s",
+        "licence": shared.licence_text("" if source.row is None else source.row.licence),
+        "files in": options.output,
+    }
+    shared.print_facts(f"{options.model} on {options.data}", facts.items())
+    return 1 if result.faults else 0
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:

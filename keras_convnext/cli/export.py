@@ -63,6 +63,10 @@ def export_command(options: argparse.Namespace) -> int:
     targets = _export_targets(options, FORMATS)
     opened: Any
     source = resolve(options.model)
+    if source.task == "detection":
+        raise ValueError(
+            f"Expected a classifier or a segmenter to export. Received {options.model}, a detector."
+        )
     if source.task == "segmentation":
         opened = predictor.open_segmenter(source)
         labels = dataclasses.replace(opened.labels, names=tuple(labels)) if labels else opened.labels

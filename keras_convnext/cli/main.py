@@ -27,6 +27,7 @@ COMMANDS = {
     "info": ("weights", "describe an architecture, a published tag or a weight file"),
     "predict": ("predict", "classify images"),
     "segment": ("segment", "say of every pixel of photos what it belongs to"),
+    "detect": ("detect", "find the objects on photos, with boxes and masks"),
     "convert": ("weights", "convert a weight file for another project"),
     "evaluate": ("evaluate", "measure accuracy, or mIoU of a segmenter, on a data set"),
     "prepare": ("data", "copy a data set into shuffled TFRecord shards"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from keras_convnext._files import check_target
 from keras_convnext._messages import listed, shortened, size_text
-from keras_convnext.architecture import STATISTICS, Heads, head_layers_of, layers_of
+from keras_convnext.architecture import STATISTICS, head_layers_of, layers_of
 from keras_convnext.cli import shared
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.variants import VARIANTS, Variant
@@ -20,14 +20,22 @@ LIST_EXAMPLES = """examples:
   keras-convnext list
   keras-convnext list "convnextv2_*" --classes 1000 --image-size 384
   keras-convnext list convnext_tiny --commercial --downloadable
-  keras-convnext list --task segmentation
+  keras-convnext list --task detection
   keras-convnext list --architectures"""
+
+
+_SCORES = {"segmentation": "mIoU, one scale / several", "detection": "AP, boxes / masks"}
 
 
 def list_options(option: Callable) -> None:
     option("architecture", "ARCHITECTURE", 'name, or a pattern such as "convnextv2_*"', nargs="?")
-    option("--classes", "N", "width of the classifier, or classes of a segmenter; 0 for none", type=int)
-    option("--task", "TASK", "classification, features or segmentation")
+    option(
+        "--classes",
+        "N",
+        "width of the classifier, or classes of a segmenter or detector; 0 for none",
+        type=int,
+    )
+    option("--task", "TASK", "classification, features, segmentation or detection")
     option("--image-size", "N", "side of the images in pixels", type=int)
     option("--licence", "ID", "licence identifier, such as apache-2.0")
     option("--commercial", None, "only licences that allow commercial use")
@@ -60,22 +68,24 @@ def list_command(options: argparse.Namespace) -> int:
     else:
         facts = map(_checkpoint_facts, rows)
         titles, alignments = ("tag", "classes", "size @ crop", "score", "licence", "layout"), "<><><<"
-        if options.task == "segmentation":
-            titles = ("tag", "classes", "size", "mIoU, one scale / several", "licence", "layout")
+        if options.task in _SCORES:
+            titles = ("tag", "classes", "size", _SCORES[options.task], "licence", "layout")
         for row in rows:
             size, score, classes = f"{row.image_size} @ {row.crop:.3g}", row.top1, str(row.classes or "-")
-            if row.task == "segmentation":
-                score, classes = row.miou, f"{classes}/px"
+            if row.heads is not None:
+                score, of = (row.miou, "px") if row.task == "segmentation" else (row.box_ap, "box")
+                classes = f"{classes}/{of}"
             text = "-" if score is None else f"{score:.2f}"
-            if options.task == "segmentation":
-                size, text = str(row.image_size), _miou_text(row)
+            if options.task in _SCORES:
+                size, text = str(row.image_size), _scores_text(row)
             cells.append((row.tag, classes, size, text, shortened(row.licence, 15), row.layout))
         count, name = f"{len(rows)} of {len(catalog.CHECKPOINTS)} weight files", "TAG"
     if options.json:
         shared.print_json([*facts])
         return 0
     shared.print_table(titles, alignments, cells)
-    marked = " Scores are top-1, of segmenters (classes/px) mIoU." * (not options.architectures)
+    marked = " Scores are top-1, of segmenters (classes/px) mIoU, of detectors (classes/box) box AP."
+    marked *= not options.architectures
     print(f"\n{count}. `keras-convnext info {name}` says more.{marked}")
     return 0
 
@@ -176,8 +186,8 @@ def _variant_lines(variant: Variant) -> Iterable[tuple[str, object]]:
 
 def _checkpoint_facts(row: Checkpoint) -> dict:
     variant, heads = VARIANTS[row.architecture], []
-    if row.task == "segmentation":
-        heads = head_layers_of(variant, Heads(row.classes))
+    if row.heads is not None:
+        heads = head_layers_of(variant, row.heads)
     layers = layers_of(variant, classes=0 if heads else row.classes, pyramid_norms=bool(heads))
     return {
         **dataclasses.asdict(row),
@@ -213,7 +223,8 @@ def _checkpoint_lines(row: Checkpoint, facts: dict) -> Iterable[tuple[str, objec
         "top-1": _score_text(row, row.top1, row.image_size),
         "top-5": _score_text(row, row.top5, row.image_size),
         "top-1, larger": _score_text(row, row.test_top1, row.test_image_size),
-        "mIoU": None if row.miou is None else f"{_miou_text(row)} %, one scale / several: {row.score_source}",
+        "mIoU": _scores_line(row, "segmentation"),
+        "AP": _scores_line(row, "detection"),
         "layout": row.layout if row.state_key is None else f"{row.layout}, under {row.state_key!r}",
         "hub": None if row.hub_id is None else hub,
         "address": address,
@@ -223,8 +234,15 @@ def _checkpoint_lines(row: Checkpoint, facts: dict) -> Iterable[tuple[str, objec
     }.items()
 
 
-def _miou_text(row: Checkpoint) -> str:
-    return f"{row.miou} / {row.miou_multi_scale}"
+def _scores_text(row: Checkpoint) -> str:
+    scores = (row.miou, row.miou_multi_scale) if row.task == "segmentation" else (row.box_ap, row.mask_ap)
+    return " / ".join(map(str, scores))
+
+
+def _scores_line(row: Checkpoint, task: str) -> str | None:
+    if row.task != task:
+        return None
+    return f"{_scores_text(row)} %, {_SCORES[task].partition(' ')[2]}: {row.score_source}"
 
 
 def _score_text(row: Checkpoint, score: float | None, size: int | None) -> str | None:
@@ -313,6 +331,11 @@ def _resize_text(preprocessing: Preprocessing, task: str) -> str:
     if task == "segmentation":
         size = min(height, width)
         return f"shorter side to {size}, longer to {4 * size} at most, bilinear"
+    if task == "detection":
+        size = min(height, width)
+        return (
+            f"shorter side to {size}, longer to {5 * size // 3} at most, bilinear; padded to multiples of 32"
+        )
     how = "both sides" if preprocessing.crop_mode == "squash" else "shorter side"
     scale, interpolation = preprocessing.scale_size[0], preprocessing.interpolation
     return f"{how} to {scale}, {interpolation}, then the central {height} x {width}"

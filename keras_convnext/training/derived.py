@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from keras_convnext._settings import SettingsError, toml_value
+from keras_convnext.architecture import Heads
 from keras_convnext.data import sources, unlabelled
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
@@ -161,9 +162,7 @@ def _from_weights(own: AnyRecipe, changed: Mapping[str, Any], weights: str, stat
         derived["optimizer.layer_decay"] = 1.0, "none is published for isotropic models"
     if isinstance(own, Recipe):
         derived |= _sizes(own, changed, images)
-    elif isinstance(own, SegmentationRecipe) and (
-        heads := resolve(None if is_path(weights) else architecture, weights).heads
-    ):
+    elif isinstance(heads := resolve(None if is_path(weights) else architecture, weights).heads, Heads):
         derived["model.channels"] = heads.channels, "of the weights"
         if not heads.auxiliary:
             derived["loss.auxiliary_weight"] = 0.0, "the weights have no auxiliary head"
@@ -215,7 +214,7 @@ def _facts(weights: str, architecture: str, *, is_of_it: bool = True):
     try:
         if not is_path(weights):
             row = published_row(weights, architecture)
-            return row.architecture, None if row.layout in ("mmdet", "mmseg") else row.preprocessing
+            return row.architecture, None if row.heads is not None else row.preprocessing
         source = with_contents(resolve(architecture if is_of_it else None, weights))
     except (OSError, ValueError):
         return None

@@ -12,15 +12,16 @@ import keras
 import numpy as np
 
 from keras_convnext._messages import listed
-from keras_convnext.architecture import HEAD_PLACES, LEAVES, STATISTICS
+from keras_convnext.architecture import BOX_BINS, DETECTOR_PLACES, HEAD_PLACES, LEAVES, STATISTICS
 from keras_convnext.weights import arrays, layouts
 from keras_convnext.weights.graph import Graph, functional, is_training_only, package_of
 
 # The official part of a layer's name; what stands in front is a prefix (`convnext.layer_name`).
 _OFFICIAL = re.compile(
     r"(?:^|_)(stem|downsample_layers_\d_\d|stages_\d_\d+|blocks_\d+|norm_pre|norm[0-3]?|pre_logits|head|"
-    rf"{'|'.join(HEAD_PLACES)})$"
+    rf"neck|rpn_head|roi_head_(?:bbox|mask)_head(?:_\d)?|{'|'.join(HEAD_PLACES)})$"
 )
+_FLATTENED = "shared_fcs_0/kernel"  # reads all values of a region, channel by channel in PyTorch
 
 # Layers that may stand between two layers of ours, as those of training only may.
 _HAND_ON = (keras.layers.Flatten, keras.layers.Identity)  # Flatten of pooled features (N, C)
@@ -38,8 +39,8 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
             averaged map (include_top=False, pooling="avg") is the classifier.
 
     Returns:
-        {canonical name: array}, in the order of the forward pass. Of a segmenter the names are those of
-        Facebook's files: "backbone." and the official name, "decode_head." and "auxiliary_head.".
+        {canonical name: array}, in the order of the forward pass. Of a segmenter or detector the names are
+        those of Facebook's files: "backbone." and the official name, "decode_head.", "neck." and so on.
 
     Layers without weights are not in it, such as a Rescaling in front. LoRA is merged.
 
@@ -60,7 +61,7 @@ def state_dict(model: keras.Model) -> layouts.StateDict:
             "include_top=False, pooling='avg', then Dense. model.save('x.keras') keeps all; for the body "
             f"alone pass {body}."
         )
-    return layouts.of_segmenter(_arrays(model, placed))
+    return layouts.with_body_prefix(_arrays(model, placed))
 
 
 def whole_state(model: keras.Model) -> layouts.StateDict:
@@ -71,7 +72,7 @@ def whole_state(model: keras.Model) -> layouts.StateDict:
         for layer in others
         for path, variable in _variables(layer)
     }
-    return layouts.of_segmenter(_arrays(model, placed)) | beside
+    return layouts.with_body_prefix(_arrays(model, placed)) | beside
 
 
 def places(model: keras.Model) -> tuple[dict[str, keras.Layer], list[keras.Layer]]:
@@ -326,6 +327,8 @@ def _arrays(model, placed) -> layouts.StateDict:
 def _canonical_name(path: str) -> str:
     """The official name of a variable: "stages_1_0/dwconv/kernel" -> "stages.1.0.dwconv.weight"."""
     layer, *inner, leaf = plain_path(path).split("/")
+    if place := DETECTOR_PLACES.get("_".join([layer, *inner])):
+        return f"{place}.{LEAVES.get(leaf, leaf)}"
     layer = HEAD_PLACES.get(layer) or re.sub(r"_(?=\d)", ".", layer)
     if inner == ["layer_scale"]:
         return f"{layer}.gamma"
@@ -346,6 +349,9 @@ def _to_keras(array, path):
         return array.transpose(2, 3, 0, 1)  # (C, 1, H, W) -> (H, W, C, 1)
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)  # (O, I, H, W) -> (H, W, I, O)
+    if path.endswith(_FLATTENED):  # (O, C H W) -> (H W C, O)
+        regions = array.reshape(len(array), -1, BOX_BINS**2)
+        return regions.transpose(2, 1, 0).reshape(-1, len(array))
     return array.T if array.ndim == 2 else array
 
 
@@ -354,6 +360,9 @@ def _to_torch(array, path):
         return array.transpose(2, 3, 0, 1)  # (H, W, C, 1) -> (C, 1, H, W)
     if array.ndim == 4:
         return array.transpose(3, 2, 0, 1)  # (H, W, I, O) -> (O, I, H, W)
+    if path.endswith(_FLATTENED):  # (H W C, O) -> (O, C H W)
+        outputs = array.shape[1]
+        return array.reshape(BOX_BINS**2, -1, outputs).transpose(2, 1, 0).reshape(outputs, -1)
     return array.T if array.ndim == 2 else array
 
 

@@ -10,13 +10,14 @@ measured here. `score_source` of a row says where its scores come from.
   what timm recommends, not always better: convnext_tiny.fb_in22k_ft_in1k loses 4 points there. timm asks
   for model.safetensors first and for pytorch_model.bin when it is missing.
 - facebookresearch/ConvNeXt at commit 048efcea: README.md, object_detection/README.md (COCO: shorter side
-  800 px, longer at most 1333 px), semantic_segmentation/README.md (ADE20K: UPerNet, 160k iterations, flip
-  with multi-scale), datasets.py (squashes from 384 px on and crops below). "raw" files are those without
-  the weight average (EMA), from which its detectors and segmenters start.
+  800 px, longer at most 1333 px; AP is of val2017), semantic_segmentation/README.md (ADE20K: UPerNet, 160k
+  iterations, flip with multi-scale), datasets.py (squashes from 384 px on and crops below). "raw" files are
+  those without the weight average (EMA), from which its detectors and segmenters start.
 - facebookresearch/ConvNeXt-V2 at commit 25538957: README.md. Its "22k" files have 1000 classes.
 - torchvision/models/convnext.py: trained by torchvision; its preset resizes bilinearly.
 - keras/src/applications/convnext.py (SHA-256 sums) and keras-team/keras PR #16421 (scores, lower than
   Meta's for the same weights, which Sayak Paul converted: its evaluation squashed to 256 x 256)
+- mmdetection 3.3.0, configs/convnext/metafile.yml.
 - mmsegmentation 1.2.2, configs/convnext/metafile.yaml; Hugging Face's segmenters are conversions of its files
   (transformers, convert_convnext_upernet_to_pytorch.py).
 - open-mmlab/mmpretrain at commit ee7f2e88: configs/convnext/README.md (one re-evaluation)
@@ -42,9 +43,12 @@ from keras_convnext.weights.published import Checkpoint
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("classes", "image_size", "test_image_size", "resize_size"), int),
-    **dict.fromkeys(("crop", "test_crop", "top1", "top5", "test_top1", "miou", "miou_multi_scale"), float),
+    **dict.fromkeys(
+        ("crop", "test_crop", "top1", "top5", "test_top1", "miou", "miou_multi_scale", "box_ap", "mask_ap"),
+        float,
+    ),
     **dict.fromkeys(("mean", "std"), lambda cell: tuple(map(float, cell.split()))),
-    **dict.fromkeys(("imagenet", "gated"), {"yes": True, "no": False}.__getitem__),
+    **dict.fromkeys(("imagenet", "gated", "cascade"), {"yes": True, "no": False}.__getitem__),
 }
 
 
@@ -142,12 +146,12 @@ def list_weights(
 
     Args:
         architecture: name or pattern with "*", e.g. "convnextv2_*".
-        classes: width of the classifier, or classes of a segmenter; 0 for none.
+        classes: width of the classifier, or classes of a segmenter or detector; 0 for none.
         image_size: side in pixels.
         licence: licence identifier, e.g. "apache-2.0".
         commercial_use: whether the licence allows commercial use.
         downloadable: whether the catalog knows where the file is.
-        task: "classification", "features" or "segmentation".
+        task: "classification", "features", "segmentation" or "detection".
 
     Raises:
         ValueError: no architecture matches, or no row has the licence or task; tells near names.

@@ -6,8 +6,9 @@ official PyTorch code, dense, in PyTorch's shapes (convolutions O, I, H, W; line
 written with it.
 What the official code lacks has canonical names of the same style: `downsample_layers.0.2` (the norm after an
 overlapping stem), `norm_pre`, `pre_logits`, `norm0` .. `norm3` (per-level norms of a pyramid). The heads of a
-segmenter have mmsegmentation's names, `decode_head...` and `auxiliary_head...`; in a whole state dict of one
-the names of its body start with "backbone.".
+segmenter have mmsegmentation's names, `decode_head...` and `auxiliary_head...`, those of a detector
+mmdetection's, `neck...`, `rpn_head...` and `roi_head...`; in a whole state dict of one the names of its body
+start with "backbone.".
 
 Sources of the names: facebookresearch/ConvNeXt 048efce and ConvNeXt-V2 2553895, timm 1.0.31, torchvision
 0.28, transformers 5.23, facebookresearch/dinov3 6876159, open_clip as timm reads it, mmpretrain ee7f2e8.
@@ -19,11 +20,12 @@ import functools
 import logging
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from keras_convnext import _messages
-from keras_convnext.architecture import STATISTICS, Heads, head_layers_of, layers_of
+from keras_convnext.architecture import STATISTICS, DetectorHeads, Heads, head_layers_of, layers_of
 from keras_convnext.variants import VARIANTS, Variant
 
 _logger = logging.getLogger("keras_convnext")
@@ -106,7 +108,7 @@ RULES: dict[str, list] = {
 }
 # open_clip wraps a timm trunk; its projection is the classifier, without a bias.
 RULES["open_clip"] = [*RULES["timm"][:-3], (r"^norm\.", "head.norm.")]
-RULES["mmsegmentation"] = RULES["mmpretrain"]  # whose bodies it has; of segmenters only
+RULES["mmsegmentation"] = RULES["mmdetection"] = RULES["mmpretrain"]  # whose bodies these have
 
 # A name that only this layout has, looked for in this order; what stands in front of it is the prefix.
 MARKERS = (
@@ -155,11 +157,25 @@ _is_unused = re.compile("|".join(UNUSED.values())).match
 
 STEMS = ("stem.weight", "downsample_layers.0.0.weight")
 _ENDS = ("norm", "norm_pre", "pre_logits", "head")
-WRITABLE_LAYOUTS = ("official", "timm", "torchvision", "huggingface", "mmsegmentation", "fcmae")
+WRITABLE_LAYOUTS = (
+    "official",
+    "timm",
+    "torchvision",
+    "huggingface",
+    "mmsegmentation",
+    "mmdetection",
+    "fcmae",
+)
+# Those that have heads of a task. The two projects have no other models here.
+_OF_TASK = {
+    "segmentation": ("official", "mmsegmentation", "huggingface"),
+    "detection": ("official", "mmdetection"),
+}
 
-_OF_HEADS = ("decode_head.", "auxiliary_head.")  # in every layout
+# Of a segmenter, then of a detector; in every layout.
+_OF_HEADS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.")
 _COUNT = f".{STATISTICS[2]}"  # of training steps, which PyTorch keeps and nothing here reads
-_BODY = "backbone."  # in front of the names of a segmenter's body
+_BODY = "backbone."  # in front of the names of the body
 
 
 def weight_shapes(
@@ -170,14 +186,19 @@ def weight_shapes(
     return {name: shape for layer in layers for name, shape in layer.weights.items()}
 
 
-def head_shapes(variant: Variant, heads: Heads) -> dict[str, tuple[int, ...]]:
-    """The same of the heads of a segmenter, with the statistics of their batch norms."""
+def head_shapes(variant: Variant, heads: Heads | DetectorHeads) -> dict[str, tuple[int, ...]]:
+    """The same of the heads, with the statistics of their batch norms."""
     return {name: shape for layer in head_layers_of(variant, heads) for name, shape in layer.weights.items()}
 
 
-def of_segmenter(state: StateDict) -> StateDict:
-    """The whole state dict: that of a segmenter with "backbone.", and counts of steps, 0 where unknown."""
-    if not any(name.startswith(_OF_HEADS) for name in state):
+def has_heads(names: Iterable[str]) -> bool:
+    """Whether some of the names are of the heads of a segmenter or detector."""
+    return any(name.startswith(_OF_HEADS) for name in names)
+
+
+def with_body_prefix(state: StateDict) -> StateDict:
+    """The whole state dict: with heads "backbone." before the body, and counts of steps, 0 where unknown."""
+    if not has_heads(state):
         return state
     whole: StateDict = {}
     for name, array in state.items():
@@ -237,7 +258,7 @@ class Contents:
     final_norm: bool  # the norm in front of the classifier, which FCMAE and detection files lack
     pyramid_norms: bool  # all of `norm0` .. `norm3`
     any_pyramid_norm: bool
-    heads: Heads | None  # of UPerNet, where it has them
+    heads: Heads | DetectorHeads | None  # of a segmenter or detector, where it has them
     beside: tuple[str, ...]  # other networks, as `BESIDE` calls them
     others: tuple[str, ...]  # names of what is no part of the network, as a head of one's own or a loss
 
@@ -313,7 +334,7 @@ def read(
 ) -> StateDict:
     """The canonical state dict of a file: every expected weight once, every name of the file accounted for.
 
-    Other networks are left out, heads of a segmenter too unless `shapes` has them. What is no part of the
+    Other networks are left out, heads of a task too unless `shapes` has them. What is no part of the
     network (a loss, metrics, a head of one's own) is left out, with a warning that names it, where the head
     may be there too, or where a classifier lies with the network under a prefix and it beside. Arrays are
     views of the file's where possible, in the order of `shapes`.
@@ -343,7 +364,7 @@ def read(
         else:
             result[name] = canonical
     allowed = tuple(rename(name + ".", layout) for name in may_hold)
-    asked = _OF_HEADS if any(name.startswith(_OF_HEADS) for name in shapes) else ()
+    asked = _OF_HEADS if has_heads(shapes) else ()
     left_over = [
         name
         for name in present
@@ -378,8 +399,8 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     GRN has one axis less than there, since `remap_checkpoint_keys`, through which official fine-tuning reads
     such a file, adds two. A ValueError says why that project cannot express the architecture.
     """
-    is_segmenter = any(name.startswith(_OF_HEADS) for name in canonical)
-    _check_writable(variant, layout, "norm0.weight" in canonical, is_segmenter)
+    heads = inspect(canonical).heads
+    _check_writable(variant, layout, "norm0.weight" in canonical, None if heads is None else heads.task)
     family = "convnextv2." if variant.version == 2 else "convnext."
     result = {}
     for whole_name, array in canonical.items():
@@ -440,14 +461,23 @@ def adapt_channels(state: StateDict, channels: int, mean=None, std=None) -> Stat
     return {**state, **changed, name: values.astype("float32" if changed else kernel.dtype)}
 
 
-def _heads(present: StateDict, layout: str) -> Heads | None:
-    """The heads of UPerNet among the arrays of a file, by their names."""
-    names = [rename(f"decode_head.{place}.weight", layout) for place in ("conv_seg", "psp_modules.0.1.conv")]
-    arrays = [present.get(name) for name in names]
-    if any(array is None or array.ndim != 4 for array in arrays):
-        return None
-    classes, channels = arrays[0].shape[:2]  # type: ignore[union-attr]
-    return Heads(classes, channels, any(name.startswith("auxiliary_head.") for name in present))
+def _heads(present: StateDict, layout: str) -> Heads | DetectorHeads | None:
+    """The heads of UPerNet or Mask R-CNN among the arrays of a file, by their names."""
+
+    def shapes(names, dimensions):
+        arrays = [present.get(rename(f"{name}.weight", layout)) for name in names]
+        are_there = all(array is not None and array.ndim == dimensions for array in arrays)
+        return [array.shape for array in arrays] if are_there else None  # type: ignore[union-attr]
+
+    if found := shapes(("decode_head.conv_seg", "decode_head.psp_modules.0.1.conv"), 4):
+        return Heads(found[0][0], found[0][1], any(name.startswith("auxiliary_head.") for name in present))
+    for cascade in (False, True):
+        place = DetectorHeads(1, cascade=cascade).places("bbox_head")[0]
+        linear = shapes((f"{place}.fc_cls", f"{place}.shared_fcs.0"), 2)
+        if linear and linear[0][0] > 1 and (pyramid := shapes(("rpn_head.rpn_conv",), 4)):
+            has_masks = any(name.startswith("roi_head.mask_head.") for name in present)
+            return DetectorHeads(linear[0][0] - 1, pyramid[0][0], linear[1][0], has_masks, cascade)
+    return None
 
 
 def _full_name(key: str, prefix: str) -> str:
@@ -549,22 +579,27 @@ def _dense_kernel(array, shape):
     return None
 
 
-def is_writable(variant: Variant, layout: str, is_segmenter: bool = False) -> bool:
-    """Whether the weights of a model can be written in a layout, as the code that it is of has them."""
+def is_writable(variant: Variant, layout: str, task: str | None = None) -> bool:
+    """Whether the weights of a model can be written in a layout, as the code that it is of has them.
+
+    `task`: of the heads, "segmentation" or "detection", if it has such.
+    """
     try:
-        _check_writable(variant, layout, has_pyramid_norms=is_segmenter, is_segmenter=is_segmenter)
+        _check_writable(variant, layout, has_pyramid_norms=task is not None, task=task)
     except ValueError:
         return False
     return True
 
 
-def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool, is_segmenter: bool) -> None:
+def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool, task: str | None) -> None:
     if layout not in WRITABLE_LAYOUTS:
         raise ValueError(_messages.unknown("layout to write", layout, WRITABLE_LAYOUTS))
-    if is_segmenter and layout in ("timm", "torchvision"):
-        reason = f"{layout} has no UPerNet, as official, mmsegmentation and huggingface have"
-    elif layout == "mmsegmentation" and not is_segmenter:
-        reason = "mmsegmentation's layout is of segmenters, and this is none"
+    kinds = {"segmentation": ("UPerNet", "segmenters"), "detection": ("Mask R-CNN", "detectors")}
+    if task is not None and layout not in _OF_TASK[task]:
+        *firsts, last = _OF_TASK[task]
+        reason = f"{layout} has no {kinds[task][0]}, as {', '.join(firsts)} and {last} have"
+    elif task is None and (of := {"mmsegmentation": "segmentation", "mmdetection": "detection"}.get(layout)):
+        reason = f"{layout}'s layout is of {kinds[of][1]}, and this is none"
     elif variant.isotropic and layout != "official":
         reason = f"{layout} has no isotropic ConvNeXt"
     elif has_pyramid_norms and layout in ("timm", "torchvision"):
@@ -586,7 +621,7 @@ def _check_writable(variant: Variant, layout: str, has_pyramid_norms: bool, is_s
         reason = "torchvision has no ConvNeXt V2"
     elif layout == "fcmae" and variant.version == 1:
         reason = "FCMAE is of ConvNeXt V2"
-    elif layout == "fcmae" and (is_segmenter or has_pyramid_norms):
+    elif layout == "fcmae" and (task is not None or has_pyramid_norms):
         reason = "FCMAE's encoders have neither norms at each level nor other heads"
     else:
         return

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 
+from keras_convnext.architecture import DetectorHeads, Heads
 from keras_convnext.data.preprocessing import Preprocessing
 
 # Endings of the weight files that the package reads; the first ones of PyTorch it writes too.
@@ -32,14 +33,15 @@ class Checkpoint:
     # Names and shapes of the arrays inside the file: "timm", "official" (Meta V1 and V2; the encoder-only V2
     # files are dense already and lack the final norm and the head), "torchvision", "huggingface", "dinov3"
     # (official names plus copies of the final norm), "dinov3_hf", "keras_applications", "mmdet", "mmseg"
-    # (official names after "backbone.", plus the task heads) or "mmsegmentation" (mmpretrain's there). A timm
-    # row means the file on the Hub: an address at dl.fbaipublicfiles.com in it is the file that timm
-    # converted, in the official layout.
+    # (official names after "backbone.", plus the task heads), or "mmdetection" and "mmsegmentation"
+    # (mmpretrain's there). A timm row means the file on the Hub: an address at dl.fbaipublicfiles.com in it
+    # is the file that timm converted, in the official layout.
     layout: str
-    task: str = ""  # "segmentation"; left out "classification", or "features" without classes
-    classes: int  # of the classifier or segmenter, 0 for none; of CLIP towers width of the image projection
-    # Side in pixels of the square the scores `top1` and `top5` were taken at; for "mmdet" the shorter side of
-    # the test images, for "mmseg" the training crop.
+    task: str = ""  # "segmentation", "detection"; left out "classification", or "features" without classes
+    classes: int  # of classifier, segmenter or detector, 0 for none; of CLIP towers width of the projection
+    cascade: bool = False  # of a detector: Cascade Mask R-CNN, else Mask R-CNN
+    # Side in pixels of the square the scores `top1` and `top5` were taken at; of detectors the shorter side
+    # of the test images, of segmenters the training crop.
     image_size: int
     test_image_size: int | None = None  # larger side that timm recommends for testing
     crop: float  # fraction `image_size` / size after the resize
@@ -61,6 +63,9 @@ class Checkpoint:
     # scale, with a sliding window of the training crop, and averaged over scales and flips.
     miou: float | None = None
     miou_multi_scale: float | None = None
+    # Of detectors the published average precision of the validation images in percent, of boxes and masks.
+    box_ap: float | None = None
+    mask_ap: float | None = None
     score_source: str = ""  # table the scores come from
     hub_id: str | None = None  # repository on the Hugging Face Hub
     hub_filename: str | None = None  # file in it
@@ -81,6 +86,13 @@ class Checkpoint:
     def commercial_use(self) -> bool:
         """Whether the licence allows commercial use; True for dinov3-license means its own conditions."""
         return self.licence not in NON_COMMERCIAL_LICENCES
+
+    @property
+    def heads(self) -> Heads | DetectorHeads | None:
+        """Those of a segmenter or detector."""
+        if self.task == "detection":
+            return DetectorHeads(self.classes, cascade=self.cascade)
+        return Heads(self.classes) if self.task == "segmentation" else None
 
     @property
     def preprocessing(self) -> Preprocessing:

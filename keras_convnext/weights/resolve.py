@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from keras_convnext import _messages
-from keras_convnext.architecture import STATISTICS, Heads
+from keras_convnext.architecture import STATISTICS, DetectorHeads, Heads
+from keras_convnext.data.detection.categories import coco
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation.ade20k import ade20k
-from keras_convnext.data.segmentation.labels import Labels
 from keras_convnext.variants import VARIANTS, Variant
 from keras_convnext.weights import (
     catalog,
@@ -44,6 +44,11 @@ _logger = logging.getLogger("keras_convnext")
 _announced_licences: set[str] = set()
 
 IMAGENET_CLASSES = 1000  # of random weights
+TASKS = ("classification", "features", "segmentation", "detection")
+_MAKERS = {  # what has heads of a task, and what makes one
+    "segmentation": ("segmenter", "segmentation.UPerNet"),
+    "detection": ("detector", "detection.MaskRCNN"),
+}
 
 Name = str | os.PathLike[str]
 
@@ -168,31 +173,33 @@ class ResolvedWeights:
 
     @property
     def task(self) -> str:
-        """What a model of all these weights is for: "classification", "features" or "segmentation"."""
+        """What a model of all these weights is for, one of `TASKS`."""
         if self.heads is not None:
-            return "segmentation"
+            return self.heads.task
         return "classification" if self.is_other_network or self.classes else "features"
 
     @functools.cached_property
-    def heads(self) -> Heads | None:
-        """Those of a segmenter; of random weights those of the tag."""
+    def heads(self) -> Heads | DetectorHeads | None:
+        """Those of a segmenter or detector; of random weights those of the tag."""
         if self.file is not None:
             if self.is_other_network:
                 return None
             return keras_files.read_heads(self.file) if self.is_bare else self.contents.heads
-        return Heads(self.row.classes) if self.row is not None and self.row.task == "segmentation" else None
+        return None if self.row is None else self.row.heads
 
     @functools.cached_property
-    def labels(self) -> Labels | None:
-        """The classes of a segmenter, as the tag or the file says; None where neither does."""
+    def labels(self) -> Any:
+        """`Labels` of a segmenter, `Categories` of a detector, as tag or file says; None where none does."""
         if self.heads is None:
             return None
-        stored = labels_metadata.read_labels(self.file) if self.file is not None else None
-        if stored is not None:
-            return stored
+        if self.file is not None:
+            stored = labels_metadata.read_labels(self.file, self.heads.task)
+            if stored is not None:
+                return stored
         row = self.row
-        is_ade20k = row is not None and row.task == "segmentation" and row.dataset.endswith("ade20k")
-        return ade20k() if is_ade20k and self.heads.classes == 150 else None
+        if row is None or row.heads is None or row.heads.classes != self.heads.classes:
+            return None
+        return {"ade20k": ade20k, "coco": coco}[row.dataset.rpartition(">")[2]]()
 
     @functools.cached_property
     def stored(self) -> Preprocessing | None:
@@ -255,7 +262,7 @@ class ResolvedWeights:
     def classes(self) -> int:
         """Outputs of the classifier, 0 for none; of random weights those of the tag, else ImageNet's.
 
-        A segmenter has none: its classes are in `heads`.
+        A segmenter or detector has none: its classes are in `heads`.
         """
         return self._sizes[0]
 
@@ -267,7 +274,7 @@ class ResolvedWeights:
     @functools.cached_property
     def _sizes(self) -> tuple[int, int]:
         if self.file is None and self.row is not None:
-            return 0 if self.row.task == "segmentation" else self.row.classes, 3
+            return 0 if self.row.heads is not None else self.row.classes, 3
         if self.file is None:
             return IMAGENET_CLASSES, 3
         if self.is_bare:
@@ -327,7 +334,7 @@ class ResolvedWeights:
         if contents.heads is not None:
             shapes |= layouts.head_shapes(self.variant, contents.heads)
         values = self._read(shapes, may_hold=() if contents.classes else ("pre_logits",))
-        return layouts.of_segmenter(values)
+        return layouts.with_body_prefix(values)
 
     def values(self, variant: Variant, options: Any, new_head: bool) -> layouts.StateDict:
         """The weights of the file that a model of settled `ModelOptions` takes, under canonical names."""
@@ -352,16 +359,17 @@ class ResolvedWeights:
             may_hold += ("norm", "norm_pre")
         return self._adapted(self._read(shapes, may_hold), options)
 
-    def segmenter_values(
-        self, variant: Variant, options: Any, heads: Heads, new_head: bool
+    def values_with_heads(
+        self, variant: Variant, options: Any, heads: Heads | DetectorHeads, new_head: bool
     ) -> layouts.StateDict:
-        """The same for a segmenter with these heads, of which `new_head` leaves out those of the classes."""
+        """The same with heads of a task, of which `new_head` leaves out the layers of the classes."""
         shapes = layouts.weight_shapes(variant, 0, self.contents.channels, pyramid_norms=True)
         shapes |= layouts.head_shapes(variant, heads)
         may_hold: tuple[str, ...] = ()
         if new_head:
-            may_hold = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
-            shapes = {name: shape for name, shape in shapes.items() if not name.startswith(may_hold)}
+            may_hold = heads.last
+            fresh = tuple(f"{name}." for name in may_hold)
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith(fresh)}
         values = self._adapted(self._read(shapes, may_hold), options)
         return {name: array for name, array in values.items() if not name.endswith(STATISTICS[2])}
 
@@ -384,7 +392,7 @@ class ResolvedWeights:
             if self.around is not None:
                 self.around.check(self.model.name)
             values = layouts.read(self.state, shapes, may_lack, may_hold)
-        takes_heads = contents.heads is not None and any(name.startswith("decode_head.") for name in shapes)
+        takes_heads = contents.heads is not None and layouts.has_heads(shapes)
         if self.file is not None and contents.beside and not takes_heads:
             _logger.warning("Of %s the ConvNeXt is taken, not: %s.", self.path, ", ".join(contents.beside))
         lacking = sorted({name.rsplit(".", 1)[0] for name in shapes if name not in values})
@@ -403,9 +411,9 @@ def resolve(
             What was resolved before is returned as it is.
         weights: "default" for the file of the tag (of an architecture: "imagenet"); None for random weights;
             another tag, long or short; or a file, then a tag as name says how its images are prepared.
-        task: "classification" to refuse weights without a classifier, "segmentation" those that are not of a
-            segmenter; "features" where neither is needed, so that "imagenet" may be the smaller file without
-            a classifier; None for any.
+        task: "classification" to refuse weights without a classifier, "segmentation" and "detection" those
+            that are not of a segmenter or detector; "features" where neither is needed, so that "imagenet"
+            may be the smaller file without a classifier; None for any.
 
     Raises a ValueError where the name is unknown (near ones are listed), means a file as well as published
     weights, or the weights are not for the task; a TypeError where `weights` is none of these.
@@ -413,9 +421,8 @@ def resolve(
     Example:
         resolve("convnext_tiny.fb_in22k_ft_in1k_384").preprocessing.crop_fraction      # 1.0
     """
-    tasks = ("classification", "features", "segmentation")
-    if task not in (None, *tasks):
-        raise ValueError(_messages.unknown("task", task, tasks))
+    if task not in (None, *TASKS):
+        raise ValueError(_messages.unknown("task", task, TASKS))
     if isinstance(name, ResolvedWeights):
         return name
     named = None if name is None else meaning(name)
@@ -455,12 +462,13 @@ def _checked(found: ResolvedWeights, task: str | None) -> ResolvedWeights:
     """Refuses weights that are not for a task."""
     if task == "classification":
         _check_classifier(found)
-    if task == "segmentation" and found.task != task:
+    if task in _MAKERS and found.task != task:
         what = (found.row and found.row.tag) or found.file or found.variant.name
+        kind, maker = _MAKERS[task]
         raise ValueError(
-            f"Expected weights of a segmenter. Received {what}, which is for {found.task}. "
-            "`keras-convnext list --task segmentation` lists such; keras_convnext.segmentation.UPerNet makes "
-            "one of any ConvNeXt."
+            f"Expected weights of a {kind}. Received {what}, which is for {found.task}. "
+            f"`keras-convnext list --task {task}` lists such; keras_convnext.{maker} makes one of any "
+            "ConvNeXt."
         )
     return found
 
@@ -563,14 +571,17 @@ def _check_classifier(found: ResolvedWeights) -> None:
     if row is not None and (row.is_projection or row.task != "classification"):
         instead = catalog.IMAGENET[row.architecture] or catalog.IMAGENET["convnext_tiny"]
         what = "has no classifier"
-        if row.task == "segmentation":
-            what = f"gives {row.classes} classes for each pixel, not for the image"
+        if row.heads is not None:
+            of = "pixel" if row.task == "segmentation" else "object"
+            what = f"gives {row.classes} classes for each {of}, not for the image"
         elif row.classes:
             what = f"gives {row.classes} features of CLIP, not classes"
         raise ValueError(f"{row.tag!r} {what}. Use weights that have one, for example {instead}.")
     # A model's file may hold any, which whoever opens it checks.
     if found.file is not None and not found.is_model and not found.classes:
-        what = "has no classifier" if found.heads is None else "is of a segmenter and has no classifier"
+        what = "has no classifier"
+        if found.heads is not None:
+            what = f"is of a {_MAKERS[found.heads.task][0]} and has no classifier"
         raise ValueError(f"{found.file} {what}. Pass weights that have one.")
 
 

@@ -67,10 +67,10 @@ def test_table_equals_the_rows_of_before_field_by_field():
     Whoever adds or corrects a row changes the digest and says in the commit what it was.
     """
     rows = [dataclasses.asdict(row) for row in CHECKPOINTS.values()]
-    assert len(rows) == 236
+    assert len(rows) == 239
     for row in rows:
         del row["imagenet"]  # it was the two dicts
-    assert digest(rows) == "d08252d26eec81eadc7d16e41971d39ce3d45d30e21bef1095d1a0b1a4b70a71"
+    assert digest(rows) == "9bbee515e0291aa5363ba4deef6ce76e53206c57fc25f1ba7bab280291202671"
     assert (
         digest([IMAGENET, IMAGENET_NOTOP])
         == "4c3762b9571312501d765ba67e2a1a25b1bcf9c65316bb778174a5f0c4853a26"
@@ -165,6 +165,7 @@ def test_each_source_has_its_number_of_rows():
         "timm": 103,
         "official": 24 + 3 + 26,  # V1, V1 without EMA, V2
         "mmdet": 7,
+        "mmdetection": 3,
         "mmseg": 6,
         "mmsegmentation": 6,
         "torchvision": 4,
@@ -204,7 +205,7 @@ def test_rows_hold_only_known_values():
         (HALF, HALF),
     }
     assert {row.state_key for row in ROWS} == {None, "model", "state_dict"}
-    assert {row.classes for row in ROWS} == {0, 150, 640, 768, 1000, 1024, 11821, 21841}
+    assert {row.classes for row in ROWS} == {0, 80, 150, 640, 768, 1000, 1024, 11821, 21841}
     assert {row.image_size for row in ROWS} == {160, 224, 256, 320, 384, 512, 640, 800}
     for row in ROWS:
         assert 0.8 < row.crop <= 1.0
@@ -220,7 +221,7 @@ def test_mean_and_std_are_the_published_constants():
 
 def test_licences_and_which_forbid_commercial_use():
     assert collections.Counter(row.licence for row in ROWS) == {
-        "apache-2.0": 70 + 10 + 6,  # timm, keras.applications, mmsegmentation
+        "apache-2.0": 70 + 10 + 6 + 3,  # timm, keras.applications, mmsegmentation, mmdetection
         "cc-by-nc-4.0": 26 + 26 + 18,  # timm, Meta, transformers
         "mit": 24 + 3 + 7 + 6 + 15 + 5,
         "bsd-3-clause": 4,
@@ -237,9 +238,19 @@ def test_licences_and_which_forbid_commercial_use():
 
 def test_scores_are_percentages_with_a_source():
     for row in ROWS:
-        for score in (row.top1, row.top5, row.test_top1, row.miou, row.miou_multi_scale):
+        for score in (
+            row.top1,
+            row.top5,
+            row.test_top1,
+            row.miou,
+            row.miou_multi_scale,
+            row.box_ap,
+            row.mask_ap,
+        ):
             assert score is None or 40 < score < 100, row.tag
-        assert (row.top1 is not None or row.miou is not None) == bool(row.score_source), row.tag
+        scores = (row.top1, row.miou, row.box_ap)
+        assert any(score is not None for score in scores) == bool(row.score_source), row.tag
+        assert (row.box_ap is not None) == (row.mask_ap is not None) == (row.task == "detection")
         assert (row.miou is not None) == (row.miou_multi_scale is not None) == (row.task == "segmentation")
         assert row.miou is None or row.miou < row.miou_multi_scale < row.miou + 1
         assert row.top5 is None or row.top5 > row.top1
@@ -263,6 +274,7 @@ def test_addresses_are_complete():
         "timm": ("https://dl.fbaipublicfiles.com/convnext/", "https://github.com/rwightman/"),
         "official": ("https://dl.fbaipublicfiles.com/convnext/",),
         "mmdet": ("https://dl.fbaipublicfiles.com/convnext/coco/",),
+        "mmdetection": ("https://download.openmmlab.com/mmdetection/v2.0/convnext/",),
         "mmseg": ("https://dl.fbaipublicfiles.com/convnext/ade20k/",),
         "mmsegmentation": ("https://download.openmmlab.com/mmsegmentation/v0.5/convnext/",),
         "torchvision": ("https://download.pytorch.org/models/",),
@@ -272,7 +284,8 @@ def test_addresses_are_complete():
         assert row.url is None or row.url.startswith(hosts[row.layout]), row.tag
         assert (row.hub_id is None) == (row.hub_filename is None)
         assert row.downloadable or row.note, row.tag
-    for layout in ("official", "mmdet", "mmseg", "mmsegmentation", "torchvision", "keras_applications"):
+    alone = ("official", "mmdet", "mmdetection", "mmseg", "mmsegmentation", "torchvision")
+    for layout in (*alone, "keras_applications"):
         rows = [row for row in ROWS if row.layout == layout]
         assert all(row.url and row.hub_id is None for row in rows)
         assert len({row.url for row in rows}) == len(rows)
@@ -288,7 +301,7 @@ def test_checksums_are_hexadecimal_and_in_the_file_name():
             assert f"-{row.sha256_prefix}.pth" in (row.url or row.note)
     assert {row.layout for row in ROWS if row.sha256} == {"keras_applications"}
     with_prefix = collections.Counter(row.layout for row in ROWS if row.sha256_prefix)
-    assert with_prefix == {"timm": 9, "torchvision": 4, "dinov3": 4, "mmsegmentation": 6}
+    assert with_prefix == {"timm": 9, "torchvision": 4, "dinov3": 4, "mmdetection": 3, "mmsegmentation": 6}
 
 
 def test_only_the_files_of_meta_dinov3_are_gated():
@@ -428,8 +441,8 @@ def test_dense_task_rows_equal_the_collected_facts():
     for fact in collected["fb_v1_coco"]:
         row = by_url.pop(fact["url"])
         assert row.architecture == f"convnext_{fact['variant']}"
-        assert fact["method"] in row.note
-        assert f"box AP {fact['box_mAP']}, mask AP {fact['mask_mAP']}" in row.note
+        assert (row.task, row.classes, row.cascade) == ("detection", 80, "Cascade" in fact["method"])
+        assert (row.box_ap, row.mask_ap) == (fact["box_mAP"], fact["mask_mAP"])
         assert row.tag.endswith("_in22k") == row.dataset.startswith("imagenet22k")
         assert row.dataset.startswith("imagenet22k") == (fact["pretrain"] == "ImageNet-22K")
     for fact in collected["fb_v1_ade20k"]:
@@ -658,7 +671,8 @@ def test_list_weights_refuses_an_unknown_licence():
 
 def test_list_weights_refuses_an_unknown_task():
     message = (
-        "Unknown task 'segment'. Did you mean 'segmentation'? Known: classification, features, segmentation"
+        "Unknown task 'segment'. Did you mean 'segmentation'? Known: classification, detection, features, "
+        "segmentation"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         list_weights(task="segment")

@@ -28,8 +28,9 @@ FILES = {
     "convnextv2_atto.huggingface_fcmae_ft_in1k": ".bin",
     "convnext_tiny.official_dinov3_lvd1689m": ".pth",
     "convnext_tiny.dinov3_hf": ".bin",
-    "convnext_tiny.official_coco_mask_rcnn": ".pth",
-    "convnext_tiny.official_coco_cascade_mask_rcnn": ".pth",
+    "convnext_tiny.fb_coco_mask_rcnn": ".pth",
+    "convnext_tiny.fb_coco_cascade_mask_rcnn": ".pth",
+    "convnext_tiny.mmdet_coco_mask_rcnn": ".pth",
     "convnext_tiny.fb_ade20k_512": ".pth",
     "convnext_tiny.mmseg_ade20k_512": ".pth",
 }
@@ -39,6 +40,7 @@ HEADS = {
         "rpn_head.rpn_cls.bias",
         "roi_head.bbox_head.fc_cls.weight",
     ),
+    "mmdetection": ("neck.fpn_convs.3.conv.bias",),
     "mmseg": ("decode_head.conv_seg.weight", "decode_head.bottleneck.bn.num_batches_tracked"),
     "mmsegmentation": ("decode_head.conv_seg.weight",),
 }
@@ -124,7 +126,7 @@ def test_file_loads_by_its_tag(tag, folder, one_block_a_stage):
     assert_loads(row, weights)
 
 
-@pytest.mark.parametrize("tag", ["convnext_tiny.official_coco_mask_rcnn", "convnext_tiny.fb_ade20k_512"])
+@pytest.mark.parametrize("tag", ["convnext_tiny.fb_coco_mask_rcnn", "convnext_tiny.fb_ade20k_512"])
 def test_control_exchanged_weights_fail(tag, folder, one_block_a_stage):
     row = CHECKPOINTS[tag]
     weights = random_weights(row)
@@ -136,7 +138,7 @@ def test_control_exchanged_weights_fail(tag, folder, one_block_a_stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tag", ["convnext_tiny.official_coco_mask_rcnn", "convnext_tiny.fb_ade20k_512"])
+@pytest.mark.parametrize("tag", ["convnext_tiny.fb_coco_mask_rcnn", "convnext_tiny.fb_ade20k_512"])
 def test_file_of_full_size_loads_by_its_tag(tag, folder):
     row = CHECKPOINTS[tag]
     weights = random_weights(row)

@@ -252,7 +252,7 @@ def write_published(tag, path, meta, classes=150):
         for name, shape in shapes.items()
     }
     layout = {"mmseg": "official"}.get(row.layout, row.layout)
-    whole = layouts.of_segmenter(canonical)
+    whole = layouts.with_body_prefix(canonical)
     state = {name: torch.tensor(array) for name, array in layouts.write(whole, variant, layout).items()}
     content = state if row.state_key is None else {"meta": meta, row.state_key: state}
     if path.suffix == ".safetensors":

@@ -219,3 +219,24 @@ def unpacked(text: str) -> list[int]:
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value = shift = 0
     return counts
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """The run lengths of a mask bool (height, width), as `draw` reads them and COCO's tools write them."""
+    pixels = np.concatenate([[False], mask.T.ravel(), [not mask.T.ravel()[-1]]])
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1])
+    counts = np.diff(ends, prepend=0).tolist()
+    return {"size": list(mask.shape), "counts": packed(counts)}
+
+
+def packed(counts: list[int]) -> str:
+    """Returns run lengths as the text that `unpacked` reads."""
+    text = bytearray()
+    for place, count in enumerate(counts):
+        value = count - counts[place - 2] if place > 2 else count
+        is_last = False
+        while not is_last:
+            bits, value = value & 31, value >> 5
+            is_last = value == (-1 if bits & 16 else 0)
+            text.append(48 + bits + 32 * (not is_last))
+    return text.decode("ascii")

@@ -57,9 +57,9 @@ def with_legend(picture: np.ndarray, found: list[dict[str, Any]], labels: Labels
     if others:
         rest = sum(row["share"] for row in others)
         lines.append(((128, 128, 128), rest, f"{len(others)} more classes"))
-    font = _font(14)
+    letters = font(14)
     texts = [f"{100 * share:5.1f} %  {name}" for _, share, name in lines]
-    width = 2 * _MARGIN + _SWATCH + 8 + int(max((font.getlength(text) for text in texts), default=0))
+    width = 2 * _MARGIN + _SWATCH + 8 + int(max((letters.getlength(text) for text in texts), default=0))
     height = max(picture.shape[0], 2 * _MARGIN + _ROW * len(lines))
     sheet = Image.new("RGB", (picture.shape[1] + width, height), "white")
     sheet.paste(Image.fromarray(picture), (0, 0))
@@ -68,7 +68,7 @@ def with_legend(picture: np.ndarray, found: list[dict[str, Any]], labels: Labels
     for number, ((colour, _, _), text) in enumerate(zip(lines, texts, strict=True)):
         top = _MARGIN + number * _ROW
         pen.rectangle((left, top + 2, left + _SWATCH, top + 2 + _SWATCH), colour, "black")
-        pen.text((left + _SWATCH + 8, top), text, "black", font)
+        pen.text((left + _SWATCH + 8, top), text, "black", letters)
     return sheet
 
 
@@ -81,7 +81,7 @@ def save_png(picture: Image.Image, path: StrPath) -> None:
     replace_file(path, content.getvalue(), PNG_MARK)
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
     """DejaVu Sans of the system or of matplotlib, for most alphabets; else Pillow's own, for ASCII."""
     found = importlib.util.find_spec("matplotlib")  # without importing it
     places = (found.submodule_search_locations if found is not None else None) or ()

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_convnext import models, segmentation
+from keras_convnext.architecture import Heads
 from keras_convnext.conversion import save_weights
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import sources
@@ -41,7 +42,7 @@ class Segmentation:
         self.recipe = recipe
         self.workers = workers
         # Facebook's code has no place for what some of timm's architectures are.
-        is_official = layouts.is_writable(VARIANTS[recipe.model.architecture], "official", is_segmenter=True)
+        is_official = layouts.is_writable(VARIANTS[recipe.model.architecture], "official", "segmentation")
         self.files: Sequence[str] = ("final.safetensors" if is_official else "final.keras",)
         forward.import_batches()  # says what is missing without TensorFlow
         from keras_convnext.data.segmentation import batches
@@ -221,12 +222,13 @@ def build_model(recipe: SegmentationRecipe, classes: int, source: ResolvedWeight
         include_top=None if source.task == "segmentation" else False,
         pyramid_norms=source.task != "segmentation",
     )
-    if source.heads is None:
+    heads = source.heads
+    if not isinstance(heads, Heads):
         backbone = models.build(source, options)
         return segmentation.UPerNet(backbone, classes, values.channels, auxiliary=has_auxiliary)
-    if source.heads.channels != values.channels:
+    if heads.channels != values.channels:
         raise ValueError(
-            f"Expected channels = {source.heads.channels}, the width of the weights' heads, received "
+            f"Expected channels = {heads.channels}, the width of the weights' heads, received "
             f"{values.channels}. Set channels to it."
         )
     model = segmentation.build(source, options)
