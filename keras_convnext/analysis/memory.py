@@ -165,7 +165,8 @@ def layers(step: Step) -> list[Layer]:
     for part, group in itertools.groupby(layers_in(step), key=lambda layer: layer.part):
         inside = list(group)
         is_decoder = inside[0].stage == "decoder"
-        step = whole if is_decoder else dataclasses.replace(whole, batch=whole.batch * whole.seen)
+        if whole.decoder is not None:
+            step = whole if is_decoder else dataclasses.replace(whole, batch=whole.batch * whole.seen)
         is_head = part == "head"
         if step.trainable == "head" and not is_head:
             found.append(Layer(part, 0, 0, 0))  # no gradient goes through it
@@ -180,7 +181,9 @@ def layers(step: Step) -> list[Layer]:
             kept, working = _downsampling(step, inside[0])
         else:
             kept, working = _block(step, inside[0])
-            if not is_decoder:  # the grid that the depthwise convolution is given, with zeros at masked cells
+            if (
+                step is not whole
+            ):  # the grid that the depthwise convolution is given, with zeros at masked cells
                 kept += step.item_size * (whole.batch - step.batch) * inside[0].side ** 2 * inside[0].outputs
         trained = sum(_own_weights(step, layer) for layer in inside) * (step.trainable == "all" or is_head)
         found.append(Layer(part, int(kept), int(working), FLOAT32 * trained))
