@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from keras_convnext import architecture
 from keras_convnext.architecture import layers_of
@@ -166,7 +167,8 @@ def layers(step: Step) -> list[Layer]:
         inside = list(group)
         is_decoder = inside[0].stage == "decoder"
         if whole.decoder is not None:
-            step = whole if is_decoder else dataclasses.replace(whole, batch=whole.batch * whole.seen)
+            batch: Any = whole.batch * whole.seen  # parts of images too
+            step = whole if is_decoder else dataclasses.replace(whole, batch=batch)
         is_head = part == "head"
         if step.trainable == "head" and not is_head:
             found.append(Layer(part, 0, 0, 0))  # no gradient goes through it
@@ -181,9 +183,7 @@ def layers(step: Step) -> list[Layer]:
             kept, working = _downsampling(step, inside[0])
         else:
             kept, working = _block(step, inside[0])
-            if (
-                step is not whole
-            ):  # the grid that the depthwise convolution is given, with zeros at masked cells
+            if step is not whole:  # what the depthwise convolution is given: zeros at masked cells
                 kept += step.item_size * (whole.batch - step.batch) * inside[0].side ** 2 * inside[0].outputs
         trained = sum(_own_weights(step, layer) for layer in inside) * (step.trainable == "all" or is_head)
         found.append(Layer(part, int(kept), int(working), FLOAT32 * trained))

@@ -111,7 +111,9 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     pretrains = isinstance(recipe, PretrainingRecipe)
     if not 0 < fraction <= 1:
         raise ValueError(f"Expected a fraction above 0 and at most 1 of peak figures, received {fraction}.")
-    model, batch_size = recipe.model, recipe.optimizer.batch_size
+    model: Any = recipe.model
+    augmentation: Any = recipe.augmentation
+    batch_size = recipe.optimizer.batch_size
     num_devices, name = parse_devices(devices)
     engine, model_devices = _engine(recipe, num_devices)
     images, classes = _data_of(recipe)
@@ -138,7 +140,7 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
             clips=recipe.optimizer.clip_norm > 0,
             num_devices=num_devices,
             model_devices=model_devices,
-            **(_masked(recipe) if pretrains else {}),
+            **(_masked(recipe) if isinstance(recipe, PretrainingRecipe) else {}),
         )
 
     def total(chosen):
@@ -147,7 +149,7 @@ def make_plan(recipe: AnyRecipe, devices: str, fraction: float = FRACTION) -> Pl
     teacher = 0 if pretrains else _teacher_bytes(recipe)
     limit = device.memory * USABLE_MEMORY
     # A micro-batch divides into equal parts; mixing takes pairs of images.
-    mixes = not pretrains and (recipe.augmentation.mixup or recipe.augmentation.cutmix)
+    mixes = not pretrains and (augmentation.mixup or augmentation.cutmix)
     unit = math.lcm(num_parts, 2) if mixes else num_parts
     possible = [n for n in _divisors(batch_size) if batch_size // n % unit == 0]
     if not possible:

@@ -148,7 +148,8 @@ class Pretraining:
             )
             self._evaluated = _WithLoss(model), batches
         scored, batches = self._evaluated
-        run, cells = forward.forward_function(scored), self.preprocessing.size[0] // CELL
+        run: Any = forward.forward_function(scored)
+        cells = self.preprocessing.size[0] // CELL
         shown = np.linspace(0, len(data.validation) - 1, min(SHOWN_IMAGES, len(data.validation))).astype(int)
         losses = [np.zeros(0)]
         for batch in batches.as_numpy_iterator():
