@@ -134,10 +134,17 @@ def step_of(case, backend):
     """A function that does one training step, and the memory of one."""
     from benchmarks import memory
 
-    model, *data = made(*case)
     kept = ""
+    model, *data = made(*case)
     if backend == "tensorflow":
-        peak = memory.tensorflow_peak(lambda: made(*case)[0], *data)
+        models = []
+
+        def build():
+            models.append(made(*case)[0])
+            return models[0]
+
+        peak = memory.tensorflow_peak(build, *data)
+        model = models[0]
     else:
         model.train_on_batch(*data)
         peak = memory.torch_peak(model, *data)

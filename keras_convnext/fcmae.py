@@ -31,7 +31,8 @@ from keras_convnext.layers.pointwise import PatchConv2D, pointwise, pointwise_af
 
 FORMS = ("masked", "tall")
 
-# The faster form of the encoder, by backend and kind of device; `make bench-fcmae` measures both.
+# The form taken by default, by backend and kind of device. A step of Tiny took 0.57 of
+# the time of "masked" on PyTorch, 0.51 on TensorFlow (benchmarks/runs/fcmae/speed.md).
 FASTER = {
     ("tensorflow", "cpu"): "tall",
     ("jax", "cpu"): "tall",
@@ -95,8 +96,8 @@ class MaskedAutoencoder(keras.Model):
         decoder_width: int, channels of the decoder. Default 512; 128 costs small bodies much less and scored
             0.2 points below it (table 1c).
         decoder_depth: int, blocks of the decoder. Default 1 (table 1c).
-        encoder: "masked", "tall", or None for the one that was faster on this backend and device (`FASTER`).
-            Both give the same to rounding.
+        encoder: "masked", "tall", or None for that of `FASTER` for this backend and device. Both give
+            the same to rounding.
         norm_pix_loss: bool, whether each cell of the target is standardised. Default True.
         cell: int, side of a cell in pixels, a multiple of the body's total stride. Default None, that stride:
             32, so images of 64 pixels have 4 cells and should be enlarged to 128.
