@@ -196,7 +196,7 @@ class _WithLoss(keras.Model):
     """Images and masks to each image's loss (N,) and its picture (N, H, W, 3), 0..255."""
 
     def __init__(self, autoencoder: Any) -> None:
-        super().__init__(autocast=False)
+        super().__init__(autocast=False, name="with_loss")
         self.autoencoder = autoencoder
         self.built = True
 
