@@ -22,6 +22,7 @@ from keras import ops
 from keras_convnext import models
 from keras_convnext.convnext import INITIALIZER, ConvNeXtV2Block
 from keras_convnext.data.preprocessing import is_positive_integer
+from keras_convnext.distribution.engine import replicas
 from keras_convnext.layers.casting import cast, float32_or_wider
 from keras_convnext.layers.cells import Masked, Tall, spread
 from keras_convnext.layers.depthwise import device_kind
@@ -183,13 +184,13 @@ class MaskedAutoencoder(keras.Model):
         return outputs if given else {**outputs, "visible": visible}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The mean over the masked cells of the batch, a scalar in float32 or wider."""
+        """The mean over the masked cells of the batch, of a replica its share; in float32 or wider."""
         images, visible = x if isinstance(x, (list, tuple)) else (x, y_pred["visible"])
         target = self.targets(images)
         error = ops.mean(ops.square(y_pred["prediction"] - target), axis=-1)  # (N, L)
         masked = cast(ops.logical_not(cast(visible, "bool")), error.dtype)
         masked = ops.reshape(masked, (-1, error.shape[-1]))
-        return ops.sum(error * masked) / ops.sum(masked)
+        return ops.sum(error * masked) / (ops.sum(masked) * replicas())
 
     def targets(self, images):
         """What is to be predicted for images (N, H, W, C), as `patchify` orders it; float32 or wider."""

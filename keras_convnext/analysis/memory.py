@@ -188,7 +188,7 @@ def layers(step: Step) -> list[Layer]:
             kept, working = _segmentation_head(step, inside)
         else:
             kept, working = _block(step, inside[0])
-            if not is_decoder:  # the grid that the depthwise convolution is given, with zeros at masked cells
+            if step is not whole:  # what the depthwise convolution is given: zeros at masked cells
                 kept += step.item_size * (whole.batch - step.batch) * inside[0].side ** 2 * inside[0].outputs
         trained = sum(_own_weights(step, layer) for layer in inside) * (step.trainable == "all" or is_head)
         found.append(Layer(part, int(kept), int(working), FLOAT32 * trained))

@@ -75,3 +75,14 @@ class Engine:
     def filled(self, batch_size: int) -> int:
         """Returns the least size from `batch_size` up that can be divided; for batches that are padded."""
         return -(-batch_size // self.num_parts) * self.num_parts
+
+
+def replicas() -> int:
+    """Counts the replicas of TensorFlow whose losses are added up; `keras.losses` are divided by it."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync

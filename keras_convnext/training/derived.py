@@ -15,7 +15,7 @@ from keras_convnext.data import sources, unlabelled
 from keras_convnext.data.index import Source
 from keras_convnext.data.preprocessing import Preprocessing
 from keras_convnext.data.segmentation import sources as segmentation_sources
-from keras_convnext.training.recipes.classification import Data, Recipe, published_row, unknown_tag
+from keras_convnext.training.recipes.classification import Recipe, published_row, unknown_tag
 from keras_convnext.training.recipes.files import AnyRecipe, load_recipe
 from keras_convnext.training.recipes.pretraining import PretrainingRecipe
 from keras_convnext.training.recipes.segmentation import SegmentationRecipe
@@ -121,7 +121,7 @@ def split_names(
     return train, data.val_split or ("validation" if others else None)
 
 
-def training_images(data: Data, seed: int, opener: Any = sources) -> Source:
+def training_images(data: Any, seed: int, opener: Any = sources) -> Source:
     """Opens the images that a run trains on, without those held out, by the functions of a module of data."""
     train, validation = split_names(data, opener.list_splits)
     training = opener.open_source(data.source, train)

@@ -148,7 +148,8 @@ class Pretraining:
             )
             self._evaluated = _WithLoss(model), batches
         scored, batches = self._evaluated
-        run, cells = forward.forward_function(scored), self.preprocessing.size[0] // CELL
+        run: Any = forward.forward_function(scored)
+        cells = self.preprocessing.size[0] // CELL
         shown = np.linspace(0, len(data.validation) - 1, min(SHOWN_IMAGES, len(data.validation))).astype(int)
         losses = [np.zeros(0)]
         for batch in batches.as_numpy_iterator():
@@ -196,7 +197,7 @@ class _WithLoss(keras.Model):
     """Images and masks to each image's loss (N,) and its picture (N, H, W, 3), 0..255."""
 
     def __init__(self, autoencoder: Any) -> None:
-        super().__init__(autocast=False)
+        super().__init__(autocast=False, name="with_loss")
         self.autoencoder = autoencoder
         self.built = True
 

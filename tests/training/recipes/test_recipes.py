@@ -245,7 +245,8 @@ def test_a_recipe_of_segmentation_is_read_by_its_task(tmp_path):
     assert identity(recipe)["steps"] == 300 and identity(recipe)["crop_size"] == [64, 96]
     path.write_text(recipe.to_toml().replace('"segmentation"', '"detection"'))
     with pytest.raises(
-        ValueError, match=r"Expected task to be one of classification, segmentation, received 'det"
+        ValueError,
+        match=r"Expected task to be one of classification, segmentation, pretraining, received 'det",
     ):
         load_recipe(path)
     path.write_text('task = "classification"\n' + load_recipe("smoke").to_toml().replace("task = ", "# "))
@@ -271,7 +272,9 @@ def test_a_mistake_in_segmentation_is_named(changes, expected):
 
 
 def test_a_plan_of_segmentation_is_refused():
-    with pytest.raises(ValueError, match=r"Expected a recipe of a classifier, received one of segmentation"):
+    with pytest.raises(
+        ValueError, match=r"Expected a recipe of a classifier or of pre-training, received one of segm"
+    ):
         make_plan(load_recipe("camvid"), "1xcpu")
 
 
