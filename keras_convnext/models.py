@@ -280,7 +280,7 @@ Args:
         at zero, others repeat R, G, B.
     pooling: None, "avg" or "max": without the top, whether to pool the last map, and how.
     classes: int, outputs of the classifier. Must be those of the weights when these are "imagenet" or a file
-        with a classifier; another number (not the default) with a tag, or a file of a body alone, keeps the
+        with a classifier; another number (not the default) with a tag, or an encoder of FCMAE, keeps the
         body and gets a new, random classifier. Weights that ship with the package bring their own number in
         place of the default.
     classifier_activation: of the classifier; None for logits.

@@ -144,7 +144,7 @@ def scanned(path: str, kind: str, files: list[str], images: Iterable[Found]) -> 
             text += name.encode("utf-8", "surrogateescape")
             numbers.extend((number, offset, length, label, len(text)))
             progress.show(
-                int(min(sizes[number] + offset, sizes[number + 1])),
+                int(min(sizes[number] + offset, sizes[min(number + 1, len(files))])),
                 lambda: f"{len(numbers) // 5} images, {progress.text()}",
             )
     table = zip(names, np.array(numbers, np.int64).reshape(-1, len(names)).T, strict=True)

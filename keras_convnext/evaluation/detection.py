@@ -157,6 +157,7 @@ def average_precision(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    categories = sorted(categories)  # as pycocotools orders its results
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = content
@@ -165,7 +166,7 @@ def average_precision(
         rows = [{name: value for name, value in one.items() if name != other} for one in found]
         results = truth.loadRes(rows) if rows else COCO()
         run = COCOeval(truth, results, KINDS[kind])
-        run.params.imgIds, run.params.catIds = sorted(images), list(categories)
+        run.params.imgIds, run.params.catIds = sorted(images), categories
         run.evaluate()
         run.accumulate()
         run.summarize()

@@ -399,7 +399,7 @@ def write(canonical: StateDict, variant: Variant, layout: str) -> StateDict:
     GRN has one axis less than there, since `remap_checkpoint_keys`, through which official fine-tuning reads
     such a file, adds two. A ValueError says why that project cannot express the architecture.
     """
-    heads = inspect(canonical).heads
+    heads = inspect(canonical).heads if any(name.startswith(_OF_HEADS) for name in canonical) else None
     _check_writable(variant, layout, "norm0.weight" in canonical, None if heads is None else heads.task)
     family = "convnextv2." if variant.version == 2 else "convnext."
     result = {}

@@ -308,8 +308,9 @@ class ResolvedWeights:
         if not include_top:
             return False
         row = self.published
-        if row is None:  # a file of a body alone, where the number is none that stands for no choice
+        if row is None:  # an encoder of FCMAE, where the number is none that stands for no choice
             is_body = self.file is not None and not self.is_bare and self.task == "features"
+            is_body = is_body and not (self.contents.final_norm or self.contents.others)
             if new_head is not None or not is_body or classes == IMAGENET_CLASSES:
                 return bool(new_head)
             name: object = self.file

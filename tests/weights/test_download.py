@@ -793,7 +793,7 @@ def test_hub_offline_switch_applies_to_hub_files_only(server, tmp_path, monkeypa
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     result, _ = run_child(row(**hub))
     assert (result["error"], result["message"]) == (
-        "WeightsNotFoundError",
+        "ForbiddenError",
         "The weights 'convnext_tiny' are not on this machine, and HF_HUB_OFFLINE=1 forbids "
         f"downloading them. Looked in KERAS_CONVNEXT_WEIGHTS_DIR ({tmp_path}) and in the cache "
         f"{tmp_path / 'cache'}. Unset HF_HUB_OFFLINE, or: get https://huggingface.co/owner/"
@@ -801,7 +801,7 @@ def test_hub_offline_switch_applies_to_hub_files_only(server, tmp_path, monkeypa
         "licence there), save it as 'convnext_tiny.safetensors' in a folder, and set "
         "KERAS_CONVNEXT_WEIGHTS_DIR to that folder.",
     )
-    assert run_child(row(server, **hub))[0]["error"] == "WeightsNotFoundError"
+    assert run_child(row(server, **hub))[0]["error"] == "ForbiddenError"
     assert server.behaviour.requests == []
     assert download.fetch(row(server)).read_bytes() == BODY
 
@@ -901,7 +901,7 @@ def test_hub_refusal_names_file_status_and_advice(hub, status, error_code, gated
     hub.behaviour.status = status
     hub.behaviour.error_code = error_code
     result, _ = run_child(row(**HUB, gated=gated))
-    assert result["error"] == "WeightsNotFoundError"
+    assert result["error"] == ("NoSuchFileError" if error_code == "EntryNotFound" else "WeightsNotFoundError")
     assert expected.format(address=hub.address) in result["message"]
 
 

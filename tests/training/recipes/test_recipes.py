@@ -13,7 +13,6 @@ import pydantic
 import pytest
 
 from keras_convnext._settings import toml_value
-from keras_convnext.analysis.plan import make_plan
 from keras_convnext.data import train_transform
 from keras_convnext.training.advice import warnings_for
 from keras_convnext.training.recipes.classification import Distribution, Recipe
@@ -269,13 +268,6 @@ def test_a_recipe_of_segmentation_is_read_by_its_task(tmp_path):
 def test_a_mistake_in_segmentation_is_named(changes, expected):
     with pytest.raises(ValueError, match=re.escape(expected)):
         load_recipe("camvid").replaced(changes)
-
-
-def test_a_plan_of_segmentation_is_refused():
-    with pytest.raises(
-        ValueError, match=r"Expected a recipe of a classifier or of pre-training, received one of segm"
-    ):
-        make_plan(load_recipe("camvid"), "1xcpu")
 
 
 def test_the_table_above_would_notice_another_value(published):
