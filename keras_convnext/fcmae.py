@@ -25,20 +25,11 @@ from keras_convnext.data.preprocessing import is_positive_integer
 from keras_convnext.distribution.engine import replicas
 from keras_convnext.layers.casting import cast, float32_or_wider
 from keras_convnext.layers.cells import Masked, Tall, spread
-from keras_convnext.layers.depthwise import device_kind
 from keras_convnext.layers.initializers import RandomNormal
 from keras_convnext.layers.normalization import LayerNormalization
 from keras_convnext.layers.pointwise import PatchConv2D, pointwise, pointwise_after_grn
 
 FORMS = ("masked", "tall")
-
-# The form taken by default, by backend and kind of device. A step of Tiny took 0.57 of
-# the time of "masked" on PyTorch, 0.51 on TensorFlow (benchmarks/runs/fcmae/speed.md).
-FASTER = {
-    ("tensorflow", "cpu"): "tall",
-    ("jax", "cpu"): "tall",
-    ("torch", "cpu"): "tall",
-}
 
 
 def kept_cells(cells: tuple[int, int], mask_ratio: float) -> int:
@@ -97,8 +88,9 @@ class MaskedAutoencoder(keras.Model):
         decoder_width: int, channels of the decoder. Default 512; 128 costs small bodies much less and scored
             0.2 points below it (table 1c).
         decoder_depth: int, blocks of the decoder. Default 1 (table 1c).
-        encoder: "masked", "tall", or None for that of `FASTER` for this backend and device. Both give
-            the same to rounding.
+        encoder: "masked", "tall", or None: "tall", the faster one (a step of Tiny in 0.57 of the time of
+            "masked" on PyTorch, 0.51 on TensorFlow: benchmarks/runs/fcmae/speed.md), but "masked" for given
+            masks in a compiled graph, which cannot count their cells. Both give the same to rounding.
         norm_pix_loss: bool, whether each cell of the target is standardised. Default True.
         cell: int, side of a cell in pixels, a multiple of the body's total stride. Default None, that stride:
             32, so images of 64 pixels have 4 cells and should be enlarged to 128.
@@ -107,8 +99,8 @@ class MaskedAutoencoder(keras.Model):
     Call arguments:
         inputs: images (N, H, W, C), pixels as the body takes them, 0..255, sides multiples of `cell`; or the
             pair (images, visible) with visible bool (N, H / cell, W / cell), True = seen. In a compiled graph
-            each sample must have `kept_cells(...)` seen cells, as `draw_masks` gives; another number makes
-            the features and the loss NaN there. Eager calls take any masks.
+            "tall" takes masks of `kept_cells(...)` seen cells, as `draw_masks` gives; another number makes
+            the features and the loss NaN.
 
     Returns:
         {"features": (N, H / stride, W / stride, C), the encoder's last map, zero where not visible;
@@ -300,8 +292,8 @@ class MaskedAutoencoder(keras.Model):
     def _encode(self, images, visible, given, training):
         """The last map, zero at masked cells."""
         cells = tuple(visible.shape[1:])
-        form = self.encoder or FASTER.get((keras.backend.backend(), device_kind(images)), "tall")
         known = _known_count(visible) if given else None
+        form = self.encoder or ("masked" if given and known is None else "tall")
         kept = kept_cells(cells, self.mask_ratio) if known is None else known
         layout = Masked(visible) if form == "masked" or kept == 0 else Tall(visible, kept)
         x = layout.cut(self._normalised(images))
@@ -311,7 +303,7 @@ class MaskedAutoencoder(keras.Model):
             elif layer is not self._normaliser:
                 x = layer(x)
         x = layout.paste(x)
-        if given and known is None:
+        if form == "tall" and given and known is None:
             count = ops.sum(cast(visible, "int32"), axis=(1, 2))
             x = ops.where(ops.reshape(count == kept, (-1, 1, 1, 1)), x, float("nan"))
         return x

@@ -497,6 +497,13 @@ def test_fit_takes_given_masks_and_refuses_to_hide_wrong_ones(autoencoders):
         wrong = VISIBLE.copy()
         wrong[0] = True
         assert math.isnan(autoencoder.evaluate((images, wrong), verbose=0))
+        chosen = MaskedAutoencoder(
+            autoencoder.body, decoder_width=8
+        )  # which cannot count, and takes "masked"
+        chosen.set_weights(autoencoder.get_weights())
+        chosen.compile(keras.optimizers.SGD(0.0))
+        expected = loss_of(chosen, images, wrong, outputs(chosen, images, wrong)["prediction"])
+        assert chosen.evaluate((images, wrong), verbose=0) == pytest.approx(expected, rel=1e-5)
 
 
 @long_on_jax

@@ -237,6 +237,7 @@ def build_model(recipe: PretrainingRecipe, source: ResolvedWeights) -> fcmae.Mas
         mask_ratio=values.mask_ratio,
         decoder_width=values.decoder_width,
         decoder_depth=values.decoder_depth,
+        encoder="tall",  # each mask that is drawn here has as many cells
         norm_pix_loss=values.norm_pix_loss,
         seed=recipe.run.seed,
         name="masked_autoencoder",  # Keras would number it, and a checkpoint names arrays by it
