@@ -96,8 +96,7 @@ def _targets(
             "file. Pass the folder that holds them all, or one at a time."
         )
     folder = pathlib.Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    _files.check_target(_json_file(output, command), mark=mark)
+    _files.prepare_folder(folder, {_json_file(output, command).name: mark})
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_convnext._environment import missing_text
-from keras_convnext._files import check_target, replace_file
+from keras_convnext._files import prepare_folder, replace_file
 from keras_convnext._messages import listed
 from keras_convnext._terminal import Progress
 from keras_convnext.data.detection.annotations import Annotations
@@ -27,6 +27,7 @@ from keras_convnext.predictor import open_detector
 
 NAMES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
 KINDS = {"box": "bbox", "mask": "segm"}  # as pycocotools calls them
+_MARK = b'[{"image_id"'  # with which a results file begins that may be replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +98,7 @@ def evaluate(
         raise ImportError(missing_text("Average precision", "pycocotools"))
     target = None if output is None else pathlib.Path(output) / "results.json"
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        check_target(target, mark=b'[{"image_id"')
+        prepare_folder(target.parent, {target.name: _MARK})
     annotations = Annotations(data, images)
     opened = open_detector(model, image_size=image_size)
     ids = matched(opened.categories, annotations)
@@ -127,7 +127,7 @@ def evaluate(
     damaged = faults.report()
     seen = [annotations.images[place]["id"] for place in numbers if annotations.name(place) not in damaged]
     if target is not None:
-        replace_file(target, json.dumps(found).encode(), b'[{"image_id"')
+        replace_file(target, json.dumps(found).encode(), _MARK)
     kinds = [kind for kind in KINDS if kind == "box" or (annotations.has_masks and opened.draws_masks)]
     asked = [number for number in ids if number is not None]
     scores = {kind: average_precision(annotations.content, found, seen, asked, kind) for kind in kinds}

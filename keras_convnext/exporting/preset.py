@@ -52,8 +52,8 @@ def write_preset(name: Name | ResolvedWeights, folder: Any, *, replace: bool = F
             files of a preset are replaced.
 
     Raises:
-        ValueError: the weights are of a segmenter, or of a model of other than 3 channels or without
-            normaliser.
+        ValueError: the weights are of a segmenter or detector, or of a model of other than 3 channels or
+            without normaliser.
         FileExistsError: something is in the folder that this function may not replace.
     """
     folder = pathlib.Path(folder)
@@ -215,8 +215,8 @@ def _score_text(row: Checkpoint, score: float | None) -> str | None:
 
 def _check(source: ResolvedWeights) -> None:
     """Refuses what the classes of `keras_convnext.hub` do not express."""
-    if source.task == "segmentation":
-        raise ValueError("Expected weights of a classifier or its body, received a segmenter's.")
+    if source.heads is not None:
+        raise ValueError(f"Expected weights of a classifier or its body, received a {source.kind}'s.")
     if source.channels != 3:
         raise ValueError(f"Expected weights for 3 channels, received some for {source.channels}.")
     if not source.is_normalised:

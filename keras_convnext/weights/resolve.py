@@ -178,6 +178,11 @@ class ResolvedWeights:
             return self.heads.task
         return "classification" if self.is_other_network or self.classes else "features"
 
+    @property
+    def kind(self) -> str:
+        """What a model with its heads is called: a "segmenter" or "detector"; "classifier" without them."""
+        return "classifier" if self.heads is None else _MAKERS[self.heads.task][0]
+
     @functools.cached_property
     def heads(self) -> Heads | DetectorHeads | None:
         """Those of a segmenter or detector; of random weights those of the tag."""
@@ -582,7 +587,7 @@ def _check_classifier(found: ResolvedWeights) -> None:
     if found.file is not None and not found.is_model and not found.classes:
         what = "has no classifier"
         if found.heads is not None:
-            what = f"is of a {_MAKERS[found.heads.task][0]} and has no classifier"
+            what = f"is of a {found.kind} and has no classifier"
         raise ValueError(f"{found.file} {what}. Pass weights that have one.")
 
 

@@ -93,6 +93,10 @@ def test_what_another_program_wrote_is_left_before_a_model_is_opened(refused, ru
         assert "keras_convnext did not write it" in refused(*words)
         assert (out / name).read_text() == "mine" and len([*out.iterdir()]) == 1
         (out / name).unlink()
+    (tmp_path / "taken").write_text("mine")
+    assert "received 'taken', which is a file" in refused(
+        "segment", photos, "--model", "x.keras", "-o", "taken"
+    )
 
 
 def test_photos_of_one_name_are_kept_apart_or_refused(run, refused, file, photos, tmp_path):

@@ -128,5 +128,6 @@ def test_folders_of_others_and_without_force_are_not_touched(tmp_path, run, refu
 def test_weights_that_keras_hub_cannot_express_are_refused(tmp_path, refused):
     error = refused("preset", "convnext_tiny.fb_ade20k_512", "preset")
     assert "received a segmenter's" in error
+    assert "received a detector's" in refused("preset", "convnext_tiny.fb_coco_mask_rcnn", "preset")
     assert "Expected hf://user/name beside --dry-run" in refused("preset", "x.fb", "preset", "--dry-run")
     assert not (tmp_path / "preset").exists()
