@@ -17,16 +17,10 @@ Each has a process of its own with all cores; they take turns, in the reversed o
 """
 
 import argparse
-import contextlib
-import dataclasses
 import itertools
 import json
 import math
-import os
-import statistics
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +30,10 @@ if __name__ == "__main__":
 import numpy as np
 
 from benchmarks.speed import implementations, output
-from benchmarks.speed.alternating_runs import Worker, WorkerError
+from benchmarks.speed.alternating_runs import Measurement, measure_entries, ratio
 from benchmarks.speed.cases import Progress
-from benchmarks.speed.implementations import KERAS_BACKENDS, Step
+from benchmarks.speed.implementations import KERAS_BACKENDS, Case, Step
 from benchmarks.speed.report import Table
-from benchmarks.speed.worker import timed
 
 MODEL, SIDE, CLASSES, CHANNELS = "convnext_tiny", 512, 150, 512
 BATCHES = {"inference": 1, "training": 2}
@@ -55,61 +48,19 @@ TITLES = {name: implementations.TITLES[name] for name in KERAS_BACKENDS} | {
     "smp": "smp, eager",
 }
 COMMAND = (
-    "import keras_convnext_main; from benchmarks import segmentation; raise SystemExit(segmentation.serve())"
+    "import keras_convnext_main; from benchmarks import segmentation; from benchmarks.speed import worker; "
+    "raise SystemExit(worker.main(segmentation.prepare))"
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """What was seen of an implementation in one kind of step.
-
-    Attributes:
-        kind: "inference" or "training".
-        implementation: see `TITLES`.
-        seconds: of a step, one number a round: the median of the steps of that turn.
-        first: seconds from the start of the process to the first result.
-        peak_bytes: largest resident memory of the process.
-        problem: why it could not run, else "".
-    """
-
-    kind: str
-    implementation: str
-    seconds: tuple[float, ...] = ()
-    first: float = math.nan
-    peak_bytes: int = 0
-    problem: str = ""
-
-
-def serve() -> int:
-    """Answers as `benchmarks.speed.worker` does; first line: {"kind", "implementation"}."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # frameworks print
-
-    def answer(**facts: Any) -> None:
-        print(json.dumps(facts), file=answers, flush=True)
-
-    task = json.loads(sys.stdin.readline())
-    try:
-        step = prepare(task["implementation"], task["kind"])
-        step()
-        answer(ready=True)
-        for line in sys.stdin:
-            seconds = timed(step, json.loads(line)["seconds"])
-            answer(seconds=seconds, peak_bytes=implementations.peak_bytes())
-    except Exception as error:
-        traceback.print_exc()
-        answer(problem=f"{type(error).__name__}: {error}".splitlines()[0])
-    return 0
-
-
-def prepare(name: str, kind: str) -> Step:
+def prepare(name: str, case: Case, _threads: int | None, _folder: str) -> Step:
     """Builds a model with random weights and returns one step of it."""
     generator = np.random.default_rng(0)
-    images = generator.uniform(0, 255, (BATCHES[kind], SIDE, SIDE, 3)).astype("float32")
+    images = generator.uniform(0, 255, (case.batch, SIDE, SIDE, 3)).astype("float32")
     maps = generator.integers(0, CLASSES, images.shape[:3]).astype("int32")
     if name in KERAS_BACKENDS:
-        return ours(kind, images, maps)
-    return theirs(name, kind, images, maps)
+        return ours(case.mode, images, maps)
+    return theirs(name, case.mode, images, maps)
 
 
 def ours(kind: str, images: np.ndarray, maps: np.ndarray) -> Step:
@@ -185,76 +136,41 @@ def theirs(name: str, kind: str, images: np.ndarray, maps: np.ndarray) -> Step:
     return train
 
 
-def measure(kind: str, names: Sequence[str], rounds: int, seconds: float, progress: Progress) -> list[Speed]:
-    """Measures one kind of step in turns; an implementation that cannot run has a `problem`."""
-    workers: dict[str, Worker] = {}
-    found = {name: Speed(kind, name) for name in names}
-    with contextlib.ExitStack() as stack:
-        order = [*names, *itertools.chain(*(names[:: (-1) ** number] for number in range(rounds)))]
-        for place, name in enumerate(order):
-            progress.show(f"{kind}, {name}", place, len(order))
-            if found[name].problem:
-                continue
-            command: dict[str, Any] = {"seconds": seconds}
-            if is_new := name not in workers:
-                begin = time.perf_counter()
-                workers[name] = Worker(["-c", COMMAND], implementations.environment(name, None))
-                stack.callback(workers[name].stop)
-                command = {"kind": kind, "implementation": name}
-            try:
-                answer = workers[name].ask(**command)
-            except WorkerError as error:
-                answer = {"problem": str(error)}
-            if "problem" in answer:
-                found[name] = Speed(kind, name, problem=answer["problem"])
-            elif is_new:
-                found[name] = dataclasses.replace(found[name], first=time.perf_counter() - begin)
-            else:
-                times = (*found[name].seconds, statistics.median(answer["seconds"]))
-                found[name] = dataclasses.replace(found[name], seconds=times, peak_bytes=answer["peak_bytes"])
-        progress.show("done", len(order), len(order))
-    return list(found.values())
-
-
-def ratio(own: Speed, peer: Speed) -> float:
-    """Returns how many times as fast as the peer one is: median over rounds; NaN where one did not run."""
-    if not own.seconds or not peer.seconds:
-        return math.nan
-    pairs = zip(own.seconds, peer.seconds, strict=True)
-    return statistics.median(theirs / mine for mine, theirs in pairs)
-
-
-def as_table(found: Sequence[Speed]) -> Table:
+def as_table(found: Sequence[Measurement]) -> Table:
     """Makes the table of one kind: seconds, memory, and times the speed of each peer."""
-    peers = [speed for speed in found if speed.implementation in PEERS and speed.seconds]
+    peers = [each for each in found if each.implementation in PEERS and each.seconds]
     rows, notes = [], []
-    for speed in found:
-        title = TITLES[speed.implementation]
-        if speed.problem:
-            notes.append(f"{title}: {speed.problem}")
+    for each in found:
+        title = TITLES[each.implementation]
+        if each.problem:
+            notes.append(f"{title}: {each.problem}")
             continue
-        is_ours = speed.implementation in KERAS_BACKENDS
+        is_ours = each.implementation in KERAS_BACKENDS
         rows.append(
             (
                 title,
-                f"{1000 * statistics.median(speed.seconds):.0f}",
-                f"{1000 * min(speed.seconds):.0f}..{1000 * max(speed.seconds):.0f}",
-                f"{speed.peak_bytes / 1e9:.2f}",
-                f"{speed.first:.1f}",
-                *(f"{ratio(speed, peer):.2f}" if is_ours else "" for peer in peers),
+                f"{1000 * each.median:.0f}",
+                f"{1000 * min(each.seconds):.0f}..{1000 * max(each.seconds):.0f}",
+                f"{each.peak_bytes / 1e9:.2f}",
+                f"{each.first:.1f}",
+                *(f"{ratio(each, peer):.2f}" if is_ours else "" for peer in peers),
             )
         )
-    kind = found[0].kind
+    case = found[0].case
     ratios = (f"x {peer.implementation}" for peer in peers)
     titles = ("implementation", "ms", "min..max", "peak GB", "first s", *ratios)
-    heading = f"UPerNet, {MODEL}, {SIDE} x {SIDE} pixels: {kind}, batch {BATCHES[kind]}"
+    heading = f"UPerNet, {MODEL}, {SIDE} x {SIDE} pixels: {case.mode}, batch {case.batch}"
     return Table(heading, titles, "<" + ">" * (len(titles) - 1), rows, tuple(notes))
 
 
-def as_row(speed: Speed) -> dict[str, Any]:
-    return dataclasses.asdict(speed) | {
-        "seconds": json.dumps([round(value, 4) for value in speed.seconds]),
-        "first": None if math.isnan(speed.first) else speed.first,
+def as_row(found: Measurement) -> dict[str, Any]:
+    return {
+        "kind": found.case.mode,
+        "implementation": found.implementation,
+        "seconds": json.dumps([round(value, 4) for value in found.seconds]),
+        "first": None if math.isnan(found.first) else found.first,
+        "peak_bytes": found.peak_bytes,
+        "problem": found.problem,
     }
 
 
@@ -276,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {}
     for kind in options.kinds:
         names = [name for name in options.only if kind in PEERS.get(name, BATCHES)]
-        found[kind] = measure(kind, names, options.rounds, options.seconds, progress)
+        case = Case(MODEL, kind, BATCHES[kind], SIDE)
+        entries = [(name, case) for name in names]
+        found[kind] = measure_entries(entries, options.rounds, options.seconds, None, progress.show, COMMAND)
     speeds = list(itertools.chain(*found.values()))
     measured = [name for name in options.only if name in KERAS_BACKENDS]
     tables = [as_table(kinds) for kinds in found.values()]

@@ -178,11 +178,15 @@ class MaskedAutoencoder(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The mean over the masked cells of the batch, of a replica its share; in float32 or wider."""
         images, visible = x if isinstance(x, (list, tuple)) else (x, y_pred["visible"])
-        target = self.targets(images)
-        error = ops.mean(ops.square(y_pred["prediction"] - target), axis=-1)  # (N, L)
-        masked = cast(ops.logical_not(cast(visible, "bool")), error.dtype)
-        masked = ops.reshape(masked, (-1, error.shape[-1]))
-        return ops.sum(error * masked) / (ops.sum(masked) * replicas())
+        errors, masked = self.errors(images, visible, y_pred["prediction"])
+        return ops.sum(errors) / (ops.sum(masked) * replicas())
+
+    def errors(self, images, visible, prediction):
+        """Each cell's mean squared error, 0 where it is seen; and 1 where it is masked: both (N, L)."""
+        errors = ops.mean(ops.square(prediction - self.targets(images)), axis=-1)
+        masked = cast(ops.logical_not(cast(visible, "bool")), errors.dtype)
+        masked = ops.reshape(masked, (-1, errors.shape[-1]))
+        return errors * masked, masked
 
     def targets(self, images):
         """What is to be predicted for images (N, H, W, C), as `patchify` orders it; float32 or wider."""

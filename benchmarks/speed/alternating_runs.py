@@ -74,6 +74,7 @@ def measure_entries(
     seconds: float = 1.0,
     threads: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    command: str | None = None,
 ) -> list[Measurement]:
     """Measures implementations in turns, each on a case of its own.
 
@@ -83,6 +84,8 @@ def measure_entries(
         seconds: about how long a turn lasts; it has three steps at least, after one that is not counted.
         threads: cores of each, None for all.
         on_progress: called with what is done now, the number of things done and of all.
+        command: the program of a process in Python, for implementations that are its own; default
+            `worker.COMMAND`, for those of `implementations`.
 
     Returns:
         One for each entry, in their order. One that cannot run has a `problem`, and the others are measured.
@@ -94,7 +97,7 @@ def measure_entries(
         ours, timm = measure(Case("convnext_tiny"), ["torch", "timm"])
         print(f"{ratio(ours, timm):.2f} times timm's speed")
     """
-    for name, _ in entries:
+    for name, _ in entries if command is None else ():
         implementations.check_implementation(name)
     total = len(entries) * (rounds + 1)
     with contextlib.ExitStack() as stack:
@@ -105,7 +108,7 @@ def measure_entries(
                 on_progress(f"starting {name}", number, total)
             own = os.path.join(folder, str(number))
             os.mkdir(own)
-            turn = _Turn(name, case, threads, own)
+            turn = _Turn(name, case, threads, own, command)
             stack.callback(turn.stop)
             turn.start()
             turns.append(turn)
@@ -212,8 +215,9 @@ class Worker:
 class _Turn:
     """An implementation's process and what it has measured so far."""
 
-    def __init__(self, name: str, case: Case, threads: int | None, folder: str) -> None:
+    def __init__(self, name: str, case: Case, threads: int | None, folder: str, command: str | None) -> None:
         self.name, self.case, self.threads, self.folder = name, case, threads, folder
+        self.command = command
         self.worker: Worker | None = None
         self.seconds: list[float] = []
         self.first, self.peak_bytes = math.nan, 0
@@ -223,7 +227,8 @@ class _Turn:
     def start(self) -> None:
         """Builds the model and runs the first step."""
         try:
-            implementations.check_offered(self.name, self.case)
+            if self.command is None:  # else its process says so
+                implementations.check_offered(self.name, self.case)
         except implementations.NotOfferedError as error:
             self.problem = str(error)
             return
@@ -240,7 +245,7 @@ class _Turn:
 
     def _ask_new(self, export: bool) -> dict | None:
         variables = implementations.environment(self.name, self.threads)
-        self.worker = Worker(["-c", worker.COMMAND], variables)
+        self.worker = Worker(["-c", self.command or worker.COMMAND], variables)
         return self._ask(**worker.first_line(self.name, self.case, self.threads, self.folder, export))
 
     def _ask(self, **command) -> dict | None:

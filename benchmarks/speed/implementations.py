@@ -254,10 +254,10 @@ def export(name: str, case: Case, folder: str) -> None:
 
 
 def versions(name: str) -> dict[str, str]:
-    """Returns the versions of the packages that an implementation is made of."""
+    """Returns the versions of the packages that an implementation is made of; none of a foreign one."""
     packages = {"keras"} if is_ours(name) or name.startswith("keras.applications") else set()
     found = {}
-    for module in (*_MODULES[name], *packages):
+    for module in (*_MODULES.get(name, ()), *packages):
         for distribution in (_DISTRIBUTIONS.get(module, module), module):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[module] = importlib.metadata.version(distribution)

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from benchmarks.speed import implementations
 
@@ -24,8 +25,11 @@ LONGEST_MESSAGE = 300  # characters of an error
 COMMAND = "import keras_convnext_main; from benchmarks.speed import worker; raise SystemExit(worker.main())"
 
 
-def main() -> int:
-    """Serves the commands; returns the exit code."""
+def main(prepare: Callable[..., implementations.Step] | None = None) -> int:
+    """Serves the commands; returns the exit code.
+
+    `prepare(name, case, threads, folder)` builds what is measured; default `implementations.prepare`.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -41,13 +45,13 @@ def main() -> int:
             implementations.export(name, case, task["folder"])
             answer(exported=True)
             return 0
-        step = implementations.prepare(name, case, task["threads"], task["folder"])
+        step = (prepare or implementations.prepare)(name, case, task["threads"], task["folder"])
         step()
         answer(ready=implementations.versions(name), device=implementations.device())
         for line in sys.stdin:
             command = json.loads(line)
             if "run" in command:
-                answer(seconds=timed(step, command["run"]))
+                answer(seconds=_timed(step, command["run"]))
             else:
                 answer(peak_bytes=implementations.peak_bytes())
     except implementations.NotOfferedError as error:
@@ -64,7 +68,7 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:LONGEST_MESSAGE]}"
 
 
-def timed(step, seconds: float) -> list[float]:
+def _timed(step, seconds: float) -> list[float]:
     """Seconds of each step, for about `seconds` in all, after one that is not counted."""
     step()
     times: list[float] = []

@@ -231,6 +231,11 @@ def with_contents(source: ResolvedWeights) -> ResolvedWeights:
     return source
 
 
+def body_weights(recipe: Any) -> ResolvedWeights:
+    """The weights that the body of a model begins with; random ones where the recipe names none."""
+    return with_contents(resolve(recipe.model.architecture, recipe.model.weights or None, "features"))
+
+
 def _data_problems(
     source: Any, folder: pathlib.Path, list_splits: Callable[[str], list[str]]
 ) -> Iterator[str]:

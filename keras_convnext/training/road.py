@@ -148,9 +148,7 @@ def train_road(
     own = {**CHANGES, "architecture": REGIMES[regime]}
     changes: dict[str, Any] = {Recipe.full_key(key) or key: value for key, value in own.items()} | given
     folder = pathlib.Path(os.path.expanduser(output)).absolute()
-    recipe = choose_recipe(RECIPE, data, changes, folder)[0]
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"Expected a recipe of classification, received {type(recipe).__name__}.")
+    recipe: Any = choose_recipe(RECIPE, data, changes, folder)[0]
     _check_recipe(recipe, regime)
     if open_data(recipe)[1] is None:
         raise ValueError(f"Expected images to evaluate on in '{data}', received none. Set val_split.")

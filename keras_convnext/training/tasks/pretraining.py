@@ -21,13 +21,13 @@ from keras_convnext.evaluation import forward
 from keras_convnext.evaluation.results import fingerprint
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import curves, schedule
-from keras_convnext.training.derived import split_names, with_contents
+from keras_convnext.training.derived import body_weights, split_names
 from keras_convnext.training.recipes.pretraining import CELL, PretrainingRecipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import CURVES_FILE, Plan, batches_of
 from keras_convnext.training.tasks import Datasets, TaskModel, adamw
 from keras_convnext.weights import preprocessing_metadata
-from keras_convnext.weights.resolve import ResolvedWeights, resolve
+from keras_convnext.weights.resolve import ResolvedWeights
 
 SHOWN_IMAGES = 6  # in the picture of each epoch
 # Endings of names that decay here besides kernels: timm's `add_weight_decay`, by which the official code
@@ -58,8 +58,7 @@ class Pretraining:
     @functools.cached_property
     def source(self) -> ResolvedWeights:
         """The weights that the encoder begins with."""
-        model = self.recipe.model
-        return with_contents(resolve(model.architecture, model.weights or None, "features"))
+        return body_weights(self.recipe)
 
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
@@ -204,9 +203,8 @@ class _WithLoss(keras.Model):
     def call(self, inputs, training=None):
         images, visible = inputs
         prediction = self.autoencoder(inputs, training=False)["prediction"]
-        errors = ops.mean(ops.square(prediction - self.autoencoder.targets(images)), axis=-1)
-        masked = 1 - ops.cast(ops.reshape(visible, (-1, errors.shape[-1])), errors.dtype)
-        loss = ops.sum(errors * masked, axis=-1) / ops.sum(masked, axis=-1)
+        errors, masked = self.autoencoder.errors(images, visible, prediction)
+        loss = ops.sum(errors, axis=-1) / ops.sum(masked, axis=-1)
         return {"loss": loss, "picture": self.autoencoder.reconstruction(images, visible, prediction)}
 
 

@@ -20,7 +20,7 @@ from keras_convnext.evaluation import forward, segmentation_report
 from keras_convnext.evaluation.segmentation import validate
 from keras_convnext.model_options import ModelOptions
 from keras_convnext.training import curves, schedule
-from keras_convnext.training.derived import split_names, with_contents
+from keras_convnext.training.derived import body_weights, split_names
 from keras_convnext.training.recipes.segmentation import SegmentationRecipe
 from keras_convnext.training.run_folder import RunFolder
 from keras_convnext.training.run_state import CURVES_FILE, Plan, batches_of
@@ -28,7 +28,7 @@ from keras_convnext.training.segmentation_loss import SegmentationLoss
 from keras_convnext.training.tasks import Datasets, TaskModel, adamw, without_optimizer
 from keras_convnext.variants import VARIANTS
 from keras_convnext.weights import labels_metadata, layouts, preprocessing_metadata
-from keras_convnext.weights.resolve import ResolvedWeights, resolve
+from keras_convnext.weights.resolve import ResolvedWeights
 
 SHOWN_PHOTOS = 4  # of the validation split, in the picture of each epoch
 
@@ -54,8 +54,7 @@ class Segmentation:
     @functools.cached_property
     def source(self) -> ResolvedWeights:
         """The weights that training begins with."""
-        model = self.recipe.model
-        return with_contents(resolve(model.architecture, model.weights or None, "features"))
+        return body_weights(self.recipe)
 
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
